@@ -1,0 +1,1 @@
+"""Latency, memory, retrieval and accuracy: each figure with its machine, settings and quality."""

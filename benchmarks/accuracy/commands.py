@@ -1,0 +1,133 @@
+"""``recallseg bench accuracy``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from recallseg.runtime.commands.common import (
+    EngineOption,
+    JsonOption,
+    PrecisionOption,
+    ThreadsOption,
+    emit_json,
+    note,
+    parsed,
+    progress_bar,
+    say_notice,
+    split_list,
+)
+
+if TYPE_CHECKING:
+    from recallseg.benchmarks.accuracy.run import Accuracy
+
+__all__ = ["accuracy"]
+
+
+def accuracy(
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder for accuracy.json, cases.csv, accuracy.html.")
+    ],
+    bundle: Annotated[str, typer.Option("--bundle", help="Bundle to judge: a folder or name.")] = "demo",
+    without_pointers: Annotated[
+        Optional[str],
+        typer.Option(
+            "--without-pointers",
+            help="Bundle of the same weights exported with --no-object-pointers, to compare.",
+        ),
+    ] = None,
+    data: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--data", help="Folder with archives of packages that ship images ('pip download')."
+        ),
+    ] = None,
+    datasets: Annotated[
+        Optional[str],
+        typer.Option("--datasets", help="Comma-separated names.", show_default="all that are here"),
+    ] = None,
+    unet: Annotated[bool, typer.Option(help="Train the U-Net baseline too (needs torch).")] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few images only, to see that it works.")
+    ] = False,
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure Dice on real images against simple baselines."""
+    from recallseg.benchmarks.accuracy.run import run_accuracy
+
+    names = None if datasets is None else parsed(split_list, datasets, "--datasets")
+    with ExitStack() as bars:
+
+        def begin(title: str, steps: int) -> Callable[[str], None]:
+            bars.pop_all().close()  # the bar of the dataset before
+            return bars.enter_context(progress_bar(title, steps))
+
+        found = run_accuracy(
+            output,
+            bundle=bundle,
+            without_pointers=without_pointers,
+            data=data,
+            datasets=names,
+            unet=unet,
+            quick=quick,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            begin=begin,
+        )
+    for name, why in found.facts["missing"].items():
+        note(f"left out {name}: {why}")
+    say_notice(found.facts["notice"])
+    if as_json:
+        emit_json(found.to_json())
+    else:
+        _print_table(found)
+        note(f"wrote {output / 'accuracy.html'}")
+
+
+def _print_table(found: Accuracy) -> None:
+    """Print mean Dice by structure and method on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from recallseg.benchmarks.accuracy.dataset import MOST_ANNOTATED
+    from recallseg.benchmarks.accuracy.measure import (
+        COPY_EMBEDDING,
+        RANDOM,
+        RECALLED,
+        REFERENCE_K,
+        UNET,
+    )
+    from recallseg.benchmarks.accuracy.tables import summarise
+
+    columns = {
+        "k = 1": (RECALLED, 1),
+        "k = 8": (RECALLED, REFERENCE_K),
+        "k = 16": (RECALLED, 16),
+        "random": (RANDOM, REFERENCE_K),
+        "copy": (COPY_EMBEDDING, 0),
+        "U-Net": (UNET, 0),
+    }
+    table = Table(title="Mean Dice, 16 annotated images")
+    table.add_column("dataset")
+    table.add_column("structure")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for outcome in found.outcomes:
+        dice = {
+            (s.structure, s.method, s.k): s.dice
+            for s in summarise(outcome)
+            if s.annotated == MOST_ANNOTATED
+        }
+        for structure in outcome.dataset.structures:
+            cells = [dice.get((structure, *key)) for key in columns.values()]
+            row = ["–" if value is None else f"{value:.3f}" for value in cells]
+            table.add_row(outcome.dataset.name, structure, *row)
+    Console().print(table)

@@ -1,0 +1,97 @@
+"""Libraries for the benchmark: filled with a dataset's exemplars, and one that recalls at random."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.benchmarks.accuracy.dataset import Dataset
+from recallseg.runtime.exemplar import Match
+from recallseg.runtime.library import Library
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
+
+__all__ = ["COUNTS", "RandomLibrary", "fill", "member_tag"]
+
+COUNTS = (1, 2, 4, 8, 16, 32)
+"""How many annotated images: each exemplar carries a tag for every set that it belongs to."""
+
+
+class RandomLibrary(Library):
+    """A library that recalls exemplars at random instead of the nearest ones.
+
+    The draw depends on ``seed``, the query and the structure alone, so that it is the same in every
+    run. Distances are the true ones; the order is the one of the draw.
+    """
+
+    seed = 0
+
+    def search(
+        self,
+        embedding: NDArray[np.float32],
+        structure: str,
+        k: int,
+        *,
+        tags: Mapping[str, str] | None = None,
+    ) -> list[Match]:
+        """Return ``k`` exemplars that show a structure, chosen at random."""
+        everything = super().search(
+            embedding, structure, self._available(structure, tags), tags=tags
+        )
+        showing = [match for match in everything if not match.absent]
+        query = zlib.crc32(np.ascontiguousarray(embedding).tobytes())
+        draw = np.random.default_rng([self.seed, query, zlib.crc32(structure.encode())])
+        chosen = draw.choice(len(showing), size=k, replace=False)
+        return [showing[int(i)] for i in chosen]
+
+    def _available(self, structure: str, tags: Mapping[str, str] | None) -> int:
+        if not tags:
+            return self.count(structure)
+        wanted = set(tags.items())
+        return sum(
+            structure in exemplar.structures and wanted <= set(exemplar.tags.items())
+            for exemplar in self
+        )
+
+
+def member_tag(count: int) -> dict[str, str]:
+    """Return the tag of the exemplars that belong to the set of ``count`` annotated images."""
+    return {f"set{count:02d}": "yes"}
+
+
+def fill(
+    path: Path,
+    bundle: Bundle,
+    dataset: Dataset,
+    *,
+    engine: str,
+    precision: str,
+    threads: int | None,
+    counts: tuple[int, ...] = COUNTS,
+    step: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Make a library of a dataset's exemplars, tagged by the sets of :data:`COUNTS`."""
+    sets = {count: {image.name for image in dataset.annotated(count)} for count in counts}
+    with Library.create(
+        path,
+        bundle,
+        intensity=dataset.intensity,
+        engine=engine,
+        precision=precision,
+        threads=threads,
+    ) as library:
+        for image in dataset.annotated(max(counts)):
+            tags: dict[str, str] = {}
+            for count, names in sets.items():
+                if image.name in names:
+                    tags.update(member_tag(count))
+            library.add(
+                image.image, image.masks, absent=image.absent, tags=tags, key=image.name
+            )
+            step(image.name)

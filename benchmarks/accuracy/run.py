@@ -1,0 +1,195 @@
+"""The whole benchmark: datasets, measurements, and the files that it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from recallseg.benchmarks.accuracy.dataset import Dataset
+from recallseg.benchmarks.accuracy.datasets import load_datasets
+from recallseg.benchmarks.accuracy.measure import Case, Outcome, Plan, count_steps, measure
+from recallseg.benchmarks.accuracy.page import render_page
+from recallseg.benchmarks.accuracy.tables import tables_to_json
+from recallseg.benchmarks.accuracy.unet import UNetSettings
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.errors import InputError
+from recallseg.runtime.machine import describe_machine, package_versions
+from recallseg.runtime.pairs import Annotated
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "Accuracy", "run_accuracy"]
+
+FORMAT, FORMAT_VERSION = "recallseg-accuracy", 1
+FOREIGN = 2
+"""Images of every other dataset that are asked for a dataset's structures."""
+QUICK = {"ks": (1, 8), "counts": (4, 16), "draws": 1, "most_queries": 2}
+"""Of a quick run: enough to see that everything works, too few images to say anything."""
+
+Begin = Callable[[str, int], Callable[[str], None]]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What the benchmark found. ``facts`` is the content of accuracy.json but the datasets."""
+
+    outcomes: tuple[Outcome, ...]
+    facts: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of accuracy.json."""
+        return {**self.facts, "datasets": [tables_to_json(o) for o in self.outcomes]}
+
+
+def run_accuracy(
+    output: Path,
+    *,
+    bundle: Bundle | str | Path = "demo",
+    without_pointers: Bundle | str | Path | None = None,
+    data: Path | None = None,
+    datasets: Sequence[str] | None = None,
+    unet: bool = True,
+    unet_steps: int = 300,
+    quick: bool = False,
+    engine: str = "onnxruntime-cpu",
+    precision: str = "fp32",
+    threads: int | None = None,
+    begin: Begin = lambda title, steps: lambda name: None,
+) -> Accuracy:
+    """Measure accuracy on real images and write accuracy.json, cases.csv and accuracy.html.
+
+    Parameters
+    ----------
+    output : folder; made if need be.
+    bundle : what is judged: a folder or the name of a shipped bundle.
+    without_pointers : a bundle of the same weights exported without object pointers; None leaves
+        that question open.
+    data : folder with the archives of packages that are not installed.
+    datasets : names; None for all that can be had.
+    unet : train the baseline (needs torch, takes minutes).
+    quick : a few images and steps, to see that it works.
+    begin : called with a title and a number of steps for each dataset; returns what is called after
+        each step.
+
+    Raises
+    ------
+    InputError
+        For an unknown dataset, one that was asked for and is not here, or bundles that do not
+        belong together.
+    """
+    opened = _open(bundle)
+    other = None if without_pointers is None else _open(without_pointers)
+    _check_pair(opened, other)
+    found, missing = load_datasets(datasets, data)
+    if not found:
+        raise InputError(f"no dataset is here. {next(iter(missing.values()))}")
+    training = UNetSettings(
+        size=opened.geometry.image_size, steps=4 if quick else unet_steps, threads=threads
+    )
+    plan = Plan(
+        opened,
+        other,
+        unet=training if unet else None,
+        engine=engine,
+        precision=precision,
+        threads=threads,
+        **(QUICK if quick else {}),  # type: ignore[arg-type]
+    )
+    outcomes = []
+    for dataset in found:
+        foreign = _foreign(dataset, found)
+        step = begin(dataset.name, count_steps(dataset, plan, len(foreign)))
+        outcomes.append(measure(dataset, plan, foreign, step))
+    result = Accuracy(tuple(outcomes), _facts(plan, missing, quick))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "accuracy.json").write_text(
+        json.dumps(result.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        encoding="utf-8",
+    )
+    _write_cases(output / "cases.csv", outcomes)
+    (output / "accuracy.html").write_text(
+        render_page(result.outcomes, result.facts), encoding="utf-8"
+    )
+    return result
+
+
+def _open(bundle: Bundle | str | Path) -> Bundle:
+    return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+
+
+def _check_pair(bundle: Bundle, other: Bundle | None) -> None:
+    if not bundle.memory.object_pointers and other is not None:
+        raise InputError(
+            f"the bundle '{bundle.name}' was exported without object pointers; give the one with "
+            "them as the bundle."
+        )
+    if other is None:
+        return
+    if other.memory.object_pointers:
+        raise InputError(
+            f"the bundle '{other.name}' has object pointers. Export it with --no-object-pointers."
+        )
+    if other.sam2.digest != bundle.sam2.digest or other.dinov2.digest != bundle.dinov2.digest:
+        raise InputError(
+            f"the bundles '{bundle.name}' and '{other.name}' are of different weights: their "
+            "difference would not be that of the object pointers."
+        )
+
+
+def _foreign(dataset: Dataset, all_of: Sequence[Dataset]) -> list[Annotated]:
+    """Return images of other modalities; those of one modality may show the structure after all."""
+    return [
+        query
+        for other in all_of
+        if other.modality.split(",")[0] != dataset.modality.split(",")[0]
+        for query in other.queries[:FOREIGN]
+    ]
+
+
+def _facts(plan: Plan, missing: dict[str, str], quick: bool) -> dict[str, Any]:
+    bundle = plan.bundle
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "notice": bundle.notice,
+        "quick": quick,
+        "bundle": {
+            "name": bundle.name,
+            "identity": bundle.identity,
+            "without_pointers": plan.without_pointers and plan.without_pointers.identity,
+            "image_size": bundle.geometry.image_size,
+            "embed_size": bundle.geometry.embed_size,
+            "weights": f"SAM 2: {bundle.sam2.source} {bundle.sam2.digest}, "
+            f"DINOv2: {bundle.dinov2.source} {bundle.dinov2.digest}",
+        },
+        "settings": {
+            "engine": plan.engine,
+            "precision": plan.precision,
+            "threads": plan.threads,
+            "ks": list(plan.ks),
+            "counts": list(plan.counts),
+            "random_draws": plan.draws,
+            "unet": None if plan.unet is None else asdict(plan.unet),
+        },
+        "machine": describe_machine(),
+        "versions": package_versions(),
+        "missing": missing,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _write_cases(path: Path, outcomes: Sequence[Outcome]) -> None:
+    columns = [field.name for field in fields(Case)]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for outcome in outcomes:
+            for case in outcome.cases:
+                writer.writerow([_cell(getattr(case, column)) for column in columns])
+
+
+def _cell(value: object) -> object:
+    return f"{value:.5f}" if isinstance(value, float) else value

@@ -1,0 +1,345 @@
+"""``recallseg bench``: latency, retrieval, soak, accuracy, and what got slower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime.commands.common import (
+    EngineOption,
+    JsonOption,
+    PrecisionOption,
+    ThreadsOption,
+    emit_json,
+    note,
+    parsed,
+    say_notice,
+    split_list,
+    split_numbers,
+)
+
+if TYPE_CHECKING:
+    from recallseg.benchmarks.compare import Change
+    from recallseg.benchmarks.schema import Report
+
+__all__ = ["bench"]
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Measure latency, memory and quality on this machine.",
+)
+
+QUIET_SECONDS = 5.0
+"""Between lines of progress in a log."""
+
+BundleArgument = Annotated[
+    str, typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or the name of a shipped one.")
+]
+OutputOption = Annotated[Path, typer.Option(help="Folder for bench.json and bench.html.")]
+EnginesOption = Annotated[str, typer.Option("--engine", help="What runs the networks; several.")]
+PrecisionsOption = Annotated[
+    str, typer.Option("--precision", help="Precision of the graphs; several.")
+]
+SideOption = Annotated[
+    int, typer.Option("--query-size", min=16, help="Side of the queries in pixels.")
+]
+
+
+@bench.command()
+def latency(
+    bundle: BundleArgument,
+    output: OutputOption,
+    k: Annotated[str, typer.Option("--k", help="How many exemplars to recall.")] = "1,4,16",
+    structures: Annotated[str, typer.Option(help="How many structures to ask for.")] = "1",
+    engine: EnginesOption = "onnxruntime-cpu",
+    precision: PrecisionsOption = "fp32",
+    queries: Annotated[int, typer.Option(min=1, help="Queries at every k and number.")] = 20,
+    baselines: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Measured in turns: torch-cached, torch-paper, torch-compile, portable.",
+            show_default="none",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="For one baseline at one k; slow ones get fewer queries.")
+    ] = 120.0,
+    threads: ThreadsOption = None,
+    query_size: SideOption = 512,
+    dice: Annotated[
+        Optional[str],
+        typer.Option(help="Measured elsewhere, to stand beside, e.g. fp32=0.912,int8=0.909."),
+    ] = None,
+    sam2: Annotated[
+        Optional[str],
+        typer.Option(help="Checkpoint of a pretrained bundle, for PyTorch baselines."),
+    ] = None,
+    dinov2: Annotated[Optional[str], typer.Option(help="Likewise.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a query's latency by stage, cold start and memory, beside PyTorch in the same run."""
+    from recallseg.benchmarks.latency import LatencyPlan, run_latency
+    from recallseg.benchmarks.subjects import RuntimeChoice
+    from recallseg.engines.bundle import Bundle
+    from recallseg.engines.onnxruntime_cpu import usable_cores
+
+    used = threads or usable_cores()
+    plan = LatencyPlan(
+        choices=tuple(
+            RuntimeChoice(name, kind, used)
+            for name in parsed(split_list, engine, "--engine")
+            for kind in parsed(split_list, precision, "--precision")
+        ),
+        ks=tuple(parsed(split_numbers, k, "--k")),
+        ns=tuple(parsed(split_numbers, structures, "--structures")),
+        queries=queries,
+        baselines=tuple(parsed(split_list, baselines, "--baselines")) if baselines else (),
+        seconds=seconds,
+        threads=used,
+        side=query_size,
+        dice=parsed(_split_dice, dice, "--dice") if dice else {},
+        sam2=sam2,
+        dinov2=dinov2,
+    )
+    opened = Bundle.open(bundle)
+    say_notice(opened.notice)
+    with _steps() as step:
+        report = run_latency(opened, plan, step)
+    _finish(report, output, _print_latency, as_json=as_json)
+
+
+@bench.command()
+def retrieval(
+    output: OutputOption,
+    sizes: Annotated[str, typer.Option(help="Embeddings in the library.")] = "1e3,1e5,1e6",
+    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours to ask for.")] = 16,
+    dimension: Annotated[int, typer.Option(min=1, help="Numbers of an embedding.")] = 384,
+    queries: Annotated[int, typer.Option(min=1, help="Queries at every size.")] = 1000,
+    scratch: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder for temporary libraries, 3 KB an embedding.", show_default="system's"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure search in large libraries: recall, latency, size, time to build and to open."""
+    from recallseg.benchmarks.retrieval import run_retrieval
+
+    counts = parsed(_split_sizes, sizes, "--sizes")
+    with _steps() as step:
+        report = run_retrieval(
+            counts, k=k, dimension=dimension, queries=queries, folder=scratch, step=step
+        )
+    _finish(report, output, _print_retrieval, as_json=as_json)
+
+
+@bench.command()
+def soak(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="LIB|BUNDLE", help="A library, or a bundle to make one for.", show_default=False
+        ),
+    ],
+    output: OutputOption,
+    queries: Annotated[int, typer.Option(min=1, help="How many.")] = 10_000,
+    k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    structures: Annotated[
+        Optional[str],
+        typer.Option(help="Names in a library; how many for a bundle.", show_default="all, or 1"),
+    ] = None,
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    query_size: SideOption = 512,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer many queries in one process: does memory grow, how slow is the slowest?"""
+    from recallseg.benchmarks.soak import run_soak
+    from recallseg.benchmarks.subjects import RuntimeChoice
+    from recallseg.benchmarks.workload import SPARE, fill_library, structure_names
+    from recallseg.engines.bundle import Bundle
+    from recallseg.engines.onnxruntime_cpu import usable_cores
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.reading import CATALOG
+
+    used = threads or usable_cores()
+    choice = RuntimeChoice(engine, precision, used)
+    with TemporaryDirectory(prefix="recallseg-bench-") as scratch, _steps() as step:
+        if (Path(target) / CATALOG).is_file():
+            library = Path(target)
+            names = parsed(split_list, structures, "--structures") if structures else None
+            with Library.open(library) as known:
+                notice = known.bundle.notice
+        else:
+            opened = Bundle.open(target)
+            notice = opened.notice
+            counts = parsed(split_numbers, structures, "--structures") if structures else [1]
+            if len(counts) != 1:
+                raise typer.BadParameter("one number for a bundle", param_hint="--structures")
+            library, names = Path(scratch) / "library", list(structure_names(counts[0]))
+            fill_library(
+                library, opened, exemplars=k + SPARE, structures=counts[0], side=query_size,
+                engine=engine, precision=precision, threads=used,
+                progress=lambda key: step(f"add {key}"),
+            )  # fmt: skip
+        say_notice(notice)
+        report = run_soak(
+            library, choice, k=k, structures=names, queries=queries, side=query_size, step=step
+        )
+    _finish(report, output, _print_soak, as_json=as_json)
+
+
+@bench.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="A bench.json or its folder.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="The later one.")],
+    margin: Annotated[
+        float, typer.Option(min=0, help="Relative change below which nothing is named.")
+    ] = 0.05,
+    as_json: JsonOption = False,
+) -> None:
+    """Name what got slower, larger or less exact from A to B; exit status 1 if anything did."""
+    from recallseg.benchmarks.compare import compare as run
+    from recallseg.benchmarks.schema import Report
+
+    found = run(Report.load(before), Report.load(after), margin=margin)
+    if as_json:
+        emit_json(found.to_json())
+    else:
+        for remark in found.remarks:
+            note(f"note: {remark}")
+        for gone in found.missing:
+            note(f"not compared: {gone}")
+        for word, changes in (("WORSE ", found.worse), ("better", found.better)):
+            for change in changes:
+                typer.echo(f"{word}  {_told(change)}")
+        typer.echo(
+            f"{len(found.worse)} worse, {len(found.better)} better, "
+            f"{found.same} the same within noise"
+        )
+    if found.worse:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is being done; a line now and then where it is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        said = -QUIET_SECONDS
+
+        def line(what: str) -> None:
+            nonlocal said
+            if monotonic() - said >= QUIET_SECONDS:
+                console.print(what, highlight=False)
+                said = monotonic()
+
+        yield line
+        return
+    with console.status("begin") as status:
+        yield lambda what: status.update(what)
+
+
+def _finish(report: Report, output: Path, show: Callable[[Report], None], *, as_json: bool) -> None:
+    from recallseg.benchmarks.page import render_page
+
+    output.mkdir(parents=True, exist_ok=True)
+    report.save(output / "bench.json")
+    (output / "bench.html").write_text(render_page(report), encoding="utf-8")
+    if as_json:
+        emit_json(report.to_json())
+        return
+    show(report)
+    for remark in report.remarks:
+        note(f"note: {remark}")
+    note(f"written: {output / 'bench.json'}, {output / 'bench.html'}")
+
+
+def _print_latency(report: Report) -> None:
+    for run in report.runs:
+        stages = ", ".join(
+            f"{name} {spent.p50:.1f}" for name, spent in run.stages.items() if name != "total"
+        )
+        total = run.total
+        typer.echo(
+            f"{run.subject:<28} k={run.k:<3} n={run.n:<2} p50 {total.p50:9.1f} ms  p90 "
+            f"{total.p90:9.1f}  p99 {total.p99:9.1f}  ({stages})"
+        )
+    for ratio in report.ratios:
+        if ratio.stage == "total":
+            typer.echo(
+                f"{ratio.baseline} takes {ratio.ratio:.2f} times as long as {ratio.subject} at "
+                f"k={ratio.k} n={ratio.n} (95 %: {ratio.low:.2f} to {ratio.high:.2f}, "
+                f"{ratio.rounds} rounds)"
+            )
+
+
+def _print_retrieval(report: Report) -> None:
+    for run in report.retrieval:
+        typer.echo(
+            f"{run.size:>9,} x {run.dimension}  recall@{run.k} {run.recall:.4f}  p50 "
+            f"{run.search.p50:.2f} ms  p99 {run.search.p99:.2f} ms  index "
+            f"{run.index_bytes / 2**20:.1f} MiB  build {run.build_s:.1f} s  open {run.open_s:.3f} s"
+        )
+
+
+def _print_soak(report: Report) -> None:
+    for run in report.soak:
+        typer.echo(
+            f"{run.queries:,} queries: resident memory {run.growth:+.2%} "
+            f"({run.resident_start / 2**20:.1f} to {run.resident_end / 2**20:.1f} MiB), slowest "
+            f"{run.slowest_over_median:.2f} times the median of {run.total.p50:.1f} ms"
+        )
+
+
+def _told(change: Change) -> str:
+    if change.unit == "ms":
+        return (
+            f"{change.what}: {change.figure} {change.before:.2f} -> {change.after:.2f} ms, "
+            f"{change.ratio:.2f} times ({change.low:.2f} to {change.high:.2f})"
+        )
+    if change.unit == "bytes":
+        return (
+            f"{change.what}: {change.figure} {change.before / 2**20:.1f} -> "
+            f"{change.after / 2**20:.1f} MiB, {change.ratio:.2f} times"
+        )
+    return f"{change.what}: {change.figure} {change.before:.4f} -> {change.after:.4f}"
+
+
+def _split_sizes(text: str) -> list[int]:
+    sizes = []
+    for name in split_list(text):
+        try:
+            value = float(name)
+        except ValueError as error:
+            raise InputError(f"'{name}' is no number; expected sizes like 1e3,100000.") from error
+        if not value.is_integer() or value < 1:
+            raise InputError(f"a size must be a whole number from 1, got '{name}'.")
+        sizes.append(int(value))
+    return sizes
+
+
+def _split_dice(text: str) -> dict[str, float]:
+    found = {}
+    for item in split_list(text):
+        name, sign, value = item.partition("=")
+        try:
+            dice = float(value)
+        except ValueError:
+            dice = -1.0
+        if not sign or not 0 <= dice <= 1:
+            raise InputError(f"Dice must read like fp32=0.912, within 0 and 1, got '{item}'.")
+        found[name.strip()] = dice
+    return found

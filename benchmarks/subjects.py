@@ -1,0 +1,120 @@
+"""What is measured: anything that turns an image into masks and says where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.registry import engine_class
+from recallseg.engines.specs import GRAPHS
+from recallseg.runtime.library import Library
+from recallseg.runtime.segmenter import Segmenter
+
+__all__ = ["RuntimeChoice", "RuntimeSubject", "Subject", "open_segmenter", "portable_only"]
+
+
+class Subject(Protocol):
+    """One way of answering queries, at one k and for one set of structures."""
+
+    name: str
+    role: str
+    warm_ups: int
+    """Queries before the clock counts: the first may compile or fault pages in."""
+    remarks: list[str]
+
+    def run(self, image: NDArray[Any]) -> Mapping[str, float]:
+        """Segment one image; return milliseconds by stage, without the total."""
+        ...
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """Logits nx(S/4)x(S/4) of the last query, a view."""
+        ...
+
+
+@dataclass(frozen=True)
+class RuntimeChoice:
+    """A configuration of the runtime.
+
+    ``portable`` leaves out every graph variant but the reference one, to show what the engine's
+    own variants bring.
+    """
+
+    engine: str
+    precision: str
+    threads: int | None = None
+    portable: bool = False
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return f"{self.engine} {self.precision}{' portable' if self.portable else ''}"
+
+    @property
+    def role(self) -> str:
+        """``baseline`` for the reference variant, ``runtime`` otherwise."""
+        return "baseline" if self.portable else "runtime"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self)
+
+    def variant(self, bundle: Bundle) -> str:
+        """Return the graph variant that is run; several are joined by ``+``."""
+        shown = portable_only(bundle) if self.portable else bundle
+        order = engine_class(self.engine).variants
+        used = [shown.graph_file(graph, order, self.precision)[1] for graph in GRAPHS]
+        return "+".join(dict.fromkeys(used))
+
+
+class RuntimeSubject:
+    """RecallSeg itself."""
+
+    warm_ups = 2
+
+    def __init__(self, choice: RuntimeChoice, segmenter: Segmenter) -> None:
+        self.name = choice.name
+        self.role = choice.role
+        self.remarks: list[str] = []
+        self.segmenter = segmenter
+
+    def run(self, image: NDArray[Any]) -> Mapping[str, float]:
+        """Segment one image; see :class:`Subject`."""
+        timings = self.segmenter.segment(image).timings
+        return {stage: spent for stage, spent in timings.items() if stage != "total"}
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """See :class:`Subject`. Every exemplar shows every structure, so one call made them all."""
+        return self.segmenter.workspace.prediction.logits
+
+
+def portable_only(bundle: Bundle) -> Bundle:
+    """Return the same bundle as if it had the reference variant only; its identity is the same."""
+    graphs = {
+        key: entry
+        for key, entry in bundle.manifest["graphs"].items()
+        if key.startswith("portable/")
+    }
+    return Bundle(bundle.path, {**bundle.manifest, "graphs": graphs})
+
+
+def open_segmenter(
+    library: Path, bundle: Bundle, choice: RuntimeChoice, *, k: int, structures: Sequence[str]
+) -> Segmenter:
+    """Open a library for reading and make a segmenter for it."""
+    shown = portable_only(bundle) if choice.portable else bundle
+    return Segmenter(
+        Library.open(library, shown),
+        k=k,
+        structures=structures,
+        engine=choice.engine,
+        precision=choice.precision,
+        threads=choice.threads,
+    )

@@ -1,0 +1,101 @@
+"""What an engine is: one graph made ready to run, with every check in one place.
+
+A backend subclasses :class:`Engine` and overrides :meth:`Engine._execute` only; names, dtypes,
+shapes and contiguity are checked here, so that all backends refuse the same mistakes with the same
+words and a C++ or CUDA backend never sees a bad pointer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import EngineRunError
+from recallseg.engines.specs import GraphSpec, TensorSpec
+
+__all__ = ["Engine", "EngineOptions", "Tensor"]
+
+Tensor = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a caller may ask of any engine.
+
+    ``threads`` is explicit: the number of intra-operator threads on a CPU. None means one per
+    core that this process may use.
+    """
+
+    threads: int | None = None
+
+
+class Engine(ABC):
+    """One graph, ready to run on one device. Not safe for two threads at a time."""
+
+    name: ClassVar[str]
+    """The engine's public name, e.g. ``onnxruntime-cpu``."""
+    variants: ClassVar[tuple[str, ...]]
+    """Graph variants that this engine accepts, best first."""
+
+    def __init__(
+        self, spec: GraphSpec, path: Path | None = None, options: EngineOptions | None = None
+    ) -> None:
+        self.spec = spec
+        self.path = path
+        self.options = options or EngineOptions()
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Run the graph from caller-owned inputs into caller-owned outputs.
+
+        Parameters
+        ----------
+        inputs, outputs : exactly the tensors of ``self.spec``, by name, C-contiguous.
+
+        Raises
+        ------
+        EngineRunError
+            On missing or unknown tensors, wrong dtype or shape, or a failure of the backend.
+        """
+        symbols: dict[str, int] = {}
+        self._bind("input", self.spec.inputs, inputs, symbols)
+        self._bind("output", self.spec.outputs, outputs, symbols)
+        self._execute(inputs, outputs)
+
+    def allocate_outputs(self, **symbols: int) -> dict[str, Tensor]:
+        """Return new output tensors, e.g. ``engine.allocate_outputs(n=2)``."""
+        return {
+            spec.name: np.empty(spec.resolve(**symbols), np.float32) for spec in self.spec.outputs
+        }
+
+    @abstractmethod
+    def _execute(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Run with tensors that have been checked."""
+
+    def _bind(
+        self,
+        role: str,
+        specs: tuple[TensorSpec, ...],
+        tensors: Mapping[str, Tensor],
+        symbols: dict[str, int],
+    ) -> None:
+        expected = [spec.name for spec in specs]
+        if set(tensors) != set(expected):
+            raise EngineRunError(
+                f"graph '{self.spec.name}': {role}s must be {', '.join(expected)}; got "
+                f"{', '.join(sorted(tensors)) or 'none'}."
+            )
+        for spec in specs:
+            spec.bind(tensors[spec.name], symbols, self.spec.name)
+
+    def describe(self) -> dict[str, Any]:
+        """What this engine really runs on, read back from the backend, for reports."""
+        return {"engine": self.name}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec.name!r})"

@@ -1,0 +1,112 @@
+"""Every error that RecallSeg raises on purpose.
+
+::
+
+    RecallSegError
+    ├── InputError            a caller's image, mask, label, option (also a ValueError)
+    ├── BundleError           a bundle that is missing, damaged, too new or incomplete
+    ├── EngineError
+    │   ├── EngineUnavailableError   the engine's library, driver or device is not here
+    │   ├── EngineRunError           an engine failed, or was called with wrong tensors
+    │   └── VerificationError        an engine did not reproduce the bundle's golden tensors
+    ├── LibraryError
+    │   ├── LibraryNotFoundError     no library in that folder
+    │   ├── LibraryCorruptError      stored bytes do not match their digests
+    │   ├── LibraryVersionError      written by a newer format
+    │   ├── LibraryMismatchError     made by another bundle
+    │   ├── LibraryLockedError       another process is writing
+    │   └── LibraryWriteError        the folder cannot be written (read-only, disk full)
+    └── ExportError
+        ├── CheckpointError          a tensor is missing, unexpected or misshapen
+        └── ParityError              an exported graph differs from the PyTorch model
+
+A message says what happened, what was received and expected, and how to mend it.
+"""
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "EngineError",
+    "EngineRunError",
+    "EngineUnavailableError",
+    "ExportError",
+    "InputError",
+    "LibraryCorruptError",
+    "LibraryError",
+    "LibraryLockedError",
+    "LibraryMismatchError",
+    "LibraryNotFoundError",
+    "LibraryVersionError",
+    "LibraryWriteError",
+    "ParityError",
+    "RecallSegError",
+    "VerificationError",
+]
+
+
+class RecallSegError(Exception):
+    """Root of the tree: catch this to catch everything that RecallSeg raises on purpose."""
+
+
+class InputError(RecallSegError, ValueError):
+    """A caller's image, mask, label or option cannot be used as it is."""
+
+
+class BundleError(RecallSegError):
+    """A bundle is missing, damaged, too new, or lacks what was asked for."""
+
+
+class EngineError(RecallSegError):
+    """Root of everything that goes wrong while making or running an engine."""
+
+
+class EngineUnavailableError(EngineError):
+    """The engine's library, driver or device is not on this machine."""
+
+
+class EngineRunError(EngineError):
+    """An engine failed while running, or was called with the wrong tensors."""
+
+
+class VerificationError(EngineError):
+    """An engine's outputs differ from the bundle's golden tensors."""
+
+
+class LibraryError(RecallSegError):
+    """Root of everything that goes wrong with a library folder."""
+
+
+class LibraryNotFoundError(LibraryError):
+    """There is no library in that folder."""
+
+
+class LibraryCorruptError(LibraryError):
+    """Stored bytes do not match the digests recorded for them."""
+
+
+class LibraryVersionError(LibraryError):
+    """The library was written in a newer format than this version reads."""
+
+
+class LibraryMismatchError(LibraryError):
+    """The library was made by the encoders of another bundle."""
+
+
+class LibraryLockedError(LibraryError):
+    """Another process is writing to the library."""
+
+
+class LibraryWriteError(LibraryError):
+    """The library folder cannot be written: read-only, or the disk is full."""
+
+
+class ExportError(RecallSegError):
+    """Root of everything that goes wrong while a bundle is made."""
+
+
+class CheckpointError(ExportError):
+    """A checkpoint has a missing, unexpected or misshapen tensor, or is no checkpoint at all."""
+
+
+class ParityError(ExportError):
+    """An exported graph does not reproduce the PyTorch model within its tolerance."""

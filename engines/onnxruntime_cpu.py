@@ -1,0 +1,113 @@
+"""ONNX Runtime on the CPU, with inputs and outputs bound to caller-owned memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from recallseg.engines.engine import Engine, EngineOptions, Tensor
+from recallseg.engines.errors import EngineRunError, EngineUnavailableError
+from recallseg.engines.specs import GraphSpec
+
+__all__ = ["OnnxRuntimeCpu"]
+
+_PROVIDER = "CPUExecutionProvider"
+
+
+class OnnxRuntimeCpu(Engine):
+    """A graph as an ONNX Runtime session on the CPU.
+
+    Parameters
+    ----------
+    spec : the graph's tensors.
+    path : the ``.onnx`` file.
+    options : the thread count.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If ONNX Runtime is not installed.
+    EngineRunError
+        If it refuses the graph, places it elsewhere, or the graph has other tensors than ``spec``.
+    """
+
+    name: ClassVar[str] = "onnxruntime-cpu"
+    variants: ClassVar[tuple[str, ...]] = ("ort-cpu", "portable")
+
+    def __init__(
+        self, spec: GraphSpec, path: Path | None = None, options: EngineOptions | None = None
+    ) -> None:
+        super().__init__(spec, path, options)
+        if path is None:
+            raise EngineRunError(f"graph '{spec.name}': ONNX Runtime needs a .onnx file, got none.")
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise EngineUnavailableError(
+                "engine 'onnxruntime-cpu' needs the package onnxruntime, which is not installed: "
+                "pip install 'recallseg[cpu]'."
+            ) from error
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = self.options.threads or usable_cores()
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 3
+        # A query runs five sessions in turn: the threads of one must not spin through the next.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        # Denormals slow attention down by orders of magnitude and carry no information here.
+        settings.add_session_config_entry("session.set_denormal_as_zero", "1")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), sess_options=settings, providers=[_PROVIDER]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise EngineRunError(f"ONNX Runtime cannot load {path}: {error}") from error
+        providers = self._session.get_providers()
+        if providers != [_PROVIDER]:
+            raise EngineRunError(
+                f"ONNX Runtime placed {path.name} on {providers}, not on {_PROVIDER}."
+            )
+        self._check_tensors(path)
+        self._binding = self._session.io_binding()
+
+    def _check_tensors(self, path: Path) -> None:
+        found = (
+            {tensor.name for tensor in self._session.get_inputs()},
+            {tensor.name for tensor in self._session.get_outputs()},
+        )
+        wanted = ({t.name for t in self.spec.inputs}, {t.name for t in self.spec.outputs})
+        if found != wanted:
+            raise EngineRunError(
+                f"{path} has inputs and outputs {found}; graph '{self.spec.name}' needs {wanted}."
+            )
+
+    def _execute(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        binding = self._binding
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineRunError(
+                f"ONNX Runtime failed in graph '{self.spec.name}': {error}"
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        settings = self._session.get_session_options()
+        return {
+            "engine": self.name,
+            "providers": self._session.get_providers(),
+            "threads": settings.intra_op_num_threads,
+        }
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on (its affinity, not the machine's total)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,27 @@
+"""Folders outside of bundles and libraries: caches, and the bundles that ship with the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+__all__ = ["cache_folder", "shipped_bundles"]
+
+
+def cache_folder() -> Path:
+    """Return where plans and other derived files go: ``$RECALLSEG_CACHE``, else the user's cache.
+
+    The folder may not exist yet. It is never inside an installed package.
+    """
+    chosen = os.environ.get("RECALLSEG_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return platformdirs.user_cache_path("recallseg", appauthor=False)
+
+
+def shipped_bundles() -> tuple[str, ...]:
+    """Return the names that ``Bundle.open`` knows without a folder."""
+    folder = Path(__file__).parent / "bundles"
+    return tuple(sorted(path.parent.name for path in folder.glob("*/manifest.json")))

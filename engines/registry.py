@@ -1,0 +1,81 @@
+"""Engines by name: the one place that knows which backends exist and what each needs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from recallseg.engines.engine import Engine, EngineOptions
+from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.specs import GRAPHS
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
+
+__all__ = ["ENGINES", "PRECISIONS", "engine_class", "load_engines"]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8")
+
+ENGINES: dict[str, tuple[str, str]] = {
+    "onnxruntime-cpu": ("recallseg.engines.onnxruntime_cpu", "OnnxRuntimeCpu"),
+    "fake": ("recallseg.engines.fake", "FakeEngine"),
+}
+"""Module and class of every engine that this version can run."""
+
+_PLANNED = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+
+
+def engine_class(name: str) -> type[Engine]:
+    """Return the class behind an engine's public name.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If the name is reserved but this version has no such engine.
+    InputError
+        If there is no such name.
+    """
+    if name in ENGINES:
+        module, attribute = ENGINES[name]
+        found: type[Engine] = getattr(importlib.import_module(module), attribute)
+        return found
+    if name in _PLANNED:
+        raise EngineUnavailableError(
+            f"engine '{name}' is not part of this version of RecallSeg, and nothing is run "
+            f"elsewhere in its stead. Engines here: {', '.join(ENGINES)}."
+        )
+    raise InputError(f"there is no engine '{name}'. Engines here: {', '.join(ENGINES)}.")
+
+
+def load_engines(
+    bundle: Bundle,
+    name: str,
+    precision: str = "fp32",
+    *,
+    options: EngineOptions | None = None,
+    graphs: tuple[str, ...] = GRAPHS,
+) -> dict[str, Engine]:
+    """Make a bundle's graphs ready to run.
+
+    Parameters
+    ----------
+    bundle : whose graphs to load; each file is compared with its digest.
+    name, precision : as in INTERFACES "Names".
+    options : thread count and the like.
+    graphs : which of the five are wanted.
+
+    Raises
+    ------
+    InputError, EngineUnavailableError, EngineRunError, BundleError
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"there is no precision '{precision}'; choose {', '.join(PRECISIONS)}.")
+    kind = engine_class(name)
+    options = options or EngineOptions()
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"threads must be at least 1, got {options.threads}.")
+    engines: dict[str, Engine] = {}
+    for graph in graphs:
+        path, _ = bundle.graph_file(graph, kind.variants, precision)
+        engines[graph] = kind(bundle.specs[graph], path, options)
+    return engines

@@ -1,0 +1,121 @@
+"""Is this engine right, here? Compare it with the bundle's golden tensors before it is used.
+
+A build that succeeds proves nothing (PITFALLS 6 to 8): wrong fused attention, half-precision
+overflow and a transposed output all come out of successful builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.composition import Composition
+from recallseg.engines.engine import Engine, Tensor
+from recallseg.engines.errors import VerificationError
+from recallseg.engines.golden import GoldenTensors, run_case
+
+__all__ = ["Check", "Verification", "relative_error", "verify_engines"]
+
+TOLERANCES: Mapping[str, float] = {
+    # Summation order and fused operators move the last bits; 30 layers of it stay under 1e-4.
+    "fp32": 1e-3,
+    # 10 bits of mantissa: 5e-4 a rounding, tens of roundings in sequence.
+    "fp16": 3e-2,
+    # 7 bits of mantissa: 4e-3 a rounding.
+    "bf16": 1e-1,
+    # Everything that is sensitive is kept in fp32, the rest is fp16.
+    "mixed": 2e-2,
+    # Quantised weights and activations: judged by Dice first, this catches what is broken.
+    "int8": 3e-1,
+}
+"""Largest relative error of any tensor, by precision."""
+
+MASK_DICE = 0.98
+"""Least Dice between an engine's golden masks and the reference's, in every precision."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: ``error`` must be at most ``tolerance``."""
+
+    tensor: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance; a NaN never is."""
+        return bool(self.error <= self.tolerance)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one engine and precision, and the Dice of its golden masks."""
+
+    engine: str
+    precision: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return |found - expected| / |expected| in the 2-norm; infinite when not finite."""
+    found64, expected64 = found.astype(np.float64), expected.astype(np.float64)
+    if not np.isfinite(found64).all():
+        return float("inf")
+    return float(np.linalg.norm(found64 - expected64)) / max(float(np.linalg.norm(expected64)), 1e-12)
+
+
+def mask_dice(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
+    """Return the Dice coefficient of two masks; two empty masks agree (1.0)."""
+    total = int(found.sum()) + int(expected.sum())
+    return 1.0 if total == 0 else 2.0 * int((found & expected).sum()) / total
+
+
+def verify_engines(
+    bundle: Bundle, engines: Mapping[str, Engine], precision: str, *, strict: bool = True
+) -> Verification:
+    """Run the golden case through ``engines`` and compare.
+
+    Parameters
+    ----------
+    bundle : with golden tensors.
+    engines : all five, by graph name.
+    precision : chooses the tolerance.
+    strict : raise when a check fails; otherwise report only.
+
+    Raises
+    ------
+    VerificationError
+        Naming the first tensor that differs, by how much, and what was allowed.
+    """
+    golden = GoldenTensors.load(bundle.golden_file)
+    found = run_case(
+        golden.case, Composition(engines), bundle.geometry, bundle.normalisation, bundle.memory
+    )
+    tolerance = TOLERANCES[precision]
+    checks = [
+        Check(name, relative_error(found[name].ravel()[golden.index[name]], values), tolerance)
+        for name, values in golden.values.items()
+    ]
+    dice = mask_dice(found["logits"] > 0, golden.masks)
+    checks.append(Check("masks (1 - Dice)", 1.0 - dice, 1.0 - MASK_DICE))
+    name = next(iter(engines.values())).name
+    result = Verification(name, precision, tuple(checks))
+    if strict and not result.passed:
+        failed = [check for check in checks if not check.passed]
+        raise VerificationError(
+            f"engine '{name}' in {precision} does not reproduce the golden tensors of bundle "
+            f"{bundle.name}: '{failed[0].tensor}' is off by {failed[0].error:.2e}, allowed is "
+            f"{failed[0].tolerance:.0e} ({len(failed)} of {len(checks)} checks failed). Do not use "
+            "it; choose another engine or precision, or build it again."
+        )
+    return result

@@ -1,0 +1,1 @@
+"""Checkpoints in, bundle out. The only room that imports torch and transformers."""

@@ -1,0 +1,251 @@
+"""Two loaded models in, one proven bundle out.
+
+The folder is made beside its destination and moved there when everything in it has passed the
+parity gate: a bundle that exists is a bundle that was checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Dinov2Model, Dinov2WithRegistersModel, Sam2VideoModel
+
+from recallseg.engines.bundle import (
+    FORMAT,
+    FORMAT_VERSION,
+    Bundle,
+    MemorySemantics,
+    Normalisation,
+    Weights,
+    bundle_identity,
+)
+from recallseg.engines.composition import Composition
+from recallseg.engines.digest import digest_file
+from recallseg.engines.engine import Tensor
+from recallseg.engines.errors import ExportError
+from recallseg.engines.golden import (
+    GoldenCase,
+    GoldenTensors,
+    make_case,
+    network_images,
+    network_masks,
+    run_case,
+)
+from recallseg.engines.registry import load_engines
+from recallseg.engines.specs import GRAPHS, graph_specs
+from recallseg.engines.verification import verify_engines
+from recallseg.export.checkpoints import Loaded
+from recallseg.export.graphs import build_graphs, read_geometry
+from recallseg.export.onnx_export import export_graph
+from recallseg.export.parity import TorchEngine, check_definition, check_end_to_end, check_graph
+
+__all__ = ["export_bundle"]
+
+_IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMALISATION = {"embed": _IMAGENET, "encode": _IMAGENET}
+"""Both DINOv2 and SAM 2 were trained with ImageNet's (their image processors' defaults)."""
+
+DEFAULT_EMBED_SIZE = 224
+_GOLDEN_SEED = 7
+
+Report = Callable[[str], None]
+Dinov2 = Dinov2Model | Dinov2WithRegistersModel
+
+
+def export_bundle(
+    sam2: Loaded,
+    dinov2: Loaded,
+    output: Path,
+    *,
+    name: str | None = None,
+    embed_size: int | None = None,
+    object_pointers: bool = True,
+    overwrite: bool = False,
+    report: Report = lambda step: None,
+) -> Bundle:
+    """Export five graphs, prove them, and write the bundle.
+
+    Parameters
+    ----------
+    sam2, dinov2 : models in eval mode, fp32, on the CPU, with where they came from.
+    output : the bundle's folder; it must not exist unless ``overwrite``.
+    name : what the bundle calls itself; the folder's name by default.
+    embed_size : E in pixels, a multiple of DINOv2's patch; 224, or less for a smaller model.
+    object_pointers : whether memory attention takes SAM 2's object pointers too.
+    report : is told the name of every step as it begins.
+
+    Raises
+    ------
+    ExportError, ParityError
+        Nothing is left at ``output``, or what was there stays.
+    """
+    if output.exists() and not overwrite:
+        raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
+    segmenter, embedder = sam2.model, dinov2.model
+    if not isinstance(segmenter, Sam2VideoModel) or isinstance(embedder, Sam2VideoModel):
+        raise ExportError(
+            f"a bundle takes a SAM 2 and a DINOv2, in this order; got {sam2.architecture} and "
+            f"{dinov2.architecture}."
+        )
+    size = _embed_size(embedder, embed_size)
+    _fix_positions(embedder, size)
+    geometry = read_geometry(segmenter, embedder, embed_size=size)
+    memory = MemorySemantics(object_pointers, _pointer_time(segmenter))
+    modules = build_graphs(segmenter, embedder, object_pointers=object_pointers)
+    specs = graph_specs(geometry, object_pointers=object_pointers)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = output.with_name(f".{output.name}.{os.getpid()}")
+    work.mkdir()
+    try:
+        graphs: dict[str, Any] = {}
+        for graph in GRAPHS:
+            report(f"export {graph}")
+            path = work / "graphs" / "portable" / "fp32" / f"{graph}.onnx"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            export_graph(modules[graph], specs[graph], geometry, path)
+            graphs[f"portable/fp32/{graph}"] = _entry(work, path)
+        report("golden tensors")
+        case = make_case(_GOLDEN_SEED)
+        reference = Composition({name: TorchEngine(specs[name], modules[name]) for name in GRAPHS})
+        tensors = run_case(case, reference, geometry, NORMALISATION, memory)
+        golden_file = work / "golden" / "golden.npz"
+        golden_file.parent.mkdir()
+        GoldenTensors.from_run(case, tensors, _GOLDEN_SEED).save(golden_file)
+        weights = {"sam2": _weights(sam2), "dinov2": _weights(dinov2)}
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "name": name or output.name,
+            "identity": bundle_identity(
+                weights["sam2"], weights["dinov2"], geometry, NORMALISATION, memory
+            ),
+            "weights": {key: asdict(value) for key, value in weights.items()},
+            "geometry": geometry.to_json(),
+            "normalisation": {key: asdict(value) for key, value in NORMALISATION.items()},
+            "memory": asdict(memory),
+            "graphs": graphs,
+            "golden": _entry(work, golden_file),
+            "parity": [],
+            "made_with": _versions(),
+        }
+        _write_manifest(work, manifest)
+        report("compare the modules with the video model")
+        manifest["parity"] = [
+            check_definition(
+                reference, segmenter, case, geometry, NORMALISATION["encode"], memory
+            ).to_json(),
+            *_gate(Bundle.open(work), modules, case, tensors, report),
+        ]
+        _write_manifest(work, manifest)
+        report("done")
+        if output.exists():
+            shutil.rmtree(output)
+        work.rename(output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Bundle.open(output)
+
+
+def _gate(
+    bundle: Bundle,
+    modules: dict[str, nn.Module],
+    case: GoldenCase,
+    tensors: dict[str, Tensor],
+    report: Report,
+) -> list[dict[str, Any]]:
+    """Compare the files on disk with PyTorch, per graph and end to end."""
+    engines = load_engines(bundle, "onnxruntime-cpu", "fp32")
+    measured = []
+    for graph in GRAPHS:
+        report(f"compare {graph}")
+        side = bundle.geometry.embed_size if graph == "embed" else bundle.geometry.image_size
+        like = dict(tensors)
+        like["image"] = network_images(case, side, bundle.normalisation["encode"])[-1]
+        like["masks"] = network_masks(case, bundle.geometry.image_size)[0]
+        like["pointer_time"] = np.full(
+            tensors["memories"].shape[:2], bundle.memory.pointer_time, "f4"
+        )
+        measured += list(check_graph(engines[graph], modules[graph], like))
+    report("compare end to end")
+    found = run_case(
+        case, Composition(engines), bundle.geometry, bundle.normalisation, bundle.memory
+    )
+    k, n = case.masks.shape[:2]
+    measured.append(check_end_to_end(found, tensors, n, k))
+    report("verify golden tensors")
+    verify_engines(bundle, engines, "fp32")
+    return [value.to_json() for value in measured]
+
+
+def _embed_size(model: Dinov2, asked: int | None) -> int:
+    """Return E, checked against the patch size."""
+    config: Any = model.config  # its sizes are numbers or pairs by type, numbers in DINOv2
+    patch = int(config.patch_size)
+    size = asked or min(DEFAULT_EMBED_SIZE, int(config.image_size))
+    if size < patch or size % patch:
+        raise ExportError(
+            f"the embedding size must be a multiple of DINOv2's patch of {patch} px, got {size}. "
+            f"Try {max(1, round(size / patch)) * patch}."
+        )
+    return size
+
+
+def _fix_positions(model: Dinov2, size: int) -> None:
+    """Interpolate DINOv2's positional embedding here, so that no exporter has to (PITFALLS 9)."""
+    embeddings: Any = model.embeddings
+    config: Any = model.config
+    patches = (size // int(config.patch_size)) ** 2
+    template = torch.zeros(1, patches + 1, config.hidden_size)
+    with torch.no_grad():
+        fixed = embeddings.interpolate_pos_encoding(template, size, size)
+    embeddings.position_embeddings = nn.Parameter(fixed.clone(), requires_grad=False)
+
+
+def _pointer_time(model: Sam2VideoModel) -> float:
+    """Every exemplar counts as the frame just before the query, the closest that SAM 2 knows."""
+    return 1.0 / (int(model.config.max_object_pointers_in_encoder) - 1)
+
+
+def _weights(loaded: Loaded) -> Weights:
+    return Weights(loaded.architecture, loaded.source, loaded.digest, loaded.licence)
+
+
+def _entry(work: Path, path: Path) -> dict[str, Any]:
+    """Manifest entry of a file, and of the weights beside it where ONNX had to split them."""
+    entry: dict[str, Any] = {
+        "file": path.relative_to(work).as_posix(),
+        "sha256": digest_file(path),
+        "bytes": path.stat().st_size,
+    }
+    data = path.with_name(path.name + ".data")
+    if data.exists():
+        entry["data"] = _entry(work, data)
+    return entry
+
+
+def _write_manifest(work: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    (work / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("recallseg", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:
+            found[package] = "not installed as a package"
+    return found

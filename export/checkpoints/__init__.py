@@ -1,0 +1,137 @@
+"""Checkpoints in: official files, Hugging Face folders, random and demo weights -> a model.
+
+A source (SRC on the command line) is
+
+- a Hugging Face folder (``config.json`` with ``model.safetensors``, its shards, or
+  ``pytorch_model.bin``);
+- one of Meta's files (``sam2.1_hiera_tiny.pt``, ``dinov2_vits14_reg4_pretrain.pth``, ...) or a
+  fine-tuned file of the same layout, also as safetensors; the architecture is recognised by the
+  tensors, not by the file's name;
+- ``random:ARCHITECTURE`` for latency work and tests, ``random:demo`` for the demo model's shape;
+- ``demo`` for the small demo model that is shipped.
+
+Loading is strict (:mod:`.strict`), executes no pickle (:mod:`.files`) and reaches no network.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+    Sam2VideoConfig,
+    Sam2VideoModel,
+)
+
+from recallseg.export.checkpoints import huggingface, meta_dinov2, meta_sam2
+from recallseg.export.checkpoints.architectures import (
+    DINOV2,
+    DINOV2_ALIASES,
+    DINOV2_REGISTERS,
+    SAM2,
+    SAM2_ALIASES,
+    check_image_size,
+    dinov2_config,
+    dinov2_name,
+    sam2_config,
+    sam2_name,
+)
+from recallseg.export.checkpoints.digest import state_digest
+from recallseg.export.checkpoints.sources import Family, Loaded, load
+
+__all__ = ["Loaded", "load_dinov2", "load_sam2", "state_digest"]
+
+
+def load_sam2(src: str, *, image_size: int, seed: int = 0, licence: str | None = None) -> Loaded:
+    """Load SAM 2 or SAM 2.1.
+
+    Parameters
+    ----------
+    src : a source as listed in :mod:`recallseg.export.checkpoints`. ``random:tiny``,
+        ``random:small``, ``random:base-plus`` and ``random:large`` are SAM 2.1.
+    image_size : side in pixels of the square that the model sees: 256, 384, 512, 768, 1024 or
+        another multiple of 32. The weights do not depend on it.
+    seed : of random weights.
+    licence : of the weights, when it is another than the one that is assumed.
+
+    Raises
+    ------
+    InputError
+        When the image size does not fit the architecture, or the seed is no natural number.
+    CheckpointError
+        When the source is missing, damaged, of another model, or differs in any tensor.
+    """
+    check_image_size(image_size)
+
+    def official(kind: str) -> Sam2VideoConfig | None:
+        if kind not in SAM2_ALIASES:
+            return None
+        return sam2_config(SAM2_ALIASES[kind], newer=True, image_size=image_size)
+
+    family = Family(
+        title="SAM 2",
+        folder="sam2",
+        hub_name="facebook/sam2.1-hiera-tiny",
+        file_name="sam2.1_hiera_tiny.pt",
+        architectures=tuple(SAM2),
+        official=official,
+        read_config=partial(huggingface.read_sam2_config, image_size=image_size),
+        is_meta=meta_sam2.is_meta_sam2,
+        infer_config=partial(meta_sam2.infer_config, image_size=image_size),
+        resolve=meta_sam2.resolve,
+        model_class=lambda config: Sam2VideoModel,
+        name=sam2_name,
+    )
+    return load(family, src, seed=seed, licence=licence)
+
+
+def load_dinov2(src: str, *, seed: int = 0, licence: str | None = None) -> Loaded:
+    """Load DINOv2, with or without registers.
+
+    Parameters
+    ----------
+    src : a source as listed in :mod:`recallseg.export.checkpoints`. ``random:small``,
+        ``random:base``, ``random:large`` and ``random:giant`` may end in ``-registers``.
+    seed, licence : as in :func:`load_sam2`.
+
+    Raises
+    ------
+    InputError
+        When the seed is no natural number.
+    CheckpointError
+        When the source is missing, damaged, of another model, or differs in any tensor.
+    """
+    return load(_DINOV2, src, seed=seed, licence=licence)
+
+
+def _official_dinov2(kind: str) -> Dinov2Config | Dinov2WithRegistersConfig | None:
+    plain = kind.removesuffix("-registers").removesuffix("-reg")
+    if plain not in DINOV2_ALIASES:
+        return None
+    return dinov2_config(DINOV2_ALIASES[plain], registers=0 if plain == kind else DINOV2_REGISTERS)
+
+
+def _dinov2_class(config: Any) -> type[PreTrainedModel]:
+    registers = isinstance(config, Dinov2WithRegistersConfig)
+    return Dinov2WithRegistersModel if registers else Dinov2Model
+
+
+_DINOV2 = Family(
+    title="DINOv2",
+    folder="dinov2",
+    hub_name="facebook/dinov2-small",
+    file_name="dinov2_vits14_pretrain.pth",
+    architectures=(*DINOV2, *(f"{name}-registers" for name in DINOV2)),
+    official=_official_dinov2,
+    read_config=huggingface.read_dinov2_config,
+    is_meta=meta_dinov2.is_meta_dinov2,
+    infer_config=meta_dinov2.infer_config,
+    resolve=meta_dinov2.resolve,
+    model_class=_dinov2_class,
+    name=dinov2_name,
+)

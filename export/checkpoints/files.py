@@ -1,0 +1,82 @@
+"""Tensor files, read without ever executing a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from recallseg.engines.errors import CheckpointError
+
+__all__ = ["read_tensors"]
+
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+"""Keys under which training scripts keep the weights beside optimizer state and counters."""
+
+PARALLEL_PREFIX = "module."
+"""What PyTorch's data-parallel wrappers put before every name."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a ``.safetensors`` or PyTorch file on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        When the file is damaged, is of another kind, or could only be read by executing it.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path, device="cpu")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"'{path}' is no readable safetensors file: {error}. It is probably truncated; "
+                "compare its size with the source's and copy it again."
+            ) from error
+    else:
+        tensors = _unwrap(_load_pickle_safely(path), path)
+    if tensors and all(name.startswith(PARALLEL_PREFIX) for name in tensors):
+        tensors = {name[len(PARALLEL_PREFIX) :]: tensor for name, tensor in tensors.items()}
+    if not tensors:
+        raise CheckpointError(f"'{path}' holds no tensors. Pass the file with the model's weights.")
+    return tensors
+
+
+def _load_pickle_safely(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # The unpickler of a hostile or damaged file can fail in any way; each of them means the same.
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"'{path}' cannot be read as weights ({type(error).__name__}: "
+            f"{reason[0] if reason else 'no reason given'}). Either it is damaged or no PyTorch "
+            "checkpoint, or it holds objects that would have to be executed, which is never done. "
+            "Save the bare state_dict again from a machine that you trust, or convert it to "
+            "safetensors."
+        ) from error
+
+
+def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    """Return the state dict in ``content``, which may be wrapped once."""
+    if isinstance(content, Mapping):
+        for key in WRAPPERS:
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"'{path}' holds a {type(content).__name__}; expected a dictionary of tensors. Pass a "
+            "checkpoint that was saved from a state_dict."
+        )
+    other = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if other:
+        raise CheckpointError(
+            f"'{path}' holds entries that are no tensors ({len(other)}): {', '.join(other[:4])}. "
+            f"Expected a state_dict, or one under the key {' or '.join(map(repr, WRAPPERS))}."
+        )
+    return {str(name): value for name, value in content.items()}

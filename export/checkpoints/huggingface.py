@@ -1,0 +1,184 @@
+"""Hugging Face folders: ``config.json`` with safetensors or PyTorch weights, whole or in shards.
+
+Only local folders are read; nothing here ever asks a model hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Dinov2Config, Dinov2WithRegistersConfig, Sam2VideoConfig
+
+from recallseg.engines.errors import CheckpointError
+from recallseg.export.checkpoints.architectures import set_image_size
+from recallseg.export.checkpoints.files import read_tensors
+from recallseg.export.checkpoints.strict import Piece
+
+__all__ = ["read_dinov2_config", "read_licence", "read_sam2_config", "read_weights", "resolve"]
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Weight files in order of preference; each may instead be shards listed in ``NAME.index.json``."""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"'{path}' cannot be read as JSON: {error}. Copy the folder again."
+        ) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"'{path}' holds a {type(data).__name__}; expected a JSON object. Copy the folder "
+            "again."
+        )
+    return data
+
+
+def _read_config(folder: Path, expected: tuple[str, ...]) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"'{folder}' has no config.json. Pass the folder that holds config.json and "
+            f"{WEIGHTS[0]}; in a Hugging Face cache that is snapshots/REVISION."
+        )
+    data = _read_json(path)
+    if data.get("model_type") not in expected:
+        raise CheckpointError(
+            f"'{path}' says model_type {data.get('model_type')!r}; expected "
+            f"{' or '.join(map(repr, expected))}. Pass the folder of the right model."
+        )
+    return data
+
+
+def read_sam2_config(folder: Path, *, image_size: int) -> Sam2VideoConfig:
+    """Read the configuration of a ``sam2_video`` or ``sam2`` folder and set its image size.
+
+    Raises
+    ------
+    CheckpointError
+        When the folder is none of the two, or its configuration is damaged.
+    """
+    data = _read_config(folder, ("sam2_video", "sam2"))
+    if data["model_type"] == "sam2":
+        # The image-only configuration is that of the video model without its memory settings.
+        parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+        data = {
+            part: {k: v for k, v in (data.get(part) or {}).items() if k != "model_type"}
+            for part in parts
+        }
+        data["vision_config"]["model_type"] = "sam2_vision_model"
+    try:
+        config = Sam2VideoConfig.from_dict(data)
+        set_image_size(config, image_size)
+    # transformers' validation has error classes of its own, and nonsense can break it in any way.
+    except Exception as error:
+        raise _bad_config(folder, error) from error
+    return config
+
+
+def read_dinov2_config(folder: Path) -> Dinov2Config | Dinov2WithRegistersConfig:
+    """Read the configuration of a ``dinov2`` or ``dinov2_with_registers`` folder.
+
+    Raises
+    ------
+    CheckpointError
+        When the folder is none of the two, or its configuration is damaged.
+    """
+    data = _read_config(folder, ("dinov2", "dinov2_with_registers"))
+    kind = Dinov2Config if data["model_type"] == "dinov2" else Dinov2WithRegistersConfig
+    try:
+        return kind.from_dict(data)
+    except Exception as error:
+        raise _bad_config(folder, error) from error
+
+
+def _bad_config(folder: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())
+    return CheckpointError(
+        f"'{folder / 'config.json'}' is no usable configuration ({reason}). Copy the file again "
+        "from where the weights came from."
+    )
+
+
+def read_licence(folder: Path) -> str | None:
+    """Return the licence that the folder's model card (README.md) declares, or None."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    found = re.match(
+        r"---\s*\n(?:(?!---).*\n)*?license:\s*(\S+)", card.read_text("utf-8", "replace")
+    )
+    return found[1] if found else None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of the folder.
+
+    Raises
+    ------
+    CheckpointError
+        When there are none, a shard is missing, or a file is damaged.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(index)
+    raise CheckpointError(
+        f"'{folder}' has a config.json but no weights. Expected {' or '.join(WEIGHTS)} (or their "
+        "shards with an index.json) beside it; finish the download."
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise CheckpointError(f"'{index}' has no weight_map. Copy the folder again.")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        path = index.parent / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise CheckpointError(
+                f"'{index}' lists the shard '{shard}', which is not in its folder. Finish the "
+                "download, or copy the folder again."
+            )
+        tensors.update(read_tensors(path))
+    return tensors
+
+
+_TWINS = (
+    "shared_image_embedding.positional_embedding",
+    "prompt_encoder.shared_embedding.positional_embedding",
+)
+"""One matrix under two names; transformers versions that tie them store it once."""
+
+_LEGACY: Mapping[str, tuple[str, int, int]] = {
+    # DINOv2's names before transformers 5: module now, module then, which part of how many.
+    "attention.q_proj": ("attention.attention.query", 0, 1),
+    "attention.k_proj": ("attention.attention.key", 0, 1),
+    "attention.v_proj": ("attention.attention.value", 0, 1),
+    "attention.o_proj": ("attention.output.dense", 0, 1),
+    "mlp.gate_proj": ("mlp.weights_in", 0, 2),
+    "mlp.up_proj": ("mlp.weights_in", 1, 2),
+    "mlp.down_proj": ("mlp.weights_out", 0, 1),
+}
+
+
+def resolve(name: str, tensors: Mapping[str, Tensor]) -> Piece:
+    """Say where the model's tensor ``name`` lies in the folder."""
+    if name in tensors:
+        return Piece((name,))
+    if name in _TWINS:
+        return Piece(tuple(twin for twin in _TWINS if twin in tensors) or (name,))
+    for module, (legacy, part, parts) in _LEGACY.items():
+        source = name.replace(f".{module}.", f".{legacy}.")
+        if source != name and source in tensors:
+            return Piece((source,), part, parts)
+    return Piece((name,))

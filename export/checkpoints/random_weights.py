@@ -1,0 +1,73 @@
+"""Seeded random weights under which every term of the model matters.
+
+``transformers`` initialises many parameters to zero or almost (position embeddings, the memory's
+temporal encoding, the fuser's layer scale), and an untrained object score is often negative,
+whereupon SAM 2 replaces its masks by a constant: two implementations then agree although one leaves
+a term out. Here nothing is zero, signals keep their size from layer to layer, and objects are
+"present".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["draw", "random_state"]
+
+SMALL = 0.1
+"""Spread of biases, tokens and position embeddings: visible beside activations of size one."""
+
+LAYER_SCALE = 0.2
+"""Centre of layer scales: branches count, and forty of them do not drown the first."""
+
+PRESENT = 5.0
+"""Bias of the object score: well above the score's own spread of about one."""
+
+_POSITION_MATRIX = re.compile(r"(shared_image_embedding|shared_embedding)\.positional_embedding$")
+_LAYER_SCALE = re.compile(r"(layer_scale\d\.lambda1|memory_fuser\.layers\.\d+\.scale)$")
+_OBJECT_SCORE = "pred_obj_score_head.proj_out.bias"
+_TOKEN = re.compile(r"(_token|_tokens|_embed)\.weight$")
+_TRANSPOSED = re.compile(r"upscale_conv\d\.weight$")
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
+    # Numpy's generator, seeded per tensor: the same values whatever the order, torch version or
+    # thread count.
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, key])))
+
+
+def draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Draw the tensor ``name`` (a name of ``Sam2VideoModel`` or ``Dinov2Model``), float32."""
+    if _POSITION_MATRIX.search(name):
+        name = "positional_embedding"  # The model holds this matrix twice, with equal values.
+    noise = torch.from_numpy(_generator(name, seed).standard_normal(shape, dtype=np.float32))
+    if name == "positional_embedding":
+        return noise
+    if _LAYER_SCALE.search(name):
+        return LAYER_SCALE * (1 + SMALL * noise)
+    if name.endswith(_OBJECT_SCORE):
+        return PRESENT + SMALL * noise
+    if name.endswith(".weight") and "norm" in name:
+        return 1 + SMALL * noise
+    if name.endswith(".weight") and len(shape) > 1 and not _TOKEN.search(name):
+        fan_in = shape[0] if _TRANSPOSED.search(name) else math.prod(shape[1:])
+        return noise / math.sqrt(fan_in)
+    return SMALL * noise
+
+
+def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """Draw every tensor of a model.
+
+    Parameters
+    ----------
+    shapes : tensor names and shapes.
+    seed : any non-negative integer; equal seeds give equal weights on every machine.
+    """
+    return {name: draw(name, tuple(shape), seed) for name, shape in shapes.items()}

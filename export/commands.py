@@ -1,0 +1,71 @@
+"""``recallseg export``: checkpoints in, proven bundle out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from recallseg.export.bundling import export_bundle
+from recallseg.export.checkpoints import load_dinov2, load_sam2
+
+__all__ = ["export"]
+
+
+def export(
+    sam2: Annotated[
+        str,
+        typer.Option(help="Hugging Face folder, Meta's file, 'demo', or random:tiny and the like."),
+    ],
+    dinov2: Annotated[str, typer.Option(help="Likewise; random:small and the like.")],
+    output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    image_size: Annotated[int, typer.Option(help="Side in pixels of SAM 2's input.")] = 1024,
+    embed_size: Annotated[
+        Optional[int], typer.Option(help="Side in pixels of DINOv2's input.", show_default="224")
+    ] = None,
+    object_pointers: Annotated[
+        bool, typer.Option(help="Give memory attention SAM 2's object pointers too.")
+    ] = True,
+    name: Annotated[
+        Optional[str],
+        typer.Option(help="What the bundle calls itself.", show_default="the folder's name"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing bundle.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the measured parity as JSON.")
+    ] = False,
+) -> None:
+    """Export a bundle and prove it: every graph and the whole are compared with PyTorch."""
+    progress = Console(stderr=True)
+    with progress.status("load checkpoints") as status:
+        first = load_sam2(sam2, image_size=image_size)
+        second = load_dinov2(dinov2)
+        bundle = export_bundle(
+            first,
+            second,
+            output,
+            name=name,
+            embed_size=embed_size,
+            object_pointers=object_pointers,
+            overwrite=overwrite,
+            report=lambda step: status.update(step),
+        )
+    parity = bundle.manifest["parity"]
+    if as_json:
+        typer.echo(
+            json.dumps({"bundle": str(output), "identity": bundle.identity, "parity": parity})
+        )
+        return
+    worst: dict[str, float] = {}
+    for entry in parity:
+        worst[entry["graph"]] = max(worst.get(entry["graph"], 0.0), entry["error"])
+    typer.echo(repr(bundle))
+    for graph, error in worst.items():
+        typer.echo(f"  {graph:<11} largest relative error against PyTorch {error:.1e}")
+    if bundle.notice:
+        typer.echo(f"  {bundle.notice}")

@@ -1,0 +1,95 @@
+"""What the segmenter is trained on: masks, its own estimate of their quality, and presence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["SegmentationLoss", "coarse_loss", "hard_dice", "segmentation_loss"]
+
+# Pixels (at a quarter of the image size) added to both sides of the Dice ratio: keeps it finite
+# for an absent structure and makes a few false pixels there cost something, but not everything.
+DICE_SMOOTHING = 4.0
+
+
+@dataclass(frozen=True)
+class SegmentationLoss:
+    """Loss of one step and what was seen on the way.
+
+    Attributes
+    ----------
+    total
+        Scalar to minimise.
+    dice
+        ``n`` Dice of the mask that deployment would pick (highest IoU estimate), detached.
+    """
+
+    total: Tensor
+    dice: Tensor
+
+
+def hard_dice(logits: Tensor, target: Tensor) -> Tensor:
+    """Dice of thresholded masks over the last two axes; 1 where both are empty."""
+    found, wanted = logits > 0, target > 0.5
+    overlap = (found & wanted).flatten(-2).sum(-1)
+    total = found.flatten(-2).sum(-1) + wanted.flatten(-2).sum(-1)
+    return torch.where(total > 0, 2.0 * overlap / total.clamp(min=1), 1.0)
+
+
+def _mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Dice plus cross-entropy per mask over the last two axes; soft targets are welcome."""
+    found = logits.sigmoid()
+    overlap = (found * target).flatten(-2).sum(-1)
+    total = (found.square() + target.square()).flatten(-2).sum(-1)
+    dice = 1.0 - (2.0 * overlap + DICE_SMOOTHING) / (total + DICE_SMOOTHING)
+    cross = F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
+    return dice + 2.0 * cross.flatten(-2).mean(-1)
+
+
+def segmentation_loss(
+    logits: Tensor, iou: Tensor, object_score: Tensor, masks: Tensor, weights: Tensor
+) -> SegmentationLoss:
+    """Compare three candidates per structure with the truth.
+
+    Parameters
+    ----------
+    logits
+        ``n x 3 x S/4 x S/4``.
+    iou
+        ``n x 3`` estimated IoU in 0..1.
+    object_score
+        ``n`` logits for the structure being there.
+    masks
+        ``n x S x S``, 0 or 1.
+    weights
+        ``n``; 0 leaves a sample out.
+    """
+    target = F.avg_pool2d(masks[:, None], 4)
+    losses = _mask_loss(logits, target)
+    best = losses.argmin(dim=1)
+    rows = torch.arange(len(best), device=best.device)
+    # The best candidate is judged on a finer grid, so that the logits, enlarged bilinearly as in
+    # deployment, put thin things and edges where they are within a pixel of the small grid.
+    fine = F.interpolate(logits[rows, best][:, None], scale_factor=2.0, mode="bilinear")
+    best_loss = _mask_loss(fine, F.avg_pool2d(masks[:, None], 2))[:, 0]
+
+    with torch.no_grad():
+        dice = hard_dice(logits, target)
+        actual_iou = dice / (2.0 - dice)
+        picked = dice[rows, iou.argmax(dim=1)]
+        present = (masks.flatten(1).amax(dim=1) > 0).float()
+    quality = (iou - actual_iou).abs().mean(dim=1)
+    presence = F.binary_cross_entropy_with_logits(object_score, present, reduction="none")
+    sample = best_loss + 0.1 * losses.mean(dim=1) + 0.5 * quality + 0.2 * presence
+    total = (sample * weights).sum() / weights.sum().clamp(min=1.0)
+    return SegmentationLoss(total=total, dice=picked)
+
+
+def coarse_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+    """Loss of a coarse mask ``n x h x w`` read straight from the conditioned features."""
+    stride = masks.shape[-1] // logits.shape[-1]
+    losses = _mask_loss(logits, F.avg_pool2d(masks[:, None], stride)[:, 0])
+    return (losses * weights).sum() / weights.sum().clamp(min=1.0)

@@ -1,0 +1,87 @@
+"""One PyTorch module -> one ONNX file with the names and dynamic axes that its spec states."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from recallseg.engines.errors import ExportError
+from recallseg.engines.specs import Geometry, GraphSpec
+
+__all__ = ["OPSET", "example_inputs", "export_graph"]
+
+OPSET = 18
+"""Of the ``portable`` variant: every runtime and TensorRT in use accepts it."""
+
+_EXTERNAL_DATA_BYTES = 1_800_000_000  # an ONNX file is a protobuf message, which ends at 2 GiB
+_EXAMPLE = {"n": 2, "k": 3}  # neither 0 nor 1, which tracing would take for constants
+
+
+def example_inputs(
+    spec: GraphSpec, generator: torch.Generator, *, n: int = 2, k: int = 3
+) -> dict[str, Tensor]:
+    """Draw random inputs of the right kind: masks of 0 and 1, times in 0..1, the rest normal."""
+    inputs: dict[str, Tensor] = {}
+    for tensor in spec.inputs:
+        shape = tensor.resolve(n=n, k=k)
+        if tensor.name == "masks":
+            inputs[tensor.name] = (torch.rand(shape, generator=generator) > 0.5).float()
+        elif tensor.name == "pointer_time":
+            inputs[tensor.name] = torch.rand(shape, generator=generator)
+        else:
+            inputs[tensor.name] = torch.randn(shape, generator=generator)
+    return inputs
+
+
+def export_graph(module: nn.Module, spec: GraphSpec, geometry: Geometry, path: Path) -> None:
+    """Write ``module`` to ``path`` (and ``path`` + ``.data`` if it is too large for one file).
+
+    Parameters
+    ----------
+    module : in eval mode, on the CPU, fp32; takes and returns the tensors of ``spec`` in order.
+    spec : names and shapes; the symbols ``n`` and ``k`` become dynamic axes.
+    geometry : gives the largest n and k.
+    path : of the ``.onnx`` file.
+
+    Raises
+    ------
+    ExportError
+        If the exporter fails, with its own words.
+    """
+    limits = {"n": geometry.max_n, "k": geometry.max_k}
+    dims = {symbol: torch.export.Dim(symbol, min=1, max=limit) for symbol, limit in limits.items()}
+    axes = tuple(
+        {i: dims[size] for i, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in spec.inputs
+    )
+    inputs = example_inputs(spec, torch.Generator().manual_seed(0), **_EXAMPLE)
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)  # it warns that torchvision's operators are not installed
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # deprecations inside torch and transformers, not ours
+            program = torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+                dynamic_shapes=axes if any(axes) else None,
+                verbose=False,
+            )
+            if program is None:
+                raise ExportError(f"graph '{spec.name}': the exporter returned nothing.")
+            program.save(path, external_data=size > _EXTERNAL_DATA_BYTES)
+    except ExportError:
+        raise
+    except Exception as error:  # the exporter raises many kinds; all mean the same to the caller
+        raise ExportError(f"graph '{spec.name}' cannot be exported to ONNX: {error}") from error
+    finally:
+        exporter_log.setLevel(level)

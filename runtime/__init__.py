@@ -1,0 +1,1 @@
+"""Library, retrieval, segmentation and the services around them. Depends on ``engines`` only."""

@@ -1,0 +1,70 @@
+"""How a library is tied to its bundle: what it records of it, how it finds it, who encodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.errors import BundleError, LibraryMismatchError
+from recallseg.runtime.encoding import ExemplarEncoder, MemoryLayout
+from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.records import Settings
+
+__all__ = ["accept_bundle", "bundle_settings", "encoder_maker", "find_bundle", "open_bundle"]
+
+
+def open_bundle(bundle: Bundle | str | Path) -> Bundle:
+    """Open a folder or a shipped bundle by name; an open bundle is returned as it is."""
+    return Bundle.open(bundle) if isinstance(bundle, (str, Path)) else bundle
+
+
+def bundle_settings(bundle: Bundle) -> dict[str, Any]:
+    """Return those fields of :class:`Settings` that come from the bundle."""
+    return {
+        "identity": bundle.identity,
+        "bundle_name": bundle.name,
+        "bundle_path": str(Path(bundle.path).absolute()),
+        "embedding_dim": bundle.geometry.embedding_dim,
+        "layout": MemoryLayout.of(bundle.geometry),
+    }
+
+
+def encoder_maker(
+    engine: str, precision: str, threads: int | None
+) -> Callable[[Bundle, Intensity], ExemplarEncoder]:
+    """Return what makes a bundle's own encoder when it is first needed."""
+
+    def make(bundle: Bundle, intensity: Intensity) -> ExemplarEncoder:
+        # Readers need no engine, and loading one takes a second.
+        from recallseg.runtime.encoder import BundleEncoder
+
+        return BundleEncoder(bundle, intensity, engine=engine, precision=precision, threads=threads)
+
+    return make
+
+
+def find_bundle(settings: Settings, library: Path) -> Bundle:
+    """Open the bundle that made the library, at its old place or else by its name."""
+    try:
+        bundle = Bundle.open(settings.bundle_path)
+    except BundleError:  # moved, or a shipped one of another installation
+        bundle = Bundle.open(settings.bundle_name)
+    return accept_bundle(bundle, settings, library)
+
+
+def accept_bundle(bundle: Bundle, settings: Settings, library: Path) -> Bundle:
+    """Return ``bundle`` if it made the library; LibraryMismatchError otherwise."""
+    if bundle.identity != settings.identity:
+        mend = (
+            "or encode its images anew with 'recallseg library rebuild'"
+            if settings.keep_sources
+            else "or make a new library: this one did not keep its images"
+        )
+        raise LibraryMismatchError(
+            f"the library {library} was made with bundle '{settings.bundle_name}' (identity "
+            f"{settings.identity[:12]}), not with '{bundle.name}' ({bundle.identity[:12]}). Open "
+            f"it with the former, {mend}."
+        )
+    return bundle

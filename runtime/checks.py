@@ -1,0 +1,212 @@
+"""Checks of what callers hand in: images, masks, structure names, tags, keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import InputError
+
+__all__ = ["check_annotation", "check_image", "check_key", "check_mask", "check_name", "check_tags"]
+
+MAX_NAME = 64
+MAX_KEY = 256
+
+
+def check_image(image: Any) -> NDArray[Any]:
+    """Return ``image`` as a C-contiguous array of native byte order, HxW (grey) or HxWx3 (RGB).
+
+    Any integer or floating dtype is taken. HxWx1 and HxWx4 are refused rather than guessed at.
+
+    Raises
+    ------
+    InputError
+        If it is no array, has another dtype or shape, is empty, or has NaN or infinite pixels.
+    """
+    if not isinstance(image, np.ndarray):
+        raise InputError(
+            f"an image must be a numpy array HxW or HxWx3, got {type(image).__name__}. Convert it "
+            "with numpy.asarray(image)."
+        )
+    if not (np.issubdtype(image.dtype, np.integer) or np.issubdtype(image.dtype, np.floating)):
+        raise InputError(
+            f"an image must have an integer or floating dtype, got {image.dtype}. Convert it, for "
+            "example with image.astype(numpy.float32)."
+        )
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise InputError(
+            f"an image must have shape HxW (grey) or HxWx3 (RGB), got "
+            f"{_shape(image)}.{_shape_hint(image)}"
+        )
+    if image.size == 0:
+        raise InputError(f"the image is empty: its shape is {_shape(image)}.")
+    if np.issubdtype(image.dtype, np.floating):
+        wrong = image.size - int(np.count_nonzero(np.isfinite(image)))
+        if wrong:
+            raise InputError(
+                f"the image has {wrong} NaN or infinite pixels of {image.size}. Replace them, for "
+                "example with numpy.nan_to_num(image)."
+            )
+    return np.ascontiguousarray(image, image.dtype.newbyteorder("="))
+
+
+def check_mask(
+    mask: Any, shape: tuple[int, ...], name: str = "mask", *, allow_empty: bool = False
+) -> NDArray[np.bool_]:
+    """Return ``mask`` as a boolean array of the image's height and width.
+
+    Boolean masks are taken, and integer ones whose values are 0 and 1, or 0 and 255.
+
+    Parameters
+    ----------
+    mask : HxW.
+    shape : shape of the image it belongs to; the first two axes count.
+    name : structure, for the message.
+    allow_empty : take a mask without any pixel set.
+
+    Raises
+    ------
+    InputError
+        If it is no such array, has another size, other values, or no pixel set.
+    """
+    if not isinstance(mask, np.ndarray):
+        raise InputError(
+            f"the mask of '{name}' must be a numpy array, got {type(mask).__name__}. Convert it "
+            "with numpy.asarray(mask)."
+        )
+    if mask.shape != tuple(shape[:2]):
+        raise InputError(
+            f"the mask of '{name}' has shape {_shape(mask)}, the image is {shape[0]}x{shape[1]} "
+            "(height x width). Draw it on the image's own grid, or resample it."
+        )
+    if mask.dtype != np.bool_:
+        if not np.issubdtype(mask.dtype, np.integer):
+            raise InputError(
+                f"the mask of '{name}' must be boolean, or integer with values 0 and 1, got "
+                f"{mask.dtype}. Threshold it, for example with mask > 0.5."
+            )
+        highest = int(mask.max(initial=0))
+        if highest not in (0, 1, 255) or not ((mask == 0) | (mask == highest)).all():
+            values = np.unique(mask)
+            raise InputError(
+                f"the mask of '{name}' has the values {_some(values.tolist())}; expected 0 and 1, "
+                "or 0 and 255. Of a label map, pass one structure at a time: label_map == value."
+            )
+    result = np.ascontiguousarray(mask, np.bool_)
+    if not allow_empty and not result.any():
+        raise InputError(
+            f"the mask of '{name}' is empty. If the image does not show this structure, leave the "
+            f"mask out and pass absent=('{name}',)."
+        )
+    return result
+
+
+def check_annotation(
+    masks: Mapping[str, Any], absent: Iterable[str], shape: tuple[int, ...]
+) -> tuple[dict[str, NDArray[np.bool_]], tuple[str, ...]]:
+    """Return boolean masks by structure, and the distinct structures said to be absent.
+
+    Raises
+    ------
+    InputError
+        For an unusable name or mask, a structure that is in both, or nothing in either.
+    """
+    if not isinstance(masks, Mapping):
+        raise InputError(f"masks must map structures to arrays, got {type(masks).__name__}.")
+    if isinstance(absent, str):
+        raise InputError(
+            f"absent must be a list of names, got the string '{absent}': pass ('{absent}',)."
+        )
+    missing = tuple(dict.fromkeys(check_name(name) for name in absent))
+    checked = {check_name(name): check_mask(mask, shape, name) for name, mask in masks.items()}
+    both = [name for name in missing if name in checked]
+    if both:
+        raise InputError(
+            f"'{both[0]}' has a mask and is said to be absent; it can only be one of them."
+        )
+    if not checked and not missing:
+        raise InputError(
+            "an exemplar needs a mask of at least one structure, or one that is absent."
+        )
+    return checked, missing
+
+
+def check_name(name: Any, what: str = "structure") -> str:
+    """Return a structure's (or tag's) name.
+
+    Raises
+    ------
+    InputError
+        If it is not text of 1 to 64 printable characters without slashes, leading dot and
+        surrounding space: names appear in file names, command lines and reports.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"a {what} name must be text, got {name!r} ({type(name).__name__}).")
+    if not name or len(name) > MAX_NAME:
+        raise InputError(
+            f"a {what} name must have 1 to {MAX_NAME} characters, got {len(name)}: {name[:80]!r}."
+        )
+    if (
+        not name.isprintable()
+        or any(c in name for c in "/\\")
+        or name[0] == "."
+        or name != name.strip()
+    ):
+        raise InputError(
+            f"{name!r} cannot name a {what}: use printable characters, no '/' or '\\', no leading "
+            "dot, no space at either end."
+        )
+    return name
+
+
+def check_key(key: Any) -> str:
+    """Return an exemplar's key: 1 to 256 printable characters; raises InputError otherwise."""
+    if not isinstance(key, str) or not key or len(key) > MAX_KEY or not key.isprintable():
+        raise InputError(
+            f"an exemplar's key must be text of 1 to {MAX_KEY} printable characters, got "
+            f"{str(key)[:80]!r} ({type(key).__name__})."
+        )
+    return key
+
+
+def check_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
+    """Return tags sorted by name; raises InputError unless they map names to printable text."""
+    if tags is not None and not isinstance(tags, Mapping):
+        raise InputError(f"tags must map names to text, got {type(tags).__name__}.")
+    checked = {}
+    for name, value in (tags or {}).items():
+        if (
+            not isinstance(value, str)
+            or not value
+            or len(value) > MAX_KEY
+            or not value.isprintable()
+        ):
+            raise InputError(
+                f"tag {name!r} must have a value of 1 to {MAX_KEY} printable characters, got "
+                f"{value!r}."
+            )
+        checked[check_name(name, "tag")] = value
+    return dict(sorted(checked.items()))
+
+
+def _shape(array: NDArray[Any]) -> str:
+    return "x".join(str(size) for size in array.shape) or "no axes"
+
+
+def _shape_hint(image: NDArray[Any]) -> str:
+    last = image.shape[-1] if image.ndim == 3 else 0
+    if last == 1:
+        return " Drop the last axis: image[..., 0]."
+    if last == 4:
+        return " Drop the opacity channel: image[..., :3]."
+    if image.ndim == 3 and image.shape[0] == 3:
+        return " Put the channels last: numpy.moveaxis(image, 0, -1)."
+    return " Of a volume, pass one slice at a time." if image.ndim == 3 else ""
+
+
+def _some(values: Iterable[Any]) -> str:
+    values = [str(value) for value in values]
+    return ", ".join(values[:6]) + (", ..." if len(values) > 6 else "")

@@ -1,0 +1,1 @@
+"""The runtime's commands. Importing these modules is cheap: each command imports what it needs."""

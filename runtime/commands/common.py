@@ -1,0 +1,128 @@
+"""What commands share: options, parsing of their values, progress, output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional, TypeVar
+
+import typer
+
+from recallseg.engines.errors import InputError
+
+__all__ = [
+    "EngineOption",
+    "JsonOption",
+    "LibraryArgument",
+    "PrecisionOption",
+    "ThreadsOption",
+    "emit_json",
+    "note",
+    "parsed",
+    "progress_bar",
+    "say_notice",
+    "split_list",
+    "split_numbers",
+    "split_tags",
+]
+
+T = TypeVar("T")
+
+LibraryArgument = Annotated[
+    Path, typer.Argument(metavar="LIB", help="Folder of the library.", show_default=False)
+]
+EngineOption = Annotated[str, typer.Option("--engine", help="What runs the networks.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="Precision of the graphs.")]
+ThreadsOption = Annotated[
+    Optional[int],
+    typer.Option("--threads", min=1, help="CPU threads.", show_default="one per usable core"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+
+
+def parsed(parse: Callable[[str], T], text: str, option: str) -> T:
+    """Parse an option's value; what is wrong with it is a usage error (exit status 2)."""
+    try:
+        return parse(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def split_list(text: str) -> list[str]:
+    """Split a comma-separated list of distinct names; raises InputError otherwise."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise InputError(f"'{text}' has an empty entry; expected names separated by commas.")
+    if len(set(names)) < len(names):
+        raise InputError(f"'{text}' names something twice.")
+    return names
+
+
+def split_numbers(text: str) -> list[int]:
+    """Split a comma-separated list of distinct whole numbers; raises InputError otherwise."""
+    names = split_list(text)
+    if not all(name.isascii() and name.isdecimal() and int(name) > 0 for name in names):
+        raise InputError(
+            f"'{text}' must be whole numbers from 1, separated by commas, e.g. 1,4,16."
+        )
+    return [int(name) for name in names]
+
+
+def split_tags(items: list[str] | None) -> dict[str, str]:
+    """Split ``name=value`` items; raises InputError on other syntax or a name given twice."""
+    tags: dict[str, str] = {}
+    for item in items or ():
+        name, sign, value = item.partition("=")
+        if not sign or not name or not value:
+            raise InputError(f"a tag must read like modality=MR, got '{item}'.")
+        if name in tags:
+            raise InputError(f"tag '{name}' is given twice.")
+        tags[name] = value
+    return tags
+
+
+def note(message: str) -> None:
+    """Say something to a person, on stderr: stdout belongs to the answer."""
+    typer.echo(message, err=True)
+
+
+def emit_json(value: Any) -> None:
+    """Print a JSON value on stdout."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def say_notice(notice: str) -> None:
+    """Say, unmissably, what must be said of the weights; nothing when there is nothing to say."""
+    if notice:
+        from rich.console import Console
+        from rich.panel import Panel
+        from rich.text import Text
+
+        Console(stderr=True).print(Panel(Text(notice.upper(), justify="center"), style="bold red"))
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on stderr while it is a terminal; call the result after each step."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[step]}"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total, step="")
+        yield lambda step: progress.update(task, advance=1, step=step)

@@ -1,0 +1,269 @@
+"""The library's SQLite file: schema, connection, transactions, and what its errors mean.
+
+A rollback journal with ``synchronous=EXTRA``, not a write-ahead log: a reader needs no side file,
+so a library opens on read-only media, and a commit also survives a power loss. Readers and the one
+writer exclude each other for the milliseconds of a commit; everything slow happens outside.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recallseg.engines.errors import (
+    LibraryCorruptError,
+    LibraryError,
+    LibraryLockedError,
+    LibraryNotFoundError,
+    LibraryVersionError,
+    LibraryWriteError,
+)
+
+__all__ = ["FORMAT_VERSION", "Database"]
+
+FORMAT_VERSION = 1
+APPLICATION_ID = 0x52534547  # "RSEG"
+BUSY_SECONDS = 30.0
+"""How long to wait for another process's commit or read, both of milliseconds."""
+
+_SCHEMA = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+-- One row. revision counts commits that change exemplars; generation counts re-encodings of all.
+CREATE TABLE state (revision INTEGER NOT NULL, generation INTEGER NOT NULL,
+                    exemplars INTEGER NOT NULL, digest_sum TEXT NOT NULL);
+CREATE TABLE exemplars (id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE,
+                        content TEXT NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL,
+                        created TEXT NOT NULL, source BLOB, digest BLOB NOT NULL);
+CREATE TABLE structures (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
+                         present INTEGER NOT NULL, absent INTEGER NOT NULL);
+CREATE TABLE annotations (structure INTEGER NOT NULL, present INTEGER NOT NULL,
+                          exemplar INTEGER NOT NULL,
+                          PRIMARY KEY (structure, present, exemplar)) WITHOUT ROWID;
+CREATE INDEX annotations_by_exemplar ON annotations (exemplar);
+CREATE TABLE tags (exemplar INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,
+                   PRIMARY KEY (exemplar, name)) WITHOUT ROWID;
+CREATE INDEX tags_by_value ON tags (name, value, exemplar);
+CREATE TABLE encodings (generation INTEGER NOT NULL, exemplar INTEGER NOT NULL,
+                        embedding BLOB NOT NULL, digest BLOB NOT NULL,
+                        UNIQUE (generation, exemplar));
+CREATE TABLE memories (generation INTEGER NOT NULL, exemplar INTEGER NOT NULL,
+                       structure INTEGER NOT NULL, shard INTEGER NOT NULL, slot INTEGER NOT NULL,
+                       digest BLOB NOT NULL,
+                       PRIMARY KEY (generation, exemplar, structure)) WITHOUT ROWID;
+CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, generation INTEGER NOT NULL,
+                     slots INTEGER NOT NULL);
+CREATE TABLE removals (revision INTEGER NOT NULL, exemplar INTEGER NOT NULL,
+                       PRIMARY KEY (revision, exemplar)) WITHOUT ROWID;
+CREATE TABLE indexes (structure INTEGER NOT NULL, present INTEGER NOT NULL,
+                      revision INTEGER NOT NULL, last INTEGER NOT NULL,
+                      count INTEGER NOT NULL, file TEXT NOT NULL, bytes INTEGER NOT NULL,
+                      quick BLOB NOT NULL, digest BLOB NOT NULL,
+                      PRIMARY KEY (structure, present)) WITHOUT ROWID;
+"""
+
+
+class Database:
+    """One connection. May be shared between threads: each statement or transaction takes a lock."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, writable: bool) -> None:
+        self.path = path
+        self.writable = writable
+        self._connection = connection
+        self._lock = threading.RLock()
+        self._close = weakref.finalize(self, connection.close)
+
+    @classmethod
+    def create(cls, path: Path, fill: Iterable[tuple[str, Sequence[Any]]]) -> Database:
+        """Make the file with its schema and the rows of ``fill``, in one transaction."""
+        database = cls(path, _connect(path, "rwc"), True)
+        try:
+            database.execute("PRAGMA page_size=8192")
+            database._prepare()
+            with database.transaction():
+                for statement in _SCHEMA.split(";\n"):
+                    if statement.strip():
+                        database.execute(statement)
+                for statement, values in fill:
+                    database.execute(statement, values)
+                database.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                database.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    @classmethod
+    def open(cls, path: Path, writable: bool) -> Database:
+        """Open the file.
+
+        Raises
+        ------
+        LibraryNotFoundError
+            If there is no library, or its creation was interrupted.
+        LibraryVersionError
+            If the format is newer.
+        LibraryCorruptError
+            If it is no SQLite file, or another program's.
+        """
+        if not path.is_file() or path.stat().st_size == 0:
+            raise LibraryNotFoundError(
+                f"there is no library in {path.parent}: {path.name} is missing or empty. Make one "
+                "with 'recallseg library create'."
+            )
+        # Undoing a commit that was cut off takes write permission: readers ask for it if they can.
+        may_write = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+        if writable and not may_write:
+            raise LibraryWriteError(
+                f"{path.parent} cannot be written by this user. Open it for reading, grant write "
+                "permission, or copy it to a folder that can be written."
+            )
+        database = cls(path, _connect(path, "rw" if may_write else "ro"), writable)
+        try:
+            application = database.value("PRAGMA application_id")
+            version = database.value("PRAGMA user_version")
+            if (
+                application == 0
+                and version == 0
+                and not database.value("SELECT count(*) FROM sqlite_master")
+            ):
+                raise LibraryNotFoundError(
+                    f"the library in {path.parent} was never finished. Make it again with "
+                    "'recallseg library create'."
+                )
+            if application != APPLICATION_ID:
+                raise LibraryCorruptError(f"{path} is not a RecallSeg library's catalog.")
+            if version > FORMAT_VERSION:
+                raise LibraryVersionError(
+                    f"the library in {path.parent} has format {version}; this RecallSeg reads up "
+                    f"to {FORMAT_VERSION}. Update RecallSeg."
+                )
+            database._prepare()
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def close(self) -> None:
+        """Close the connection; harmless when called again."""
+        with self._lock:
+            self._close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still be used."""
+        return self._close.alive
+
+    def execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Run one statement and return all its rows."""
+        with self._lock, self._explained():
+            self._check_open()
+            return self._connection.execute(statement, values).fetchall()
+
+    def execute_many(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run one statement for each row of values."""
+        with self._lock, self._explained():
+            self._connection.executemany(statement, rows)
+
+    def value(self, statement: str, values: Sequence[Any] = ()) -> Any:
+        """Return the first column of the first row; LibraryCorruptError when there is none."""
+        rows = self.execute(statement, values)
+        if not rows:
+            raise LibraryCorruptError(
+                f"{self.path} lacks a row that every library has ({statement})."
+            )
+        return rows[0][0]
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing: commit when the block ends, roll back when it raises."""
+        with self._lock:
+            self._check_open()
+            self.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.rollback()
+                raise
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Let every statement of the block see one state of the file."""
+        with self._lock:
+            self._check_open()
+            if self._connection.in_transaction:
+                yield
+                return
+            self.execute("BEGIN")
+            try:
+                yield
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.rollback()
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise LibraryError(f"the library in {self.path.parent} has been closed. Open it again.")
+
+    def _prepare(self) -> None:
+        if self.writable:
+            self.execute("PRAGMA journal_mode=DELETE")
+            self.execute("PRAGMA synchronous=EXTRA")
+            self.execute("PRAGMA secure_delete=ON")  # a removed patient's embedding must not linger
+        else:
+            self.execute("PRAGMA query_only=ON")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Translate SQLite's errors; Python 3.10 gives no codes, only messages."""
+        try:
+            yield
+        except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
+            raise  # a mistake in this package
+        except sqlite3.OperationalError as error:
+            raise self._operational(error) from error
+        except (sqlite3.DatabaseError, OverflowError) as error:
+            raise self._corrupt(error) from error
+
+    def _operational(self, error: sqlite3.OperationalError) -> LibraryError:
+        text = str(error)
+        if "locked" in text or "busy" in text:
+            return LibraryLockedError(
+                f"{self.path} stayed locked for {BUSY_SECONDS:.0f} s by another process. Try again."
+            )
+        if "full" in text or "readonly" in text or (self.writable and "I/O" in text):
+            return LibraryWriteError(
+                f"cannot write {self.path}: {text}. Free some disk space or check the "
+                "permissions. What was stored before is unharmed."
+            )
+        if "unable to open" in text:
+            return LibraryWriteError(
+                f"cannot open {self.path}: {text}. If its last write was interrupted, open it "
+                "once where it can be written."
+            )
+        return self._corrupt(error)
+
+    def _corrupt(self, error: Exception) -> LibraryCorruptError:
+        return LibraryCorruptError(
+            f"the catalog {self.path} is damaged: {error}. Restore it from a backup; sources and "
+            "memories beside it may be intact."
+        )
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    try:
+        return sqlite3.connect(
+            uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+    except sqlite3.OperationalError as error:
+        raise LibraryWriteError(
+            f"cannot open {path}: {error}. Check the folder's permissions."
+        ) from error

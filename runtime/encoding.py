@@ -1,0 +1,113 @@
+"""What one exemplar becomes, and who makes it: the contract between library and encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import EngineRunError
+from recallseg.engines.specs import Geometry
+
+__all__ = ["Encoded", "ExemplarEncoder", "MemoryLayout", "check_encoded"]
+
+UNIT_TOLERANCE = 1e-3
+"""How far an embedding's length may be from 1: float32 sums over a few thousand channels, with room
+for engines of lower precision. The library divides by the length that it finds."""
+FP16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Embedding and memories of one exemplar.
+
+    Attributes
+    ----------
+    embedding : D float32, unit length.
+    memories : structure -> T x memory_dim float32.
+    pointers : structure -> C float32.
+    """
+
+    embedding: NDArray[np.float32]
+    memories: Mapping[str, NDArray[Any]]
+    pointers: Mapping[str, NDArray[Any]]
+
+
+class ExemplarEncoder(Protocol):
+    """Runs ``embed``, ``encode`` and ``memorize`` on one annotated image."""
+
+    def encode(self, image: NDArray[Any], masks: Mapping[str, NDArray[np.bool_]]) -> Encoded:
+        """Encode an image HxW or HxWx3 and a mask HxW for each structure (there may be none)."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryLayout:
+    """Shape of one stored memory: T tokens of ``memory_dim``, a pointer of ``pointer_dim`` (C)."""
+
+    tokens: int
+    memory_dim: int
+    pointer_dim: int
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> MemoryLayout:
+        """Return the layout of a bundle's memories."""
+        return cls(geometry.tokens, geometry.memory_dim, geometry.channels)
+
+
+def check_encoded(
+    encoded: Encoded, structures: tuple[str, ...], embedding_dim: int, layout: MemoryLayout
+) -> Encoded:
+    """Return what is stored: normalised embedding, fp16 memories, fp32 pointers.
+
+    Raises
+    ------
+    EngineRunError
+        If the encoder left out a structure, or gave another shape, a value that is not finite, a
+        memory beyond fp16's range, or an embedding that is not of unit length.
+    """
+    embedding = _tensor("embedding", encoded.embedding, (embedding_dim,))
+    length = float(np.linalg.norm(embedding))
+    if abs(length - 1.0) > UNIT_TOLERANCE:
+        raise EngineRunError(
+            f"the encoder's embedding has length {length:.6g}; expected 1. Verify the engine with "
+            "'recallseg verify'."
+        )
+    memories: dict[str, NDArray[np.float16]] = {}
+    pointers: dict[str, NDArray[np.float32]] = {}
+    for name in structures:
+        if name not in encoded.memories or name not in encoded.pointers:
+            raise EngineRunError(
+                f"the encoder returned no memory or no pointer for structure '{name}'."
+            )
+        memory = _tensor(
+            f"memory of '{name}'", encoded.memories[name], (layout.tokens, layout.memory_dim)
+        )
+        largest = float(np.abs(memory).max())
+        if largest > FP16_MAX:
+            raise EngineRunError(
+                f"the memory of '{name}' reaches {largest:.6g}; memories are stored in fp16, "
+                f"which ends at {FP16_MAX:.0f}. Verify the engine with 'recallseg verify'."
+            )
+        memories[name] = memory.astype(np.float16)
+        pointers[name] = _tensor(
+            f"pointer of '{name}'", encoded.pointers[name], (layout.pointer_dim,)
+        )
+    return Encoded(embedding / np.float32(length), memories, pointers)
+
+
+def _tensor(what: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    if array.shape != shape or not np.issubdtype(array.dtype, np.floating):
+        raise EngineRunError(
+            f"the encoder's {what} must be floating point of shape {shape}, got {array.dtype} of "
+            f"shape {array.shape}."
+        )
+    if not np.isfinite(array).all():
+        raise EngineRunError(
+            f"the encoder's {what} has values that are not finite: the engine is wrong for this "
+            "precision. Verify it with 'recallseg verify'."
+        )
+    return np.ascontiguousarray(array, np.float32)

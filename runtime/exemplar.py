@@ -1,0 +1,73 @@
+"""What a library tells about its exemplars, its matches and its health."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Exemplar", "LibraryReport", "Match"]
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """One annotated image of a library.
+
+    Attributes
+    ----------
+    key : its name in the library.
+    structures : structures that it shows, with a mask each.
+    absent : structures that it is known not to show.
+    tags : e.g. ``{"modality": "MR"}``.
+    height, width : of the image in pixels.
+    created : when it was added, ISO 8601, UTC.
+    content : SHA-256 of pixels, masks and absent structures.
+    has_source : whether image and masks were kept.
+    """
+
+    key: str
+    structures: tuple[str, ...]
+    absent: tuple[str, ...]
+    tags: Mapping[str, str]
+    height: int
+    width: int
+    created: str
+    content: str = field(repr=False)
+    has_source: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """One exemplar that a search found.
+
+    Attributes
+    ----------
+    key : exemplar.
+    distance : cosine distance of the embeddings, 0 (same direction) to 2.
+    absent : whether the exemplar says that the structure is absent; it then has no memory of it.
+    """
+
+    key: str
+    distance: float
+    absent: bool = False
+
+
+@dataclass(frozen=True)
+class LibraryReport:
+    """What a verification read, and everything that was wrong.
+
+    Attributes
+    ----------
+    exemplars, memories, sources, indexes : how many of each were compared with their digests.
+    problems : one sentence each; empty when all is well.
+    """
+
+    exemplars: int
+    memories: int
+    sources: int
+    indexes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.problems

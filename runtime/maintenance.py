@@ -1,0 +1,190 @@
+"""Work on a whole library: clean up after a crash, verify, compact, encode anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from recallseg.engines.errors import LibraryError
+from recallseg.runtime.catalog import Catalog
+from recallseg.runtime.encoding import Encoded, ExemplarEncoder, check_encoded
+from recallseg.runtime.exemplar import LibraryReport
+from recallseg.runtime.records import Settings
+from recallseg.runtime.retrieval import Retrieval
+from recallseg.runtime.shards import Place, ShardReader, ShardWriter, digest_record, shard_file
+from recallseg.runtime.sources import SourceStore
+from recallseg.runtime.storage import sync_directory, writing
+
+__all__ = ["append", "compact", "encode_all", "reclaim", "verify"]
+
+_PAGE = 256
+
+Progress = Callable[[int, int], None]
+
+
+def append(
+    catalog: Catalog, writer: ShardWriter, encoded: Encoded, generation: int
+) -> dict[str, tuple[Place, bytes]]:
+    """Write an exemplar's memories durably; return their places and digests by structure."""
+    places = catalog.allocate(len(encoded.memories), writer.capacity, generation)
+    written = {
+        name: (place, writer.append(place, memory, encoded.pointers[name]))
+        for place, (name, memory) in zip(places, encoded.memories.items(), strict=True)
+    }
+    for shard in {place.shard for place in places}:
+        writer.sync(shard)
+    return written
+
+
+def reclaim(catalog: Catalog, sources: SourceStore, memories: Path) -> None:
+    """Delete what a writer that died left behind: files that the catalog does not name."""
+    with writing(memories):
+        if memories.is_dir():
+            named = {shard_file(memories, shard).name for shard in catalog.shards()}
+            for path in memories.iterdir():
+                if path.name not in named:
+                    path.unlink()
+        sources.remove(catalog.next_number())
+        removed = catalog.last_removed()
+        if removed is not None:
+            sources.remove(removed)
+
+
+def compact(
+    catalog: Catalog, reader: ShardReader, writer: ShardWriter, memories: Path, generation: int
+) -> int:
+    """Copy the memories in use to new shards and delete the others; return the bytes freed."""
+    before = _shard_bytes(memories)
+    moves: list[tuple[Place, Place]] = []
+    after, target = 0, None
+    while page := catalog.memories(after, _PAGE):
+        for number, name, place, digest in page:
+            if target is None:
+                target = catalog.allocate(1, writer.capacity, generation, fresh=True)[0]
+            elif target.slot + 1 < writer.capacity:
+                target = Place(target.shard, target.slot + 1)
+            else:
+                writer.sync(target.shard)
+                target = Place(target.shard + 1, 0)
+            if writer.append(target, *reader.record(place)) != digest:
+                raise LibraryError(
+                    f"the memory of '{name}' of exemplar number {number} does not match its "
+                    "digest. Run 'recallseg library verify', remove or rebuild what it names, "
+                    "then compact."
+                )
+            moves.append((place, target))
+            after = number
+    if target is not None:
+        writer.sync(target.shard)
+    catalog.move(moves, generation)
+    with writing(memories):
+        named = {shard_file(memories, shard).name for shard in catalog.shards()}
+        for path in memories.iterdir() if memories.is_dir() else ():
+            if path.name not in named:
+                path.unlink()
+        if memories.is_dir():
+            sync_directory(memories)
+    return before - _shard_bytes(memories)
+
+
+def encode_all(
+    catalog: Catalog,
+    sources: SourceStore,
+    writer: ShardWriter,
+    settings: Settings,
+    encoder: ExemplarEncoder,
+    progress: Progress,
+) -> None:
+    """Encode every exemplar for ``settings`` as a new generation, then switch in one commit."""
+    generation = _begin_generation(catalog, settings)
+    total = catalog.state().exemplars
+    done = total - catalog.count_not_encoded(generation)
+    while page := catalog.not_encoded(generation, _PAGE):
+        for number, exemplar in page:
+            progress(done, total)
+            digest = catalog.source_digest(number)
+            if digest is None:
+                raise LibraryError(f"the image of exemplar '{exemplar.key}' was not kept.")
+            image, masks = sources.read(number, digest, exemplar.key)
+            encoded = check_encoded(
+                encoder.encode(image, masks), tuple(masks), settings.embedding_dim, settings.layout
+            )
+            memories = append(catalog, writer, encoded, generation)
+            with catalog.database.transaction():
+                catalog.add_encoding(number, generation, encoded.embedding, memories)
+            done += 1
+    progress(done, total)
+    catalog.switch(generation, settings)
+
+
+def verify(
+    catalog: Catalog,
+    sources: SourceStore,
+    reader: ShardReader,
+    retrieval: Retrieval,
+    settings: Settings,
+    progress: Progress,
+) -> LibraryReport:
+    """Compare everything with its digest. Changes nothing."""
+    problems = [
+        f"catalog: {row[0]}"
+        for row in catalog.database.execute("PRAGMA integrity_check")
+        if row[0] != "ok"
+    ]
+    state = catalog.state()
+    memories, kept, seen, total, after = 0, 0, 0, 0, 0
+    while page := catalog.exemplars(after, _PAGE):
+        keys = {number: exemplar.key for number, exemplar in page}
+        problems += catalog.check_rows(page, settings.embedding_dim)
+        for number, name, place, digest in catalog.memories(after, _PAGE):
+            if number not in keys:
+                continue
+            memories += 1
+            try:
+                intact = digest_record(*reader.record(place)) == digest
+            except LibraryError as error:
+                problems.append(f"memory of '{name}' of exemplar '{keys[number]}': {error}")
+            else:
+                if not intact:
+                    problems.append(
+                        f"memory of '{name}' of exemplar '{keys[number]}' does not match its digest"
+                    )
+        for number, exemplar in page:
+            source = catalog.source_digest(number)
+            if source is not None:
+                kept += 1
+                try:
+                    sources.read(number, source, exemplar.key)
+                except LibraryError as error:
+                    problems.append(str(error))
+            seen += 1
+            total += int.from_bytes(catalog.exemplar_digest(number), "big")
+            progress(seen, state.exemplars)
+        after = page[-1][0]
+    if seen != state.exemplars or total % (1 << 256) != state.digest_sum:
+        problems.append(
+            f"catalog: {seen} exemplars found, whose digests do not add up to the library's"
+        )
+    indexes, found = retrieval.check()
+    return LibraryReport(seen, memories, kept, indexes, tuple(problems + found))
+
+
+def _begin_generation(catalog: Catalog, settings: Settings) -> int:
+    """Return the generation to fill: an interrupted one for the same bundle, or a new one."""
+    text = catalog.note("rebuild")
+    pending = json.loads(text) if text else None
+    if pending is not None and pending["identity"] == settings.identity:
+        return int(pending["generation"])
+    generation = (pending["generation"] if pending else catalog.state().generation) + 1
+    with catalog.database.transaction():
+        if pending is not None:
+            catalog.discard(pending["generation"])
+        catalog.set_note(
+            "rebuild", json.dumps({"identity": settings.identity, "generation": generation})
+        )
+    return int(generation)
+
+
+def _shard_bytes(memories: Path) -> int:
+    return sum(path.stat().st_size for path in memories.glob("*.shard"))

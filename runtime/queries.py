@@ -1,0 +1,320 @@
+"""Queries over a library's SQLite file."""
+
+# ruff: noqa: S608 - statements are put together from constants; values are always bound
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import InputError, LibraryCorruptError
+from recallseg.runtime.database import Database
+from recallseg.runtime.exemplar import Exemplar
+from recallseg.runtime.records import (
+    Settings,
+    State,
+    StoredIndex,
+    StructureRow,
+    exemplar_digest,
+)
+from recallseg.runtime.shards import Place
+
+__all__ = ["CatalogQueries", "unknown_key"]
+
+_BATCH = 400  # below SQLite's oldest limit of 999 variables per statement
+
+
+class CatalogQueries:
+    """What can be asked. Each method reads the newest committed state unless within a snapshot."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    # State
+
+    def settings(self) -> Settings:
+        """Return what the library was made with."""
+        return Settings.from_text(self.note("library") or "")
+
+    def note(self, name: str) -> str | None:
+        """Return one stored text, or None."""
+        rows = self.database.execute("SELECT value FROM settings WHERE name = ?", (name,))
+        return str(rows[0][0]) if rows else None
+
+    def version(self) -> int:
+        """Return a number that differs after any commit by another connection; very fast."""
+        return int(self.database.value("PRAGMA data_version"))
+
+    def state(self) -> State:
+        """Return the counters."""
+        rows = self.database.execute(
+            "SELECT revision, generation, exemplars, digest_sum FROM state"
+        )
+        if len(rows) != 1:
+            raise LibraryCorruptError(
+                f"the catalog {self.database.path} has {len(rows)} state rows, not 1."
+            )
+        revision, generation, exemplars, total = rows[0]
+        return State(revision, generation, exemplars, int(total, 16))
+
+    def structures(self) -> tuple[StructureRow, ...]:
+        """Return all structures ever named, in order of first addition."""
+        rows = self.database.execute("SELECT id, name, present, absent FROM structures ORDER BY id")
+        return tuple(StructureRow(*row) for row in rows)
+
+    # Exemplars
+
+    def next_number(self) -> int:
+        """Return the number that the next exemplar gets."""
+        rows = self.database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'exemplars'")
+        return int(rows[0][0]) + 1 if rows else 1
+
+    def number(self, key: str) -> int | None:
+        """Return an exemplar's number, or None if there is no such key."""
+        rows = self.database.execute("SELECT id FROM exemplars WHERE key = ?", (key,))
+        return int(rows[0][0]) if rows else None
+
+    def exemplars(self, after: int = 0, limit: int = -1) -> list[tuple[int, Exemplar]]:
+        """Return exemplars with numbers above ``after``, in order of addition."""
+        rows = self.database.execute(
+            _EXEMPLARS + " WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+        )
+        return [self._exemplar(row) for row in rows]
+
+    def exemplar(self, key: str) -> Exemplar | None:
+        """Return one exemplar, or None."""
+        with self.database.snapshot():
+            rows = self.database.execute(_EXEMPLARS + " WHERE key = ?", (key,))
+            return self._exemplar(rows[0])[1] if rows else None
+
+    def source_digest(self, number: int) -> bytes | None:
+        """Return the SHA-256 of an exemplar's source file, or None if it was not kept."""
+        rows = self.database.execute("SELECT source FROM exemplars WHERE id = ?", (number,))
+        return rows[0][0] if rows else None
+
+    def numbers(self, structure: int, present: bool, tags: Mapping[str, str]) -> NDArray[np.int64]:
+        """Return the sorted numbers of a structure's exemplars that have all ``tags``."""
+        joins = "".join(
+            f" JOIN tags t{i} ON t{i}.exemplar = a.exemplar AND t{i}.name = ? AND t{i}.value = ?"
+            for i in range(len(tags))
+        )
+        values = [part for pair in tags.items() for part in pair]
+        rows = self.database.execute(
+            f"SELECT a.exemplar FROM annotations a{joins} WHERE a.structure = ? AND a.present = ? "
+            "ORDER BY a.exemplar",
+            (*values, structure, int(present)),
+        )
+        return np.array([row[0] for row in rows], np.int64)
+
+    def embeddings(
+        self, structure: int, present: bool, after: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return numbers (N int64, ascending) and embeddings (N x D float32) above ``after``."""
+        rows = self.database.execute(
+            "SELECT a.exemplar, e.embedding FROM annotations a JOIN encodings e ON e.generation = "
+            "(SELECT generation FROM state) AND e.exemplar = a.exemplar "
+            "WHERE a.structure = ? AND a.present = ? AND a.exemplar > ? ORDER BY a.exemplar",
+            (structure, int(present), after),
+        )
+        return self._matrix(rows)
+
+    def embeddings_of(
+        self, numbers: Sequence[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return numbers and embeddings of those of ``numbers`` that exist, ascending."""
+        rows = self._in_batches(
+            "SELECT exemplar, embedding FROM encodings WHERE generation = (SELECT generation "
+            "FROM state) "
+            "AND exemplar IN ({}) ORDER BY exemplar",
+            sorted(int(number) for number in numbers),
+        )
+        return self._matrix(rows)
+
+    def found(self, numbers: Sequence[int], structure: int) -> dict[int, tuple[str, Place | None]]:
+        """Return key and place of memory (None where the structure is absent) by number."""
+        rows = self._in_batches(
+            "SELECT x.id, x.key, m.shard, m.slot FROM exemplars x LEFT JOIN memories m ON "
+            "m.generation = (SELECT generation FROM state) AND m.exemplar = x.id AND m.structure "
+            f"= {int(structure)} WHERE x.id IN ({{}})",
+            [int(number) for number in numbers],
+        )
+        return {row[0]: (row[1], None if row[2] is None else Place(row[2], row[3])) for row in rows}
+
+    def keys(self, numbers: Sequence[int]) -> list[str]:
+        """Return the keys of exemplars, in the order of ``numbers``."""
+        wanted = [int(number) for number in numbers]
+        keys = dict(self._in_batches("SELECT id, key FROM exemplars WHERE id IN ({})", wanted))
+        return [keys[number] for number in wanted]
+
+    def places(self, keys: Sequence[str], structure: int) -> dict[str, Place]:
+        """Return where the memories of a structure lie, for those of ``keys`` that have one."""
+        rows = self._in_batches(
+            "SELECT x.key, m.shard, m.slot FROM exemplars x JOIN memories m ON m.generation = "
+            "(SELECT generation FROM state) AND m.exemplar = x.id AND m.structure = "
+            f"{int(structure)} WHERE x.key IN ({{}})",
+            list(keys),
+        )
+        return {key: Place(shard, slot) for key, shard, slot in rows}
+
+    def memories(self, after: int, limit: int) -> list[tuple[int, str, Place, bytes]]:
+        """Return (exemplar, structure, place, digest) of exemplars above ``after``."""
+        rows = self.database.execute(
+            "SELECT m.exemplar, s.name, m.shard, m.slot, m.digest FROM memories m JOIN "
+            "structures s ON s.id = m.structure WHERE m.generation = (SELECT generation FROM "
+            "state) AND m.exemplar IN (SELECT id FROM exemplars WHERE id > ? ORDER BY id LIMIT "
+            "?) ORDER BY m.exemplar",
+            (after, limit),
+        )
+        return [(row[0], row[1], Place(row[2], row[3]), row[4]) for row in rows]
+
+    def removals(self, revision: int) -> list[int]:
+        """Return the numbers of exemplars that were removed after ``revision``."""
+        rows = self.database.execute(
+            "SELECT exemplar FROM removals WHERE revision > ?", (revision,)
+        )
+        return [row[0] for row in rows]
+
+    # Verification
+
+    def exemplar_digest(self, number: int) -> bytes:
+        """Return the recorded digest of what was annotated."""
+        return bytes(self.database.value("SELECT digest FROM exemplars WHERE id = ?", (number,)))
+
+    def check_rows(self, page: Sequence[tuple[int, Exemplar]], embedding_dim: int) -> list[str]:
+        """Return what is wrong with exemplars' rows: digests, embeddings, memories."""
+        problems = []
+        for number, exemplar in page:
+            if exemplar_digest(
+                exemplar.key, exemplar.content, exemplar.tags
+            ) != self.exemplar_digest(number):
+                problems.append(
+                    f"exemplar '{exemplar.key}': key, content or tags do not match its digest"
+                )
+            rows = self.database.execute(
+                "SELECT embedding, digest FROM encodings WHERE generation = (SELECT generation "
+                "FROM state) AND exemplar = ?",
+                (number,),
+            )
+            if len(rows) != 1 or len(rows[0][0]) != 4 * embedding_dim:
+                problems.append(
+                    f"exemplar '{exemplar.key}' has no embedding of {embedding_dim} numbers"
+                )
+            elif hashlib.sha256(rows[0][0]).digest() != rows[0][1]:
+                problems.append(
+                    f"the embedding of exemplar '{exemplar.key}' does not match its digest"
+                )
+            stored = self.database.value(
+                "SELECT count(*) FROM memories WHERE generation = (SELECT generation FROM state) "
+                "AND exemplar = ?",
+                (number,),
+            )
+            if stored != len(exemplar.structures):
+                problems.append(
+                    f"exemplar '{exemplar.key}' has {stored} memories of "
+                    f"{len(exemplar.structures)} structures"
+                )
+        return problems
+
+    # Files
+
+    def stored_index(self, structure: int, present: bool) -> StoredIndex | None:
+        """Return what is recorded of a structure's index file, or None."""
+        rows = self.database.execute(
+            "SELECT revision, last, count, file, bytes, quick, digest FROM indexes WHERE "
+            "structure = ? AND present = ?",
+            (structure, int(present)),
+        )
+        return StoredIndex(*rows[0]) if rows else None
+
+    def stored_indexes(self) -> list[tuple[int, bool]]:
+        """Return structure and presence of every recorded index file."""
+        rows = self.database.execute("SELECT structure, present FROM indexes")
+        return [(row[0], bool(row[1])) for row in rows]
+
+    def not_encoded(self, generation: int, limit: int) -> list[tuple[int, Exemplar]]:
+        """Return exemplars that have no encoding of ``generation`` yet."""
+        rows = self.database.execute(
+            _EXEMPLARS + " WHERE id NOT IN (SELECT exemplar FROM encodings WHERE generation = ?) "
+            "ORDER BY id LIMIT ?",
+            (generation, limit),
+        )
+        return [self._exemplar(row) for row in rows]
+
+    def count_not_encoded(self, generation: int) -> int:
+        """Return how many exemplars have no encoding of ``generation`` yet."""
+        return int(
+            self.database.value(
+                "SELECT (SELECT exemplars FROM state) - (SELECT count(*) FROM encodings WHERE "
+                "generation = ?)",
+                (generation,),
+            )
+        )
+
+    def shards(self) -> dict[int, int]:
+        """Return the slots written in every shard, whatever its generation."""
+        return dict(self.database.execute("SELECT id, slots FROM shards"))
+
+    def last_removed(self) -> int | None:
+        """Return the number of the exemplar that was removed last."""
+        rows = self.database.execute("SELECT exemplar FROM removals ORDER BY revision DESC LIMIT 1")
+        return int(rows[0][0]) if rows else None
+
+    def _in_batches(self, statement: str, values: Sequence[Any]) -> list[Any]:
+        rows = []
+        for start in range(0, len(values), _BATCH):
+            batch = values[start : start + _BATCH]
+            rows += self.database.execute(statement.format(",".join("?" * len(batch))), batch)
+        return rows
+
+    def _matrix(self, rows: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        numbers = np.array([row[0] for row in rows], np.int64)
+        size = len(rows[0][1]) // 4 if rows else 0
+        data = b"".join(row[1] for row in rows)
+        if len(data) != len(rows) * size * 4:
+            raise LibraryCorruptError(
+                "the library's embeddings differ in length; run 'recallseg library verify'."
+            )
+        return numbers, np.frombuffer(data, "<f4").reshape(len(rows), size).astype(
+            np.float32, copy=False
+        )
+
+    def _exemplar(self, row: Sequence[Any]) -> tuple[int, Exemplar]:
+        number, key, content, height, width, created, has_source = row
+        names: dict[int, list[str]] = {0: [], 1: []}
+        for present, name in self.database.execute(
+            "SELECT a.present, s.name FROM annotations a JOIN structures s ON s.id = a.structure "
+            "WHERE a.exemplar = ? ORDER BY s.id",
+            (number,),
+        ):
+            names[present].append(name)
+        tags = dict(
+            self.database.execute(
+                "SELECT name, value FROM tags WHERE exemplar = ? ORDER BY name", (number,)
+            )
+        )
+        exemplar = Exemplar(
+            key,
+            tuple(names[1]),
+            tuple(names[0]),
+            tags,
+            height,
+            width,
+            created,
+            content,
+            bool(has_source),
+        )
+        return number, exemplar
+
+
+_EXEMPLARS = "SELECT id, key, content, height, width, created, source IS NOT NULL FROM exemplars"
+
+
+def unknown_key(key: str) -> InputError:
+    """Return the error for a key that is not in the library."""
+    return InputError(
+        f"there is no exemplar '{key}' in the library; list them with 'recallseg library list'."
+    )

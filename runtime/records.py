@@ -1,0 +1,111 @@
+"""Rows of the catalog as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.digest import digest_json
+from recallseg.engines.errors import LibraryCorruptError
+from recallseg.runtime.encoding import MemoryLayout
+from recallseg.runtime.shards import Place
+
+__all__ = ["NewExemplar", "Settings", "State", "StoredIndex", "StructureRow", "exemplar_digest"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a library was made with; a rebuild changes the first five.
+
+    ``bundle_path`` is where the bundle lay, ``bundle_name`` what it is called; either opens it.
+    """
+
+    identity: str
+    bundle_name: str
+    bundle_path: str
+    embedding_dim: int
+    layout: MemoryLayout
+    intensity: Mapping[str, Any]
+    keep_sources: bool
+    shard_bytes: int
+
+    def to_text(self) -> str:
+        """Return the fields as JSON text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str) -> Settings:
+        """Rebuild from :meth:`to_text`; raises LibraryCorruptError for other fields."""
+        try:
+            data = json.loads(text)
+            return cls(**{**data, "layout": MemoryLayout(**data["layout"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise LibraryCorruptError(f"the library's settings are damaged: {error!r}.") from error
+
+
+@dataclass(frozen=True)
+class State:
+    """Counts of changes, of re-encodings and of exemplars; sum of the exemplars' digests."""
+
+    revision: int
+    generation: int
+    exemplars: int
+    digest_sum: int
+
+
+@dataclass(frozen=True)
+class StructureRow:
+    """A structure's number and how many exemplars show it, or say that it is absent."""
+
+    id: int
+    name: str
+    present: int
+    absent: int
+
+
+@dataclass(frozen=True)
+class StoredIndex:
+    """A search index on disk: it covers exemplars up to ``last`` as they were at ``revision``."""
+
+    revision: int
+    last: int
+    count: int
+    file: str
+    size: int
+    quick: bytes
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class NewExemplar:
+    """An exemplar whose files are written and which becomes visible with the next commit.
+
+    ``memories`` maps each structure shown to the place and digest of its memory.
+    """
+
+    number: int
+    key: str
+    content: str
+    height: int
+    width: int
+    created: str
+    source: bytes | None
+    tags: Mapping[str, str]
+    absent: tuple[str, ...]
+    embedding: NDArray[np.float32]
+    memories: Mapping[str, tuple[Place, bytes]]
+
+    @property
+    def digest(self) -> bytes:
+        """Digest of what was annotated, not of what an encoder made of it."""
+        return exemplar_digest(self.key, self.content, self.tags)
+
+
+def exemplar_digest(key: str, content: str, tags: Mapping[str, str]) -> bytes:
+    """Return the SHA-256 of an exemplar's key, content digest and tags."""
+    return bytes.fromhex(digest_json([key, content, dict(tags)]))

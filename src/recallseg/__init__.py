@@ -1,0 +1,42 @@
+"""Recall annotated images and segment new ones: few-shot medical segmentation at the edge.
+
+>>> from recallseg import Bundle, Library, Segmenter
+
+The method is Zhao et al., "Retrieval-augmented Few-shot Medical Image Segmentation with Foundation
+Models" (arXiv 2408.08813). Importing this package never imports torch, transformers or TensorRT;
+each public name is imported when it is first used, so that ``recallseg --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
+    from recallseg.engines.errors import RecallSegError
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.result import Result
+    from recallseg.runtime.segmenter import Segmenter
+
+__version__ = "0.1.0"
+
+__all__ = ["Bundle", "Library", "RecallSegError", "Result", "Segmenter", "__version__"]
+
+_HOMES = {
+    "Bundle": "recallseg.engines.bundle",
+    "RecallSegError": "recallseg.engines.errors",
+    "Library": "recallseg.runtime.library",
+    "Result": "recallseg.runtime.result",
+    "Segmenter": "recallseg.runtime.segmenter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'recallseg' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

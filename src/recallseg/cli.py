@@ -1,0 +1,178 @@
+"""The ``recallseg`` command: mounts each room's commands, and turns errors into one message.
+
+Help and completion import no engine and no torch: the runtime's command modules are light, and the
+other rooms' are imported only when they are called.
+
+Exit status: 0 done, 1 could not, 2 called wrongly, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from recallseg import __version__
+from recallseg.engines.errors import RecallSegError
+from recallseg.runtime.commands.demo import demo
+from recallseg.runtime.commands.doctor import doctor
+from recallseg.runtime.commands.evaluate import evaluate
+from recallseg.runtime.commands.library import app as library_app
+from recallseg.runtime.commands.segment import segment
+from recallseg.runtime.commands.verify import verify
+
+__all__ = ["app", "main"]
+
+DEBUG = "--debug"
+INTERRUPTED = 130
+
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "torch": "export",
+    "transformers": "export",
+    "safetensors": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "scipy": "evaluate",
+    "nibabel": "demo",
+    "nilearn": "demo",
+}
+"""Which extra brings a package that may be missing."""
+
+
+class Root(TyperGroup):
+    """The command group that reports every error as one message on stderr."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take ``--debug`` wherever it stands, as long as it is before ``--``."""
+        end = args.index("--") if "--" in args else len(args)
+        if DEBUG in args[:end]:
+            args = [DEBUG, *(arg for i, arg in enumerate(args) if arg != DEBUG or i > end)]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an error becomes a message and an exit status."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever read our output has gone; Python would complain once more when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (RecallSegError, ModuleNotFoundError, OSError, MemoryError) as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"recallseg: {_message(error)}", err=True)
+            raise typer.Exit(1) from None
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        name = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(name)
+        if extra is not None:
+            return (
+                f"this needs recallseg[{extra}]: the package '{name}' is not installed. "
+                f"pip install 'recallseg[{extra}]'"
+            )
+        return f"the package '{error.name}' is not installed: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return (
+            f"out of memory{f': {error}' if str(error) else ''}. Use a smaller image, k or bundle."
+        )
+    return str(error)
+
+
+app = typer.Typer(
+    cls=Root,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Segment medical images by recalling annotated ones: annotate a few, segment the rest.",
+    epilog="Exit status: 0 done, 1 could not, 2 called wrongly.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"recallseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show a traceback when something fails.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Hold the options that every command takes."""
+
+
+def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
+    """Mount a command whose module may import something heavy, or something that is not installed.
+
+    What stands in for it takes every argument as it comes, imports the module and hands them on.
+    """
+
+    def stand_in(ctx: typer.Context) -> None:
+        found = getattr(importlib.import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            real = found
+        else:
+            real = typer.Typer(add_completion=False)
+            real.command(name)(found)
+        command = typer.main.get_command(real)
+        status = command.main(args=ctx.args, prog_name=ctx.command_path, standalone_mode=False)
+        if isinstance(status, int) and status:
+            raise typer.Exit(status)
+
+    stand_in.__doc__ = summary
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    app.command(name, context_settings=settings, add_help_option=False)(stand_in)
+
+
+app.command()(demo)
+app.add_typer(library_app, name="library")
+app.command()(segment)
+app.command()(evaluate)
+app.command()(verify)
+app.command()(doctor)
+_mount_lazily(
+    "export",
+    "recallseg.export.commands",
+    "export",
+    "Make a bundle from checkpoints, and prove it against PyTorch (extra 'export').",
+)
+_mount_lazily(
+    "bench",
+    "recallseg.benchmarks.commands",
+    "bench",
+    "Measure latency, memory and quality on this machine.",
+)
+
+
+def main() -> None:
+    """Run the command line; a defect of RecallSeg itself is one message too."""
+    try:
+        app(prog_name="recallseg")
+    except Exception as error:
+        if DEBUG in sys.argv:
+            raise
+        kind = type(error).__name__
+        typer.echo(
+            f"recallseg: defect, please report it with the output of {DEBUG}: {kind}: {error}",
+            err=True,
+        )
+        sys.exit(1)

@@ -1,0 +1,26 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Not the repository's root: from there `import runtime` would make a second copy of every module.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from support.fake_bundle import make_fake_bundle
+
+from recallseg.engines.bundle import Bundle
+
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("recallseg", deadline=None)
+settings.load_profile("recallseg")
+
+
+@pytest.fixture(scope="session")
+def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A tiny bundle for the engine ``fake``; read it, do not change it."""
+    return make_fake_bundle(tmp_path_factory.mktemp("bundle") / "fake")

@@ -1,0 +1,77 @@
+"""Rooms depend on each other one way, and the runtime stays lean."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recallseg
+
+ROOMS = ("engines", "runtime", "export", "benchmarks")
+MAY_IMPORT = {
+    "engines": {"engines"},
+    "runtime": {"runtime", "engines"},
+    "export": {"export", "engines"},
+    # PyTorch baselines are made of the export's modules, and only imported when asked for.
+    "benchmarks": {"benchmarks", "runtime", "engines", "export"},
+}
+HEAVY = {"torch", "transformers", "tensorrt", "tensorrt_rtx_bindings", "onnx", "onnxscript"}
+
+
+def room_folder(room: str) -> Path:
+    return Path(__import__(f"recallseg.{room}", fromlist=["x"]).__file__).parent
+
+
+def imported_modules(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
+    wrong = [
+        f"{file.name}: {name}"
+        for file in room_folder(room).rglob("*.py")
+        for name in imported_modules(file)
+        for other in ROOMS
+        if name.split(".")[:2] == ["recallseg", other] and other not in MAY_IMPORT[room]
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", ["engines", "runtime"])
+def test_no_file_of_the_lean_rooms_names_a_heavy_package(room: str) -> None:
+    wrong = [
+        f"{file.name}: {name}"
+        for file in room_folder(room).rglob("*.py")
+        for name in imported_modules(file)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert not wrong
+
+
+def test_the_runtime_never_loads_a_heavy_package() -> None:
+    program = (
+        "import sys, recallseg, recallseg.cli\n"
+        "recallseg.Bundle, recallseg.Library, recallseg.Segmenter, recallseg.Result\n"
+        f"print([name for name in {sorted(HEAVY)!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in recallseg.__all__:
+        assert getattr(recallseg, name) is not None
+    with pytest.raises(AttributeError):
+        _ = recallseg.nothing

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from recallseg.engines.bundle import Bundle
+from recallseg.export.bundling import export_bundle
+from recallseg.export.checkpoints import Loaded, load_dinov2, load_sam2
+
+IMAGE_SIZE = 256
+
+
+@pytest.fixture(scope="session")
+def models() -> tuple[Loaded, Loaded]:
+    """Random weights on the demo model's architecture: small, and with every part of the large."""
+    return load_sam2("random:demo", image_size=IMAGE_SIZE), load_dinov2("random:demo")
+
+
+@pytest.fixture(scope="session")
+def exported(models: tuple[Loaded, Loaded], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of these models, through the whole gate."""
+    return export_bundle(*models, tmp_path_factory.mktemp("export") / "bundle")

@@ -1,0 +1,142 @@
+"""What was exported is what was asked for, for every number of structures and memories."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.engine import EngineOptions
+from recallseg.engines.errors import ExportError, ParityError
+from recallseg.engines.registry import load_engines
+from recallseg.engines.specs import GRAPHS
+from recallseg.engines.verification import relative_error
+from recallseg.export.bundling import export_bundle
+from recallseg.export.checkpoints import Loaded
+from recallseg.export.graphs import build_graphs
+from recallseg.export.onnx_export import example_inputs
+from recallseg.export.parity import PARITY_TOLERANCE, check_graph
+
+Models = tuple[Loaded, Loaded]
+
+
+def test_the_manifest_holds_what_was_measured(exported: Bundle) -> None:
+    parity = exported.manifest["parity"]
+    assert {entry["graph"] for entry in parity} == {*GRAPHS, "definition", "end to end"}
+    assert {entry["inputs"] for entry in parity} == {"random", "image-like"}
+    for entry in parity:
+        assert entry["error"] <= entry["tolerance"]
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 32), (16, 1), (3, 16)])
+def test_structures_and_memories_are_dynamic(
+    models: Models, exported: Bundle, n: int, k: int
+) -> None:
+    modules = build_graphs(models[0].model, models[1].model)
+    engines = load_engines(exported, "onnxruntime-cpu", options=EngineOptions(threads=1))
+    for graph in ("memorize", "attend", "decode"):
+        spec = exported.specs[graph]
+        inputs = example_inputs(spec, torch.Generator().manual_seed(5), n=n, k=k)
+        found = engines[graph].allocate_outputs(n=n)
+        engines[graph].run({name: value.numpy() for name, value in inputs.items()}, found)
+        with torch.inference_mode():
+            expected = modules[graph](*inputs.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for tensor, value in zip(spec.outputs, expected, strict=True):
+            assert relative_error(found[tensor.name], value.numpy()) < PARITY_TOLERANCE
+
+
+def test_portable_graphs_use_standard_operators_only(exported: Bundle) -> None:
+    for graph in GRAPHS:
+        path, _ = exported.graph_file(graph, ("portable",), "fp32")
+        model = onnx.load(path)
+        assert {opset.domain for opset in model.opset_import} == {""}
+        assert [value.name for value in model.graph.input] == [
+            tensor.name for tensor in exported.specs[graph].inputs
+        ]
+
+
+def test_a_graph_that_differs_is_refused_and_the_tensor_named(
+    models: Models, exported: Bundle
+) -> None:
+    modules = build_graphs(models[0].model, models[1].model)
+    engines = load_engines(exported, "onnxruntime-cpu", graphs=("embed",))
+    layernorm = modules["embed"].get_submodule("dinov2.layernorm")
+    assert isinstance(layernorm, torch.nn.LayerNorm)
+    with torch.no_grad():
+        layernorm.weight[0] += 0.1
+    try:
+        with pytest.raises(ParityError, match="'embedding' is off by"):
+            list(check_graph(engines["embed"], modules["embed"]))
+    finally:
+        with torch.no_grad():
+            layernorm.weight[0] -= 0.1
+
+
+def test_verification_needs_no_torch(exported: Bundle) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from recallseg.engines.bundle import Bundle\n"
+        "from recallseg.engines.registry import load_engines\n"
+        "from recallseg.engines.verification import verify_engines\n"
+        f"bundle = Bundle.open({str(exported.path)!r})\n"
+        "print(verify_engines(bundle, load_engines(bundle, 'onnxruntime-cpu'), 'fp32').passed)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
+
+
+def test_an_existing_folder_is_left_alone(models: Models, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(ExportError, match="exists"):
+        export_bundle(*models, tmp_path)
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_failed_export_leaves_nothing(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ParityError("no")
+
+    monkeypatch.setattr("recallseg.export.bundling.check_definition", refuse)
+    monkeypatch.setattr(
+        "recallseg.export.bundling.export_graph",
+        lambda module, spec, geometry, path: path.write_bytes(b"graph"),
+    )
+    with pytest.raises(ParityError):
+        export_bundle(*models, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [100, 7, 127])
+def test_an_embedding_size_that_does_not_fit_the_patch_is_refused(
+    models: Models, tmp_path: Path, size: int
+) -> None:
+    with pytest.raises(ExportError, match="multiple of"):
+        export_bundle(*models, tmp_path / "bundle", embed_size=size)
+
+
+def test_swapped_models_are_refused(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="in this order"):
+        export_bundle(models[1], models[0], tmp_path / "bundle")
+
+
+def test_an_image_comes_out_the_same_from_any_number_of_threads(exported: Bundle) -> None:
+    image = np.random.default_rng(0).normal(size=(1, 3, 126, 126)).astype(np.float32)
+    found = []
+    for threads in (1, 2):
+        engine = load_engines(
+            exported, "onnxruntime-cpu", options=EngineOptions(threads), graphs=("embed",)
+        )["embed"]
+        outputs = engine.allocate_outputs()
+        engine.run({"image": image}, outputs)
+        found.append(outputs["embedding"])
+    assert relative_error(found[0], found[1]) < 1e-5

@@ -1,0 +1,171 @@
+"""Any sequence of changes leaves what a plain dictionary would hold, for writer and reader."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.fake_library import GEOMETRY, HashEncoder, StubBundle, draw
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime import index as index_module
+from recallseg.runtime import retrieval as retrieval_module
+from recallseg.runtime.library import Library
+
+NAMES = ("nucleus", "wall", "cyst")
+NUMBERS = st.integers(0, 30)
+
+
+class LibraryMachine(RuleBasedStateMachine):
+    """The model: key -> (number, structures shown, structures absent)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(dir=parent))
+        path = self.folder / "library"
+        self.writer = Library.create(
+            path, StubBundle(), encoder=HashEncoder(), shard_bytes=4096 + 5 * 320
+        )
+        self.reader = Library.open(path)
+        self.model: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {}
+
+    @rule(number=NUMBERS, shown=st.sets(st.sampled_from(NAMES)), absent=st.sampled_from(NAMES))
+    def add(self, number: int, shown: set[str], absent: str) -> None:
+        image, mask = draw(number)
+        present = tuple(name for name in NAMES if name in shown)
+        missing = () if absent in shown else (absent,)
+        arguments = (image, dict.fromkeys(present, mask))
+        options = {"absent": missing, "tags": {"parity": str(number % 2)}, "key": str(number)}
+        if str(number) in self.model:
+            with pytest.raises(InputError, match="already"):
+                self.writer.add(*arguments, **options)
+        else:
+            self.writer.add(*arguments, **options)
+            self.model[str(number)] = (number, present, missing)
+
+    @rule(number=NUMBERS)
+    def remove(self, number: int) -> None:
+        if self.model.pop(str(number), None) is None:
+            with pytest.raises(InputError, match="no exemplar"):
+                self.writer.remove(str(number))
+        else:
+            self.writer.remove(str(number))
+
+    @rule()
+    def reopen_writer(self) -> None:
+        self.writer.close()
+        self.writer = Library.open(self.writer.path, mode="write", encoder=HashEncoder())
+
+    @rule()
+    def reopen_reader(self) -> None:
+        self.reader.close()
+        self.reader = Library.open(self.writer.path)
+
+    @rule()
+    def compact(self) -> None:
+        self.writer.compact()
+
+    @rule()
+    def rebuild(self) -> None:
+        self.writer.rebuild(StubBundle(), encoder=HashEncoder())
+
+    @rule(
+        query=st.integers(100, 110),
+        structure=st.sampled_from(NAMES),
+        parity=st.sampled_from(["0", "1", None]),
+        data=st.data(),
+    )
+    def search(self, query: int, structure: str, parity: str | None, data: st.DataObject) -> None:
+        vector = self.embedding(query)
+        known = {
+            key: (1 - float(self.embedding(number) @ vector), structure in missing)
+            for key, (number, present, missing) in self.model.items()
+            if structure in (*present, *missing) and parity in (None, str(number % 2))
+        }
+        shown = sorted(d for d, absent in known.values() if not absent)
+        if not shown:
+            return
+        k = data.draw(st.integers(1, len(shown)))
+        wanted = sorted(
+            (d, key, absent) for key, (d, absent) in known.items() if d <= shown[k - 1] + 1e-6
+        )
+        absent_left = k
+        expected = []
+        for distance, key, absent in wanted:
+            absent_left -= absent
+            if not absent or absent_left >= 0:
+                expected.append((key, absent, distance))
+        for library in (self.writer, self.reader):
+            found = library.search(
+                vector, structure, k, tags=None if parity is None else {"parity": parity}
+            )
+            assert [(m.key, m.absent) for m in found] == [(key, a) for key, a, _ in expected]
+            assert np.allclose([m.distance for m in found], [d for _, _, d in expected], atol=1e-5)
+            self.gather(library, [m.key for m in found if not m.absent], structure)
+
+    def gather(self, library: Library, keys: list[str], structure: str) -> None:
+        memories = np.empty((len(keys), GEOMETRY.tokens, GEOMETRY.memory_dim), np.float32)
+        pointers = np.empty((len(keys), GEOMETRY.channels), np.float32)
+        library.gather(keys, structure, memories, pointers)
+        for row, key in enumerate(keys):
+            image, mask = draw(self.model[key][0])
+            encoded = HashEncoder().encode(image, {structure: mask})
+            assert np.allclose(memories[row], encoded.memories[structure], rtol=2**-10, atol=1e-6)
+            assert np.array_equal(pointers[row], encoded.pointers[structure])
+
+    @invariant()
+    def both_hold_what_the_model_holds(self) -> None:
+        for library in (self.writer, self.reader):
+            found = {e.key: (int(e.key), e.structures, e.absent) for e in library}
+            ordered = {
+                key: (number, set(present), missing)
+                for key, (number, present, missing) in self.model.items()
+            }
+            assert {k: (n, set(p), a) for k, (n, p, a) in found.items()} == ordered
+            assert len(library) == len(self.model)
+            for name in NAMES:
+                assert library.count(name) == sum(name in p for _, p, _ in self.model.values())
+        assert self.writer.digest == self.reader.digest
+
+    @precondition(lambda self: self.model)
+    @rule()
+    def verify(self) -> None:
+        assert self.writer.verify().problems == ()
+
+    @staticmethod
+    def embedding(number: int) -> np.ndarray:
+        return HashEncoder().encode(draw(number)[0], {}).embedding
+
+    def teardown(self) -> None:
+        self.writer.close()
+        self.reader.close()
+        shutil.rmtree(self.folder)
+
+
+LibraryMachine.TestCase.settings = settings(
+    max_examples=25,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+class TestSmall(LibraryMachine.TestCase):  # type: ignore[misc, name-defined]
+    """Searched exactly."""
+
+
+class TestGraph(LibraryMachine.TestCase):  # type: ignore[misc, name-defined]
+    """With a limit so low that graphs are built, grown and replaced."""
+
+    @pytest.fixture(autouse=True)
+    def limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(index_module, "EXACT_LIMIT", 4)
+        monkeypatch.setattr(retrieval_module, "EXACT_LIMIT", 4)

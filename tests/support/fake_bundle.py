@@ -1,0 +1,104 @@
+"""A tiny bundle on disk for the fake engine: the whole pipeline without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from recallseg.engines.bundle import (
+    FORMAT,
+    FORMAT_VERSION,
+    Bundle,
+    MemorySemantics,
+    Normalisation,
+    Weights,
+    bundle_identity,
+)
+from recallseg.engines.composition import Composition
+from recallseg.engines.digest import digest_file
+from recallseg.engines.fake import FakeEngine
+from recallseg.engines.golden import GoldenTensors, make_case, run_case
+from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
+
+__all__ = ["fake_geometry", "make_fake_bundle"]
+
+STRIDE = 16
+
+
+def fake_geometry(image_size: int = 64, *, max_k: int = 32, max_n: int = 16) -> Geometry:
+    """Return a small geometry with every ratio that SAM 2's has."""
+    return Geometry(
+        image_size=image_size,
+        embed_size=28,
+        embedding_dim=48,
+        channels=8,
+        feature_size=image_size // STRIDE,
+        skip0_channels=2,
+        skip1_channels=4,
+        memory_dim=4,
+        max_k=max_k,
+        max_n=max_n,
+    )
+
+
+def make_fake_bundle(
+    path: Path,
+    image_size: int = 64,
+    *,
+    name: str = "fake",
+    source: str = "random",
+    weights_digest: str = "0" * 64,
+    object_pointers: bool = True,
+    max_k: int = 32,
+    max_n: int = 16,
+) -> Bundle:
+    """Write a bundle folder for the engine ``fake`` and open it.
+
+    Parameters
+    ----------
+    path : folder to make.
+    image_size : a multiple of 16; masks come back on a grid of ``image_size / 16`` cells.
+    source : where the weights claim to come from (``pretrained``, ``demo``, ``random``).
+    weights_digest : another one gives another bundle identity.
+    """
+    geometry = fake_geometry(image_size, max_k=max_k, max_n=max_n)
+    weights = {
+        network: Weights(f"fake-{network}", source, weights_digest, "Apache-2.0")
+        for network in ("sam2", "dinov2")
+    }
+    normalisation = {
+        graph: Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)) for graph in ("embed", "encode")
+    }
+    memory = MemorySemantics(object_pointers, 0.25)
+    graphs = {}
+    for graph in GRAPHS:
+        file = Path("graphs", "portable", "fp32", f"{graph}.onnx")
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).write_bytes(f"no graph: the fake engine never reads {graph}".encode())
+        graphs[f"portable/fp32/{graph}"] = {
+            "file": file.as_posix(),
+            "sha256": digest_file(path / file),
+        }
+    specs = graph_specs(geometry, object_pointers=object_pointers)
+    composition = Composition({graph: FakeEngine(specs[graph]) for graph in GRAPHS})
+    case = make_case(seed=1)
+    outputs = run_case(case, composition, geometry, normalisation, memory)
+    golden = Path("golden", "golden.npz")
+    (path / golden).parent.mkdir(exist_ok=True)
+    GoldenTensors.from_run(case, outputs, seed=2).save(path / golden)
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "name": name,
+        "weights": {network: vars(value) for network, value in weights.items()},
+        "geometry": geometry.to_json(),
+        "normalisation": {graph: vars(value) for graph, value in normalisation.items()},
+        "memory": vars(memory),
+        "identity": bundle_identity(
+            weights["sam2"], weights["dinov2"], geometry, normalisation, memory
+        ),
+        "graphs": graphs,
+        "golden": {"file": golden.as_posix(), "sha256": digest_file(path / golden)},
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return Bundle.open(path)

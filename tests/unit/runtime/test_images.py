@@ -1,0 +1,193 @@
+"""Image files: every format and depth comes back as stored, everything broken is refused."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime import images
+from recallseg.runtime.image_headers import declared_size
+from recallseg.runtime.images import read_image, read_label_map, write_atomically, write_label_map
+
+
+def pixels(*shape: int, dtype: str = "uint8", seed: int = 0) -> np.ndarray:
+    high = np.iinfo(dtype).max
+    return np.random.default_rng(seed).integers(0, high, shape, endpoint=True).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("shape", [(9, 13), (9, 13, 3)])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF"])
+def test_lossless_files_come_back_as_stored(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...], suffix: str
+) -> None:
+    image = pixels(*shape, dtype=dtype)
+    path = tmp_path / f"image{suffix}"
+    assert cv2.imwrite(str(path), image[..., ::-1] if image.ndim == 3 else image)
+    found = read_image(path)
+    assert found.dtype == image.dtype
+    np.testing.assert_array_equal(found, image)
+
+
+def test_colour_is_rgb_in_jpeg_and_bmp(tmp_path: Path) -> None:
+    red = np.zeros((16, 16, 3), np.uint8)
+    red[..., 0] = 255
+    for suffix in (".jpg", ".bmp"):
+        cv2.imwrite(str(tmp_path / f"red{suffix}"), red[..., ::-1])
+        found = read_image(tmp_path / f"red{suffix}").astype(int)
+        assert np.abs(found - red).max() < 3, suffix
+
+
+def test_float_tiff_and_arrays(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    cv2.imwrite(str(tmp_path / "a.tif"), image)
+    np.save(tmp_path / "a.npy", image)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), image)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.npy"), image)
+
+
+def test_opacity_is_dropped_only_when_opaque(tmp_path: Path) -> None:
+    image = pixels(6, 6, 4)
+    image[..., 3] = 255
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image[..., 2::-1])
+    image[2, 3, 3] = 254
+    cv2.imwrite(str(tmp_path / "b.png"), image)
+    with pytest.raises(InputError, match="transparent"):
+        read_image(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif", ".npy"])
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / f"whole{suffix}"
+    image = pixels(40, 50)
+    if suffix == ".npy":
+        np.save(whole, image)
+    else:
+        cv2.imwrite(str(whole), image)
+    data = whole.read_bytes()
+    path = tmp_path / f"cut{suffix}"
+    for length in [0, 1, 7, *range(16, len(data) - 4, max(1, len(data) // 40))]:
+        path.write_bytes(data[:length])
+        with pytest.raises(InputError, match=path.name):
+            read_image(path)
+
+
+def test_a_changed_byte_in_a_png_is_refused_or_harmless(tmp_path: Path) -> None:
+    image = pixels(20, 20)
+    data = cv2.imencode(".png", image)[1].tobytes()
+    path = tmp_path / "a.png"
+    refused = 0
+    for position in range(0, len(data), 7):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :])
+        try:
+            found = read_image(path)
+        except InputError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(found, image)
+    assert refused > 40
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
+    with pytest.raises(InputError, match="10000000000 pixels"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
+@pytest.mark.parametrize("shape", [(31, 47), (47, 31, 3)])
+def test_declared_sizes(suffix: str, shape: tuple[int, ...]) -> None:
+    data = cv2.imencode(suffix, pixels(*shape))[1].tobytes()
+    assert declared_size(data) == shape[:2]
+
+
+def test_declared_size_of_a_progressive_jpeg_with_restarts() -> None:
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_RST_INTERVAL, 2]
+    data = cv2.imencode(".jpg", pixels(31, 47), options)[1].tobytes()
+    assert declared_size(data) == (31, 47)
+
+
+@pytest.mark.parametrize("data", [b"", b"BM", b"\xff\xd8\xff", b"II*\0\x08", b"GIF89a"])
+def test_no_declared_size(data: bytes) -> None:
+    assert declared_size(data) is None
+
+
+def test_large_arrays_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    np.save(tmp_path / "a.npy", np.zeros((10, 11), np.uint8))
+    with pytest.raises(InputError, match="110 pixels"):
+        read_image(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", np.zeros((10, 10, 3), np.uint8))
+    assert read_image(tmp_path / "b.npy").shape == (10, 10, 3)
+
+
+def test_pages_pickles_and_foreign_formats_are_refused(tmp_path: Path) -> None:
+    _, data = cv2.imencodemulti(".tif", [pixels(4, 4), pixels(4, 4)])
+    (tmp_path / "pages.tif").write_bytes(data.tobytes())
+    with pytest.raises(InputError, match="pages"):
+        read_image(tmp_path / "pages.tif")
+    np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"object\.npy"):
+        read_image(tmp_path / "object.npy")
+    for name in ("a.dcm", "a.nii", "a.nii.gz"):
+        with pytest.raises(InputError, match="this version reads no"):
+            read_image(tmp_path / name)
+    with pytest.raises(InputError, match="not a known image format"):
+        read_image(tmp_path / "a.txt")
+    with pytest.raises(InputError, match="there is no file"):
+        read_image(tmp_path / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        read_image(tmp_path / "folder.png")
+    np.save(tmp_path / "nan.npy", np.full((3, 3), np.nan))
+    with pytest.raises(InputError, match=r"nan\.npy.*NaN"):
+        read_image(tmp_path / "nan.npy")
+
+
+def test_label_maps(tmp_path: Path) -> None:
+    label_map = pixels(8, 9)
+    write_label_map(tmp_path / "a.mask.png", label_map)
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.mask.png"), label_map)
+    cv2.imwrite(str(tmp_path / "colour.png"), pixels(8, 9, 3))
+    with pytest.raises(InputError, match="3 channels"):
+        read_label_map(tmp_path / "colour.png")
+    np.save(tmp_path / "float.npy", np.zeros((2, 2)))
+    with pytest.raises(InputError, match="float64"):
+        read_label_map(tmp_path / "float.npy")
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

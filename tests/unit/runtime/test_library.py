@@ -1,0 +1,576 @@
+"""The library's promises, with an encoder whose tensors can be computed again."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.fake_library import GEOMETRY, HashEncoder, StubBundle, draw
+
+from recallseg.engines.errors import (
+    EngineRunError,
+    InputError,
+    LibraryCorruptError,
+    LibraryError,
+    LibraryLockedError,
+    LibraryMismatchError,
+    LibraryNotFoundError,
+    LibraryVersionError,
+    LibraryWriteError,
+)
+from recallseg.runtime.encoding import Encoded
+from recallseg.runtime.library import Library
+from recallseg.runtime.preprocess import Intensity
+
+
+def create(path: Path, **options: object) -> Library:
+    return Library.create(path, StubBundle(), encoder=HashEncoder(), **options)  # type: ignore[arg-type]
+
+
+def add(library: Library, number: int, **options: object) -> str:
+    image, mask = draw(number)
+    return library.add(image, {"nucleus": mask}, **options)  # type: ignore[arg-type]
+
+
+def embedding(number: int) -> np.ndarray:
+    return HashEncoder().encode(draw(number)[0], {}).embedding
+
+
+def buffers(k: int, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    g = GEOMETRY
+    return np.full((k, g.tokens, g.memory_dim), 7, dtype), np.full((k, g.channels), 7, np.float32)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    return create(tmp_path / "library")
+
+
+def test_an_exemplar_comes_back_as_it_was_added(library: Library) -> None:
+    image, mask = draw(1, 31, 17)
+    colour = np.stack([image, image // 2, image // 3], axis=-1).astype(np.uint16)
+    key = library.add(
+        colour, {"nucleus": mask, "wall": ~mask}, absent=("cyst",), tags={"view": "top", "a": "b"}
+    )
+    exemplar = library.get(key)
+    assert exemplar.structures == ("nucleus", "wall")
+    assert exemplar.absent == ("cyst",)
+    assert exemplar.tags == {"a": "b", "view": "top"}
+    assert (exemplar.height, exemplar.width) == (31, 17)
+    assert library.structures == ("nucleus", "wall")  # nothing shows a cyst
+    assert (library.count("cyst"), library.count("cyst", absent=True)) == (0, 1)
+    stored, masks = library.source(key)
+    assert stored.dtype == np.uint16
+    assert np.array_equal(stored, colour)
+    assert list(masks) == ["nucleus", "wall"]
+    assert np.array_equal(masks["wall"], ~mask)
+    expected = HashEncoder().encode(colour, {"nucleus": mask, "wall": ~mask})
+    for dtype in (np.float32, np.float16):
+        memories, pointers = buffers(1, dtype)
+        library.gather([key], "wall", memories, pointers)
+        assert np.array_equal(memories[0], expected.memories["wall"].astype(np.float16))
+        assert np.array_equal(pointers[0], expected.pointers["wall"])
+
+
+def test_other_processes_and_later_ones_see_the_same(library: Library) -> None:
+    reader = Library.open(library.path)
+    keys = [add(library, n) for n in range(3)]
+    assert len(reader) == 3
+    assert [e.key for e in reader] == keys
+    assert keys[1] in reader
+    assert reader.search(embedding(1), "nucleus", 1)[0].key == keys[1]
+    add(library, 3)
+    assert reader.search(embedding(3), "nucleus", 1)[0].distance < 1e-6
+    assert reader.digest == library.digest
+    library.remove(keys[1])
+    assert reader.search(embedding(1), "nucleus", 3)[0].distance > 0.01
+    assert reader.refresh() is False
+    library.close()
+    again = Library.open(library.path, mode="write", encoder=HashEncoder())
+    assert again.digest == reader.digest
+    assert add(again, 9) in reader
+
+
+def test_search_puts_absent_ones_between(library: Library) -> None:
+    for n in range(12):
+        image, mask = draw(n)
+        if n % 3:
+            library.add(image, {"nucleus": mask}, key=str(n))
+        else:
+            library.add(image, {}, absent=("nucleus",), key=str(n))
+    query = embedding(100)
+    distances = {str(n): 1 - float(embedding(n) @ query) for n in range(12)}
+    present = sorted((d, key) for key, d in distances.items() if int(key) % 3)[:4]
+    absent = [(d, key) for key, d in distances.items() if int(key) % 3 == 0 and d <= present[-1][0]]
+    found = library.search(query, "nucleus", 4)
+    assert [m.key for m in found] == [key for _, key in sorted(present + absent)]
+    assert [m.absent for m in found] == [int(m.key) % 3 == 0 for m in found]
+    assert absent  # otherwise this shows nothing
+    with pytest.raises(InputError, match="no mask of 'nucleus'"):
+        library.gather(["0"], "nucleus", *buffers(1))
+
+
+def test_tags_filter(library: Library) -> None:
+    for n in range(10):
+        add(library, n, tags={"modality": "MR" if n % 2 else "CT", "view": "a"}, key=str(n))
+    found = library.search(embedding(0), "nucleus", 5, tags={"modality": "MR", "view": "a"})
+    assert {m.key for m in found} == {"1", "3", "5", "7", "9"}
+    with pytest.raises(InputError, match="k = 6, but 5 exemplars show 'nucleus' with tags"):
+        library.search(embedding(0), "nucleus", 6, tags={"modality": "MR"})
+
+
+def test_digest_names_content_not_history(tmp_path: Path) -> None:
+    one, two = create(tmp_path / "1"), create(tmp_path / "2")
+    empty = one.digest
+    for n in (1, 2, 3):
+        add(one, n)
+    for n in (3, 9, 1, 2):
+        add(two, n)
+    assert one.digest != two.digest
+    two.remove([e.key for e in two][1])
+    assert one.digest == two.digest != empty
+    for key in [e.key for e in one]:
+        one.remove(key)
+    assert one.digest == empty
+    assert create(tmp_path / "3", intensity=Intensity("range")).digest != empty
+
+
+def test_calibration_belongs_to_the_exemplars(library: Library) -> None:
+    add(library, 1)
+    library.store_calibration({"threshold": 0.25})
+    assert Library.open(library.path).calibration == {"threshold": 0.25}
+    key = add(library, 2)
+    assert library.calibration is None
+    library.remove(key)
+    assert library.calibration == {"threshold": 0.25}
+    with pytest.raises(InputError, match="JSON"):
+        library.store_calibration({"threshold": float("nan")})
+
+
+def test_embeddings(library: Library) -> None:
+    keys = tuple(add(library, n) for n in range(3))
+    library.add(draw(7)[0], {}, absent=("nucleus",), key="without")
+    found, vectors = library.embeddings("nucleus")
+    assert found == keys
+    assert np.allclose(vectors, [embedding(n) for n in range(3)], atol=1e-6)
+    assert library.embeddings("nucleus", absent=True)[0] == ("without",)
+
+
+def test_compacting_frees_what_was_removed_and_readers_follow(tmp_path: Path) -> None:
+    library = create(tmp_path / "library", shard_bytes=4096 + 3 * 320)
+    keys = [add(library, n, key=str(n)) for n in range(8)]
+    reader = Library.open(library.path)
+    before = reader.search(embedding(5), "nucleus", 2)
+    for key in keys[:5]:
+        library.remove(key)
+    assert library.compact() > 0
+    assert len(list((library.path / "memories").iterdir())) == 1
+    memories, pointers = buffers(1)
+    reader.gather([before[0].key], "nucleus", memories, pointers)
+    assert np.array_equal(
+        pointers[0], HashEncoder().encode(draw(5)[0], {"nucleus": draw(5)[1]}).pointers["nucleus"]
+    )
+    assert library.verify().ok
+    assert reader.verify().ok
+
+
+def test_rebuild_for_another_bundle(library: Library) -> None:
+    for n in range(5):
+        add(library, n, key=str(n))
+    library.store_calibration({})
+    digest, reader = library.digest, Library.open(library.path)
+    geometry = replace(GEOMETRY, embedding_dim=30, feature_size=2, channels=8)
+    other = StubBundle(identity="cd" * 32, name="other", geometry=geometry)
+    encoder, told = HashEncoder(geometry, "other"), []
+
+    class Interrupted(HashEncoder):
+        calls = 0
+
+        def encode(self, image, masks):  # type: ignore[no-untyped-def]
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return encoder.encode(image, masks)
+
+    with pytest.raises(KeyboardInterrupt):
+        library.rebuild(other, encoder=Interrupted())
+    assert library.verify().ok
+    assert library.bundle_identity == "ab" * 32
+    assert reader.search(embedding(2), "nucleus", 1)[0].key == "2"
+    library.rebuild(other, encoder=encoder, progress=lambda done, total: told.append((done, total)))
+    assert told == [(2, 5), (3, 5), (4, 5), (5, 5)]  # went on where it was interrupted
+    assert library.verify().ok
+    assert library.digest == digest
+    assert library.calibration is None
+    query = encoder.encode(draw(3)[0], {}).embedding
+    assert library.search(query, "nucleus", 1)[0].key == "3"
+    with pytest.raises(LibraryMismatchError, match="rebuilt for bundle 'other'"):
+        reader.search(embedding(2), "nucleus", 1)
+    with pytest.raises(LibraryMismatchError, match=r"'other'.*not with 'stub'"):
+        Library.open(library.path, StubBundle())  # type: ignore[arg-type]
+    add(library, 11)
+    assert Library.open(library.path, other).verify().memories == 6  # type: ignore[arg-type]
+
+
+def test_without_sources(tmp_path: Path) -> None:
+    library = create(tmp_path / "library", keep_sources=False)
+    key = add(library, 1)
+    assert not (library.path / "sources").exists()
+    assert not library.get(key).has_source
+    with pytest.raises(InputError, match="did not keep the image"):
+        library.source(key)
+    with pytest.raises(LibraryError, match="did not keep its images"):
+        library.rebuild(StubBundle())  # type: ignore[arg-type]
+    assert library.verify().ok
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: {"masks": {}}, "needs a mask of at least one structure"),
+        (lambda m: {"masks": {"a": m[:-1]}}, r"mask of 'a' has shape 11x9, the image is 12x9"),
+        (lambda m: {"masks": {"a": m * 0}}, r"is empty.*absent=\('a',\)"),
+        (lambda m: {"masks": {"a": m.astype(float)}}, "boolean"),
+        (lambda m: {"masks": {"../a": m}}, "cannot name a structure"),
+        (lambda m: {"masks": {"a": m}, "absent": ("a",)}, "only be one of them"),
+        (lambda m: {"masks": {"a": m}, "absent": "b"}, "a list of names"),
+        (lambda m: {"masks": {"a": m}, "tags": {"x": 3}}, "tag 'x'"),
+        (lambda m: {"masks": {"a": m}, "key": "x\n"}, "key must be text"),
+        (lambda m: {"masks": {"a": m}, "image": np.full((12, 9), np.nan)}, "NaN"),
+    ],
+)
+def test_bad_exemplars_are_refused_and_change_nothing(library: Library, change, message) -> None:  # type: ignore[no-untyped-def]
+    add(library, 1)
+    before = library.digest
+    image, mask = draw(2)
+    with pytest.raises(InputError, match=message):
+        library.add(**{"image": image, **change(mask)})
+    assert library.digest == before
+    assert len(library) == 1
+    assert library.verify().ok
+
+
+def test_the_same_again_is_refused(library: Library) -> None:
+    key = add(library, 1)
+    with pytest.raises(InputError, match="the same image with the same masks"):
+        add(library, 1)
+    add(library, 1, key="again")  # under a name of its own it is welcome
+    with pytest.raises(InputError, match="already has an exemplar 'again'"):
+        add(library, 2, key="again")
+    library.remove(key)
+    assert add(library, 1) == key
+
+
+@pytest.mark.parametrize("k", [0, -1, 4, True, 1.5])
+def test_bad_k(library: Library, k: object) -> None:
+    for n in range(3):
+        add(library, n)
+    with pytest.raises(InputError, match="but 3 exemplars show 'nucleus'"):
+        library.search(embedding(0), "nucleus", k)  # type: ignore[arg-type]
+
+
+def test_bad_recall(library: Library) -> None:
+    key = add(library, 1)
+    memories, pointers = buffers(1)
+    with pytest.raises(InputError, match=r"no exemplar is annotated for 'wall'.*nucleus"):
+        library.search(embedding(1), "wall", 1)
+    with pytest.raises(InputError, match="annotated for 'wall'"):
+        library.gather([key], "wall", memories, pointers)
+    with pytest.raises(InputError, match="no exemplar 'nobody'"):
+        library.gather(["nobody"], "nucleus", memories, pointers)
+    with pytest.raises(InputError, match="memories_out must be"):
+        library.gather([key], "nucleus", memories[:, 1:], pointers)
+    with pytest.raises(InputError, match="pointers_out must be"):
+        library.gather([key], "nucleus", memories, pointers.astype(np.float64))
+    with pytest.raises(InputError, match="length 0"):
+        library.search(np.zeros(24, np.float32), "nucleus", 1)
+    with pytest.raises(InputError, match="24 numbers"):
+        library.search(np.ones(25, np.float32), "nucleus", 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda e: replace(e, embedding=e.embedding * 2), "length 2"),
+        (lambda e: replace(e, embedding=e.embedding * np.nan), "not finite"),
+        (lambda e: replace(e, memories={}), "no memory"),
+        (lambda e: replace(e, memories={"nucleus": e.memories["nucleus"] * 1e6}), "fp16"),
+        (lambda e: replace(e, pointers={"nucleus": np.zeros(3, np.float32)}), r"shape \(16,\)"),
+    ],
+)
+def test_an_encoder_that_is_wrong_is_noticed(library: Library, wrong, message) -> None:  # type: ignore[no-untyped-def]
+    class Wrong(HashEncoder):
+        def encode(self, image, masks) -> Encoded:  # type: ignore[no-untyped-def]
+            return wrong(super().encode(image, masks))  # type: ignore[no-any-return]
+
+    library._encoder = Wrong()
+    with pytest.raises(EngineRunError, match=message):
+        add(library, 1)
+    assert len(library) == 0
+    assert library.verify().ok
+
+
+def test_one_writer_many_readers(library: Library) -> None:
+    add(library, 1)
+    with pytest.raises(LibraryLockedError, match=r"written by process \d+ on"):
+        Library.open(library.path, mode="write")
+    reader = Library.open(library.path)
+    for change in (lambda: add(reader, 2), lambda: reader.remove("x"), reader.compact):
+        with pytest.raises(LibraryWriteError, match="open for reading"):
+            change()
+    library.close()
+    with pytest.raises(LibraryError, match="has been closed"):
+        library.get("x")
+    library.close()
+    with Library.open(library.path, mode="write", encoder=HashEncoder()) as writer:
+        add(writer, 2)
+    assert len(reader) == 2
+
+
+def test_not_a_library(tmp_path: Path, library: Library) -> None:
+    with pytest.raises(LibraryNotFoundError, match="there is no library"):
+        Library.open(tmp_path / "nowhere")
+    with pytest.raises(LibraryError, match="there is a library"):
+        create(tmp_path / "library2").close() or create(tmp_path / "library2")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(LibraryError, match=r"not empty: it holds 'thesis\.tex'"):
+        create(tmp_path / "full")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LibraryError, match="is a file"):
+        create(tmp_path / "file")
+    other = tmp_path / "other"
+    other.mkdir()
+    sqlite3.connect(other / "library.sqlite").execute("CREATE TABLE t (x)").connection.close()
+    with pytest.raises(LibraryCorruptError, match="not a RecallSeg library"):
+        Library.open(other)
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "library.sqlite").touch()
+    with pytest.raises(LibraryNotFoundError):
+        Library.open(half)
+    assert len(create(half)) == 0  # an interrupted creation can be repeated
+
+
+def test_a_newer_format_is_refused(library: Library) -> None:
+    library.close()
+    connection = sqlite3.connect(library.path / "library.sqlite")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(LibraryVersionError, match=r"format 99.*Update RecallSeg"):
+        Library.open(library.path)
+
+
+def damage(path: Path, offset: int, length: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    for i in range(offset, offset + length):
+        data[i] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_damage_is_found(library: Library) -> None:
+    keys = [add(library, n) for n in range(3)]
+    shard = next((library.path / "memories").iterdir())
+    damage(shard, 4096 + 320 + 5)
+    report = library.verify()
+    assert report.problems == (
+        f"memory of 'nucleus' of exemplar '{keys[1]}' does not match its digest",
+    )
+    source = sorted((library.path / "sources").rglob("*.npz"))[2]
+    damage(source, 50)
+    assert len(library.verify().problems) == 2
+    with pytest.raises(LibraryCorruptError, match=f"source of exemplar '{keys[2]}'"):
+        library.source(keys[2])
+    source.unlink()
+    with pytest.raises(LibraryCorruptError, match="No such file"):
+        library.source(keys[2])
+    library.close()
+    shard.write_bytes(shard.read_bytes()[: 4096 + 2 * 320 - 1])
+    reader = Library.open(library.path)
+    reader.gather(keys[:1], "nucleus", *buffers(1))
+    with pytest.raises(LibraryCorruptError, match="cut off"):
+        reader.gather(keys[2:], "nucleus", *buffers(1))
+    damage(shard, 0)
+    with pytest.raises(LibraryCorruptError, match="not a shard"):
+        Library.open(library.path).gather(keys[:1], "nucleus", *buffers(1))
+    damage(shard, 0)
+    damage(shard, 8)
+    with pytest.raises(LibraryVersionError, match="shard format"):
+        Library.open(library.path).gather(keys[:1], "nucleus", *buffers(1))
+
+
+def test_a_damaged_catalog_is_found(library: Library) -> None:
+    for n in range(40):
+        add(library, n)
+    library.close()
+    catalog = library.path / "library.sqlite"
+    whole = catalog.read_bytes()
+    catalog.write_bytes(b"not a database" + whole[14:])
+    with pytest.raises(LibraryCorruptError, match="damaged"):
+        Library.open(library.path)
+    catalog.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LibraryCorruptError):
+        Library.open(library.path).verify()
+    catalog.write_bytes(whole)
+    connection = sqlite3.connect(catalog)
+    connection.execute("UPDATE exemplars SET content = 'x' WHERE id = 7")
+    connection.execute("DELETE FROM memories WHERE exemplar = 8")
+    connection.commit()
+    connection.close()
+    problems = Library.open(library.path).verify().problems
+    assert len(problems) == 2
+    assert "content or tags" in problems[0]
+    assert "0 memories of 1" in problems[1]
+
+
+def run(code: str, path: Path) -> str:
+    """Run a script, with a library's path and as an ordinary user if we are root."""
+    script = f"""
+import os, resource, sys
+sys.path[:0] = {[*sys.path, str(Path(__file__).parents[2])]!r}
+import numpy as np
+from recallseg.engines.errors import *
+from recallseg.runtime.library import Library
+from support.fake_library import *
+path = {str(path)!r}
+def add(library, n, **options):
+    return library.add(draw(n, 64, 64)[0], {{"nucleus": draw(n, 64, 64)[1]}}, key=str(n), **options)
+{code}
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_full_disk_loses_nothing(library: Library) -> None:
+    keys = [add(library, n) for n in range(3)]
+    library.close()
+    out = run(
+        """
+library = Library.open(path, mode="write", encoder=HashEncoder())
+refused, known = 0, {e.key for e in library}
+for limit in range(0, 300_000, 3000):  # the limit hits every file in turn
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        add(library, 1000 + limit)
+    except LibraryWriteError as error:
+        refused += 1
+        assert "full" in str(error) or "I/O" in str(error), error
+    else:
+        known.add(str(1000 + limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert {e.key for e in library} == known
+assert library.verify().ok, library.verify()
+add(library, 5)
+sources = sum(len(files) for _, _, files in os.walk(path + "/sources"))
+assert sources == len(library), (sources, len(library))
+print(refused, len(library))
+""",
+        library.path,
+    )
+    refused, stored = map(int, out.split())
+    assert refused > 40
+    assert stored > 14
+    reader = Library.open(library.path)
+    assert reader.verify().ok
+    assert all(key in reader for key in keys)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(command, capture_output=True).returncode != 0
+    ):
+        pytest.skip("this user may not mount a small tmpfs")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_really_fills_up(small_disk: Path) -> None:
+    keys = []
+    with create(small_disk / "library") as library:
+        refused = []
+        for n in range(60):
+            try:
+                keys.append(add(library, n))
+            except LibraryWriteError as error:
+                refused.append(str(error))
+        assert len(refused) > 10
+        assert all("full" in message for message in refused)
+        assert [e.key for e in library] == keys
+        assert library.verify().ok
+        library.remove(keys.pop(3))  # removing must be possible on a full disk
+        keys.append(add(library, 3))
+    with Library.open(small_disk / "library") as reader:
+        assert [e.key for e in reader] == keys
+        assert reader.verify().ok
+    assert len(keys) > 5
+
+
+def test_a_folder_that_cannot_be_written(library: Library) -> None:
+    key = add(library, 1)
+    library.close()
+    for item in [library.path, *library.path.rglob("*")]:
+        item.chmod(0o555 if item.is_dir() else 0o444)
+    for parent in (library.path.parent, *library.path.parent.parents[:2]):
+        parent.chmod(0o755)
+    try:
+        out = run(
+            """
+warm = Library.open(path)  # imports what an ordinary user may not read here
+warm.verify()
+warm.search(HashEncoder().encode(draw(1)[0], {}).embedding, "nucleus", 1)
+if os.getuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+reader = Library.open(path)
+assert reader.verify().ok and len(reader) == 1
+assert reader.search(HashEncoder().encode(draw(1)[0], {}).embedding, "nucleus", 1)[0].key in reader
+for call in (
+    lambda: Library.open(path, mode="write"),
+    lambda: Library.create(path + "/below", StubBundle(), encoder=HashEncoder()),
+):
+    try:
+        call()
+    except LibraryWriteError as error:
+        assert "permission" in str(error), error
+        print("refused")
+""",
+            library.path,
+        )
+    finally:
+        for item in [library.path, *library.path.rglob("*")]:
+            item.chmod(0o755)
+    assert out == "refused\nrefused\n"
+    assert key in Library.open(library.path)
+
+
+def test_threads_may_share_a_library(library: Library) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    reader = Library.open(library.path)
+    add(library, 0, key="0")
+
+    def read(n: int) -> None:
+        match = reader.search(embedding(0), "nucleus", 1)[0]
+        reader.gather([match.key], "nucleus", *buffers(1))
+
+    with ThreadPoolExecutor(4) as pool:
+        readings = pool.map(read, range(200))
+        for n in range(1, 15):
+            add(library, n, key=str(n))
+        list(readings)
+    assert len(reader) == 15

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from recallseg.benchmarks.accuracy.commands import accuracy
 from recallseg.engines.errors import InputError
 from recallseg.runtime.commands.common import (
     EngineOption,
@@ -229,6 +230,9 @@ def compare(
         )
     if found.worse:
         raise typer.Exit(1)
+
+
+bench.command()(accuracy)
 
 
 @contextmanager

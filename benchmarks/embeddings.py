@@ -27,10 +27,10 @@ PATIENT, VOLUME, NOISE = 0.5, 0.25, 0.15
 OFFSET = 0.02
 """Where a volume begins along the anatomy varies by up to this share of its length."""
 DESCRIPTION = (
-    f"clusters of clusters: slices of {PROTOCOLS} protocols along a shared anatomy, {VOLUMES} volumes "
-    f"of {SLICES} slices per patient, spread 1 : {PATIENT} : {VOLUME} : {NOISE} for anatomy, "
-    "patients, volumes and noise, direction i spread as (1 + i)^-0.5; queries: half of new volumes "
-    "of known patients, half of new patients"
+    f"clusters of clusters: slices of {PROTOCOLS} protocols along a shared anatomy, "
+    f"{VOLUMES} volumes of {SLICES} slices per patient, spread 1 : {PATIENT} : {VOLUME} : {NOISE} "
+    "for anatomy, patients, volumes and noise, direction i spread as (1 + i)^-0.5; queries: half "
+    "of new volumes of known patients, half of new patients"
 )
 _BLOCK = 64  # patients drawn at a time, to bound memory
 _KNOWN, _NEW, _LIBRARY, _QUERIES, _ANATOMY = range(5)  # keep the seeds of these apart
@@ -43,7 +43,8 @@ def draw_library(size: int, dimension: int, seed: int = 0) -> NDArray[np.float32
     anatomy = _Anatomy.draw(dimension, seed)
     out = np.empty((size, dimension), np.float32)
     for start in range(0, patients, _BLOCK):
-        people = range(start, min(patients, start + _BLOCK))
+        # Always a whole block, so that a larger library begins like a smaller one.
+        people = range(start, start + _BLOCK)
         protocols, centres = _patients(people, dimension, seed, _KNOWN)
         rng = np.random.default_rng([seed, _LIBRARY, start])
         slices = _slices(
@@ -63,7 +64,8 @@ def draw_queries(count: int, size: int, dimension: int, seed: int = 0) -> NDArra
     rng = np.random.default_rng([seed, _QUERIES])
     known = _patients(rng.integers(0, patients, count // 2).tolist(), dimension, seed, _KNOWN)
     new = _patients(range(count - count // 2), dimension, seed, _NEW)
-    protocols, centres = (np.concatenate(pair) for pair in zip(known, new, strict=True))
+    protocols = np.concatenate([known[0], new[0]])
+    centres = np.concatenate([known[1], new[1]])
     chosen = rng.integers(0, SLICES, count)
     out = np.empty((count, dimension), np.float32)
     for start in range(0, count, _BLOCK):
@@ -85,9 +87,7 @@ class _Anatomy:
         shape = (PROTOCOLS, KNOTS, dimension)
         return cls(rng.standard_normal(shape, np.float32) * _spread(dimension))
 
-    def at(
-        self, protocols: NDArray[np.int64], places: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def at(self, protocols: NDArray[np.int64], places: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return rows x slices x D for ``places`` (rows x slices, 0..1)."""
         along = places * (KNOTS - 1)
         before = np.minimum(along.astype(np.int64), KNOTS - 2)
@@ -131,7 +131,9 @@ def _slices(
     spread = _spread(dimension)
     first = rng.uniform(0, OFFSET, (rows, 1))
     places = first + np.linspace(0, 1 - OFFSET, SLICES)
-    centre = PATIENT * patients + VOLUME * rng.standard_normal((rows, dimension), np.float32) * spread
+    centre = (
+        PATIENT * patients + VOLUME * rng.standard_normal((rows, dimension), np.float32) * spread
+    )
     noise = rng.standard_normal((rows, SLICES, dimension), np.float32) * spread
     slices = anatomy.at(protocols, places.astype(np.float32)) + centre[:, None] + NOISE * noise
     unit: NDArray[np.float32] = slices / np.linalg.norm(slices, axis=2, keepdims=True)

@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from recallseg.benchmarks.energy import EnergyMeter, find_meter
+from recallseg.benchmarks.facts import bundle_facts, busy_remarks
 from recallseg.benchmarks.interleave import Recording, measure, ratios
-from recallseg.benchmarks.machine import BUSY_SHARE, Watch, describe_conditions
+from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.probe import probe
 from recallseg.benchmarks.schema import (
-    BundleFacts,
     ColdStart,
     Energy,
     Memory,
@@ -50,7 +50,7 @@ from recallseg.runtime.machine import describe_machine, package_versions
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["BASELINES", "LatencyPlan", "bundle_facts", "busy_remarks", "run_latency"]
+__all__ = ["BASELINES", "LatencyPlan", "run_latency"]
 
 PORTABLE = "portable"
 BASELINES = ("torch-cached", "torch-paper", "torch-compile", PORTABLE)
@@ -322,30 +322,6 @@ class _Bench:
             ),
             remarks=tuple(remarks),
         )
-
-
-def bundle_facts(bundle: Bundle) -> BundleFacts:
-    """Return what a report says of a bundle."""
-    sources = {bundle.sam2.source, bundle.dinov2.source}
-    worst = next(
-        source for source in ("random", "demo", "pretrained", *sources) if source in sources
-    )
-    g = bundle.geometry
-    return BundleFacts(
-        bundle.name, bundle.identity, bundle.sam2.architecture, bundle.dinov2.architecture,
-        worst, bundle.notice, g.image_size, g.embed_size,
-    )  # fmt: skip
-
-
-def busy_remarks(conditions: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a remark if other processes took part of the machine while it was measured."""
-    share = conditions.get("other_cpu_share")
-    if share is None or share <= BUSY_SHARE:
-        return ()
-    return (
-        f"The machine was busy: other processes took {share:.0%} of its processor time. Ratios "
-        "were measured in turns and hold better than times; measure again on an idle machine.",
-    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from recallseg.benchmarks.page_parts import (
     DASH,
@@ -104,43 +103,57 @@ def _stage_section(report: Report) -> str:
 
 
 def _ratio_section(report: Report) -> str:
-    shown = [ratio for ratio in report.ratios if ratio.stage in COMPARED]
-    if not shown:
-        return ""
-    colours = {stage: colour(i) for i, stage in enumerate(COMPARED)}
+    baselines = list(dict.fromkeys(ratio.baseline for ratio in report.ratios))
     sections = []
-    for subject in dict.fromkeys(ratio.subject for ratio in shown):
+    for subject in dict.fromkeys(ratio.subject for ratio in report.ratios):
+        own = sorted(
+            (ratio for ratio in report.ratios if ratio.subject == subject),
+            key=lambda ratio: (baselines.index(ratio.baseline), ratio.n, ratio.k),
+        )
         rows = [
             Range(
-                f"{ratio.baseline}, k = {ratio.k}, {structures(ratio.n)}",
-                ratio.stage,
+                ratio.baseline,
+                f"k = {ratio.k}, {structures(ratio.n)}",
                 ratio.ratio,
                 ratio.low,
                 ratio.high,
                 f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
-                colours[ratio.stage],
+                colour(baselines.index(ratio.baseline)),
             )
-            for ratio in sorted(shown, key=_ratio_order(report))
-            if ratio.subject == subject
+            for ratio in own
+            if ratio.stage == "total"
         ]
-        plot = range_plot(rows, title="Baseline by runtime")
-        sections.append(f'<h3>{escape(subject)}</h3><div class="card scroll">{plot}</div>')
+        plot = range_plot(rows, title="Baseline by runtime, whole queries")
+        sections.append(
+            f'<h3>{escape(subject)}</h3><div class="card scroll">{plot}</div>{_ratio_table(own)}'
+        )
+    if not sections:
+        return ""
     return (
-        f"<section><h2>How many times as long PyTorch takes</h2>{''.join(sections)}"
+        f"<section><h2>How many times as long the baselines take</h2>{''.join(sections)}"
         '<p class="caption">Ratio of medians, baseline by runtime: to the right of the dashed line '
-        "the runtime is faster. Both answered the same queries in turns on the same weights with "
+        "the runtime is faster. All answered the same queries in turns on the same weights with "
         "the same number of threads; the bar is the 95 % bootstrap interval over rounds.</p>"
         "</section>"
     )
 
 
-def _ratio_order(report: Report) -> Any:
-    baselines = list(dict.fromkeys(ratio.baseline for ratio in report.ratios))
-
-    def key(ratio: Ratio) -> tuple[int, int, int, int]:
-        return baselines.index(ratio.baseline), ratio.n, ratio.k, COMPARED.index(ratio.stage)
-
-    return key
+def _ratio_table(own: Sequence[Ratio]) -> str:
+    by_place: dict[tuple[str, int, int], dict[str, Ratio]] = {}
+    for ratio in own:
+        by_place.setdefault((ratio.baseline, ratio.k, ratio.n), {})[ratio.stage] = ratio
+    rows = []
+    for (baseline, k, n), found in by_place.items():
+        cells = [str(k), str(n)]
+        for stage in COMPARED:
+            shown = found.get(stage)
+            cells.append(
+                DASH
+                if shown is None
+                else f"{shown.ratio:.2f} <small>{shown.low:.2f}{DASH}{shown.high:.2f}</small>"
+            )
+        rows.append((baseline, [*cells, str(max(r.rounds for r in found.values()))], "runtime"))
+    return table(["", "k", "n", *(LABELS[stage] for stage in COMPARED), "rounds"], rows)
 
 
 def _stage_table(report: Report) -> str:

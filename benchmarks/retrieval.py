@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.benchmarks.embeddings import DESCRIPTION, draw_library, draw_queries
-from recallseg.benchmarks.latency import busy_remarks
+from recallseg.benchmarks.facts import busy_remarks
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.schema import Distribution, Report, RetrievalRun
 from recallseg.engines.errors import InputError

@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from recallseg.benchmarks.latency import bundle_facts, busy_remarks
+from recallseg.benchmarks.facts import bundle_facts, busy_remarks
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.resident import resident_bytes
 from recallseg.benchmarks.schema import Distribution, Report, SoakPoint, SoakRun

@@ -4,12 +4,12 @@ Three baselines:
 
 - ``torch-cached``: eager PyTorch with the library's memories in RAM; the runtime's five steps.
 - ``torch-paper``: as the paper does it, every recalled exemplar is encoded and memorized anew for
-  every query (arXiv 2408.08813, figure 2). Their inputs are kept normalised in RAM, and exemplars
+  every query (arXiv 2408.08813). Their inputs are kept normalised in RAM, and exemplars
   that several structures recall are encoded once: both in the baseline's favour.
 - ``torch-compile``: the first, with every graph through ``torch.compile`` for the very shapes.
 
-All use the runtime's preprocessing and thread count. This is the one place of this room that needs
-torch; it is imported when a baseline is asked for.
+All use the runtime's own pixel code (prepare and finish) and thread count. This is the one place of
+this room that needs torch; it is imported when a baseline is asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from recallseg.export.checkpoints.architectures import DINOV2_ALIASES, SAM2_ALIA
 from recallseg.export.graphs import build_graphs
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
+from recallseg.runtime.postprocess import finish_masks
 from recallseg.runtime.preprocess import prepare_image, prepare_mask, scale_intensities
+from recallseg.runtime.workspace import Workspace
 
 __all__ = ["TorchBaseline", "load_modules"]
 
@@ -129,6 +131,8 @@ class TorchBaseline:
         self._bundle, self._intensity = library.bundle, library.intensity
         self._k, self._structures = k, tuple(structures)
         g = self._bundle.geometry
+        # Its buffers on the query's own grid: masks are finished as the runtime does it.
+        self._workspace = Workspace(g, self._bundle.memory, n=len(self._structures), k=1)
         self._embed_image = np.zeros((1, 3, g.embed_size, g.embed_size), np.float32)
         self._encode_image = np.zeros((1, 3, g.image_size, g.image_size), np.float32)
         time = self._bundle.memory.pointer_time
@@ -181,12 +185,8 @@ class TorchBaseline:
             with self._timed("decode"):
                 self._logits, _, score = self._graphs["decode"](conditioned, skip0, skip1)
             with self._timed("finish"):
-                large = nn.functional.interpolate(
-                    self._logits[None], image.shape[:2], mode="bilinear", align_corners=False
-                )[0]
-                masks = (large > 0) & (score > 0)[:, None, None]
-                best = large.masked_fill(~masks, -torch.inf).argmax(dim=0) + 1
-                (best * masks.any(dim=0)).to(torch.uint8).numpy()
+                present = (score > 0).tolist()
+                finish_masks(self.logits, present, image.shape[:2], self._workspace)
         return self._stages
 
     def _nearest(self, structure: str, embedding: Tensor) -> list[str]:

@@ -83,7 +83,7 @@ class GoldenTensors:
     def load(cls, path: Path) -> GoldenTensors:
         """Read the file; raises BundleError if it cannot be read."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 names = [key[6:] for key in file.files if key.startswith("value.")]
                 shape = tuple(int(size) for size in file["expected_shape"])
                 count = int(np.prod(shape))

@@ -57,8 +57,6 @@ class OnnxRuntimeCpu(Engine):
         settings.log_severity_level = 3
         # A query runs five sessions in turn: the threads of one must not spin through the next.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-        # Denormals slow attention down by orders of magnitude and carry no information here.
-        settings.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=settings, providers=[_PROVIDER]

@@ -54,6 +54,7 @@ def load_engines(
     *,
     options: EngineOptions | None = None,
     graphs: tuple[str, ...] = GRAPHS,
+    variants: tuple[str, ...] | None = None,
 ) -> dict[str, Engine]:
     """Make a bundle's graphs ready to run.
 
@@ -63,6 +64,7 @@ def load_engines(
     name, precision : as in INTERFACES "Names".
     options : thread count and the like.
     graphs : which of the five are wanted.
+    variants : graph variants to take instead of those that the engine likes best.
 
     Raises
     ------
@@ -76,6 +78,6 @@ def load_engines(
         raise InputError(f"threads must be at least 1, got {options.threads}.")
     engines: dict[str, Engine] = {}
     for graph in graphs:
-        path, _ = bundle.graph_file(graph, kind.variants, precision)
+        path, _ = bundle.graph_file(graph, variants or kind.variants, precision)
         engines[graph] = kind(bundle.specs[graph], path, options)
     return engines

@@ -71,7 +71,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     found64, expected64 = found.astype(np.float64), expected.astype(np.float64)
     if not np.isfinite(found64).all():
         return float("inf")
-    return float(np.linalg.norm(found64 - expected64)) / max(float(np.linalg.norm(expected64)), 1e-12)
+    return float(np.linalg.norm(found64 - expected64)) / max(
+        float(np.linalg.norm(expected64)), 1e-12
+    )
 
 
 def mask_dice(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:

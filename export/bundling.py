@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -45,16 +45,26 @@ from recallseg.engines.golden import (
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import verify_engines
+from recallseg.export import ort_cpu
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.graphs import build_graphs, read_geometry
-from recallseg.export.onnx_export import export_graph
-from recallseg.export.parity import TorchEngine, check_definition, check_end_to_end, check_graph
+from recallseg.export.onnx_export import OPSET, export_graph
+from recallseg.export.parity import (
+    Measured,
+    TorchEngine,
+    check_definition,
+    check_end_to_end,
+    check_graph,
+)
 
 __all__ = ["export_bundle"]
 
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATION = {"embed": _IMAGENET, "encode": _IMAGENET}
 """Both DINOv2 and SAM 2 were trained with ImageNet's (their image processors' defaults)."""
+
+VARIANTS = ("portable", "ort-cpu")
+"""Graph variants that can be exported."""
 
 DEFAULT_EMBED_SIZE = 224
 _GOLDEN_SEED = 7
@@ -71,6 +81,7 @@ def export_bundle(
     name: str | None = None,
     embed_size: int | None = None,
     object_pointers: bool = True,
+    variants: Sequence[str] = VARIANTS,
     overwrite: bool = False,
     report: Report = lambda step: None,
 ) -> Bundle:
@@ -83,6 +94,7 @@ def export_bundle(
     name : what the bundle calls itself; the folder's name by default.
     embed_size : E in pixels, a multiple of DINOv2's patch; 224, or less for a smaller model.
     object_pointers : whether memory attention takes SAM 2's object pointers too.
+    variants : graph variants to write; ``portable`` must be among them.
     report : is told the name of every step as it begins.
 
     Raises
@@ -90,6 +102,12 @@ def export_bundle(
     ExportError, ParityError
         Nothing is left at ``output``, or what was there stays.
     """
+    unknown = set(variants) - set(VARIANTS)
+    if unknown or "portable" not in variants:
+        raise ExportError(
+            f"variants must be 'portable' and any of {', '.join(VARIANTS)}; got "
+            f"{', '.join(variants)}."
+        )
     if output.exists() and not overwrite:
         raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
     segmenter, embedder = sam2.model, dinov2.model
@@ -110,12 +128,23 @@ def export_bundle(
     work.mkdir()
     try:
         graphs: dict[str, Any] = {}
-        for graph in GRAPHS:
-            report(f"export {graph}")
-            path = work / "graphs" / "portable" / "fp32" / f"{graph}.onnx"
+
+        def write(variant: str, graph: str, module: nn.Module, opset: int) -> None:
+            report(f"export {variant} {graph}")
+            path = work / "graphs" / variant / "fp32" / f"{graph}.onnx"
             path.parent.mkdir(parents=True, exist_ok=True)
-            export_graph(modules[graph], specs[graph], geometry, path)
-            graphs[f"portable/fp32/{graph}"] = _entry(work, path)
+            export_graph(module, specs[graph], geometry, path, opset=opset)
+            graphs[f"{variant}/fp32/{graph}"] = _entry(work, path)
+
+        for graph in GRAPHS:
+            write("portable", graph, modules[graph], OPSET)
+        if "ort-cpu" in variants:
+            fast = ort_cpu.build_ort_cpu_graphs(
+                segmenter, embedder, object_pointers=object_pointers
+            )
+            with ort_cpu.fused_attention(segmenter, embedder):
+                for graph, module in fast.items():
+                    write("ort-cpu", graph, module, ort_cpu.OPSET)
         report("golden tensors")
         case = make_case(_GOLDEN_SEED)
         reference = Composition({name: TorchEngine(specs[name], modules[name]) for name in GRAPHS})
@@ -146,7 +175,10 @@ def export_bundle(
             check_definition(
                 reference, segmenter, case, geometry, NORMALISATION["encode"], memory
             ).to_json(),
-            *_gate(Bundle.open(work), modules, case, tensors, report),
+            *(
+                value.to_json()
+                for value in _gate(Bundle.open(work), modules, case, tensors, report)
+            ),
         ]
         _write_manifest(work, manifest)
         report("done")
@@ -164,29 +196,30 @@ def _gate(
     case: GoldenCase,
     tensors: dict[str, Tensor],
     report: Report,
-) -> list[dict[str, Any]]:
-    """Compare the files on disk with PyTorch, per graph and end to end."""
-    engines = load_engines(bundle, "onnxruntime-cpu", "fp32")
-    measured = []
-    for graph in GRAPHS:
-        report(f"compare {graph}")
-        side = bundle.geometry.embed_size if graph == "embed" else bundle.geometry.image_size
-        like = dict(tensors)
-        like["image"] = network_images(case, side, bundle.normalisation["encode"])[-1]
-        like["masks"] = network_masks(case, bundle.geometry.image_size)[0]
-        like["pointer_time"] = np.full(
-            tensors["memories"].shape[:2], bundle.memory.pointer_time, "f4"
+) -> list[Measured]:
+    """Compare the files on disk with PyTorch, per graph and end to end, in every variant."""
+    n, k = case.masks.shape[1::-1]
+    measured: list[Measured] = []
+    for variant in bundle.precisions:
+        # A variant may leave graphs out; the portable ones then stand in, as they will at run time.
+        engines = load_engines(bundle, "onnxruntime-cpu", "fp32", variants=(variant, "portable"))
+        for graph, engine in engines.items():
+            if engine.path is None or engine.path.parts[-3] != variant:
+                continue
+            report(f"compare {variant} {graph}")
+            side = bundle.geometry.embed_size if graph == "embed" else bundle.geometry.image_size
+            like = dict(tensors)
+            like["image"] = network_images(case, side, bundle.normalisation["encode"])[-1]
+            like["masks"] = network_masks(case, bundle.geometry.image_size)[0]
+            like["pointer_time"] = np.full((n, k), bundle.memory.pointer_time, np.float32)
+            measured += check_graph(engine, modules[graph], like, variant=variant)
+        report(f"compare {variant} end to end")
+        found = run_case(
+            case, Composition(engines), bundle.geometry, bundle.normalisation, bundle.memory
         )
-        measured += list(check_graph(engines[graph], modules[graph], like))
-    report("compare end to end")
-    found = run_case(
-        case, Composition(engines), bundle.geometry, bundle.normalisation, bundle.memory
-    )
-    k, n = case.masks.shape[:2]
-    measured.append(check_end_to_end(found, tensors, n, k))
-    report("verify golden tensors")
-    verify_engines(bundle, engines, "fp32")
-    return [value.to_json() for value in measured]
+        measured.append(check_end_to_end(found, tensors, n, k, variant=variant))
+        verify_engines(bundle, engines, "fp32")
+    return measured
 
 
 def _embed_size(model: Dinov2, asked: int | None) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from recallseg.export.bundling import export_bundle
+from recallseg.export.bundling import VARIANTS, export_bundle
 from recallseg.export.checkpoints import load_dinov2, load_sam2
 
 __all__ = ["export"]
@@ -33,6 +33,9 @@ def export(
         Optional[str],
         typer.Option(help="What the bundle calls itself.", show_default="the folder's name"),
     ] = None,
+    variants: Annotated[
+        str, typer.Option(help="Graph variants to write, comma-separated.")
+    ] = ",".join(VARIANTS),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle.")
     ] = False,
@@ -52,6 +55,7 @@ def export(
             name=name,
             embed_size=embed_size,
             object_pointers=object_pointers,
+            variants=[variant.strip() for variant in variants.split(",")],
             overwrite=overwrite,
             report=lambda step: status.update(step),
         )

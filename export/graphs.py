@@ -12,6 +12,8 @@ exemplars as mask-conditioned frames; the parity gate holds it to that model.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Dinov2Model, Dinov2WithRegistersModel, Sam2VideoModel
@@ -191,27 +193,40 @@ class Attend(nn.Module):
         query = features.flatten(2).permute(2, 0, 1).expand(-1, n, -1)
         memory = memories.reshape(n, k * tokens, width)
         position = (self.memory_position + self.temporal[-1]).repeat(n, k, 1)
-        pointer_tokens = 0
+        count = 0
         if self.object_pointers and pointers is not None and pointer_time is not None:
-            pointer_tokens = k * self.splits
-            memory = torch.cat([memory, pointers.reshape(n, pointer_tokens, width)], dim=1)
-            if self.has_pointer_time:
-                time = self.time_projection(_sine_encoding(pointer_time, features.shape[1]))
-            else:  # SAM 2.0: pointers have no time; the input stays, so that all graphs have it
-                time = pointer_time[..., None].expand(-1, -1, width) * 0.0
-            time = time[:, :, None].expand(-1, -1, self.splits, -1)
-            position = torch.cat([position, time.reshape(n, pointer_tokens, width)], dim=1)
+            vectors, times = self.pointer_tokens(pointers, pointer_time)
+            memory = torch.cat([memory, vectors], dim=1)
+            position = torch.cat([position, times], dim=1)
+            count = k * self.splits
         conditioned = self.memory_attention(
             current_vision_features=query,
             current_vision_position_embeddings=self.image_position,
             memory=memory.transpose(0, 1),
             memory_posision_embeddings=position.transpose(0, 1),
-            num_object_pointer_tokens=pointer_tokens,
+            num_object_pointer_tokens=count,
         )
         # The model returns 1 x n x hw x C: it keeps an axis for prompts and one for time.
         conditioned = conditioned.reshape(n, height * breadth, -1).transpose(1, 2)
         out: Tensor = conditioned.reshape(n, -1, height, breadth)
         return out
+
+    def pointer_tokens(self, pointers: Tensor, pointer_time: Tensor) -> tuple[Tensor, Tensor]:
+        """Split pointers nxkxC into tokens of the memory's width, and encode their times nxk.
+
+        Returns
+        -------
+        tokens, positions : each nx(k*splits)x64.
+        """
+        n, k, channels = pointers.shape
+        width = channels // self.splits
+        if self.has_pointer_time:
+            time = self.time_projection(_sine_encoding(pointer_time, channels))
+        else:  # SAM 2.0: pointers have no time; the input stays, so that all graphs have it
+            time = pointer_time[..., None].expand(-1, -1, width) * 0.0
+        time = time[:, :, None].expand(-1, -1, self.splits, -1)
+        shape = (n, k * self.splits, width)
+        return pointers.reshape(shape), time.reshape(shape)
 
 
 class Decode(nn.Module):
@@ -263,8 +278,9 @@ def read_geometry(
 ) -> Geometry:
     """Derive a bundle's geometry from the models' configurations."""
     channels = int(sam2.hidden_dim)
+    size: Any = sam2.config.image_size  # one number in every SAM 2; pairs are allowed by type only
     return Geometry(
-        image_size=int(sam2.image_size),
+        image_size=int(size),
         embed_size=embed_size,
         embedding_dim=int(dinov2.config.hidden_size),
         channels=channels,

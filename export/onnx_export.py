@@ -37,7 +37,9 @@ def example_inputs(
     return inputs
 
 
-def export_graph(module: nn.Module, spec: GraphSpec, geometry: Geometry, path: Path) -> None:
+def export_graph(
+    module: nn.Module, spec: GraphSpec, geometry: Geometry, path: Path, *, opset: int = OPSET
+) -> None:
     """Write ``module`` to ``path`` (and ``path`` + ``.data`` if it is too large for one file).
 
     Parameters
@@ -46,6 +48,7 @@ def export_graph(module: nn.Module, spec: GraphSpec, geometry: Geometry, path: P
     spec : names and shapes; the symbols ``n`` and ``k`` become dynamic axes.
     geometry : gives the largest n and k.
     path : of the ``.onnx`` file.
+    opset : version of the standard operators.
 
     Raises
     ------
@@ -70,7 +73,7 @@ def export_graph(module: nn.Module, spec: GraphSpec, geometry: Geometry, path: P
                 module,
                 tuple(inputs.values()),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=axes if any(axes) else None,

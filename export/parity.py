@@ -60,6 +60,7 @@ class Measured:
     """One comparison, as it goes into the manifest."""
 
     graph: str
+    variant: str
     inputs: str
     tensor: str
     n: int
@@ -92,7 +93,11 @@ class TorchEngine(Engine):
 
 
 def check_graph(
-    engine: Engine, module: nn.Module, image_like: Mapping[str, np.ndarray[Any, Any]] | None = None
+    engine: Engine,
+    module: nn.Module,
+    image_like: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    *,
+    variant: str = "portable",
 ) -> Iterator[Measured]:
     """Compare one exported graph with its module.
 
@@ -101,6 +106,7 @@ def check_graph(
     engine : the exported graph, ready to run.
     module : what it was exported from.
     image_like : inputs taken from a real run of the pipeline, by tensor name.
+    variant : which form of the graph it is, for the record.
 
     Raises
     ------
@@ -131,6 +137,7 @@ def check_graph(
             yield _judge(
                 Measured(
                     spec.name,
+                    variant,
                     kind,
                     name,
                     symbols["n"],
@@ -187,15 +194,19 @@ def check_definition(
     modules.attend(features, recall, prediction)
     modules.decode(features, prediction)
     error = relative_error(prediction.logits, expected.numpy())
-    return _judge(Measured("definition", "image-like", "logits", n, k, error, DEFINITION_TOLERANCE))
+    return _judge(
+        Measured("definition", "modules", "image-like", "logits", n, k, error, DEFINITION_TOLERANCE)
+    )
 
 
 def check_end_to_end(
-    found: Mapping[str, Array], expected: Mapping[str, Array], n: int, k: int
+    found: Mapping[str, Array], expected: Mapping[str, Array], n: int, k: int, *, variant: str
 ) -> Measured:
     """Compare the mask logits of five exported graphs, composed, with those of five modules."""
     error = relative_error(found["logits"], expected["logits"])
-    return _judge(Measured("end to end", "image-like", "logits", n, k, error, PARITY_TOLERANCE))
+    return _judge(
+        Measured("end to end", variant, "image-like", "logits", n, k, error, PARITY_TOLERANCE)
+    )
 
 
 def _run_video_model(
@@ -231,9 +242,10 @@ def _run_video_model(
 def _judge(measured: Measured) -> Measured:
     if not measured.error <= measured.tolerance:
         raise ParityError(
-            f"graph '{measured.graph}' ({measured.inputs} inputs, n={measured.n}, k={measured.k}): "
-            f"tensor '{measured.tensor}' is off by {measured.error:.2e}, allowed is "
-            f"{measured.tolerance:.0e}. The bundle was not written. Try the versions of torch and "
-            "onnxscript in constraints.txt, and report it with this message."
+            f"graph '{measured.graph}' ({measured.variant}, {measured.inputs} inputs, "
+            f"n={measured.n}, k={measured.k}): tensor '{measured.tensor}' is off by "
+            f"{measured.error:.2e}, allowed is {measured.tolerance:.0e}. The bundle was not "
+            "written. Try the versions of torch and onnxscript in constraints.txt, and report it "
+            "with this message."
         )
     return measured

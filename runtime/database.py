@@ -198,15 +198,18 @@ class Database:
         """Let every statement of the block see one state of the file."""
         with self._lock:
             self._check_open()
-            if self._connection.in_transaction:
+            if self._in_transaction():
                 yield
                 return
             self.execute("BEGIN")
             try:
                 yield
             finally:
-                if self._connection.in_transaction:
+                if self._in_transaction():
                     self._connection.rollback()
+
+    def _in_transaction(self) -> bool:
+        return self._connection.in_transaction
 
     def _check_open(self) -> None:
         if not self.is_open:

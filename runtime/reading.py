@@ -341,7 +341,8 @@ class LibraryReading:
         length = float(np.linalg.norm(vector))
         if not np.isfinite(length) or length == 0.0:
             raise InputError(f"the embedding has length {length}; expected a finite one above 0.")
-        return vector / np.float32(length)
+        unit: NDArray[np.float32] = vector / np.float32(length)
+        return unit
 
     def _place(self, key: str, structure: str, keys: Sequence[str]) -> Place:
         place = self._places.get(structure, {}).get(key)

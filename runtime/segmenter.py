@@ -261,7 +261,11 @@ class Segmenter:
         for name, score in scores.items():
             limits, found = thresholds[name], []
             calibrated &= limits.iou is not None
-            if limits.distance is not None and recalled[name] and recalled[name][0].distance > limits.distance:
+            if (
+                limits.distance is not None
+                and recalled[name]
+                and recalled[name][0].distance > limits.distance
+            ):
                 found.append(
                     f"unlike the library: distance {recalled[name][0].distance:.3f} to the nearest "
                     f"exemplar, usual is up to {limits.distance:.3f}"

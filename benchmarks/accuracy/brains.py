@@ -12,10 +12,16 @@ from numpy.typing import NDArray
 
 from recallseg.benchmarks.accuracy.archives import Distribution, read_files
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate
-from recallseg.runtime.demo import BRAIN_THRESHOLD, LEAST_AREA, STRUCTURES, TISSUE_THRESHOLD
+from recallseg.runtime.demo import (
+    BRAIN_THRESHOLD,
+    LEAST_AREA,
+    MARGIN,
+    STRUCTURES,
+    TISSUE_THRESHOLD,
+)
 from recallseg.runtime.pairs import Annotated
 
-__all__ = ["deep_grey", "mni_axial", "mni_coronal", "mni_sagittal"]
+__all__ = ["deep_grey", "mni_axial", "mni_coronal", "mni_frame", "mni_sagittal"]
 
 NILEARN = Distribution(
     "nilearn",
@@ -58,8 +64,13 @@ Volume = NDArray[Any]
 
 
 def mni_axial(data: Path | None) -> Dataset:
-    """Return the protocol of the targets: 16 axial slices, some 9 mm apart, queries midway."""
+    """Return the demo's slices, to which the targets belong: 16 of them, queries midway."""
     return _mni("axial", data)
+
+
+def mni_frame(data: Path | None) -> Dataset:
+    """Return the same slices in the template's whole frame, where the brain is smaller."""
+    return _mni("axial", data, cropped=False)
 
 
 def mni_coronal(data: Path | None) -> Dataset:
@@ -83,9 +94,11 @@ def deep_grey(data: Path | None) -> Dataset:
     change = np.linalg.inv(atlas_affine) @ affine
     at = np.rint(change[:3, :3] @ places + change[:3, 3:]).astype(int)
     inside = ((at >= 0) & (at < np.array(labels.shape)[:, None])).all(axis=0)
-    atlas = np.zeros(t1.size, np.int16)
-    atlas[inside] = labels[tuple(at[:, inside])]
-    atlas = atlas.reshape(t1.shape)
+    flat = np.zeros(t1.size, np.int16)
+    flat[inside] = labels[tuple(at[:, inside])]
+    atlas = flat.reshape(t1.shape)
+    box = _frame(t1 > BRAIN_THRESHOLD, AXES["axial"])
+    t1, atlas = t1[box], atlas[box]
     masks = {name: np.isin(atlas, values) for name, values in DEEP.items()}
     shown = np.flatnonzero(np.any(list(masks.values()), axis=(0, 1, 2)))
     middle = (int(shown[0]) + int(shown[-1])) // 2
@@ -112,16 +125,13 @@ def deep_grey(data: Path | None) -> Dataset:
     )
 
 
-def _mni(view: str, data: Path | None) -> Dataset:
+def _mni(view: str, data: Path | None, *, cropped: bool = True) -> Dataset:
     t1, grey, white, _ = _template(data)
-    masks = {
-        name: volume
-        for name, volume in zip(
-            STRUCTURES,
-            (t1 > BRAIN_THRESHOLD, grey > TISSUE_THRESHOLD, white > TISSUE_THRESHOLD),
-            strict=True,
-        )
-    }
+    if cropped:
+        box = _frame(t1 > BRAIN_THRESHOLD, AXES[view])
+        t1, grey, white = t1[box], grey[box], white[box]
+    tissue = (t1 > BRAIN_THRESHOLD, grey > TISSUE_THRESHOLD, white > TISSUE_THRESHOLD)
+    masks = dict(zip(STRUCTURES, tissue, strict=True))
     across = tuple(axis for axis in range(3) if axis != AXES[view])
     area = masks["brain"].sum(axis=across)
     usable = np.flatnonzero(area >= LEAST_AREA * area.max())
@@ -133,7 +143,7 @@ def _mni(view: str, data: Path | None) -> Dataset:
     extra = [_slice("mni", view, t1, masks, int(at)) for at in quarter]
     gap = float(usable[-1] - usable[0]) / 15
     return Dataset(
-        name=f"MNI152 {view}",
+        name=f"MNI152 {view}" if cropped else f"MNI152 {view}, whole frame",
         modality="MR, T1",
         structures=STRUCTURES,
         exemplars=tuple(exemplars),
@@ -144,10 +154,21 @@ def _mni(view: str, data: Path | None) -> Dataset:
         human=False,
         licence=MNI_LICENCE,
         source=MNI_SOURCE,
-        remark=f"Annotated slices {gap:.1f} mm apart, queries midway.",
+        remark=f"Annotated slices {gap:.1f} mm apart, queries midway"
+        + (f"; all cropped to the brain's largest extent and {MARGIN} mm." if cropped else "."),
         positions=_positions([*exemplars, *queries, *extra]),
         targets=TARGETS if view == "axial" else {},
     )
+
+
+def _frame(brain: Volume, across: int) -> tuple[slice, ...]:
+    """Return the brain's extent with a margin, but all of the axis that slices are taken along."""
+    box = []
+    for axis in range(3):
+        found = np.flatnonzero(brain.any(axis=tuple(other for other in range(3) if other != axis)))
+        low, high = int(found[0]) - MARGIN, int(found[-1]) + 1 + MARGIN
+        box.append(slice(None) if axis == across else slice(max(0, low), high))
+    return tuple(box)
 
 
 def _slice(

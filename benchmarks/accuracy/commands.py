@@ -32,7 +32,9 @@ def accuracy(
     output: Annotated[
         Path, typer.Option("--output", help="Folder for accuracy.json, cases.csv, accuracy.html.")
     ],
-    bundle: Annotated[str, typer.Option("--bundle", help="Bundle to judge: a folder or name.")] = "demo",
+    bundle: Annotated[
+        str, typer.Option("--bundle", help="Bundle to judge: a folder or name.")
+    ] = "demo",
     without_pointers: Annotated[
         Optional[str],
         typer.Option(
@@ -128,6 +130,6 @@ def _print_table(found: Accuracy) -> None:
         }
         for structure in outcome.dataset.structures:
             cells = [dice.get((structure, *key)) for key in columns.values()]
-            row = ["–" if value is None else f"{value:.3f}" for value in cells]
+            row = ["-" if value is None else f"{value:.3f}" for value in cells]
             table.add_row(outcome.dataset.name, structure, *row)
     Console().print(table)

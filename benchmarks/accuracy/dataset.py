@@ -1,4 +1,4 @@
-"""What a benchmark dataset is: annotated exemplars, queries kept apart from them, and provenance."""
+"""What a benchmark dataset is: annotated exemplars, queries kept apart, and provenance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from recallseg.runtime.pairs import Annotated
 from recallseg.runtime.preprocess import Intensity
 
-__all__ = ["Dataset", "annotate", "spread", "tiles"]
+__all__ = ["MOST_ANNOTATED", "Dataset", "annotate", "spread", "tiles"]
 
 T = TypeVar("T")
 
@@ -58,10 +58,9 @@ class Dataset:
 
     def annotated(self, count: int) -> tuple[Annotated, ...]:
         """Return ``count`` annotated images, evenly chosen; beyond 16 the extra ones join."""
-        if count <= len(self.exemplars):
+        if count <= MOST_ANNOTATED:
             return tuple(spread(self.exemplars, count))
-        more = spread(self.extra, min(count - len(self.exemplars), len(self.extra)))
-        return self.exemplars + tuple(more)
+        return self.exemplars + tuple(spread(self.extra, count - MOST_ANNOTATED))
 
     def describe(self) -> dict[str, Any]:
         """Return everything but the pixels, as JSON values."""
@@ -84,12 +83,11 @@ class Dataset:
 
 def spread(items: Sequence[T], count: int) -> list[T]:
     """Return ``count`` of ``items``, evenly spread: the middle of each of ``count`` equal parts."""
-    return [items[int((i + 0.5) * len(items) / count)] for i in range(min(count, len(items)))]
+    count = min(count, len(items))
+    return [items[int((i + 0.5) * len(items) / count)] for i in range(count)]
 
 
-def annotate(
-    name: str, image: NDArray[Any], masks: Mapping[str, NDArray[np.bool_]]
-) -> Annotated:
+def annotate(name: str, image: NDArray[Any], masks: Mapping[str, NDArray[np.bool_]]) -> Annotated:
     """Return an annotated image; a structure with an empty mask is known to be absent."""
     shown = {key: np.ascontiguousarray(mask) for key, mask in masks.items() if mask.any()}
     absent = tuple(key for key in masks if key not in shown)

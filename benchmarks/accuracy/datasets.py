@@ -15,6 +15,7 @@ __all__ = ["DATASETS", "load_datasets"]
 DATASETS: Mapping[str, Callable[[Path | None], Dataset]] = MappingProxyType(
     {
         "mni-axial": brains.mni_axial,
+        "mni-frame": brains.mni_frame,
         "mni-coronal": brains.mni_coronal,
         "mni-sagittal": brains.mni_sagittal,
         "deep-grey": brains.deep_grey,

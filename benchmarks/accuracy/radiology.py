@@ -15,7 +15,7 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.pairs import Annotated
 from recallseg.runtime.preprocess import Intensity
 
-__all__ = ["brain_tumour", "lungs", "lung_tumour", "read_nrrd"]
+__all__ = ["brain_tumour", "lung_tumour", "lungs", "read_nrrd"]
 
 PYRADIOMICS = Distribution(
     "pyradiomics",
@@ -70,7 +70,7 @@ def lungs(data: Path | None) -> Dataset:
         exemplars=tuple(exemplars),
         extra=tuple(image for image in usable[0] if image.name not in names)[:16],
         queries=tuple(spread(usable[1], 15)),
-        reference=f"below {AIR} HU inside the body, vessels filled slice by slice: no person drew it",
+        reference=f"below {AIR} HU inside the body, vessels filled slice by slice",
         human=False,
         licence=LICENCE,
         source=SOURCE,
@@ -128,8 +128,9 @@ def _tumour(
         human=True,
         licence=LICENCE,
         source=SOURCE,
-        remark=f"One patient; annotated slices {2 * thickness:.0f} mm apart, queries midway; slices "
-        "beyond the tumour are annotated, and queried, as not showing it. Few images: read with care.",
+        remark=f"One patient; annotated slices {2 * thickness:.0f} mm apart, queries midway; "
+        "slices beyond the tumour are annotated, and queried, as not showing it. Few images: read "
+        "with care.",
         positions={image.name: z * thickness for z, image in cut.items()},
         intensity=intensity,
     )
@@ -177,7 +178,7 @@ def read_nrrd(content: bytes) -> tuple[Volume, float]:
         raise InputError("not an NRRD file.")
     lines = (line.split(": ", 1) for line in head.decode("ascii").splitlines() if ": " in line)
     fields = {key: value.strip() for key, value in lines}
-    kind, order = TYPES.get(fields["type"]), {"little": "<", "big": ">"}[fields.get("endian", "little")]
+    kind, order = TYPES.get(fields["type"]), ">" if fields.get("endian") == "big" else "<"
     if kind is None or fields["encoding"] not in ("raw", "gzip"):
         raise InputError(f"NRRD of type {fields['type']}, {fields['encoding']} is not read here.")
     raw = gzip.decompress(body) if fields["encoding"] == "gzip" else body

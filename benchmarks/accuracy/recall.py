@@ -1,11 +1,11 @@
-"""Libraries for the benchmark: filled with a dataset's exemplars, and one that recalls at random."""
+"""Libraries for the benchmark: filled with exemplars, and one that recalls at random."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,11 @@ class RandomLibrary(Library):
     """
 
     seed = 0
+
+    @classmethod
+    def open_drawing(cls, path: Path, bundle: Bundle) -> RandomLibrary:
+        """Open a library for reading."""
+        return cast(RandomLibrary, cls.open(path, bundle))
 
     def search(
         self,
@@ -91,7 +96,5 @@ def fill(
             for count, names in sets.items():
                 if image.name in names:
                     tags.update(member_tag(count))
-            library.add(
-                image.image, image.masks, absent=image.absent, tags=tags, key=image.name
-            )
+            library.add(image.image, image.masks, absent=image.absent, tags=tags, key=image.name)
             step(image.name)

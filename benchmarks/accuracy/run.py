@@ -52,7 +52,7 @@ def run_accuracy(
     data: Path | None = None,
     datasets: Sequence[str] | None = None,
     unet: bool = True,
-    unet_steps: int = 300,
+    unet_steps: int = 200,
     quick: bool = False,
     engine: str = "onnxruntime-cpu",
     precision: str = "fp32",

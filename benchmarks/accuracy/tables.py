@@ -175,8 +175,7 @@ def targets(outcome: Outcome) -> list[Target]:
     means = {
         summary.structure: summary.dice
         for summary in summarise(outcome)
-        if (summary.method, summary.k, summary.annotated)
-        == (RECALLED, REFERENCE_K, MOST_ANNOTATED)
+        if (summary.method, summary.k, summary.annotated) == (RECALLED, REFERENCE_K, MOST_ANNOTATED)
     }
     return [
         Target(structure, wanted, means.get(structure, math.nan))

@@ -42,8 +42,8 @@ class UNetSettings:
 
     size: int
     width: int = 16
-    steps: int = 300
-    batch: int = 6
+    steps: int = 200
+    batch: int = 4
     learning_rate: float = 2e-3
     mirror: bool = False
     seed: int = 0
@@ -156,10 +156,7 @@ def _augmented(
 
     def moved(planes: Planes, method: int, border: int) -> Planes:
         return np.stack(
-            [
-                cv2.warpAffine(p, turn, (side, side), flags=method, borderMode=border)
-                for p in planes
-            ]
+            [cv2.warpAffine(p, turn, (side, side), flags=method, borderMode=border) for p in planes]
         )
 
     border = cv2.BORDER_REFLECT if mirror else cv2.BORDER_CONSTANT
@@ -185,7 +182,7 @@ def _network(outputs: int, width: int) -> torch.nn.Module:
         for first in (channels, out):
             layers += [
                 nn.Conv2d(first, out, 3, padding=1, bias=False),
-                nn.GroupNorm(8, out),
+                nn.GroupNorm(out // 4, out),
                 nn.ReLU(inplace=True),
             ]
         return nn.Sequential(*layers)

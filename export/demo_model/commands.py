@@ -68,8 +68,10 @@ def _train(
 
 def train_segmenter(arguments: argparse.Namespace) -> None:
     """Train the SAM 2 part."""
-    recipe = load_recipe(arguments.config)
-    _train(SegmenterTrainer(recipe, arguments.device), "segmenter", arguments)
+    trainer = SegmenterTrainer(load_recipe(arguments.config), arguments.device)
+    if arguments.start:
+        trainer.start_from(Path(arguments.start))
+    _train(trainer, "segmenter", arguments)
 
 
 def train_embedder(arguments: argparse.Namespace) -> None:
@@ -79,14 +81,14 @@ def train_embedder(arguments: argparse.Namespace) -> None:
 
 
 def export_segmenter(arguments: argparse.Namespace) -> None:
-    """Write the averaged weights of a checkpoint as a model folder."""
+    """Write the weights of a checkpoint as a model folder."""
     recipe = load_recipe(arguments.config)
     trainer = SegmenterTrainer(recipe)
     checkpoint = Path(arguments.work) / "segmenter"
     if checkpoint.exists():
         trainer.load(checkpoint)
     size = arguments.size or int(recipe["sam2"]["image_size"])
-    model = trainer.averaged_model(recipe, size)
+    model = trainer.finished_model(recipe, size, averaged=arguments.averaged)
     save_weights(model, Path(arguments.output))
     if arguments.evaluate:
         scores = evaluate_segmenter(model, size)
@@ -111,13 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     segmenter = commands.add_parser("segmenter", help="train the SAM 2 part")
     segmenter.set_defaults(run=train_segmenter)
     segmenter.add_argument("--workers", type=int, default=1, help="processes of one CPU thread")
+    segmenter.add_argument("--start", help="model folder to begin from where no checkpoint is")
     embedder = commands.add_parser("embedder", help="train the DINOv2 part")
     embedder.set_defaults(run=train_embedder)
     for command in (segmenter, embedder):
         command.add_argument("--minutes", type=float, default=9.0)
         command.add_argument("--save-minutes", type=float, default=4.0)
         command.add_argument("--device", default="cpu")
-    export = commands.add_parser("export-segmenter", help="write the averaged weights")
+    export = commands.add_parser("export-segmenter", help="write the segmenter's weights")
+    export.add_argument("--averaged", action="store_true", help="the averaged weights (mid-way)")
     export.add_argument("--size", type=int, default=0, help="image size (0: the recipe's)")
     export.add_argument("--evaluate", action="store_true", help="Dice on held-out tasks as well")
     export.set_defaults(run=export_segmenter)

@@ -9,6 +9,7 @@ image; training refines what is noted, where, and what it is worth. The architec
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def _layer_parts(layer: nn.Module) -> dict[str, nn.Linear]:
 @torch.no_grad()
 def look_around(model: Dinov2Model) -> None:
     """Overwrite the weights of an untrained model, in place."""
-    config = model.config
+    config: Any = model.config
     side = int(config.image_size) // int(config.patch_size)
     heads = int(config.num_attention_heads)
     head_width = int(config.hidden_size) // heads

@@ -64,7 +64,7 @@ def overlap(masks: Tensor) -> Tensor:
         ``T x M x M`` cosine similarities in -1..1.
     """
     small = F.adaptive_avg_pool2d(masks.flatten(0, 1), THUMBNAIL)
-    flat = small.unflatten(0, masks.shape[:2]).flatten(2)
+    flat = small.view(*masks.shape[:2], -1)
     flat = F.normalize(flat - flat.mean(dim=1, keepdim=True), dim=-1)
     return flat @ flat.transpose(1, 2)
 
@@ -111,7 +111,7 @@ class EmbedderTrainer:
         torch.manual_seed(int(self.settings["seed"]))
         self.model = build_dinov2(recipe["dinov2"])
         look_around(self.model)
-        self.model.to(self.device)
+        self.model.to(self.device)  # type: ignore[arg-type]
         width = int(recipe["dinov2"]["width"])
         self.head = nn.Linear(width, THUMBNAIL * THUMBNAIL).to(self.device)
         self.size = int(recipe["dinov2"]["image_size"])
@@ -152,12 +152,12 @@ class EmbedderTrainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             token = self.model(images.flatten(0, 1)).pooler_output
             redrawn = self.head(token).float()
-        embeddings = F.normalize(token.float(), dim=-1).unflatten(0, images.shape[:2])
+        embeddings = F.normalize(token.float(), dim=-1).view(*images.shape[:2], -1)
         ranking = neighbour_loss(embeddings, alike, temperature=float(self.settings["temperature"]))
         # Redrawing a thumbnail teaches where things are long before the ranking can.
         thumbnail = F.adaptive_avg_pool2d(images.flatten(0, 1).mean(dim=1), THUMBNAIL).flatten(1)
         drawing = F.mse_loss(redrawn, thumbnail)
-        (ranking + drawing).backward()  # type: ignore[no-untyped-call]
+        (ranking + drawing).backward()
         norm = apply_step(self.optimizers, self.rate(), clip=1.0)
         self.step += 1
         return {

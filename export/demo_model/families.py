@@ -57,9 +57,7 @@ def _mirrored(source: Source, centre: Tensor, axes: Tensor, angle: Tensor) -> Te
     return torch.maximum(left, right)
 
 
-def _outline(
-    source: Source, low: float, high: float, rough: float, vary: float = 0.05
-) -> Tensor:
+def _outline(source: Source, low: float, high: float, rough: float, vary: float = 0.05) -> Tensor:
     """Level of a large, centred, irregular body: positive inside, relative to its radius.
 
     ``vary`` is how much its size differs between subjects, or between the slices of a volume.

@@ -227,7 +227,7 @@ class Source:
         shape = (self.tasks, self.subjects, half, half)
         levels = torch.stack([first.view(shape), second.view(shape)], dim=0).flatten(0, 1)
         levels = F.interpolate(levels, scale_factor=2.0, mode="bilinear")
-        first, second = levels.unflatten(0, (2, self.tasks)).unbind(0)
+        first, second = levels.view(2, self.tasks, *levels.shape[1:]).unbind(0)
         index = index.view(shape).repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
         return first, second, index
 

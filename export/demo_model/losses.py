@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["SegmentationLoss", "coarse_loss", "hard_dice", "segmentation_loss"]
+__all__ = [
+    "SegmentationLoss",
+    "appearance_loss",
+    "coarse_loss",
+    "hard_dice",
+    "segmentation_loss",
+]
 
 # Pixels (at a quarter of the image size) added to both sides of the Dice ratio: keeps it finite
 # for an absent structure and makes a few false pixels there cost something, but not everything.
@@ -93,3 +99,36 @@ def coarse_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     stride = masks.shape[-1] // logits.shape[-1]
     losses = _mask_loss(logits, F.avg_pool2d(masks[:, None], stride)[:, 0])
     return (losses * weights).sum() / weights.sum().clamp(min=1.0)
+
+
+def appearance_loss(found: Tensor, images: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+    """Loss of knowing what the structure and its surroundings look like, place by place.
+
+    Whether a structure is brighter or darker than what is round it changes from task to task and
+    can only be learnt from the exemplars. Without being asked for it, the conditioned features
+    carry where a structure is long before they carry how it looks, and masks stay as coarse as
+    the features.
+
+    Parameters
+    ----------
+    found
+        ``n x 6 x h x w``: colour of the structure, then of its surroundings.
+    images, masks
+        ``n x 3 x S x S`` and ``n x S x S``.
+    weights
+        ``n``; 0 leaves a sample out.
+    """
+    stride = masks.shape[-1] // found.shape[-1]
+
+    def near(values: Tensor) -> Tensor:
+        # Surroundings reach two features far.
+        return F.avg_pool2d(F.avg_pool2d(values, stride), 5, stride=1, padding=2)
+
+    part = torch.stack([masks, 1.0 - masks], dim=1)
+    shares = near(part)
+    sums = torch.cat([near(images * part[:, :1]), near(images * part[:, 1:])], dim=1)
+    wanted = sums / shares.clamp(min=1e-3).repeat_interleave(3, dim=1)
+    valid = (shares > 0.01).all(dim=1, keepdim=True).float()
+    error = F.smooth_l1_loss(found, wanted, reduction="none").mean(dim=1, keepdim=True)
+    each = (error * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1.0)
+    return (each * weights).sum() / weights.sum().clamp(min=1.0)

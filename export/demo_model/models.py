@@ -63,7 +63,8 @@ def build_sam2(settings: Mapping[str, Any]) -> Sam2VideoModel:
         # At the published initialisation an untrained model says "absent" half of the time, and
         # an absent exemplar's pointer is a constant: nothing would be learnt through it.
         model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(2.0)
-        for layer in model.memory_encoder.memory_fuser.layers:
+        fuser: Any = model.memory_encoder.memory_fuser
+        for layer in fuser.layers:
             layer.scale.fill_(0.1)
     return model
 
@@ -76,7 +77,7 @@ def set_image_size(model: Sam2VideoModel, size: int) -> None:
     """
     grid = size // STRIDE
     sizes = [[4 * grid, 4 * grid], [2 * grid, 2 * grid], [grid, grid]]
-    config = model.config
+    config: Any = model.config
     config.image_size = size
     config.memory_attention_rope_feat_sizes = [grid, grid]
     config.prompt_encoder_config.image_size = size
@@ -88,7 +89,7 @@ def set_image_size(model: Sam2VideoModel, size: int) -> None:
     prompt.image_embedding_size = (grid, grid)
     prompt.mask_input_size = (4 * grid, 4 * grid)
     prompt.input_image_size = size
-    attention = model.memory_attention
+    attention: Any = model.memory_attention
     positions = attention.precompute_positions(config)
     attention.position_ids = nn.Buffer(
         positions.to(attention.position_ids.device), persistent=False

@@ -94,7 +94,7 @@ def _lookup(table: Tensor, labels: Tensor) -> Tensor:
     """``T x M x L x C`` values at ``T x M x S x S`` labels: ``T x M x C x S x S``."""
     index = labels.flatten(2)[:, :, None].expand(-1, -1, table.shape[-1], -1)
     values = torch.gather(table.transpose(2, 3), 3, index)
-    return values.unflatten(3, labels.shape[2:])
+    return values.reshape(*values.shape[:3], *labels.shape[2:])
 
 
 def paint(source: Source, anatomy: Anatomy, labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import Dinov2Config, Dinov2Model, Sam2VideoModel
 
 from recallseg.export.demo_model.checkpoints import load_checkpoint, save_checkpoint
 from recallseg.export.demo_model.families import FAMILIES
-from recallseg.export.demo_model.losses import coarse_loss, segmentation_loss
+from recallseg.export.demo_model.losses import appearance_loss, coarse_loss, segmentation_loss
 from recallseg.export.demo_model.models import build_sam2, set_image_size
 from recallseg.export.demo_model.optimizers import apply_step, build_optimizers, parameters_of
 from recallseg.export.demo_model.tasks import TaskBatch, draw_families, family_weights, make_batch
@@ -51,7 +51,7 @@ def segmenter_graphs(model: Sam2VideoModel) -> dict[str, nn.Module]:
     return build_graphs(model, _tiny_dinov2())
 
 
-def run_batch(graphs: Mapping[str, nn.Module], batch: TaskBatch, memories: int) -> Predictions:
+def run_batch(graphs: Mapping[str, Any], batch: TaskBatch, memories: int) -> Predictions:
     """Segment every subject with ``memories`` of its task's other subjects as exemplars."""
     tasks, subjects, structures, size, _ = batch.masks.shape
     features, skip0, skip1 = graphs["encode"](batch.images.flatten(0, 1))
@@ -68,13 +68,14 @@ def run_batch(graphs: Mapping[str, nn.Module], batch: TaskBatch, memories: int) 
     recalled = (torch.arange(subjects, device=tokens.device)[:, None] + step) % subjects
 
     def gather(tensor: Tensor) -> Tensor:
-        shaped = tensor.unflatten(0, (tasks, subjects, structures))[:, recalled]
+        shaped = tensor.view(tasks, subjects, structures, *tensor.shape[1:])[:, recalled]
         return shaped.transpose(2, 3).flatten(0, 2)
 
     known = batch.masks.flatten(3).amax(dim=3)[:, recalled].amax(dim=2).flatten()
     time = torch.full((len(masks), memories), POINTER_TIME, device=tokens.device)
     conditioned = graphs["attend"](features_n, gather(tokens), gather(pointers), time)
-    logits, iou, score = graphs["decode"].candidates(conditioned, skip0_n, skip1_n)
+    decode: Any = graphs["decode"]
+    logits, iou, score = decode.candidates(conditioned, skip0_n, skip1_n)
     return Predictions(logits.float(), iou.float(), score.float(), conditioned.float(), known)
 
 
@@ -93,10 +94,13 @@ class SegmenterTrainer:
         self.settings = recipe["segmenter"]
         self.device = torch.device(device)
         torch.manual_seed(int(self.settings["seed"]))
-        self.model = build_sam2(recipe["sam2"]).to(self.device)
-        self.head = nn.Conv2d(int(recipe["sam2"]["hidden_size"]), 1, 1).to(self.device)
+        self.model = build_sam2(recipe["sam2"]).to(self.device)  # type: ignore[arg-type]
+        hidden = int(recipe["sam2"]["hidden_size"])
+        # Read the conditioned features during training only: where, and what it looks like.
+        self.head = nn.Conv2d(hidden, 1, 1).to(self.device)
+        self.look = nn.Conv2d(hidden, 6, 1).to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.optimizers = build_optimizers([self.head, self.model], self.settings)
+        self.optimizers = build_optimizers([self.head, self.model, self.look], self.settings)
         self.step = 0
         self.scores = dict.fromkeys(FAMILIES, 0.0)
         self.size = 0
@@ -153,10 +157,13 @@ class SegmenterTrainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             out = run_batch(self.graphs, batch, memories)
             coarse = self.head(out.conditioned)[:, 0].float()
+            looks = self.look(out.conditioned).float()
         masks = batch.masks.flatten(0, 2)
         weights = out.usable.float()
         loss = segmentation_loss(out.logits, out.iou, out.object_score, masks, weights)
-        total = loss.total + 0.3 * coarse_loss(coarse, masks, weights)
+        images = batch.images.flatten(0, 1).repeat_interleave(batch.masks.shape[2], dim=0)
+        appearance = appearance_loss(looks, images, masks, weights)
+        total = loss.total + 0.3 * coarse_loss(coarse, masks, weights) + 0.5 * appearance
         total.backward()
         self._share_gradients()
         norm = apply_step(self.optimizers, rate, float(self.settings["clip"]))
@@ -167,6 +174,7 @@ class SegmenterTrainer:
         return {
             "loss": float(total.detach()),
             "dice": sum(dice) / len(dice),
+            "appearance": float(appearance.detach()),
             "norm": norm,
             "generate_s": generated - started,
             "step_s": time.monotonic() - started,
@@ -204,12 +212,18 @@ class SegmenterTrainer:
             [self.average[n] for n in names], [state[n] for n in names], 1.0 - decay
         )
 
-    def averaged_model(self, recipe: Mapping[str, Any], size: int) -> Sam2VideoModel:
-        """Return a copy with the averaged weights at an image size."""
+    def finished_model(
+        self, recipe: Mapping[str, Any], size: int, *, averaged: bool = False
+    ) -> Sam2VideoModel:
+        """Return a copy at an image size.
+
+        In the middle of a training the averaged weights are the better ones; once the learning
+        rate has come down to zero they lag behind.
+        """
         model = build_sam2(recipe["sam2"])
-        model.load_state_dict(self.average, strict=True)
+        model.load_state_dict(self.average if averaged else self.model.state_dict(), strict=True)
         set_image_size(model, size)
-        return model.to(self.device).eval()
+        return model.to(self.device).eval()  # type: ignore[arg-type]
 
     def save(self, folder: Path) -> None:
         """Write everything that a later piece needs."""
@@ -220,6 +234,7 @@ class SegmenterTrainer:
                 "scores": self.scores,
                 "model": self.model.state_dict(),
                 "head": self.head.state_dict(),
+                "look": self.look.state_dict(),
                 "average": self.average,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             },
@@ -230,10 +245,17 @@ class SegmenterTrainer:
         state = load_checkpoint(folder, self.device)
         self.model.load_state_dict(state["model"], strict=True)
         self.head.load_state_dict(state["head"], strict=True)
+        self.look.load_state_dict(state["look"], strict=True)
         self.average = state["average"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.scores = int(state["step"]), dict(state["scores"])
+
+    def start_from(self, folder: Path) -> None:
+        """Begin at exported weights instead of noise, with fresh optimizers and at step 0."""
+        weights = Sam2VideoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+        self.model.load_state_dict(weights, strict=True)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def pieces(self, minutes: float) -> Iterator[dict[str, float]]:
         """Train until the time or the recipe is up, yielding each step's figures."""

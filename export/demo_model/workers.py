@@ -57,6 +57,6 @@ def run_workers(count: int, function: Callable[[Any], None], given: Any) -> None
         return
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined]
             _work, args=(count, meeting, function, given), nprocs=count
         )

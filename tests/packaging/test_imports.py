@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import recallseg
 
 ROOMS = ("engines", "runtime", "export", "benchmarks")

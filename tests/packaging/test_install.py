@@ -1,4 +1,4 @@
-"""A wheel and an editable install, each used from a folder that has nothing to do with the source."""
+"""A wheel and an editable install, each used from a folder unrelated to the source."""
 
 from __future__ import annotations
 

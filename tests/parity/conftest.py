@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-
-pytest.importorskip("torch")
+import torch
 
 from recallseg.engines.bundle import Bundle
 from recallseg.export.bundling import export_bundle
 from recallseg.export.checkpoints import Loaded, load_dinov2, load_sam2
+
+# Threads that wait for each other crawl on a machine that others use too; small tensors need none.
+torch.set_num_threads(1)
 
 IMAGE_SIZE = 256
 

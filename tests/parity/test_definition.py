@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
 from recallseg.engines.bundle import MemorySemantics
 from recallseg.engines.composition import Composition
 from recallseg.engines.errors import ParityError
@@ -15,7 +17,6 @@ from recallseg.export.bundling import NORMALISATION
 from recallseg.export.checkpoints import Loaded, load_sam2
 from recallseg.export.graphs import Attend, Memorize, build_graphs, read_geometry
 from recallseg.export.parity import DEFINITION_TOLERANCE, Measured, TorchEngine, check_definition
-from torch import nn
 
 Models = tuple[Loaded, Loaded]
 

@@ -10,16 +10,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import Sam2VideoModel
+
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import ExportError, ParityError
 from recallseg.engines.registry import load_engines
-from recallseg.engines.specs import GRAPHS
+from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import relative_error
 from recallseg.export.bundling import export_bundle
 from recallseg.export.checkpoints import Loaded
-from recallseg.export.graphs import build_graphs
+from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import example_inputs
+from recallseg.export.ort_cpu import build_ort_cpu_graphs
 from recallseg.export.parity import PARITY_TOLERANCE, check_graph
 
 Models = tuple[Loaded, Loaded]
@@ -33,12 +36,16 @@ def test_the_manifest_holds_what_was_measured(exported: Bundle) -> None:
         assert entry["error"] <= entry["tolerance"]
 
 
+@pytest.mark.parametrize("variant", ["portable", "ort-cpu"])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 32), (16, 1), (3, 16)])
 def test_structures_and_memories_are_dynamic(
-    models: Models, exported: Bundle, n: int, k: int
+    models: Models, exported: Bundle, variant: str, n: int, k: int
 ) -> None:
     modules = build_graphs(models[0].model, models[1].model)
-    engines = load_engines(exported, "onnxruntime-cpu", options=EngineOptions(threads=1))
+    options = EngineOptions(threads=1)
+    engines = load_engines(
+        exported, "onnxruntime-cpu", options=options, variants=(variant, "portable")
+    )
     for graph in ("memorize", "attend", "decode"):
         spec = exported.specs[graph]
         inputs = example_inputs(spec, torch.Generator().manual_seed(5), n=n, k=k)
@@ -49,6 +56,34 @@ def test_structures_and_memories_are_dynamic(
         expected = expected if isinstance(expected, tuple) else (expected,)
         for tensor, value in zip(spec.outputs, expected, strict=True):
             assert relative_error(found[tensor.name], value.numpy()) < PARITY_TOLERANCE
+
+
+def test_the_ort_cpu_variant_is_fused_and_held_to_the_same_gate(exported: Bundle) -> None:
+    assert {e["variant"] for e in exported.manifest["parity"]} == {"modules", "portable", "ort-cpu"}
+    for graph in ("embed", "encode", "attend"):
+        path, variant = exported.graph_file(graph, ("ort-cpu", "portable"), "fp32")
+        assert variant == "ort-cpu"
+        operators = [node.op_type for node in onnx.load(path).graph.node]
+        assert "MultiHeadAttention" in operators
+        assert "Softmax" not in operators
+    assert exported.graph_file("decode", ("ort-cpu", "portable"), "fp32")[1] == "portable"
+
+
+@pytest.mark.parametrize("object_pointers", [True, False])
+def test_the_rearranged_attention_is_the_same_function(
+    models: Models, object_pointers: bool
+) -> None:
+    sam2, dinov2 = models[0].model, models[1].model
+    assert isinstance(sam2, Sam2VideoModel)
+    assert not isinstance(dinov2, Sam2VideoModel)
+    plain = build_graphs(sam2, dinov2, object_pointers=object_pointers)["attend"]
+    folded = build_ort_cpu_graphs(sam2, dinov2, object_pointers=object_pointers)["attend"]
+    geometry = read_geometry(sam2, dinov2, embed_size=126)
+    spec = graph_specs(geometry, object_pointers=object_pointers)["attend"]
+    inputs = example_inputs(spec, torch.Generator().manual_seed(2), n=2, k=3).values()
+    with torch.inference_mode():
+        expected, found = plain(*inputs), folded(*inputs)
+    assert relative_error(found.numpy(), expected.numpy()) < PARITY_TOLERANCE
 
 
 def test_portable_graphs_use_standard_operators_only(exported: Bundle) -> None:
@@ -109,7 +144,7 @@ def test_a_failed_export_leaves_nothing(
     monkeypatch.setattr("recallseg.export.bundling.check_definition", refuse)
     monkeypatch.setattr(
         "recallseg.export.bundling.export_graph",
-        lambda module, spec, geometry, path: path.write_bytes(b"graph"),
+        lambda module, spec, geometry, path, opset: path.write_bytes(b"graph"),
     )
     with pytest.raises(ParityError):
         export_bundle(*models, tmp_path / "bundle")

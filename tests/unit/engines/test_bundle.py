@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fake_bundle import make_fake_bundle
+
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import BundleError
-from support.fake_bundle import make_fake_bundle
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_graph_files_are_found_in_the_order_of_variants(folder: Path) -> None:
 
 
 def test_a_missing_precision_names_what_there_is(folder: Path) -> None:
-    with pytest.raises(BundleError, match="portable.*fp32"):
+    with pytest.raises(BundleError, match=r"portable.*fp32"):
         Bundle.open(folder).graph_file("attend", ("portable",), "int8")
 
 

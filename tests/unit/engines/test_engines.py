@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError, EngineUnavailableError, InputError
@@ -51,7 +52,7 @@ def test_missing_unknown_and_misshapen_tensors_are_refused(doubler: Path) -> Non
     for inputs in ({}, {"a": good, "c": good}):
         with pytest.raises(EngineRunError, match="inputs must be a"):
             engine.run(inputs, {"b": good})
-    with pytest.raises(EngineRunError, match="'b'.*n=1"):
+    with pytest.raises(EngineRunError, match=r"'b'.*n=1"):
         engine.run({"a": good}, {"b": np.zeros((2, 2), np.float32)})
 
 

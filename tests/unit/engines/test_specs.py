@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.fake_bundle import fake_geometry
+
 from recallseg.engines.errors import BundleError, EngineRunError
 from recallseg.engines.specs import GRAPHS, Geometry, TensorSpec, graph_specs
-from support.fake_bundle import fake_geometry
 
 
 def test_every_graph_has_a_spec_in_order() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import Engine, Tensor
 from recallseg.engines.errors import BundleError, VerificationError

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import InputError
 from recallseg.runtime.preprocess import (
@@ -60,7 +61,12 @@ def test_colours_share_one_window() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("nothing", 1, 99), ("percentile", 99, 1), ("percentile", -1, 99), ("window", 0, float("nan"))],
+    [
+        ("nothing", 1, 99),
+        ("percentile", 99, 1),
+        ("percentile", -1, 99),
+        ("window", 0, float("nan")),
+    ],
 )
 def test_an_impossible_rule_is_refused(arguments: tuple[str, float, float]) -> None:
     with pytest.raises(InputError):

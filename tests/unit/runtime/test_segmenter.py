@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import InputError
 from recallseg.runtime.workspace import Workspace

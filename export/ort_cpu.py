@@ -1,0 +1,247 @@
+"""The ``ort-cpu`` variant: the same five graphs in the form that ONNX Runtime's CPU kernels like.
+
+Three steps, all exact up to the order of summation:
+
+- every attention becomes ONNX Runtime's fused ``MultiHeadAttention``, which never writes the scores
+  to memory;
+- rotary encoding becomes its ``RotaryEmbedding``, one pass instead of five;
+- memory attention's cross-attention has one head, and values that are an affine map of 64-wide
+  memory tokens m. Since the rows of P sum to 1, P (m W + b) = (P m) W + b: attend over the tokens
+  themselves and fold W into the output projection. That saves the value projection of every
+  recalled token, and three quarters of the second product.
+
+What does not depend on the memories (the first self-attention and the first query) is computed once
+for all structures. Outside of an export, the same functions compute the same in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel, Sam2VideoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from recallseg.engines.errors import ExportError
+from recallseg.export.graphs import Attend, build_graphs
+
+__all__ = ["GRAPHS", "OPSET", "build_ort_cpu_graphs", "fused_attention"]
+
+GRAPHS = ("embed", "encode", "attend")
+"""Where attention takes the time; for the other two, engines take the portable graph."""
+
+OPSET = 20
+"""The first with ``Gelu`` as one operator."""
+
+_NAME = "recallseg_ort_cpu"
+
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, *, heads: int, scale: float) -> Tensor:
+    """Attention on BxSx(heads*D) queries, BxLx(heads*D) keys and BxLx(heads*V) values."""
+    shape = (query.shape[0], query.shape[1], value.shape[2])
+    if torch.onnx.is_in_onnx_export():
+        fused: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::MultiHeadAttention",
+            (query, key, value),
+            {"num_heads": heads, "scale": scale},
+            dtype=query.dtype,
+            shape=shape,
+            version=1,
+        )
+        return fused
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    out = nn.functional.scaled_dot_product_attention(
+        split(query), split(key), split(value), scale=scale
+    )
+    return out.transpose(1, 2).reshape(shape)
+
+
+def rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary encoding of neighbouring pairs of channels: ``x`` BxLxD at ``positions`` BxL.
+
+    ``cos`` and ``sin`` are Tx(D/2), one row for each position of the feature map.
+    """
+    if torch.onnx.is_in_onnx_export():
+        rotated: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::RotaryEmbedding",
+            (x, positions, cos, sin),
+            {"interleaved": 1, "num_heads": 1, "rotary_embedding_dim": 0},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
+        )
+        return rotated
+    even, odd = x[..., 0::2], x[..., 1::2]
+    c, s = cos[positions], sin[positions]
+    return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2)
+
+
+def _attention_of_transformers(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Adapt BxHxSxD tensors to the fused operator; the signature is that of ``transformers``."""
+    if attention_mask is not None:
+        raise ExportError(f"{type(module).__name__} passes an attention mask; none is expected.")
+    heads, width = query.shape[1], query.shape[3]
+    out = attend_fused(
+        *(x.transpose(1, 2).flatten(2) for x in (query, key, value)),
+        heads=heads,
+        scale=width**-0.5 if scaling is None else scaling,
+    )
+    return out.unflatten(-1, (heads, -1)), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention_of_transformers)
+
+
+@contextmanager
+def fused_attention(*models: PreTrainedModel) -> Iterator[None]:
+    """Let these models call the fused operator while the context lasts."""
+    configs = [
+        module.config
+        for model in models
+        for module in model.modules()
+        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation")
+    ]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = _NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+class _Cross(nn.Module):
+    """One cross-attention over raw memory tokens, its values folded into its output."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        attention = layer.cross_attn_image
+        self.norm = layer.layer_norm2
+        self.query, self.key = attention.q_proj, attention.k_proj
+        self.scale = float(attention.scaling)
+        out, value = attention.o_proj, attention.v_proj
+        folded = nn.Linear(value.in_features, out.out_features)
+        with torch.no_grad():
+            folded.weight.copy_(out.weight.double() @ value.weight.double())
+            folded.bias.copy_(out.weight.double() @ value.bias.double() + out.bias.double())
+        self.output = folded.requires_grad_(False)
+
+
+class FoldedAttend(nn.Module):
+    """:class:`recallseg.export.graphs.Attend`, rearranged as this module's docstring says."""
+
+    cos: Tensor
+    sin: Tensor
+    places: Tensor
+    position: Tensor
+    offset: Tensor
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        attention: Any = attend.memory_attention
+        if attention.config.memory_attention_num_attention_heads != 1:
+            raise ExportError(
+                "the ort-cpu variant needs memory attention with one head, as every SAM 2 has; "
+                f"this one has {attention.config.memory_attention_num_attention_heads}. Export "
+                "the portable variant only."
+            )
+        self.attend = attend
+        self.layers = attention.layers
+        self.cross = nn.ModuleList(_Cross(layer) for layer in attention.layers)
+        self.norm = attention.layer_norm
+        with torch.no_grad():
+            cos, sin = attention.rotary_emb(torch.zeros(1), attention.position_ids)
+            position = attend.memory_position + attend.temporal[-1]
+        # The model repeats each angle for both channels of a pair; the operator wants it once.
+        self.register_buffer("cos", cos.flatten(0, -2)[:, 0::2].contiguous(), persistent=False)
+        self.register_buffer("sin", sin.flatten(0, -2)[:, 0::2].contiguous(), persistent=False)
+        places = torch.arange(self.cos.shape[0])[None]
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("position", position.detach().clone(), persistent=False)
+        offset = 0.1 * attend.image_position.transpose(0, 1)
+        self.register_buffer("offset", offset.clone(), persistent=False)
+
+    def forward(
+        self,
+        features: Tensor,
+        memories: Tensor,
+        pointers: Tensor | None = None,
+        pointer_time: Tensor | None = None,
+    ) -> Tensor:
+        n, k, tokens, width = memories.shape
+        values = memories.reshape(n, k * tokens, width)
+        # One row per exemplar: the operator's table ends after one feature map.
+        keys = (memories + self.position).reshape(n * k, tokens, width)
+        pointer_keys = None
+        if self.attend.object_pointers and pointers is not None and pointer_time is not None:
+            vectors, times = self.attend.pointer_tokens(pointers, pointer_time)
+            values = torch.cat([values, vectors], dim=1)
+            pointer_keys = vectors + times
+
+        x = features.flatten(2).transpose(1, 2) + self.offset
+        cross: Any  # registered modules are typed as modules, without their attributes
+        for index, (layer, cross) in enumerate(zip(self.layers, self.cross, strict=True)):
+            x = x + self._self_attention(layer, layer.layer_norm1(x))
+            query = self._rotate(cross.query(cross.norm(x)))
+            if index == 0:  # until here nothing depended on the memories
+                x, query = x.expand(n, -1, -1), query.expand(n, -1, -1)
+            key = self._rotate(cross.key(keys)).reshape(n, k * tokens, -1)
+            if pointer_keys is not None:
+                key = torch.cat([key, cross.key(pointer_keys)], dim=1)
+            found = attend_fused(query, key, values, heads=1, scale=cross.scale)
+            x = x + cross.output(found)
+            x = x + layer.linear2(layer.activation(layer.linear1(layer.layer_norm3(x))))
+        out: Tensor = self.norm(x).transpose(1, 2).unflatten(-1, features.shape[-2:])
+        return out
+
+    def _self_attention(self, layer: Any, x: Tensor) -> Tensor:
+        attention = layer.self_attn
+        out: Tensor = attention.o_proj(
+            attend_fused(
+                self._rotate(attention.q_proj(x)),
+                self._rotate(attention.k_proj(x)),
+                attention.v_proj(x),
+                heads=1,
+                scale=float(attention.scaling),
+            )
+        )
+        return out
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        return rotate(x, self.places.expand(x.shape[0], -1), self.cos, self.sin)
+
+
+def build_ort_cpu_graphs(
+    sam2: Sam2VideoModel,
+    dinov2: Dinov2Model | Dinov2WithRegistersModel,
+    *,
+    object_pointers: bool = True,
+) -> dict[str, nn.Module]:
+    """Return this variant's modules by graph name; export them within :func:`fused_attention`.
+
+    Raises
+    ------
+    ExportError
+        If memory attention has more than one head.
+    """
+    modules = build_graphs(sam2, dinov2, object_pointers=object_pointers)
+    attend = modules["attend"]
+    if not isinstance(attend, Attend):  # for the type checker
+        raise TypeError(type(attend))
+    modules["attend"] = FoldedAttend(attend).eval()
+    return {graph: modules[graph] for graph in GRAPHS}

@@ -1,0 +1,73 @@
+"""``bench retrieval``: the generator, the truth, and both ways of searching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recallseg.benchmarks.embeddings import SLICES, VOLUMES, draw_library, draw_queries
+from recallseg.benchmarks.page import render_page
+from recallseg.benchmarks.retrieval import _nearest, run_retrieval
+from recallseg.engines.errors import InputError
+from recallseg.runtime import index, retrieval
+
+
+def test_embeddings_are_clusters_of_clusters() -> None:
+    vectors = draw_library(800, 64)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    similarity = vectors @ vectors.T
+    patient = np.arange(800) // (SLICES * VOLUMES)
+    volume = np.arange(800) // SLICES
+    same_slice = np.abs(np.subtract.outer(np.arange(800), np.arange(800))) == 1
+    within = volume[:, None] == volume[None]
+    beside = (patient[:, None] == patient[None]) & ~within
+    neighbours = similarity[same_slice & within].mean()
+    assert neighbours > similarity[within].mean() > similarity[beside].mean()
+    assert similarity[beside].mean() > similarity[patient[:, None] != patient[None]].mean() + 0.1
+
+
+def test_embeddings_do_not_depend_on_how_many_are_drawn() -> None:
+    np.testing.assert_array_equal(draw_library(100, 16), draw_library(300, 16)[:100])
+    np.testing.assert_array_equal(draw_queries(10, 300, 16), draw_queries(10, 300, 16))
+    assert not np.array_equal(draw_library(100, 16), draw_library(100, 16, seed=1))
+
+
+def test_known_patients_are_nearer_than_new_ones() -> None:
+    best = (draw_queries(40, 2000, 64) @ draw_library(2000, 64).T).max(axis=1)
+    assert best[:20].mean() > best[20:].mean() + 0.05
+
+
+def test_true_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recallseg.benchmarks import retrieval as module
+
+    monkeypatch.setattr(module, "_BLOCK", 7)
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.normal(size=(50, 8)).astype("f4"), rng.normal(size=(5, 8)).astype("f4")
+    expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :4]
+    np.testing.assert_array_equal(np.sort(_nearest(vectors, queries, 4)), np.sort(expected))
+
+
+def test_exact_and_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from recallseg.benchmarks import retrieval as module
+
+    for holder in (index, retrieval, module):
+        monkeypatch.setattr(holder, "EXACT_LIMIT", 200)
+    report = run_retrieval([120, 400], k=4, dimension=16, queries=20, folder=tmp_path)
+    exact, graph = report.retrieval
+    assert (exact.method, graph.method) == ("exact", "graph")
+    assert exact.recall == 1.0
+    assert graph.recall > 0.9
+    assert exact.index_bytes == 0
+    assert graph.index_bytes > 400 * 16 * 2
+    assert len(graph.search.samples) == len(graph.index.samples) == 20
+    assert graph.open_s > 0
+    assert not list(tmp_path.iterdir())
+    assert "recall" in render_page(report)
+
+
+def test_sizes_below_k_are_refused() -> None:
+    with pytest.raises(InputError, match="at least k = 16"):
+        run_retrieval([10])

@@ -24,17 +24,17 @@ from recallseg.benchmarks.facts import busy_remarks
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.schema import Distribution, Report, RetrievalRun
 from recallseg.engines.errors import InputError
-from recallseg.runtime.catalog import Catalog
-from recallseg.runtime.database import Database
-from recallseg.runtime.encoding import MemoryLayout
-from recallseg.runtime.index import EXACT_LIMIT
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.catalog import Catalog
+from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.encoding import MemoryLayout
+from recallseg.runtime.library.index import EXACT_LIMIT
+from recallseg.runtime.library.reading import CATALOG, INDEX
+from recallseg.runtime.library.records import NewExemplar, Settings
+from recallseg.runtime.library.retrieval import Retrieval
+from recallseg.runtime.library.shards import Place
 from recallseg.runtime.machine import describe_machine, package_versions
 from recallseg.runtime.preprocess import Intensity
-from recallseg.runtime.reading import CATALOG, INDEX
-from recallseg.runtime.records import NewExemplar, Settings
-from recallseg.runtime.retrieval import Retrieval
-from recallseg.runtime.shards import Place
 
 __all__ = ["run_retrieval"]
 

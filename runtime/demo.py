@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.pairs import Annotated
+from recallseg.runtime.formats.pairs import Annotated
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library

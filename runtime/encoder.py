@@ -12,7 +12,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition, Features
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.registry import load_engines
-from recallseg.runtime.encoding import Encoded
+from recallseg.runtime.library.encoding import Encoded
 from recallseg.runtime.preprocess import Intensity, prepare_image, prepare_mask, scale_intensities
 
 __all__ = ["BundleEncoder"]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.benchmarks.accuracy.dataset import Dataset
-from recallseg.runtime.pairs import Annotated
+from recallseg.runtime.formats.pairs import Annotated
 
 __all__ = ["copy_mask", "copy_nearest_by_position"]
 

@@ -19,7 +19,7 @@ from recallseg.runtime.demo import (
     STRUCTURES,
     TISSUE_THRESHOLD,
 )
-from recallseg.runtime.pairs import Annotated
+from recallseg.runtime.formats.pairs import Annotated
 
 __all__ = ["deep_grey", "mni_axial", "mni_coronal", "mni_frame", "mni_sagittal"]
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.runtime.pairs import Annotated
+from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.preprocess import Intensity
 
 __all__ = ["MOST_ANNOTATED", "Dataset", "annotate", "spread", "tiles"]

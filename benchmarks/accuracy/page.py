@@ -30,8 +30,8 @@ from recallseg.benchmarks.accuracy.tables import (
     summarise,
     targets,
 )
-from recallseg.runtime.pairs import Annotated
-from recallseg.runtime.report_pictures import Thumbnail, colour, legend
+from recallseg.runtime.formats.pairs import Annotated
+from recallseg.runtime.report.pictures import Thumbnail, colour, legend
 
 __all__ = ["render_page"]
 

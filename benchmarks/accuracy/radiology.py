@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from recallseg.benchmarks.accuracy.archives import Distribution, read_files
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate, spread
 from recallseg.engines.errors import InputError
-from recallseg.runtime.pairs import Annotated
+from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.preprocess import Intensity
 
 __all__ = ["brain_tumour", "lung_tumour", "lungs", "read_nrrd"]

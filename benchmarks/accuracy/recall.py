@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.benchmarks.accuracy.dataset import Dataset
-from recallseg.runtime.exemplar import Match
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.exemplar import Match
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle

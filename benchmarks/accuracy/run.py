@@ -18,8 +18,8 @@ from recallseg.benchmarks.accuracy.tables import tables_to_json
 from recallseg.benchmarks.accuracy.unet import UNetSettings
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.machine import describe_machine, package_versions
-from recallseg.runtime.pairs import Annotated
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Accuracy", "run_accuracy"]
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.runtime.pairs import Annotated
+from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.preprocess import scale_intensities
 
 if TYPE_CHECKING:

@@ -1,9 +1,11 @@
 """A start for the embedder from which a short training gets somewhere.
 
 A transformer that starts from noise needs millions of images before its class token knows where
-things are. Here every attention head starts by looking at a region of its own and noting its
-brightness, texture and colour, so that the untrained embedding already is a coarse drawing of the
-image; training refines what is noted, where, and what it is worth. The architecture is untouched.
+things are. Here the weights are chosen such that the untrained embedding already is a thumbnail:
+the first layer notes every patch's brightness in a channel of that patch's own, the second gathers
+the notes in the class token, less their mean, and the others leave it alone. The cosine similarity
+of two embeddings then is the correlation of two images at the resolution of the patches. Training
+refines what is noted and what it is worth. The architecture is untouched.
 """
 
 from __future__ import annotations
@@ -15,44 +17,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Model
 
-__all__ = ["look_around"]
+__all__ = ["start_as_thumbnail"]
 
-# Residual channels: what a patch shows, where it is, and (from there on) the class token's notes.
-CONTENT, PLACE = 32, 32
-BRIGHTNESS, RED_BLUE, ACROSS, DOWN, TEXTURE = 0, 1, 2, 3, 4
-NOTES = (BRIGHTNESS, TEXTURE, RED_BLUE)
-# Attention logit at a region's centre over that far from it: regions overlap by about a half.
-SHARPNESS = 0.8
-
-
-def _waves(places: Tensor) -> Tensor:
-    """Codes of places ``n x 2`` in 0..1 whose products fall off with distance: ``n x PLACE``."""
-    frequency = torch.linspace(1.0, 4.5, PLACE // 4) * math.pi
-    angle = (places[..., None] * frequency).flatten(1)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-def _filters(weight: Tensor) -> None:
-    """Let the first patch filters see brightness, colour and slopes; the others random texture."""
-    _, _, height, width = weight.shape
-    weight.mul_(0.05)
-    area = float(height * width)
-    ramp = torch.linspace(-1.0, 1.0, width)
-    texture = torch.randn(CONTENT, 1, height, width) / math.sqrt(3.0 * area)
-    weight[:CONTENT] = (texture - texture.mean(dim=(2, 3), keepdim=True)).expand(-1, 3, -1, -1)
-    weight[BRIGHTNESS] = 1.0 / (3.0 * area)
-    weight[RED_BLUE] = torch.tensor([1.0, 0.0, -1.0])[:, None, None] / area
-    weight[ACROSS] = ramp.expand(height, width) * 2.0 / (3.0 * area)
-    weight[DOWN] = ramp[:, None].expand(height, width) * 2.0 / (3.0 * area)
-    weight[TEXTURE] = 0.0
-
-
-def _regions(layers: int, heads: int) -> Tensor:
-    """Centres (x, y) that the heads look at: a grid, one row of it per layer."""
-    columns = (torch.arange(heads) + 0.5) / heads
-    rows = (torch.arange(layers) + 0.5) / layers
-    grid = torch.meshgrid(columns, rows, indexing="xy")
-    return torch.stack(grid, dim=-1).view(layers, heads, 2)
+# Residual channels after the notes (one per patch).
+BRIGHTNESS = 0
+TEXTURES = 32
+# The last channel is the same for all tokens and large, so that the layer norm keeps magnitudes.
+LEVEL = 12.0
+# What marks a patch's own channel, and how far a hidden unit is open at that patch and shut
+# elsewhere: far enough that it answers to brightness linearly at the one and not at all elsewhere.
+MARK = 6.0
+GATE = 11.0
+# Scale of what the later layers and the free weights start with.
+QUIET = 0.05
 
 
 def _layer_parts(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -63,46 +40,58 @@ def _layer_parts(layer: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
+def _filters(weight: Tensor, notes: int) -> None:
+    """Let one patch filter see brightness and some others random texture."""
+    _, _, height, width = weight.shape
+    area = float(height * width)
+    weight.zero_()
+    texture = torch.randn(TEXTURES, 1, height, width) / (3.0 * math.sqrt(area))
+    texture = texture - texture.mean(dim=(2, 3), keepdim=True)
+    weight[notes : notes + TEXTURES] = 0.3 * texture
+    weight[notes + BRIGHTNESS] = 1.0 / (3.0 * area)
+
+
 @torch.no_grad()
-def look_around(model: Dinov2Model) -> None:
+def start_as_thumbnail(model: Dinov2Model) -> None:
     """Overwrite the weights of an untrained model, in place."""
     config: Any = model.config
-    side = int(config.image_size) // int(config.patch_size)
-    heads = int(config.num_attention_heads)
-    head_width = int(config.hidden_size) // heads
-    layers = list(model.encoder.layer)
-    if (
-        head_width < PLACE
-        or CONTENT + PLACE + len(NOTES) * heads * len(layers) > config.hidden_size
-    ):
+    width = int(config.hidden_size)
+    notes = (int(config.image_size) // int(config.patch_size)) ** 2
+    layers = [_layer_parts(layer) for layer in model.encoder.layer]
+    if notes + TEXTURES >= width or 2 * notes > layers[0]["fc1"].out_features or len(layers) < 2:
         return  # Too narrow to start this way: such models are for tests only.
 
-    _filters(model.embeddings.patch_embeddings.projection.weight)
-    axis = (torch.arange(side) + 0.5) / side
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(-1, 2)
-    place = slice(CONTENT, CONTENT + PLACE)
-    model.embeddings.position_embeddings[:, 1:, place] = _waves(grid)
+    own = torch.eye(notes)
+    embeddings: Any = model.embeddings
+    embeddings.cls_token.zero_()
+    _filters(embeddings.patch_embeddings.projection.weight, notes)
+    embeddings.patch_embeddings.projection.bias.zero_()
+    places = embeddings.position_embeddings
+    places.zero_()
+    places[:, :, -1] = LEVEL
+    places[:, 1:, :notes] = MARK * own
+    for parts in layers:
+        for name in ("o_proj", "fc2"):
+            parts[name].weight.mul_(QUIET)
 
-    regions = _regions(len(layers), heads)
-    for depth, layer in enumerate(layers):
-        parts = _layer_parts(layer)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "fc2"):
-            parts[name].weight.mul_(0.2)
-        if depth == 0:
-            # The size of every filter's answer, whatever its sign, adds up to texture.
-            seen = [ACROSS, DOWN, *range(TEXTURE + 1, CONTENT)]
-            for row, channel in enumerate(seen):
-                for sign in (0, 1):
-                    unit = 2 * row + sign
-                    parts["fc1"].weight[unit].zero_()
-                    parts["fc1"].weight[unit, channel] = 1.0 - 2.0 * sign
-                    parts["fc2"].weight[TEXTURE, unit] = 3.0 / len(seen)
-        for head in range(heads):
-            rows = slice(head * head_width, head * head_width + PLACE)
-            parts["k_proj"].weight[rows, place] += torch.eye(PLACE)
-            parts["q_proj"].bias[rows] = SHARPNESS * _waves(regions[depth, head][None])[0]
-            for number, channel in enumerate(NOTES):
-                source = head * head_width + number
-                target = CONTENT + PLACE + len(NOTES) * (depth * heads + head) + number
-                parts["v_proj"].weight[source, channel] += 1.0
-                parts["o_proj"].weight[target, source] += 1.0
+    # The layer norm's factor at a patch whose brightness is average.
+    factor = math.sqrt(width) / math.hypot(LEVEL, MARK)
+    first = layers[0]
+    for sign, units in ((1.0, slice(0, notes)), (-1.0, slice(notes, 2 * notes))):
+        # A pair of units per patch, the difference of which is its brightness; their sum is
+        # known, and takes the mark back.
+        first["fc1"].weight[units] = 0.0
+        first["fc1"].weight[units, :notes] = 2.0 * GATE / (factor * MARK) * own
+        first["fc1"].weight[units, notes + BRIGHTNESS] = sign
+        first["fc1"].bias[units] = -GATE
+        first["fc2"].weight[:, units] = 0.0
+        first["fc2"].weight[:notes, units] = (sign - MARK / (2.0 * GATE)) * own
+
+    second = layers[1]
+    second["q_proj"].weight.mul_(QUIET)
+    second["v_proj"].weight[:notes] = 0.0
+    second["v_proj"].weight[:notes, :notes] = own
+    gather = float(notes + 1) / 2.0
+    second["o_proj"].weight[:, :notes] = 0.0
+    second["o_proj"].weight[:notes, :notes] = gather * (own - 1.0 / notes)
+    second["o_proj"].bias[-1] = -LEVEL

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recallseg.export.demo_model.checkpoints import load_checkpoint, save_checkpoint
-from recallseg.export.demo_model.embedder_start import look_around
+from recallseg.export.demo_model.embedder_start import start_as_thumbnail
 from recallseg.export.demo_model.families import FAMILIES
 from recallseg.export.demo_model.models import build_dinov2
 from recallseg.export.demo_model.optimizers import apply_step, build_optimizers
@@ -110,7 +110,7 @@ class EmbedderTrainer:
         self.device = torch.device(device)
         torch.manual_seed(int(self.settings["seed"]))
         self.model = build_dinov2(recipe["dinov2"])
-        look_around(self.model)
+        start_as_thumbnail(self.model)
         self.model.to(self.device)  # type: ignore[arg-type]
         width = int(recipe["dinov2"]["width"])
         self.head = nn.Linear(width, THUMBNAIL * THUMBNAIL).to(self.device)

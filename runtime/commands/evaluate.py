@@ -60,8 +60,8 @@ def evaluate(
     """Segment images whose masks are known, and compare."""
     from recallseg.runtime.evaluation import PairSequence, check_structures
     from recallseg.runtime.evaluation import evaluate as run
+    from recallseg.runtime.formats.pairs import find_pairs, parse_labels
     from recallseg.runtime.library import Library
-    from recallseg.runtime.pairs import find_pairs, parse_labels
     from recallseg.runtime.report import Settings
     from recallseg.runtime.segmenter import Segmenter
 
@@ -111,7 +111,7 @@ def finish(
     evaluation: Evaluation, settings: Settings, library: Library, output: Path, *, as_json: bool
 ) -> None:
     """Write the files, and print what they say in short."""
-    from recallseg.runtime.evaluation_summary import to_json, write_evaluation
+    from recallseg.runtime.evaluation.summary import to_json, write_evaluation
     from recallseg.runtime.report import render_report
 
     def source(key: str) -> tuple[NDArray[np.generic], Mapping[str, NDArray[np.bool_]]] | None:
@@ -138,7 +138,7 @@ def print_tables(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from recallseg.runtime.evaluation_summary import latency, summarise
+    from recallseg.runtime.evaluation.summary import latency, summarise
 
     console = Console()
     unit = "mm" if evaluation.spacing else "px"

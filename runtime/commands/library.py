@@ -91,8 +91,8 @@ def add(
     threads: ThreadsOption = None,
 ) -> None:
     """Add one annotated image; prints its key."""
+    from recallseg.runtime.formats.pairs import Pair, parse_labels, read_pair
     from recallseg.runtime.library import Library
-    from recallseg.runtime.pairs import Pair, parse_labels, read_pair
 
     names = parsed(parse_labels, labels, "--labels")
     tags = _tags(tag)
@@ -126,9 +126,9 @@ def import_(
     as_json: JsonOption = False,
 ) -> None:
     """Add a folder of annotated images. Run it again to continue an interrupted import."""
-    from recallseg.runtime.importing import import_pairs
+    from recallseg.runtime.formats.importing import import_pairs
+    from recallseg.runtime.formats.pairs import find_pairs, parse_labels
     from recallseg.runtime.library import Library
-    from recallseg.runtime.pairs import find_pairs, parse_labels
 
     names = parsed(parse_labels, labels, "--labels")
     tags = _tags(tag)

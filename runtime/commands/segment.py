@@ -48,7 +48,7 @@ def segment(
 ) -> None:
     """Segment images by recalling the library's exemplars."""
     from recallseg import __version__
-    from recallseg.runtime.images import read_image, write_atomically, write_label_map
+    from recallseg.runtime.formats.images import read_image, write_atomically, write_label_map
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenter import Segmenter
 
@@ -101,7 +101,7 @@ def _jobs(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
     InputError
         If a path is not there, a folder has no image, or two outputs would have the same name.
     """
-    from recallseg.runtime.images import is_image
+    from recallseg.runtime.formats.images import is_image
 
     jobs: list[tuple[Path, Path]] = []
     for path in paths:

@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from support.fake_library import GEOMETRY, HashEncoder, StubBundle, draw
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime import index as index_module
-from recallseg.runtime import retrieval as retrieval_module
 from recallseg.runtime.library import Library
+from recallseg.runtime.library import index as index_module
+from recallseg.runtime.library import retrieval as retrieval_module
 
 NAMES = ("nucleus", "wall", "cyst")
 NUMBERS = st.integers(0, 30)

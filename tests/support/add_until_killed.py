@@ -20,8 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recallseg.runtime import database, shards, storage
-from recallseg.runtime.library import Library
+from recallseg.runtime.library import Library, database, shards, storage
 from support.fake_library import HashEncoder, StubBundle, draw
 
 STEPS: dict[str, tuple[Any, str]] = {

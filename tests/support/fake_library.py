@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.specs import Geometry
-from recallseg.runtime.encoding import Encoded
+from recallseg.runtime.library.encoding import Encoded
 
 GEOMETRY = Geometry(
     image_size=64,

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from recallseg.runtime.pairs import Annotated
+from recallseg.runtime.formats.pairs import Annotated
 
 __all__ = ["LABELS", "disc", "write_pairs"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from recallseg.benchmarks.accuracy.dataset import annotate
 from recallseg.benchmarks.accuracy.unet import UNetSettings, train_unet
-from recallseg.runtime.metrics import compare_masks
+from recallseg.runtime.evaluation.metrics import compare_masks
 from recallseg.runtime.preprocess import Intensity
 
 

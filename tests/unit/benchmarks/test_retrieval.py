@@ -11,7 +11,7 @@ from recallseg.benchmarks.embeddings import SLICES, VOLUMES, draw_library, draw_
 from recallseg.benchmarks.page import render_page
 from recallseg.benchmarks.retrieval import _nearest, run_retrieval
 from recallseg.engines.errors import InputError
-from recallseg.runtime import index, retrieval
+from recallseg.runtime.library import index, retrieval
 
 
 def test_embeddings_are_clusters_of_clusters() -> None:

@@ -17,8 +17,8 @@ from recallseg.runtime.evaluation import evaluate
 from recallseg.runtime.library import Library
 from recallseg.runtime.preprocess import Intensity
 from recallseg.runtime.report import Settings, render_report
-from recallseg.runtime.report_pictures import Thumbnail, outline
-from recallseg.runtime.report_plot import dice_plot
+from recallseg.runtime.report.pictures import Thumbnail, outline
+from recallseg.runtime.report.plot import dice_plot
 from recallseg.runtime.segmenter import Segmenter
 
 VOID = {"meta", "br", "img", "hr", "link"}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import check_image
-from recallseg.runtime.image_headers import declared_size, is_complete
+from recallseg.runtime.formats.headers import declared_size, is_complete
 
 __all__ = [
     "IMAGE_SUFFIXES",

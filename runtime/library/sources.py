@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import LibraryCorruptError
-from recallseg.runtime.storage import write_durably
+from recallseg.runtime.library.storage import write_durably
 
 __all__ = ["SourceStore", "content_digest"]
 

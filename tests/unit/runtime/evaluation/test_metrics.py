@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.metrics import compare_masks, hausdorff95
+from recallseg.runtime.evaluation.metrics import compare_masks, hausdorff95
 
 MASKS = arrays(np.bool_, (7, 9))
 

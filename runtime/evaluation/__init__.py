@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.metrics import compare_masks
-from recallseg.runtime.pairs import Annotated, Missing, Pair, read_pair
+from recallseg.runtime.evaluation.metrics import compare_masks
+from recallseg.runtime.formats.pairs import Annotated, Missing, Pair, read_pair
 from recallseg.runtime.result import Result
 
 if TYPE_CHECKING:

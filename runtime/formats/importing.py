@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.pairs import Missing, Pair, read_pair
-from recallseg.runtime.sources import content_digest
+from recallseg.runtime.formats.pairs import Missing, Pair, read_pair
+from recallseg.runtime.library.sources import content_digest
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library

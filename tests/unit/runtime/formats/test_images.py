@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime import images
-from recallseg.runtime.image_headers import declared_size
-from recallseg.runtime.images import read_image, read_label_map, write_atomically, write_label_map
+from recallseg.runtime.formats import images
+from recallseg.runtime.formats.headers import declared_size
+from recallseg.runtime.formats.images import (
+    read_image,
+    read_label_map,
+    write_atomically,
+    write_label_map,
+)
 
 
 def pixels(*shape: int, dtype: str = "uint8", seed: int = 0) -> np.ndarray:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recallseg.runtime.evaluation import Evaluation
-from recallseg.runtime.evaluation_summary import StructureSummary, latency, summarise
+from recallseg.runtime.evaluation.summary import StructureSummary, latency, summarise
 from recallseg.runtime.machine import describe_machine, package_versions
 from recallseg.runtime.preprocess import Intensity
-from recallseg.runtime.report_format import milliseconds, number, plural, quartiles, spent
-from recallseg.runtime.report_gallery import Gallery, Source
-from recallseg.runtime.report_pictures import colour, legend
-from recallseg.runtime.report_plot import dice_plot
+from recallseg.runtime.report.format import milliseconds, number, plural, quartiles, spent
+from recallseg.runtime.report.gallery import Gallery, Source
+from recallseg.runtime.report.pictures import colour, legend
+from recallseg.runtime.report.plot import dice_plot
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from recallseg.engines.errors import LibraryCorruptError
-from recallseg.runtime.encoding import MemoryLayout
-from recallseg.runtime.shards import (
+from recallseg.runtime.library.encoding import MemoryLayout
+from recallseg.runtime.library.shards import (
     HEADER_BYTES,
     Place,
     ShardReader,

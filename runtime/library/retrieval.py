@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from usearch.index import Index
 
-from recallseg.runtime.catalog import Catalog
-from recallseg.runtime.index import (
+from recallseg.runtime.library.catalog import Catalog
+from recallseg.runtime.library.index import (
     EXACT_LIMIT,
     StructureIndex,
     build_graph,
     file_digests,
     open_graph,
 )
-from recallseg.runtime.records import State, StoredIndex
-from recallseg.runtime.storage import sync_directory, writing
+from recallseg.runtime.library.records import State, StoredIndex
+from recallseg.runtime.library.storage import sync_directory, writing
 
 __all__ = ["Retrieval"]
 

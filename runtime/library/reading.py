@@ -17,18 +17,18 @@ from recallseg.engines.errors import (
     LibraryCorruptError,
     LibraryMismatchError,
 )
-from recallseg.runtime.binding import find_bundle
-from recallseg.runtime.catalog import Catalog
 from recallseg.runtime.checks import check_tags
-from recallseg.runtime.encoding import ExemplarEncoder
-from recallseg.runtime.exemplar import Exemplar, Match
+from recallseg.runtime.library.binding import find_bundle
+from recallseg.runtime.library.catalog import Catalog
+from recallseg.runtime.library.encoding import ExemplarEncoder
+from recallseg.runtime.library.exemplar import Exemplar, Match
+from recallseg.runtime.library.queries import unknown_key
+from recallseg.runtime.library.records import StructureRow
+from recallseg.runtime.library.retrieval import Retrieval
+from recallseg.runtime.library.shards import Place, ShardReader, ShardWriter, widen
+from recallseg.runtime.library.sources import SourceStore
+from recallseg.runtime.library.storage import WriterLock
 from recallseg.runtime.preprocess import Intensity
-from recallseg.runtime.queries import unknown_key
-from recallseg.runtime.records import StructureRow
-from recallseg.runtime.retrieval import Retrieval
-from recallseg.runtime.shards import Place, ShardReader, ShardWriter, widen
-from recallseg.runtime.sources import SourceStore
-from recallseg.runtime.storage import WriterLock
 
 __all__ = ["CATALOG", "INDEX", "LOCK", "MEMORIES", "SOURCES", "LibraryReading"]
 

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from recallseg.runtime.report_pictures import colour
+from recallseg.runtime.report.pictures import colour
 
 __all__ = ["dice_plot"]
 

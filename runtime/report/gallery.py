@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from recallseg.runtime.evaluation import Case, Evaluation, Illustration
 from recallseg.runtime.preprocess import Intensity
-from recallseg.runtime.report_format import milliseconds, number
-from recallseg.runtime.report_pictures import Thumbnail, colour, legend
+from recallseg.runtime.report.format import milliseconds, number
+from recallseg.runtime.report.pictures import Thumbnail, colour, legend
 
 __all__ = ["Gallery", "Source"]
 

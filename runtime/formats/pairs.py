@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import check_name
-from recallseg.runtime.images import is_image, read_image, read_label_map
+from recallseg.runtime.formats.images import is_image, read_image, read_label_map
 
 __all__ = ["Annotated", "Missing", "Pair", "PairFolder", "find_pairs", "parse_labels", "read_pair"]
 

@@ -24,15 +24,15 @@ from recallseg.runtime.evaluation import (
     _Shortlist,
     evaluate,
 )
-from recallseg.runtime.evaluation_summary import (
+from recallseg.runtime.evaluation.summary import (
     latency,
     summarise,
     to_csv,
     to_json,
     write_evaluation,
 )
+from recallseg.runtime.formats.pairs import Annotated, find_pairs, parse_labels
 from recallseg.runtime.library import Library
-from recallseg.runtime.pairs import Annotated, find_pairs, parse_labels
 from recallseg.runtime.report import Settings, render_report
 from recallseg.runtime.segmenter import Segmenter
 

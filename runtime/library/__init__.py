@@ -22,17 +22,22 @@ from recallseg.engines.errors import (
     LibraryError,
     LibraryNotFoundError,
 )
-from recallseg.runtime import maintenance
-from recallseg.runtime.binding import accept_bundle, bundle_settings, encoder_maker, open_bundle
-from recallseg.runtime.catalog import Catalog
-from recallseg.runtime.changing import LibraryChanging
-from recallseg.runtime.database import Database
-from recallseg.runtime.encoding import ExemplarEncoder
+from recallseg.runtime.library import maintenance
+from recallseg.runtime.library.binding import (
+    accept_bundle,
+    bundle_settings,
+    encoder_maker,
+    open_bundle,
+)
+from recallseg.runtime.library.catalog import Catalog
+from recallseg.runtime.library.changing import LibraryChanging
+from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.encoding import ExemplarEncoder
+from recallseg.runtime.library.reading import CATALOG, LOCK, MEMORIES
+from recallseg.runtime.library.records import Settings
+from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
+from recallseg.runtime.library.storage import WriterLock, writing
 from recallseg.runtime.preprocess import Intensity
-from recallseg.runtime.reading import CATALOG, LOCK, MEMORIES
-from recallseg.runtime.records import Settings
-from recallseg.runtime.shards import DEFAULT_SHARD_BYTES
-from recallseg.runtime.storage import WriterLock, writing
 
 __all__ = ["Library"]
 

@@ -9,9 +9,9 @@ from support.pictures import LABELS, write_pairs
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
-from recallseg.runtime.importing import import_pairs
+from recallseg.runtime.formats.importing import import_pairs
+from recallseg.runtime.formats.pairs import find_pairs, parse_labels
 from recallseg.runtime.library import Library
-from recallseg.runtime.pairs import find_pairs, parse_labels
 
 POSITIONS = [0.1, 0.3, 0.5, 0.7]
 NAMES = [f"disc-{position:.2f}" for position in POSITIONS]

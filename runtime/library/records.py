@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from recallseg.engines.digest import digest_json
 from recallseg.engines.errors import LibraryCorruptError
-from recallseg.runtime.encoding import MemoryLayout
-from recallseg.runtime.shards import Place
+from recallseg.runtime.library.encoding import MemoryLayout
+from recallseg.runtime.library.shards import Place
 
 __all__ = ["NewExemplar", "Settings", "State", "StoredIndex", "StructureRow", "exemplar_digest"]
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.runtime.database import Database
-from recallseg.runtime.queries import CatalogQueries
-from recallseg.runtime.records import NewExemplar, Settings, State, StoredIndex
-from recallseg.runtime.shards import Place
+from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.queries import CatalogQueries
+from recallseg.runtime.library.records import NewExemplar, Settings, State, StoredIndex
+from recallseg.runtime.library.shards import Place
 
 __all__ = ["Catalog"]
 

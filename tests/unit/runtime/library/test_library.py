@@ -25,8 +25,8 @@ from recallseg.engines.errors import (
     LibraryVersionError,
     LibraryWriteError,
 )
-from recallseg.runtime.encoding import Encoded
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.encoding import Encoded
 from recallseg.runtime.preprocess import Intensity
 
 
@@ -434,7 +434,7 @@ def run(code: str, path: Path) -> str:
     """Run a script, with a library's path and as an ordinary user if we are root."""
     script = f"""
 import os, resource, sys
-sys.path[:0] = {[*sys.path, str(Path(__file__).parents[2])]!r}
+sys.path[:0] = {[*sys.path, str(Path(__file__).parents[3])]!r}
 import numpy as np
 from recallseg.engines.errors import *
 from recallseg.runtime.library import Library

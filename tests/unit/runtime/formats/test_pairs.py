@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.pairs import find_pairs, parse_labels, read_pair
+from recallseg.runtime.formats.pairs import find_pairs, parse_labels, read_pair
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import BundleError, LibraryMismatchError
-from recallseg.runtime.encoding import ExemplarEncoder, MemoryLayout
+from recallseg.runtime.library.encoding import ExemplarEncoder, MemoryLayout
+from recallseg.runtime.library.records import Settings
 from recallseg.runtime.preprocess import Intensity
-from recallseg.runtime.records import Settings
 
 __all__ = ["accept_bundle", "bundle_settings", "encoder_maker", "find_bundle", "open_bundle"]
 

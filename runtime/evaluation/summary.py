@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recallseg.runtime.evaluation import Case, Evaluation
-from recallseg.runtime.images import write_atomically
+from recallseg.runtime.formats.images import write_atomically
 
 if TYPE_CHECKING:
     from recallseg.runtime.report import Settings

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import LibraryCorruptError, LibraryVersionError
-from recallseg.runtime.encoding import MemoryLayout
-from recallseg.runtime.storage import sync_directory, write_all, writing
+from recallseg.runtime.library.encoding import MemoryLayout
+from recallseg.runtime.library.storage import sync_directory, write_all, writing
 
 __all__ = ["DEFAULT_SHARD_BYTES", "Place", "ShardReader", "ShardWriter", "record_bytes", "widen"]
 

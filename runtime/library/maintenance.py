@@ -7,14 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recallseg.engines.errors import LibraryError
-from recallseg.runtime.catalog import Catalog
-from recallseg.runtime.encoding import Encoded, ExemplarEncoder, check_encoded
-from recallseg.runtime.exemplar import LibraryReport
-from recallseg.runtime.records import Settings
-from recallseg.runtime.retrieval import Retrieval
-from recallseg.runtime.shards import Place, ShardReader, ShardWriter, digest_record, shard_file
-from recallseg.runtime.sources import SourceStore
-from recallseg.runtime.storage import sync_directory, writing
+from recallseg.runtime.library.catalog import Catalog
+from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
+from recallseg.runtime.library.exemplar import LibraryReport
+from recallseg.runtime.library.records import Settings
+from recallseg.runtime.library.retrieval import Retrieval
+from recallseg.runtime.library.shards import (
+    Place,
+    ShardReader,
+    ShardWriter,
+    digest_record,
+    shard_file,
+)
+from recallseg.runtime.library.sources import SourceStore
+from recallseg.runtime.library.storage import sync_directory, writing
 
 __all__ = ["append", "compact", "encode_all", "reclaim", "verify"]
 

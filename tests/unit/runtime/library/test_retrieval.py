@@ -9,10 +9,10 @@ import pytest
 from support.fake_library import HashEncoder, StubBundle, draw
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime import index as index_module
-from recallseg.runtime import retrieval as retrieval_module
-from recallseg.runtime.index import StructureIndex, build_graph, file_digests, open_graph
 from recallseg.runtime.library import Library
+from recallseg.runtime.library import index as index_module
+from recallseg.runtime.library import retrieval as retrieval_module
+from recallseg.runtime.library.index import StructureIndex, build_graph, file_digests, open_graph
 
 LIMIT = 20
 

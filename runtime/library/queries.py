@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError, LibraryCorruptError
-from recallseg.runtime.database import Database
-from recallseg.runtime.exemplar import Exemplar
-from recallseg.runtime.records import (
+from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.exemplar import Exemplar
+from recallseg.runtime.library.records import (
     Settings,
     State,
     StoredIndex,
     StructureRow,
     exemplar_digest,
 )
-from recallseg.runtime.shards import Place
+from recallseg.runtime.library.shards import Place
 
 __all__ = ["CatalogQueries", "unknown_key"]
 

@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError, LibraryError, LibraryWriteError
-from recallseg.runtime import maintenance
-from recallseg.runtime.binding import bundle_settings, open_bundle
 from recallseg.runtime.checks import check_annotation, check_image, check_key, check_tags
-from recallseg.runtime.encoding import ExemplarEncoder, check_encoded
-from recallseg.runtime.exemplar import LibraryReport
-from recallseg.runtime.queries import unknown_key
-from recallseg.runtime.reading import MEMORIES, LibraryReading
-from recallseg.runtime.records import NewExemplar, Settings
-from recallseg.runtime.shards import ShardWriter
-from recallseg.runtime.sources import content_digest
-from recallseg.runtime.storage import writing
+from recallseg.runtime.library import maintenance
+from recallseg.runtime.library.binding import bundle_settings, open_bundle
+from recallseg.runtime.library.encoding import ExemplarEncoder, check_encoded
+from recallseg.runtime.library.exemplar import LibraryReport
+from recallseg.runtime.library.queries import unknown_key
+from recallseg.runtime.library.reading import MEMORIES, LibraryReading
+from recallseg.runtime.library.records import NewExemplar, Settings
+from recallseg.runtime.library.shards import ShardWriter
+from recallseg.runtime.library.sources import content_digest
+from recallseg.runtime.library.storage import writing
 
 __all__ = ["LibraryChanging"]
 

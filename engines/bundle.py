@@ -22,6 +22,7 @@ from typing import Any
 
 from recallseg.engines.digest import digest_file, digest_json
 from recallseg.engines.errors import BundleError
+from recallseg.engines.paths import SHIPPED, shipped_bundles
 from recallseg.engines.specs import GRAPHS, Geometry, GraphSpec, graph_specs
 
 __all__ = [
@@ -164,17 +165,14 @@ class Bundle:
         if isinstance(source, Bundle):
             return source
         path = Path(source)
-        shipped = Path(__file__).parent / "bundles" / str(source)
-        if not path.exists() and path.name == str(source) and shipped.is_dir():
-            path = shipped
+        if not path.exists() and str(source) in shipped_bundles():
+            path = SHIPPED / str(source)
         file = path / "manifest.json"
         if not file.is_file():
-            names = sorted(
-                p.name for p in shipped.parent.glob("*") if (p / "manifest.json").is_file()
-            )
+            names = ", ".join(shipped_bundles())
             raise BundleError(
                 f"no bundle at '{source}': {file} does not exist. Give a folder made by "
-                f"'recallseg export'{f', or one of: {chr(44).join(names)}' if names else ''}."
+                f"'recallseg export'{f', or one of: {names}' if names else ''}."
             )
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))

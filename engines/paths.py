@@ -7,7 +7,10 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_folder", "shipped_bundles"]
+__all__ = ["SHIPPED", "cache_folder", "shipped_bundles"]
+
+SHIPPED = Path(__file__).parent / "bundles"
+"""Folder of the bundles that come with the package."""
 
 
 def cache_folder() -> Path:
@@ -23,5 +26,4 @@ def cache_folder() -> Path:
 
 def shipped_bundles() -> tuple[str, ...]:
     """Return the names that ``Bundle.open`` knows without a folder."""
-    folder = Path(__file__).parent / "bundles"
-    return tuple(sorted(path.parent.name for path in folder.glob("*/manifest.json")))
+    return tuple(sorted(path.parent.name for path in SHIPPED.glob("*/manifest.json")))

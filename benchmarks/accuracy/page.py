@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-import recallseg.runtime.report as runtime_report
 from recallseg.benchmarks.accuracy.dataset import MOST_ANNOTATED
 from recallseg.benchmarks.accuracy.measure import (
     COPY_EMBEDDING,
@@ -31,6 +30,7 @@ from recallseg.benchmarks.accuracy.tables import (
     targets,
 )
 from recallseg.runtime.formats.pairs import Annotated
+from recallseg.runtime.report import STYLE
 from recallseg.runtime.report.pictures import Thumbnail, colour, legend
 
 __all__ = ["render_page"]
@@ -38,6 +38,7 @@ __all__ = ["render_page"]
 WORST, BEST = 3, 2
 STRUCTURES_SHOWN = 4
 NOTHING = "&#8211;"
+SPACING = "section > h3, .columns h3 { margin: 26px 0 10px; }"
 METHODS = (RECALLED, RANDOM, NO_POINTERS)
 COLUMNS = (
     (RECALLED, 1),
@@ -70,12 +71,12 @@ def render_page(outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> str:
             _provenance(outcomes, facts),
         )
     )
-    style = runtime_report.STYLE.read_text(encoding="utf-8")
+    style = STYLE.read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>RecallSeg: {TITLE}</title><style>{style}</style></head>"
+        f"<title>RecallSeg: {TITLE}</title><style>{style}{SPACING}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
@@ -131,14 +132,19 @@ def _targets(outcomes: Sequence[Outcome]) -> str:
     rows = [
         f'<tr><th scope="row">{escape(outcome.dataset.name)}: {escape(target.structure)}</th>'
         f"<td>{target.wanted:.2f}</td><td><b>{_number(target.reached)}</b></td>"
+        f"<td>{_number(target.pooled)}</td>"
         f"<td>{'reached' if target.met else 'not reached'}</td></tr>"
         for outcome in outcomes
         for target in targets(outcome)
     ]
     if not rows:
         return ""
-    head = ("Dataset and structure", "Target", "Dice at k = 8", "")
-    return f"<section><h2>Targets</h2>{_table(head, rows, 'narrow')}</section>"
+    head = ("Dataset and structure", "Target", "Dice at k = 8", "all pixels pooled", "")
+    return (
+        f"<section><h2>Targets</h2>{_table(head, rows, 'narrow')}"
+        '<p class="caption">In the mean over images a slice with a hundred pixels of a structure '
+        "weighs as much as one with ten thousand; pooled it does not.</p></section>"
+    )
 
 
 def _dataset(number: int, outcome: Outcome) -> str:
@@ -203,14 +209,27 @@ def _by_count(outcome: Outcome, summaries: Sequence[Summary]) -> str:
 
 
 def _differences(outcome: Outcome) -> str:
-    rows = [
-        f'<tr><th scope="row">{_swatch(outcome.dataset.structures.index(d.structure))}'
-        f"{escape(d.structure)}</th><td>{escape(d.against)}</td><td>{d.images}</td>"
-        f"<td><b>{d.mean:+.3f}</b> <small>[{d.low:+.3f}, {d.high:+.3f}]</small></td></tr>"
-        for d in compare(outcome)
-    ]
-    head = ("Recall at k = 8", "against", "Images", "Dice gained [95 % of resampled means]")
-    return f"<h3>Differences, image by image</h3>{_table(head, rows, 'narrow')}" if rows else ""
+    found = {(d.structure, d.against): d for d in compare(outcome)}
+    rivals = list(dict.fromkeys(against for _, against in found))
+    rows = []
+    for index, structure in enumerate(outcome.dataset.structures):
+        cells = []
+        for rival in rivals:
+            d = found.get((structure, rival))
+            said = NOTHING
+            if d is not None:
+                said = f"<b>{d.mean:+.3f}</b> <small>[{d.low:+.3f}, {d.high:+.3f}]</small>"
+            cells.append(f"<td>{said}</td>")
+        rows.append(
+            f'<tr><th scope="row">{_swatch(index)}{escape(structure)}</th>{"".join(cells)}</tr>'
+        )
+    if not rivals:
+        return ""
+    return (
+        "<h3>Recall at k = 8: Dice gained, image by image, over</h3>"
+        f"{_table(('', *rivals), rows, 'narrow')}"
+        '<p class="caption">Mean difference [95 % of the means when images are resampled].</p>'
+    )
 
 
 def _absent(outcome: Outcome) -> str:

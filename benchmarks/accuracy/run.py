@@ -104,16 +104,20 @@ def run_accuracy(
         step = begin(dataset.name, count_steps(dataset, plan, len(foreign)))
         outcomes.append(measure(dataset, plan, foreign, step))
     result = Accuracy(tuple(outcomes), _facts(plan, missing, quick))
+    _write(result, output)
+    return result
+
+
+def _write(found: Accuracy, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "accuracy.json").write_text(
-        json.dumps(result.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        json.dumps(found.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         encoding="utf-8",
     )
-    _write_cases(output / "cases.csv", outcomes)
+    _write_cases(output / "cases.csv", found.outcomes)
     (output / "accuracy.html").write_text(
-        render_page(result.outcomes, result.facts), encoding="utf-8"
+        render_page(found.outcomes, found.facts), encoding="utf-8"
     )
-    return result
 
 
 def _open(bundle: Bundle | str | Path) -> Bundle:

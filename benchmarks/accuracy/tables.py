@@ -42,7 +42,8 @@ BASELINES = (COPY_EMBEDDING, COPY_POSITION, UNET)
 class Summary:
     """Dice over the queries that show a structure.
 
-    ``missed`` counts those for which nothing was predicted; ``dice`` is the mean.
+    ``dice`` is their mean; ``pooled`` that of all their pixels taken together, in which images that
+    show little of the structure weigh little; ``missed`` counts empty predictions.
     """
 
     structure: str
@@ -51,6 +52,7 @@ class Summary:
     annotated: int
     images: int
     dice: float
+    pooled: float
     median: float
     worst: float
     missed: int
@@ -93,6 +95,7 @@ class Target:
     structure: str
     wanted: float
     reached: float
+    pooled: float
 
     @property
     def met(self) -> bool:
@@ -118,6 +121,7 @@ def summarise(outcome: Outcome) -> list[Summary]:
                 annotated=annotated,
                 images=len({case.case for case in cases}),
                 dice=float(np.mean(dice)),
+                pooled=_pooled(cases),
                 median=float(np.median(dice)),
                 worst=min(dice),
                 missed=sum(case.predicted == 0 for case in cases),
@@ -172,13 +176,13 @@ def false_positives(outcome: Outcome) -> list[FalsePositives]:
 
 def targets(outcome: Outcome) -> list[Target]:
     """Return the dataset's targets with what was reached."""
-    means = {
-        summary.structure: summary.dice
+    found = {
+        summary.structure: (summary.dice, summary.pooled)
         for summary in summarise(outcome)
         if (summary.method, summary.k, summary.annotated) == (RECALLED, REFERENCE_K, MOST_ANNOTATED)
     }
     return [
-        Target(structure, wanted, means.get(structure, math.nan))
+        Target(structure, wanted, *found.get(structure, (math.nan, math.nan)))
         for structure, wanted in outcome.dataset.targets.items()
     ]
 
@@ -205,6 +209,11 @@ def _by_image(cases: Iterable[Case]) -> dict[str, float]:
     for case in cases:
         dice.setdefault(case.case, []).append(case.dice)
     return {name: float(np.mean(values)) for name, values in dice.items()}
+
+
+def _pooled(cases: Sequence[Case]) -> float:
+    areas = [case.reference + case.predicted for case in cases]
+    return float(np.average([case.dice for case in cases], weights=areas))
 
 
 def _bootstrap(differences: Sequence[float]) -> tuple[float, float, float]:

@@ -101,7 +101,7 @@ def export_embedder(arguments: argparse.Namespace) -> None:
     """Write the weights of a checkpoint as a model folder."""
     trainer = EmbedderTrainer(load_recipe(arguments.config))
     trainer.load(Path(arguments.work) / "embedder")
-    save_weights(trainer.model, Path(arguments.output))
+    save_weights(trainer.best, Path(arguments.output))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

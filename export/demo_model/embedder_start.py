@@ -3,9 +3,9 @@
 A transformer that starts from noise needs millions of images before its class token knows where
 things are. Here the weights are chosen such that the untrained embedding already is a thumbnail:
 the first layer notes every patch's brightness in a channel of that patch's own, the second gathers
-the notes in the class token, less their mean, and the others leave it alone. The cosine similarity
-of two embeddings then is the correlation of two images at the resolution of the patches. Training
-refines what is noted and what it is worth. The architecture is untouched.
+the notes in the class token, sharpened and less their mean, and the others leave it alone. The
+cosine similarity of two embeddings then is the correlation of two sharpened images at the
+resolution of the patches. Training refines what that is worth. The architecture is untouched.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Dinov2Model
 
-__all__ = ["start_as_thumbnail"]
+__all__ = ["freeze_thumbnail", "start_as_thumbnail"]
 
 # Residual channels after the notes (one per patch).
 BRIGHTNESS = 0
@@ -29,7 +30,9 @@ LEVEL = 12.0
 MARK = 6.0
 GATE = 11.0
 # Scale of what the later layers and the free weights start with.
-QUIET = 0.05
+QUIET = 0.01
+# How much is added of what sets a patch apart from its neighbours: edges tell slices apart.
+SHARPEN = 1.0
 
 
 def _layer_parts(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -51,12 +54,24 @@ def _filters(weight: Tensor, notes: int) -> None:
     weight[notes + BRIGHTNESS] = 1.0 / (3.0 * area)
 
 
+def _sharpening(side: int) -> Tensor:
+    """Matrix that adds to a thumbnail what its 3 x 3 mean leaves out, and takes its mean away."""
+    notes = side * side
+    own = torch.eye(notes)
+    blurred = F.avg_pool2d(
+        own.view(notes, 1, side, side), 3, stride=1, padding=1, count_include_pad=False
+    )
+    sharp = own + SHARPEN * (own - blurred.view(notes, notes).T)
+    return sharp - sharp.mean(dim=0)
+
+
 @torch.no_grad()
 def start_as_thumbnail(model: Dinov2Model) -> None:
     """Overwrite the weights of an untrained model, in place."""
     config: Any = model.config
     width = int(config.hidden_size)
-    notes = (int(config.image_size) // int(config.patch_size)) ** 2
+    side = int(config.image_size) // int(config.patch_size)
+    notes = side * side
     layers = [_layer_parts(layer) for layer in model.encoder.layer]
     if notes + TEXTURES >= width or 2 * notes > layers[0]["fc1"].out_features or len(layers) < 2:
         return  # Too narrow to start this way: such models are for tests only.
@@ -93,5 +108,16 @@ def start_as_thumbnail(model: Dinov2Model) -> None:
     second["v_proj"].weight[:notes, :notes] = own
     gather = float(notes + 1) / 2.0
     second["o_proj"].weight[:, :notes] = 0.0
-    second["o_proj"].weight[:notes, :notes] = gather * (own - 1.0 / notes)
+    second["o_proj"].weight[:notes, :notes] = gather * _sharpening(side)
     second["o_proj"].bias[-1] = -LEVEL
+
+
+def freeze_thumbnail(model: Dinov2Model) -> None:
+    """Exempt from training what makes the thumbnail: the embeddings and the first two layers.
+
+    Their weights are chosen exactly; the steps of a training from noise would wash them out.
+    """
+    layers = list(model.encoder.layer)
+    for module in (model.embeddings, *layers[:2]):
+        if len(layers) > 2:
+            module.requires_grad_(False)

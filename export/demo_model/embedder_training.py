@@ -1,13 +1,15 @@
-"""Training of the demo embedder: slices that show the same things in the same places lie close.
+"""Training of the demo embedder: slices that lie close in a volume lie close in the embedding.
 
 A task is a generated volume seen slice by slice in slightly different subjects. For every slice
-the others are to be ranked by how much their structures overlap with its own, which is what the
-library asks of an embedding: the nearest exemplar should be the most useful one. No image is
-annotated for this; the generator knows what it drew.
+the others are to be ranked by how much their structures overlap with its own and by how near they
+are in the volume, which is what the library asks of an embedding: the nearest exemplar should be
+the most useful one. No image is annotated by hand for this, but it is supervised all the same: the
+generator knows the masks and the positions of what it drew.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -19,18 +21,66 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recallseg.export.demo_model.checkpoints import load_checkpoint, save_checkpoint
-from recallseg.export.demo_model.embedder_start import start_as_thumbnail
+from recallseg.export.demo_model.embedder_start import freeze_thumbnail, start_as_thumbnail
 from recallseg.export.demo_model.families import FAMILIES
 from recallseg.export.demo_model.models import build_dinov2
 from recallseg.export.demo_model.optimizers import apply_step, build_optimizers
 from recallseg.export.demo_model.tasks import TaskBatch, make_tasks
 from recallseg.export.graphs import Embed
 
-__all__ = ["EmbedderTrainer", "neighbour_loss", "overlap", "ranking_gain", "volume_tasks"]
+__all__ = [
+    "EmbedderTrainer",
+    "held_out_regret",
+    "neighbour_loss",
+    "overlap",
+    "ranking_gain",
+    "recall_regret",
+    "taper",
+    "volume_tasks",
+]
 
-# Side of the thumbnails in which overlap is measured and that the embedding must be able to
-# redraw: as fine as "the same place" needs to be.
+# Side of the thumbnails in which overlap is measured: as fine as "the same place" needs to be.
 THUMBNAIL = 9
+# Families that are bodies: their sections get small towards both ends of a volume.
+BODIES = ("brain", "organs", "small")
+# Distances, in parts of a volume, over which slices count as near.
+REACHES = (0.05, 0.15)
+# Held-out volumes come from seeds that no training step uses.
+HELD_OUT_SEED = 2**41
+HELD_OUT_FAMILIES = ("brain", "organs", "small", "tissue")
+HELD_OUT_VOLUMES, HELD_OUT_SLICES = 16, 16
+# How many slices a recall may ask for.
+RECALLED = (1, 4, 8)
+
+
+def _shrink(task: TaskBatch, part: Tensor) -> TaskBatch:
+    """Draw every slice at ``part`` (``M``) of its size, about the centre."""
+    count, size = part.numel(), task.images.shape[-1]
+    rows = torch.zeros(count, 2, 3, device=part.device)
+    rows[:, 0, 0] = rows[:, 1, 1] = 1.0 / part
+    grid = F.affine_grid(rows, [count, 1, size, size], align_corners=False)
+
+    def draw(values: Tensor, mode: str) -> Tensor:
+        moved = F.grid_sample(
+            values[0], grid, mode=mode, padding_mode="border", align_corners=False
+        )
+        return moved[None]
+
+    return TaskBatch(
+        draw(task.images, "bilinear"), draw(task.masks, "nearest"), task.positions, task.families
+    )
+
+
+def taper(generator: torch.Generator, task: TaskBatch) -> TaskBatch:
+    """Let a volume (``T`` = 1) get smaller towards both ends, as a head does.
+
+    Sections of the two ends then have the same size and must be told apart by what they show.
+    """
+    draw = torch.rand(3, generator=generator, device=generator.device)
+    along = task.positions[0].clamp(0.0, 1.0) ** torch.exp(0.8 * (draw[0] - 0.5))
+    power = 2.0 + 2.0 * draw[1]
+    depth = 0.2 + 0.7 * draw[2]
+    return _shrink(task, torch.sqrt(1.0 - depth * (2.0 * along - 1.0).abs() ** power))
 
 
 def volume_tasks(
@@ -46,7 +96,10 @@ def volume_tasks(
         own = 0.02 + 0.2 * draw[1]
         shared = (1.0 - own) * 0.4 * draw[2]
         likeness = (positions, shared.view(1), (1.0 - own - shared).view(1))
-        tasks.append(make_tasks(generator, family, 1, slices, 4, size, likeness=likeness))
+        task = make_tasks(generator, family, 1, slices, 4, size, likeness=likeness)
+        if family in BODIES and float(torch.rand((), generator=generator, device=device)) < 0.6:
+            task = taper(generator, task)
+        tasks.append(task)
     return tasks
 
 
@@ -69,8 +122,10 @@ def overlap(masks: Tensor) -> Tensor:
     return flat @ flat.transpose(1, 2)
 
 
-def neighbour_loss(embeddings: Tensor, alike: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy between the ranking by embedding and the ranking by overlap.
+def neighbour_loss(
+    embeddings: Tensor, alike: Tensor, positions: Tensor, *, temperature: float
+) -> Tensor:
+    """Cross-entropy between the ranking by embedding and those by overlap and by distance.
 
     Parameters
     ----------
@@ -78,17 +133,18 @@ def neighbour_loss(embeddings: Tensor, alike: Tensor, *, temperature: float) -> 
         ``T x M x D``, unit length.
     alike
         ``T x M x M`` from `overlap`.
+    positions
+        ``T x M``, 0..1 along the volume.
     """
-    tasks, slices, _ = embeddings.shape
+    slices = embeddings.shape[1]
     same = torch.eye(slices, dtype=torch.bool, device=embeddings.device)
-    target = (alike / temperature).masked_fill(same, -math.inf).softmax(dim=-1)
-    flat = embeddings.flatten(0, 1)
-    itself = torch.eye(len(flat), dtype=torch.bool, device=flat.device)
-    # Slices of other volumes are candidates too, all of them wrong.
-    logs = (flat @ flat.T / temperature).masked_fill(itself, -math.inf).log_softmax(dim=-1)
-    logs = logs.view(tasks, slices, tasks, slices)
-    own = torch.diagonal(logs, dim1=0, dim2=2).permute(2, 0, 1)
-    return -(target * own.masked_fill(same, 0.0)).sum(dim=-1).mean()
+    distance = (positions[:, :, None] - positions[:, None]).abs()
+    scores = [alike / temperature, *(-distance / reach for reach in REACHES)]
+    targets = [score.masked_fill(same, -math.inf).softmax(dim=-1) for score in scores]
+    target = torch.stack(targets).mean(dim=0)
+    similar = embeddings @ embeddings.transpose(1, 2) / temperature
+    logs = similar.masked_fill(same, -math.inf).log_softmax(dim=-1)
+    return -(target * logs.masked_fill(same, 0.0)).sum(dim=-1).mean()
 
 
 def ranking_gain(embeddings: Tensor, alike: Tensor) -> float:
@@ -102,6 +158,49 @@ def ranking_gain(embeddings: Tensor, alike: Tensor) -> float:
     return float((found - chance) / (best - chance))
 
 
+def recall_regret(embeddings: Tensor, positions: Tensor) -> float:
+    """Mean distance of the slices recalled, between the least possible (0) and chance (1).
+
+    Parameters
+    ----------
+    embeddings
+        ``T x M x D``, unit length; every slice is a query to the others of its volume.
+    positions
+        ``T x M`` along the volume.
+    """
+    slices = embeddings.shape[1]
+    same = torch.eye(slices, dtype=torch.bool, device=embeddings.device)
+    similar = (embeddings @ embeddings.transpose(1, 2)).masked_fill(same, -math.inf)
+    distance = (positions[:, :, None] - positions[:, None]).abs()
+    chance = distance.sum(dim=(1, 2)) / (slices * (slices - 1))
+    found = distance.gather(2, similar.argsort(dim=2, descending=True))
+    least = distance.masked_fill(same, math.inf).sort(dim=2).values
+    parts = []
+    for count in RECALLED:
+        count = min(count, slices - 1)
+        best = least[:, :, :count].mean(dim=(1, 2))
+        parts.append(
+            (found[:, :, :count].mean(dim=(1, 2)) - best) / (chance - best).clamp(min=1e-6)
+        )
+    return float(torch.stack(parts).mean())
+
+
+@torch.no_grad()
+def held_out_regret(model: nn.Module, size: int, device: torch.device) -> dict[str, float]:
+    """Compute `recall_regret` per family on generated volumes that are never trained on."""
+    graph = Embed(model).eval()  # type: ignore[arg-type]
+    regrets = {}
+    for number, family in enumerate(HELD_OUT_FAMILIES):
+        generator = torch.Generator(device=device)
+        generator.manual_seed(HELD_OUT_SEED + number)
+        tasks = volume_tasks(generator, [family] * HELD_OUT_VOLUMES, HELD_OUT_SLICES, size)
+        embeddings = torch.stack([graph(task.images[0]) for task in tasks])
+        positions = torch.cat([task.positions for task in tasks])
+        regrets[family] = recall_regret(embeddings, positions)
+    graph.train()
+    return regrets
+
+
 class EmbedderTrainer:
     """The whole state of an embedder training and one step of it."""
 
@@ -112,11 +211,12 @@ class EmbedderTrainer:
         self.model = build_dinov2(recipe["dinov2"])
         start_as_thumbnail(self.model)
         self.model.to(self.device)  # type: ignore[arg-type]
-        width = int(recipe["dinov2"]["width"])
-        self.head = nn.Linear(width, THUMBNAIL * THUMBNAIL).to(self.device)
+        freeze_thumbnail(self.model)
         self.size = int(recipe["dinov2"]["image_size"])
-        self.graph = Embed(self.model)
-        self.optimizers = build_optimizers([self.model, self.head], self.settings)
+        self.average = copy.deepcopy(self.model)
+        self.best = copy.deepcopy(self.model)
+        self.best_regret = math.inf
+        self.optimizers = build_optimizers([self.model], self.settings)
         self.step = 0
 
     @property
@@ -151,22 +251,39 @@ class EmbedderTrainer:
         alike = overlap(torch.cat([task.masks for task in tasks]))
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             token = self.model(images.flatten(0, 1)).pooler_output
-            redrawn = self.head(token).float()
         embeddings = F.normalize(token.float(), dim=-1).view(*images.shape[:2], -1)
-        ranking = neighbour_loss(embeddings, alike, temperature=float(self.settings["temperature"]))
-        # Redrawing a thumbnail teaches where things are long before the ranking can.
-        thumbnail = F.adaptive_avg_pool2d(images.flatten(0, 1).mean(dim=1), THUMBNAIL).flatten(1)
-        drawing = F.mse_loss(redrawn, thumbnail)
-        (ranking + drawing).backward()
+        positions = torch.cat([task.positions for task in tasks])
+        temperature = float(self.settings["temperature"])
+        ranking = neighbour_loss(embeddings, alike, positions, temperature=temperature)
+        ranking.backward()
         norm = apply_step(self.optimizers, self.rate(), clip=1.0)
         self.step += 1
+        self._update_average()
+        if self.step % int(self.settings["evaluate_every"]) == 0:
+            self.evaluate()
         return {
             "loss": float(ranking.detach()),
-            "drawing": float(drawing.detach()),
             "gain": ranking_gain(embeddings.detach(), alike),
             "norm": norm,
+            "best_regret": self.best_regret,
             "step_s": time.monotonic() - started,
         }
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A young average must not remember the start for longer than it has lived.
+        decay = min(float(self.settings["ema_decay"]), self.step / (self.step + 9.0))
+        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(value, 1.0 - decay)
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the averaged weights on held-out volumes and keep them if they are the best."""
+        regrets = held_out_regret(self.average, self.size, self.device)
+        regret = sum(regrets.values()) / len(regrets)
+        if regret < self.best_regret:
+            self.best_regret = regret
+            self.best.load_state_dict(self.average.state_dict())
+        return regrets
 
     def save(self, folder: Path) -> None:
         """Write everything that a later piece needs."""
@@ -175,7 +292,9 @@ class EmbedderTrainer:
             {
                 "step": self.step,
                 "model": self.model.state_dict(),
-                "head": self.head.state_dict(),
+                "average": self.average.state_dict(),
+                "best": self.best.state_dict(),
+                "best_regret": self.best_regret,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             },
         )
@@ -184,7 +303,9 @@ class EmbedderTrainer:
         """Go on from what `save` wrote."""
         state = load_checkpoint(folder, self.device)
         self.model.load_state_dict(state["model"], strict=True)
-        self.head.load_state_dict(state["head"], strict=True)
+        self.average.load_state_dict(state["average"], strict=True)
+        self.best.load_state_dict(state["best"], strict=True)
+        self.best_regret = float(state["best_regret"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = int(state["step"])
@@ -192,5 +313,7 @@ class EmbedderTrainer:
     def pieces(self, minutes: float) -> Iterator[dict[str, float]]:
         """Train until the time or the recipe is up, yielding each step's figures."""
         until = time.monotonic() + 60.0 * minutes
+        if self.step == 0:
+            self.evaluate()
         while self.step < self.total_steps and time.monotonic() < until:
             yield self.train_step()

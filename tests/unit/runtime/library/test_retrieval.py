@@ -126,6 +126,29 @@ def test_a_graph_of_another_shape_is_not_used(tmp_path: Path) -> None:
     assert open_graph(tmp_path / "graph", 8, 7, view=True) is None
 
 
+def test_a_graph_misses_no_neighbour_and_is_the_same_each_time(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(50):
+        vectors = rng.normal(size=(40, 48)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        graph = build_graph((np.arange(40), vectors))
+        for query in vectors[:10]:
+            nearest = np.argsort(-(vectors @ query))[:7]
+            assert set(nearest.tolist()) <= set(graph.search(query, 14).keys.tolist()), trial
+        if trial == 0:
+            build_graph((np.arange(40), vectors)).save(str(tmp_path / "again"))
+            graph.save(str(tmp_path / "first"))
+    assert (tmp_path / "first").read_bytes()  # both hold something
+    again = open_graph(tmp_path / "again", 48, 40, view=True)
+    first = open_graph(tmp_path / "first", 48, 40, view=True)
+    assert first is not None
+    assert again is not None
+    queries = rng.normal(size=(20, 48)).astype(np.float32)
+    for query in queries:
+        found, expected = (index.search(query, 14).keys.tolist() for index in (again, first))
+        assert found == expected
+
+
 def test_equal_distances_come_in_order_of_addition() -> None:
     index = StructureIndex(4, lambda numbers: (np.empty(0, np.int64), np.empty((0, 4), np.float32)))
     index.add(np.arange(1, 101), np.tile(np.float32([1, 0, 0, 0]), (100, 1)))

@@ -70,7 +70,7 @@ def train_segmenter(arguments: argparse.Namespace) -> None:
     """Train the SAM 2 part."""
     trainer = SegmenterTrainer(load_recipe(arguments.config), arguments.device)
     if arguments.start:
-        trainer.start_from(Path(arguments.start))
+        trainer.start_from(Path(arguments.start), arguments.start_step)
     _train(trainer, "segmenter", arguments)
 
 
@@ -114,6 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     segmenter.set_defaults(run=train_segmenter)
     segmenter.add_argument("--workers", type=int, default=1, help="processes of one CPU thread")
     segmenter.add_argument("--start", help="model folder to begin from where no checkpoint is")
+    segmenter.add_argument(
+        "--start-step",
+        type=int,
+        default=0,
+        help="step of the recipe at which --start's weights are",
+    )
     embedder = commands.add_parser("embedder", help="train the DINOv2 part")
     embedder.set_defaults(run=train_embedder)
     for command in (segmenter, embedder):

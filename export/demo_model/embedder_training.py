@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recallseg.export.demo_model.arithmetic import fast_arithmetic
 from recallseg.export.demo_model.checkpoints import load_checkpoint, save_checkpoint
 from recallseg.export.demo_model.embedder_start import freeze_thumbnail, start_as_thumbnail
 from recallseg.export.demo_model.families import FAMILIES
@@ -249,7 +250,7 @@ class EmbedderTrainer:
         tasks = self.draw()
         images = torch.cat([task.images for task in tasks])
         alike = overlap(torch.cat([task.masks for task in tasks]))
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with fast_arithmetic(self.device):
             token = self.model(images.flatten(0, 1)).pooler_output
         embeddings = F.normalize(token.float(), dim=-1).view(*images.shape[:2], -1)
         positions = torch.cat([task.positions for task in tasks])

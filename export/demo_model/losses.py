@@ -89,7 +89,7 @@ def segmentation_loss(
         present = (masks.flatten(1).amax(dim=1) > 0).float()
     quality = (iou - actual_iou).abs().mean(dim=1)
     presence = F.binary_cross_entropy_with_logits(object_score, present, reduction="none")
-    sample = best_loss + 0.1 * losses.mean(dim=1) + 0.5 * quality + 0.2 * presence
+    sample = best_loss + 0.1 * losses.mean(dim=1) + 0.5 * quality + 0.5 * presence
     total = (sample * weights).sum() / weights.sum().clamp(min=1.0)
     return SegmentationLoss(total=total, dice=picked)
 

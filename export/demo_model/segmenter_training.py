@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, Sam2VideoModel
 
+from recallseg.export.demo_model.arithmetic import fast_arithmetic
 from recallseg.export.demo_model.checkpoints import load_checkpoint, save_checkpoint
 from recallseg.export.demo_model.families import FAMILIES
 from recallseg.export.demo_model.losses import appearance_loss, coarse_loss, segmentation_loss
@@ -154,7 +155,7 @@ class SegmenterTrainer:
         batch, memories = self.draw(size)
         generated = time.monotonic()
         self.model.train()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with fast_arithmetic(self.device):
             out = run_batch(self.graphs, batch, memories)
             coarse = self.head(out.conditioned)[:, 0].float()
             looks = self.look(out.conditioned).float()
@@ -222,6 +223,12 @@ class SegmenterTrainer:
         """
         model = build_sam2(recipe["sam2"])
         model.load_state_dict(self.average if averaged else self.model.state_dict(), strict=True)
+        # Training shows exemplars only. Memories of earlier frames, which propagation along a
+        # volume or a stream adds, have rows of this table of their own: they are given the
+        # exemplars', because what the initialisation left there is noise.
+        with torch.no_grad():
+            rows = model.memory_temporal_positional_encoding
+            rows.copy_(rows[-1:].expand_as(rows))
         set_image_size(model, size)
         return model.to(self.device).eval()  # type: ignore[arg-type]
 
@@ -251,11 +258,12 @@ class SegmenterTrainer:
             optimizer.load_state_dict(saved)
         self.step, self.scores = int(state["step"]), dict(state["scores"])
 
-    def start_from(self, folder: Path) -> None:
-        """Begin at exported weights instead of noise, with fresh optimizers and at step 0."""
+    def start_from(self, folder: Path, step: int = 0) -> None:
+        """Begin at exported weights instead of noise, with fresh optimizers, at a recipe's step."""
         weights = Sam2VideoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
         self.model.load_state_dict(weights, strict=True)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.step = step
 
     def pieces(self, minutes: float) -> Iterator[dict[str, float]]:
         """Train until the time or the recipe is up, yielding each step's figures."""
@@ -290,7 +298,7 @@ def evaluate_segmenter(model: Sam2VideoModel, size: int, tasks: int = 6) -> dict
     scores: dict[str, float] = {}
     for family in FAMILIES:
         batch = held_out(family, size, tasks)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fast_arithmetic(model.device):
             out = run_batch(graphs, batch, 3)
         loss = segmentation_loss(
             out.logits, out.iou, out.object_score, batch.masks.flatten(0, 2), out.usable

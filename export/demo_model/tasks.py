@@ -20,6 +20,8 @@ __all__ = ["TaskBatch", "draw_families", "family_weights", "make_batch", "make_t
 # A structure must cover this part of an image (of all its subjects together, on average) to be
 # asked for: about 25 pixels at 256 x 256.
 SMALLEST_PART = 4e-4
+# It must be in this share of the subjects. The others are where "absent" is learnt.
+PRESENT_SHARE = 0.45
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def _likeness(
     positions = 0.5 + spread * (positions - 0.5)
     kind = draw[:, 1]
     shared = torch.where(kind < 0.35, 0.9 * draw[:, 2], 0.3 * draw[:, 2])
-    along = torch.where(kind > 0.5, (1.0 - shared) * (1.0 - 0.3 * draw[:, 3]), 0.0)
+    along = torch.where(kind > 0.4, (1.0 - shared) * (1.0 - 0.3 * draw[:, 3]), 0.0)
     return positions, shared, along
 
 
@@ -72,7 +74,9 @@ def _choose_structures(
     counts.scatter_add_(2, flat, torch.ones_like(flat, dtype=counts.dtype))
     part = counts @ member.T / flat.shape[2]
     present = (part > 0.3 * SMALLEST_PART).float().mean(dim=1)
-    usable = (part.mean(dim=1) > SMALLEST_PART) & (present > 0.6) & (part.mean(dim=1) < 0.9)
+    usable = (
+        (part.mean(dim=1) > SMALLEST_PART) & (present > PRESENT_SHARE) & (part.mean(dim=1) < 0.9)
+    )
     score = torch.rand(usable.shape, generator=source.generator, device=source.device)
     score = score + usable.float() * 2.0
     # A task in which nothing qualifies takes what covers most: its masks may be small, never none.

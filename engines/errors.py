@@ -9,6 +9,7 @@
     │   ├── EngineUnavailableError   the engine's library, driver or device is not here
     │   ├── EngineRunError           an engine failed, or was called with wrong tensors
     │   └── VerificationError        an engine did not reproduce the bundle's golden tensors
+    ├── DeadlineError         not done in time; what was done so far is thrown away
     ├── LibraryError
     │   ├── LibraryNotFoundError     no library in that folder
     │   ├── LibraryCorruptError      stored bytes do not match their digests
@@ -26,6 +27,7 @@ A message says what happened, what was received and expected, and how to mend it
 __all__ = [
     "BundleError",
     "CheckpointError",
+    "DeadlineError",
     "EngineError",
     "EngineRunError",
     "EngineUnavailableError",
@@ -70,6 +72,10 @@ class EngineRunError(EngineError):
 
 class VerificationError(EngineError):
     """An engine's outputs differ from the bundle's golden tensors."""
+
+
+class DeadlineError(RecallSegError):
+    """A query was not done in time."""
 
 
 class LibraryError(RecallSegError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import TIMEOUT_MAX, Lock
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from recallseg.engines.composition import Composition
 from recallseg.engines.engine import EngineOptions
-from recallseg.engines.errors import InputError
+from recallseg.engines.errors import DeadlineError, InputError
 from recallseg.engines.registry import load_engines
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.calibration import MIN_EXEMPLARS, Thresholds, conformal_upper, nearest_other
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
-from recallseg.runtime.postprocess import finish_masks
+from recallseg.runtime.postprocess import Out, finish_masks
 from recallseg.runtime.preprocess import prepare_image, scale_intensities
 from recallseg.runtime.result import Quality, Recalled, Result, Score
 from recallseg.runtime.workspace import Workspace
@@ -96,17 +96,26 @@ class Segmenter:
         self._thresholds: dict[str, Thresholds] = {}
         self._calibrated_for = ""
 
-    def segment(self, image: NDArray[Any]) -> Result:
+    def segment(
+        self,
+        image: NDArray[Any],
+        *,
+        deadline_ms: float | None = None,
+        out: Out = (None, None),
+    ) -> Result:
         """Segment one image.
 
         Parameters
         ----------
         image : HxW grey or HxWx3 RGB, integer or floating, any size.
+        deadline_ms : most milliseconds from this call to the result, waiting for other threads
+            included; None for no limit. Looked at between stages.
+        out : a label map (uint8 HxW) and masks (bool nxHxW) to write into; None for new ones.
 
         Returns
         -------
         Result
-            Masks on the image's own grid; its arrays are new and belong to the caller.
+            Masks on the image's own grid; its arrays are those of ``out``, or new.
 
         Raises
         ------
@@ -114,9 +123,12 @@ class Segmenter:
             For another shape or dtype, an empty image, NaN or infinite pixels.
         EngineRunError
             If an engine fails.
+        DeadlineError
+            If it took too long.
         """
-        with self._lock:
-            return self._segment(check_image(image), excluded=None)
+        timings = _Timings(deadline_ms)
+        with timings.locked(self._lock):
+            return self._segment(check_image(image), timings, excluded=None, out=out)
 
     def warm_up(self, runs: int = 2) -> None:
         """Run on a blank image, so that the first real query is as fast as the next."""
@@ -142,7 +154,7 @@ class Segmenter:
             dice: dict[str, list[float]] = {name: [] for name in self.structures}
             for done, exemplar in enumerate(exemplars):
                 image, masks = self.library.source(exemplar.key)
-                result = self._segment(check_image(image), excluded=exemplar.key)
+                result = self._segment(check_image(image), _Timings(), excluded=exemplar.key)
                 for name in self.structures:
                     if name in masks and result.scores[name].present:
                         iou[name].append(result.scores[name].iou)
@@ -168,8 +180,15 @@ class Segmenter:
             self._thresholds, self._calibrated_for = thresholds, self.library.digest
             return MappingProxyType(thresholds)
 
-    def _segment(self, image: NDArray[Any], *, excluded: str | None) -> Result:
-        w, timings = self.workspace, _Timings()
+    def _segment(
+        self,
+        image: NDArray[Any],
+        timings: _Timings,
+        *,
+        excluded: str | None,
+        out: Out = (None, None),
+    ) -> Result:
+        w = self.workspace
         with timings("prepare"):
             scaled = scale_intensities(image, self.library.intensity)
             prepare_image(scaled, w.embed_image, self.bundle.normalisation["embed"])
@@ -201,7 +220,7 @@ class Segmenter:
         with timings("finish"):
             present = [bool(score > 0) for score in object_score]
             height, width = image.shape[:2]
-            masks, label_map = finish_masks(w.logits, present, (height, width), w)
+            masks, label_map = finish_masks(w.logits, present, (height, width), w, out)
         scores = {
             name: Score(float(iou[i]), float(object_score[i]), _nearest(recalled[name]), present[i])
             for i, name in enumerate(self.structures)
@@ -347,20 +366,45 @@ def _nearest(recalled: Sequence[Recalled]) -> float:
 
 
 class _Timings:
-    """Milliseconds by stage, in the order of the first use; stages may repeat and add up."""
+    """Milliseconds by stage, in the order of the first use; stages may repeat and add up.
 
-    def __init__(self) -> None:
+    Begins no stage, and ends none, past the deadline (milliseconds from now; None: no limit).
+    """
+
+    def __init__(self, deadline_ms: float | None = None) -> None:
         self._start = perf_counter()
+        self._deadline_ms = deadline_ms
         self._stages: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        self._check(stage)
         start = perf_counter()
         try:
             yield
         finally:
             spent = (perf_counter() - start) * 1e3
             self._stages[stage] = self._stages.get(stage, 0.0) + spent
+        self._check(stage)
+
+    @contextmanager
+    def locked(self, lock: Lock) -> Iterator[None]:
+        """Hold a lock; waiting for it ends at the deadline."""
+        left = -1.0 if self._deadline_ms is None else max(0.0, self._deadline_ms / 1e3)
+        if not lock.acquire(timeout=min(left, TIMEOUT_MAX)):
+            self._check("waiting for another call", always=True)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _check(self, stage: str, *, always: bool = False) -> None:
+        spent = (perf_counter() - self._start) * 1e3
+        if self._deadline_ms is not None and (always or spent > self._deadline_ms):
+            raise DeadlineError(
+                f"not done in {self._deadline_ms:g} ms: {spent:.1f} ms had passed at '{stage}'. "
+                "Allow more time, or use a smaller k or bundle."
+            )
 
     def finished(self) -> Mapping[str, float]:
         """Return all stages and the total."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recallseg import Bundle, Library, Segmenter
-from recallseg.engines.errors import InputError
+from recallseg.engines.errors import DeadlineError, InputError
 from recallseg.runtime.workspace import Workspace
 
 SIZE = 64
@@ -220,3 +220,33 @@ def test_views_of_a_workspace_are_contiguous(fake_bundle: Bundle) -> None:
         assert all(array.flags.c_contiguous for array in vars(recall).values())
         assert np.shares_memory(recall.memories, workspace.recall.memories)
         assert (recall.pointer_time == np.float32(fake_bundle.memory.pointer_time)).all()
+
+
+def test_a_missed_deadline_is_an_error_and_the_next_query_works(library: Library) -> None:
+    segmenter = make(library)
+    image, mask = picture(1)
+    with pytest.raises(DeadlineError, match="not done in 0 ms"):
+        segmenter.segment(image, deadline_ms=0.0)
+    assert_alike(segmenter.segment(image, deadline_ms=60_000.0).masks["square"], mask)
+
+
+def test_waiting_for_another_call_ends_at_the_deadline(library: Library) -> None:
+    segmenter = make(library)
+    with segmenter._lock, pytest.raises(DeadlineError, match="waiting for another call"):
+        segmenter.segment(picture(0)[0], deadline_ms=5.0)
+    segmenter.segment(picture(0)[0], deadline_ms=60_000.0)
+
+
+def test_results_are_written_where_the_caller_wants_them(library: Library) -> None:
+    segmenter = make(library, structures=["square", "stain"])
+    image, _ = picture(0)
+    expected = segmenter.segment(image)
+    label_map = np.full((SIZE, 2 * SIZE), 9, np.uint8)[:, ::2]
+    planes = np.ones((2, SIZE, SIZE), np.bool_)
+    result = segmenter.segment(image, out=(label_map, planes))
+    assert result.label_map is label_map
+    np.testing.assert_array_equal(label_map, expected.label_map)
+    for plane, mask in zip(planes, expected.masks.values(), strict=True):
+        np.testing.assert_array_equal(plane, mask)
+    with pytest.raises(InputError, match="out must have shape"):
+        segmenter.segment(image, out=(np.zeros((3, 3), np.uint8), None))

@@ -42,7 +42,7 @@ class LatencyHistogram:
         seen = 0
         for index, number in enumerate(self._buckets):
             seen += number
-            if seen >= wanted:
+            if seen >= wanted and index < BUCKETS - 1:  # the last one has no upper edge
                 return min(FIRST_MS * GROWTH**index, self.largest)
         return self.largest
 

@@ -87,7 +87,13 @@ class Segmenter:
                 engine,
                 precision,
                 options=EngineOptions(threads),
-                graphs=("embed", "encode", *(("memorize",) if memories else ()), "attend", "decode"),
+                graphs=(
+                    "embed",
+                    "encode",
+                    *(("memorize",) if memories else ()),
+                    "attend",
+                    "decode",
+                ),
             )
         )
         self.workspace = Workspace(

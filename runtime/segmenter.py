@@ -308,8 +308,8 @@ class Segmenter:
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (memories, structures by position): those with equal counts share a call.
 
-        ``earlier`` are the temporal memories of each structure. A structure that none of the k nearest exemplars shows is absent by their evidence, and is
-        left out.
+        ``earlier`` are the temporal memories of each structure. A structure that none of the k
+        nearest exemplars shows is absent by their evidence, and is left out.
         """
         by_count: dict[int, list[int]] = {}
         for index, name in enumerate(self.structures):

@@ -21,7 +21,7 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.guards import check_finite, check_size
 from recallseg.runtime.formats.volume import Volume
 
-__all__ = ["find_series", "is_dicom", "read_datasets", "read_dicom"]
+__all__ = ["damaged_is_input_error", "find_series", "is_dicom", "read_datasets", "read_dicom"]
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -94,7 +94,7 @@ def read_dicom(path: Path, *, voi: bool = False) -> Volume:
         tilt, or a missing spacing.
     """
     datasets = read_datasets(find_series(path) if path.is_dir() else [path])
-    with _damaged_is_input_error(path):
+    with damaged_is_input_error(path):
         if len(datasets) == 1 and int(datasets[0].get("NumberOfFrames", 1) or 1) > 1:
             return _multi_frame(datasets[0], path, voi)
         if len(datasets) == 1 and "ImageOrientationPatient" not in datasets[0]:
@@ -106,7 +106,7 @@ def _read_file(path: Path) -> Any:
     import pydicom
     from pydicom.filereader import read_file_meta_info
 
-    with _damaged_is_input_error(path):
+    with damaged_is_input_error(path):
         if not is_dicom(path):
             raise InputError(f"{path} is no DICOM file: it does not begin as one.")
         syntax = str(read_file_meta_info(path).get("TransferSyntaxUID", ""))
@@ -312,6 +312,7 @@ def _pixels(dataset: Any, voi: bool) -> NDArray[Any]:
         array = apply_voi_lut(array, dataset)
     if kind == "MONOCHROME1":
         array = array.max() + array.min() - array
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == np.float64:
         whole = np.rint(array)
         fits = np.abs(array).max(initial=0) < 2**15
@@ -385,8 +386,8 @@ def _numbers(values: Any, count: int, path: Path) -> list[float]:
 
 
 @contextmanager
-def _damaged_is_input_error(path: Path) -> Iterator[None]:
-    """Turn what pydicom and its decoders raise, which is of every kind, into one message."""
+def damaged_is_input_error(path: Path) -> Iterator[None]:
+    """Turn what pydicom, highdicom and decoders raise, of every kind, into one InputError."""
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # about values outside the standard; pixels decide

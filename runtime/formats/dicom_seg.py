@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom import SEGMENTATION, _damaged_is_input_error, is_dicom
+from recallseg.runtime.formats.dicom import SEGMENTATION, damaged_is_input_error, is_dicom
 from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.volume import Volume
-from recallseg.runtime.result import Result
+from recallseg.runtime.volumes import VolumeResult
 
 __all__ = ["is_segmentation", "read_segmentation", "write_segmentation"]
 
@@ -25,7 +25,7 @@ def is_segmentation(path: Path) -> bool:
 
     if not is_dicom(path):
         return False
-    with _damaged_is_input_error(path):
+    with damaged_is_input_error(path):
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID"])
         return bool(header.get("SOPClassUID") == SEGMENTATION)
 
@@ -46,7 +46,7 @@ def read_segmentation(path: Path, volume: Volume) -> dict[str, NDArray[np.bool_]
     import highdicom
 
     sources = [str(dataset.SOPInstanceUID) for dataset in volume.origin]
-    with _damaged_is_input_error(path):
+    with damaged_is_input_error(path):
         segmentation = highdicom.seg.segread(path)
         referred = {str(uid) for _, _, uid in segmentation.get_source_image_uids()}
         if not referred & set(sources):
@@ -74,17 +74,14 @@ def read_segmentation(path: Path, volume: Volume) -> dict[str, NDArray[np.bool_]
         return masks
 
 
-def write_segmentation(
-    path: Path, label_map: NDArray[np.uint8], volume: Volume, result: Result
-) -> None:
-    """Write a label map as a BINARY SEG on the source's own pixel grid: in full, or not at all.
+def write_segmentation(path: Path, volume: Volume, result: VolumeResult) -> None:
+    """Write a result as a BINARY SEG on the source's own pixel grid: in full, or not at all.
 
     Parameters
     ----------
-    label_map : of the volume's shape, values as in ``result.labels``.
     volume : as read by :func:`recallseg.runtime.formats.dicom.read_dicom`.
-    result : names the structures, bundle and library; these two are the algorithm's version, since
-        a library changes the output as a model does.
+    result : its label map, structures, bundle and library; these two are the algorithm's version,
+        since a library changes the output as a model does.
 
     Raises
     ------
@@ -100,7 +97,8 @@ def write_segmentation(
 
     from recallseg import __version__
 
-    with _damaged_is_input_error(path):
+    label_map = result.label_map
+    with damaged_is_input_error(path):
         algorithm = highdicom.AlgorithmIdentificationSequence(
             name="RecallSeg",
             family=codes.cid7162.ArtificialIntelligence,

@@ -75,10 +75,7 @@ def read_seg_nrrd(path: Path) -> tuple[Volume, dict[str, NDArray[np.bool_]]]:
     """
     array, header, layers = _read(path)
     frame, affine = _geometry(path, header)
-    if layers is None:
-        array = array[None]
-    else:
-        array = np.moveaxis(array, layers, 0)
+    array = array[None] if layers is None else np.moveaxis(array, layers, 0)
     masks: dict[str, NDArray[np.bool_]] = {}
     number = 0
     while (name := header.get(f"Segment{number}_Name")) is not None:

@@ -1,8 +1,8 @@
 """One type for everything that has a place in space: a stack of slices with its affine.
 
-The array keeps the axes of the file that it came from, and the affine says where they point; nothing
-is turned, flipped or resampled on the way in. :class:`Slicing` turns slices upright for the networks
-and puts masks back where they belong.
+The array keeps the axes of the file that it came from, and the affine says where they point;
+nothing is turned, flipped or resampled on the way in. :class:`Slicing` turns slices upright for the
+networks and puts masks back where they belong.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Volume:
     Attributes
     ----------
     array : IxJxK grey or IxJxKx3 RGB, any integer or floating dtype.
-    affine : 4x4 float64; voxel index (i, j, k, 1) -> millimetres (x, y, z, 1) of the voxel's centre.
+    affine : 4x4 float64; voxel index (i, j, k, 1) -> mm (x, y, z, 1) of the voxel's centre.
     frame : what x, y and z mean: ``RAS`` (to the right, front and head), ``LPS`` (to the left, back
         and head), or ``image`` where the file knows of no patient: x counts images or frames, y
         goes down and z to the right, in mm if the file states a pixel size, else in pixels.

@@ -40,7 +40,10 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "scipy": "evaluate",
-    "nibabel": "demo",
+    "nibabel": "medical",
+    "highdicom": "medical",
+    "nrrd": "medical",
+    "pydicom": "medical",
     "nilearn": "demo",
 }
 """Which extra brings a package that may be missing."""

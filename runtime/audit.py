@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -22,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import AuditError
-from recallseg.runtime.result import Result
 
 __all__ = ["AuditLog", "AuditSummary", "verify_audit_log"]
 
@@ -76,12 +76,16 @@ class AuditLog:
             ) from error
         verify_audit_log(self.path)
 
-    def record(self, image: NDArray[Any], result: Result) -> str:
+    def record(
+        self, image: NDArray[Any], label_map: NDArray[Any], fields: Mapping[str, Any]
+    ) -> str:
         """Append an entry about one segmentation, durably; return its digest.
 
         Parameters
         ----------
-        image : the pixels as they were segmented. Only a digest of them is kept.
+        image, label_map : pixels as they were segmented, and what came out. Only their digests are
+            kept.
+        fields : JSON values that say how, see ``Result.to_json``; nothing that names a patient.
 
         Raises
         ------
@@ -92,8 +96,8 @@ class AuditLog:
             {
                 "event": "segment",
                 "image": _digest_pixels(image),
-                "label_map": _digest_pixels(result.label_map),
-                **result.to_json(),
+                "label_map": _digest_pixels(label_map),
+                **fields,
             }
         )
 

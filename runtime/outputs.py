@@ -10,9 +10,20 @@ from typing import Any
 from recallseg.runtime.formats.images import write_atomically, write_label_map
 from recallseg.runtime.result import Result
 
-__all__ = ["MASK_SUFFIX", "mask_file", "output_base", "record_file", "write_result"]
+__all__ = [
+    "MASK_SUFFIX",
+    "PREVIEW_SUFFIXES",
+    "VOLUME_SUFFIXES",
+    "mask_file",
+    "output_base",
+    "record_file",
+    "volume_files",
+    "write_result",
+]
 
 MASK_SUFFIX = ".mask"
+VOLUME_SUFFIXES = {"dicom": ".seg.dcm", "nifti": ".mask.nii.gz", "nrrd": ".seg.nrrd"}
+PREVIEW_SUFFIXES = (".preview.png", ".preview.html")
 
 
 def output_base(output: Path, relative: Path) -> Path:
@@ -32,6 +43,12 @@ def mask_file(base: Path) -> Path:
 def record_file(base: Path) -> Path:
     """Return where the record goes; if it is there, the result is complete."""
     return base.with_name(f"{base.name}.json")
+
+
+def volume_files(base: Path) -> list[Path]:
+    """Return every file that segmenting a volume may write."""
+    suffixes = (*VOLUME_SUFFIXES.values(), *PREVIEW_SUFFIXES)
+    return [mask_file(base), record_file(base), *(base.with_name(base.name + s) for s in suffixes)]
 
 
 def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:

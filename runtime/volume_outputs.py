@@ -1,28 +1,32 @@
-"""Where the segmentation of a volume goes: in the format of its source, with record and pictures."""
+"""Where the segmentation of a volume goes: in its source's format, with record and pictures."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from recallseg.runtime.formats.dicom_seg import write_segmentation
 from recallseg.runtime.formats.images import write_atomically, write_label_map
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
-from recallseg.runtime.outputs import mask_file, record_file
+from recallseg.runtime.outputs import (
+    PREVIEW_SUFFIXES,
+    VOLUME_SUFFIXES,
+    mask_file,
+    record_file,
+)
+from recallseg.runtime.report.volume_page import contact_sheet, render_volume_page
 from recallseg.runtime.volumes import VolumeResult
 
-__all__ = ["volume_files", "write_volume_result"]
+if TYPE_CHECKING:
+    from recallseg.runtime.library import Library
 
-_SUFFIXES = {"dicom": ".seg.dcm", "nifti": ".mask.nii.gz", "nrrd": ".seg.nrrd"}
-
-
-def volume_files(base: Path) -> list[Path]:
-    """Return every file that segmenting a volume may write."""
-    names = [*_SUFFIXES.values(), ".preview.png", ".preview.html"]
-    return [mask_file(base), record_file(base), *(base.with_name(base.name + s) for s in names)]
+__all__ = ["write_preview", "write_volume_result"]
 
 
 def write_volume_result(
@@ -31,7 +35,7 @@ def write_volume_result(
     """Write the segmentation and its record, the record last; return the record.
 
     DICOM becomes a SEG (none if nothing was found: DICOM knows no empty one), NIfTI a label map,
-    NRRD a ``.seg.nrrd``. Pictures without a patient frame become PNG, or NIfTI if there are several.
+    NRRD a ``.seg.nrrd``. Pictures without a patient frame become PNG, or NIfTI if they are several.
 
     Parameters
     ----------
@@ -50,9 +54,9 @@ def write_volume_result(
     base.parent.mkdir(parents=True, exist_ok=True)
     if volume.frame == "image":
         single = volume.shape[0] == 1
-        target = mask_file(base) if single else base.with_name(base.name + _SUFFIXES["nifti"])
+        target = mask_file(base) if single else base.with_name(base.name + VOLUME_SUFFIXES["nifti"])
     else:
-        target = base.with_name(base.name + _SUFFIXES[kind])
+        target = base.with_name(base.name + VOLUME_SUFFIXES[kind])
     written: str | None = target.name
     if target.suffix == ".png":
         write_label_map(target, result.label_map[0])
@@ -74,3 +78,21 @@ def write_volume_result(
     text = json.dumps(record, indent=1, ensure_ascii=False)
     write_atomically(record_file(base), text.encode())
     return record
+
+
+def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Library) -> None:
+    """Write a contact sheet (PNG) and a page (HTML) of a segmented volume.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written.
+    """
+
+    def source(key: str) -> tuple[NDArray[Any], dict[str, NDArray[np.bool_]]] | None:
+        return library.source(key) if library.keeps_sources else None
+
+    sheet, page = (base.with_name(base.name + suffix) for suffix in PREVIEW_SUFFIXES)
+    write_atomically(sheet, contact_sheet(volume, result, library.intensity))
+    text = render_volume_page(volume, result, library.intensity, source, base.name)
+    write_atomically(page, text.encode())

@@ -125,6 +125,13 @@ class VolumeResult:
             "notice": self.notice,
         }
 
+    def to_audit(self, volume: Volume) -> dict[str, Any]:
+        """Return what an audit log keeps: all of ``to_json`` but the slices, whose exemplars it names."""
+        fields = self.to_json(volume)
+        slices = fields.pop("slices")
+        keys = {key for s in slices for found in s["recalled"].values() for key in found}
+        return fields | {"recalled": sorted(keys)}
+
     def __repr__(self) -> str:
         found = ", ".join(
             f"{n}: {int((self.label_map == v).sum())}" for n, v in self.labels.items()

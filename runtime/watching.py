@@ -187,7 +187,7 @@ class Watcher:
             )
             return Arrival(path, None, str(error))
         if self._audit is not None:
-            self._audit.record(image, result)
+            self._audit.record(image, result.label_map, result.to_json())
         record = write_result(base, result, path.name)
         _failure_file(base, path).unlink(missing_ok=True)
         return Arrival(path, record, None)

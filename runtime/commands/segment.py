@@ -1,10 +1,11 @@
-"""``recallseg segment``: image files in, label maps and their records out."""
+"""``recallseg segment``: images and volumes in, segmentations and their records out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -24,13 +25,40 @@ from recallseg.runtime.commands.common import (
     split_list,
 )
 
+if TYPE_CHECKING:
+    from recallseg.runtime.audit import AuditLog
+    from recallseg.runtime.segmenter import Segmenter
+
 __all__ = ["segment"]
+
+CLEAN_UPS = ("largest", "holes")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An image or a volume, and the path, less its suffix, that its outputs get."""
+
+    path: Path
+    base: Path
+    kind: str  # as volume_format() says; "image" is a plain one
+
+
+@dataclass(frozen=True)
+class _VolumeSettings:
+    plane: str | None
+    clean_ups: tuple[str, ...]
+    preview: bool
+    voi: bool
 
 
 def segment(
     library: LibraryArgument,
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Images, or folders of them.")
+        list[Path],
+        typer.Argument(
+            metavar="PATH...",
+            help="Images, NIfTI, NRRD or DICOM files, DICOM series, or folders of images.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for NAME.mask.png and NAME.json.")],
     k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
@@ -40,19 +68,45 @@ def segment(
     engine: EngineOption = "onnxruntime-cpu",
     precision: PrecisionOption = "fp32",
     threads: ThreadsOption = None,
+    kind: Annotated[
+        Optional[str],
+        typer.Option("--format", help="dicom, nifti, nrrd or image, where a name does not tell."),
+    ] = None,
+    plane: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Cut volumes into axial, coronal or sagittal slices.",
+            show_default="as they were acquired",
+        ),
+    ] = None,
+    propagate: Annotated[
+        int,
+        typer.Option(min=0, help="Slices of a volume whose memories help the next one; 0: none."),
+    ] = 0,
+    clean_up: Annotated[
+        Optional[str],
+        typer.Option(help="Of a volume's structures keep the 'largest' part, fill 'holes'."),
+    ] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Leave pictures of each volume: PNG and HTML.")
+    ] = False,
+    voi: Annotated[
+        bool, typer.Option("--voi", help="Apply a DICOM file's own window, as a screen does.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     audit: AuditOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment images by recalling the library's exemplars."""
+    """Segment images, and volumes slice by slice, by recalling the library's exemplars."""
     from recallseg.runtime.audit import AuditLog
-    from recallseg.runtime.formats.images import read_image
     from recallseg.runtime.library import Library
-    from recallseg.runtime.outputs import mask_file, write_result
     from recallseg.runtime.segmenter import Segmenter
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
-    jobs = _jobs(paths, output)
+    settings = _VolumeSettings(
+        plane, () if clean_up is None else parsed(_clean_ups, clean_up, "--clean-up"), preview, voi
+    )
+    jobs = _jobs(paths, output, kind)
     if not overwrite:
         _refuse_existing(jobs)
     log = None if audit is None else AuditLog(audit)
@@ -60,24 +114,29 @@ def segment(
     failed: dict[str, str] = {}
     with Library.open(library) as opened:
         segmenter = Segmenter(
-            opened, k=k, structures=names, engine=engine, precision=precision, threads=threads
+            opened,
+            k=k,
+            structures=names,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            memories=propagate,
         )
         say_notice(segmenter.bundle.notice)
         with progress_bar("Segmenting", len(jobs)) as step:
-            for path, base in jobs:
+            for job in jobs:
                 try:
-                    image = read_image(path)
-                    result = segmenter.segment(image)
+                    if job.kind == "image":
+                        record, line = _segment_image(segmenter, job, log)
+                    else:
+                        record, line = _segment_volume(segmenter, job, settings, log)
                 except InputError as error:
-                    failed[str(path)] = str(error)
+                    failed[str(job.path)] = str(error)
                 else:
-                    if log is not None:
-                        log.record(image, result)
-                    record = write_result(base, result, path.name)
                     records.append(record)
                     if not as_json:
-                        typer.echo(f"{mask_file(base)}  {result!r}")
-                step(path.name)
+                        typer.echo(line)
+                step(job.path.name)
     if as_json:
         emit_json({"results": records, "failed": failed})
     for path_text, why in failed.items():
@@ -86,51 +145,117 @@ def segment(
         raise typer.Exit(1)
 
 
-def _jobs(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """Return image files with the path, less its suffix, that their outputs get below ``output``.
+def _segment_image(
+    segmenter: Segmenter, job: _Job, log: AuditLog | None
+) -> tuple[dict[str, Any], str]:
+    from recallseg.runtime.formats.images import read_image
+    from recallseg.runtime.outputs import mask_file, write_result
+
+    image = read_image(job.path)
+    result = segmenter.segment(image)
+    if log is not None:
+        log.record(image, result.label_map, result.to_json())
+    return write_result(job.base, result, job.path.name), f"{mask_file(job.base)}  {result!r}"
+
+
+def _segment_volume(
+    segmenter: Segmenter, job: _Job, settings: _VolumeSettings, log: AuditLog | None
+) -> tuple[dict[str, Any], str]:
+    from recallseg.runtime.formats.reading import read_volume
+    from recallseg.runtime.formats.volume import Slicing
+    from recallseg.runtime.volume_outputs import write_preview, write_volume_result
+    from recallseg.runtime.volumes import clean_up, segment_volume
+
+    volume = read_volume(job.path, kind=job.kind, voi=settings.voi)
+    slices = Slicing.of(volume, settings.plane).count(volume)
+    with progress_bar(job.path.name, slices) as step:
+        result = segment_volume(segmenter, volume, plane=settings.plane, progress=step)
+    if settings.clean_ups:
+        result = clean_up(
+            result,
+            largest="largest" in settings.clean_ups,
+            fill_holes="holes" in settings.clean_ups,
+        )
+    if log is not None:
+        log.record(volume.array, result.label_map, result.to_audit(volume))
+    record = write_volume_result(job.base, volume, job.kind, result, job.path.name)
+    if settings.preview:
+        write_preview(job.base, volume, result, segmenter.library)
+    target = record["mask"] or "nothing found"
+    return record, f"{job.base.parent / target}  {result!r}"
+
+
+def _clean_ups(text: str) -> tuple[str, ...]:
+    chosen = tuple(split_list(text))
+    unknown = [name for name in chosen if name not in CLEAN_UPS]
+    if unknown:
+        raise InputError(f"there is no clean-up '{unknown[0]}'; choose of {', '.join(CLEAN_UPS)}.")
+    return chosen
+
+
+def _jobs(paths: Sequence[Path], output: Path, kind: str | None) -> list[_Job]:
+    """Return what to segment.
 
     Raises
     ------
     InputError
         If a path is not there, a folder has no image, or two outputs would have the same name.
     """
-    from recallseg.runtime.formats.images import is_image
-    from recallseg.runtime.outputs import MASK_SUFFIX, mask_file, output_base
+    from recallseg.runtime.formats.reading import volume_format, volume_stem
+    from recallseg.runtime.outputs import output_base
 
-    jobs: list[tuple[Path, Path]] = []
+    def job(path: Path, relative: Path, found: str | None) -> _Job:
+        stem = relative.with_name(f"{volume_stem(path)}.x")  # the suffix goes, dots before it stay
+        return _Job(path, output_base(output, stem), found or "image")
+
+    jobs: list[_Job] = []
     for path in paths:
-        if not path.is_dir():
-            jobs.append((path, output_base(output, Path(path.name))))
+        found = kind or (volume_format(path) if path.exists() else None)
+        if found is not None or not path.is_dir():
+            jobs.append(job(path, Path(path.name), found))
             continue
-        inside = [
-            file
-            for file in sorted(path.rglob("*"))
-            if is_image(file)
-            and not file.stem.endswith(MASK_SUFFIX)
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-        if not inside:
+        inside = [(file, _kind_in_folder(file, path)) for file in sorted(path.rglob("*"))]
+        files = [(file, inner) for file, inner in inside if inner is not None]
+        if not files:
             raise InputError(
                 f"there is no image in {path} (label maps NAME.mask.png do not count)."
             )
-        for file in inside:
-            jobs.append((file, output_base(output, file.relative_to(path))))
+        jobs += [job(file, file.relative_to(path), inner) for file, inner in files]
     taken: dict[str, Path] = {}
-    for path, base in jobs:
-        other = taken.setdefault(str(base).casefold(), path)
-        if other is not path:
+    for each in jobs:
+        other = taken.setdefault(str(each.base).casefold(), each.path)
+        if other is not each.path:
             raise InputError(
-                f"{other} and {path} would both be written to {mask_file(base)}. Rename one, "
-                "or segment them into different folders."
+                f"{other} and {each.path} would both be written to {each.base}. Rename one, or "
+                "segment them into different folders."
             )
     return jobs
 
 
-def _refuse_existing(jobs: Sequence[tuple[Path, Path]]) -> None:
-    from recallseg.runtime.outputs import mask_file, record_file
+def _kind_in_folder(file: Path, folder: Path) -> str | None:
+    """Return the format of a file among others, by its name; None for what is passed over."""
+    from recallseg.runtime.formats.images import is_image
+    from recallseg.runtime.formats.reading import volume_stem
+    from recallseg.runtime.outputs import MASK_SUFFIX
 
-    for _, base in jobs:
-        for target in (mask_file(base), record_file(base)):
+    name = file.name.lower()
+    if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        return None
+    if volume_stem(file).endswith(MASK_SUFFIX) or name.endswith(".seg.nrrd"):
+        return None
+    if name.endswith((".nii", ".nii.gz")):
+        return "nifti"
+    if name.endswith(".nrrd"):
+        return "nrrd"
+    return "image" if is_image(file) else None
+
+
+def _refuse_existing(jobs: Sequence[_Job]) -> None:
+    from recallseg.runtime.outputs import mask_file, record_file, volume_files
+
+    for job in jobs:
+        plain = [mask_file(job.base), record_file(job.base)]
+        for target in plain if job.kind == "image" else volume_files(job.base):
             if target.exists():
                 raise InputError(
                     f"{target} exists already; nothing was written. Choose another --output, or "

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
-_LATER = (".dcm", ".dicom", ".nii", ".gz", ".nrrd", ".mha", ".mhd")
+_VOLUMES = (".dcm", ".dicom", ".nii", ".gz", ".nrrd")
 _SILENT = 0
 MAX_PIXELS = 2**28
 """16384 x 16384: above every scanner's images, below what exhausts a small machine's memory."""
@@ -58,10 +58,10 @@ def read_image(path: str | Path) -> NDArray[Any]:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix in _LATER:
+    if suffix in _VOLUMES:
         raise InputError(
-            f"{path}: this version reads no {suffix} files, only {', '.join(IMAGE_SUFFIXES)}. "
-            "Convert its slices to 16-bit PNG first."
+            f"{path}: a {suffix} file is a volume, not an image; images are "
+            f"{', '.join(IMAGE_SUFFIXES)}. Read it with recallseg.runtime.formats.reading."
         )
     if suffix not in IMAGE_SUFFIXES:
         raise InputError(

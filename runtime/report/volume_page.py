@@ -30,7 +30,7 @@ Source = Callable[[str], "tuple[NDArray[Any], Mapping[str, NDArray[np.bool_]]] |
 
 
 def contact_sheet(volume: Volume, result: VolumeResult, intensity: Intensity) -> bytes:
-    """Return a PNG: up to 30 slices over the structures' extent, outlines in colour, undistorted."""
+    """Return a PNG: up to 30 slices over the structures' extent, undistorted, with outlines."""
     chosen = _spread(_extent(result), MOST_TILES)
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -235,7 +235,8 @@ def _card(
     return (
         f'<article><h3>slice {record.index}<span class="flag {escape(record.flag)}">'
         f"{escape(record.flag)}</span></h3>"
-        f'<div class="panels" style="--columns:{len(panels)}">{"".join(panels)}</div>{why}</article>'
+        f'<div class="panels" style="--columns:{len(panels)}">{"".join(panels)}</div>'
+        f"{why}</article>"
     )
 
 

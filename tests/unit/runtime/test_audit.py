@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,20 +13,22 @@ import pytest
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import AuditError
 from recallseg.runtime.audit import NOTHING, AuditLog, verify_audit_log
-from recallseg.runtime.result import Result
+
+Entry = tuple[np.ndarray, np.ndarray, dict[str, Any]]
 
 
 @pytest.fixture
-def segmented(tmp_path: Path, fake_bundle: Bundle) -> tuple[np.ndarray, Result]:
+def segmented(tmp_path: Path, fake_bundle: Bundle) -> Entry:
     library = Library.create(tmp_path / "library", fake_bundle, engine="fake")
     image = np.full((64, 64), 30, np.uint8)
     image[:32] = 200
     library.add(image, {"top": image > 100}, tags={"patient": "Jane Doe"})
-    return image, Segmenter(library, k=1, engine="fake").segment(image)
+    result = Segmenter(library, k=1, engine="fake").segment(image)
+    return image, result.label_map, result.to_json()
 
 
 @pytest.fixture
-def log(tmp_path: Path, segmented: tuple[np.ndarray, Result]) -> Path:
+def log(tmp_path: Path, segmented: Entry) -> Path:
     """A log of five entries."""
     path = tmp_path / "audit.jsonl"
     written = AuditLog(path)
@@ -83,7 +86,7 @@ def test_a_known_digest_sees_a_shortened_log(log: Path) -> None:
 
 
 def test_a_writer_that_died_costs_only_what_it_had_not_acknowledged(
-    log: Path, segmented: tuple[np.ndarray, Result]
+    log: Path, segmented: Entry
 ) -> None:
     with log.open("ab") as file:
         file.write(b'{"number":5,"previ')
@@ -124,7 +127,7 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_log_whole(
-    log: Path, segmented: tuple[np.ndarray, Result], monkeypatch: pytest.MonkeyPatch
+    log: Path, segmented: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

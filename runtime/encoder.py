@@ -63,11 +63,9 @@ class BundleEncoder:
         Encoded
             Arrays of its own, none a view of this encoder's buffers.
         """
-        normalisation = self._bundle.normalisation
         scaled = scale_intensities(image, self._intensity)
-        prepare_image(scaled, self._embed_image, normalisation["embed"])
-        prepare_image(scaled, self._encode_image, normalisation["encode"])
-        self._composition.embed(self._embed_image, self._embedding)
+        embedding = self._embed(scaled)
+        prepare_image(scaled, self._encode_image, self._bundle.normalisation["encode"])
         self._composition.encode(self._encode_image, self._features)
         memories: dict[str, NDArray[np.float32]] = {}
         pointers: dict[str, NDArray[np.float32]] = {}
@@ -78,7 +76,16 @@ class BundleEncoder:
             tokens, vectors = self._memorize([masks[name] for name in group])
             memories.update(zip(group, tokens, strict=True))
             pointers.update(zip(group, vectors, strict=True))
-        return Encoded(self._embedding[0].copy(), memories, pointers)
+        return Encoded(embedding, memories, pointers)
+
+    def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the embedding, D of unit length, of an image HxW or HxWx3."""
+        return self._embed(scale_intensities(image, self._intensity))
+
+    def _embed(self, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
+        prepare_image(scaled, self._embed_image, self._bundle.normalisation["embed"])
+        self._composition.embed(self._embed_image, self._embedding)
+        return self._embedding[0].copy()
 
     def _memorize(
         self, masks: list[NDArray[np.bool_]]

@@ -126,7 +126,7 @@ class VolumeResult:
         }
 
     def to_audit(self, volume: Volume) -> dict[str, Any]:
-        """Return what an audit log keeps: all of ``to_json`` but the slices, whose exemplars it names."""
+        """Return what an audit log keeps: ``to_json``, exemplars of all slices as one list."""
         fields = self.to_json(volume)
         slices = fields.pop("slices")
         keys = {key for s in slices for found in s["recalled"].values() for key in found}

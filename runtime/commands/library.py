@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from recallseg.runtime.preprocess import Intensity
 
-__all__ = ["LabelsOption", "MissingOption", "app", "parse_missing"]
+__all__ = ["LabelsOption", "MissingOption", "TagOption", "app", "parse_missing", "parse_tags"]
 
 app = typer.Typer(no_args_is_help=True, help="Make, fill, inspect and repair a library.")
 
@@ -95,7 +95,7 @@ def add(
     from recallseg.runtime.library import Library
 
     names = parsed(parse_labels, labels, "--labels")
-    tags = _tags(tag)
+    tags = parse_tags(tag)
     pair = Pair(image.stem, image, mask or image.with_name(f"{image.stem}.mask.png"))
     annotated = read_pair(pair, names, parsed(parse_missing, missing, "--missing"))
     with Library.open(
@@ -106,62 +106,6 @@ def add(
                 annotated.image, annotated.masks, absent=annotated.absent, tags=tags, key=key
             )
         )
-
-
-@app.command("import")
-def import_(
-    library: LibraryArgument,
-    folder: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Folder with NAME.png, NAME.mask.png.")
-    ],
-    labels: LabelsOption,
-    missing: MissingOption = "absent",
-    tag: TagOption = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first file that fails.")
-    ] = False,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Add a folder of annotated images. Run it again to continue an interrupted import."""
-    from recallseg.runtime.formats.importing import import_pairs
-    from recallseg.runtime.formats.pairs import find_pairs, parse_labels
-    from recallseg.runtime.library import Library
-
-    names = parsed(parse_labels, labels, "--labels")
-    tags = _tags(tag)
-    unlooked = parsed(parse_missing, missing, "--missing")
-    found = find_pairs(folder)
-    with Library.open(
-        library, mode="write", engine=engine, precision=precision, threads=threads
-    ) as opened:
-        say_notice(opened.bundle.notice)
-        with progress_bar("Importing", len(found.pairs)) as step:
-            report = import_pairs(
-                opened,
-                found.pairs,
-                names,
-                missing=unlooked,
-                tags=tags,
-                strict=strict,
-                progress=step,
-            )
-        count = len(opened)
-    if as_json:
-        emit_json({**vars(report), "unlabelled": [str(path) for path in found.unlabelled]})
-    else:
-        typer.echo(
-            f"{len(report.added)} added, {len(report.skipped)} already there, {len(report.failed)} "
-            f"failed; the library has {count} exemplars"
-        )
-    if found.unlabelled:
-        note(f"{len(found.unlabelled)} images have no label map and were left out")
-    for name, why in report.failed.items():
-        note(f"failed: {name}: {why}")
-    if report.failed:
-        raise typer.Exit(1)
 
 
 @app.command("list")
@@ -320,7 +264,7 @@ def parse_missing(text: str) -> Literal["absent", "unknown"]:
     raise InputError(f"'{text}' must be 'absent' or 'unknown'.")
 
 
-def _tags(items: list[str] | None) -> dict[str, str]:
+def parse_tags(items: list[str] | None) -> dict[str, str]:
     try:
         return split_tags(items)
     except InputError as error:

@@ -61,7 +61,9 @@ def read_datasets(paths: Sequence[Path]) -> list[Any]:
     """
     if not paths:
         raise InputError("there are no DICOM files: the series has no slices.")
-    datasets = [_read_file(path) for path in paths]
+    datasets = [d for d in (_read_file(path) for path in paths) if d is not None]
+    if not datasets:
+        raise InputError(f"{paths[0]} is a segmentation (SEG), not an image.")
     series = {str(d.get("SeriesInstanceUID", "")) for d in datasets}
     if len(series) > 1:
         raise InputError(
@@ -103,6 +105,7 @@ def read_dicom(path: Path, *, voi: bool = False) -> Volume:
 
 
 def _read_file(path: Path) -> Any:
+    """Return a dataset, or None for a SEG, which may lie beside the images it was drawn on."""
     import pydicom
     from pydicom.filereader import read_file_meta_info
 
@@ -114,7 +117,7 @@ def _read_file(path: Path) -> Any:
             raise InputError(f"{path} is deflated, which is not read. Store it another way.")
         dataset = pydicom.dcmread(path)
         if dataset.get("SOPClassUID") == SEGMENTATION:
-            raise InputError(f"{path} is a segmentation (SEG), not an image.")
+            return None
         if "PixelData" not in dataset:
             raise InputError(
                 f"{path} has no pixels: it is no image, or was cut off. Send or copy it again."

@@ -118,6 +118,19 @@ class LibraryChanging(LibraryReading):
                 self._retrieval.save_worn()
             return name
 
+    def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the embedding (D, unit length) that an image would be stored with.
+
+        Raises
+        ------
+        InputError
+            For an unusable image.
+        EngineRunError
+            If the encoder fails.
+        """
+        with self._lock:
+            return self._own_encoder().embed(check_image(image))
+
     def remove(self, key: str) -> None:
         """Remove an exemplar; the space of its memories is freed by :meth:`compact`.
 

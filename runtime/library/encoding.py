@@ -43,6 +43,10 @@ class ExemplarEncoder(Protocol):
         """Encode an image HxW or HxWx3 and a mask HxW for each structure (there may be none)."""
         ...
 
+    def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the embedding of an image HxW or HxWx3: D, of unit length."""
+        ...
+
 
 @dataclass(frozen=True)
 class MemoryLayout:

@@ -22,6 +22,7 @@ from recallseg.runtime.commands.audit import app as audit_app
 from recallseg.runtime.commands.demo import demo
 from recallseg.runtime.commands.doctor import doctor
 from recallseg.runtime.commands.evaluate import evaluate
+from recallseg.runtime.commands.importing import import_
 from recallseg.runtime.commands.library import app as library_app
 from recallseg.runtime.commands.segment import segment
 from recallseg.runtime.commands.verify import verify
@@ -149,6 +150,7 @@ def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
 
 
 app.command()(demo)
+library_app.command("import")(import_)
 app.add_typer(library_app, name="library")
 app.command()(segment)
 app.command()(watch)

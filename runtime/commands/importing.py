@@ -86,7 +86,7 @@ def import_(
 ) -> None:
     """Add annotated images or slices. Run it again to continue an interrupted import.
 
-    Tags of DICOM slices come from their header: modality, body part, view; never who the patient is.
+    Tags of DICOM slices are taken from their header: modality, body part, view; no patient's.
     """
     from recallseg.runtime.formats.annotated_volumes import SliceChoice
     from recallseg.runtime.formats.pairs import parse_labels

@@ -265,6 +265,7 @@ def parse_missing(text: str) -> Literal["absent", "unknown"]:
 
 
 def parse_tags(items: list[str] | None) -> dict[str, str]:
+    """Parse ``--tag`` options; other syntax is a usage error."""
     try:
         return split_tags(items)
     except InputError as error:

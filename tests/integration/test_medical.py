@@ -39,6 +39,7 @@ def phantom() -> tuple[np.ndarray, np.ndarray]:
     mask[1:5, 8:40, 6:30] = True
     array[mask] = 2000
     array += np.arange(SHAPE[2], dtype=np.uint16)  # left and right differ
+    array += np.arange(SHAPE[0], dtype=np.uint16)[:, None, None]  # and so do all slices
     return array, mask
 
 

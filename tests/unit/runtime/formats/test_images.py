@@ -156,7 +156,7 @@ def test_pages_pickles_and_foreign_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"object\.npy"):
         read_image(tmp_path / "object.npy")
     for name in ("a.dcm", "a.nii", "a.nii.gz"):
-        with pytest.raises(InputError, match="this version reads no"):
+        with pytest.raises(InputError, match="is a volume"):
             read_image(tmp_path / name)
     with pytest.raises(InputError, match="not a known image format"):
         read_image(tmp_path / "a.txt")

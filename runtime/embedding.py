@@ -47,7 +47,7 @@ __all__ = [
 INTERFACE = 1
 
 Pixels = tuple[memoryview, str, tuple[int, ...], tuple[int, ...], int]
-"""Memory from the lowest to past the highest byte, dtype, shape, strides, offset of pixel (0, 0)."""
+"""Memory from lowest to past highest byte, dtype, shape, strides, offset of pixel (0, 0)."""
 
 Names = tuple[str, ...]
 Tags = tuple[tuple[str, str], ...]

@@ -447,6 +447,12 @@ void signals() {
   for (size_t s = 1; s < 65; ++s) CHECK(before[s].sa_handler == after[s].sa_handler);
 }
 
+// SIGINT must end the host, as it did before: Python's own handler would only note it.
+void interrupted() {
+  init();
+  raise(SIGINT);
+}
+
 void logging() {
   static std::string seen;
   static int32_t highest = 0;
@@ -555,7 +561,7 @@ int main(int argc, char** argv) {
       {"deadline", deadline},   {"threads", threads},     {"memory", memory},
       {"forked", forked},       {"signals", signals},     {"logging", logging},
       {"locked", locked},       {"exemplars", exemplars}, {"info", info},
-      {"starts", starts}};
+      {"starts", starts},       {"interrupted", interrupted}};
   const auto found = argc > 1 ? checks.find(argv[1]) : checks.end();
   if (found == checks.end()) return 2;
   if (argc > 2) library_folder = argv[2];

@@ -9,6 +9,7 @@
     │   ├── EngineUnavailableError   the engine's library, driver or device is not here
     │   ├── EngineRunError           an engine failed, or was called with wrong tensors
     │   └── VerificationError        an engine did not reproduce the bundle's golden tensors
+    ├── AuditError            the audit log was changed, or cannot be written
     ├── DeadlineError         not done in time; what was done so far is thrown away
     ├── LibraryError
     │   ├── LibraryNotFoundError     no library in that folder
@@ -25,6 +26,7 @@ A message says what happened, what was received and expected, and how to mend it
 """
 
 __all__ = [
+    "AuditError",
     "BundleError",
     "CheckpointError",
     "DeadlineError",
@@ -72,6 +74,10 @@ class EngineRunError(EngineError):
 
 class VerificationError(EngineError):
     """An engine's outputs differ from the bundle's golden tensors."""
+
+
+class AuditError(RecallSegError):
+    """The audit log was changed, or cannot be written or read."""
 
 
 class DeadlineError(RecallSegError):

@@ -67,10 +67,11 @@ class Result:
     labels : label value by structure, in the order in which structures were asked for.
     scores, recalled : by structure; recalled exemplars nearest first.
     timings : milliseconds by stage (``prepare, embed, search, encode, gather, attend, decode,
-        finish, total``).
+        finish, total``; ``memorize`` where memories of this frame were made).
     quality : flag and reasons.
     bundle_identity, library_digest : what made this result.
     engine, precision, k : the settings.
+    temporal : memories of earlier frames that were used beside the recalled ones, by structure.
     notice : what must be said of the weights, e.g. "demo model, not for clinical use".
     """
 
@@ -86,6 +87,7 @@ class Result:
     engine: str
     precision: str
     k: int
+    temporal: Mapping[str, int]
     notice: str
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ class Result:
             "engine": self.engine,
             "precision": self.precision,
             "k": self.k,
+            "temporal": dict(self.temporal),
             "notice": self.notice,
         }
 

@@ -24,6 +24,7 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.postprocess import Out, finish_masks
 from recallseg.runtime.preprocess import prepare_image, scale_intensities
 from recallseg.runtime.result import Quality, Recalled, Result, Score
+from recallseg.runtime.temporal import TemporalMemories
 from recallseg.runtime.workspace import Workspace
 
 __all__ = ["Segmenter"]
@@ -50,6 +51,8 @@ class Segmenter:
     engine, precision : see INTERFACES "Names".
     threads : CPU threads; None means all cores that this process may use.
     tags : recall only exemplars that carry all of these tags.
+    memories : most memories of earlier frames that a query of a sequence takes beside its k
+        exemplars, see :meth:`temporal_memories`.
 
     Raises
     ------
@@ -68,10 +71,11 @@ class Segmenter:
         precision: str = "fp32",
         threads: int | None = None,
         tags: Mapping[str, str] | None = None,
+        memories: int = 0,
     ) -> None:
         self.library = library if isinstance(library, Library) else Library.open(library)
         self.bundle = self.library.bundle
-        self.k = k
+        self.k, self.memories = k, memories
         self.engine, self.precision = engine, precision
         self.structures = self._check_structures(structures)
         self.labels = MappingProxyType({name: i + 1 for i, name in enumerate(self.structures)})
@@ -83,14 +87,20 @@ class Segmenter:
                 engine,
                 precision,
                 options=EngineOptions(threads),
-                graphs=("embed", "encode", "attend", "decode"),
+                graphs=(
+                    "embed",
+                    "encode",
+                    *(("memorize",) if memories else ()),
+                    "attend",
+                    "decode",
+                ),
             )
         )
         self.workspace = Workspace(
             self.bundle.geometry,
             self.bundle.memory,
             n=len(self.structures),
-            k=k,
+            k=k + memories,
         )
         self._lock = Lock()
         self._thresholds: dict[str, Thresholds] = {}
@@ -102,6 +112,7 @@ class Segmenter:
         *,
         deadline_ms: float | None = None,
         out: Out = (None, None),
+        temporal: TemporalMemories | None = None,
     ) -> Result:
         """Segment one image.
 
@@ -111,6 +122,9 @@ class Segmenter:
         deadline_ms : most milliseconds from this call to the result, waiting for other threads
             included; None for no limit. Looked at between stages.
         out : a label map (uint8 HxW) and masks (bool nxHxW) to write into; None for new ones.
+        temporal : memories of the frames before, made by :meth:`temporal_memories`. They are used
+            beside the recalled ones, and what this image shows is added; structures that are
+            absent or suspect are not.
 
         Returns
         -------
@@ -120,15 +134,35 @@ class Segmenter:
         Raises
         ------
         InputError
-            For another shape or dtype, an empty image, NaN or infinite pixels.
+            For another shape or dtype, an empty image, NaN or infinite pixels, or temporal
+            memories of another segmenter.
         EngineRunError
             If an engine fails.
         DeadlineError
             If it took too long.
         """
         timings = _Timings(deadline_ms)
+        if temporal is not None:
+            self._check_temporal(temporal)
         with timings.locked(self._lock):
-            return self._segment(check_image(image), timings, excluded=None, out=out)
+            return self._segment(
+                check_image(image), timings, excluded=None, out=out, temporal=temporal
+            )
+
+    def temporal_memories(self) -> TemporalMemories:
+        """Return room for the memories of one sequence of frames or slices, empty.
+
+        Raises
+        ------
+        InputError
+            If the segmenter was made with ``memories=0``.
+        """
+        if not self.memories:
+            raise InputError(
+                "this segmenter has no room for memories of earlier frames: make it with "
+                "Segmenter(..., memories=3), say."
+            )
+        return TemporalMemories(self.bundle.geometry, len(self.structures), self.memories)
 
     def warm_up(self, runs: int = 2) -> None:
         """Run on a blank image, so that the first real query is as fast as the next."""
@@ -187,8 +221,10 @@ class Segmenter:
         *,
         excluded: str | None,
         out: Out = (None, None),
+        temporal: TemporalMemories | None = None,
     ) -> Result:
         w = self.workspace
+        earlier = [0 if temporal is None else temporal.count(i) for i in range(w.n)]
         with timings("prepare"):
             scaled = scale_intensities(image, self.library.intensity)
             prepare_image(scaled, w.embed_image, self.bundle.normalisation["embed"])
@@ -202,14 +238,17 @@ class Segmenter:
 
         iou = np.zeros(len(self.structures), np.float32)
         object_score = np.full(len(self.structures), ABSENT_SCORE, np.float32)
-        for k, members in self._groups(recalled):
+        for k, members in self._groups(recalled, earlier):
             n = len(members)
             recall, prediction = w.recall_for(n, k), w.prediction_for(n)
             with timings("gather"):
                 for row, index in enumerate(members):
                     name = self.structures[index]
                     keys = [r.key for r in recalled[name] if not r.absent]
-                    self.library.gather(keys, name, recall.memories[row], recall.pointers[row])
+                    memories, pointers = recall.memories[row], recall.pointers[row]
+                    self.library.gather(keys, name, memories[: len(keys)], pointers[: len(keys)])
+                    if temporal is not None:
+                        temporal.gather(index, memories[len(keys) :], pointers[len(keys) :])
             with timings("attend"):
                 self._composition.attend(w.features, recall, prediction)
             with timings("decode"):
@@ -225,6 +264,15 @@ class Segmenter:
             name: Score(float(iou[i]), float(object_score[i]), _nearest(recalled[name]), present[i])
             for i, name in enumerate(self.structures)
         }
+        quality = self._judge(scores, recalled)
+        if temporal is not None:
+            with timings("memorize"):
+                trusted = {
+                    i: masks[i]
+                    for i, name in enumerate(self.structures)
+                    if present[i] and name not in quality.reasons
+                }
+                temporal.remember(self._composition, w.features, trusted)
         return Result(
             masks=MappingProxyType(dict(zip(self.structures, masks, strict=True))),
             label_map=label_map,
@@ -232,12 +280,13 @@ class Segmenter:
             scores=MappingProxyType(scores),
             recalled=MappingProxyType(recalled),
             timings=timings.finished(),
-            quality=self._judge(scores, recalled),
+            quality=quality,
             bundle_identity=self.bundle.identity,
             library_digest=self.library.digest,
             engine=self.engine,
             precision=self.precision,
             k=self.k,
+            temporal=MappingProxyType(dict(zip(self.structures, earlier, strict=True))),
             notice=self.bundle.notice,
         )
 
@@ -255,17 +304,17 @@ class Segmenter:
         return tuple(recalled)
 
     def _groups(
-        self, recalled: Mapping[str, tuple[Recalled, ...]]
+        self, recalled: Mapping[str, tuple[Recalled, ...]], earlier: Sequence[int]
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (memories, structures by position): those with equal counts share a call.
 
-        A structure that none of the k nearest exemplars shows is absent by their evidence, and is
+        ``earlier`` are the temporal memories of each structure. A structure that none of the k nearest exemplars shows is absent by their evidence, and is
         left out.
         """
         by_count: dict[int, list[int]] = {}
         for index, name in enumerate(self.structures):
             if not all(r.absent for r in recalled[name][: self.k]):
-                count = sum(not r.absent for r in recalled[name])
+                count = sum(not r.absent for r in recalled[name]) + earlier[index]
                 by_count.setdefault(count, []).append(index)
         for count, members in sorted(by_count.items()):
             for start in range(0, len(members), self.workspace.group):
@@ -344,6 +393,11 @@ class Segmenter:
         most = self.bundle.geometry.max_k
         if not 1 <= self.k <= most:
             raise InputError(f"k must be 1 to {most} for this bundle, got {self.k}.")
+        if not 0 <= self.memories <= most - self.k:
+            raise InputError(
+                f"memories of earlier frames must be 0 to {most - self.k} beside k = {self.k} for "
+                f"this bundle, got {self.memories}."
+            )
         for name in self.structures:
             annotated = self.library.count(name)
             if self.k > annotated:
@@ -351,6 +405,15 @@ class Segmenter:
                     f"k = {self.k}, but only {annotated} exemplars are annotated for '{name}'. "
                     "Use a smaller k, or annotate more images."
                 )
+
+    def _check_temporal(self, temporal: TemporalMemories) -> None:
+        wanted = (len(self.structures), self.memories)
+        if (temporal.structures, temporal.size) != wanted:
+            raise InputError(
+                f"these temporal memories are for {temporal.structures} structures and "
+                f"{temporal.size} memories each, the segmenter has {wanted[0]} and {wanted[1]}. "
+                "Use those that its own temporal_memories() makes."
+            )
 
     def __repr__(self) -> str:
         return (

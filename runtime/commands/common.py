@@ -13,6 +13,7 @@ import typer
 from recallseg.engines.errors import InputError
 
 __all__ = [
+    "AuditOption",
     "EngineOption",
     "JsonOption",
     "LibraryArgument",
@@ -38,6 +39,10 @@ PrecisionOption = Annotated[str, typer.Option("--precision", help="Precision of 
 ThreadsOption = Annotated[
     Optional[int],
     typer.Option("--threads", min=1, help="CPU threads.", show_default="one per usable core"),
+]
+AuditOption = Annotated[
+    Optional[Path],
+    typer.Option("--audit", help="Append an entry for every segmentation to this log."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -12,6 +10,7 @@ import typer
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.commands.common import (
+    AuditOption,
     EngineOption,
     JsonOption,
     LibraryArgument,
@@ -26,8 +25,6 @@ from recallseg.runtime.commands.common import (
 )
 
 __all__ = ["segment"]
-
-MASK_SUFFIX = ".mask"
 
 
 def segment(
@@ -44,18 +41,21 @@ def segment(
     precision: PrecisionOption = "fp32",
     threads: ThreadsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    audit: AuditOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images by recalling the library's exemplars."""
-    from recallseg import __version__
-    from recallseg.runtime.formats.images import read_image, write_atomically, write_label_map
+    from recallseg.runtime.audit import AuditLog
+    from recallseg.runtime.formats.images import read_image
     from recallseg.runtime.library import Library
+    from recallseg.runtime.outputs import mask_file, write_result
     from recallseg.runtime.segmenter import Segmenter
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
     jobs = _jobs(paths, output)
     if not overwrite:
         _refuse_existing(jobs)
+    log = None if audit is None else AuditLog(audit)
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     with Library.open(library) as opened:
@@ -66,24 +66,17 @@ def segment(
         with progress_bar("Segmenting", len(jobs)) as step:
             for path, base in jobs:
                 try:
-                    result = segmenter.segment(read_image(path))
+                    image = read_image(path)
+                    result = segmenter.segment(image)
                 except InputError as error:
                     failed[str(path)] = str(error)
                 else:
-                    mask = base.with_name(f"{base.name}{MASK_SUFFIX}.png")
-                    record = {
-                        "image": path.name,
-                        "mask": mask.name,
-                        "recallseg": __version__,
-                        **result.to_json(),
-                    }
-                    mask.parent.mkdir(parents=True, exist_ok=True)
-                    write_label_map(mask, result.label_map)
-                    text = json.dumps(record, indent=1, ensure_ascii=False)
-                    write_atomically(base.with_name(f"{base.name}.json"), text.encode())
+                    if log is not None:
+                        log.record(image, result)
+                    record = write_result(base, result, path.name)
                     records.append(record)
                     if not as_json:
-                        typer.echo(f"{mask}  {result!r}")
+                        typer.echo(f"{mask_file(base)}  {result!r}")
                 step(path.name)
     if as_json:
         emit_json({"results": records, "failed": failed})
@@ -102,11 +95,12 @@ def _jobs(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
         If a path is not there, a folder has no image, or two outputs would have the same name.
     """
     from recallseg.runtime.formats.images import is_image
+    from recallseg.runtime.outputs import MASK_SUFFIX, mask_file, output_base
 
     jobs: list[tuple[Path, Path]] = []
     for path in paths:
         if not path.is_dir():
-            jobs.append((path, output / _safe(path.stem)))
+            jobs.append((path, output_base(output, Path(path.name))))
             continue
         inside = [
             file
@@ -120,29 +114,23 @@ def _jobs(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
                 f"there is no image in {path} (label maps NAME.mask.png do not count)."
             )
         for file in inside:
-            folders = file.relative_to(path).parts[:-1]
-            jobs.append((file, output.joinpath(*map(_safe, folders), _safe(file.stem))))
+            jobs.append((file, output_base(output, file.relative_to(path))))
     taken: dict[str, Path] = {}
     for path, base in jobs:
         other = taken.setdefault(str(base).casefold(), path)
         if other is not path:
             raise InputError(
-                f"{other} and {path} would both be written to {base}{MASK_SUFFIX}.png. Rename one, "
+                f"{other} and {path} would both be written to {mask_file(base)}. Rename one, "
                 "or segment them into different folders."
             )
     return jobs
 
 
-def _safe(name: str) -> str:
-    """Return a file name without anything that a shell or another system trips over."""
-    cleaned = re.sub(r"[^\w.()+=@ -]", "_", name).strip(" .")
-    return cleaned or "_"
-
-
 def _refuse_existing(jobs: Sequence[tuple[Path, Path]]) -> None:
+    from recallseg.runtime.outputs import mask_file, record_file
+
     for _, base in jobs:
-        for suffix in (f"{MASK_SUFFIX}.png", ".json"):
-            target = base.with_name(base.name + suffix)
+        for target in (mask_file(base), record_file(base)):
             if target.exists():
                 raise InputError(
                     f"{target} exists already; nothing was written. Choose another --output, or "

@@ -18,17 +18,29 @@ if TYPE_CHECKING:
     from recallseg.runtime.library import Library
     from recallseg.runtime.result import Result
     from recallseg.runtime.segmenter import Segmenter
+    from recallseg.runtime.stream import Frame, Stream
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "Library", "RecallSegError", "Result", "Segmenter", "__version__"]
+__all__ = [
+    "Bundle",
+    "Frame",
+    "Library",
+    "RecallSegError",
+    "Result",
+    "Segmenter",
+    "Stream",
+    "__version__",
+]
 
 _HOMES = {
     "Bundle": "recallseg.engines.bundle",
     "RecallSegError": "recallseg.engines.errors",
     "Library": "recallseg.runtime.library",
     "Result": "recallseg.runtime.result",
+    "Frame": "recallseg.runtime.stream",
     "Segmenter": "recallseg.runtime.segmenter",
+    "Stream": "recallseg.runtime.stream",
 }
 
 

@@ -18,12 +18,14 @@ from typer.core import TyperGroup
 
 from recallseg import __version__
 from recallseg.engines.errors import RecallSegError
+from recallseg.runtime.commands.audit import app as audit_app
 from recallseg.runtime.commands.demo import demo
 from recallseg.runtime.commands.doctor import doctor
 from recallseg.runtime.commands.evaluate import evaluate
 from recallseg.runtime.commands.library import app as library_app
 from recallseg.runtime.commands.segment import segment
 from recallseg.runtime.commands.verify import verify
+from recallseg.runtime.commands.watch import watch
 
 __all__ = ["app", "main"]
 
@@ -146,8 +148,10 @@ def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
 app.command()(demo)
 app.add_typer(library_app, name="library")
 app.command()(segment)
+app.command()(watch)
 app.command()(evaluate)
 app.command()(verify)
+app.add_typer(audit_app, name="audit")
 app.command()(doctor)
 _mount_lazily(
     "export",

@@ -1,0 +1,84 @@
+"""``recallseg watch``: segment whatever arrives in a folder."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from threading import Event
+from typing import Annotated, Optional
+
+import typer
+
+from recallseg.runtime.commands.common import (
+    AuditOption,
+    EngineOption,
+    JsonOption,
+    PrecisionOption,
+    ThreadsOption,
+    note,
+    parsed,
+    say_notice,
+    split_list,
+)
+
+__all__ = ["watch"]
+
+
+def watch(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Folder in which images arrive.")],
+    library: Annotated[Path, typer.Option(help="Folder of the library.")],
+    output: Annotated[Path, typer.Option(help="Folder for NAME.mask.png and NAME.json.")],
+    k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    structures: Annotated[
+        Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
+    ] = None,
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    settle: Annotated[
+        float, typer.Option(min=0, help="Seconds without a change until a file is complete.")
+    ] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="End when all that is there is done.")
+    ] = False,
+    audit: AuditOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment every image that arrives in a folder, once. Stop it with Ctrl-C or SIGTERM.
+
+    After a restart it goes on where it was. Exit status 1 if an image could not be segmented.
+    """
+    from recallseg.runtime.audit import AuditLog
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.segmenter import Segmenter
+    from recallseg.runtime.watching import Watcher
+
+    names = None if structures is None else parsed(split_list, structures, "--structures")
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    failed = False
+    with Library.open(library) as opened:
+        segmenter = Segmenter(
+            opened, k=k, structures=names, engine=engine, precision=precision, threads=threads
+        )
+        log = None if audit is None else AuditLog(audit)
+        with Watcher(segmenter, source, output, settle_s=settle, audit=log) as watcher:
+            say_notice(segmenter.bundle.notice)
+            segmenter.warm_up()
+            if not as_json:
+                note(f"watching {source}")
+            for arrival in watcher.run(stop, once=once):
+                failed |= arrival.record is None
+                if as_json:
+                    answer = arrival.record or {"image": arrival.path.name, "error": arrival.error}
+                    typer.echo(json.dumps(answer, ensure_ascii=False))
+                elif arrival.record is None:
+                    note(f"failed: {arrival.error}")
+                else:
+                    total = arrival.record["timings_ms"]["total"]
+                    flag = arrival.record["quality"]["flag"]
+                    typer.echo(f"{arrival.path}  {flag}, {total:.0f} ms")
+    if failed:
+        raise typer.Exit(1)

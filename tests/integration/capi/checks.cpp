@@ -456,6 +456,7 @@ void interrupted() {
 void logging() {
   static std::string seen;
   static int32_t highest = 0;
+  static int answer = 42;
   GIVES(RECALLSEG_OK, recallseg_set_log(
                           [](int32_t level, const char* logger, const char* message, void* user) {
                             CHECK(*static_cast<int*>(user) == 42);
@@ -463,7 +464,7 @@ void logging() {
                             if (level > highest) highest = level;
                             seen += message;
                           },
-                          new int(42), RECALLSEG_LOG_INFO));
+                          &answer, RECALLSEG_LOG_INFO));
   init();
   recallseg_library* library = open_library();
   CHECK(seen.find("opened Library(") != std::string::npos && highest == RECALLSEG_LOG_INFO);

@@ -67,7 +67,7 @@ class _SegmenterOptions(c.Structure):
         ("engine", c.c_char_p),
         ("precision", c.c_char_p),
         ("threads", c.c_int32),
-        ("reserved", c.c_int32),
+        ("memories", c.c_int32),
         ("tags", c.c_void_p),
         ("tag_count", c.c_size_t),
     )

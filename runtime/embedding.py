@@ -26,18 +26,27 @@ from recallseg.engines import errors
 from recallseg.runtime.library import Library
 from recallseg.runtime.result import Recalled, Result
 from recallseg.runtime.segmenter import Segmenter
+from recallseg.runtime.stream import Frame, Stream
 
 __all__ = [
     "INTERFACE",
     "Pixels",
     "add",
     "close_library",
+    "close_stream",
+    "count_frames",
     "create_library",
     "describe",
+    "drain_stream",
     "library_facts",
     "open_library",
     "open_segmenter",
+    "open_stream",
+    "pause_stream",
+    "push_frame",
     "release",
+    "restart_stream",
+    "resume_stream",
     "segment",
     "set_log",
     "status_of",
@@ -224,6 +233,7 @@ def open_segmenter(
     engine: str,
     precision: str,
     threads: int,
+    memories: int,
     tags: Tags,
 ) -> tuple[Query, Names]:
     """Return what :func:`segment` takes, and the structures in the order of their labels."""
@@ -236,6 +246,7 @@ def open_segmenter(
         precision=precision,
         threads=threads or None,
         tags=dict(tags),
+        memories=memories,
     )
     if segmenter.bundle.notice:
         log.warning("%s", segmenter.bundle.notice)
@@ -308,6 +319,62 @@ def _structure(query: Query, result: Result, name: str, pixel_area: float) -> tu
             for r in result.recalled[name]
         ),
     )
+
+
+def open_stream(
+    query: Query, emit: Callable[..., None], deadline_ms: float | None, queue: int
+) -> Stream:
+    """Return a stream whose frames go to ``emit``, as the C library's ``read_frame`` takes them."""
+
+    def on_result(frame: Frame) -> None:
+        if frame.result is None:
+            status, message = status_of(frame.error or RuntimeError("a frame without a result"))
+            emit(frame.number, frame.waited_ms, frame.latency_ms, status, message)
+            return
+        label_map = frame.result.label_map
+        emit(
+            *(frame.number, frame.waited_ms, frame.latency_ms, 0, ""),
+            record(query, frame.result, float("nan")),
+            *(label_map.ctypes.data, *label_map.shape),
+        )
+
+    return Stream(query.segmenter, on_result, deadline_ms=deadline_ms, queue=queue)
+
+
+def push_frame(stream: Stream, image: Pixels) -> int:
+    """Hand over a frame, which the stream copies; return its number."""
+    return stream.push(_array(image))
+
+
+def pause_stream(stream: Stream) -> None:
+    """Ignore what is pushed."""
+    stream.pause()
+
+
+def resume_stream(stream: Stream) -> None:
+    """Take frames again."""
+    stream.resume()
+
+
+def restart_stream(stream: Stream) -> None:
+    """Forget the frames so far."""
+    stream.restart()
+
+
+def drain_stream(stream: Stream, timeout_s: float) -> bool:
+    """Wait until nothing waits; False if that took too long."""
+    return stream.drain(timeout_s)
+
+
+def count_frames(stream: Stream) -> tuple[int, ...]:
+    """Return pushed, segmented, dropped, late, failed, ignored."""
+    s = stream.statistics
+    return s.pushed, s.segmented, s.dropped, s.late, s.failed, s.ignored
+
+
+def close_stream(stream: Stream) -> None:
+    """Stop a stream."""
+    stream.close()
 
 
 def _array(pixels: Pixels) -> NDArray[Any]:

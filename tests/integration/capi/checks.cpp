@@ -447,6 +447,94 @@ void signals() {
   for (size_t s = 1; s < 65; ++s) CHECK(before[s].sa_handler == after[s].sa_handler);
 }
 
+struct Seen {
+  std::vector<uint64_t> numbers;
+  std::vector<recallseg_status> statuses;
+  std::vector<uint8_t> labels;
+  recallseg_stream* close_at_once = nullptr;
+};
+
+void see(const recallseg_frame* frame, void* user) {
+  auto& seen = *static_cast<Seen*>(user);
+  seen.numbers.push_back(frame->number);
+  seen.statuses.push_back(frame->status);
+  if (frame->status == RECALLSEG_OK) {
+    CHECK(*frame->message == '\0' && frame->rows == kRows && frame->columns == kColumns);
+    seen.labels.assign(frame->label_map, frame->label_map + kRows * kColumns);
+    recallseg_score score = RECALLSEG_SCORE_INIT;
+    GIVES(RECALLSEG_OK, recallseg_result_score(frame->result, 0, &score));
+    CHECK(std::isnan(score.area_mm2) && score.recalled_count == 2);
+  } else {
+    CHECK(*frame->message != '\0' && frame->label_map == nullptr && frame->result == nullptr);
+  }
+  if (seen.close_at_once != nullptr)
+    GIVES(RECALLSEG_OK, recallseg_stream_close(seen.close_at_once));
+}
+
+void streams() {
+  init();
+  recallseg_segmenter* segmenter = open_segmenter(open_library());
+  Query query;
+  GIVES(RECALLSEG_OK, recallseg_segment(segmenter, &query.image, &query.output, 0, nullptr));
+  recallseg_stream_options options = RECALLSEG_STREAM_OPTIONS_INIT;
+  recallseg_stream* stream = nullptr;
+  GIVES(RECALLSEG_E_ARGUMENT, recallseg_stream_open(segmenter, &options, nullptr, nullptr, &stream));
+  options.deadline_ms = -1;
+  Seen seen;
+  GIVES(RECALLSEG_E_ARGUMENT, recallseg_stream_open(segmenter, &options, see, &seen, &stream));
+  options.deadline_ms = 0;
+  options.queue = -3;
+  GIVES(RECALLSEG_E_INPUT, recallseg_stream_open(segmenter, &options, see, &seen, &stream));
+  CHECK(stream == nullptr);
+  options.queue = 3;
+  GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, &options, see, &seen, &stream));
+  uint64_t number = 99;
+  for (uint64_t i = 0; i < 3; ++i) {
+    GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, &number));
+    CHECK(number == i);
+  }
+  GIVES(RECALLSEG_OK, recallseg_stream_drain(stream, 60e3));
+  GIVES(RECALLSEG_OK, recallseg_stream_pause(stream));
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_stream_resume(stream));
+  GIVES(RECALLSEG_OK, recallseg_stream_restart(stream));
+  std::vector<float> bad(query.pixels.size(), std::nanf(""));
+  Query broken;
+  broken.image.dtype = RECALLSEG_FLOAT32;
+  broken.image.data = bad.data();
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &broken.image, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_stream_drain(stream, 60e3));
+  CHECK((seen.numbers == std::vector<uint64_t>{0, 1, 2, 4}));
+  CHECK(seen.statuses.back() == RECALLSEG_E_INPUT && seen.statuses.front() == RECALLSEG_OK);
+  CHECK(seen.labels == query.labels);
+  recallseg_stream_statistics counts = RECALLSEG_STREAM_STATISTICS_INIT;
+  GIVES(RECALLSEG_OK, recallseg_stream_get_statistics(stream, &counts));
+  CHECK(counts.pushed == 5 && counts.segmented == 3 && counts.failed == 1 && counts.ignored == 1);
+  CHECK(counts.dropped == 0 && counts.late == 0);
+  GIVES(RECALLSEG_OK, recallseg_stream_close(stream));
+  GIVES(RECALLSEG_E_HANDLE, recallseg_stream_push(stream, &query.image, nullptr));
+  GIVES(RECALLSEG_E_HANDLE, recallseg_stream_close(stream));
+
+  Seen late;
+  options.deadline_ms = 1e-3;
+  GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, &options, see, &late, &stream));
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_stream_drain(stream, 60e3));
+  CHECK(late.statuses.at(0) == RECALLSEG_E_DEADLINE);
+
+  Seen once;
+  options.deadline_ms = 0;
+  GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, &options, see, &once, &stream));
+  once.close_at_once = stream;  // from within its callback
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  while (recallseg_stream_drain(stream, 1) != RECALLSEG_E_HANDLE) usleep(1000);
+
+  Seen open;
+  GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, &options, see, &open, &stream));
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_shutdown());
+}
+
 // SIGINT must end the host, as it did before: Python's own handler would only note it.
 void interrupted() {
   init();
@@ -562,7 +650,7 @@ int main(int argc, char** argv) {
       {"deadline", deadline},   {"threads", threads},     {"memory", memory},
       {"forked", forked},       {"signals", signals},     {"logging", logging},
       {"locked", locked},       {"exemplars", exemplars}, {"info", info},
-      {"starts", starts},       {"interrupted", interrupted}};
+      {"starts", starts},       {"interrupted", interrupted}, {"streams", streams}};
   const auto found = argc > 1 ? checks.find(argv[1]) : checks.end();
   if (found == checks.end()) return 2;
   if (argc > 2) library_folder = argv[2];

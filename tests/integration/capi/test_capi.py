@@ -28,7 +28,7 @@ def check(capi: Installed, name: str, library: Path, **env: str) -> str:
     return passed(capi.checks, name, library, scratch, env={**capi.env, **env})
 
 
-@pytest.mark.parametrize("name", [*CHECKS, "logging", "exemplars"])
+@pytest.mark.parametrize("name", [*CHECKS, "logging", "exemplars", "streams"])
 def test_the_checks_pass(capi: Installed, fake_library: Path, name: str) -> None:
     assert f"{name}: done" in check(capi, name, fake_library)
 

@@ -78,6 +78,7 @@ enum { RECALLSEG_LOG_DEBUG = 10, RECALLSEG_LOG_INFO = 20, RECALLSEG_LOG_WARNING 
 typedef struct recallseg_library recallseg_library;
 typedef struct recallseg_segmenter recallseg_segmenter;
 typedef struct recallseg_result recallseg_result;
+typedef struct recallseg_stream recallseg_stream;
 
 /* ---- Errors and versions: these four work at any time ---- */
 
@@ -231,7 +232,7 @@ typedef struct recallseg_segmenter_options {
   const char *engine;    /* null: "onnxruntime-cpu" */
   const char *precision; /* null: "fp32" */
   int32_t threads;       /* 0: all cores that this process may use */
-  int32_t reserved;
+  int32_t memories;      /* for streams: most memories of earlier frames, beside the k exemplars */
   const recallseg_tag *tags; /* recall only exemplars that carry all of these */
   size_t tag_count;
 } recallseg_segmenter_options;
@@ -332,6 +333,67 @@ RECALLSEG_API recallseg_status recallseg_result_tag(recallseg_result *result, si
 RECALLSEG_API recallseg_status recallseg_result_timing(recallseg_result *result, size_t index,
                                                        const char **stage, double *ms);
 RECALLSEG_API recallseg_status recallseg_result_close(recallseg_result *result);
+
+/* ---- Streams: live frames that must not be late ---- */
+
+/* What became of one frame. All of it is valid until the callback returns, and no longer. */
+typedef struct recallseg_frame {
+  uint32_t struct_size;
+  recallseg_status status;  /* RECALLSEG_E_DEADLINE: late */
+  uint64_t number;          /* as recallseg_stream_push gave it; numbers left out were dropped */
+  double waited_ms;         /* from the push to the beginning of the work */
+  double latency_ms;        /* from the push to its end */
+  int64_t rows, columns;
+  const uint8_t *label_map; /* packed rows; null if status is not RECALLSEG_OK */
+  recallseg_result *result; /* to read, not to close; null likewise */
+  const char *message;      /* why there is no result; "" if there is one */
+} recallseg_frame;
+
+/* Called on the stream's own thread, in order, for every frame that was not dropped. While it runs
+ * no frame is segmented. Must not throw. It may call anything, recallseg_stream_close too. */
+typedef void (*recallseg_frame_callback)(const recallseg_frame *frame, void *user);
+
+typedef struct recallseg_stream_options {
+  uint32_t struct_size;
+  int32_t queue;      /* frames that may wait; the next one pushes the oldest out; 0: 1 */
+  double deadline_ms; /* most milliseconds from push to result; 0: none */
+} recallseg_stream_options;
+#define RECALLSEG_STREAM_OPTIONS_INIT {sizeof(recallseg_stream_options), 0, 0}
+
+typedef struct recallseg_stream_statistics {
+  uint32_t struct_size;
+  uint32_t reserved;
+  uint64_t pushed; /* the sum of those that follow and of what still waits */
+  uint64_t segmented;
+  uint64_t dropped; /* pushed out of the queue by a newer frame */
+  uint64_t late;
+  uint64_t failed;
+  uint64_t ignored; /* pushed while paused */
+} recallseg_stream_statistics;
+#define RECALLSEG_STREAM_STATISTICS_INIT \
+  {sizeof(recallseg_stream_statistics), 0, 0, 0, 0, 0, 0, 0}
+
+RECALLSEG_API recallseg_status recallseg_stream_open(recallseg_segmenter *segmenter,
+                                                     const recallseg_stream_options *options,
+                                                     recallseg_frame_callback callback, void *user,
+                                                     recallseg_stream **stream);
+/* Hand over a frame, which is copied, and return at once. number may be null. */
+RECALLSEG_API recallseg_status recallseg_stream_push(recallseg_stream *stream,
+                                                     const recallseg_image *image,
+                                                     uint64_t *number);
+/* Ignore what is pushed from now on; frames that wait are still segmented. */
+RECALLSEG_API recallseg_status recallseg_stream_pause(recallseg_stream *stream);
+/* Take frames again; earlier ones are forgotten. */
+RECALLSEG_API recallseg_status recallseg_stream_resume(recallseg_stream *stream);
+/* Forget the frames so far: what is pushed next belongs to another sequence. */
+RECALLSEG_API recallseg_status recallseg_stream_restart(recallseg_stream *stream);
+/* Wait until no frame waits or is in work; RECALLSEG_E_DEADLINE after timeout_ms. */
+RECALLSEG_API recallseg_status recallseg_stream_drain(recallseg_stream *stream, double timeout_ms);
+RECALLSEG_API recallseg_status
+recallseg_stream_get_statistics(recallseg_stream *stream, recallseg_stream_statistics *statistics);
+/* Drop what waits, let the frame in work end, and stop: the callback is not called any more once
+ * this has returned, unless it is itself what called this. */
+RECALLSEG_API recallseg_status recallseg_stream_close(recallseg_stream *stream);
 
 #ifdef __cplusplus
 }

@@ -56,11 +56,7 @@ PyObject* emit(PyObject*, PyObject* arguments) {
     pass_on(level, logger.c_str(), message.c_str());
     python.PyEval_RestoreThread(thread);
   });
-  if (status == RECALLSEG_OK) return python.Py_BuildValue("");
-  const Ref builtins(python.PyImport_ImportModule("builtins"));
-  const Ref kind(python.PyObject_GetAttrString(builtins.get(), "RuntimeError"));
-  python.PyErr_SetString(kind.get(), recallseg_last_error());
-  return nullptr;
+  return status == RECALLSEG_OK ? python.Py_BuildValue("") : raise_last_error();
 }
 
 PyMethodDef emit_definition = {"emit", emit, METH_VARARGS, nullptr};

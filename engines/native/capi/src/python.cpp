@@ -110,6 +110,13 @@ void throw_python_error() {
   throw Error(embedding() ? RECALLSEG_E_INTERNAL : RECALLSEG_E_PYTHON, message);
 }
 
+PyObject* raise_last_error() {
+  const Ref builtins(python.PyImport_ImportModule("builtins"));
+  const Ref kind(python.PyObject_GetAttrString(builtins.get(), "RuntimeError"));
+  python.PyErr_SetString(kind.get(), recallseg_last_error());
+  return nullptr;
+}
+
 Ref call_with(const char* function, const Ref& arguments) {
   const Ref callable = checked(python.PyObject_GetAttrString(embedding().get(), function));
   return checked(python.PyObject_CallObject(callable.get(), arguments.get()));

@@ -83,6 +83,9 @@ class Ref {
 // Turn the pending Python exception into an Error.
 [[noreturn]] void throw_python_error();
 
+// Raise this thread's last error in Python; returns null, for functions that Python calls.
+PyObject* raise_last_error();
+
 inline Ref checked(PyObject* owned) {
   if (owned == nullptr) throw_python_error();
   return Ref(owned);

@@ -4,14 +4,23 @@ trap 'rm -rf "$work"' EXIT
 RECALLSEG_PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)')
 export RECALLSEG_PYTHON
 
-# The library of the checks, made by the engine `fake`.
+# A library for the checks, made by the engine `fake`.
 PYTHONPATH="${RECALLSEG_SITE_PACKAGES:-}${RECALLSEG_SITE_PACKAGES:+:}tests" "$RECALLSEG_PYTHON" - "$work" <<'PYTHON'
 import sys
 from pathlib import Path
 
+import cv2
 from support.native import make_fake_library
+from support.pictures import disc
 
-make_fake_library(Path(sys.argv[1]))
+from recallseg import Segmenter
+
+# And a query, with the label map that it must get.
+folder = Path(sys.argv[1])
+query = disc(0.45).image
+segmenter = Segmenter(make_fake_library(folder), k=2, engine="fake")
+cv2.imwrite(str(folder / "query.pgm"), query)
+cv2.imwrite(str(folder / "expected.pgm"), segmenter.segment(query).label_map)
 PYTHON
 
 # build_checks NAME FLAGS...

@@ -380,7 +380,8 @@ def close_stream(stream: Stream) -> None:
 def _array(pixels: Pixels) -> NDArray[Any]:
     """Wrap memory; it is writeable if the view is."""
     view, dtype, shape, strides, offset = pixels
-    return np.ndarray(shape, np.dtype(dtype), view, offset, strides)
+    array: NDArray[Any] = np.ndarray(shape, np.dtype(dtype), view, offset, strides)
+    return array
 
 
 def _refuse_repeats(names: Sequence[str], what: str) -> None:

@@ -42,6 +42,9 @@ EXTRAS = {
     "scipy": "evaluate",
     "nibabel": "demo",
     "nilearn": "demo",
+    "cyclonedx": "sbom",
+    "packageurl": "sbom",
+    "packaging": "sbom",
 }
 """Which extra brings a package that may be missing."""
 
@@ -164,6 +167,12 @@ _mount_lazily(
     "recallseg.benchmarks.commands",
     "bench",
     "Measure latency, memory and quality on this machine.",
+)
+_mount_lazily(
+    "sbom",
+    "recallseg.runtime.commands.sbom",
+    "sbom",
+    "Write a bill of materials of all that is installed and linked (extra 'sbom').",
 )
 
 

@@ -181,7 +181,7 @@ def _licence(dist: Distribution) -> License:
 
 
 def _field(dist: Distribution, name: str) -> str | None:
-    return dist.metadata[name] if name in dist.metadata else None
+    return next(iter(dist.metadata.get_all(name) or ()), None)
 
 
 def _interpreter() -> Component:

@@ -164,6 +164,15 @@ class Segmenter:
             )
         return TemporalMemories(self.bundle.geometry, len(self.structures), self.memories)
 
+    def distance(self, image: NDArray[Any]) -> float:
+        """Return the cosine distance (0..2) to the nearest exemplar that shows a structure.
+
+        Costs an embedding and a search. ``image`` and what is raised: see :meth:`segment`.
+        """
+        with self._lock:
+            self._embed(scale_intensities(check_image(image), self.library.intensity), _Timings())
+            return min(_nearest(self._search(name, None)) for name in self.structures)
+
     def warm_up(self, runs: int = 2) -> None:
         """Run on a blank image, so that the first real query is as fast as the next."""
         side = self.bundle.geometry.image_size
@@ -227,10 +236,8 @@ class Segmenter:
         earlier = [0 if temporal is None else temporal.count(i) for i in range(w.n)]
         with timings("prepare"):
             scaled = scale_intensities(image, self.library.intensity)
-            prepare_image(scaled, w.embed_image, self.bundle.normalisation["embed"])
             prepare_image(scaled, w.encode_image, self.bundle.normalisation["encode"])
-        with timings("embed"):
-            self._composition.embed(w.embed_image, w.embedding)
+        self._embed(scaled, timings)
         with timings("search"):
             recalled = {name: self._search(name, excluded) for name in self.structures}
         with timings("encode"):
@@ -290,6 +297,13 @@ class Segmenter:
             notice=self.bundle.notice,
         )
 
+    def _embed(self, scaled: NDArray[np.float32], timings: _Timings) -> None:
+        w = self.workspace
+        with timings("prepare"):
+            prepare_image(scaled, w.embed_image, self.bundle.normalisation["embed"])
+        with timings("embed"):
+            self._composition.embed(w.embed_image, w.embedding)
+
     def _search(self, structure: str, excluded: str | None) -> tuple[Recalled, ...]:
         """Return the k nearest exemplars that show a structure, and nearer ones that lack it."""
         wanted = self.k if excluded is None else min(self.k + 1, self.library.count(structure))
@@ -308,8 +322,8 @@ class Segmenter:
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (memories, structures by position): those with equal counts share a call.
 
-        ``earlier`` are the temporal memories of each structure. A structure that none of the k nearest exemplars shows is absent by their evidence, and is
-        left out.
+        ``earlier`` are the temporal memories of each structure. A structure that none of the k
+        nearest exemplars shows is absent by their evidence, and is left out.
         """
         by_count: dict[int, list[int]] = {}
         for index, name in enumerate(self.structures):

@@ -1,4 +1,4 @@
-"""What the last frames of one sequence showed: memories that are made on the way and soon forgotten.
+"""What the last frames of one sequence showed: memories made on the way and soon forgotten.
 
 The paper recalls annotated exemplars only. In a cine or a volume the frame just segmented is often
 the best exemplar of all, and SAM 2 was made to use it: its mask and features become a memory that

@@ -1,0 +1,96 @@
+"""Any file or folder in, a :class:`Volume` out: which reader, and what the name promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.dicom import find_series, is_dicom, read_dicom
+from recallseg.runtime.formats.images import IMAGE_SUFFIXES, is_image, read_image
+from recallseg.runtime.formats.nifti import read_nifti
+from recallseg.runtime.formats.nrrd import read_nrrd
+from recallseg.runtime.formats.volume import Volume
+
+__all__ = ["FORMATS", "is_volume", "read_volume", "volume_format", "volume_stem"]
+
+FORMATS = ("dicom", "nifti", "nrrd", "image")
+_SUFFIXES = {
+    ".nii": "nifti",
+    ".nii.gz": "nifti",
+    ".nrrd": "nrrd",
+    ".dcm": "dicom",
+    ".dicom": "dicom",
+}
+
+
+def volume_format(path: Path) -> str | None:
+    """Return which of :data:`FORMATS` a file or folder is; None for anything else.
+
+    A folder with DICOM files is one, if it holds no other image.
+    """
+    if path.is_dir():
+        inside = [p for p in path.rglob("*") if p.is_file()]
+        if any(is_image(p) for p in inside):
+            return None
+        return "dicom" if any(is_dicom(p) for p in inside) else None
+    name = path.name.lower()
+    for suffix, kind in _SUFFIXES.items():
+        if name.endswith(suffix):
+            return kind
+    if is_image(path):
+        return "image"
+    return "dicom" if is_dicom(path) else None
+
+
+def is_volume(path: Path) -> bool:
+    """Whether it is read as a volume: DICOM (a file, or a folder), NIfTI or NRRD."""
+    return volume_format(path) not in (None, "image")
+
+
+def volume_stem(path: Path) -> str:
+    """Return the name without the suffixes of its format."""
+    name = path.name
+    for suffix in (".nii.gz", ".seg.nrrd", *_SUFFIXES):
+        if not path.is_dir() and name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name if path.is_dir() else path.stem
+
+
+def read_volume(path: str | Path, *, kind: str | None = None, voi: bool = False) -> Volume:
+    """Read a DICOM series or file, NIfTI, NRRD, or a plain image (as one slice, frame ``image``).
+
+    Parameters
+    ----------
+    kind : one of :data:`FORMATS` where the name does not tell.
+    voi : see :func:`read_dicom`.
+
+    Raises
+    ------
+    InputError
+        If it is missing, of no known kind, or as its reader says.
+    ModuleNotFoundError
+        If the extra ``medical`` is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no file {path}.")
+    if kind is not None and kind not in FORMATS:
+        raise InputError(f"there is no format '{kind}'; choose {', '.join(FORMATS)}.")
+    kind = kind or volume_format(path)
+    if kind == "dicom":
+        return read_dicom(path, voi=voi)
+    if kind == "nifti":
+        return read_nifti(path)
+    if kind == "nrrd":
+        return read_nrrd(path)
+    if kind == "image":
+        return Volume(read_image(path)[None], np.eye(4), "image")
+    if path.is_dir():
+        found = len(find_series(path))
+        raise InputError(f"{path} is no DICOM series: it holds {found} DICOM files among others.")
+    raise InputError(
+        f"{path} is of no known format; expected DICOM, .nii, .nii.gz, .nrrd, "
+        f"{', '.join(IMAGE_SUFFIXES)}. Say which with --format."
+    )

@@ -1,0 +1,205 @@
+"""One type for everything that has a place in space: a stack of slices with its affine.
+
+The array keeps the axes of the file that it came from, and the affine says where they point;
+nothing is turned, flipped or resampled on the way in. :class:`Slicing` turns slices upright for the
+networks and puts masks back where they belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import InputError
+
+__all__ = ["PLANES", "Frame", "Slicing", "Volume"]
+
+Frame = Literal["RAS", "LPS", "image"]
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
+"""Names of slicing directions, and the patient axis (x, y, z) that they run along."""
+
+COARSER = 1.25
+"""A volume is sliced along the axis it was acquired along if its spacing there is this many times
+that of the other two."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A three-dimensional image.
+
+    Attributes
+    ----------
+    array : IxJxK grey or IxJxKx3 RGB, any integer or floating dtype.
+    affine : 4x4 float64; voxel index (i, j, k, 1) -> mm (x, y, z, 1) of the voxel's centre.
+    frame : what x, y and z mean: ``RAS`` (to the right, front and head), ``LPS`` (to the left, back
+        and head), or ``image`` where the file knows of no patient: x counts images or frames, y
+        goes down and z to the right, in mm if the file states a pixel size, else in pixels.
+    modality : DICOM's code (``MR``, ``CT``, ``US``, ...), or empty.
+    window : centre and width that the file asks for, in the array's unit, or None.
+    tags : what may be stored with an exemplar; never anything that identifies a patient.
+    origin : what a writer needs of the source, e.g. DICOM datasets; for its module only.
+    """
+
+    array: NDArray[Any]
+    affine: NDArray[np.float64]
+    frame: Frame
+    modality: str = ""
+    window: tuple[float, float] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    origin: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        array, affine = self.array, np.asarray(self.affine, np.float64)
+        if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] != 3):
+            raise InputError(
+                f"a volume must be IxJxK or IxJxKx3 (RGB), got shape {array.shape}. Split a series "
+                "of volumes into one file each."
+            )
+        if array.size == 0:
+            raise InputError(f"the volume is empty: its shape is {array.shape}.")
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise InputError("a volume's affine must be 4x4 and finite.")
+        size = np.linalg.norm(affine[:3, :3], axis=0)
+        if (size <= 0).any() or abs(np.linalg.det(affine[:3, :3] / np.maximum(size, 1e-30))) < 1e-3:
+            raise InputError(
+                f"the volume's axes do not span space: its affine is {affine[:3].tolist()}. The "
+                "file's orientation is damaged; export it again."
+            )
+        object.__setattr__(self, "affine", affine)
+        object.__setattr__(self, "tags", MappingProxyType(dict(self.tags)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """I, J, K."""
+        i, j, k = self.array.shape[:3]
+        return i, j, k
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres (pixels where unknown) between voxel centres along i, j and k."""
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(i), float(j), float(k)
+
+    def affine_in(self, frame: Literal["RAS", "LPS"]) -> NDArray[np.float64]:
+        """Return the affine in another patient frame.
+
+        Raises
+        ------
+        InputError
+            If the volume has no patient frame.
+        """
+        if self.frame == "image":
+            raise InputError(
+                "this image does not say how the patient lay, so it has no RAS or LPS."
+            )
+        flip = np.diag([1.0, 1.0, 1.0, 1.0] if frame == self.frame else [-1.0, -1.0, 1.0, 1.0])
+        turned: NDArray[np.float64] = flip @ self.affine
+        return turned
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.array.shape))
+        spacing = " x ".join(f"{s:.3g}" for s in self.spacing)
+        return f"Volume({size} {self.array.dtype}, {spacing} mm, {self.frame}, {self.modality})"
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How a volume is cut: which axis is stepped along, and how each slice is turned upright.
+
+    Slices look as on a radiologist's screen, whatever the axes of the file: axial ones with the
+    front up and the patient's right on the left; coronal and sagittal ones with the head up, and
+    the patient's right, or front, on the left. So exemplars and queries agree.
+
+    Attributes
+    ----------
+    axis : 0, 1 or 2, stepped along.
+    rows, columns : the other two.
+    flip_rows, flip_columns : whether they run against the screen.
+    plane : ``axial``, ``coronal``, ``sagittal``, or ``image`` without a patient.
+    """
+
+    axis: int
+    rows: int
+    columns: int
+    flip_rows: bool
+    flip_columns: bool
+    plane: str
+
+    @classmethod
+    def of(cls, volume: Volume, plane: str | None = None) -> Slicing:
+        """Choose how to cut.
+
+        Parameters
+        ----------
+        plane : ``axial``, ``coronal`` or ``sagittal``: the volume's own axis nearest to that
+            direction. None: along the axis whose spacing is clearly the coarsest, else axial.
+
+        Raises
+        ------
+        InputError
+            For another name, or a plane asked of an image without a patient.
+        """
+        if plane is not None and plane not in PLANES:
+            raise InputError(f"there is no plane '{plane}'; choose {', '.join(PLANES)}.")
+        if volume.frame == "image":
+            if plane is not None:
+                raise InputError(
+                    f"this image does not say how the patient lay, so it has no {plane} plane."
+                )
+            return cls(0, 1, 2, False, False, "image")
+        affine = volume.affine_in("LPS")[:3, :3]
+        directions = affine / np.linalg.norm(affine, axis=0)
+        along = _nearest_axes(directions)  # patient axis of each voxel axis
+        if plane is None:
+            order = np.argsort(volume.spacing)
+            coarsest, next_one = volume.spacing[order[2]], volume.spacing[order[1]]
+            axis = int(order[2]) if coarsest >= COARSER * next_one else along.index(2)
+        else:
+            axis = along.index(PLANES[plane])
+        patient = along[axis]
+        # On screen (LPS): rows go back (y) or down (-z), columns go left (x) or back (y).
+        down, right = {2: (1, 0), 1: (2, 0), 0: (2, 1)}[patient]
+        rows, columns = along.index(down), along.index(right)
+        flip_rows = (directions[down, rows] < 0) != (down == 2)
+        flip_columns = directions[right, columns] < 0
+        name = next(name for name, number in PLANES.items() if number == patient)
+        return cls(axis, rows, columns, bool(flip_rows), bool(flip_columns), name)
+
+    def count(self, volume: Volume) -> int:
+        """Return how many slices there are."""
+        return volume.shape[self.axis]
+
+    def view(self, array: NDArray[Any], index: int) -> NDArray[Any]:
+        """Return slice ``index`` of an IxJxK(x3) array upright, HxW(x3): a view, so it can be set.
+
+        ``slicing.view(label_map, index)[:] = mask`` puts a mask back on the volume's grid.
+        """
+        plane = np.moveaxis(array, self.axis, 0)[index]
+        if self.rows > self.columns:
+            plane = plane.swapaxes(0, 1)
+        if self.flip_rows:
+            plane = plane[::-1]
+        if self.flip_columns:
+            plane = plane[:, ::-1]
+        return plane
+
+    def spacing(self, volume: Volume) -> tuple[float, float]:
+        """Return the millimetres between rows and between columns of a slice."""
+        return volume.spacing[self.rows], volume.spacing[self.columns]
+
+
+def _nearest_axes(directions: NDArray[np.float64]) -> list[int]:
+    """Return the patient axis nearest to each voxel axis, each taken once."""
+    strength = np.abs(directions)
+    along = [-1, -1, -1]
+    for _ in range(3):
+        patient, voxel = np.unravel_index(int(np.argmax(strength)), strength.shape)
+        along[int(voxel)] = int(patient)
+        strength[patient, :] = -1.0
+        strength[:, voxel] = -1.0
+    return along

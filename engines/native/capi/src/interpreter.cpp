@@ -6,7 +6,9 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <filesystem>
 #include <mutex>
+#include <system_error>
 
 #include "handles.h"
 #include "locate.h"
@@ -76,6 +78,17 @@ void start(const Choice& choice) {
   python.PyEval_SaveThread();  // from now on whoever needs the GIL takes it
 }
 
+// An import hook, as editable installs make them, goes before any folder.
+void check_origin(const std::string& file, const std::string& site_packages) {
+  namespace fs = std::filesystem;
+  std::error_code missing;
+  if (!site_packages.empty() &&
+      !fs::equivalent(fs::path(file).parent_path().parent_path(), site_packages, missing))
+    throw Error(RECALLSEG_E_PYTHON, "the package recallseg was found as " + file + ", not in " +
+                                        site_packages +
+                                        ": is another one installed as editable?");
+}
+
 void import_package(const std::string& site_packages) {
   if (!site_packages.empty()) {
     const Ref folder = to_python(site_packages.c_str());
@@ -83,6 +96,8 @@ void import_package(const std::string& site_packages) {
       throw_python_error();
   }
   const Ref package = checked(python.PyImport_ImportModule("recallseg"));
+  const Ref file = checked(python.PyObject_GetAttrString(package.get(), "__file__"));
+  check_origin(text_of(file.get()), site_packages);
   const Ref version = checked(python.PyObject_GetAttrString(package.get(), "__version__"));
   if (text_of(version.get()) != RECALLSEG_VERSION)
     throw Error(RECALLSEG_E_ABI, "the Python package recallseg has version " +

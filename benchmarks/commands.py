@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from recallseg.benchmarks.accuracy.commands import accuracy
+from recallseg.benchmarks.capi import capi
 from recallseg.engines.errors import InputError
 from recallseg.runtime.commands.common import (
     EngineOption,
@@ -233,6 +234,7 @@ def compare(
 
 
 bench.command()(accuracy)
+bench.command()(capi)
 
 
 @contextmanager

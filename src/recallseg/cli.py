@@ -46,6 +46,9 @@ EXTRAS = {
     "nrrd": "medical",
     "pydicom": "medical",
     "nilearn": "demo",
+    "cyclonedx": "sbom",
+    "packageurl": "sbom",
+    "packaging": "sbom",
 }
 """Which extra brings a package that may be missing."""
 
@@ -169,6 +172,12 @@ _mount_lazily(
     "recallseg.benchmarks.commands",
     "bench",
     "Measure latency, memory and quality on this machine.",
+)
+_mount_lazily(
+    "sbom",
+    "recallseg.runtime.commands.sbom",
+    "sbom",
+    "Write a bill of materials of all that is installed and linked (extra 'sbom').",
 )
 
 

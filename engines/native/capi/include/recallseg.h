@@ -1,0 +1,401 @@
+/*
+ * RecallSeg for device software: segment medical images by recalling annotated ones.
+ *
+ * C99, and C++ (see recallseg.hpp for a wrapper with destructors). Every function returns a
+ * recallseg_status and lets no exception out; recallseg_last_error() then says, for the calling
+ * thread, what happened and how to mend it. docs/device-engineers.md is the manual.
+ *
+ * Threads: every function may be called from any thread. Queries of one segmenter wait for each
+ * other; different segmenters run beside each other.
+ *
+ * Memory: pixels and masks belong to the caller and are used only until the call returns. Handles
+ * belong to the library; a closed or made-up one is refused. Text that a struct points to lives as
+ * long as the handle that it was read from.
+ *
+ * Structs: set struct_size to sizeof the struct (the *_INIT macros do) and everything unused to 0.
+ */
+#ifndef RECALLSEG_H
+#define RECALLSEG_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#error "librecallseg runs on Linux only"
+#endif
+#define RECALLSEG_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define RECALLSEG_VERSION "0.1.0"
+#define RECALLSEG_ABI_VERSION 1u /* of this header: given to recallseg_init */
+#define RECALLSEG_MAX_SIDE 32767 /* most rows or columns of an image */
+
+typedef int32_t recallseg_status;
+
+enum {
+  RECALLSEG_OK = 0,
+  RECALLSEG_E_ARGUMENT = 1, /* a null pointer, wrong size, layout or text: the call is wrong */
+  RECALLSEG_E_HANDLE = 2,   /* a handle that is closed, of another kind, or none at all */
+  RECALLSEG_E_ABI = 3,      /* header, library and Python package do not fit together */
+  RECALLSEG_E_STATE = 4,    /* not initialised, shut down, or initialised otherwise */
+  RECALLSEG_E_FORKED = 5,   /* this process was forked from one that had initialised */
+  RECALLSEG_E_PYTHON = 6,   /* the Python interpreter or the package is missing or unusable */
+  RECALLSEG_E_INPUT = 7,    /* an image, mask, name or option cannot be used as it is */
+  RECALLSEG_E_BUNDLE = 8,   /* the bundle is missing, damaged, too new or incomplete */
+  RECALLSEG_E_ENGINE_UNAVAILABLE = 9, /* the engine's library, driver or device is not here */
+  RECALLSEG_E_ENGINE = 10,            /* an engine failed */
+  RECALLSEG_E_DEADLINE = 11,          /* not done in time; output memory may be half written */
+  RECALLSEG_E_LIBRARY = 12,           /* something else is wrong with the library */
+  RECALLSEG_E_LIBRARY_NOT_FOUND = 13,
+  RECALLSEG_E_LIBRARY_CORRUPT = 14,
+  RECALLSEG_E_LIBRARY_VERSION = 15,  /* written in a newer format */
+  RECALLSEG_E_LIBRARY_MISMATCH = 16, /* made with another bundle */
+  RECALLSEG_E_LIBRARY_LOCKED = 17,   /* another process is writing */
+  RECALLSEG_E_LIBRARY_WRITE = 18,    /* open for reading only, read-only folder, full disk */
+  RECALLSEG_E_MEMORY = 19,
+  RECALLSEG_E_INTERNAL = 99 /* a defect of RecallSeg: please report it */
+};
+
+enum {
+  RECALLSEG_UINT8 = 1,
+  RECALLSEG_INT8 = 2,
+  RECALLSEG_UINT16 = 3,
+  RECALLSEG_INT16 = 4,
+  RECALLSEG_UINT32 = 5,
+  RECALLSEG_INT32 = 6,
+  RECALLSEG_FLOAT32 = 7,
+  RECALLSEG_FLOAT64 = 8
+};
+
+enum { RECALLSEG_QUALITY_UNCALIBRATED = 0, RECALLSEG_QUALITY_OK = 1, RECALLSEG_QUALITY_SUSPECT = 2 };
+
+enum { RECALLSEG_LOG_DEBUG = 10, RECALLSEG_LOG_INFO = 20, RECALLSEG_LOG_WARNING = 30, RECALLSEG_LOG_ERROR = 40 };
+
+/* Handles. Values, not addresses: never dereferenced, and never valid again once closed. */
+typedef struct recallseg_library recallseg_library;
+typedef struct recallseg_segmenter recallseg_segmenter;
+typedef struct recallseg_result recallseg_result;
+typedef struct recallseg_stream recallseg_stream;
+
+/* ---- Errors and versions: these four work at any time ---- */
+
+RECALLSEG_API const char *recallseg_version(void);    /* of the library, "0.1.0" */
+RECALLSEG_API uint32_t recallseg_abi_version(void);   /* of the library */
+RECALLSEG_API const char *recallseg_status_text(recallseg_status status);
+/* Of the last call on this thread that did not return RECALLSEG_OK; "" if there was none. Valid
+ * until the thread's next failing call. */
+RECALLSEG_API const char *recallseg_last_error(void);
+
+/* ---- Life ---- */
+
+/* Which interpreter and which package. Null or "" takes the environment variable, then what
+ * librecallseg was built with; nothing is searched for along PATH. In a process that runs Python
+ * already that interpreter is used, and these must be null. */
+typedef struct recallseg_init_options {
+  uint32_t struct_size;
+  uint32_t reserved;
+  const char *python;         /* executable, e.g. /opt/device/venv/bin/python; $RECALLSEG_PYTHON */
+  const char *python_library; /* libpython3.X.so; else beside the executable; $RECALLSEG_PYTHON_LIBRARY */
+  const char *python_home;    /* folder with lib/python3.X; else found from the executable */
+  const char *site_packages;  /* folder to look into first; $RECALLSEG_SITE_PACKAGES */
+} recallseg_init_options;
+#define RECALLSEG_INIT_OPTIONS_INIT {sizeof(recallseg_init_options), 0, NULL, NULL, NULL, NULL}
+
+/* Start, or attach to, the interpreter and check version and ABI of everything. Repeating it with
+ * equal options is harmless. abi_version: RECALLSEG_ABI_VERSION. options may be null. */
+RECALLSEG_API recallseg_status recallseg_init(uint32_t abi_version,
+                                              const recallseg_init_options *options);
+
+typedef struct recallseg_info {
+  uint32_t struct_size;
+  int32_t hosted;              /* 1: the process ran Python already; 0: started by recallseg_init */
+  const char *python_version;  /* "3.11.7 ..." */
+  const char *python_library;  /* file that the interpreter was loaded from */
+  const char *python;          /* sys.executable */
+  const char *python_prefix;   /* sys.prefix */
+  const char *package_version; /* of the Python package recallseg */
+  const char *package_folder;  /* where that is installed */
+} recallseg_info;
+#define RECALLSEG_INFO_INIT {sizeof(recallseg_info), 0, NULL, NULL, NULL, NULL, NULL, NULL}
+
+RECALLSEG_API recallseg_status recallseg_get_info(recallseg_info *info);
+
+/* Close every handle. The interpreter stays (numpy cannot be loaded twice in one process), so that
+ * recallseg_init may be called again. Calls in flight on other threads end as usual. */
+RECALLSEG_API recallseg_status recallseg_shutdown(void);
+
+/* Called on whichever thread logs; must not throw. Messages hold no pixels and no patient data. */
+typedef void (*recallseg_log_callback)(int32_t level, const char *logger, const char *message,
+                                       void *user);
+/* Replace the callback; null for none. When this returns the old callback is no longer running,
+ * unless it is itself what called this. level: least level that is passed on. */
+RECALLSEG_API recallseg_status recallseg_set_log(recallseg_log_callback callback, void *user,
+                                                 int32_t level);
+
+/* ---- Libraries ---- */
+
+typedef struct recallseg_library_options {
+  uint32_t struct_size;
+  int32_t writable;      /* 1: to add exemplars; one process at a time */
+  const char *bundle;    /* folder or name; null: the one that the library was made with */
+  const char *engine;    /* encodes exemplars; null: "onnxruntime-cpu" */
+  const char *precision; /* null: "fp32" */
+  int32_t threads;       /* 0: all cores that this process may use */
+  int32_t reserved;
+} recallseg_library_options;
+#define RECALLSEG_LIBRARY_OPTIONS_INIT {sizeof(recallseg_library_options), 0, NULL, NULL, NULL, 0, 0}
+
+RECALLSEG_API recallseg_status recallseg_library_open(const char *folder,
+                                                      const recallseg_library_options *options,
+                                                      recallseg_library **library);
+/* Make an empty library in a new folder, open for writing; options->bundle is needed. */
+RECALLSEG_API recallseg_status recallseg_library_create(const char *folder,
+                                                        const recallseg_library_options *options,
+                                                        recallseg_library **library);
+
+typedef struct recallseg_library_info {
+  uint32_t struct_size;
+  int32_t writable;
+  uint64_t exemplars;
+  uint64_t structures;
+  const char *bundle_name;
+  const char *bundle_identity;
+  const char *digest; /* over all exemplars */
+  const char *notice; /* what must be said of the weights, e.g. "demo model, not for clinical use" */
+} recallseg_library_info;
+#define RECALLSEG_LIBRARY_INFO_INIT {sizeof(recallseg_library_info), 0, 0, 0, NULL, NULL, NULL, NULL}
+
+/* Read the library as it is now. The text lives until the next call for this handle. */
+RECALLSEG_API recallseg_status recallseg_library_get_info(recallseg_library *library,
+                                                          recallseg_library_info *info);
+/* Its files are closed when its last segmenter is. */
+RECALLSEG_API recallseg_status recallseg_library_close(recallseg_library *library);
+
+/* ---- Images, masks, exemplars ---- */
+
+/* Strides are bytes from one row, column, channel to the next and may be negative; all 0 means
+ * packed rows. Aligned images with packed rows are not copied. */
+typedef struct recallseg_image {
+  uint32_t struct_size;
+  int32_t dtype;      /* RECALLSEG_UINT8, ... */
+  const void *data;   /* pixel (0, 0) */
+  int32_t ndim;       /* 2: height x width, grey; 3: height x width x 3, RGB */
+  int32_t reserved;
+  int64_t shape[3];   /* rows, columns[, 3] */
+  int64_t strides[3];
+  double spacing[2];  /* mm from row to row and column to column; 0: unknown */
+} recallseg_image;
+#define RECALLSEG_IMAGE_INIT {sizeof(recallseg_image), 0, NULL, 0, 0, {0, 0, 0}, {0, 0, 0}, {0, 0}}
+
+typedef struct recallseg_tag {
+  const char *name;
+  const char *value;
+} recallseg_tag;
+
+/* A mask on the image's own grid: bytes of 0 and 1, or 0 and 255. */
+typedef struct recallseg_mask {
+  const char *structure;
+  const uint8_t *data;
+  int64_t strides[2]; /* as for images */
+} recallseg_mask;
+
+typedef struct recallseg_exemplar {
+  uint32_t struct_size;
+  uint32_t reserved;
+  const recallseg_mask *masks;
+  size_t mask_count;
+  const char *const *absent; /* structures that the image is known not to show */
+  size_t absent_count;
+  const recallseg_tag *tags;
+  size_t tag_count;
+  const char *key; /* null: made from the content */
+} recallseg_exemplar;
+#define RECALLSEG_EXEMPLAR_INIT {sizeof(recallseg_exemplar), 0, NULL, 0, NULL, 0, NULL, 0, NULL}
+
+/* Add an annotated image; it is stored in full or not at all. key (may be null) receives the
+ * exemplar's key, with its final 0; a key has at most 256 characters, 1025 bytes with the 0. */
+RECALLSEG_API recallseg_status recallseg_library_add(recallseg_library *library,
+                                                     const recallseg_image *image,
+                                                     const recallseg_exemplar *exemplar, char *key,
+                                                     size_t key_size);
+
+/* ---- Segmenters ---- */
+
+typedef struct recallseg_segmenter_options {
+  uint32_t struct_size;
+  int32_t k;                     /* exemplars to recall for each structure; 0: 4 */
+  const char *const *structures; /* in the order of the label values; null: all */
+  size_t structure_count;
+  const char *engine;    /* null: "onnxruntime-cpu" */
+  const char *precision; /* null: "fp32" */
+  int32_t threads;       /* 0: all cores that this process may use */
+  int32_t memories;      /* for streams: most memories of earlier frames, beside the k exemplars */
+  const recallseg_tag *tags; /* recall only exemplars that carry all of these */
+  size_t tag_count;
+} recallseg_segmenter_options;
+#define RECALLSEG_SEGMENTER_OPTIONS_INIT \
+  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0}
+
+RECALLSEG_API recallseg_status recallseg_segmenter_open(recallseg_library *library,
+                                                        const recallseg_segmenter_options *options,
+                                                        recallseg_segmenter **segmenter);
+RECALLSEG_API recallseg_status recallseg_segmenter_structure_count(recallseg_segmenter *segmenter,
+                                                                   size_t *count);
+/* Structure `index` has the label value index + 1. */
+RECALLSEG_API recallseg_status recallseg_segmenter_structure(recallseg_segmenter *segmenter,
+                                                             size_t index, const char **name);
+/* Run on a blank image, so that the first query is as fast as the next. */
+RECALLSEG_API recallseg_status recallseg_segmenter_warm_up(recallseg_segmenter *segmenter,
+                                                           int32_t runs);
+RECALLSEG_API recallseg_status recallseg_segmenter_close(recallseg_segmenter *segmenter);
+
+/* Where results go: memory of the caller, never copied. */
+typedef struct recallseg_output {
+  uint32_t struct_size;
+  uint32_t reserved;
+  int64_t rows, columns;       /* as the image's */
+  uint8_t *label_map;          /* rows x columns, or null; 0 is background */
+  int64_t label_strides[2];    /* as for images */
+  uint8_t *masks;              /* count x rows x columns of 0 and 1, or null */
+  int64_t mask_count;          /* the segmenter's structures */
+  int64_t mask_strides[3];
+} recallseg_output;
+#define RECALLSEG_OUTPUT_INIT {sizeof(recallseg_output), 0, 0, 0, NULL, {0, 0}, NULL, 0, {0, 0, 0}}
+
+/* Segment one image. deadline_ms: most milliseconds from this call to its return, waiting for
+ * other threads included, looked at between stages; 0: none. result may be null. */
+RECALLSEG_API recallseg_status recallseg_segment(recallseg_segmenter *segmenter,
+                                                 const recallseg_image *image,
+                                                 const recallseg_output *output,
+                                                 double deadline_ms, recallseg_result **result);
+
+/* ---- Results: everything but the pixels ---- */
+
+typedef struct recallseg_summary {
+  uint32_t struct_size;
+  int32_t quality; /* RECALLSEG_QUALITY_... */
+  size_t structure_count;
+  size_t timing_count;
+  double total_ms;
+  const char *bundle_identity;
+  const char *library_digest;
+  const char *engine;
+  const char *precision;
+  const char *notice;
+  int32_t k;
+  int32_t reserved;
+} recallseg_summary;
+#define RECALLSEG_SUMMARY_INIT \
+  {sizeof(recallseg_summary), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0}
+
+typedef struct recallseg_score {
+  uint32_t struct_size;
+  int32_t label; /* value in the label map */
+  const char *structure;
+  int32_t present;     /* whether a mask was given */
+  int32_t reserved;
+  double iou;          /* the model's own estimate, 0..1 */
+  double object_score; /* logit that the structure is there */
+  double distance;     /* cosine distance to the nearest exemplar that shows it */
+  uint64_t pixels;     /* of the mask */
+  double area_mm2;     /* NaN where the spacing is unknown */
+  size_t recalled_count;
+  size_t reason_count; /* why the quality is suspect */
+} recallseg_score;
+#define RECALLSEG_SCORE_INIT {sizeof(recallseg_score), 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
+typedef struct recallseg_recalled {
+  uint32_t struct_size;
+  int32_t absent;    /* 1: annotated as not showing the structure */
+  const char *key;
+  double similarity; /* cosine, -1..1 */
+  size_t tag_count;
+} recallseg_recalled;
+#define RECALLSEG_RECALLED_INIT {sizeof(recallseg_recalled), 0, NULL, 0, 0}
+
+RECALLSEG_API recallseg_status recallseg_result_summary(recallseg_result *result,
+                                                        recallseg_summary *summary);
+RECALLSEG_API recallseg_status recallseg_result_score(recallseg_result *result, size_t structure,
+                                                      recallseg_score *score);
+RECALLSEG_API recallseg_status recallseg_result_reason(recallseg_result *result, size_t structure,
+                                                       size_t index, const char **reason);
+/* Nearest first. */
+RECALLSEG_API recallseg_status recallseg_result_recalled(recallseg_result *result,
+                                                         size_t structure, size_t index,
+                                                         recallseg_recalled *recalled);
+RECALLSEG_API recallseg_status recallseg_result_tag(recallseg_result *result, size_t structure,
+                                                    size_t recalled, size_t index,
+                                                    recallseg_tag *tag);
+/* Stages in the order in which they ran. */
+RECALLSEG_API recallseg_status recallseg_result_timing(recallseg_result *result, size_t index,
+                                                       const char **stage, double *ms);
+RECALLSEG_API recallseg_status recallseg_result_close(recallseg_result *result);
+
+/* ---- Streams: live frames that must not be late ---- */
+
+/* What became of one frame. All of it is valid until the callback returns, and no longer. */
+typedef struct recallseg_frame {
+  uint32_t struct_size;
+  recallseg_status status;  /* RECALLSEG_E_DEADLINE: late */
+  uint64_t number;          /* as recallseg_stream_push gave it; numbers left out were dropped */
+  double waited_ms;         /* from the push to the beginning of the work */
+  double latency_ms;        /* from the push to its end */
+  int64_t rows, columns;
+  const uint8_t *label_map; /* packed rows; null if status is not RECALLSEG_OK */
+  recallseg_result *result; /* to read, not to close; null likewise */
+  const char *message;      /* why there is no result; "" if there is one */
+} recallseg_frame;
+
+/* Called on the stream's own thread, in order, for every frame that was not dropped. While it runs
+ * no frame is segmented. Must not throw. It may call anything, recallseg_stream_close too. */
+typedef void (*recallseg_frame_callback)(const recallseg_frame *frame, void *user);
+
+typedef struct recallseg_stream_options {
+  uint32_t struct_size;
+  int32_t queue;      /* frames that may wait; the next one pushes the oldest out; 0: 1 */
+  double deadline_ms; /* most milliseconds from push to result; 0: none */
+} recallseg_stream_options;
+#define RECALLSEG_STREAM_OPTIONS_INIT {sizeof(recallseg_stream_options), 0, 0}
+
+typedef struct recallseg_stream_statistics {
+  uint32_t struct_size;
+  uint32_t reserved;
+  uint64_t pushed; /* the sum of those that follow and of what still waits */
+  uint64_t segmented;
+  uint64_t dropped; /* pushed out of the queue by a newer frame */
+  uint64_t late;
+  uint64_t failed;
+  uint64_t ignored; /* pushed while paused */
+} recallseg_stream_statistics;
+#define RECALLSEG_STREAM_STATISTICS_INIT \
+  {sizeof(recallseg_stream_statistics), 0, 0, 0, 0, 0, 0, 0}
+
+RECALLSEG_API recallseg_status recallseg_stream_open(recallseg_segmenter *segmenter,
+                                                     const recallseg_stream_options *options,
+                                                     recallseg_frame_callback callback, void *user,
+                                                     recallseg_stream **stream);
+/* Hand over a frame, which is copied, and return at once. number may be null. */
+RECALLSEG_API recallseg_status recallseg_stream_push(recallseg_stream *stream,
+                                                     const recallseg_image *image,
+                                                     uint64_t *number);
+/* Ignore what is pushed from now on; frames that wait are still segmented. */
+RECALLSEG_API recallseg_status recallseg_stream_pause(recallseg_stream *stream);
+/* Take frames again; earlier ones are forgotten. */
+RECALLSEG_API recallseg_status recallseg_stream_resume(recallseg_stream *stream);
+/* Forget the frames so far: what is pushed next belongs to another sequence. */
+RECALLSEG_API recallseg_status recallseg_stream_restart(recallseg_stream *stream);
+/* Wait until no frame waits or is in work; RECALLSEG_E_DEADLINE after timeout_ms. */
+RECALLSEG_API recallseg_status recallseg_stream_drain(recallseg_stream *stream, double timeout_ms);
+RECALLSEG_API recallseg_status
+recallseg_stream_get_statistics(recallseg_stream *stream, recallseg_stream_statistics *statistics);
+/* Drop what waits, let the frame in work end, and stop: the callback is not called any more once
+ * this has returned, unless it is itself what called this. */
+RECALLSEG_API recallseg_status recallseg_stream_close(recallseg_stream *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

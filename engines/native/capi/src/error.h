@@ -1,0 +1,95 @@
+// Statuses, the calling thread's last error, and the border that no exception crosses.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "recallseg.h"
+
+namespace capi {
+
+class Error : public std::runtime_error {
+ public:
+  Error(recallseg_status status, const std::string& message)
+      : std::runtime_error(message), status_(status) {}
+  recallseg_status status() const { return status_; }
+
+ private:
+  recallseg_status status_;
+};
+
+[[noreturn]] inline void refuse(const std::string& message) {
+  throw Error(RECALLSEG_E_ARGUMENT, message);
+}
+
+// Record an error of this thread; a message too long for the buffer is cut.
+recallseg_status fail(recallseg_status status, const char* message) noexcept;
+
+// Run the body of an exported function.
+template <typename Body>
+recallseg_status guarded(Body&& body) noexcept {
+  try {
+    std::forward<Body>(body)();
+    return RECALLSEG_OK;
+  } catch (const Error& error) {
+    return fail(error.status(), error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(RECALLSEG_E_MEMORY, "out of memory");
+  } catch (const std::exception& error) {
+    return fail(RECALLSEG_E_INTERNAL, error.what());
+  } catch (...) {
+    return fail(RECALLSEG_E_INTERNAL, "an unknown exception");
+  }
+}
+
+template <typename T>
+T& required(T* pointer, const char* name) {
+  if (pointer == nullptr) refuse(std::string(name) + " is null");
+  return *pointer;
+}
+
+inline const char* required_text(const char* text, const char* name) {
+  if (text == nullptr || *text == '\0') refuse(std::string(name) + " is null or empty");
+  return text;
+}
+
+inline const char* text_or(const char* text, const char* otherwise) {
+  return text == nullptr || *text == '\0' ? otherwise : text;
+}
+
+// Structs grow at their end. One from an older header is shorter: the rest is 0. One from a newer
+// header is longer: taken if what this version does not know is 0, refused otherwise.
+template <typename T>
+T read_struct(const T* given, std::size_t first_size, const char* name) {
+  const std::size_t size = required(given, name).struct_size;
+  const std::string what = std::string(name) + "->struct_size";
+  if (size < first_size || size > 4096)
+    refuse(what + " is " + std::to_string(size) + ", this version's is " +
+           std::to_string(sizeof(T)) + ": set it to the struct's sizeof");
+  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
+  for (std::size_t i = sizeof(T); i < size; ++i)
+    if (bytes[i] != 0)
+      throw Error(RECALLSEG_E_ABI, std::string(name) + " asks for something newer than version " +
+                                       RECALLSEG_VERSION);
+  T copy{};
+  std::memcpy(&copy, given, size < sizeof(T) ? size : sizeof(T));
+  return copy;
+}
+
+// The same for structs that the library fills.
+template <typename T>
+void write_struct(T value, T* target, std::size_t first_size, const char* name) {
+  const std::size_t size = required(target, name).struct_size;
+  if (size < first_size || size > 4096)
+    refuse(std::string(name) + "->struct_size is " + std::to_string(size) +
+           ", this version's is " + std::to_string(sizeof(T)) + ": use the *_INIT macro");
+  value.struct_size = static_cast<std::uint32_t>(size);
+  std::memcpy(target, &value, size < sizeof(T) ? size : sizeof(T));
+}
+
+}  // namespace capi

@@ -1,0 +1,44 @@
+# Sourced by the scripts that check the native code: build it with other flags, run its checks.
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+RECALLSEG_PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)')
+export RECALLSEG_PYTHON
+
+# A library for the checks, made by the engine `fake`.
+PYTHONPATH="${RECALLSEG_SITE_PACKAGES:-}${RECALLSEG_SITE_PACKAGES:+:}tests" "$RECALLSEG_PYTHON" - "$work" <<'PYTHON'
+import sys
+from pathlib import Path
+
+import cv2
+from support.native import make_fake_library
+from support.pictures import disc
+
+from recallseg import Segmenter
+
+# And a query, with the label map that it must get.
+folder = Path(sys.argv[1])
+query = disc(0.45).image
+segmenter = Segmenter(make_fake_library(folder), k=2, engine="fake")
+cv2.imwrite(str(folder / "query.pgm"), query)
+cv2.imwrite(str(folder / "expected.pgm"), segmenter.segment(query).label_map)
+PYTHON
+
+# build_checks NAME FLAGS...
+build_checks() {
+  local name=$1 flags="${*:2}"
+  for settings in "-S . -B $work/$name-build -DCMAKE_INSTALL_PREFIX=$work/$name \
+      -DPython3_EXECUTABLE=$RECALLSEG_PYTHON -DRECALLSEG_BUILD_CAPI=ON" \
+    "-S tests/integration/capi -B $work/$name-checks -DCMAKE_PREFIX_PATH=$work/$name"; do
+    # shellcheck disable=SC2086
+    cmake $settings -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_FLAGS="$flags" \
+      -DCMAKE_CXX_FLAGS="$flags" >"$work/log" || { cat "$work/log"; return 1; }
+    local folder=${settings#*-B }
+    cmake --build "${folder%% *}" --parallel 2 >"$work/log" || { cat "$work/log"; return 1; }
+    [[ $folder == *-checks* ]] || cmake --install "${folder%% *}" >"$work/log"
+  done
+}
+
+# run_check BUILD NAME [WRAPPER...]
+run_check() {
+  "${@:3}" "$work/$1-checks/checks" "$2" "$work/library" "$work/scratch"
+}

@@ -1,0 +1,43 @@
+"""librecallseg, built and installed as a device project would; a library for the fake engine."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from support.native import SOURCE, Installed, embedding_environment, make_fake_library, passed
+
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def capi(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    missing = [tool for tool in ("cmake", "cc", "c++") if shutil.which(tool) is None]
+    if not HEADER.is_file():
+        missing.append("Python's headers")
+    if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        missing.append("libpython as a shared library")
+    if missing:
+        pytest.skip(f"not on this machine: {', '.join(missing)}")
+    root = tmp_path_factory.mktemp("capi")
+    build, prefix, checks = root / "build", root / "prefix", root / "checks"
+    passed(
+        *("cmake", "-S", SOURCE, "-B", build, f"-DCMAKE_INSTALL_PREFIX={prefix}"),
+        *(f"-DPython3_EXECUTABLE={sys.executable}", "-DRECALLSEG_BUILD_CAPI=ON"),
+    )
+    passed("cmake", "--build", build, "--parallel", "2")
+    passed("cmake", "--install", build)
+    # Against the install tree, by find_package.
+    passed("cmake", "-S", HERE, "-B", checks, f"-DCMAKE_PREFIX_PATH={prefix}")
+    passed("cmake", "--build", checks)
+    return Installed(prefix, build, checks / "checks", embedding_environment())
+
+
+@pytest.fixture(scope="session")
+def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of discs and cores; read it, do not change it."""
+    return make_fake_library(tmp_path_factory.mktemp("fake"))

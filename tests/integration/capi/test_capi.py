@@ -1,0 +1,231 @@
+"""librecallseg as device software meets it: built with CMake, linked, called well and badly."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from support.native import SOURCE, Installed, passed, run
+
+from recallseg import Library, __version__
+from recallseg.benchmarks.capi import CLibrary, measure_overhead
+from recallseg.runtime.demo import load_slices
+from recallseg.runtime.embedding import INTERFACE, STATUS
+
+MOST_OVERHEAD_MS = 0.5
+CHECKS = ("no_python", "hostile", "layouts", "deadline", "threads", "memory", "forked", "signals")
+
+
+def check(capi: Installed, name: str, library: Path, **env: str) -> str:
+    scratch = library.parent / "scratch"
+    return passed(capi.checks, name, library, scratch, env={**capi.env, **env})
+
+
+@pytest.mark.parametrize("name", [*CHECKS, "logging", "exemplars", "streams"])
+def test_the_checks_pass(capi: Installed, fake_library: Path, name: str) -> None:
+    assert f"{name}: done" in check(capi, name, fake_library)
+
+
+def test_the_examples_give_what_the_command_line_gives(capi: Installed, tmp_path: Path) -> None:
+    slices = load_slices()
+    query = (slices.queries[6].image * 255).astype(np.uint8)
+    for suffix in ("pgm", "png"):
+        cv2.imwrite(str(tmp_path / f"query.{suffix}"), query)
+    with Library.create(tmp_path / "library", "demo") as library:
+        for exemplar in slices.exemplars[5:9]:
+            library.add((exemplar.image * 255).astype(np.uint8), exemplar.masks, key=exemplar.name)
+    passed(
+        *(sys.executable, "-m", "recallseg", "segment", tmp_path / "library"),
+        *(tmp_path / "query.png", "--output", tmp_path),
+    )
+    expected = (tmp_path / "query.mask.png", tmp_path / "query.json")
+    label_map = cv2.imread(str(expected[0]), cv2.IMREAD_UNCHANGED)
+    assert len(np.unique(label_map)) > 2
+    for language in ("c", "cpp"):
+        out = tmp_path / f"{language}.pgm"
+        printed = passed(
+            capi.example(language), tmp_path / "library", tmp_path / "query.pgm", out, env=capi.env
+        )
+        assert np.array_equal(cv2.imread(str(out), cv2.IMREAD_UNCHANGED), label_map)
+        assert "grey matter" in printed
+
+
+def test_a_missing_library_is_one_message(capi: Installed, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "query.pgm"), np.zeros((32, 32), np.uint8))
+    for language in ("c", "cpp"):
+        done = run(
+            *(capi.example(language), tmp_path / "none", tmp_path / "query.pgm", tmp_path / "out"),
+            env=capi.env,
+        )
+        assert done.returncode == 1
+        assert "library not found" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_information_names_interpreter_and_package(capi: Installed, fake_library: Path) -> None:
+    hosted, python, library, executable, prefix, package, folder, _ = check(
+        capi, "info", fake_library
+    ).splitlines()
+    assert hosted == "0"
+    assert python == ".".join(map(str, sys.version_info[:3]))
+    assert "libpython" in library
+    assert executable == sys.executable
+    assert prefix == sys.prefix
+    assert package == __version__
+    assert Path(folder, "__init__.py").is_file()
+
+
+def start(capi: Installed, fake_library: Path, **env: str) -> tuple[int, str]:
+    status, message, *_ = check(capi, "starts", fake_library, **env).splitlines()
+    return int(status), message
+
+
+def test_a_machine_without_python_is_told_so(capi: Installed, fake_library: Path) -> None:
+    status, message = start(capi, fake_library, RECALLSEG_PYTHON="/opt/none/bin/python3", PATH="")
+    assert status == 6
+    assert "/opt/none/bin/python3" in message
+    status, message = start(capi, fake_library, RECALLSEG_PYTHON_LIBRARY="/opt/none/libpython.so")
+    assert status == 6
+    assert "libpython cannot be loaded" in message
+
+
+def test_an_environment_without_the_package_is_refused(
+    capi: Installed, fake_library: Path, tmp_path: Path
+) -> None:
+    passed(sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare")
+    python = tmp_path / "bare" / "bin" / "python"
+    status, message = start(
+        capi, fake_library, RECALLSEG_PYTHON=str(python), RECALLSEG_SITE_PACKAGES=""
+    )
+    assert status == 6
+    assert "No module named 'recallseg'" in message
+
+
+def test_a_folder_that_is_not_where_the_package_comes_from_is_refused(
+    capi: Installed, fake_library: Path, tmp_path: Path
+) -> None:
+    # The interpreter finds recallseg elsewhere: what was asked for is not what would be used.
+    env = {"PYTHONPATH": "", "RECALLSEG_SITE_PACKAGES": str(tmp_path)}
+    status, message = start(capi, fake_library, **env)
+    assert status == 6
+    assert "recallseg" in message
+
+
+def test_a_package_of_another_version_or_interface_is_refused(
+    capi: Installed, fake_library: Path, tmp_path: Path
+) -> None:
+    passed(sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare")
+    env = {
+        "RECALLSEG_PYTHON": str(tmp_path / "bare" / "bin" / "python"),
+        "RECALLSEG_SITE_PACKAGES": str(tmp_path),
+    }
+    package = tmp_path / "recallseg"
+    (package / "runtime").mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '99.0'")
+    status, message = start(capi, fake_library, **env)
+    assert status == 3
+    assert "99.0" in message
+    (package / "__init__.py").write_text(f"__version__ = {__version__!r}")
+    (package / "runtime" / "__init__.py").touch()
+    (package / "runtime" / "embedding.py").write_text(f"INTERFACE = {INTERFACE + 1}")
+    status, message = start(capi, fake_library, **env)
+    assert status == 3
+    assert "interface" in message
+
+
+def test_a_host_that_runs_python_shares_its_interpreter(
+    capi: Installed, fake_library: Path
+) -> None:
+    program = f"""
+import sys, ctypes, os
+import numpy as np
+from pathlib import Path
+from recallseg import Segmenter
+from recallseg.benchmarks.capi import CLibrary
+native = CLibrary(Path({str(capi.file)!r}), Path({str(fake_library)!r}), engine="fake", k=2)
+image = np.full((40, 50), 200, np.uint8)
+ours = np.full((40, 50), 99, np.uint8)
+native.segment(image, ours)
+theirs = Segmenter({str(fake_library)!r}, k=2, engine="fake").segment(image).label_map
+assert (ours == theirs).all() and theirs.any(), theirs
+library = ctypes.CDLL({str(capi.file)!r})
+options = (ctypes.c_void_p * 5)(40)
+name = ctypes.c_char_p(b"/bin/python3")
+options[1] = ctypes.cast(name, ctypes.c_void_p).value
+assert library.recallseg_init(1, options) in (0, 4)
+native.close()
+assert library.recallseg_shutdown() == 0
+print("still running", sys.version_info[:2])
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    assert "still running" in passed(sys.executable, "-c", program, env=env)
+
+
+def test_the_call_through_c_costs_little(capi: Installed) -> None:
+    found = measure_overhead(capi.file, rounds=60)
+    assert found.difference.p50 <= MOST_OVERHEAD_MS, found
+
+
+def test_pkg_config_finds_an_install_tree_that_was_moved(capi: Installed, tmp_path: Path) -> None:
+    if shutil.which("pkg-config") is None:
+        pytest.skip("not on this machine: pkg-config")
+    shutil.copytree(capi.prefix, tmp_path / "moved", symlinks=True)
+    folder = next((tmp_path / "moved").glob("lib*/**/pkgconfig"))
+    flags = passed(
+        *("pkg-config", "--cflags", "--libs", "recallseg"),
+        env={**os.environ, "PKG_CONFIG_PATH": str(folder)},
+    )
+    assert str(tmp_path / "moved") in os.path.normpath(flags.split()[0].removeprefix("-I"))
+    source = tmp_path / "version.c"
+    source.write_text(
+        "#include <recallseg.h>\nint main(void) { return *recallseg_version() - 48; }"
+    )
+    passed("cc", "-std=c99", "-pedantic", "-Werror", source, *flags.split(), "-o", tmp_path / "v")
+    passed(tmp_path / "v", env={"LD_LIBRARY_PATH": str(folder.parent)})
+
+
+def test_the_library_links_with_no_python_and_exports_only_its_own(capi: Installed) -> None:
+    needed = re.findall(r"NEEDED.*\[(.+)\]", passed("readelf", "-d", capi.file))
+    assert {name.split(".")[0] for name in needed} <= {
+        *("libstdc++", "libgcc_s", "libc", "libm", "libdl", "libpthread", "ld-linux-x86-64"),
+        "ld-linux-aarch64",
+    }
+    exported = passed("nm", "-D", "--defined-only", capi.file).split()[2::3]
+    assert [name for name in exported if not name.startswith("recallseg_")] == []
+    header = (SOURCE / "engines/native/capi/include/recallseg.h").read_text()
+    declared = set(re.findall(r"\b(recallseg_\w+)\(", header))
+    assert set(exported) == declared
+
+
+def test_header_and_package_agree() -> None:
+    header = (SOURCE / "engines/native/capi/include/recallseg.h").read_text()
+    assert f'#define RECALLSEG_VERSION "{__version__}"' in header
+    source = (SOURCE / "engines/native/capi/src/interpreter.cpp").read_text()
+    assert f"kInterface = {INTERFACE};" in source
+    codes = dict(re.findall(r"RECALLSEG_E_(\w+) = (\d+)", header))
+    for kind, code in STATUS.items():
+        name = {"EngineRunError": "Engine", "MemoryError": "Memory"}.get(kind.__name__)
+        name = name or kind.__name__.removesuffix("Error")
+        snake = re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper()
+        assert int(codes[snake]) == code
+
+
+def test_a_signal_ends_the_host_as_if_there_were_no_python(
+    capi: Installed, fake_library: Path
+) -> None:
+    assert run(capi.checks, "interrupted", env=capi.env).returncode == -signal.SIGINT
+
+
+def test_a_closed_handle_in_the_binding_is_an_error(capi: Installed, fake_library: Path) -> None:
+    native = CLibrary(capi.file, fake_library, engine="fake", k=2)
+    native.close()
+    image = np.zeros((8, 8), np.uint8)
+    with pytest.raises(Exception, match="status 2: the segmenter is closed"):
+        native.segment(image, image.copy())

@@ -85,7 +85,8 @@ class BundleEncoder:
     def _embed(self, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
         prepare_image(scaled, self._embed_image, self._bundle.normalisation["embed"])
         self._composition.embed(self._embed_image, self._embedding)
-        return self._embedding[0].copy()
+        embedding: NDArray[np.float32] = self._embedding[0].copy()
+        return embedding
 
     def _memorize(
         self, masks: list[NDArray[np.bool_]]

@@ -310,15 +310,18 @@ class Stream:
 
 def _copied(image: Any) -> NDArray[Any]:
     """Return a copy in the CPU's memory."""
+    copied: NDArray[Any]
     if isinstance(image, np.ndarray):
-        return image.copy()
+        copied = image.copy()
+        return copied
     if not hasattr(image, "__dlpack__"):
         raise InputError(
             f"a frame must be a numpy array or have __dlpack__, got {type(image).__name__}."
         )
     try:
-        return np.from_dlpack(image).copy()
+        copied = np.from_dlpack(image).copy()
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"the frame's data cannot be reached from the CPU: {error}. Copy it there first."
         ) from error
+    return copied

@@ -179,7 +179,7 @@ class Slicing:
 
         ``slicing.view(label_map, index)[:] = mask`` puts a mask back on the volume's grid.
         """
-        plane = np.moveaxis(array, self.axis, 0)[index]
+        plane: NDArray[Any] = np.moveaxis(array, self.axis, 0)[index]
         if self.rows > self.columns:
             plane = plane.swapaxes(0, 1)
         if self.flip_rows:

@@ -33,10 +33,13 @@ SHAPE = (6, 64, 48)
 
 
 def phantom() -> tuple[np.ndarray, np.ndarray]:
-    """A bright bar in the upper half of slices 1 to 4, and its mask: [slice, row, column]."""
+    """A bright bar in the upper half of slices 1 to 4, and its mask: [slice, row, column].
+
+    The bar keeps to the 4x4 cells of the fake engine's features, so its mask can come back whole.
+    """
     array = np.full(SHAPE, 300, np.uint16)
     mask = np.zeros(SHAPE, bool)
-    mask[1:5, 8:40, 6:30] = True
+    mask[1:5, 0:32, 12:36] = True
     array[mask] = 2000
     array += np.arange(SHAPE[2], dtype=np.uint16)  # left and right differ
     array += np.arange(SHAPE[0], dtype=np.uint16)[:, None, None]  # and so do all slices
@@ -168,9 +171,9 @@ def test_exemplars_from_nifti_and_slicer(tmp_path: Path, library: Path) -> None:
     array, mask = phantom()
     folder = tmp_path / "volumes"
     folder.mkdir()
-    nifti(folder / "a.nii.gz", array)
+    nifti(folder / "a.nii.gz", array + 50)  # slices that the library does not hold yet
     nifti(folder / "a.mask.nii.gz", mask.astype(np.uint8))
-    nifti(folder / "b.nii", array + 1)
+    nifti(folder / "b.nii", array + 100)
     image = nibabel.load(folder / "b.nii")
     like = Volume(np.asanyarray(image.dataobj), image.affine, "RAS")
     write_seg_nrrd(

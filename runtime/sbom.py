@@ -50,7 +50,7 @@ def make_sbom(extras: Sequence[str], libraries: Sequence[Path] = ()) -> str:
     """
     bom = Bom()
     needs: dict[str, list[str]] = {}
-    found = {name: dist for name, dist in _closure(extras, needs)}
+    found = dict(_closure(extras, needs))
     components = {name: _python_component(dist) for name, dist in found.items()}
     root = components[ROOT]
     root.type = ComponentType.APPLICATION

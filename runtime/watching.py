@@ -1,6 +1,6 @@
-"""Segments every image that arrives in a folder, once: the simplest way to be integrated.
+"""Segments every image, volume and series that arrives in a folder, once: the simplest integration.
 
-There is no state but the outputs. An image is done when its record is there, which is written last;
+There is no state but the outputs. An item is done when its record is there, which is written last;
 so whatever dies at whatever moment, the next run goes on where that one was.
 """
 
@@ -11,28 +11,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from time import monotonic
 from types import TracebackType
 from typing import Any
 
 from recallseg.engines.errors import InputError, LibraryLockedError
 from recallseg.runtime.audit import AuditLog
-from recallseg.runtime.formats.images import is_image, read_image, write_atomically
+from recallseg.runtime.formats.dicom import read_dicom
+from recallseg.runtime.formats.images import read_image, write_atomically
+from recallseg.runtime.formats.reading import read_volume
+from recallseg.runtime.inbox import Inbox, Item
 from recallseg.runtime.library.storage import WriterLock
-from recallseg.runtime.outputs import MASK_SUFFIX, output_base, record_file, write_result
+from recallseg.runtime.outputs import output_base, record_file, write_result
 from recallseg.runtime.segmenter import Segmenter
+from recallseg.runtime.volume_outputs import VolumeSettings, segment_to_files
 
 __all__ = ["Arrival", "Watcher"]
 
 LOCK = ".recallseg-watch.lock"
-Signature = tuple[int, int]  # bytes, nanoseconds of the last change
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """What became of one image: a ``record`` as in NAME.json, or why there is none."""
+    """What became of one item: a ``record`` as in NAME.json, or why there is none.
+
+    ``path`` is its file, or the folder that a series lies in; ``name`` as in ``Item``.
+    """
 
     path: Path
+    name: str
     record: dict[str, Any] | None
     error: str | None
 
@@ -40,15 +46,17 @@ class Arrival:
 class Watcher:
     """Watches one folder and those below it.
 
-    An image has arrived when its size and time of change have stayed the same for ``settle_s``.
-    Hidden files, label maps (NAME.mask.png) and other formats are passed over. What cannot be
-    segmented leaves NAME.error.json, and is tried again when the file changes.
+    An item has arrived when nothing of it has changed for ``settle_s``; what counts as one, see
+    :class:`recallseg.runtime.inbox.Inbox`. A series to which slices are added after it was
+    segmented is segmented again, whole. What cannot be segmented leaves NAME.error.json, and is
+    tried again when a file of it changes.
 
     Parameters
     ----------
     segmenter : what segments.
     source, output : folders; neither may lie in the other. Only one watcher may write to an output.
     settle_s : seconds without a change.
+    volumes : how volumes are treated.
     audit : log in which every segmentation is recorded.
 
     Raises
@@ -64,6 +72,7 @@ class Watcher:
         output: Path,
         *,
         settle_s: float = 2.0,
+        volumes: VolumeSettings | None = None,
         audit: AuditLog | None = None,
     ) -> None:
         if not source.is_dir():
@@ -84,31 +93,31 @@ class Watcher:
                 f"another process already watches into {output}. Stop it, or choose another folder."
             ) from error
         self._segmenter = segmenter
-        self._source, self._output = source, output
-        self._settle_s = settle_s
+        self._output = output
+        self._inbox = Inbox(source, settle_s)
+        self._volumes = volumes or VolumeSettings()
         self._audit = audit
-        self._seen: dict[Path, tuple[Signature, float]] = {}
 
     def run(self, stop: Event, *, once: bool = False, poll_s: float = 0.5) -> Iterator[Arrival]:
         """Segment what arrives, and yield what became of it, until ``stop`` is set.
 
         Parameters
         ----------
-        stop : looked at between images; the one in work is finished.
+        stop : looked at between items; the one in work is finished.
         once : end when all that is there now is done.
         poll_s : seconds between two looks at the folder.
 
         Raises
         ------
         OSError, EngineError, LibraryError, AuditError
-            What concerns more than one image ends the watch; what was done stays done.
+            What concerns more than one item ends the watch; what was done stays done.
         """
         while not stop.is_set():
-            arrived, unsettled = self._look()
-            for path, signature in arrived:
+            arrived, unsettled = self._inbox.look(self._is_done)
+            for item in arrived:
                 if stop.is_set():
                     return
-                yield self._segment(path, signature)
+                yield self._segment(item)
             if once and not arrived and not unsettled:
                 return
             if not arrived:
@@ -129,75 +138,64 @@ class Watcher:
     ) -> None:
         self.close()
 
-    def _look(self) -> tuple[list[tuple[Path, Signature]], bool]:
-        """Return complete images that are not done, and whether others are still being written."""
-        arrived: list[tuple[Path, Signature]] = []
-        unsettled = False
-        seen: dict[Path, tuple[Signature, float]] = {}
-        now = monotonic()
-        for path in sorted(self._source.rglob("*")):
-            relative = path.relative_to(self._source)
-            if (
-                not is_image(path)
-                or path.stem.endswith(MASK_SUFFIX)
-                or any(part.startswith(".") for part in relative.parts)
-            ):
-                continue
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue  # taken away while we looked
-            signature = (status.st_size, status.st_mtime_ns)
-            if self._is_done(path, signature):
-                continue
-            before = self._seen.get(path)
-            since = before[1] if before is not None and before[0] == signature else now
-            seen[path] = (signature, since)
-            if now - since >= self._settle_s:
-                arrived.append((path, signature))
-            else:
-                unsettled = True
-        self._seen = seen
-        return arrived, unsettled
-
-    def _is_done(self, path: Path, signature: Signature) -> bool:
-        base = self._base(path)
+    def _is_done(self, item: Item) -> bool:
+        base = self._base(item)
         record = _read_record(record_file(base))
-        if record is not None and record.get("image") == path.name:
-            return True
-        failure = _read_record(_failure_file(base, path))
-        return failure is not None and tuple(failure.get("file", ())) == signature
+        if record is not None and record.get("image") == item.name:
+            return int(record.get("files", 1)) >= len(item.files)
+        failure = _read_record(_failure_file(base, item))
+        return failure is not None and tuple(failure.get("files", ())) == item.signature
 
-    def _segment(self, path: Path, signature: Signature) -> Arrival:
-        base = self._base(path)
+    def _segment(self, item: Item) -> Arrival:
+        base = self._base(item)
         try:
             other = _read_record(record_file(base))
-            if other is not None:
+            if other is not None and other.get("image") != item.name:
                 raise InputError(
-                    f"{path}: {record_file(base)} is of {other.get('image')}. Rename one of them."
+                    f"{item.path}: {record_file(base)} is of {other.get('image')}. Rename one."
                 )
-            image = read_image(path)
-            result = self._segmenter.segment(image)
+            record = self._write(item, base)
         except InputError as error:
             base.parent.mkdir(parents=True, exist_ok=True)
-            failure = {"image": path.name, "file": list(signature), "error": str(error)}
+            failure = {"image": item.name, "files": list(item.signature), "error": str(error)}
             write_atomically(
-                _failure_file(base, path),
+                _failure_file(base, item),
                 json.dumps(failure, indent=1, ensure_ascii=False).encode(),
             )
-            return Arrival(path, None, str(error))
-        if self._audit is not None:
-            self._audit.record(image, result.label_map, result.to_json())
-        record = write_result(base, result, path.name)
-        _failure_file(base, path).unlink(missing_ok=True)
-        return Arrival(path, record, None)
+            return Arrival(item.path, item.name, None, str(error))
+        _failure_file(base, item).unlink(missing_ok=True)
+        return Arrival(item.path, item.name, record, None)
 
-    def _base(self, path: Path) -> Path:
-        return output_base(self._output, path.relative_to(self._source))
+    def _write(self, item: Item, base: Path) -> dict[str, Any]:
+        """Segment an item and write what was found; return the record."""
+        if item.kind == "image":
+            image = read_image(item.path)
+            result = self._segmenter.segment(image)
+            if self._audit is not None:
+                self._audit.record(image, result.label_map, result.to_json())
+            return write_result(base, result, item.name)
+        if item.kind == "dicom":
+            volume = read_dicom(item.files, voi=self._volumes.voi)
+        else:
+            volume = read_volume(item.path, kind=item.kind)
+        _, record = segment_to_files(
+            self._segmenter,
+            volume,
+            base,
+            self._volumes,
+            kind=item.kind,
+            source=item.name,
+            log=self._audit,
+            extra={"files": len(item.files)},
+        )
+        return record
+
+    def _base(self, item: Item) -> Path:
+        return output_base(self._output, item.relative)
 
 
-def _failure_file(base: Path, path: Path) -> Path:
-    return base.with_name(f"{base.name}{path.suffix.lower()}.error.json")
+def _failure_file(base: Path, item: Item) -> Path:
+    return base.with_name(f"{base.name}{item.suffix}.error.json")
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

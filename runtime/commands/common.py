@@ -14,22 +14,30 @@ from recallseg.engines.errors import InputError
 
 __all__ = [
     "AuditOption",
+    "CleanUpOption",
     "EngineOption",
     "JsonOption",
     "LibraryArgument",
+    "PlaneOption",
     "PrecisionOption",
+    "PreviewOption",
+    "PropagateOption",
     "ThreadsOption",
+    "VoiOption",
     "emit_json",
     "note",
     "parsed",
     "progress_bar",
     "say_notice",
+    "split_clean_ups",
     "split_list",
     "split_numbers",
     "split_tags",
 ]
 
 T = TypeVar("T")
+
+CLEAN_UPS = ("largest", "holes")
 
 LibraryArgument = Annotated[
     Path, typer.Argument(metavar="LIB", help="Folder of the library.", show_default=False)
@@ -43,6 +51,34 @@ ThreadsOption = Annotated[
 AuditOption = Annotated[
     Optional[Path],
     typer.Option("--audit", help="Append an entry for every segmentation to this log."),
+]
+PlaneOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--plane",
+        help="Cut volumes into axial, coronal or sagittal slices.",
+        show_default="as they were acquired",
+    ),
+]
+PropagateOption = Annotated[
+    int,
+    typer.Option(
+        "--propagate",
+        min=0,
+        help="Slices of a volume whose memories help the next one; 0: none.",
+    ),
+]
+CleanUpOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--clean-up", help="Of a volume's structures keep the 'largest' part, fill 'holes'."
+    ),
+]
+PreviewOption = Annotated[
+    bool, typer.Option("--preview", help="Leave pictures of each volume: PNG and HTML.")
+]
+VoiOption = Annotated[
+    bool, typer.Option("--voi", help="Apply a DICOM file's own window, as a screen does.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
@@ -73,6 +109,15 @@ def split_numbers(text: str) -> list[int]:
             f"'{text}' must be whole numbers from 1, separated by commas, e.g. 1,4,16."
         )
     return [int(name) for name in names]
+
+
+def split_clean_ups(text: str) -> list[str]:
+    """Split a list of clean-ups; raises InputError for one that there is not."""
+    chosen = split_list(text)
+    unknown = [name for name in chosen if name not in CLEAN_UPS]
+    if unknown:
+        raise InputError(f"there is no clean-up '{unknown[0]}'; choose of {', '.join(CLEAN_UPS)}.")
+    return chosen
 
 
 def split_tags(items: list[str] | None) -> dict[str, str]:

@@ -12,26 +12,31 @@ import typer
 from recallseg.engines.errors import InputError
 from recallseg.runtime.commands.common import (
     AuditOption,
+    CleanUpOption,
     EngineOption,
     JsonOption,
     LibraryArgument,
+    PlaneOption,
     PrecisionOption,
+    PreviewOption,
+    PropagateOption,
     ThreadsOption,
+    VoiOption,
     emit_json,
     note,
     parsed,
     progress_bar,
     say_notice,
+    split_clean_ups,
     split_list,
 )
 
 if TYPE_CHECKING:
     from recallseg.runtime.audit import AuditLog
     from recallseg.runtime.segmenter import Segmenter
+    from recallseg.runtime.volume_outputs import VolumeSettings
 
 __all__ = ["segment"]
-
-CLEAN_UPS = ("largest", "holes")
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,6 @@ class _Job:
     path: Path
     base: Path
     kind: str  # as volume_format() says; "image" is a plain one
-
-
-@dataclass(frozen=True)
-class _VolumeSettings:
-    plane: str | None
-    clean_ups: tuple[str, ...]
-    preview: bool
-    voi: bool
 
 
 def segment(
@@ -72,27 +69,11 @@ def segment(
         Optional[str],
         typer.Option("--format", help="dicom, nifti, nrrd or image, where a name does not tell."),
     ] = None,
-    plane: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Cut volumes into axial, coronal or sagittal slices.",
-            show_default="as they were acquired",
-        ),
-    ] = None,
-    propagate: Annotated[
-        int,
-        typer.Option(min=0, help="Slices of a volume whose memories help the next one; 0: none."),
-    ] = 0,
-    clean_up: Annotated[
-        Optional[str],
-        typer.Option(help="Of a volume's structures keep the 'largest' part, fill 'holes'."),
-    ] = None,
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Leave pictures of each volume: PNG and HTML.")
-    ] = False,
-    voi: Annotated[
-        bool, typer.Option("--voi", help="Apply a DICOM file's own window, as a screen does.")
-    ] = False,
+    plane: PlaneOption = None,
+    propagate: PropagateOption = 0,
+    clean_up: CleanUpOption = None,
+    preview: PreviewOption = False,
+    voi: VoiOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     audit: AuditOption = None,
     as_json: JsonOption = False,
@@ -101,11 +82,11 @@ def segment(
     from recallseg.runtime.audit import AuditLog
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenter import Segmenter
+    from recallseg.runtime.volume_outputs import VolumeSettings
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
-    settings = _VolumeSettings(
-        plane, () if clean_up is None else parsed(_clean_ups, clean_up, "--clean-up"), preview, voi
-    )
+    wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
+    settings = VolumeSettings(plane, "largest" in wanted, "holes" in wanted, preview, voi)
     jobs = _jobs(paths, output, kind)
     if not overwrite:
         _refuse_existing(jobs)
@@ -159,38 +140,27 @@ def _segment_image(
 
 
 def _segment_volume(
-    segmenter: Segmenter, job: _Job, settings: _VolumeSettings, log: AuditLog | None
+    segmenter: Segmenter, job: _Job, settings: VolumeSettings, log: AuditLog | None
 ) -> tuple[dict[str, Any], str]:
     from recallseg.runtime.formats.reading import read_volume
     from recallseg.runtime.formats.volume import Slicing
-    from recallseg.runtime.volume_outputs import write_preview, write_volume_result
-    from recallseg.runtime.volumes import clean_up, segment_volume
+    from recallseg.runtime.volume_outputs import segment_to_files
 
     volume = read_volume(job.path, kind=job.kind, voi=settings.voi)
     slices = Slicing.of(volume, settings.plane).count(volume)
     with progress_bar(job.path.name, slices) as step:
-        result = segment_volume(segmenter, volume, plane=settings.plane, progress=step)
-    if settings.clean_ups:
-        result = clean_up(
-            result,
-            largest="largest" in settings.clean_ups,
-            fill_holes="holes" in settings.clean_ups,
+        result, record = segment_to_files(
+            segmenter,
+            volume,
+            job.base,
+            settings,
+            kind=job.kind,
+            source=job.path.name,
+            log=log,
+            progress=step,
         )
-    if log is not None:
-        log.record(volume.array, result.label_map, result.to_audit(volume))
-    record = write_volume_result(job.base, volume, job.kind, result, job.path.name)
-    if settings.preview:
-        write_preview(job.base, volume, result, segmenter.library)
     target = record["mask"] or "nothing found"
     return record, f"{job.base.parent / target}  {result!r}"
-
-
-def _clean_ups(text: str) -> tuple[str, ...]:
-    chosen = tuple(split_list(text))
-    unknown = [name for name in chosen if name not in CLEAN_UPS]
-    if unknown:
-        raise InputError(f"there is no clean-up '{unknown[0]}'; choose of {', '.join(CLEAN_UPS)}.")
-    return chosen
 
 
 def _jobs(paths: Sequence[Path], output: Path, kind: str | None) -> list[_Job]:
@@ -202,6 +172,7 @@ def _jobs(paths: Sequence[Path], output: Path, kind: str | None) -> list[_Job]:
         If a path is not there, a folder has no image, or two outputs would have the same name.
     """
     from recallseg.runtime.formats.reading import volume_format, volume_stem
+    from recallseg.runtime.inbox import kind_in_folder
     from recallseg.runtime.outputs import output_base
 
     def job(path: Path, relative: Path, found: str | None) -> _Job:
@@ -214,7 +185,7 @@ def _jobs(paths: Sequence[Path], output: Path, kind: str | None) -> list[_Job]:
         if found is not None or not path.is_dir():
             jobs.append(job(path, Path(path.name), found))
             continue
-        inside = [(file, _kind_in_folder(file, path)) for file in sorted(path.rglob("*"))]
+        inside = [(file, kind_in_folder(file, path)) for file in sorted(path.rglob("*"))]
         files = [(file, inner) for file, inner in inside if inner is not None]
         if not files:
             raise InputError(
@@ -230,24 +201,6 @@ def _jobs(paths: Sequence[Path], output: Path, kind: str | None) -> list[_Job]:
                 "segment them into different folders."
             )
     return jobs
-
-
-def _kind_in_folder(file: Path, folder: Path) -> str | None:
-    """Return the format of a file among others, by its name; None for what is passed over."""
-    from recallseg.runtime.formats.images import is_image
-    from recallseg.runtime.formats.reading import volume_stem
-    from recallseg.runtime.outputs import MASK_SUFFIX
-
-    name = file.name.lower()
-    if any(part.startswith(".") for part in file.relative_to(folder).parts):
-        return None
-    if volume_stem(file).endswith(MASK_SUFFIX) or name.endswith(".seg.nrrd"):
-        return None
-    if name.endswith((".nii", ".nii.gz")):
-        return "nifti"
-    if name.endswith(".nrrd"):
-        return "nrrd"
-    return "image" if is_image(file) else None
 
 
 def _refuse_existing(jobs: Sequence[_Job]) -> None:

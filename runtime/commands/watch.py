@@ -12,13 +12,19 @@ import typer
 
 from recallseg.runtime.commands.common import (
     AuditOption,
+    CleanUpOption,
     EngineOption,
     JsonOption,
+    PlaneOption,
     PrecisionOption,
+    PreviewOption,
+    PropagateOption,
     ThreadsOption,
+    VoiOption,
     note,
     parsed,
     say_notice,
+    split_clean_ups,
     split_list,
 )
 
@@ -28,7 +34,7 @@ __all__ = ["watch"]
 def watch(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Folder in which images arrive.")],
     library: Annotated[Path, typer.Option(help="Folder of the library.")],
-    output: Annotated[Path, typer.Option(help="Folder for NAME.mask.png and NAME.json.")],
+    output: Annotated[Path, typer.Option(help="Folder for segmentations and their NAME.json.")],
     k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
     structures: Annotated[
         Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
@@ -37,34 +43,52 @@ def watch(
     precision: PrecisionOption = "fp32",
     threads: ThreadsOption = None,
     settle: Annotated[
-        float, typer.Option(min=0, help="Seconds without a change until a file is complete.")
+        float,
+        typer.Option(min=0, help="Seconds without a change until a file or series is complete."),
     ] = 2.0,
+    plane: PlaneOption = None,
+    propagate: PropagateOption = 0,
+    clean_up: CleanUpOption = None,
+    preview: PreviewOption = False,
+    voi: VoiOption = False,
     once: Annotated[
         bool, typer.Option("--once", help="End when all that is there is done.")
     ] = False,
     audit: AuditOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment every image that arrives in a folder, once. Stop it with Ctrl-C or SIGTERM.
+    """Segment every image, volume and DICOM series that arrives in a folder, once.
 
-    After a restart it goes on where it was. Exit status 1 if an image could not be segmented.
+    Stop it with Ctrl-C or SIGTERM; after a restart it goes on where it was. Exit status 1 if
+    something could not be segmented.
     """
     from recallseg.runtime.audit import AuditLog
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenter import Segmenter
+    from recallseg.runtime.volume_outputs import VolumeSettings
     from recallseg.runtime.watching import Watcher
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
+    wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
+    volumes = VolumeSettings(plane, "largest" in wanted, "holes" in wanted, preview, voi)
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     failed = False
     with Library.open(library) as opened:
         segmenter = Segmenter(
-            opened, k=k, structures=names, engine=engine, precision=precision, threads=threads
+            opened,
+            k=k,
+            structures=names,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            memories=propagate,
         )
         log = None if audit is None else AuditLog(audit)
-        with Watcher(segmenter, source, output, settle_s=settle, audit=log) as watcher:
+        with Watcher(
+            segmenter, source, output, settle_s=settle, volumes=volumes, audit=log
+        ) as watcher:
             say_notice(segmenter.bundle.notice)
             segmenter.warm_up()
             if not as_json:
@@ -72,13 +96,14 @@ def watch(
             for arrival in watcher.run(stop, once=once):
                 failed |= arrival.record is None
                 if as_json:
-                    answer = arrival.record or {"image": arrival.path.name, "error": arrival.error}
+                    answer = arrival.record or {"image": arrival.name, "error": arrival.error}
                     typer.echo(json.dumps(answer, ensure_ascii=False))
                 elif arrival.record is None:
                     note(f"failed: {arrival.error}")
                 else:
                     total = arrival.record["timings_ms"]["total"]
-                    flag = arrival.record["quality"]["flag"]
-                    typer.echo(f"{arrival.path}  {flag}, {total:.0f} ms")
+                    quality = arrival.record["quality"]
+                    flag = quality.get("flag") or f"slices {quality['flags']}"
+                    typer.echo(f"{arrival.name}  {flag}, {total:.0f} ms")
     if failed:
         raise typer.Exit(1)

@@ -11,6 +11,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.guards import check_finite, check_size
 from recallseg.runtime.formats.volume import Volume
 
-__all__ = ["damaged_is_input_error", "find_series", "is_dicom", "read_datasets", "read_dicom"]
+__all__ = [
+    "SeriesLabel",
+    "damaged_is_input_error",
+    "find_series",
+    "is_dicom",
+    "read_datasets",
+    "read_dicom",
+    "read_series_label",
+]
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -29,6 +38,15 @@ SAME_ORIENTATION = 1e-3  # of direction cosines
 EVEN_GAPS = 0.02  # of the gap: rounding of positions in the header
 STRAIGHT = 0.02  # of the gap that slices may shift within their plane
 MAX_FILES = 20_000
+
+
+@dataclass(frozen=True)
+class SeriesLabel:
+    """Which series a file belongs to: SeriesInstanceUID, Modality, SeriesNumber (0: unknown)."""
+
+    uid: str
+    modality: str
+    number: int
 
 
 def is_dicom(path: Path) -> bool:
@@ -75,8 +93,29 @@ def read_datasets(paths: Sequence[Path]) -> list[Any]:
     return datasets
 
 
-def read_dicom(path: Path, *, voi: bool = False) -> Volume:
-    """Read a file, or a folder with one series.
+def read_series_label(path: Path) -> SeriesLabel | None:
+    """Return which series a file belongs to; None for what is no image (SEG, reports, plans).
+
+    Raises
+    ------
+    InputError
+        If it is no DICOM file, or damaged.
+    """
+    import pydicom
+
+    with damaged_is_input_error(path):
+        if not is_dicom(path):
+            raise InputError(f"{path} is no DICOM file: it does not begin as one.")
+        wanted = ["SOPClassUID", "SeriesInstanceUID", "Modality", "SeriesNumber", "Rows"]
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=wanted)
+        if header.get("SOPClassUID") == SEGMENTATION or "Rows" not in header:
+            return None
+        uid = str(header.get("SeriesInstanceUID", ""))
+        return SeriesLabel(uid, _text(header, "Modality"), int(header.get("SeriesNumber") or 0))
+
+
+def read_dicom(path: Path | Sequence[Path], *, voi: bool = False) -> Volume:
+    """Read a file, a folder with one series, or the files of one.
 
     Parameters
     ----------
@@ -95,7 +134,11 @@ def read_dicom(path: Path, *, voi: bool = False) -> Volume:
         of several orientations or sizes, two at one position, uneven gaps (one is missing), gantry
         tilt, or a missing spacing.
     """
-    datasets = read_datasets(find_series(path) if path.is_dir() else [path])
+    if isinstance(path, Path):
+        datasets = read_datasets(find_series(path) if path.is_dir() else [path])
+    else:
+        datasets = read_datasets(path)
+        path = path[0].parent
     with damaged_is_input_error(path):
         if len(datasets) == 1 and int(datasets[0].get("NumberOfFrames", 1) or 1) > 1:
             return _multi_frame(datasets[0], path, voi)

@@ -5,12 +5,15 @@ from pathlib import Path
 from threading import Event
 
 import cv2
+import nibabel
 import numpy as np
 import pytest
+from support.dicom_series import write_series
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import InputError
 from recallseg.runtime.audit import AuditLog, verify_audit_log
+from recallseg.runtime.volume_outputs import VolumeSettings
 from recallseg.runtime.watching import Arrival, Watcher
 
 
@@ -126,3 +129,67 @@ def test_a_stopped_watch_ends(segmenter: Segmenter, inbox: Path) -> None:
         for _ in watcher.run(stop, poll_s=0.01):
             stop.set()
     assert len(list((inbox.parent / "out").rglob("*.mask.png"))) == 1
+
+
+def send(folder: Path, count: int, **attributes: object) -> list[Path]:
+    """A series as a receiver stores it: files without a suffix, beside whatever else there is."""
+    array = np.stack([picture(i).astype(np.uint16) for i in range(count)])
+    made = write_series(folder.parent / "made", array, **attributes)
+    folder.mkdir(exist_ok=True)
+    return [
+        path.rename(folder / f"{attributes.get('SeriesNumber', 1)}.{path.stem}") for path in made
+    ]
+
+
+def test_a_series_is_one_item(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    send(inbox, 3, SeriesNumber=4)
+    send(inbox, 2, SeriesNumber=5)
+    log = AuditLog(tmp_path / "audit.jsonl")
+    arrivals = watch(segmenter, inbox, audit=log)
+    assert [a.name[:5] for a in arrivals] == ["MR-4-", "MR-5-"]
+    assert [a.record["files"] for a in arrivals if a.record] == [3, 2]
+    assert len(list((tmp_path / "out").glob("MR-*.seg.dcm"))) == 2
+    assert watch(segmenter, inbox, audit=log) == []
+    assert verify_audit_log(log.path).entries == 2
+
+
+def test_slices_that_come_late_make_the_series_anew(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    held = [path.rename(tmp_path / path.name) for path in send(inbox, 4)[2:]]
+    assert [a.record["files"] for a in watch(segmenter, inbox) if a.record] == [2]
+    for path in held:
+        path.rename(inbox / path.name)
+    assert [a.record["shape"][0] for a in watch(segmenter, inbox) if a.record] == [4]
+    assert watch(segmenter, inbox) == []
+    held[0] = (inbox / held[0].name).rename(held[0])  # a cleaner takes files away: nothing to do
+    assert watch(segmenter, inbox) == []
+
+
+def test_a_broken_slice_is_reported_for_its_series(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    whole = send(inbox, 3)[1].read_bytes()
+    slice_1 = sorted(inbox.iterdir())[1]
+    slice_1.write_bytes(whole[:-50])
+    (inbox / "torn.dcm").write_bytes(b"half a head")
+    failed = watch(segmenter, inbox)
+    assert {a.record for a in failed} == {None}
+    assert watch(segmenter, inbox) == []
+    slice_1.write_bytes(whole)
+    assert [a.record["files"] for a in watch(segmenter, inbox) if a.record] == [3]
+    assert [p.name for p in (tmp_path / "out").glob("*.error.json")] == ["torn.dcm.error.json"]
+
+
+def test_volumes_and_segmentations(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    volume = np.stack([picture(i) for i in range(3)], axis=-1)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([1, 1, 3, 1.0])), inbox / "scan.nii.gz")
+    settings = VolumeSettings(largest=True, preview=True)
+    (arrival,) = watch(segmenter, inbox, volumes=settings)
+    assert arrival.record is not None
+    assert arrival.record["mask"] == "scan.mask.nii.gz"
+    assert "half" in arrival.record["cleaned"]
+    assert (tmp_path / "out" / "scan.preview.html").is_file()
+    (tmp_path / "out" / "scan.mask.nii.gz").rename(inbox / "scan.mask.nii.gz")
+    assert watch(segmenter, inbox) == []

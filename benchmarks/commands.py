@@ -1,4 +1,4 @@
-"""``recallseg bench``: latency, retrieval, soak, accuracy, and what got slower."""
+"""``recallseg bench``: what there is to measure on this machine, and what got slower."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import typer
 
 from recallseg.benchmarks.accuracy.commands import accuracy
 from recallseg.benchmarks.capi import capi
+from recallseg.benchmarks.streams import stream
+from recallseg.benchmarks.volumes import volumes
 from recallseg.engines.errors import InputError
 from recallseg.runtime.commands.common import (
     EngineOption,
@@ -235,6 +237,8 @@ def compare(
 
 bench.command()(accuracy)
 bench.command()(capi)
+bench.command()(stream)
+bench.command()(volumes)
 
 
 @contextmanager

@@ -33,12 +33,15 @@ class Score:
     iou : the decoder's own estimate of the mask's intersection over union, 0..1.
     object_score : logit that the structure is in the image; below 0 the mask is left empty.
     distance : cosine distance to the nearest exemplar with the structure.
+    presence : share of the recalled exemplars that show the structure, by nearness, 0..1; see
+        :mod:`recallseg.runtime.presence`.
     present : whether a mask was given.
     """
 
     iou: float
     object_score: float
     distance: float
+    presence: float
     present: bool
 
 

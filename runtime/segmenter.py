@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from threading import TIMEOUT_MAX, Lock
-from time import perf_counter
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.composition import Composition
 from recallseg.engines.engine import EngineOptions
-from recallseg.engines.errors import DeadlineError, InputError
+from recallseg.engines.errors import InputError
 from recallseg.engines.registry import load_engines
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.calibration import MIN_EXEMPLARS, Thresholds, conformal_upper, nearest_other
@@ -23,14 +21,16 @@ from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
 from recallseg.runtime.postprocess import Out, finish_masks
 from recallseg.runtime.preprocess import prepare_image, scale_intensities
+from recallseg.runtime.presence import DOUBTFUL_SHARE, LEAST_SHARE, presence_share
 from recallseg.runtime.result import Quality, Recalled, Result, Score
 from recallseg.runtime.temporal import TemporalMemories
+from recallseg.runtime.timings import Timings
 from recallseg.runtime.workspace import Workspace
 
 __all__ = ["Segmenter"]
 
 ABSENT_SCORE = -10.0
-"""Object score when no recalled exemplar shows the structure: SAM 2's logit of an unset pixel."""
+"""Object score when the recalled exemplars say absent: SAM 2's logit of an unset pixel."""
 
 MOST_STRUCTURES = 255  # values of an 8-bit label map, 0 being background
 
@@ -141,7 +141,7 @@ class Segmenter:
         DeadlineError
             If it took too long.
         """
-        timings = _Timings(deadline_ms)
+        timings = Timings(deadline_ms)
         if temporal is not None:
             self._check_temporal(temporal)
         with timings.locked(self._lock):
@@ -170,7 +170,7 @@ class Segmenter:
         Costs an embedding and a search. ``image`` and what is raised: see :meth:`segment`.
         """
         with self._lock:
-            self._embed(scale_intensities(check_image(image), self.library.intensity), _Timings())
+            self._embed(scale_intensities(check_image(image), self.library.intensity), Timings())
             return min(_nearest(self._search(name, None)) for name in self.structures)
 
     def warm_up(self, runs: int = 2) -> None:
@@ -197,7 +197,7 @@ class Segmenter:
             dice: dict[str, list[float]] = {name: [] for name in self.structures}
             for done, exemplar in enumerate(exemplars):
                 image, masks = self.library.source(exemplar.key)
-                result = self._segment(check_image(image), _Timings(), excluded=exemplar.key)
+                result = self._segment(check_image(image), Timings(), excluded=exemplar.key)
                 for name in self.structures:
                     if name in masks and result.scores[name].present:
                         iou[name].append(result.scores[name].iou)
@@ -226,7 +226,7 @@ class Segmenter:
     def _segment(
         self,
         image: NDArray[Any],
-        timings: _Timings,
+        timings: Timings,
         *,
         excluded: str | None,
         out: Out = (None, None),
@@ -268,7 +268,13 @@ class Segmenter:
             height, width = image.shape[:2]
             masks, label_map = finish_masks(w.logits, present, (height, width), w, out)
         scores = {
-            name: Score(float(iou[i]), float(object_score[i]), _nearest(recalled[name]), present[i])
+            name: Score(
+                float(iou[i]),
+                float(object_score[i]),
+                _nearest(recalled[name]),
+                presence_share(recalled[name]),
+                present[i],
+            )
             for i, name in enumerate(self.structures)
         }
         quality = self._judge(scores, recalled)
@@ -297,7 +303,7 @@ class Segmenter:
             notice=self.bundle.notice,
         )
 
-    def _embed(self, scaled: NDArray[np.float32], timings: _Timings) -> None:
+    def _embed(self, scaled: NDArray[np.float32], timings: Timings) -> None:
         w = self.workspace
         with timings("prepare"):
             prepare_image(scaled, w.embed_image, self.bundle.normalisation["embed"])
@@ -322,12 +328,12 @@ class Segmenter:
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (memories, structures by position): those with equal counts share a call.
 
-        ``earlier`` are the temporal memories of each structure. A structure that none of the k
-        nearest exemplars shows is absent by their evidence, and is left out.
+        ``earlier`` are the temporal memories of each structure. A structure that is absent by the
+        evidence of the nearest exemplars is left out.
         """
         by_count: dict[int, list[int]] = {}
         for index, name in enumerate(self.structures):
-            if not all(r.absent for r in recalled[name][: self.k]):
+            if presence_share(recalled[name]) >= LEAST_SHARE:
                 count = sum(not r.absent for r in recalled[name]) + earlier[index]
                 by_count.setdefault(count, []).append(index)
         for count, members in sorted(by_count.items()):
@@ -354,6 +360,8 @@ class Segmenter:
                 )
             if not score.present and score.object_score != ABSENT_SCORE:
                 found.append(f"likely absent: object score {score.object_score:.1f}")
+            if score.present and score.presence < DOUBTFUL_SHARE:
+                found.append("may be absent: annotated images most like this one lack it")
             if score.present and limits.iou is not None and score.iou < limits.iou:
                 found.append(
                     f"low IoU estimate {score.iou:.2f}, usual is at least {limits.iou:.2f}"
@@ -440,50 +448,3 @@ def _nearest(recalled: Sequence[Recalled]) -> float:
     """Distance to the nearest exemplar with the structure; to the nearest at all if none has it."""
     distances = [r.distance for r in recalled if not r.absent] or [r.distance for r in recalled]
     return min(distances, default=float("nan"))
-
-
-class _Timings:
-    """Milliseconds by stage, in the order of the first use; stages may repeat and add up.
-
-    Begins no stage, and ends none, past the deadline (milliseconds from now; None: no limit).
-    """
-
-    def __init__(self, deadline_ms: float | None = None) -> None:
-        self._start = perf_counter()
-        self._deadline_ms = deadline_ms
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._check(stage)
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            spent = (perf_counter() - start) * 1e3
-            self._stages[stage] = self._stages.get(stage, 0.0) + spent
-        self._check(stage)
-
-    @contextmanager
-    def locked(self, lock: Lock) -> Iterator[None]:
-        """Hold a lock; waiting for it ends at the deadline."""
-        left = -1.0 if self._deadline_ms is None else max(0.0, self._deadline_ms / 1e3)
-        if not lock.acquire(timeout=min(left, TIMEOUT_MAX)):
-            self._check("waiting for another call", always=True)
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _check(self, stage: str, *, always: bool = False) -> None:
-        spent = (perf_counter() - self._start) * 1e3
-        if self._deadline_ms is not None and (always or spent > self._deadline_ms):
-            raise DeadlineError(
-                f"not done in {self._deadline_ms:g} ms: {spent:.1f} ms had passed at '{stage}'. "
-                "Allow more time, or use a smaller k or bundle."
-            )
-
-    def finished(self) -> Mapping[str, float]:
-        """Return all stages and the total."""
-        total = (perf_counter() - self._start) * 1e3
-        return MappingProxyType({**self._stages, "total": total})

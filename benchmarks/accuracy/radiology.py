@@ -15,7 +15,16 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.preprocess import Intensity
 
-__all__ = ["brain_tumour", "lung_tumour", "lungs", "read_nrrd"]
+__all__ = [
+    "LICENCE",
+    "LUNG_WINDOW",
+    "PYRADIOMICS",
+    "SOURCE",
+    "brain_tumour",
+    "lung_tumour",
+    "lungs",
+    "read_nrrd",
+]
 
 PYRADIOMICS = Distribution(
     "pyradiomics",

@@ -1,0 +1,60 @@
+"""How long each stage of a query took, and whether it may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import TIMEOUT_MAX, Lock
+from time import perf_counter
+from types import MappingProxyType
+
+from recallseg.engines.errors import DeadlineError
+
+__all__ = ["Timings"]
+
+
+class Timings:
+    """Milliseconds by stage, in the order of the first use; stages may repeat and add up.
+
+    Begins no stage, and ends none, past the deadline (milliseconds from now; None: no limit).
+    """
+
+    def __init__(self, deadline_ms: float | None = None) -> None:
+        self._start = perf_counter()
+        self._deadline_ms = deadline_ms
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._check(stage)
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            spent = (perf_counter() - start) * 1e3
+            self._stages[stage] = self._stages.get(stage, 0.0) + spent
+        self._check(stage)
+
+    @contextmanager
+    def locked(self, lock: Lock) -> Iterator[None]:
+        """Hold a lock; waiting for it ends at the deadline."""
+        left = -1.0 if self._deadline_ms is None else max(0.0, self._deadline_ms / 1e3)
+        if not lock.acquire(timeout=min(left, TIMEOUT_MAX)):
+            self._check("waiting for another call", always=True)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _check(self, stage: str, *, always: bool = False) -> None:
+        spent = (perf_counter() - self._start) * 1e3
+        if self._deadline_ms is not None and (always or spent > self._deadline_ms):
+            raise DeadlineError(
+                f"not done in {self._deadline_ms:g} ms: {spent:.1f} ms had passed at '{stage}'. "
+                "Allow more time, or use a smaller k or bundle."
+            )
+
+    def finished(self) -> Mapping[str, float]:
+        """Return all stages and the total."""
+        total = (perf_counter() - self._start) * 1e3
+        return MappingProxyType({**self._stages, "total": total})

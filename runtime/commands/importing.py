@@ -13,8 +13,10 @@ from recallseg.runtime.commands.common import (
     EngineOption,
     JsonOption,
     LibraryArgument,
+    PlaneOption,
     PrecisionOption,
     ThreadsOption,
+    VoiOption,
     emit_json,
     note,
     parsed,
@@ -64,16 +66,8 @@ def import_(
     empty: Annotated[
         bool, typer.Option("--empty", help="Choose from slices without any structure too.")
     ] = False,
-    plane: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Cut volumes into axial, coronal or sagittal slices.",
-            show_default="as they were acquired",
-        ),
-    ] = None,
-    voi: Annotated[
-        bool, typer.Option("--voi", help="Apply a DICOM file's own window, as a screen does.")
-    ] = False,
+    plane: PlaneOption = None,
+    voi: VoiOption = False,
     missing: MissingOption = "absent",
     tag: TagOption = None,
     strict: Annotated[

@@ -32,6 +32,15 @@ __all__ = [
     "read_series_label",
 ]
 
+DECODERS = {
+    "1.2.840.10008.1.2.5": "pydicom",  # RLE
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000, by OpenJPEG
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",
+}
+"""By transfer syntax, the decoder that refuses damaged data; others were seen to take the process
+down. GDCM is left with the JPEGs that only it decodes."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 SAME_ORIENTATION = 1e-3  # of direction cosines
@@ -135,11 +144,11 @@ def read_dicom(path: Path | Sequence[Path], *, voi: bool = False) -> Volume:
         tilt, or a missing spacing.
     """
     if isinstance(path, Path):
-        datasets = read_datasets(find_series(path) if path.is_dir() else [path])
+        files: Sequence[Path] = find_series(path) if path.is_dir() else [path]
     else:
-        datasets = read_datasets(path)
-        path = path[0].parent
+        files, path = path, path[0].parent
     with damaged_is_input_error(path):
+        datasets = read_datasets(files)
         if len(datasets) == 1 and int(datasets[0].get("NumberOfFrames", 1) or 1) > 1:
             return _multi_frame(datasets[0], path, voi)
         if len(datasets) == 1 and "ImageOrientationPatient" not in datasets[0]:
@@ -347,7 +356,8 @@ def _pixels(dataset: Any, voi: bool) -> NDArray[Any]:
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
 
     kind = str(dataset.get("PhotometricInterpretation", ""))
-    array: NDArray[Any] = pixel_array(dataset)
+    decoder = DECODERS.get(str(dataset.file_meta.get("TransferSyntaxUID", "")), "")
+    array: NDArray[Any] = pixel_array(dataset, decoding_plugin=decoder)
     if kind == "PALETTE COLOR":
         array = apply_color_lut(array, dataset)
         return (array >> 8).astype(np.uint8) if array.dtype == np.uint16 else array

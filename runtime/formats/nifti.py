@@ -49,7 +49,16 @@ def read_nifti(path: Path) -> Volume:
             array = np.asanyarray(image.dataobj)
     except (ImageFileError, HeaderDataError) as error:
         raise InputError(f"{path} is no NIfTI file, or damaged: {error}") from error
-    except (OSError, EOFError, ValueError, zlib.error, struct.error, OverflowError) as error:
+    except (
+        EOFError,
+        KeyError,  # a code that nibabel does not know
+        MemoryError,
+        OSError,
+        OverflowError,
+        ValueError,
+        struct.error,
+        zlib.error,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(

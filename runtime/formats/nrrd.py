@@ -169,7 +169,15 @@ def _read(path: Path) -> tuple[NDArray[Any], dict[str, Any], int | None]:
                 raise InputError(f"{path} skips lines or bytes before its pixels. Save it anew.")
             file.seek(start)
             data = file.read(wanted + 1 if encoding == "raw" else -1)
-    except (nrrd.NRRDError, KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+    except (
+        IndexError,
+        KeyError,
+        OverflowError,
+        StopIteration,  # an empty file, to pynrrd
+        TypeError,
+        ValueError,
+        nrrd.NRRDError,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is no NRRD file, or damaged: {error}.") from error

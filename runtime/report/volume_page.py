@@ -218,15 +218,15 @@ def _card(
         + (f'{image.shape[0] * row_mm:.4g}"')
     )
     identifier = f"s{record.index}"
-    layers = [picture.element(identifier)]
-    layers += [
+    layers = [
         picture.path(labels == value, "predicted", colour(index))
         for index, value in enumerate(result.labels.values())
     ]
     panels = [
-        f'<figure><svg viewBox="{picture.view_box}" {stretch}><use href="#{identifier}"/></svg>'
+        f'<figure><svg viewBox="{picture.view_box}" {stretch}>{picture.element(identifier)}</svg>'
         "<figcaption>slice</figcaption></figure>",
-        f'<figure><svg viewBox="{picture.view_box}" {stretch}>{"".join(layers)}</svg>'
+        f'<figure><svg viewBox="{picture.view_box}" {stretch}><use href="#{identifier}"/>'
+        f"{''.join(layers)}</svg>"
         "<figcaption>segmented</figcaption></figure>",
     ]
     panels += _recalled(record, intensity, source, exemplars, list(result.labels))

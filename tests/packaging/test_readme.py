@@ -9,8 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support.pictures import write_pairs
+from support.dicom_series import write_series
+from support.pictures import disc, write_pairs
+
+from recallseg.runtime.formats.dicom import read_dicom
+from recallseg.runtime.formats.dicom_seg import write_segmentation
+from recallseg.runtime.formats.volume import Slicing
+from recallseg.runtime.volumes import VolumeResult
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"<!-- run -->\n```(\w+)\n(.*?)```", re.DOTALL)
@@ -24,11 +31,35 @@ def folder(tmp_path: Path) -> Path:
     write_pairs(tmp_path / "pairs", [0.5])
     (tmp_path / "new").mkdir()
     (tmp_path / "pairs" / "disc-0.50.png").rename(tmp_path / "new" / "disc-0.50.png")
+    write_annotated_series(tmp_path / "annotated-series")
+    write_series(tmp_path / "series", disc_volume(0.4)[0])
+    write_series(tmp_path / "inbox" / "room 2", disc_volume(0.6)[0])
     command = tmp_path / "bin" / "recallseg"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m recallseg "$@"\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     return tmp_path
+
+
+def disc_volume(start: float) -> tuple[np.ndarray, np.ndarray]:
+    """Slices with a disc that moves, the last one without, and their label map."""
+    discs = [disc(start + 0.02 * i) for i in range(4)]
+    image = np.stack([each.image for each in discs]).astype(np.uint16) * 8
+    labels = np.stack([each.masks["disc"] + 2 * each.masks["core"] for each in discs])
+    image[3], labels[3] = image[3].min(), 0
+    return image, labels.astype(np.uint8)
+
+
+def write_annotated_series(folder: Path) -> None:
+    """A series with its SEG beside, as another workstation would leave it."""
+    image, labels = disc_volume(0.2)
+    write_series(folder, image)
+    volume = read_dicom(folder)
+    result = VolumeResult(
+        labels, {"disc": 1, "core": 2}, Slicing.of(volume), (), 0, {}, 0.0, "0" * 64, "0" * 64,
+        "fake", "fp32", 1, "",
+    )  # fmt: skip
+    write_segmentation(folder / "seg.dcm", volume, result)
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -50,11 +81,16 @@ def test_the_python_example_runs(folder: Path) -> None:
 
 
 def test_the_shell_example_runs(folder: Path) -> None:
-    (script,) = blocks("sh")
-    run(["bash", "-euo", "pipefail", "-c", script], folder)
+    images, volumes = blocks("sh")
+    run(["bash", "-euo", "pipefail", "-c", images], folder)
     assert (folder / "out" / "disc-0.50.mask.png").is_file()
     assert (folder / "out" / "disc-0.50.json").is_file()
     assert (folder / "report" / "report.html").is_file()
+    told = run(["bash", "-euo", "pipefail", "-c", volumes], folder)
+    assert "1 entr" in told
+    assert (folder / "seg" / "series.seg.dcm").is_file()
+    assert (folder / "seg" / "series.preview.html").is_file()
+    assert len(list((folder / "outbox" / "room 2").glob("MR-3-*.seg.dcm"))) == 1
 
 
 def test_every_command_that_is_named_exists(folder: Path) -> None:

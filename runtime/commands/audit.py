@@ -36,7 +36,8 @@ def verify(
     if as_json:
         emit_json(asdict(summary))
         return
-    typer.echo(f"{summary.entries} entries, all in order; newest {summary.newest}")
+    noun = "entry" if summary.entries == 1 else "entries"
+    typer.echo(f"{summary.entries} {noun}, all in order; newest {summary.newest}")
     if summary.entries:
         typer.echo(f"from {summary.first_time} to {summary.last_time}")
     if summary.unfinished:

@@ -87,7 +87,7 @@ def test_the_shell_example_runs(folder: Path) -> None:
     assert (folder / "out" / "disc-0.50.json").is_file()
     assert (folder / "report" / "report.html").is_file()
     told = run(["bash", "-euo", "pipefail", "-c", volumes], folder)
-    assert "1 entr" in told
+    assert "1 entry" in told
     assert (folder / "seg" / "series.seg.dcm").is_file()
     assert (folder / "seg" / "series.preview.html").is_file()
     assert len(list((folder / "outbox" / "room 2").glob("MR-3-*.seg.dcm"))) == 1

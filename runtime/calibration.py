@@ -23,7 +23,9 @@ ALPHA = 0.05
 """Share of images like the library's own that may be flagged without cause."""
 MIN_EXEMPLARS = 4
 """Fewer scores than this say nothing about what is normal."""
-_BLOCK = 1024  # rows of the distance matrix at a time, to bound memory for large libraries
+MOST_LEFT_OUT = 1024
+"""Exemplars that are compared with all others: a threshold needs no more, however large a library."""
+_BLOCK = 256  # rows of the distance matrix at a time, to bound memory for large libraries
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,23 @@ def conformal_upper(
 
 
 def nearest_other(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return each embedding's cosine distance to the nearest of the others.
+    """Return the cosine distances of embeddings to the nearest of the others.
 
     Parameters
     ----------
     embeddings : NxD of unit length, N at least 2.
+
+    Returns
+    -------
+    ndarray
+        N distances, or those of ``MOST_LEFT_OUT`` evenly chosen ones if there are more.
     """
-    nearest = np.empty(len(embeddings), np.float64)
-    for start in range(0, len(embeddings), _BLOCK):
-        block = embeddings[start : start + _BLOCK]
-        similarity = block @ embeddings.T
-        similarity[np.arange(len(block)), start + np.arange(len(block))] = -np.inf
-        nearest[start : start + len(block)] = 1.0 - similarity.max(axis=1)
+    count = min(len(embeddings), MOST_LEFT_OUT)
+    chosen = np.linspace(0, len(embeddings) - 1, count).round().astype(int)
+    nearest = np.empty(count, np.float64)
+    for start in range(0, count, _BLOCK):
+        rows = chosen[start : start + _BLOCK]
+        similarity = embeddings[rows] @ embeddings.T
+        similarity[np.arange(len(rows)), rows] = -np.inf
+        nearest[start : start + len(rows)] = 1.0 - similarity.max(axis=1)
     return nearest

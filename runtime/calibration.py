@@ -24,7 +24,7 @@ ALPHA = 0.05
 MIN_EXEMPLARS = 4
 """Fewer scores than this say nothing about what is normal."""
 MOST_LEFT_OUT = 1024
-"""Exemplars that are compared with all others: a threshold needs no more, however large a library."""
+"""Exemplars that are compared with all others: a threshold needs no more in the largest library."""
 _BLOCK = 256  # rows of the distance matrix at a time, to bound memory for large libraries
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.specs import Geometry
+from recallseg.runtime.library import Library
 from recallseg.runtime.library.encoding import Encoded
 
 GEOMETRY = Geometry(
@@ -68,3 +70,25 @@ def draw(
     mask = generator.random((height, width)) < 0.4
     mask[0, 0] = True
     return image, mask
+
+
+def create(path: Path, **options: object) -> Library:
+    """Make a library with the encoder above."""
+    return Library.create(path, StubBundle(), encoder=HashEncoder(), **options)  # type: ignore[arg-type]
+
+
+def add(library: Library, number: int, **options: object) -> str:
+    """Add the exemplar of a number, and return its key."""
+    image, mask = draw(number)
+    return library.add(image, {"nucleus": mask}, **options)  # type: ignore[arg-type]
+
+
+def embedding(number: int) -> np.ndarray:
+    """Return the embedding of the exemplar of a number."""
+    return HashEncoder().encode(draw(number)[0], {}).embedding
+
+
+def buffers(k: int, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Return buffers for k memories and pointers, filled with sevens."""
+    g = GEOMETRY
+    return np.full((k, g.tokens, g.memory_dim), 7, dtype), np.full((k, g.channels), 7, np.float32)

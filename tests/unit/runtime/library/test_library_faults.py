@@ -1,0 +1,293 @@
+"""What a library does when others write, disks are full and files are damaged."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.fake_library import (
+    HashEncoder,
+    add,
+    buffers,
+    create,
+    embedding,
+)
+
+from recallseg.engines.errors import (
+    LibraryCorruptError,
+    LibraryError,
+    LibraryLockedError,
+    LibraryNotFoundError,
+    LibraryVersionError,
+    LibraryWriteError,
+)
+from recallseg.runtime.library import Library
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    return create(tmp_path / "library")
+
+
+def test_one_writer_many_readers(library: Library) -> None:
+    add(library, 1)
+    with pytest.raises(LibraryLockedError, match=r"written by process \d+ on"):
+        Library.open(library.path, mode="write")
+    reader = Library.open(library.path)
+    for change in (lambda: add(reader, 2), lambda: reader.remove("x"), reader.compact):
+        with pytest.raises(LibraryWriteError, match="open for reading"):
+            change()
+    library.close()
+    with pytest.raises(LibraryError, match="has been closed"):
+        library.get("x")
+    library.close()
+    with Library.open(library.path, mode="write", encoder=HashEncoder()) as writer:
+        add(writer, 2)
+    assert len(reader) == 2
+
+
+def test_not_a_library(tmp_path: Path, library: Library) -> None:
+    with pytest.raises(LibraryNotFoundError, match="there is no library"):
+        Library.open(tmp_path / "nowhere")
+    with pytest.raises(LibraryError, match="there is a library"):
+        create(tmp_path / "library2").close() or create(tmp_path / "library2")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(LibraryError, match=r"not empty: it holds 'thesis\.tex'"):
+        create(tmp_path / "full")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LibraryError, match="is a file"):
+        create(tmp_path / "file")
+    other = tmp_path / "other"
+    other.mkdir()
+    sqlite3.connect(other / "library.sqlite").execute("CREATE TABLE t (x)").connection.close()
+    with pytest.raises(LibraryCorruptError, match="not a RecallSeg library"):
+        Library.open(other)
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "library.sqlite").touch()
+    with pytest.raises(LibraryNotFoundError):
+        Library.open(half)
+    assert len(create(half)) == 0  # an interrupted creation can be repeated
+
+
+def test_a_newer_format_is_refused(library: Library) -> None:
+    library.close()
+    connection = sqlite3.connect(library.path / "library.sqlite")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(LibraryVersionError, match=r"format 99.*Update RecallSeg"):
+        Library.open(library.path)
+
+
+def damage(path: Path, offset: int, length: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    for i in range(offset, offset + length):
+        data[i] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_damage_is_found(library: Library) -> None:
+    keys = [add(library, n) for n in range(3)]
+    shard = next((library.path / "memories").iterdir())
+    damage(shard, 4096 + 320 + 5)
+    report = library.verify()
+    assert report.problems == (
+        f"memory of 'nucleus' of exemplar '{keys[1]}' does not match its digest",
+    )
+    source = sorted((library.path / "sources").rglob("*.npz"))[2]
+    damage(source, 50)
+    assert len(library.verify().problems) == 2
+    with pytest.raises(LibraryCorruptError, match=f"source of exemplar '{keys[2]}'"):
+        library.source(keys[2])
+    source.unlink()
+    with pytest.raises(LibraryCorruptError, match="No such file"):
+        library.source(keys[2])
+    library.close()
+    shard.write_bytes(shard.read_bytes()[: 4096 + 2 * 320 - 1])
+    reader = Library.open(library.path)
+    reader.gather(keys[:1], "nucleus", *buffers(1))
+    with pytest.raises(LibraryCorruptError, match="cut off"):
+        reader.gather(keys[2:], "nucleus", *buffers(1))
+    damage(shard, 0)
+    with pytest.raises(LibraryCorruptError, match="not a shard"):
+        Library.open(library.path).gather(keys[:1], "nucleus", *buffers(1))
+    damage(shard, 0)
+    damage(shard, 8)
+    with pytest.raises(LibraryVersionError, match="shard format"):
+        Library.open(library.path).gather(keys[:1], "nucleus", *buffers(1))
+
+
+def test_a_damaged_catalog_is_found(library: Library) -> None:
+    for n in range(40):
+        add(library, n)
+    library.close()
+    catalog = library.path / "library.sqlite"
+    whole = catalog.read_bytes()
+    catalog.write_bytes(b"not a database" + whole[14:])
+    with pytest.raises(LibraryCorruptError, match="damaged"):
+        Library.open(library.path)
+    catalog.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LibraryCorruptError):
+        Library.open(library.path).verify()
+    catalog.write_bytes(whole)
+    connection = sqlite3.connect(catalog)
+    connection.execute("UPDATE exemplars SET content = 'x' WHERE id = 7")
+    connection.execute("DELETE FROM memories WHERE exemplar = 8")
+    connection.commit()
+    connection.close()
+    problems = Library.open(library.path).verify().problems
+    assert len(problems) == 2
+    assert "content or tags" in problems[0]
+    assert "0 memories of 1" in problems[1]
+
+
+def run(code: str, path: Path) -> str:
+    """Run a script, with a library's path and as an ordinary user if we are root."""
+    script = f"""
+import os, resource, sys
+sys.path[:0] = {[*sys.path, str(Path(__file__).parents[3])]!r}
+import numpy as np
+from recallseg.engines.errors import *
+from recallseg.runtime.library import Library
+from support.fake_library import *
+path = {str(path)!r}
+def add(library, n, **options):
+    return library.add(draw(n, 64, 64)[0], {{"nucleus": draw(n, 64, 64)[1]}}, key=str(n), **options)
+{code}
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_full_disk_loses_nothing(library: Library) -> None:
+    keys = [add(library, n) for n in range(3)]
+    library.close()
+    out = run(
+        """
+library = Library.open(path, mode="write", encoder=HashEncoder())
+refused, known = 0, {e.key for e in library}
+for limit in range(0, 300_000, 3000):  # the limit hits every file in turn
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        add(library, 1000 + limit)
+    except LibraryWriteError as error:
+        refused += 1
+        assert "full" in str(error) or "I/O" in str(error), error
+    else:
+        known.add(str(1000 + limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert {e.key for e in library} == known
+assert library.verify().ok, library.verify()
+add(library, 5)
+sources = sum(len(files) for _, _, files in os.walk(path + "/sources"))
+assert sources == len(library), (sources, len(library))
+print(refused, len(library))
+""",
+        library.path,
+    )
+    refused, stored = map(int, out.split())
+    assert refused > 40
+    assert stored > 14
+    reader = Library.open(library.path)
+    assert reader.verify().ok
+    assert all(key in reader for key in keys)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(command, capture_output=True).returncode != 0
+    ):
+        pytest.skip("this user may not mount a small tmpfs")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_really_fills_up(small_disk: Path) -> None:
+    keys = []
+    with create(small_disk / "library") as library:
+        refused = []
+        for n in range(60):
+            try:
+                keys.append(add(library, n))
+            except LibraryWriteError as error:
+                refused.append(str(error))
+        assert len(refused) > 10
+        assert all("full" in message for message in refused)
+        assert [e.key for e in library] == keys
+        assert library.verify().ok
+        library.remove(keys.pop(3))  # removing must be possible on a full disk
+        keys.append(add(library, 3))
+    with Library.open(small_disk / "library") as reader:
+        assert [e.key for e in reader] == keys
+        assert reader.verify().ok
+    assert len(keys) > 5
+
+
+def test_a_folder_that_cannot_be_written(library: Library) -> None:
+    key = add(library, 1)
+    library.close()
+    for item in [library.path, *library.path.rglob("*")]:
+        item.chmod(0o555 if item.is_dir() else 0o444)
+    for parent in (library.path.parent, *library.path.parent.parents[:2]):
+        parent.chmod(0o755)
+    try:
+        out = run(
+            """
+warm = Library.open(path)  # imports what an ordinary user may not read here
+warm.verify()
+warm.search(HashEncoder().encode(draw(1)[0], {}).embedding, "nucleus", 1)
+if os.getuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+reader = Library.open(path)
+assert reader.verify().ok and len(reader) == 1
+assert reader.search(HashEncoder().encode(draw(1)[0], {}).embedding, "nucleus", 1)[0].key in reader
+for call in (
+    lambda: Library.open(path, mode="write"),
+    lambda: Library.create(path + "/below", StubBundle(), encoder=HashEncoder()),
+):
+    try:
+        call()
+    except LibraryWriteError as error:
+        assert "permission" in str(error), error
+        print("refused")
+""",
+            library.path,
+        )
+    finally:
+        for item in [library.path, *library.path.rglob("*")]:
+            item.chmod(0o755)
+    assert out == "refused\nrefused\n"
+    assert key in Library.open(library.path)
+
+
+def test_threads_may_share_a_library(library: Library) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    reader = Library.open(library.path)
+    add(library, 0, key="0")
+
+    def read(n: int) -> None:
+        match = reader.search(embedding(0), "nucleus", 1)[0]
+        reader.gather([match.key], "nucleus", *buffers(1))
+
+    with ThreadPoolExecutor(4) as pool:
+        readings = pool.map(read, range(200))
+        for n in range(1, 15):
+            add(library, n, key=str(n))
+        list(readings)
+    assert len(reader) == 15

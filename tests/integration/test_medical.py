@@ -282,3 +282,25 @@ def test_patients_are_not_named_by_errors(tmp_path: Path, library: Path) -> None
     assert "ImagePositionPatient" in message
     assert "Doe" not in message
     assert "secret" not in message
+
+
+def test_nothing_is_sent_anywhere(tmp_path: Path, library: Path) -> None:
+    write_series(tmp_path / "in" / "series", phantom()[0])
+    program = (
+        "import sys\n"
+        "def refuse(event, _):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
+        "        raise SystemExit('something reached for the network')\n"
+        "sys.addaudithook(refuse)\n"
+        "from recallseg.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    options = ["--output", tmp_path / "out", "--k", 1, "--engine", "fake", "--preview"]
+    for arguments in (
+        ["segment", library, tmp_path / "in" / "series", *options],
+        ["watch", tmp_path / "in", "--library", library, *options, "--once", "--settle", 0],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr

@@ -193,3 +193,14 @@ def test_volumes_and_segmentations(segmenter: Segmenter, tmp_path: Path) -> None
     assert (tmp_path / "out" / "scan.preview.html").is_file()
     (tmp_path / "out" / "scan.mask.nii.gz").rename(inbox / "scan.mask.nii.gz")
     assert watch(segmenter, inbox) == []
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_no_header_leads_out_of_the_output(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    send(inbox, 2, Modality="../../OUT")
+    assert [a.record is not None for a in watch(segmenter, inbox)] == [True]
+    written = {path.resolve() for path in tmp_path.rglob("*.seg.dcm")}
+    assert len(written) == 1
+    assert all(path.is_relative_to((tmp_path / "out").resolve()) for path in written)
+    assert not list(tmp_path.parent.glob("OUT*"))

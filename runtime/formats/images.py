@@ -8,6 +8,7 @@ fits.
 from __future__ import annotations
 
 import os
+import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,11 @@ __all__ = [
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
 _VOLUMES = (".dcm", ".dicom", ".nii", ".gz", ".nrrd")
 _SILENT = 0
+# NumPy reads the header with tokenize and ast.literal_eval; these are what both may raise.
+_NPY_ERRORS = (
+    *(OSError, ValueError, EOFError, OverflowError, TypeError),
+    *(SyntaxError, tokenize.TokenError, RecursionError),
+)
 MAX_PIXELS = 2**28
 """16384 x 16384: above every scanner's images, below what exhausts a small machine's memory."""
 
@@ -170,7 +176,7 @@ def _read_array(path: Path) -> NDArray[Any]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         _check_pixels(path, array.size // 3 if array.ndim == 3 else array.size)
         return np.array(array)
-    except (OSError, ValueError, EOFError) as error:
+    except _NPY_ERRORS as error:
         if isinstance(error, InputError):
             raise
         raise InputError(

@@ -18,7 +18,7 @@ from recallseg.runtime.formats.volume import Volume
 
 __all__ = ["read_nifti", "write_nifti"]
 
-_MILLIMETRES = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
+_MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # of unknown, metre, mm, micron
 _RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
@@ -113,9 +113,11 @@ def _affine(header: Any, path: Path) -> NDArray[np.float64]:
             f"{path} does not say how the patient lay (its sform_code and qform_code are 0), so "
             "left and right are unknown. Export it with orientation, or set one of them."
         )
-    unit = header.get_xyzt_units()[0]
+    unit = int(header["xyzt_units"]) % 8  # the lowest three bits; the others are of time
+    if unit not in _MILLIMETRES:
+        raise InputError(f"{path} states lengths in the unknown unit {unit}. Export it again.")
     affine = np.array(header.get_best_affine(), np.float64)
-    affine[:3] *= _MILLIMETRES.get(unit, 1.0)
+    affine[:3] *= _MILLIMETRES[unit]
     return affine
 
 

@@ -28,7 +28,7 @@ from support.dicom_series import make_slice, write_series
 
 __all__ = ["FORMATS", "damage", "good_files"]
 
-FORMATS = ("dicom", "nifti", "nrrd", "png")
+FORMATS = ("dicom", "nifti", "nrrd", "picture")
 INTERESTING = (0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000,
                0xFFFFFFFF, 0x7FC00000, 0x7F800000)  # fmt: skip
 WORDS = (b"0", b"-1", b"1e308", b"nan", b"inf", b"99999999999", b"none", b"(0,0,0)", b"", b"\xff",
@@ -42,7 +42,7 @@ def good_files() -> dict[str, list[tuple[str, bytes]]]:
             "dicom": _dicom(Path(folder, "series")),
             "nifti": _nifti(Path(folder)),
             "nrrd": _nrrd(Path(folder)),
-            "png": _png(),
+            "picture": _pictures(),
         }
 
 
@@ -132,16 +132,21 @@ def _nrrd(folder: Path) -> list[tuple[str, bytes]]:
     return files
 
 
-def _png() -> list[tuple[str, bytes]]:
+def _pictures() -> list[tuple[str, bytes]]:
     rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (20, 24)).astype(np.uint8)
     files = []
     for name, array in (
-        ("grey8.png", rng.integers(0, 256, (20, 24)).astype(np.uint8)),
+        ("grey8.png", grey),
         ("grey16.png", rng.integers(0, 65536, (20, 24)).astype(np.uint16)),
         ("colour.png", rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)),
     ):
         files.append((name, cv2.imencode(".png", array)[1].tobytes()))
-    return files
+    for suffix in (".jpg", ".bmp", ".tif"):
+        files.append((f"other{suffix}", cv2.imencode(suffix, grey)[1].tobytes()))
+    saved = io.BytesIO()
+    np.save(saved, grey)
+    return [*files, ("array.npy", saved.getvalue())]
 
 
 Way = Callable[[bytearray, random.Random], None]
@@ -255,6 +260,9 @@ def _nrrd_field(data: bytearray, rng: random.Random) -> None:
 
 def _png_chunk(data: bytearray, rng: random.Random) -> None:
     """Change a chunk and make its checksum right again, so that it gets past the first look."""
+    if not data.startswith(b"\x89PNG"):
+        _interesting_number(data, rng)
+        return
     chunks, at = [], 8
     while at + 12 <= len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
@@ -277,5 +285,5 @@ _FIELDS: dict[str, list[Way]] = {
     "dicom": [_dicom_field] * 6,
     "nifti": [_nifti_field] * 6,
     "nrrd": [_nrrd_field] * 6,
-    "png": [_png_chunk] * 6,
+    "picture": [_png_chunk] * 6,
 }

@@ -30,6 +30,6 @@ def test_damaged_files_are_read_or_refused(kind: str) -> None:
 )
 def test_a_broken_reader_is_found(reader: str, outcome: str) -> None:
     found = Findings()
-    run_campaign("png", 2, 1, found, reader=f"fuzz.broken_readers:{reader}", seconds=0.5)
-    assert found.counts["png"] == {outcome: 2}
+    run_campaign("picture", 2, 1, found, reader=f"fuzz.broken_readers:{reader}", seconds=0.5)
+    assert found.counts["picture"] == {outcome: 2}
     assert len(found.findings) == 2

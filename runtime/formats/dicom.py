@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.codestreams import stated_size
 from recallseg.runtime.formats.guards import check_finite, check_size
 from recallseg.runtime.formats.volume import Volume
 
@@ -351,11 +352,29 @@ def _place(
     return affine, order
 
 
+def _check_frames(dataset: Any) -> None:
+    """See compressed frames of another size than the header's before they are decoded."""
+    from pydicom.encaps import generate_frames
+
+    if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return
+    wanted = (int(dataset.Rows), int(dataset.Columns))
+    count = int(dataset.get("NumberOfFrames", 1) or 1)
+    for frame in generate_frames(dataset.PixelData, number_of_frames=count):
+        size = stated_size(frame)
+        if size not in (None, wanted):
+            raise InputError(
+                f"an image states {wanted[0]} x {wanted[1]} pixels, its compressed data "
+                f"{size[0]} x {size[1]}. The file is damaged; send or export it again."
+            )
+
+
 def _pixels(dataset: Any, voi: bool) -> NDArray[Any]:
     """Decode the pixels of one dataset: HxW, HxWx3, or either with frames before."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
 
     kind = str(dataset.get("PhotometricInterpretation", ""))
+    _check_frames(dataset)
     decoder = DECODERS.get(str(dataset.file_meta.get("TransferSyntaxUID", "")), "")
     array: NDArray[Any] = pixel_array(dataset, decoding_plugin=decoder)
     if kind == "PALETTE COLOR":

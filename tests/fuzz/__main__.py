@@ -44,7 +44,7 @@ def main() -> int:
         "limits": {"pixel_bytes": PIXELS, "room_bytes": ROOM},
         "counts": found.counts,
         "peak_resident_bytes": found.peak_bytes,
-        "slowest_s": round(found.slowest_s, 3),
+        "slowest": found.slowest,
         "findings": found.findings,
     }
     text = json.dumps(report, indent=1)

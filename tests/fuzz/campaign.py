@@ -38,7 +38,7 @@ class Findings:
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
     peak_bytes: int = 0
-    slowest_s: float = 0.0
+    slowest: tuple[float, str] = (0.0, "")
 
     def add(self, kind: str, index: int, name: str, outcome: str, why: str = "") -> None:
         """Count one file."""
@@ -111,7 +111,7 @@ def run_campaign(
                 break
             found.add(kind, index, name, outcome, why)
             found.peak_bytes = max(found.peak_bytes, peak)
-            found.slowest_s = max(found.slowest_s, spent)
+            found.slowest = max(found.slowest, (round(spent, 3), f"{kind} {index} ({name})"))
             index += 1
             progress(f"{kind} {index}")
         process.kill()

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from recallseg.export.bundling import VARIANTS, export_bundle
+from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
 from recallseg.export.checkpoints import load_dinov2, load_sam2
 
 __all__ = ["export"]
@@ -34,8 +34,9 @@ def export(
         typer.Option(help="What the bundle calls itself.", show_default="the folder's name"),
     ] = None,
     variants: Annotated[
-        str, typer.Option(help="Graph variants to write, comma-separated.")
-    ] = ",".join(VARIANTS),
+        str,
+        typer.Option(help=f"Graph variants to write, comma-separated: {', '.join(VARIANTS)}."),
+    ] = ",".join(DEFAULT_VARIANTS),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle.")
     ] = False,

@@ -121,7 +121,9 @@ class Plan:
             state = json.loads((self.folder / "state.json").read_bytes())
             if state["plan"] != self.sha256:
                 return None
-            found = Verdict(**state["verdicts"][device])
+            record = state["verdicts"][device]
+            checks = tuple((str(n), float(e), float(t)) for n, e, t in record["checks"])
+            found = Verdict(**{**record, "checks": checks})
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return found if found.golden == golden and found.device == device else None

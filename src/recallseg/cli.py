@@ -172,6 +172,12 @@ _mount_lazily(
     "Make a bundle from checkpoints, and prove it against PyTorch (extra 'export').",
 )
 _mount_lazily(
+    "convert",
+    "recallseg.export.commands",
+    "convert",
+    "Add precisions to a bundle, each held to its tolerance (extra 'export').",
+)
+_mount_lazily(
     "bench",
     "recallseg.benchmarks.commands",
     "bench",

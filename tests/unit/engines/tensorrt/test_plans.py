@@ -1,4 +1,4 @@
-"""The plan cache: whole or absent, fresh or refused, whatever happens to the process or the disk."""
+"""The plan cache: whole or absent, fresh or refused, whatever the process or the disk does."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def convert_bundle(
 
 
 def _save(work: Path, file: Path, model: onnx.ModelProto) -> dict[str, Any]:
-    """Write a graph, its weights in a file beside it when they are too large; its manifest entry."""
+    """Write a graph (weights too large for it go beside it) and return its manifest entry."""
     data = file.with_name(file.name + ".data")
     if model.ByteSize() > _LARGEST:
         onnx.save(model, file, save_as_external_data=True, location=data.name)

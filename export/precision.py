@@ -68,17 +68,16 @@ def convert_graph(model: ModelProto, precision: str, graph: str) -> ModelProto:
     )
 
     keep_types = list(DEFAULT_OP_BLOCK_LIST)
-    keep_nodes: list[str] = []
     if precision == "bf16":
         keep_types += _NO_BF16
     elif precision == "mixed":
         keep_types += _SENSITIVE
-        keep_nodes = list(attention_products(model))
     work = copy.deepcopy(model)
     if precision == "mixed" and graph in _WHOLE:
         return work
     for index, node in enumerate(work.graph.node):
         node.name = node.name or f"node_{index}"  # what is kept is kept by name
+    keep_nodes = list(attention_products(work)) if precision == "mixed" else []
     converted: ModelProto = convert_float_to_float16(
         work, keep_io_types=True, op_block_list=keep_types, node_block_list=keep_nodes
     )
@@ -157,10 +156,10 @@ def _sort_nodes(model: ModelProto) -> None:
 def attention_products(model: ModelProto) -> Iterator[str]:
     """Yield the names of the two products around every softmax, and of the query's scaling."""
     made_by = {name: node for node in model.graph.node for name in node.output}
-    for index, node in enumerate(model.graph.node):
-        before = made_by.get(node.input[0]) if node.op_type == "MatMul" and node.input else None
+    for node in model.graph.node:
+        before = made_by.get(node.input[0]) if node.op_type == "MatMul" else None
         if before is not None and before.op_type == "Softmax":
-            yield node.name or f"node_{index}"
+            yield node.name
         if node.op_type != "Softmax":
             continue
         for source in _upwards(node, made_by, ("MatMul", "Mul")):

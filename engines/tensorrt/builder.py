@@ -246,7 +246,7 @@ def _no_builder(request: BuildRequest, messages: list[str], error: Exception) ->
 def _hint(request: BuildRequest, messages: list[str]) -> str:
     text = " ".join(messages)
     if "sm75" in request.target.names and "not supported" in text:
-        return "\nTuring (sm75) has no fp32 matrix product: build --precision fp16 for it, alone."
+        return "\nTuring (sm75) has no fp32 matrix product: build --precision fp16 for it."
     if "CUDA" in text or "Cuda" in text:
         return f"\n{_driver_hint(request)}"
     return ""

@@ -31,7 +31,7 @@ def build(
         Optional[str],
         typer.Option(
             "--target",
-            help="What may load the plans, comma-separated. tensorrt-rtx: sm75 (fp16, alone), "
+            help="What may load the plans, comma-separated. tensorrt-rtx: sm75 (fp16), "
             "sm80, sm86, sm89, sm120, sm121. tensorrt: current, ampere+, same-capability, version.",
             show_default="sm86,sm89,sm120 or current",
         ),

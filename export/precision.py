@@ -125,12 +125,13 @@ def _join_fp32(model: ModelProto) -> None:
             while name in renamed:
                 name = renamed[name]
             node.input[index] = name
-    used = {name for node in model.graph.node for name in node.input} | outputs
-    kept = [
-        copy.deepcopy(node)
-        for node in model.graph.node
-        if node.op_type != "Cast" or used.intersection(node.output)
-    ]
+    kept = [copy.deepcopy(node) for node in model.graph.node]
+    while True:  # a cast that nobody reads may have been the only reader of another
+        used = {name for node in kept for name in node.input} | outputs
+        fewer = [node for node in kept if node.op_type != "Cast" or used & set(node.output)]
+        if len(fewer) == len(kept):
+            break
+        kept = fewer
     del model.graph.node[:]
     model.graph.node.extend(kept)
 

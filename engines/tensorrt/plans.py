@@ -17,7 +17,6 @@ can be taken for something fresh (PITFALLS 11).
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -30,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from recallseg.engines.digest import digest_file, digest_json
-from recallseg.engines.durable import replace_file, sync_folder, write_file
+from recallseg.engines.durable import sync_folder, write_file
 from recallseg.engines.errors import PlanError
 from recallseg.engines.paths import cache_folder
+from recallseg.engines.verdicts import Verdicts, writing
 
-__all__ = ["FORMAT_VERSION", "Plan", "PlanCache", "PlanKey", "Verdict"]
+__all__ = ["FORMAT_VERSION", "Plan", "PlanCache", "PlanKey"]
 
 FORMAT_VERSION = 1
 
@@ -68,26 +68,6 @@ class PlanKey:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What verification said of a plan on one device.
-
-    Attributes
-    ----------
-    passed : whether it may be used there.
-    device : where.
-    golden : digest of the golden tensors that it was compared with.
-    checks : tensor, error and tolerance of each comparison.
-    reason : why it was refused; empty otherwise.
-    """
-
-    passed: bool
-    device: str
-    golden: str
-    checks: tuple[tuple[str, float, float], ...] = ()
-    reason: str = ""
-
-
-@dataclass(frozen=True)
 class Plan:
     """A plan in the cache; its bytes are checked when they are read."""
 
@@ -112,48 +92,10 @@ class Plan:
             )
         return data
 
-    def verdict(self, device: str, golden: str) -> Verdict | None:
-        """Return what verification said on ``device``; None if it was not asked, or of others.
-
-        A record that cannot be read counts as none: the plan is then verified again.
-        """
-        try:
-            state = json.loads((self.folder / "state.json").read_bytes())
-            if state["plan"] != self.sha256:
-                return None
-            record = state["verdicts"][device]
-            checks = tuple((str(n), float(e), float(t)) for n, e, t in record["checks"])
-            found = Verdict(**{**record, "checks": checks})
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return found if found.golden == golden and found.device == device else None
-
-    def record(self, verdict: Verdict) -> None:
-        """Store a verdict beside the plan; PlanError if it cannot be written."""
-        path = self.folder / "state.json"
-        try:
-            before = json.loads(path.read_bytes())["verdicts"]
-        except (OSError, ValueError, KeyError, TypeError):
-            before = {}
-        state = {
-            "plan": self.sha256,
-            "verdicts": {**before, verdict.device: _finite(asdict(verdict))},
-        }
-        with writing(path):
-            replace_file(path, json.dumps(state, indent=1, allow_nan=False).encode())
-
     @property
-    def states(self) -> dict[str, str]:
-        """``verified`` or ``refused`` by device; empty for a plan that is only built."""
-        try:
-            state = json.loads((self.folder / "state.json").read_bytes())
-            return {
-                device: "verified" if verdict["passed"] else "refused"
-                for device, verdict in state["verdicts"].items()
-                if state["plan"] == self.sha256
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
+    def verdicts(self) -> Verdicts:
+        """What verification said of exactly these bytes."""
+        return Verdicts(self.folder / "state.json", self.sha256)
 
 
 class PlanCache:
@@ -290,25 +232,3 @@ class PlanCache:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return plan if whole else None
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` while writing to the cache into a PlanError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "The disk or quota is full: free some space, or 'recallseg cache clear'"
-        else:
-            hint = "Set RECALLSEG_CACHE to a folder that can be written"
-        raise PlanError(
-            f"cannot write to the plan cache: {path}: {error.strerror or error}. {hint}; "
-            "plans that were there before are unharmed."
-        ) from error
-
-
-def _finite(verdict: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: an error that is not finite is stored as the largest float."""
-    checks = [[name, min(error, 1e308), limit] for name, error, limit in verdict["checks"]]
-    return {**verdict, "checks": checks}

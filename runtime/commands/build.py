@@ -98,7 +98,7 @@ def build(
                     "layers": made["layers"],
                     "messages": made["messages"],
                     "plan": str(item.plan.folder),
-                    "states": item.plan.states,
+                    "states": item.plan.verdicts.states,
                 }
             )
             for message in made["messages"] if item.fresh else ():

@@ -33,7 +33,7 @@ def list_plans(as_json: JsonOption = False) -> None:
             "sha256": plan.sha256,
             "bundle": plan.made.get("bundle"),
             "time": plan.made.get("time"),
-            "states": plan.states,
+            "states": plan.verdicts.states,
         }
         for plan in cache.entries()
     ]

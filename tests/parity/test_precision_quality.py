@@ -82,7 +82,7 @@ def test_sixteen_exemplars_at_1024_px(tmp_path: Path) -> None:
         for tensor in spec.inputs
     }
     inputs["pointer_time"][:] = 1 / 15
-    assert k * geometry.tokens > np.finfo(np.float16).max
+    assert k * geometry.tokens > float(np.finfo(np.float16).max)
     found = {}
     for precision in ("fp32", "fp16", "mixed", "bf16"):
         file = tmp_path / f"{precision}.onnx"

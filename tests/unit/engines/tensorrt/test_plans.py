@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from recallseg.engines import durable
 from recallseg.engines.errors import PlanError
 from recallseg.engines.tensorrt import plans
-from recallseg.engines.tensorrt.plans import PlanCache, PlanKey, Verdict
+from recallseg.engines.tensorrt.plans import PlanCache, PlanKey
+from recallseg.engines.verdicts import Verdict
 
 KEY = PlanKey(
     "attend",
@@ -152,7 +153,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_usable_cache(
             if before == "verdict":
                 found = cache.find(KEY)
                 assert found is not None
-                found.record(Verdict(True, "gpu", "g"))
+                found.verdicts.record(Verdict(True, "gpu", "g"))
             else:
                 keep(cache)
             os._exit(0)
@@ -162,7 +163,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_usable_cache(
         assert found is None or found.read() == DATA  # in full or not at all
         if before == "verdict":
             assert found is not None
-            assert found.verdict("gpu", "g") in (None, Verdict(True, "gpu", "g", ()))
+            assert found.verdicts.find("gpu", "g") in (None, Verdict(True, "gpu", "g", ()))
         assert keep(cache).read() == DATA  # the lock is free, remains are no hindrance
         names = {path.name for path in cache.folder.iterdir()}
         assert names == {KEY.digest, f".{KEY.digest}.lock"}
@@ -217,24 +218,24 @@ def test_a_second_builder_waits_for_the_first(cache: PlanCache) -> None:
 
 def test_verdicts_belong_to_a_plan_a_device_and_golden_tensors(cache: PlanCache) -> None:
     plan = keep(cache)
-    assert plan.states == {}
+    assert plan.verdicts.states == {}
     good = Verdict(True, "gpu a", "golden 1", (("logits", 1e-4, 1e-3),))
     bad = Verdict(False, "gpu b", "golden 1", (("logits", float("inf"), 1e-3),), "'logits' is off")
-    plan.record(good)
-    plan.record(bad)
-    assert plan.states == {"gpu a": "verified", "gpu b": "refused"}
-    found = plan.verdict("gpu b", "golden 1")
+    plan.verdicts.record(good)
+    plan.verdicts.record(bad)
+    assert plan.verdicts.states == {"gpu a": "verified", "gpu b": "refused"}
+    found = plan.verdicts.find("gpu b", "golden 1")
     assert found is not None
     assert not found.passed
     assert found.reason == "'logits' is off"
-    assert plan.verdict("gpu a", "golden 2") is None
-    assert plan.verdict("gpu c", "golden 1") is None
+    assert plan.verdicts.find("gpu a", "golden 2") is None
+    assert plan.verdicts.find("gpu c", "golden 1") is None
     # Other bytes under the same key were never verified.
     other = keep(cache, data=DATA + b"x")
-    assert other.verdict("gpu a", "golden 1") is None
+    assert other.verdicts.find("gpu a", "golden 1") is None
     (plan.folder / "state.json").write_text("{")
-    assert plan.states == {}
-    assert plan.verdict("gpu a", "golden 1") is None
+    assert plan.verdicts.states == {}
+    assert plan.verdicts.find("gpu a", "golden 1") is None
 
 
 def test_clear_takes_what_it_is_told(cache: PlanCache) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.cuda import Cuda
+from recallseg.engines.errors import InputError
+from recallseg.engines.golden import GoldenTensors
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.tensorrt.builder import BuildRequest, build_plan
 from recallseg.engines.tensorrt.plans import Plan, PlanCache, PlanKey
@@ -78,7 +80,7 @@ def build_bundle(
     Raises
     ------
     InputError
-        If the profile is larger than the graphs.
+        If the profile is larger than the graphs, or smaller than the golden case.
     BundleError, EngineUnavailableError, EngineRunError
         From the bundle and the builder; plans that were built before stay.
     PlanError
@@ -86,6 +88,12 @@ def build_bundle(
     """
     cache = cache or PlanCache()
     request.profile.check(bundle.geometry)
+    exemplars, structures = GoldenTensors.load(bundle.golden_file).case.masks.shape[:2]
+    if exemplars not in request.profile.k or structures not in request.profile.n:
+        raise InputError(
+            f"the profile ({request.profile}) does not hold the bundle's golden case, with which "
+            f"plans are verified: n = {structures}, k = {exemplars}. Ask for at least that."
+        )
     version = str(request.flavour.load().__version__)
     if not request.flavour.is_rtx and request.target.follows_gpu:
         target = replace(request.target, gpu=Cuda().device().gpu)

@@ -67,4 +67,4 @@ class Target:
         return not self.capabilities and "ampere+" not in self.names
 
     def __str__(self) -> str:
-        return "+".join(self.names) + (f" on {self.gpu}" if self.gpu else "")
+        return ",".join(self.names) + (f" on {self.gpu}" if self.gpu else "")

@@ -223,21 +223,58 @@ class Engine:
             model, options, providers=["CPUExecutionProvider"]
         )
 
-    def create_execution_context(self, *args: Any, **kwargs: Any) -> Context:
+        self.names = [v.name for v in (*self.session.get_inputs(), *self.session.get_outputs())]
+
+    num_io_tensors = property(lambda self: len(self.names))
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, config: RuntimeConfig | None = None) -> Context:
+        assert config is None or config.cache is not None
         return Context(self)
+
+
+class RuntimeCache:
+    kernels = b"kernels of " + HostCuda.gpu.name.encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        return blob == self.kernels
+
+    def serialize(self) -> bytes:
+        return self.kernels
+
+
+class RuntimeConfig:
+    def __init__(self) -> None:
+        self.cache: RuntimeCache | None = None
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> None:
+        self.cache = cache
 
 
 def make_tensorrt(version: str = "10.3.0") -> Any:
     """Return a module that behaves like ``tensorrt`` of that version.
 
     Attributes for the tests: ``made`` (the networks and configurations that were built) and
-    ``spoil``, a function (tensor's name, array, inputs) -> array through which every output goes.
+    ``spoil``, a function (tensor's name, array, inputs) -> array through which every output goes;
+    ``tamper``, a function that changes a model before it becomes a plan.
     """
     module: Any = ModuleType("tensorrt")
     module.__version__ = version
     module.made = []
     module.spoil = lambda name, array, inputs: array
+    module.tamper = lambda model: None
     module.fail_build = ""
+    module.ComputeCapability = type(
+        "ComputeCapability", (), {f"SM{number}": f"SM{number}" for number in (75, 80, 86, 87, 89)}
+    )
     names = ["TF32", "STRIP_PLAN", "VERSION_COMPATIBLE", "REFIT"]
     module.BuilderFlag = type("BuilderFlag", (), {name: name for name in names})
     if int(version.split(".")[0]) < 11:
@@ -276,6 +313,7 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
                 self._logger.log(Severity.ERROR, module.fail_build)
                 return None
             assert network.model is not None
+            module.tamper(network.model)
             header = {"version": version, "profile": config.profiles[0].shapes}
             text = json.dumps(header).encode()
             model = network.model.SerializeToString()
@@ -294,7 +332,7 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
             if header["version"] != version:
                 self._logger.log(Severity.ERROR, "plan was made by another version")
                 return None
-            return Engine(header, bytes(plan[12 + size :]), module.spoil)
+            return Engine(header, bytes(plan[12 + size :]), lambda *args: module.spoil(*args))
 
     module.Builder, module.Runtime = Builder, Runtime
     return module

@@ -31,7 +31,7 @@ from recallseg.engines.verdicts import Verdicts, writing
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
-__all__ = ["OnnxRuntimeTensorRt", "provider_options"]
+__all__ = ["OnnxRuntimeTensorRt", "provider_options", "tensorrt_provider"]
 
 _PROVIDER = "TensorrtExecutionProvider"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -102,7 +102,7 @@ class OnnxRuntimeTensorRt(Engine):
         folder: Path | None = None,
     ) -> None:
         super().__init__(spec, path, options)
-        runtime = _runtime()
+        runtime = tensorrt_provider()
         folder = folder or cache_folder() / "onnxruntime-tensorrt" / "unnamed"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ class OnnxRuntimeTensorRt(Engine):
                 f"engine '{cls.name}' offers {', '.join(PRECISIONS)}, not '{precision}': ONNX "
                 "Runtime leaves the types of single layers to TensorRT. Use engine tensorrt."
             )
-        runtime, profile = _runtime(), Profile()
+        runtime, profile = tensorrt_provider(), Profile()
         device = str(Cuda().device())
         accepted = variants or cls.variants
         digests = {}
@@ -208,7 +208,8 @@ class OnnxRuntimeTensorRt(Engine):
         return {"engine": self.name, "providers": self.providers, "cache": str(self.folder)}
 
 
-def _runtime() -> Any:
+def tensorrt_provider() -> Any:
+    """Return the module onnxruntime; EngineUnavailableError if it has no TensorRT provider."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -16,6 +16,9 @@ from recallseg.runtime.commands.common import (
     say_notice,
     split_list,
 )
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
 
 __all__ = ["build"]
 
@@ -103,6 +106,7 @@ def build(
             )
             for message in made["messages"] if item.fresh else ():
                 note(f"{item.graph}: {message}")
+    verified, said = _verify(opened, engine, precision)
     if as_json:
         version = item.plan.key.version
         emit_json(
@@ -115,6 +119,8 @@ def build(
                 "target": item.plan.key.target,
                 "profile": usual.to_json(),
                 "plans": found,
+                "verified": verified,
+                "verification": said,
             }
         )
         return
@@ -124,4 +130,16 @@ def build(
             f"  {entry['graph']:<9} {entry['variant']:<9} {entry['bytes'] / 1e6:6.1f} MB  {how}"
         )
     typer.echo(f"{engine} {item.plan.key.version}, {precision}, {item.plan.key.target}, {usual}")
-    typer.echo("Built is not proven: a plan is verified on the device that first loads it.")
+    typer.echo(said)
+
+
+def _verify(bundle: Bundle, engine: str, precision: str) -> tuple[bool, str]:
+    """Verify the plans where they can run; a refusal is an error, no GPU is not."""
+    from recallseg.engines.errors import EngineUnavailableError
+    from recallseg.engines.registry import load_engines
+
+    try:
+        load_engines(bundle, engine, precision)
+    except EngineUnavailableError as error:
+        return False, f"Built, not verified: that is done on the GPU that will run it. {error}"
+    return True, "Verified on this GPU: golden tensors and masks are reproduced."

@@ -147,7 +147,12 @@ def mask_scale_twice(model: onnx.ModelProto) -> None:
         for value, name in ((20, "twenty_more"), (10, "ten_more"))
     )
     nodes = list(model.graph.node)
-    shift = next(n for n in nodes if n.op_type == "Add" and any("mul" in i for i in n.input))
+    constants = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if not tensor.dims and numpy_helper.to_array(tensor) == -10
+    }
+    shift = next(n for n in nodes if n.op_type == "Add" and constants.intersection(n.input))
     at = nodes.index(shift)
     result = shift.output[0]
     shift.output[0] = f"{result}_once"
@@ -268,8 +273,8 @@ def test_a_plan_of_another_version_is_not_loaded(
     build(demo, "version", "ampere+")
     monkeypatch.setattr(api, "__version__", "10.4.0")
     monkeypatch.setattr(loading, "prove", lambda *args, **more: {})
+    monkeypatch.setattr(api, "Runtime", make_tensorrt("10.4.0").Runtime)
     with pytest.raises(PlanError, match="does not take plan"):  # the stand-in is not so lenient
-        monkeypatch.setattr(api, "Runtime", make_tensorrt("10.4.0").Runtime)
         load_engines(demo, "tensorrt")
     monkeypatch.setattr(api, "__version__", "11.0.0")
     with pytest.raises(EngineUnavailableError):
@@ -290,7 +295,7 @@ def test_a_tampered_plan_is_refused_and_rebuilt(api: Any, demo: Bundle) -> None:
 
 
 def test_no_plans_no_engine(api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineUnavailableError, match="recallseg build .*demo --engine tensorrt"):
+    with pytest.raises(EngineUnavailableError, match=r"recallseg build .*demo --engine tensorrt"):
         load_engines(demo, "tensorrt")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt", api)
@@ -328,8 +333,8 @@ def test_rtx_keeps_what_it_compiled(
     assert load_engines(demo, "tensorrt-rtx")["embed"].describe()["kernels_found"]
     file.write_bytes(b"of another driver")
     assert not load_engines(demo, "tensorrt-rtx")["embed"].describe()["kernels_found"]
+    monkeypatch.setattr(HostCuda, "gpu", Device("RTX 2080", 75, "12.8"))
     with pytest.raises(EngineUnavailableError):
-        monkeypatch.setattr(HostCuda, "gpu", Device("RTX 2080", 75, "12.8"))
         load_engines(demo, "tensorrt-rtx")
 
 

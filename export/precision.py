@@ -139,16 +139,17 @@ def _join_fp32(model: ModelProto) -> None:
 def _sort_nodes(model: ModelProto) -> None:
     """Put every node behind those that it reads from: the converter appends its casts."""
     known = {""} | {t.name for t in model.graph.initializer} | {t.name for t in model.graph.input}
-    waiting, ordered = list(model.graph.node), []
+    waiting: list[onnx.NodeProto] = list(model.graph.node)
+    ordered: list[onnx.NodeProto] = []
     while waiting:
-        ready = []
+        later: list[onnx.NodeProto] = []
         for node in waiting:
-            (ordered if known.issuperset(node.input) else ready).append(node)
+            (ordered if known.issuperset(node.input) else later).append(node)
             if ordered and ordered[-1] is node:
                 known.update(node.output)
-        if len(ready) == len(waiting):
+        if len(later) == len(waiting):
             raise ExportError(f"graph '{model.graph.name}' has a cycle or an unknown input.")
-        waiting = ready
+        waiting = later
     copies = [copy.deepcopy(node) for node in ordered]
     del model.graph.node[:]
     model.graph.node.extend(copies)

@@ -109,7 +109,7 @@ def build_plan(
 def _make_logger(api: Any, report: Report) -> Any:
     """Return a logger that keeps what matters; TensorRT would print it on stdout otherwise."""
 
-    class Logger(api.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(api.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             api.ILogger.__init__(self)
             self.messages: list[str] = []
@@ -125,7 +125,7 @@ def _make_logger(api: Any, report: Report) -> Any:
 def _make_monitor(api: Any, report: Report) -> Any:
     """Return a monitor that reports phases, and lets an interruption out of the builder."""
 
-    class Monitor(api.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(api.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             api.IProgressMonitor.__init__(self)
             self.interrupted = False

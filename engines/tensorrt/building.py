@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
@@ -105,9 +106,7 @@ def build_bundle(
             plan = None if rebuild else cache.find(key)
             fresh = plan is None
             if plan is None:
-                built = build_plan(
-                    path, bundle.specs[graph], request, lambda step, g=graph: report(g, step)
-                )
+                built = build_plan(path, bundle.specs[graph], request, partial(report, graph))
                 made = {
                     "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                     "seconds": round(built.seconds, 3),

@@ -213,7 +213,7 @@ class TensorRtRtx(TensorRt):
 
 
 def _logger(api: Any, messages: list[str]) -> Any:
-    class Logger(api.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(api.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             api.ILogger.__init__(self)
 

@@ -74,7 +74,7 @@ class Plan:
     folder: Path
     key: PlanKey
     sha256: str
-    bytes: int
+    size: int
     made: Mapping[str, Any]
 
     def read(self) -> bytes:
@@ -87,7 +87,7 @@ class Plan:
         if digest != self.sha256:
             raise PlanError(
                 f"plan {self.folder} was changed or damaged: SHA-256 {digest[:12]} of "
-                f"{len(data)} bytes, stored were {self.sha256[:12]} of {self.bytes}. "
+                f"{len(data)} bytes, stored were {self.sha256[:12]} of {self.size}. "
                 "Build it again: recallseg build."
             )
         return data
@@ -227,7 +227,7 @@ class PlanCache:
             whole = (
                 record["format"] == FORMAT_VERSION
                 and plan.key.digest == folder.name
-                and (folder / "plan").stat().st_size == plan.bytes
+                and (folder / "plan").stat().st_size == plan.size
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None

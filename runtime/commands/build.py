@@ -81,11 +81,11 @@ def build(
     )
     found: list[dict[str, Any]] = []
     with progress_bar("build", len(GRAPHS)) as advance:
-        said: set[tuple[str, str]] = set()
+        seen: set[tuple[str, str]] = set()
 
         def report(graph: str, step: str) -> None:
-            if (graph, step) not in said:  # the builder repeats its phases
-                said.add((graph, step))
+            if (graph, step) not in seen:  # the builder repeats its phases
+                seen.add((graph, step))
                 advance(f"{graph}: {step}", 0)
 
         for item in build_bundle(opened, request, rebuild=rebuild, report=report):
@@ -97,7 +97,7 @@ def build(
                     "variant": item.variant,
                     "fresh": item.fresh,
                     "seconds": made["seconds"],
-                    "bytes": item.plan.bytes,
+                    "bytes": item.plan.size,
                     "layers": made["layers"],
                     "messages": made["messages"],
                     "plan": str(item.plan.folder),

@@ -29,7 +29,7 @@ def list_plans(as_json: JsonOption = False) -> None:
             "target": plan.key.target,
             "profile": dict(plan.key.profile),
             "options": dict(plan.key.options),
-            "bytes": plan.bytes,
+            "bytes": plan.size,
             "sha256": plan.sha256,
             "bundle": plan.made.get("bundle"),
             "time": plan.made.get("time"),

@@ -178,6 +178,12 @@ _mount_lazily(
     "Add precisions to a bundle, each held to its tolerance (extra 'export').",
 )
 _mount_lazily(
+    "export-triton",
+    "recallseg.export.triton.commands",
+    "export_triton_command",
+    "Write a Triton model repository from a bundle.",
+)
+_mount_lazily(
     "bench",
     "recallseg.benchmarks.commands",
     "bench",

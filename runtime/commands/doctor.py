@@ -113,9 +113,10 @@ def _show_budget(source: str, precision: str, memory: float | None, as_json: boo
         sizes_of = {line.name: line.size >> 20 for line in b.lines}
         held = sizes_of["inputs and outputs of the engines"] + sizes_of["the same for the CPU"]
         mark = "" if b.worst <= limit else "  fits if fused" if b.total <= limit else "  too large"
+        parts = f"{sizes_of['weights']:>9}{held:>9}{sizes_of['activations']:>13}{b.scores >> 20:>9}"
         typer.echo(
             f"{b.image_size:>5} {b.n:>3} {b.k:>3} {b.total >> 20:>7} {b.worst >> 20:>10}{'':11}"
-            f"{sizes_of['weights']:>9}{held:>9}{sizes_of['activations']:>13}{b.scores >> 20:>9}{mark}"
+            f"{parts}{mark}"
         )
     typer.echo(
         f"\nlargest k in {limit / 2**30:.1f} GiB, if attention is not fused (0: does not fit)"

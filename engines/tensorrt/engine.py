@@ -168,6 +168,11 @@ class TensorRt(Engine):
                         f"--max-{symbol} {size}."
                     )
 
+    def layers(self) -> str:
+        """Return what TensorRT made of the graph, as its inspector's JSON: is attention fused?"""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._api.LayerInformationFormat.JSON))
+
     def _said(self) -> str:
         return "; ".join(self._log[-4:]) or "no message was given"
 

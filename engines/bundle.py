@@ -236,6 +236,17 @@ class Bundle:
             f"{' or '.join(variants)}; it has {self.precisions}. Choose one of these."
         )
 
+    def graph_digest(self, graph: str, variant: str, precision: str) -> str:
+        """Digest of a graph's file and of the weights beside it, as the manifest states them."""
+        entry = self._graphs[f"{variant}/{precision}/{graph}"]
+        data = entry.get("data")
+        return digest_json([entry["sha256"], data["sha256"] if data else None])
+
+    @property
+    def golden_digest(self) -> str:
+        """SHA-256 of the golden tensors, as the manifest states it."""
+        return str(self._golden["sha256"])
+
     @property
     def golden_file(self) -> Path:
         """The checked file with golden tensors; raises BundleError if missing or changed."""

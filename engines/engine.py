@@ -11,13 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.specs import GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
 
 __all__ = ["Engine", "EngineOptions", "Tensor"]
 
@@ -49,6 +52,25 @@ class Engine(ABC):
         self.spec = spec
         self.path = path
         self.options = options or EngineOptions()
+
+    @classmethod
+    def load_all(
+        cls,
+        bundle: Bundle,
+        precision: str,
+        options: EngineOptions,
+        graphs: tuple[str, ...],
+        variants: tuple[str, ...] | None = None,
+    ) -> dict[str, Engine]:
+        """Make graphs of a bundle ready to run; a backend that compiles them overrides this.
+
+        Parameters and errors are those of :func:`recallseg.engines.registry.load_engines`.
+        """
+        engines: dict[str, Engine] = {}
+        for graph in graphs:
+            path, _ = bundle.graph_file(graph, variants or cls.variants, precision)
+            engines[graph] = cls(bundle.specs[graph], path, options)
+        return engines
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run the graph from caller-owned inputs into caller-owned outputs.

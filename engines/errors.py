@@ -8,6 +8,7 @@
     ├── EngineError
     │   ├── EngineUnavailableError   the engine's library, driver or device is not here
     │   ├── EngineRunError           an engine failed, or was called with wrong tensors
+    │   ├── PlanError                a compiled plan is missing, damaged, foreign or cannot be kept
     │   └── VerificationError        an engine did not reproduce the bundle's golden tensors
     ├── AuditError            the audit log was changed, or cannot be written
     ├── DeadlineError         not done in time; what was done so far is thrown away
@@ -43,6 +44,7 @@ __all__ = [
     "LibraryVersionError",
     "LibraryWriteError",
     "ParityError",
+    "PlanError",
     "RecallSegError",
     "VerificationError",
 ]
@@ -70,6 +72,10 @@ class EngineUnavailableError(EngineError):
 
 class EngineRunError(EngineError):
     """An engine failed while running, or was called with the wrong tensors."""
+
+
+class PlanError(EngineError):
+    """A compiled plan is missing, damaged, made for something else, or cannot be kept."""
 
 
 class VerificationError(EngineError):

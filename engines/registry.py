@@ -18,11 +18,14 @@ PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8")
 
 ENGINES: dict[str, tuple[str, str]] = {
     "onnxruntime-cpu": ("recallseg.engines.onnxruntime_cpu", "OnnxRuntimeCpu"),
+    "onnxruntime-tensorrt": ("recallseg.engines.onnxruntime_tensorrt", "OnnxRuntimeTensorRt"),
+    "tensorrt": ("recallseg.engines.tensorrt.engine", "TensorRt"),
+    "tensorrt-rtx": ("recallseg.engines.tensorrt.engine", "TensorRtRtx"),
     "fake": ("recallseg.engines.fake", "FakeEngine"),
 }
 """Module and class of every engine that this version can run."""
 
-_PLANNED = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+_PLANNED = ("onnxruntime-cuda",)
 
 
 def engine_class(name: str) -> type[Engine]:
@@ -69,6 +72,8 @@ def load_engines(
     Raises
     ------
     InputError, EngineUnavailableError, EngineRunError, BundleError
+    PlanError, VerificationError
+        From engines that run compiled plans: damaged, or not proven on this device.
     """
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision '{precision}'; choose {', '.join(PRECISIONS)}.")
@@ -76,8 +81,4 @@ def load_engines(
     options = options or EngineOptions()
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads must be at least 1, got {options.threads}.")
-    engines: dict[str, Engine] = {}
-    for graph in graphs:
-        path, _ = bundle.graph_file(graph, variants or kind.variants, precision)
-        engines[graph] = kind(bundle.specs[graph], path, options)
-    return engines
+    return kind.load_all(bundle, precision, options, graphs, variants)

@@ -45,7 +45,7 @@ from recallseg.engines.golden import (
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import compare_with_golden
-from recallseg.export import ort_cpu
+from recallseg.export import ort_cpu, tensorrt
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import OPSET, export_graph
@@ -63,8 +63,11 @@ _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATION = {"embed": _IMAGENET, "encode": _IMAGENET}
 """Both DINOv2 and SAM 2 were trained with ImageNet's (their image processors' defaults)."""
 
-VARIANTS = ("portable", "ort-cpu")
+VARIANTS = ("portable", "ort-cpu", "tensorrt")
 """Graph variants that can be exported."""
+
+DEFAULT_VARIANTS = ("portable", "ort-cpu")
+"""Those that are exported unless others are asked for: what a machine without a GPU uses."""
 
 DEFAULT_EMBED_SIZE = 224
 _GOLDEN_SEED = 7
@@ -81,7 +84,7 @@ def export_bundle(
     name: str | None = None,
     embed_size: int | None = None,
     object_pointers: bool = True,
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] = DEFAULT_VARIANTS,
     overwrite: bool = False,
     report: Report = lambda step: None,
 ) -> Bundle:
@@ -145,6 +148,11 @@ def export_bundle(
             with ort_cpu.fused_attention(segmenter, embedder):
                 for graph, module in fast.items():
                     write("ort-cpu", graph, module, ort_cpu.OPSET)
+        if "tensorrt" in variants:
+            with tensorrt.fusable_attention(segmenter, embedder):
+                for graph in GRAPHS:
+                    write("tensorrt", graph, modules[graph], tensorrt.OPSET)
+                    tensorrt.check_operators(work / graphs[f"tensorrt/fp32/{graph}"]["file"])
         report("golden tensors")
         case = make_case(_GOLDEN_SEED)
         reference = Composition({name: TorchEngine(specs[name], modules[name]) for name in GRAPHS})

@@ -1,4 +1,4 @@
-"""``recallseg export``: checkpoints in, proven bundle out."""
+"""``recallseg export`` and ``convert``: checkpoints in, proven bundle out."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from recallseg.export.bundling import VARIANTS, export_bundle
+from recallseg.engines.bundle import Bundle
+from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
 from recallseg.export.checkpoints import load_dinov2, load_sam2
+from recallseg.export.converting import convert_bundle
+from recallseg.export.precision import CONVERTED
 
-__all__ = ["export"]
+__all__ = ["convert", "export"]
 
 
 def export(
@@ -34,8 +37,9 @@ def export(
         typer.Option(help="What the bundle calls itself.", show_default="the folder's name"),
     ] = None,
     variants: Annotated[
-        str, typer.Option(help="Graph variants to write, comma-separated.")
-    ] = ",".join(VARIANTS),
+        str,
+        typer.Option(help=f"Graph variants to write, comma-separated: {', '.join(VARIANTS)}."),
+    ] = ",".join(DEFAULT_VARIANTS),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle.")
     ] = False,
@@ -73,3 +77,38 @@ def export(
         typer.echo(f"  {graph:<11} largest relative error against PyTorch {error:.1e}")
     if bundle.notice:
         typer.echo(f"  {bundle.notice}")
+
+
+def convert(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder, or a shipped name.")],
+    output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    precisions: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(CONVERTED)}.")
+    ] = "fp16,mixed",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing bundle.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the measured errors as JSON.")
+    ] = False,
+) -> None:
+    """Add precisions to a bundle, each held to its tolerance on the golden tensors."""
+    progress = Console(stderr=True)
+    with progress.status("convert") as status:
+        made = convert_bundle(
+            Bundle.open(bundle),
+            output,
+            [name.strip() for name in precisions.split(",")],
+            overwrite=overwrite,
+            report=lambda step: status.update(step),
+        )
+    parity = [entry for entry in made.manifest["parity"] if "/" in entry["variant"]]
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(output), "identity": made.identity, "parity": parity}))
+        return
+    typer.echo(repr(made))
+    for entry in parity:
+        typer.echo(
+            f"  {entry['variant']:<15} {entry['tensor']:<17} {entry['error']:.1e} of "
+            f"{entry['tolerance']:.0e}"
+        )

@@ -16,16 +16,15 @@ for all structures. Outside of an export, the same functions compute the same in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel, Sam2VideoModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recallseg.engines.errors import ExportError
+from recallseg.export.attention import register_attention, use_attention
 from recallseg.export.graphs import Attend, build_graphs
 
 __all__ = ["GRAPHS", "OPSET", "build_ort_cpu_graphs", "fused_attention"]
@@ -103,26 +102,12 @@ def _attention_of_transformers(
     return out.unflatten(-1, (heads, -1)), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention_of_transformers)
+register_attention(_NAME, _attention_of_transformers)
 
 
-@contextmanager
-def fused_attention(*models: PreTrainedModel) -> Iterator[None]:
+def fused_attention(*models: PreTrainedModel) -> AbstractContextManager[None]:
     """Let these models call the fused operator while the context lasts."""
-    configs = [
-        module.config
-        for model in models
-        for module in model.modules()
-        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation")
-    ]
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = _NAME
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
+    return use_attention(_NAME, *models)
 
 
 class _Cross(nn.Module):

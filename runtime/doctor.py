@@ -7,16 +7,20 @@ from time import perf_counter
 from typing import Any
 
 from recallseg.engines.bundle import Bundle
+from recallseg.engines.cuda import Cuda
 from recallseg.engines.errors import RecallSegError
 from recallseg.engines.fake import FakeEngine
+from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt, tensorrt_provider
 from recallseg.engines.paths import cache_folder, shipped_bundles
 from recallseg.engines.registry import ENGINES, engine_class, load_engines
+from recallseg.engines.tensorrt.flavour import FLAVOURS
+from recallseg.engines.tensorrt.plans import PlanCache
 from recallseg.engines.verification import verify_engines
 from recallseg.runtime.machine import describe_machine, package_versions
 
 __all__ = ["Diagnosis", "EngineState", "SelfTest", "diagnose"]
 
-PLANNED = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+PLANNED = ("onnxruntime-cuda",)
 REQUIRED = {"onnxruntime-cpu": "onnxruntime"}
 """The package that an engine needs, by engine."""
 
@@ -73,7 +77,8 @@ def diagnose(*, self_test: bool = True) -> Diagnosis:
     self_test : run each shipped bundle's golden case through each engine that is available.
     """
     engines = tuple(_state(name) for name in (*ENGINES, *(n for n in PLANNED if n not in ENGINES)))
-    runnable = [e.name for e in engines if e.available and e.name != FakeEngine.name]
+    # What runs compiled plans is verified when they are built or loaded, not here.
+    runnable = [e.name for e in engines if e.available and e.name in REQUIRED]
     bundles = shipped_bundles()
     tests = (
         tuple(_test(bundle, name) for bundle in bundles for name in runnable) if self_test else ()
@@ -88,6 +93,8 @@ def _state(name: str) -> EngineState:
         engine_class(name)
     except RecallSegError as error:
         return EngineState(name, False, str(error))
+    if name in (*FLAVOURS, OnnxRuntimeTensorRt.name):
+        return _compiled_state(name)
     package = REQUIRED.get(name)
     if package is None:
         return EngineState(name, True, "for tests: no networks, no meaning")
@@ -96,6 +103,21 @@ def _state(name: str) -> EngineState:
     except ImportError as error:
         return EngineState(name, False, f"{error}; pip install 'recallseg[cpu]'")
     return EngineState(name, True, f"{package} {module.__version__}")
+
+
+def _compiled_state(name: str) -> EngineState:
+    """Whether the library and a GPU are here, and how many plans were built."""
+    try:
+        if name in FLAVOURS:
+            library = f"{name} {FLAVOURS[name].load().__version__}"
+        else:
+            library = f"onnxruntime {tensorrt_provider().__version__}"
+        device = Cuda().device()
+    except RecallSegError as error:
+        return EngineState(name, False, str(error))
+    plans = sum(plan.key.engine == name for plan in PlanCache().entries())
+    built = f", {plans} plans in the cache" if name in FLAVOURS else ""
+    return EngineState(name, True, f"{library} on {device}{built}; not tested by doctor")
 
 
 def _test(name: str, engine: str) -> SelfTest:

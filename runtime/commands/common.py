@@ -154,8 +154,11 @@ def say_notice(notice: str) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr while it is a terminal; call the result after each step."""
+def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a bar on stderr while it is a terminal; call the result after each step.
+
+    What it yields takes what is being done and, if it is not a whole step, how far that goes.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -175,4 +178,4 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, step="")
-        yield lambda step: progress.update(task, advance=1, step=step)
+        yield lambda step, advance=1: progress.update(task, advance=advance, step=step)

@@ -19,6 +19,8 @@ from typer.core import TyperGroup
 from recallseg import __version__
 from recallseg.engines.errors import RecallSegError
 from recallseg.runtime.commands.audit import app as audit_app
+from recallseg.runtime.commands.build import build
+from recallseg.runtime.commands.cache import app as cache_app
 from recallseg.runtime.commands.demo import demo
 from recallseg.runtime.commands.doctor import doctor
 from recallseg.runtime.commands.evaluate import evaluate
@@ -158,7 +160,9 @@ app.add_typer(library_app, name="library")
 app.command()(segment)
 app.command()(watch)
 app.command()(evaluate)
+app.command()(build)
 app.command()(verify)
+app.add_typer(cache_app, name="cache")
 app.add_typer(audit_app, name="audit")
 app.command()(doctor)
 _mount_lazily(
@@ -166,6 +170,18 @@ _mount_lazily(
     "recallseg.export.commands",
     "export",
     "Make a bundle from checkpoints, and prove it against PyTorch (extra 'export').",
+)
+_mount_lazily(
+    "convert",
+    "recallseg.export.commands",
+    "convert",
+    "Add precisions to a bundle, each held to its tolerance (extra 'export').",
+)
+_mount_lazily(
+    "export-triton",
+    "recallseg.export.triton.commands",
+    "export_triton_command",
+    "Write a Triton model repository from a bundle.",
 )
 _mount_lazily(
     "bench",

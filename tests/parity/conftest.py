@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recallseg.engines.bundle import Bundle
-from recallseg.export.bundling import export_bundle
+from recallseg.export.bundling import VARIANTS, export_bundle
 from recallseg.export.checkpoints import Loaded, load_dinov2, load_sam2
 
 # Threads that wait for each other crawl on a machine that others use too; small tensors need none.
@@ -21,5 +21,6 @@ def models() -> tuple[Loaded, Loaded]:
 
 @pytest.fixture(scope="session")
 def exported(models: tuple[Loaded, Loaded], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of these models, through the whole gate."""
-    return export_bundle(*models, tmp_path_factory.mktemp("export") / "bundle")
+    """The bundle of these models in every variant, through the whole gate."""
+    folder = tmp_path_factory.mktemp("export") / "bundle"
+    return export_bundle(*models, folder, variants=VARIANTS)

@@ -18,7 +18,7 @@ from recallseg.engines.errors import ExportError, ParityError
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import relative_error
-from recallseg.export.bundling import export_bundle
+from recallseg.export.bundling import VARIANTS, export_bundle
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import example_inputs
@@ -36,7 +36,7 @@ def test_the_manifest_holds_what_was_measured(exported: Bundle) -> None:
         assert entry["error"] <= entry["tolerance"]
 
 
-@pytest.mark.parametrize("variant", ["portable", "ort-cpu"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 32), (16, 1), (3, 16)])
 def test_structures_and_memories_are_dynamic(
     models: Models, exported: Bundle, variant: str, n: int, k: int
@@ -59,7 +59,7 @@ def test_structures_and_memories_are_dynamic(
 
 
 def test_the_ort_cpu_variant_is_fused_and_held_to_the_same_gate(exported: Bundle) -> None:
-    assert {e["variant"] for e in exported.manifest["parity"]} == {"modules", "portable", "ort-cpu"}
+    assert {e["variant"] for e in exported.manifest["parity"]} == {"modules", *VARIANTS}
     for graph in ("embed", "encode", "attend"):
         path, variant = exported.graph_file(graph, ("ort-cpu", "portable"), "fp32")
         assert variant == "ort-cpu"

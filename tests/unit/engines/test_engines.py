@@ -68,7 +68,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
         OnnxRuntimeCpu(SPEC, tmp_path / "x.onnx", EngineOptions(threads=1))
 
 
-@pytest.mark.parametrize("name", ["onnxruntime-cuda", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("name", ["onnxruntime-cuda"])
 def test_an_engine_that_is_not_here_is_refused_and_not_replaced(name: str) -> None:
     with pytest.raises(EngineUnavailableError, match="elsewhere"):
         engine_class(name)

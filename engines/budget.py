@@ -1,0 +1,205 @@
+"""How much memory a bundle needs for k, n and S: computed from its sizes, before anything is built.
+
+What can be counted is counted: weights, inputs and outputs, what the library holds. What a compiled
+engine needs in between is estimated from the shapes that the method prescribes; what a driver and
+its libraries take is an allowance. Each line says which of the three it is. None of it was measured
+on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.errors import InputError
+from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
+
+__all__ = ["PRESETS", "Budget", "Line", "Preset", "largest_k", "memory_budget"]
+
+STRIDE = 16  # of SAM 2's features
+_FLOAT = 4
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "mixed": 2, "int8": 2}
+
+STEM_WIDTH = 576
+"""Widest layer at stride 4 of any SAM 2: four times the 144 channels of Hiera-L."""
+
+LAYERS_ALIVE = 3
+"""Tensors of the widest layer that live at once: input, output, and what is being made."""
+
+KEYS_ALIVE = 4
+"""Tensors of all recalled tokens at full width that live at once: keys, the same rotated, values,
+and the sum that the keys were projected from."""
+
+ALLOWANCE = 900 << 20
+"""CUDA's context, TensorRT's libraries, Python. An assumption; 'doctor' cannot know it."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One part of the need; ``kind`` is ``counted``, ``estimated`` or ``assumed``."""
+
+    name: str
+    size: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Everything that one process needs at once, in bytes.
+
+    Attributes
+    ----------
+    image_size, k, n, precision : what it was computed for.
+    lines : the parts.
+    scores : what memory attention needs in addition if it is *not* fused, as no TensorRT is known
+        to fuse it in fp32 (``fp32``, ``mixed``), and none was seen to on a GPU yet.
+    exemplar : what one exemplar adds for each structure it shows, on disk and in the page cache.
+    """
+
+    image_size: int
+    k: int
+    n: int
+    precision: str
+    lines: tuple[Line, ...]
+    scores: int
+    exemplar: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the lines: enough if attention is fused."""
+        return sum(line.size for line in self.lines)
+
+    @property
+    def worst(self) -> int:
+        """Enough if it is not."""
+        return self.total + self.scores
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {**asdict(self), "total": self.total, "worst": self.worst}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings for a kind of device; whether they fit is computed by a test, not promised."""
+
+    name: str
+    memory: int
+    image_size: int
+    k: int
+    n: int
+    precision: str
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        # Of 8 GiB, the system, a desktop and the display take about three on these boards.
+        Preset("jetson-8gb", 5 << 30, 1024, 8, 2, "mixed"),
+        Preset("jetson-16gb", 12 << 30, 1024, 16, 4, "mixed"),
+        Preset("jetson-64gb", 48 << 30, 1024, 32, 8, "mixed"),
+    )
+}
+"""Memory is what is left for RecallSeg; CPU and GPU share it."""
+
+
+def memory_budget(
+    bundle: Bundle,
+    *,
+    k: int,
+    n: int,
+    precision: str = "mixed",
+    image_size: int | None = None,
+    shared: bool = True,
+) -> Budget:
+    """Compute what a process with all five graphs needs.
+
+    Parameters
+    ----------
+    bundle : whose weights and sizes.
+    k, n : most memories and structures of one call: the profile's largest.
+    precision : of the plans.
+    image_size : S in pixels, a multiple of 16; the bundle's by default.
+    shared : CPU and GPU share their memory (Jetson), so that what lies on both counts twice.
+
+    Raises
+    ------
+    InputError
+        For k, n or S that no graph can have, or an unknown precision.
+    """
+    side = image_size or bundle.geometry.image_size
+    if side < STRIDE or side % STRIDE:
+        raise InputError(f"an image size must be a multiple of {STRIDE}, got {side}.")
+    if k < 1 or n < 1 or precision not in _BYTES:
+        raise InputError(
+            f"a budget needs k and n of at least 1 and a precision of {', '.join(_BYTES)}; got "
+            f"k = {k}, n = {n}, {precision}."
+        )
+    geometry = replace(bundle.geometry, image_size=side, feature_size=side // STRIDE)
+    size = _BYTES[precision]
+    buffers = _buffers(geometry, bundle.memory.object_pointers, n, k)
+    pixels = geometry.tokens
+    tokens = k * (geometry.tokens + geometry.channels // geometry.memory_dim)
+    encode = LAYERS_ALIVE * (side // 4) ** 2 * STEM_WIDTH * size
+    attend = n * (KEYS_ALIVE * tokens + 8 * pixels) * geometry.channels * size
+    # Engines run one after the other, and may use the same scratch memory.
+    lines = [
+        Line("weights", _weights(bundle, precision), "counted"),
+        Line("inputs and outputs of the engines", buffers, "counted"),
+        *([Line("the same for the CPU", buffers, "counted")] if shared else []),
+        Line("activations", max(encode, attend), "estimated"),
+        Line("driver, libraries, Python", ALLOWANCE, "assumed"),
+    ]
+    return Budget(
+        side,
+        k,
+        n,
+        precision,
+        tuple(lines),
+        # Scores and their softmax; in mixed this is the part that stays fp32.
+        scores=2 * n * pixels * tokens * (_FLOAT if precision == "mixed" else size),
+        exemplar=geometry.tokens * geometry.memory_dim * _FLOAT,
+    )
+
+
+def largest_k(bundle: Bundle, memory: int, **settings: Any) -> int:
+    """Return the largest k that fits ``memory`` bytes without fusion; 0 if none does."""
+    fits = [
+        k
+        for k in range(1, bundle.geometry.max_k + 1)
+        if memory_budget(bundle, k=k, **settings).worst <= memory
+    ]
+    return max(fits, default=0)
+
+
+def _buffers(geometry: Geometry, object_pointers: bool, n: int, k: int) -> int:
+    def tensors() -> Iterator[int]:
+        for spec in graph_specs(geometry, object_pointers=object_pointers).values():
+            for tensor in (*spec.inputs, *spec.outputs):
+                yield prod(tensor.resolve(n=n, k=k)) * _FLOAT
+
+    return sum(tensors())
+
+
+def _weights(bundle: Bundle, precision: str) -> int:
+    """Size of the graph files in this precision, or what fp32's would become."""
+    entries = bundle.manifest["graphs"]
+    total = 0
+    for graph in GRAPHS:
+        for variant in ("tensorrt", "portable"):
+            exact = entries.get(f"{variant}/{precision}/{graph}")
+            if exact is not None:
+                total += _size(bundle, exact)
+                break
+        else:
+            fp32 = entries[f"portable/fp32/{graph}"]
+            total += _size(bundle, fp32) * _BYTES[precision] // _FLOAT
+    return total
+
+
+def _size(bundle: Bundle, entry: Any) -> int:
+    files = [entry, *([entry["data"]] if "data" in entry else [])]
+    return sum((bundle.path / str(file["file"])).stat().st_size for file in files)

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: one builder, one plan cache, one engine for both."""

@@ -1,0 +1,236 @@
+"""A verified plan, ready to run: one graph on one GPU by TensorRT or TensorRT-RTX.
+
+Nothing here was executed on a GPU yet; everything short of the GPU is tested with a stand-in.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from recallseg.engines.cuda import Cuda
+from recallseg.engines.durable import replace_file
+from recallseg.engines.engine import Engine, EngineOptions, Tensor
+from recallseg.engines.errors import EngineRunError, PlanError
+from recallseg.engines.specs import GraphSpec
+from recallseg.engines.tensorrt.building import VARIANTS
+from recallseg.engines.tensorrt.flavour import FLAVOURS
+from recallseg.engines.tensorrt.plans import Plan
+from recallseg.engines.tensorrt.profile import Profile
+from recallseg.engines.verdicts import writing
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
+
+__all__ = ["TensorRt", "TensorRtRtx"]
+
+_FLOAT = 4  # bytes; inputs and outputs are fp32 in every precision
+
+
+class TensorRt(Engine):
+    """One plan with its device buffers, which are allocated once for the largest profile.
+
+    Parameters
+    ----------
+    spec : the graph's tensors.
+    plan : from the cache; its bytes are checked here.
+    cuda : the GPU; shared by the five engines.
+    graph : the ``.onnx`` file, needed for a plan without weights only.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If TensorRT is not here.
+    PlanError
+        If the plan is damaged, or TensorRT does not take it.
+    """
+
+    name: ClassVar[str] = "tensorrt"
+    variants: ClassVar[tuple[str, ...]] = VARIANTS
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        plan: Plan,
+        cuda: Cuda,
+        graph: Path | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
+        super().__init__(spec, graph, options)
+        self.plan, self._cuda = plan, cuda
+        self.profile = Profile.from_json(plan.key.profile)
+        self._api = FLAVOURS[self.name].load()
+        self._log: list[str] = []
+        self._logger = _logger(self._api, self._log)
+        cuda.enter()
+        runtime = self._api.Runtime(self._logger)
+        self._engine = runtime.deserialize_cuda_engine(plan.read())
+        if self._engine is None:
+            raise PlanError(
+                f"{self.name} {self._api.__version__} does not take plan {plan.folder} "
+                f"({plan.key.version}, {plan.key.target}): {self._said()}. Build it again on this "
+                "machine: recallseg build --rebuild."
+            )
+        self._runtime = runtime  # has to live as long as its engines
+        if plan.key.options.get("stripped"):
+            self._put_weights_back(graph)
+        self._check_tensors()
+        self._context = self._make_context()
+        if self._context is None:
+            raise EngineRunError(
+                f"graph '{spec.name}': {self.name} makes no execution context: {self._said()}. "
+                "Is there enough GPU memory? 'recallseg doctor --budget' says what is needed; "
+                "build with a smaller --max-k or --max-n."
+            )
+        self._addresses: dict[str, int] = {}
+        weakref.finalize(self, _free, cuda, self._addresses)
+        for tensor in (*spec.inputs, *spec.outputs):
+            most = tensor.resolve(n=self.profile.n.most, k=self.profile.k.most)
+            address = cuda.allocate(int(np.prod(most)) * _FLOAT)
+            self._addresses[tensor.name] = address
+            if not self._context.set_tensor_address(tensor.name, address):
+                raise EngineRunError(
+                    f"graph '{spec.name}': {self.name} has no tensor '{tensor.name}': "
+                    f"{self._said()}."
+                )
+
+    @classmethod
+    def load_all(
+        cls,
+        bundle: Bundle,
+        precision: str,
+        options: EngineOptions,
+        graphs: tuple[str, ...],
+        variants: tuple[str, ...] | None = None,
+    ) -> dict[str, Engine]:
+        """Load plans that were verified on this GPU; verify them first if they were not yet."""
+        from recallseg.engines.tensorrt.loading import load_verified
+
+        return load_verified(cls, bundle, precision, options, graphs)
+
+    def _make_context(self) -> Any:
+        return self._engine.create_execution_context()
+
+    def finish_compilation(self) -> None:
+        """Keep what was compiled on the device while the engine ran; nothing for TensorRT."""
+
+    def _put_weights_back(self, graph: Path | None) -> None:
+        if graph is None:
+            raise EngineRunError(
+                f"plan {self.plan.folder} has no weights, and no graph was given to take them from."
+            )
+        refitter = self._api.Refitter(self._engine, self._logger)
+        parser = self._api.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+            raise PlanError(
+                f"the weights of {graph} do not fit plan {self.plan.folder}: {self._said()}."
+            )
+
+    def _check_tensors(self) -> None:
+        count = int(self._engine.num_io_tensors)
+        found = {str(self._engine.get_tensor_name(index)) for index in range(count)}
+        wanted = {tensor.name for tensor in (*self.spec.inputs, *self.spec.outputs)}
+        if found != wanted:
+            raise PlanError(
+                f"plan {self.plan.folder} has the tensors {sorted(found)}; graph "
+                f"'{self.spec.name}' needs {sorted(wanted)}. Build it again."
+            )
+
+    def _execute(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        self._check_profile(inputs)
+        cuda, context = self._cuda, self._context
+        cuda.enter()
+        for tensor in self.spec.inputs:
+            array = inputs[tensor.name]
+            if not context.set_input_shape(tensor.name, array.shape):
+                raise EngineRunError(
+                    f"graph '{self.spec.name}': {self.name} does not take shape {array.shape} "
+                    f"for '{tensor.name}': {self._said()}."
+                )
+            cuda.copy_in(self._addresses[tensor.name], array)
+        if not context.execute_async_v3(cuda.stream):
+            raise EngineRunError(f"graph '{self.spec.name}': {self.name} failed: {self._said()}.")
+        for name, array in outputs.items():
+            cuda.copy_out(array, self._addresses[name])
+        cuda.wait()
+
+    def _check_profile(self, inputs: Mapping[str, Tensor]) -> None:
+        for tensor in self.spec.inputs:
+            for size, symbol in zip(inputs[tensor.name].shape, tensor.shape, strict=True):
+                if isinstance(symbol, str) and size not in getattr(self.profile, symbol):
+                    raise EngineRunError(
+                        f"graph '{self.spec.name}': {symbol} = {size} was asked for, the plan was "
+                        f"built for {self.profile}. Ask for less, or build again with "
+                        f"--max-{symbol} {size}."
+                    )
+
+    def layers(self) -> str:
+        """Return what TensorRT made of the graph, as its inspector's JSON: is attention fused?"""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._api.LayerInformationFormat.JSON))
+
+    def _said(self) -> str:
+        return "; ".join(self._log[-4:]) or "no message was given"
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "engine": self.name,
+            "version": str(self._api.__version__),
+            "device": str(self._cuda.device()),
+            "plan": self.plan.sha256,
+            "precision": self.plan.key.precision,
+            "target": self.plan.key.target,
+            "profile": self.profile.to_json(),
+        }
+
+
+class TensorRtRtx(TensorRt):
+    """The same with TensorRT-RTX, which compiles kernels on the device when they are first used."""
+
+    name: ClassVar[str] = "tensorrt-rtx"
+
+    def _make_context(self) -> Any:
+        """Make a context that takes its kernels from the runtime cache, if there is one."""
+        settings = self._engine.create_runtime_config()
+        self._kernels = settings.create_runtime_cache()
+        path = self._kernel_file()
+        # The cache checks device, driver and version itself; refused, it fills itself anew.
+        self.kernels_found = path.is_file() and bool(self._kernels.deserialize(path.read_bytes()))
+        settings.set_runtime_cache(self._kernels)
+        return self._engine.create_execution_context(settings)
+
+    def finish_compilation(self) -> None:
+        path = self._kernel_file()
+        with writing(path):
+            replace_file(path, bytes(memoryview(self._kernels.serialize())))
+
+    def _kernel_file(self) -> Path:
+        device = self._cuda.device()
+        name = "".join(c if c.isalnum() else "-" for c in str(device))
+        return self.plan.folder / f"runtime-{name}"
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "kernels_found": self.kernels_found}
+
+
+def _logger(api: Any, messages: list[str]) -> Any:
+    class Logger(api.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= api.ILogger.WARNING:
+                messages.append(message)
+                del messages[:-50]
+
+    return Logger()
+
+
+def _free(cuda: Cuda, addresses: dict[str, int]) -> None:
+    for address in addresses.values():
+        cuda.free(address)
+    addresses.clear()

@@ -1,0 +1,1 @@
+"""A Triton model repository from a bundle. Imports no torch."""

@@ -1,0 +1,35 @@
+"""``recallseg export-triton``: a bundle for sites that run NVIDIA's Triton server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recallseg.engines.bundle import Bundle
+from recallseg.export.triton.repository import export_triton
+
+__all__ = ["export_triton_command"]
+
+
+def export_triton_command(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder, or a shipped name.")],
+    output: Annotated[Path, typer.Option(help="Folder of the model repository to write.")],
+    engine: Annotated[
+        str, typer.Option("--engine", help="onnxruntime, or tensorrt (verified plans).")
+    ] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="Precision of the graphs.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Where the models run: gpu or cpu.")] = "gpu",
+    prefix: Annotated[str, typer.Option(help="Of the models' names.")] = "recallseg",
+) -> None:
+    """Write a Triton model repository: five graphs and the model that composes them."""
+    opened = Bundle.open(bundle)
+    folder = export_triton(
+        opened, output, engine=engine, precision=precision, device=device, prefix=prefix
+    )
+    typer.echo(str(folder))
+    for path in sorted(folder.iterdir()):
+        typer.echo(f"  {path.name}")
+    if opened.notice:
+        typer.echo(opened.notice, err=True)

@@ -1,0 +1,58 @@
+"""What needs a GPU: plans that run, are proven, and whose attention is fused. Run with -m gpu."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.cuda import Cuda
+from recallseg.engines.errors import EngineUnavailableError
+from recallseg.engines.registry import load_engines
+from recallseg.engines.tensorrt.builder import BuildRequest
+from recallseg.engines.tensorrt.building import build_bundle
+from recallseg.engines.tensorrt.engine import TensorRt
+from recallseg.engines.tensorrt.flavour import FLAVOURS
+from recallseg.engines.tensorrt.profile import Profile
+from recallseg.engines.tensorrt.targets import Target
+from recallseg.engines.verification import verify_engines
+from recallseg.export.converting import convert_bundle
+
+pytestmark = pytest.mark.gpu
+
+FUSED = re.compile(r"mha|attention|flash", re.IGNORECASE)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("gpu") / "demo"
+    return convert_bundle(Bundle.open("demo"), folder, ["fp16", "bf16", "mixed"])
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "mixed"])
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_plans_are_proven_on_this_gpu(
+    name: str,
+    precision: str,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RECALLSEG_CACHE", str(tmp_path))
+    flavour = FLAVOURS[name]
+    try:
+        flavour.load()
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+    capability = f"sm{Cuda().device().capability}"
+    target = Target.parse((capability,) if flavour.is_rtx else None, flavour)
+    list(build_bundle(bundle, BuildRequest(flavour, precision, Profile(), target)))
+    engines = load_engines(bundle, name, precision)
+    assert verify_engines(bundle, engines, precision).passed
+    attend = engines["attend"]
+    assert isinstance(attend, TensorRt)
+    if precision in ("fp16", "bf16"):
+        assert FUSED.search(attend.layers()), "memory attention was not fused"

@@ -35,6 +35,10 @@ CONVERTED = ("fp16", "bf16", "mixed")
 _SENSITIVE = ("LayerNormalization", "ReduceL2", "ReduceMean", "Softmax", "Sin", "Cos", "Pow")
 """Operators that ``mixed`` leaves in fp32 wherever they stand."""
 
+_ALWAYS = ("ReduceL2", "Clip")
+"""The embedding's length is a sum of squares, which leaves the range of fp16, and its guard against
+zero is smaller than fp16 knows: both stay in fp32 in every precision."""
+
 _NO_BF16 = ("Conv", "ConvTranspose", "MaxPool", "Resize", "Sin", "Cos")
 """Operators that take no bfloat16 before operator set 22."""
 
@@ -67,7 +71,7 @@ def convert_graph(model: ModelProto, precision: str, graph: str) -> ModelProto:
         convert_float_to_float16,
     )
 
-    keep_types = list(DEFAULT_OP_BLOCK_LIST)
+    keep_types = [*DEFAULT_OP_BLOCK_LIST, *_ALWAYS]
     if precision == "bf16":
         keep_types += _NO_BF16
     elif precision == "mixed":

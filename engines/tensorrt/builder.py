@@ -84,7 +84,7 @@ def build_plan(
         raise _no_builder(request, logger.messages, error) from error
     network = builder.create_network(request.flavour.network_flags(api))
     _parse(api, network, graph, logger)
-    _check_tensors(network, spec, graph)
+    _check_tensors(api, network, spec, graph)
     config = builder.create_builder_config()
     config.progress_monitor = monitor = _make_monitor(api, report)
     config.add_optimization_profile(_profile(builder, spec, request.profile))
@@ -173,7 +173,8 @@ def _call(error: Any, name: str) -> str:
     return str(method()) if method else "?"
 
 
-def _check_tensors(network: Any, spec: GraphSpec, graph: Path) -> None:
+def _check_tensors(api: Any, network: Any, spec: GraphSpec, graph: Path) -> None:
+    """Compare names, shapes and types with the spec: a plan is used by them, blindly."""
     for role, count, get, wanted in (
         ("inputs", network.num_inputs, network.get_input, spec.inputs),
         ("outputs", network.num_outputs, network.get_output, spec.outputs),
@@ -189,6 +190,13 @@ def _check_tensors(network: Any, spec: GraphSpec, graph: Path) -> None:
             or any(f not in (e, -1) for f, e in zip(found[name], shape, strict=True))
             for name, shape in expected.items()
         )
+        types = {get(i).name: get(i).dtype for i in range(count)}
+        odd = {name: str(found) for name, found in types.items() if found != api.DataType.FLOAT}
+        if odd:
+            raise EngineRunError(
+                f"{graph.name} has {role} that are not fp32: {odd}. Inputs and outputs stay fp32 "
+                "in every precision: make it with 'recallseg convert'."
+            )
         if differs:
             raise EngineRunError(
                 f"{graph.name} has the {role} {found}; graph '{spec.name}' needs {expected}."

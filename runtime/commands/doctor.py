@@ -23,7 +23,7 @@ def doctor(
         str, typer.Option("--bundle", help="For --budget: folder or shipped name.")
     ] = "demo",
     precision: Annotated[str, typer.Option("--precision", help="For --budget.")] = "mixed",
-    memory: Annotated[
+    gib: Annotated[
         Optional[float],
         typer.Option(
             "--memory", min=0.1, help="For --budget: GiB to fit in.", show_default="this machine's"
@@ -33,7 +33,7 @@ def doctor(
 ) -> None:
     """Say what this machine has, which engines can run, and what is missing."""
     if budget:
-        _show_budget(bundle, precision, memory, as_json)
+        _show_budget(bundle, precision, gib, as_json)
         return
     from recallseg.runtime.doctor import diagnose
 
@@ -72,13 +72,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _show_budget(source: str, precision: str, memory: float | None, as_json: bool) -> None:
+def _show_budget(source: str, precision: str, gib: float | None, as_json: bool) -> None:
     from recallseg.engines.budget import PRESETS, largest_k, memory_budget
     from recallseg.engines.bundle import Bundle
     from recallseg.runtime.machine import describe_machine
 
     opened = Bundle.open(source)
-    limit = int(memory * 2**30) if memory else int(describe_machine()["memory_bytes"] or 0)
+    limit = int(gib * 2**30) if gib else int(describe_machine()["memory_bytes"] or 0)
     sizes = sorted({opened.geometry.image_size, 512, 768, 1024})
     settings = [(side, n, k) for side in sizes for n in (1, 2, 4) for k in (1, 4, 8, 16)]
     budgets = [

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from transformers import Dinov2Model, Sam2VideoModel
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import EngineRunError
-from recallseg.engines.specs import GRAPHS
+from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.tensorrt.builder import BuildRequest, build_plan
 from recallseg.engines.tensorrt.building import build_bundle
 from recallseg.engines.tensorrt.flavour import FLAVOURS
 from recallseg.engines.tensorrt.plans import PlanCache
 from recallseg.engines.tensorrt.profile import Profile
 from recallseg.engines.tensorrt.targets import Target
+from recallseg.export import tensorrt
+from recallseg.export.checkpoints import load_dinov2, load_sam2
+from recallseg.export.converting import convert_bundle
+from recallseg.export.graphs import build_graphs, read_geometry
+from recallseg.export.onnx_export import export_graph
+from recallseg.export.precision import CONVERTED, convert_graph
 
 RTX = FLAVOURS["tensorrt-rtx"]
 MALFORMED = 32  # EngineInvalidityDiagnostics.MALFORMED_ENGINE
@@ -34,27 +43,60 @@ def demo() -> Bundle:
     return Bundle.open("demo")
 
 
-def request_for(*targets: str, **more: Any) -> BuildRequest:
-    return BuildRequest(RTX, "fp32", Profile(), Target.parse(targets or None, RTX), **more)
+@pytest.fixture(scope="module")
+def converted(demo: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return convert_bundle(demo, tmp_path_factory.mktemp("rtx") / "demo", CONVERTED)
 
 
+def request_for(*targets: str, precision: str = "fp32") -> BuildRequest:
+    return BuildRequest(RTX, precision, Profile(), Target.parse(targets or None, RTX))
+
+
+@pytest.mark.parametrize("precision", ["fp32", *CONVERTED])
 def test_every_graph_builds_and_only_known_messages_come(
-    api: Any, demo: Bundle, tmp_path: Path
+    api: Any, converted: Bundle, tmp_path: Path, precision: str
 ) -> None:
-    items = list(build_bundle(demo, request_for(), cache=PlanCache(tmp_path)))
+    items = list(
+        build_bundle(converted, request_for(precision=precision), cache=PlanCache(tmp_path))
+    )
     assert [item.graph for item in items] == list(GRAPHS)
-    runtime = api.Runtime(make_logger(api))
     for item in items:
-        plan = item.plan.read()
-        assert len(plan) > 1_000_000
-        assert item.plan.made["layers"] > 100
-        # memorize's mask head never uses the skips; nothing else is remarkable.
-        for message in item.plan.made["messages"]:
-            assert item.graph == "memorize"
-            assert "skip" in message
-        # The whole verdict needs a driver; that the header is one of this version does not.
-        assert not runtime.get_engine_validity(plan)[1] & MALFORMED
-        assert runtime.get_engine_validity(b"x" + plan[1:])[1] & MALFORMED
+        check_plan(api, item.graph, item.plan.read(), item.plan.made)
+
+
+def check_plan(api: Any, graph: str, plan: bytes, made: Mapping[str, Any]) -> None:
+    assert len(plan) > 1_000_000
+    assert made["layers"] > 100
+    # memorize's mask head never uses the skips; nothing else is remarkable.
+    for message in made["messages"]:
+        assert graph == "memorize", message
+        assert "skip" in message
+    # The whole verdict needs a driver; that the header is one of this version does not.
+    runtime = api.Runtime(make_logger(api))
+    assert not runtime.get_engine_validity(plan)[1] & MALFORMED
+    assert runtime.get_engine_validity(b"x" + plan[1:])[1] & MALFORMED
+
+
+@pytest.mark.timeout(900)
+def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path) -> None:
+    """The true architecture, graph by graph; its parity has tests of its own."""
+    sam2, dinov2 = load_sam2("random:tiny", image_size=512).model, load_dinov2("random:small").model
+    assert isinstance(sam2, Sam2VideoModel)
+    assert isinstance(dinov2, Dinov2Model)
+    geometry = read_geometry(sam2, dinov2, embed_size=224)
+    modules, specs = build_graphs(sam2, dinov2), graph_specs(geometry)
+    for graph in ("encode", "attend"):
+        path = tmp_path / f"{graph}.onnx"
+        with tensorrt.fusable_attention(sam2, dinov2):
+            export_graph(modules[graph], specs[graph], geometry, path, opset=tensorrt.OPSET)
+        for precision in ("fp32", "fp16"):
+            file = tmp_path / f"{precision}.onnx"
+            model = onnx.load(path)
+            onnx.save(
+                model if precision == "fp32" else convert_graph(model, precision, graph), file
+            )
+            built = build_plan(file, specs[graph], request_for(precision=precision))
+            check_plan(api, graph, built.plan, {"layers": built.layers, "messages": built.messages})
 
 
 def test_turing_without_fp32_products_is_explained(api: Any, demo: Bundle) -> None:

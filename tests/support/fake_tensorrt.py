@@ -81,6 +81,7 @@ class Tensor:
     def __init__(self, value: onnx.ValueInfoProto) -> None:
         self.name = value.name
         dims = value.type.tensor_type.shape.dim
+        self.dtype = value.type.tensor_type.elem_type
         self.shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
 
 
@@ -282,6 +283,7 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
     module.MemoryPoolType = Values("WORKSPACE")
     module.HardwareCompatibilityLevel = Values("NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY")
     module.OnnxParser = Parser
+    module.DataType = type("DataType", (), {"FLOAT": onnx.TensorProto.FLOAT})
 
     class Logger:
         ERROR, WARNING = Severity.ERROR, Severity.WARNING

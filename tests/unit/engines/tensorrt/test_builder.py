@@ -107,6 +107,15 @@ def test_a_graph_with_other_tensors_is_refused(tensorrt: Any, demo: Bundle, tmp_
         build_plan(small_graph(tmp_path / "a.onnx"), demo.specs["embed"], request_for())
 
 
+def test_inputs_and_outputs_are_fp32(tensorrt: Any, demo: Bundle, tmp_path: Path) -> None:
+    path, spec = graph(demo, "embed")
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, tmp_path / "embed.onnx")
+    with pytest.raises(EngineRunError, match=r"outputs that are not fp32: .'embedding'"):
+        build_plan(tmp_path / "embed.onnx", spec, request_for())
+
+
 def test_a_failed_build_says_what_the_builder_said(tensorrt: Any, demo: Bundle) -> None:
     tensorrt.fail_build = "Error Code 10: no implementation for node_MatMul_7"
     with pytest.raises(EngineRunError, match="node_MatMul_7"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from recallseg.engines import registry
 from recallseg.engines.cuda import Device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (
+    BundleError,
     EngineRunError,
     EngineUnavailableError,
     InputError,
@@ -292,6 +294,20 @@ def test_a_tampered_plan_is_refused_and_rebuilt(api: Any, demo: Bundle) -> None:
     again = build(demo)
     assert [graph for graph, item in again.items() if item.fresh] == ["decode"]
     assert list(load_engines(demo, "tensorrt")) == list(GRAPHS)
+
+
+def test_a_tampered_golden_file_proves_nothing(api: Any, demo: Bundle, tmp_path: Path) -> None:
+    copy = Bundle.open(shutil.copytree(demo.path, tmp_path / "demo"))
+    build(copy)
+    data = bytearray(copy.golden_file.read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy.path / "golden" / "golden.npz").write_bytes(data)
+    with pytest.raises(BundleError, match="changed or damaged"):
+        load_engines(copy, "tensorrt")
+    with pytest.raises(BundleError, match="changed or damaged"):
+        build(copy)
+    assert set(states().values()) == {"built"}
+    assert list(load_engines(demo, "tensorrt")) == list(GRAPHS)  # the plans are of the same graphs
 
 
 def test_no_plans_no_engine(api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

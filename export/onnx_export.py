@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ def export_graph(
             )
             if program is None:
                 raise ExportError(f"graph '{spec.name}': the exporter returned nothing.")
+            _forget_origin(program.model)
             program.save(path, external_data=size > _EXTERNAL_DATA_BYTES)
     except ExportError:
         raise
@@ -88,3 +90,10 @@ def export_graph(
         raise ExportError(f"graph '{spec.name}' cannot be exported to ONNX: {error}") from error
     finally:
         exporter_log.setLevel(level)
+
+
+def _forget_origin(model: Any) -> None:
+    """Drop what the exporter notes beside every node: stack traces, with this machine's paths."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None

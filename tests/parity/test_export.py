@@ -36,6 +36,21 @@ def test_the_manifest_holds_what_was_measured(exported: Bundle) -> None:
         assert entry["error"] <= entry["tolerance"]
 
 
+def test_graphs_say_nothing_of_the_machine_that_made_them(exported: Bundle) -> None:
+    here = [str(Path(module.__file__ or "").parent).encode() for module in (torch, onnx, np)]
+    for bundle in (exported, Bundle.open("demo")):
+        for file in sorted(bundle.path.rglob("*.onnx")):
+            content = file.read_bytes()
+            assert not any(path in content for path in here), file
+            assert b".py" not in content, file
+
+
+def test_the_shipped_bundle_says_where_its_weights_come_from() -> None:
+    weights = Bundle.open("demo").manifest["weights"]
+    assert {network["source"] for network in weights.values()} == {"demo"}
+    assert {network["licence"] for network in weights.values()} == {"Apache-2.0"}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 32), (16, 1), (3, 16)])
 def test_structures_and_memories_are_dynamic(

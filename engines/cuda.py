@@ -125,6 +125,10 @@ class Cuda:
         """Wait until everything queued is done; raises what went wrong on the device."""
         self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
 
+    def settle(self) -> None:
+        """Wait until everything that anybody queued in the context is done."""
+        self._call("cuCtxSynchronize")
+
     def _call(self, name: str, *arguments: Any) -> None:
         status = int(getattr(self._driver, name)(*arguments))
         if status:

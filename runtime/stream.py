@@ -16,10 +16,10 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import DeadlineError, InputError, RecallSegError
+from recallseg.runtime.frames import copy_frame
 from recallseg.runtime.latency import LatencyHistogram
 from recallseg.runtime.result import Result
 from recallseg.runtime.segmenter import Segmenter
@@ -138,8 +138,8 @@ class Stream:
 
         Parameters
         ----------
-        image : HxW grey or HxWx3 RGB: a numpy array, or anything with ``__dlpack__`` that can give
-            its data to the CPU. It is copied: the caller may reuse its memory.
+        image : HxW grey or HxWx3 RGB, on the CPU or on the GPU; see
+            :func:`recallseg.runtime.frames.copy_frame`. The caller may reuse its memory.
 
         Returns
         -------
@@ -149,11 +149,13 @@ class Stream:
         Raises
         ------
         InputError
-            If the stream is closed, or the data cannot be reached from the CPU.
+            If the stream is closed, or the data cannot be reached.
+        EngineUnavailableError
+            If it lies on a GPU, and there is no driver.
         Exception
             Whatever ``on_result`` raised: the stream has ended then.
         """
-        pixels = _copied(image)
+        pixels = copy_frame(image)
         with self._changed:
             self._check_open()
             number = self._counts["pushed"]
@@ -306,22 +308,3 @@ class Stream:
     def _check_defect(self) -> None:
         if self._defect is not None:
             raise self._defect
-
-
-def _copied(image: Any) -> NDArray[Any]:
-    """Return a copy in the CPU's memory."""
-    copied: NDArray[Any]
-    if isinstance(image, np.ndarray):
-        copied = image.copy()
-        return copied
-    if not hasattr(image, "__dlpack__"):
-        raise InputError(
-            f"a frame must be a numpy array or have __dlpack__, got {type(image).__name__}."
-        )
-    try:
-        copied = np.from_dlpack(image).copy()
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"the frame's data cannot be reached from the CPU: {error}. Copy it there first."
-        ) from error
-    return copied

@@ -63,6 +63,9 @@ class HostCuda:
     def wait(self) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
 
 class Values:
     """A set of names that the API makes an enumeration of."""

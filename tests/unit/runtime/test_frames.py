@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from support.fake_tensorrt import HostCuda
+
+from recallseg.engines.cuda import Cuda
+from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.runtime import frames
+from recallseg.runtime.frames import copy_frame
+
+PICTURE = np.arange(60, dtype=np.uint16).reshape(6, 10)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
+    stand_in = HostCuda()
+    monkeypatch.setattr(frames, "_cuda", lambda: stand_in)
+    return stand_in
+
+
+def on_device(cuda: HostCuda, array: np.ndarray, **more: Any) -> Any:
+    address = cuda.allocate(array.nbytes)
+    cuda.copy_in(address, array)
+    interface = {"shape": array.shape, "typestr": array.dtype.str, "data": (address, True)}
+    return SimpleNamespace(__cuda_array_interface__={**interface, "version": 3, **more})
+
+
+@pytest.mark.parametrize("strides", [None, PICTURE.strides])
+def test_a_frame_comes_from_the_gpu(cuda: HostCuda, strides: object) -> None:
+    image = on_device(cuda, PICTURE, strides=strides)
+    found = copy_frame(image)
+    assert found.dtype == np.uint16
+    assert np.array_equal(found, PICTURE)
+
+
+def test_a_frame_that_is_not_contiguous_is_refused(cuda: HostCuda) -> None:
+    with pytest.raises(InputError, match="contiguous"):
+        copy_frame(on_device(cuda, PICTURE, strides=(40, 2)))
+
+
+def test_a_frame_on_a_gpu_that_is_not_there() -> None:
+    try:
+        Cuda()
+    except EngineUnavailableError:
+        image = SimpleNamespace(
+            __cuda_array_interface__={"shape": (2, 2), "typestr": "|u1", "data": (64, True)}
+        )
+        with pytest.raises(EngineUnavailableError, match="driver"):
+            copy_frame(image)
+    else:
+        pytest.skip("there is a GPU")
+
+
+def test_a_copy_is_a_copy() -> None:
+    found = copy_frame(PICTURE)
+    assert found is not PICTURE
+    assert not np.shares_memory(found, PICTURE)
+
+
+@pytest.mark.gpu
+def test_a_frame_of_pytorch_on_the_gpu() -> None:
+    import torch
+
+    image = torch.from_numpy(PICTURE.astype(np.int32)).cuda() + 1
+    assert np.array_equal(copy_frame(image), PICTURE + 1)

@@ -39,11 +39,20 @@ TOLERANCES: Mapping[str, float] = {
     "mixed": 2e-2,
     # Quantised weights and activations: judged by Dice first, this catches what is broken.
     "int8": 3e-1,
+    # An approximation: memory tokens averaged 2x2. Likewise judged by Dice first.
+    "pooled": 3e-1,
+    "int8-pooled": 3e-1,
 }
 """Largest relative error of any tensor, by precision."""
 
 MASK_DICE = 0.98
-"""Least Dice between an engine's golden masks and the reference's, in every precision."""
+"""Least Dice between an engine's golden masks and the reference's, in every number format."""
+
+APPROXIMATE_MASK_DICE = 0.9
+"""The same where less is computed than the reference computes: this catches what is broken, and an
+evaluation on real images says what the approximation costs."""
+
+_APPROXIMATE = ("pooled", "int8-pooled")
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,8 @@ def compare_with_golden(
         for name, values in golden.values.items()
     ]
     dice = mask_dice(found["logits"] > 0, golden.masks)
-    checks.append(Check("masks (1 - Dice)", 1.0 - dice, 1.0 - MASK_DICE))
+    least = APPROXIMATE_MASK_DICE if precision in _APPROXIMATE else MASK_DICE
+    checks.append(Check("masks (1 - Dice)", 1.0 - dice, 1.0 - least))
     result = Verification(engine, precision, tuple(checks))
     if strict and not result.passed:
         failed = [check for check in checks if not check.passed]

@@ -44,7 +44,7 @@ from recallseg.engines.golden import (
 )
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
-from recallseg.engines.verification import compare_with_golden
+from recallseg.engines.verification import TOLERANCES, compare_with_golden, relative_error
 from recallseg.export import ort_cpu, tensorrt
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.graphs import build_graphs, read_geometry
@@ -85,6 +85,7 @@ def export_bundle(
     embed_size: int | None = None,
     object_pointers: bool = True,
     variants: Sequence[str] = DEFAULT_VARIANTS,
+    pooled: bool = False,
     overwrite: bool = False,
     report: Report = lambda step: None,
 ) -> Bundle:
@@ -98,6 +99,7 @@ def export_bundle(
     embed_size : E in pixels, a multiple of DINOv2's patch; 224, or less for a smaller model.
     object_pointers : whether memory attention takes SAM 2's object pointers too.
     variants : graph variants to write; ``portable`` must be among them.
+    pooled : also write precision ``pooled`` of variant ``ort-cpu``, an approximation.
     report : is told the name of every step as it begins.
 
     Raises
@@ -111,6 +113,8 @@ def export_bundle(
             f"variants must be 'portable' and any of {', '.join(VARIANTS)}; got "
             f"{', '.join(variants)}."
         )
+    if pooled and "ort-cpu" not in variants:
+        raise ExportError("precision 'pooled' is one of variant 'ort-cpu': export that too.")
     if output.exists() and not overwrite:
         raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
     segmenter, embedder = sam2.model, dinov2.model
@@ -132,22 +136,32 @@ def export_bundle(
     try:
         graphs: dict[str, Any] = {}
 
-        def write(variant: str, graph: str, module: nn.Module, opset: int) -> None:
-            report(f"export {variant} {graph}")
-            path = work / "graphs" / variant / "fp32" / f"{graph}.onnx"
+        def write(
+            variant: str, graph: str, module: nn.Module, opset: int, precision: str = "fp32"
+        ) -> None:
+            report(f"export {variant} {graph} in {precision}")
+            path = work / "graphs" / variant / precision / f"{graph}.onnx"
             path.parent.mkdir(parents=True, exist_ok=True)
             export_graph(module, specs[graph], geometry, path, opset=opset)
-            graphs[f"{variant}/fp32/{graph}"] = _entry(work, path)
+            graphs[f"{variant}/{precision}/{graph}"] = _entry(work, path)
 
         for graph in GRAPHS:
             write("portable", graph, modules[graph], OPSET)
         if "ort-cpu" in variants:
-            fast = ort_cpu.build_ort_cpu_graphs(
-                segmenter, embedder, object_pointers=object_pointers
-            )
             with ort_cpu.fused_attention(segmenter, embedder):
-                for graph, module in fast.items():
+                for graph, module in ort_cpu.build_ort_cpu_graphs(
+                    segmenter, embedder, object_pointers=object_pointers
+                ).items():
                     write("ort-cpu", graph, module, ort_cpu.OPSET)
+                if pooled:
+                    fewer = ort_cpu.build_ort_cpu_graphs(
+                        segmenter, embedder, object_pointers=object_pointers, pool=ort_cpu.POOL
+                    )
+                    write("ort-cpu", "attend", fewer["attend"], ort_cpu.OPSET, "pooled")
+        if pooled:  # all but attend are the exact graphs
+            for graph in GRAPHS:
+                exact = graphs.get(f"ort-cpu/fp32/{graph}", graphs[f"portable/fp32/{graph}"])
+                graphs.setdefault(f"ort-cpu/pooled/{graph}", exact)
         if "tensorrt" in variants:
             with tensorrt.fusable_attention(segmenter, embedder):
                 for graph in GRAPHS:
@@ -229,6 +243,18 @@ def _gate(
         found = run_case(case, Composition(engines), geometry, normalisation, bundle.memory)
         measured.append(check_end_to_end(found, tensors, n, k, variant=variant))
         compare_with_golden(bundle, golden, found, engines["embed"].name, "fp32")
+    if "pooled" in bundle.precisions.get("ort-cpu", ()):
+        report("compare pooled end to end")
+        engines = load_engines(bundle, "onnxruntime-cpu", "pooled")
+        found = run_case(case, Composition(engines), geometry, normalisation, bundle.memory)
+        compare_with_golden(bundle, golden, found, engines["embed"].name, "pooled")
+        error = relative_error(found["logits"], tensors["logits"])
+        measured.append(
+            Measured(
+                "end to end", "ort-cpu/pooled", "image-like", "logits", n, k, error,
+                TOLERANCES["pooled"],
+            )
+        )  # fmt: skip
     return measured
 
 

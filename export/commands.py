@@ -12,8 +12,7 @@ from rich.console import Console
 from recallseg.engines.bundle import Bundle
 from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
 from recallseg.export.checkpoints import load_dinov2, load_sam2
-from recallseg.export.converting import convert_bundle
-from recallseg.export.precision import CONVERTED
+from recallseg.export.converting import PRECISIONS, convert_bundle
 
 __all__ = ["convert", "export"]
 
@@ -40,6 +39,13 @@ def export(
         str,
         typer.Option(help=f"Graph variants to write, comma-separated: {', '.join(VARIANTS)}."),
     ] = ",".join(DEFAULT_VARIANTS),
+    pooled: Annotated[
+        bool,
+        typer.Option(
+            "--pooled",
+            help="Also write precision 'pooled': memory tokens averaged 2x2, an approximation.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle.")
     ] = False,
@@ -60,6 +66,7 @@ def export(
             embed_size=embed_size,
             object_pointers=object_pointers,
             variants=[variant.strip() for variant in variants.split(",")],
+            pooled=pooled,
             overwrite=overwrite,
             report=lambda step: status.update(step),
         )
@@ -83,7 +90,7 @@ def convert(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder, or a shipped name.")],
     output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     precisions: Annotated[
-        str, typer.Option(help=f"Comma-separated: {', '.join(CONVERTED)}.")
+        str, typer.Option(help=f"Comma-separated: {', '.join(PRECISIONS)}.")
     ] = "fp16,mixed",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle.")

@@ -9,19 +9,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.digest import digest_file
+from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import ExportError
-from recallseg.engines.golden import GoldenTensors, run_case
+from recallseg.engines.golden import GoldenTensors, network_images, run_case
+from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
+from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verification import compare_with_golden
 from recallseg.export.emulation import EmulatedEngine
 from recallseg.export.precision import CONVERTED, convert_graph
+from recallseg.export.quantization import QUANTIZED, quantize_graph, sensitive_layers
 
-__all__ = ["convert_bundle"]
+__all__ = ["PRECISIONS", "convert_bundle"]
+
+PRECISIONS = (*CONVERTED, *QUANTIZED)
+"""Precisions that a bundle can be given after its export."""
 
 Report = Callable[[str], None]
 
@@ -38,15 +46,18 @@ def convert_bundle(
 ) -> Bundle:
     """Copy a bundle and add its graphs in other precisions.
 
-    The graphs of variant ``tensorrt`` are converted where the bundle has them, else the portable
-    ones. Each precision then runs the golden case on the CPU, rounding as its types do, and has to
-    stay within its tolerance for every tensor and within the Dice tolerance for the masks.
+    For ``fp16``, ``bf16`` and ``mixed`` the graphs of variant ``tensorrt`` are converted where the
+    bundle has them, else the portable ones; they run on the CPU, rounding as their types do. For
+    ``int8`` and ``int8-pooled`` those of ``ort-cpu`` are, from ``fp32`` and ``pooled``; they run as
+    they will be run. ``memorize`` stays in fp32 there: memories outlive the precision of a query.
+    Each precision has to stay within its tolerance for every tensor of the golden case, and within
+    the Dice tolerance for the masks.
 
     Parameters
     ----------
     source : the bundle; it is only read.
     output : the new bundle's folder.
-    precisions : of ``fp16``, ``bf16``, ``mixed``.
+    precisions : of :data:`PRECISIONS`.
     overwrite : replace an existing folder.
     report : is told the name of every step as it begins.
 
@@ -57,35 +68,26 @@ def convert_bundle(
     VerificationError
         If a precision fails its gate, naming tensor and error. Nothing is written.
     """
-    unknown = [name for name in precisions if name not in CONVERTED]
+    unknown = [name for name in precisions if name not in PRECISIONS]
     if unknown or not precisions:
         raise ExportError(
-            f"precisions must be of {', '.join(CONVERTED)}; got {', '.join(precisions) or 'none'}."
+            f"precisions must be of {', '.join(PRECISIONS)}; got {', '.join(precisions) or 'none'}."
         )
     if output.exists() and not overwrite:
         raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
-    variant = "tensorrt" if "tensorrt" in source.precisions else "portable"
+    for precision in precisions:
+        if precision in QUANTIZED:
+            _check_quantizable(source, precision)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         shutil.copytree(source.path, work)
         manifest: dict[str, Any] = json.loads((work / "manifest.json").read_text(encoding="utf-8"))
         golden = GoldenTensors.load(source.golden_file)
-        measured = [
-            entry
-            for entry in manifest.get("parity", [])
-            if entry["variant"] not in {f"{variant}/{name}" for name in precisions}
-        ]
+        measured = list(manifest.get("parity", []))
         for precision in precisions:
-            engines = {}
-            for graph in GRAPHS:
-                report(f"convert {graph} to {precision}")
-                path, _ = source.graph_file(graph, (variant,), "fp32")
-                converted = convert_graph(onnx.load(path), precision, graph)
-                file = work / "graphs" / variant / precision / f"{graph}.onnx"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                manifest["graphs"][f"{variant}/{precision}/{graph}"] = _save(work, file, converted)
-                engines[graph] = EmulatedEngine(source.specs[graph], file)
+            make = _quantized if precision in QUANTIZED else _converted
+            variant, engines = make(source, work, manifest, golden, precision, report)
             report(f"compare {precision} with fp32")
             found = run_case(
                 golden.case,
@@ -94,12 +96,15 @@ def convert_bundle(
                 source.normalisation,
                 source.memory,
             )
-            result = compare_with_golden(source, golden, found, "emulated", precision)
+            name = engines["attend"].name
+            result = compare_with_golden(source, golden, found, name, precision)
             k, n = golden.case.masks.shape[:2]
+            key = f"{variant}/{precision}"
+            measured = [entry for entry in measured if entry["variant"] != key]
             measured += [
                 {
                     "graph": "end to end",
-                    "variant": f"{variant}/{precision}",
+                    "variant": key,
                     "inputs": "image-like",
                     "tensor": check.tensor,
                     "n": n,
@@ -119,6 +124,101 @@ def convert_bundle(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Bundle.open(output)
+
+
+def _converted(
+    source: Bundle,
+    work: Path,
+    manifest: dict[str, Any],
+    golden: GoldenTensors,
+    precision: str,
+    report: Report,
+) -> tuple[str, dict[str, Engine]]:
+    """Write all graphs in other floating types; return the variant and engines that emulate it."""
+    variant = "tensorrt" if "tensorrt" in source.precisions else "portable"
+    engines: dict[str, Engine] = {}
+    for graph in GRAPHS:
+        report(f"convert {graph} to {precision}")
+        path, _ = source.graph_file(graph, (variant,), "fp32")
+        file = _file(work, variant, precision, graph)
+        entry = _save(work, file, convert_graph(onnx.load(path), precision, graph))
+        manifest["graphs"][f"{variant}/{precision}/{graph}"] = entry
+        engines[graph] = EmulatedEngine(source.specs[graph], file)
+    return variant, engines
+
+
+def _check_quantizable(source: Bundle, precision: str) -> None:
+    wanted = {"int8": "fp32", "int8-pooled": "pooled"}[precision]
+    if wanted not in source.precisions.get("ort-cpu", ()):
+        how = " --pooled" if wanted == "pooled" else ""
+        raise ExportError(
+            f"{precision} is made from the {wanted} graphs of variant ort-cpu, which bundle "
+            f"{source.name} lacks: it has {source.precisions}. Export it with --variants "
+            f"portable,ort-cpu{how}."
+        )
+
+
+def _quantized(
+    source: Bundle,
+    work: Path,
+    manifest: dict[str, Any],
+    golden: GoldenTensors,
+    precision: str,
+    report: Report,
+) -> tuple[str, dict[str, Engine]]:
+    """Write all graphs in int8 but ``memorize``; return the variant and its engines."""
+    variant, base = "ort-cpu", {"int8": "fp32", "int8-pooled": "pooled"}[precision]
+    exact = load_engines(source, "onnxruntime-cpu", base)
+    inputs = _image_like(source, golden, exact)
+    engines: dict[str, Engine] = {}
+    kept: dict[str, list[str]] = {}
+    for graph in GRAPHS:
+        spec = source.specs[graph]
+        path, found = source.graph_file(graph, (variant, "portable"), base)
+        if graph == "memorize":
+            manifest["graphs"][f"{variant}/{precision}/{graph}"] = manifest["graphs"][
+                f"{found}/{base}/{graph}"
+            ]
+            engines[graph] = exact[graph]
+            continue
+        report(f"measure the layers of {graph}")
+        model = onnx.load(path)
+        for index, node in enumerate(model.graph.node):
+            node.name = node.name or f"node_{index}"
+        keep, _ = sensitive_layers(model, spec, inputs[graph])
+        kept[graph] = sorted(keep)
+        report(f"quantize {graph}")
+        file = _file(work, variant, precision, graph)
+        entry = _save(work, file, quantize_graph(model, keep))
+        manifest["graphs"][f"{variant}/{precision}/{graph}"] = entry
+        engines[graph] = OnnxRuntimeCpu(spec, file, EngineOptions())
+    manifest.setdefault("kept_in_fp32", {})[precision] = kept
+    return variant, engines
+
+
+def _image_like(
+    source: Bundle, golden: GoldenTensors, engines: dict[str, Engine]
+) -> dict[str, dict[str, Tensor]]:
+    """Return what every graph gets in the golden case."""
+    case, g = golden.case, source.geometry
+    tensors = run_case(case, Composition(engines), g, source.normalisation, source.memory)
+    images = {
+        "embed": network_images(case, g.embed_size, source.normalisation["embed"])[-1],
+        "encode": network_images(case, g.image_size, source.normalisation["encode"])[-1],
+    }
+    k, n = case.masks.shape[:2]
+    tensors["pointer_time"] = np.full((n, k), source.memory.pointer_time, np.float32)
+    return {
+        graph: {"image": images[graph]} if graph in images else tensors
+        for graph in GRAPHS
+        if graph != "memorize"
+    }
+
+
+def _file(work: Path, variant: str, precision: str, graph: str) -> Path:
+    path = work / "graphs" / variant / precision / f"{graph}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _save(work: Path, file: Path, model: onnx.ModelProto) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The ``ort-cpu`` variant: the same five graphs in the form that ONNX Runtime's CPU kernels like.
 
-Three steps, all exact up to the order of summation:
+Four steps, all exact up to the order of summation:
 
 - every attention becomes ONNX Runtime's fused ``MultiHeadAttention``, which never writes the scores
   to memory;
+- Hiera's joint projection to queries, keys and values becomes three, so that nothing is split;
 - rotary encoding becomes its ``RotaryEmbedding``, one pass instead of five;
 - memory attention's cross-attention has one head, and values that are an affine map of 64-wide
   memory tokens m. Since the rows of P sum to 1, P (m W + b) = (P m) W + b: attend over the tokens
@@ -12,10 +13,17 @@ Three steps, all exact up to the order of summation:
 
 What does not depend on the memories (the first self-attention and the first query) is computed once
 for all structures. Outside of an export, the same functions compute the same in PyTorch.
+
+One approximation is offered beside them, as a precision of its own called ``pooled``: memory
+tokens are averaged over 2x2 places before cross-attention, as EfficientTAM does (Xiong et al.,
+arXiv 2411.18933), neighbouring tokens being alike. A quarter of the keys is left. Each stands for
+four, which adds log 4 to its score; object pointers stay as they are.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,15 +33,18 @@ from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel,
 
 from recallseg.engines.errors import ExportError
 from recallseg.export.attention import register_attention, use_attention
-from recallseg.export.graphs import Attend, build_graphs
+from recallseg.export.graphs import Attend, Encode, build_graphs
 
-__all__ = ["GRAPHS", "OPSET", "build_ort_cpu_graphs", "fused_attention"]
+__all__ = ["GRAPHS", "OPSET", "POOL", "build_ort_cpu_graphs", "fused_attention"]
 
 GRAPHS = ("embed", "encode", "attend")
 """Where attention takes the time; for the other two, engines take the portable graph."""
 
 OPSET = 20
 """The first with ``Gelu`` as one operator."""
+
+POOL = 2
+"""Side in tokens of the places that ``pooled`` averages over."""
 
 _NAME = "recallseg_ort_cpu"
 
@@ -110,6 +121,50 @@ def fused_attention(*models: PreTrainedModel) -> AbstractContextManager[None]:
     return use_attention(_NAME, *models)
 
 
+class _SeparateAttention(nn.Module):
+    """Attention of a Hiera block, with a projection each for queries, keys and values.
+
+    Follows ``Sam2MultiScaleAttention`` of ``transformers``, whose joint projection has its rows in
+    this order.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        joint = attention.qkv
+        self.parts = nn.ModuleList()
+        for weight, bias in zip(joint.weight.chunk(3), joint.bias.chunk(3), strict=True):
+            part = nn.Linear(joint.in_features, len(weight))
+            with torch.no_grad():
+                part.weight.copy_(weight)
+                part.bias.copy_(bias)
+            self.parts.append(part.requires_grad_(False))
+        self.output = attention.proj
+        self.heads, self.scale = attention.num_attention_heads, float(attention.scale)
+        self.stride = attention.query_stride
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Windows BxHxWxC -> BxH'xW'xC', half as large where the query is pooled."""
+        size = hidden_states.shape[1:3]
+        query, key, value = (part(hidden_states.flatten(1, 2)) for part in self.parts)
+        if self.stride:
+            image = query.unflatten(1, size).permute(0, 3, 1, 2)
+            image = nn.functional.max_pool2d(image, self.stride, self.stride)
+            size = image.shape[2:]
+            query = image.flatten(2).transpose(1, 2)
+        found = attend_fused(query, key, value, heads=self.heads, scale=self.scale)
+        out: Tensor = self.output(found).unflatten(1, size)
+        return out
+
+
+def _separate_projections(encode: Encode) -> Encode:
+    """Return a copy whose attention needs no split; the original stays as it is."""
+    copied = copy.deepcopy(encode)
+    blocks: Any = copied.vision_encoder.backbone.blocks
+    for block in blocks:
+        block.attn = _SeparateAttention(block.attn)
+    return copied
+
+
 class _Cross(nn.Module):
     """One cross-attention over raw memory tokens, its values folded into its output."""
 
@@ -128,17 +183,29 @@ class _Cross(nn.Module):
 
 
 class FoldedAttend(nn.Module):
-    """:class:`recallseg.export.graphs.Attend`, rearranged as this module's docstring says."""
+    """:class:`recallseg.export.graphs.Attend`, rearranged as this module's docstring says.
+
+    Parameters
+    ----------
+    attend : what to rearrange.
+    pool : side in tokens of the places whose memory tokens are averaged; 1 leaves them alone.
+    """
 
     cos: Tensor
     sin: Tensor
-    places: Tensor
+    key_cos: Tensor
+    key_sin: Tensor
     position: Tensor
     offset: Tensor
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, attend: Attend, pool: int = 1) -> None:
         super().__init__()
         attention: Any = attend.memory_attention
+        if int(attend.memory_position.shape[1]) % pool**2:
+            raise ExportError(
+                f"memories of {attend.memory_position.shape[1]} tokens cannot be pooled by {pool}: "
+                "choose an image size whose feature map has an even side."
+            )
         if attention.config.memory_attention_num_attention_heads != 1:
             raise ExportError(
                 "the ort-cpu variant needs memory attention with one head, as every SAM 2 has; "
@@ -146,6 +213,7 @@ class FoldedAttend(nn.Module):
                 "the portable variant only."
             )
         self.attend = attend
+        self.pool = pool
         self.layers = attention.layers
         self.cross = nn.ModuleList(_Cross(layer) for layer in attention.layers)
         self.norm = attention.layer_norm
@@ -153,11 +221,16 @@ class FoldedAttend(nn.Module):
             cos, sin = attention.rotary_emb(torch.zeros(1), attention.position_ids)
             position = attend.memory_position + attend.temporal[-1]
         # The model repeats each angle for both channels of a pair; the operator wants it once.
-        self.register_buffer("cos", cos.flatten(0, -2)[:, 0::2].contiguous(), persistent=False)
-        self.register_buffer("sin", sin.flatten(0, -2)[:, 0::2].contiguous(), persistent=False)
-        places = torch.arange(self.cos.shape[0])[None]
-        self.register_buffer("places", places, persistent=False)
-        self.register_buffer("position", position.detach().clone(), persistent=False)
+        cos, sin = (table.flatten(0, -2)[:, 0::2] for table in (cos, sin))
+        self.side = math.isqrt(len(cos))
+        # Angles grow linearly along both axes: the direction of the mean is that of the middle.
+        key_cos, key_sin = (self._pooled(table[None])[0] for table in (cos, sin))
+        length = torch.hypot(key_cos, key_sin)
+        tables = {"cos": cos, "sin": sin, "key_cos": key_cos / length, "key_sin": key_sin / length}
+        for name, table in tables.items():
+            self.register_buffer(name, table.contiguous(), persistent=False)
+        position = self._pooled(position.detach())
+        self.register_buffer("position", position.clone(), persistent=False)
         offset = 0.1 * attend.image_position.transpose(0, 1)
         self.register_buffer("offset", offset.clone(), persistent=False)
 
@@ -168,10 +241,12 @@ class FoldedAttend(nn.Module):
         pointers: Tensor | None = None,
         pointer_time: Tensor | None = None,
     ) -> Tensor:
-        n, k, tokens, width = memories.shape
-        values = memories.reshape(n, k * tokens, width)
+        n, k, _, width = memories.shape
         # One row per exemplar: the operator's table ends after one feature map.
-        keys = (memories + self.position).reshape(n * k, tokens, width)
+        rows = self._pooled(memories.flatten(0, 1))
+        tokens = rows.shape[1]
+        values = rows.reshape(n, k * tokens, width)
+        keys = rows + self.position
         pointer_keys = None
         if self.attend.object_pointers and pointers is not None and pointer_time is not None:
             vectors, times = self.attend.pointer_tokens(pointers, pointer_time)
@@ -185,9 +260,13 @@ class FoldedAttend(nn.Module):
             query = self._rotate(cross.query(cross.norm(x)))
             if index == 0:  # until here nothing depended on the memories
                 x, query = x.expand(n, -1, -1), query.expand(n, -1, -1)
-            key = self._rotate(cross.key(keys)).reshape(n, k * tokens, -1)
+            key = rotate(cross.key(keys), self._places(keys), self.key_cos, self.key_sin)
+            key = key.reshape(n, k * tokens, -1)
             if pointer_keys is not None:
-                key = torch.cat([key, cross.key(pointer_keys)], dim=1)
+                other = cross.key(pointer_keys)
+                if self.pool > 1:
+                    query, key, other = _weigh(query, key, other, self.pool**2, cross.scale)
+                key = torch.cat([key, other], dim=1)
             found = attend_fused(query, key, values, heads=1, scale=cross.scale)
             x = x + cross.output(found)
             x = x + layer.linear2(layer.activation(layer.linear1(layer.layer_norm3(x))))
@@ -208,7 +287,35 @@ class FoldedAttend(nn.Module):
         return out
 
     def _rotate(self, x: Tensor) -> Tensor:
-        return rotate(x, self.places.expand(x.shape[0], -1), self.cos, self.sin)
+        return rotate(x, self._places(x), self.cos, self.sin)
+
+    def _places(self, x: Tensor) -> Tensor:
+        """Numbers 0, 1, ... of the tokens of BxLxD: BxL."""
+        return torch.arange(x.shape[1])[None].expand(x.shape[0], -1)
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """Average tokens BxTxD of the feature map over places of ``pool`` x ``pool``."""
+        if self.pool == 1:
+            return tokens
+        side, pool = self.side // self.pool, self.pool
+        grid = tokens.reshape(tokens.shape[0], side, pool, side, pool, tokens.shape[2])
+        return grid.mean(dim=(2, 4)).flatten(1, 2)
+
+
+def _weigh(
+    query: Tensor, key: Tensor, other: Tensor, count: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Let every ``key`` count ``count`` times beside ``other``: log(count) on its scores.
+
+    The fused operator takes no bias without writing all scores to memory, so the constant comes in
+    by one more channel.
+    """
+    weight = torch.full_like(key[..., :1], math.log(count) / scale)
+    return (
+        torch.cat([query, torch.ones_like(query[..., :1])], dim=-1),
+        torch.cat([key, weight], dim=-1),
+        torch.cat([other, torch.zeros_like(other[..., :1])], dim=-1),
+    )
 
 
 def build_ort_cpu_graphs(
@@ -216,17 +323,30 @@ def build_ort_cpu_graphs(
     dinov2: Dinov2Model | Dinov2WithRegistersModel,
     *,
     object_pointers: bool = True,
+    pool: int = 1,
 ) -> dict[str, nn.Module]:
     """Return this variant's modules by graph name; export them within :func:`fused_attention`.
+
+    Parameters
+    ----------
+    sam2, dinov2 : the models; they stay as they are.
+    object_pointers : whether memory attention takes SAM 2's object pointers too.
+    pool : see :class:`FoldedAttend`; above 1, ``attend`` is the only graph that differs.
 
     Raises
     ------
     ExportError
-        If memory attention has more than one head.
+        If memory attention has more than one head, or the feature map cannot be pooled.
     """
     modules = build_graphs(sam2, dinov2, object_pointers=object_pointers)
-    attend = modules["attend"]
-    if not isinstance(attend, Attend):  # for the type checker
-        raise TypeError(type(attend))
-    modules["attend"] = FoldedAttend(attend).eval()
-    return {graph: modules[graph] for graph in GRAPHS}
+    attend, encode = modules["attend"], modules["encode"]
+    if not isinstance(attend, Attend) or not isinstance(encode, Encode):  # for the type checker
+        raise TypeError(f"{type(attend)}, {type(encode)}")
+    folded = FoldedAttend(attend, pool).eval()
+    if pool > 1:
+        return {"attend": folded}
+    return {
+        "embed": modules["embed"],
+        "encode": _separate_projections(encode).eval(),
+        "attend": folded,
+    }

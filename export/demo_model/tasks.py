@@ -51,13 +51,16 @@ def _likeness(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw positions and how alike subjects are: independent, similar, or neighbouring slices."""
     device = generator.device
-    draw = torch.rand(tasks, 4, generator=generator, device=device)
-    spread = 0.15 + 0.85 * draw[:, 0:1]
+    draw = torch.rand(tasks, 5, generator=generator, device=device)
+    # What is recalled is near: in a third of the tasks subjects lie as close along the body as the
+    # slices of one volume, so that place tells more than looks.
+    near = draw[:, 4:5] < 1 / 3
+    spread = torch.where(near, 0.03 + 0.12 * draw[:, 0:1], 0.15 + 0.85 * draw[:, 0:1])
     positions = torch.rand(tasks, subjects, generator=generator, device=device)
     positions = 0.5 + spread * (positions - 0.5)
     kind = draw[:, 1]
     shared = torch.where(kind < 0.35, 0.9 * draw[:, 2], 0.3 * draw[:, 2])
-    along = torch.where(kind > 0.4, (1.0 - shared) * (1.0 - 0.3 * draw[:, 3]), 0.0)
+    along = torch.where((kind > 0.4) | near[:, 0], (1.0 - shared) * (1.0 - 0.3 * draw[:, 3]), 0.0)
     return positions, shared, along
 
 

@@ -23,4 +23,4 @@ def models() -> tuple[Loaded, Loaded]:
 def exported(models: tuple[Loaded, Loaded], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundle of these models in every variant, through the whole gate."""
     folder = tmp_path_factory.mktemp("export") / "bundle"
-    return export_bundle(*models, folder, variants=VARIANTS)
+    return export_bundle(*models, folder, variants=VARIANTS, pooled=True)

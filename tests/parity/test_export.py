@@ -17,13 +17,15 @@ from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import ExportError, ParityError
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
-from recallseg.engines.verification import relative_error
+from recallseg.engines.verification import relative_error, verify_engines
 from recallseg.export.bundling import VARIANTS, export_bundle
 from recallseg.export.checkpoints import Loaded
+from recallseg.export.converting import convert_bundle
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import example_inputs
 from recallseg.export.ort_cpu import build_ort_cpu_graphs
 from recallseg.export.parity import PARITY_TOLERANCE, check_graph
+from recallseg.export.quantization import QUANTIZED
 
 Models = tuple[Loaded, Loaded]
 
@@ -74,13 +76,15 @@ def test_structures_and_memories_are_dynamic(
 
 
 def test_the_ort_cpu_variant_is_fused_and_held_to_the_same_gate(exported: Bundle) -> None:
-    assert {e["variant"] for e in exported.manifest["parity"]} == {"modules", *VARIANTS}
+    variants = {e["variant"] for e in exported.manifest["parity"]}
+    assert variants == {"modules", "ort-cpu/pooled", *VARIANTS}
     for graph in ("embed", "encode", "attend"):
         path, variant = exported.graph_file(graph, ("ort-cpu", "portable"), "fp32")
         assert variant == "ort-cpu"
         operators = [node.op_type for node in onnx.load(path).graph.node]
         assert "MultiHeadAttention" in operators
         assert "Softmax" not in operators
+        assert graph != "encode" or not {"Split", "Slice"} & set(operators)
     assert exported.graph_file("decode", ("ort-cpu", "portable"), "fp32")[1] == "portable"
 
 
@@ -99,6 +103,75 @@ def test_the_rearranged_attention_is_the_same_function(
     with torch.inference_mode():
         expected, found = plain(*inputs), folded(*inputs)
     assert relative_error(found.numpy(), expected.numpy()) < PARITY_TOLERANCE
+
+
+def test_pooling_is_exact_where_neighbouring_memories_are_equal(models: Models) -> None:
+    """Four equal tokens with one key are one token that counts four times: log 4 is right.
+
+    Keys differ within a place by position alone; with positions and rotation made equal too, pooled
+    and plain attention are the same function, and nothing else is.
+    """
+    sam2, dinov2 = models[0].model, models[1].model
+    assert isinstance(sam2, Sam2VideoModel)
+    assert not isinstance(dinov2, Sam2VideoModel)
+    plain = build_ort_cpu_graphs(sam2, dinov2)["attend"]
+    pooled = build_ort_cpu_graphs(sam2, dinov2, pool=2)["attend"]
+    geometry = read_geometry(sam2, dinov2, embed_size=126)
+    side = geometry.feature_size
+
+    def spread(table: torch.Tensor) -> torch.Tensor:
+        grid = table.unflatten(-2, (side // 2, side // 2))
+        return grid.repeat_interleave(2, -3).repeat_interleave(2, -2).flatten(-3, -2)
+
+    plain.key_cos, plain.key_sin = spread(pooled.key_cos), spread(pooled.key_sin)
+    plain.position = spread(pooled.position)
+    spec = graph_specs(geometry)["attend"]
+    inputs = example_inputs(spec, torch.Generator().manual_seed(2), n=2, k=3)
+    few = torch.randn(2, 3, (side // 2) ** 2, geometry.memory_dim)
+    inputs["memories"] = spread(few)
+    with torch.inference_mode():
+        expected, found = plain(*inputs.values()), pooled(*inputs.values())
+        assert relative_error(found.numpy(), expected.numpy()) < PARITY_TOLERANCE
+        inputs["memories"] = torch.randn_like(inputs["memories"])
+        expected, found = plain(*inputs.values()), pooled(*inputs.values())
+        assert relative_error(found.numpy(), expected.numpy()) > 10 * PARITY_TOLERANCE
+
+
+def test_pooled_is_a_precision_of_its_own(exported: Bundle) -> None:
+    keys = exported.manifest["graphs"]
+    assert keys["ort-cpu/pooled/encode"] == keys["ort-cpu/fp32/encode"]
+    assert keys["ort-cpu/pooled/decode"] == keys["portable/fp32/decode"]
+    assert keys["ort-cpu/pooled/attend"] != keys["ort-cpu/fp32/attend"]
+    assert verify_engines(
+        exported, load_engines(exported, "onnxruntime-cpu", "pooled"), "pooled"
+    ).passed
+
+
+def test_pooled_without_its_variant_is_refused(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="'ort-cpu'"):
+        export_bundle(*models, tmp_path / "bundle", variants=("portable",), pooled=True)
+
+
+def test_int8_keeps_what_is_sensitive_and_passes_its_gate(exported: Bundle, tmp_path: Path) -> None:
+    made = convert_bundle(exported, tmp_path / "int8", QUANTIZED)
+    assert made.identity == exported.identity
+    for precision in QUANTIZED:
+        engines = load_engines(made, "onnxruntime-cpu", precision)
+        assert verify_engines(made, engines, precision).passed
+        assert any(e["variant"] == f"ort-cpu/{precision}" for e in made.manifest["parity"])
+        path, variant = made.graph_file("encode", ("ort-cpu", "portable"), precision)
+        assert variant == "ort-cpu"
+        fp32, _ = made.graph_file("encode", ("ort-cpu",), "fp32")
+        assert path.stat().st_size < 0.5 * fp32.stat().st_size
+        memorize = made.manifest["graphs"][f"ort-cpu/{precision}/memorize"]
+        assert memorize == made.manifest["graphs"]["portable/fp32/memorize"]
+
+
+def test_int8_needs_the_graphs_that_it_is_made_from(models: Models, tmp_path: Path) -> None:
+    bundle = export_bundle(*models, tmp_path / "bundle")
+    with pytest.raises(ExportError, match="--pooled"):
+        convert_bundle(bundle, tmp_path / "int8", ["int8-pooled"])
+    assert not (tmp_path / "int8").exists()
 
 
 def test_portable_graphs_use_standard_operators_only(exported: Bundle) -> None:

@@ -1,0 +1,90 @@
+"""What int8 would spoil is found by measuring, and left alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from recallseg.engines.engine import Tensor
+from recallseg.engines.specs import GraphSpec, TensorSpec
+from recallseg.export.quantization import layers, quantize_graph, sensitive_layers
+
+WIDTH = 64
+SPEC = GraphSpec(
+    "two",
+    (TensorSpec("x", "float32", (16, WIDTH)),),
+    (TensorSpec("y", "float32", (16, WIDTH)),),
+)
+
+
+def two_layers(outlier: float) -> ModelProto:
+    """``first`` gets plain numbers; ``second`` gets one channel that is ``outlier`` times larger.
+
+    A range that reaches to the outlier leaves few of 256 steps to the other channels.
+    """
+    rng = np.random.default_rng(0)
+    first, second = (rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) / 8 for _ in range(2))
+    gain = np.ones(WIDTH, np.float32)
+    gain[0] = outlier
+    second[0] /= outlier
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["a"], name="first"),
+        helper.make_node("Mul", ["a", "gain"], ["b"], name="gain"),
+        helper.make_node("MatMul", ["b", "w2"], ["y"], name="second"),
+    ]
+    shape = [16, WIDTH]
+    graph = helper.make_graph(
+        nodes,
+        "two",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [
+            numpy_helper.from_array(first, "w1"),
+            numpy_helper.from_array(gain, "gain"),
+            numpy_helper.from_array(second, "w2"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model
+
+
+def inputs() -> dict[str, Tensor]:
+    return {"x": np.random.default_rng(1).normal(size=(16, WIDTH)).astype(np.float32)}
+
+
+def kinds(model: ModelProto) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for node in model.graph.node:
+        found[node.op_type] = found.get(node.op_type, 0) + 1
+    return found
+
+
+def test_a_layer_whose_input_has_an_outlier_stays_in_fp32() -> None:
+    keep, error = sensitive_layers(two_layers(1000.0), SPEC, inputs())
+    assert keep == {"second"}
+    assert 0 < error < 2e-2
+    quantised = quantize_graph(two_layers(1000.0), keep)
+    assert kinds(quantised)["MatMul"] == 1
+    assert kinds(quantised)["MatMulInteger"] == 1
+
+
+def test_without_an_outlier_everything_is_quantised() -> None:
+    keep, _ = sensitive_layers(two_layers(1.0), SPEC, inputs())
+    assert keep == frozenset()
+    assert "MatMul" not in kinds(quantize_graph(two_layers(1.0)))
+
+
+def test_a_tighter_budget_keeps_more() -> None:
+    keep, error = sensitive_layers(two_layers(1.0), SPEC, inputs(), budget=1e-9)
+    assert keep == {"first", "second"}
+    assert error == 0.0
+
+
+def test_the_model_given_is_left_as_it_is() -> None:
+    model = two_layers(1.0)
+    before = model.SerializeToString()
+    quantize_graph(model)
+    assert model.SerializeToString() == before
+    assert len(layers(model)) == 2

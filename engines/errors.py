@@ -8,6 +8,8 @@
     ├── EngineError
     │   ├── EngineUnavailableError   the engine's library, driver or device is not here
     │   ├── EngineRunError           an engine failed, or was called with wrong tensors
+    │   │   ├── DeviceMemoryError    the GPU has too little memory
+    │   │   └── DeviceLostError      the GPU failed for good, as far as this process goes
     │   ├── PlanError                a compiled plan is missing, damaged, foreign or cannot be kept
     │   └── VerificationError        an engine did not reproduce the bundle's golden tensors
     ├── AuditError            the audit log was changed, or cannot be written
@@ -31,6 +33,8 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "DeadlineError",
+    "DeviceLostError",
+    "DeviceMemoryError",
     "EngineError",
     "EngineRunError",
     "EngineUnavailableError",
@@ -72,6 +76,14 @@ class EngineUnavailableError(EngineError):
 
 class EngineRunError(EngineError):
     """An engine failed while running, or was called with the wrong tensors."""
+
+
+class DeviceMemoryError(EngineRunError):
+    """The GPU has too little free memory."""
+
+
+class DeviceLostError(EngineRunError):
+    """The GPU failed for good, as far as this process goes; other engines can go on."""
 
 
 class PlanError(EngineError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from recallseg.engines.cuda import Cuda
+from recallseg.engines.device import open_device
 from recallseg.engines.digest import digest_json
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import (
@@ -152,7 +152,7 @@ class OnnxRuntimeTensorRt(Engine):
                 "Runtime leaves the types of single layers to TensorRT. Use engine tensorrt."
             )
         runtime, profile = tensorrt_provider(), Profile()
-        device = str(Cuda().device())
+        device = str(open_device().facts)
         accepted = variants or cls.variants
         digests = {}
         for graph in GRAPHS:

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.cuda import Cuda
+from recallseg.engines.device import open_device
 from recallseg.engines.errors import RecallSegError
 from recallseg.engines.fake import FakeEngine
 from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt, tensorrt_provider
@@ -112,7 +112,7 @@ def _compiled_state(name: str) -> EngineState:
             library = f"{name} {FLAVOURS[name].load().__version__}"
         else:
             library = f"onnxruntime {tensorrt_provider().__version__}"
-        device = Cuda().device()
+        device = open_device().facts
     except RecallSegError as error:
         return EngineState(name, False, str(error))
     plans = sum(plan.key.engine == name for plan in PlanCache().entries())

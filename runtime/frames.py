@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.cuda import Cuda
+from recallseg.engines.device import Device, adopt_tensor, open_device
 from recallseg.engines.errors import InputError
 
 __all__ = ["copy_frame"]
+
+_DLPACK_CUDA = 2  # kDLCUDA of dlpack.h
 
 
 def copy_frame(image: Any) -> NDArray[Any]:
@@ -21,7 +22,8 @@ def copy_frame(image: Any) -> NDArray[Any]:
     Parameters
     ----------
     image : a numpy array; anything with ``__cuda_array_interface__`` (CuPy, PyTorch, Numba, PyCUDA)
-        that lies contiguously on the first GPU; or anything with ``__dlpack__`` on the CPU.
+        or ``__dlpack__`` that lies contiguously on the first GPU; anything with ``__dlpack__`` on
+        the CPU.
 
     Raises
     ------
@@ -34,14 +36,15 @@ def copy_frame(image: Any) -> NDArray[Any]:
     if isinstance(image, np.ndarray):
         copied = image.copy()
         return copied
-    interface = getattr(image, "__cuda_array_interface__", None)
-    if interface is not None:
-        return _from_device(interface)
+    if hasattr(image, "__cuda_array_interface__"):
+        return _from_device(image)
     if not hasattr(image, "__dlpack__"):
         raise InputError(
             "a frame must be a numpy array, or have __cuda_array_interface__ or __dlpack__; got "
             f"{type(image).__name__}."
         )
+    if image.__dlpack_device__()[0] == _DLPACK_CUDA:
+        return _from_device(image)
     try:
         copied = np.from_dlpack(image).copy()
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -52,23 +55,18 @@ def copy_frame(image: Any) -> NDArray[Any]:
 
 
 @lru_cache(maxsize=1)
-def _cuda() -> Cuda:
-    return Cuda()
+def _device() -> Device:
+    return open_device()
 
 
-def _from_device(interface: Mapping[str, Any]) -> NDArray[Any]:
+def _from_device(image: Any) -> NDArray[Any]:
     """Copy from the GPU, once all that was queued there is done."""
-    array = np.empty(tuple(interface["shape"]), np.dtype(interface["typestr"]))
-    strides = interface.get("strides")
-    if strides is not None and tuple(strides) != array.strides:
-        raise InputError(
-            f"a frame on the GPU must be contiguous; this one has strides {tuple(strides)}, "
-            f"expected {array.strides}."
-        )
+    device = _device()
+    device.enter()
+    tensor = adopt_tensor(image, device)
+    array = np.empty(tensor.shape, tensor.dtype)
     if array.size:
-        cuda = _cuda()
-        cuda.enter()
-        cuda.settle()
-        cuda.copy_out(array, int(interface["data"][0]))
-        cuda.wait()
+        device.synchronize()
+        device.stream.copy_out(array, tensor)
+        device.stream.synchronize()
     return array

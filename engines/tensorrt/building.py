@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.cuda import Cuda
+from recallseg.engines.device import open_device
 from recallseg.engines.errors import InputError
 from recallseg.engines.golden import GoldenTensors
 from recallseg.engines.specs import GRAPHS
@@ -97,7 +97,7 @@ def build_bundle(
         )
     version = str(request.flavour.load().__version__)
     if not request.flavour.is_rtx and request.target.follows_gpu:
-        target = replace(request.target, gpu=Cuda().device().gpu)
+        target = replace(request.target, gpu=open_device().facts.gpu)
         request = replace(request, target=target)
     for graph in graphs:
         key, path, variant = plan_key(bundle, graph, request, version)

@@ -5,14 +5,11 @@ Nothing here was executed on a GPU yet; everything short of the GPU is tested wi
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
-from recallseg.engines.cuda import Cuda
+from recallseg.engines.device import Device, DeviceTensor
 from recallseg.engines.durable import replace_file
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import EngineRunError, PlanError
@@ -28,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorRt", "TensorRtRtx"]
 
-_FLOAT = 4  # bytes; inputs and outputs are fp32 in every precision
-
 
 class TensorRt(Engine):
     """One plan with its device buffers, which are allocated once for the largest profile.
@@ -38,7 +33,7 @@ class TensorRt(Engine):
     ----------
     spec : the graph's tensors.
     plan : from the cache; its bytes are checked here.
-    cuda : the GPU; shared by the five engines.
+    device : the GPU; shared by the five engines.
     graph : the ``.onnx`` file, needed for a plan without weights only.
 
     Raises
@@ -56,17 +51,17 @@ class TensorRt(Engine):
         self,
         spec: GraphSpec,
         plan: Plan,
-        cuda: Cuda,
+        device: Device,
         graph: Path | None = None,
         options: EngineOptions | None = None,
     ) -> None:
         super().__init__(spec, graph, options)
-        self.plan, self._cuda = plan, cuda
+        self.plan, self._device = plan, device
         self.profile = Profile.from_json(plan.key.profile)
         self._api = FLAVOURS[self.name].load()
         self._log: list[str] = []
         self._logger = _logger(self._api, self._log)
-        cuda.enter()
+        device.enter()
         runtime = self._api.Runtime(self._logger)
         self._engine = runtime.deserialize_cuda_engine(plan.read())
         if self._engine is None:
@@ -86,13 +81,11 @@ class TensorRt(Engine):
                 "Is there enough GPU memory? 'recallseg doctor --budget' says what is needed; "
                 "build with a smaller --max-k or --max-n."
             )
-        self._addresses: dict[str, int] = {}
-        weakref.finalize(self, _free, cuda, self._addresses)
+        self._tensors: dict[str, DeviceTensor] = {}
         for tensor in (*spec.inputs, *spec.outputs):
             most = tensor.resolve(n=self.profile.n.most, k=self.profile.k.most)
-            address = cuda.allocate(int(np.prod(most)) * _FLOAT)
-            self._addresses[tensor.name] = address
-            if not self._context.set_tensor_address(tensor.name, address):
+            placed = self._tensors[tensor.name] = device.tensor(most)
+            if not self._context.set_tensor_address(tensor.name, placed.address):
                 raise EngineRunError(
                     f"graph '{spec.name}': {self.name} has no tensor '{tensor.name}': "
                     f"{self._said()}."
@@ -142,8 +135,8 @@ class TensorRt(Engine):
 
     def _execute(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         self._check_profile(inputs)
-        cuda, context = self._cuda, self._context
-        cuda.enter()
+        stream, context = self._device.stream, self._context
+        self._device.enter()
         for tensor in self.spec.inputs:
             array = inputs[tensor.name]
             if not context.set_input_shape(tensor.name, array.shape):
@@ -151,12 +144,12 @@ class TensorRt(Engine):
                     f"graph '{self.spec.name}': {self.name} does not take shape {array.shape} "
                     f"for '{tensor.name}': {self._said()}."
                 )
-            cuda.copy_in(self._addresses[tensor.name], array)
-        if not context.execute_async_v3(cuda.stream):
+            stream.copy_in(self._tensors[tensor.name].reshape(*array.shape), array)
+        if not context.execute_async_v3(stream.handle):
             raise EngineRunError(f"graph '{self.spec.name}': {self.name} failed: {self._said()}.")
         for name, array in outputs.items():
-            cuda.copy_out(array, self._addresses[name])
-        cuda.wait()
+            stream.copy_out(array, self._tensors[name].reshape(*array.shape))
+        stream.synchronize()
 
     def _check_profile(self, inputs: Mapping[str, Tensor]) -> None:
         for tensor in self.spec.inputs:
@@ -180,7 +173,7 @@ class TensorRt(Engine):
         return {
             "engine": self.name,
             "version": str(self._api.__version__),
-            "device": str(self._cuda.device()),
+            "device": str(self._device.facts),
             "plan": self.plan.sha256,
             "precision": self.plan.key.precision,
             "target": self.plan.key.target,
@@ -209,7 +202,7 @@ class TensorRtRtx(TensorRt):
             replace_file(path, bytes(memoryview(self._kernels.serialize())))
 
     def _kernel_file(self) -> Path:
-        device = self._cuda.device()
+        device = self._device.facts
         name = "".join(c if c.isalnum() else "-" for c in str(device))
         return self.plan.folder / f"runtime-{name}"
 
@@ -228,9 +221,3 @@ def _logger(api: Any, messages: list[str]) -> Any:
                 del messages[:-50]
 
     return Logger()
-
-
-def _free(cuda: Cuda, addresses: dict[str, int]) -> None:
-    for address in addresses.values():
-        cuda.free(address)
-    addresses.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from recallseg.engines.cuda import Cuda, Device
+from recallseg.engines.device import DeviceFacts, open_device
 from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import EngineUnavailableError, VerificationError
 from recallseg.engines.proof import prove
@@ -46,15 +46,15 @@ def load_verified(
     """
     flavour = FLAVOURS[kind.name]
     version = str(flavour.load().__version__)
-    cuda = Cuda()
-    device = cuda.device()
+    gpu = open_device()
+    device = gpu.facts
     plans = find_plans(bundle, kind.name, precision, version, device, cache or PlanCache())
 
     def make(wanted: tuple[str, ...]) -> dict[str, TensorRt]:
         made = {}
         for graph in wanted:
             path, _ = bundle.graph_file(graph, VARIANTS, precision)
-            made[graph] = kind(bundle.specs[graph], plans[graph], cuda, path, options)
+            made[graph] = kind(bundle.specs[graph], plans[graph], gpu, path, options)
         return made
 
     known = {
@@ -88,7 +88,7 @@ def load_verified(
 
 
 def find_plans(
-    bundle: Bundle, engine: str, precision: str, version: str, device: Device, cache: PlanCache
+    bundle: Bundle, engine: str, precision: str, version: str, device: DeviceFacts, cache: PlanCache
 ) -> Mapping[str, Plan]:
     """Return the best complete set of plans for this device.
 
@@ -137,7 +137,7 @@ def find_plans(
     return max(whole, key=rank)
 
 
-def _runs(made: str, here: str, target: str, device: Device) -> bool:
+def _runs(made: str, here: str, target: str, device: DeviceFacts) -> bool:
     """Whether a plan of version ``made`` for ``target`` may be loaded by version ``here``."""
     names, _, gpu = target.partition(" on ")
     targets = names.split(",")

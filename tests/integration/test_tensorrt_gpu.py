@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.cuda import Cuda
+from recallseg.engines.device import open_device
 from recallseg.engines.errors import EngineUnavailableError
 from recallseg.engines.registry import load_engines
 from recallseg.engines.tensorrt.builder import BuildRequest
@@ -47,7 +47,7 @@ def test_plans_are_proven_on_this_gpu(
         flavour.load()
     except EngineUnavailableError as error:
         pytest.skip(str(error))
-    capability = f"sm{Cuda().device().capability}"
+    capability = f"sm{open_device().facts.capability}"
     target = Target.parse((capability,) if flavour.is_rtx else None, flavour)
     list(build_bundle(bundle, BuildRequest(flavour, precision, Profile(), target)))
     engines = load_engines(bundle, name, precision)

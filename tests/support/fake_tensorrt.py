@@ -2,7 +2,7 @@
 
 It keeps to the parts of the API that RecallSeg uses and refuses what the real one refuses, so that
 everything but the GPU is exercised: profiles, addresses, shapes, plans of another version. Its
-"device memory" is host memory, see :class:`HostCuda`.
+"device memory" is host memory, see :class:`HostGpu`.
 """
 
 from __future__ import annotations
@@ -18,53 +18,24 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from recallseg.engines.cuda import Device
-from recallseg.engines.errors import EngineRunError
+from recallseg.engines.device import Device, DeviceFacts
+from recallseg.engines.device.fake import FakeDriver
 
-__all__ = ["HostCuda", "make_tensorrt"]
+__all__ = ["HostGpu", "make_tensorrt"]
 
 MAGIC = b"standin!"
 
 
-class HostCuda:
-    """Device memory that lies in the host's."""
+class HostGpu:
+    """A device in the host's memory, and what it says it is."""
 
-    stream = 77
-    gpu = Device("Stand-in", 87, "12.6")
+    facts = DeviceFacts("Stand-in", 87, "12.6")
 
-    def __init__(self) -> None:
-        self.memory: dict[int, np.ndarray[Any, Any]] = {}
-
-    def device(self) -> Device:
-        return self.gpu
-
-    def enter(self) -> None:
-        pass
-
-    def allocate(self, size: int) -> int:
-        if size <= 0:
-            raise EngineRunError("CUDA cuMemAlloc_v2 failed with 1: invalid argument.")
-        buffer = np.full(size, 0xFF, np.uint8)  # what nobody wrote reads as NaN
-        address = int(buffer.ctypes.data)
-        self.memory[address] = buffer
-        return address
-
-    def free(self, address: int) -> None:
-        del self.memory[address]
-
-    def copy_in(self, address: int, array: np.ndarray[Any, Any]) -> None:
-        assert self.memory[address].nbytes >= array.nbytes
-        ctypes.memmove(address, array.ctypes.data, array.nbytes)
-
-    def copy_out(self, array: np.ndarray[Any, Any], address: int) -> None:
-        assert self.memory[address].nbytes >= array.nbytes
-        ctypes.memmove(array.ctypes.data, address, array.nbytes)
-
-    def wait(self) -> None:
-        pass
-
-    def settle(self) -> None:
-        pass
+    @classmethod
+    def open(cls) -> Device:
+        device = Device(FakeDriver())
+        device.facts = cls.facts
+        return device
 
 
 class Values:
@@ -202,7 +173,7 @@ class Context:
         return address != 0
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == HostCuda.stream
+        assert stream
         session = self._engine.session
         inputs = {}
         for value in session.get_inputs():
@@ -243,7 +214,7 @@ class Engine:
 
 
 class RuntimeCache:
-    kernels = b"kernels of " + HostCuda.gpu.name.encode()
+    kernels = b"kernels of " + HostGpu.facts.name.encode()
 
     def deserialize(self, blob: bytes) -> bool:
         return blob == self.kernels

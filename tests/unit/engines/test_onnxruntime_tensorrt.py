@@ -7,7 +7,7 @@ from typing import Any
 
 import onnxruntime
 import pytest
-from support.fake_tensorrt import HostCuda
+from support.fake_tensorrt import HostGpu
 
 from recallseg.engines import onnxruntime_tensorrt
 from recallseg.engines.bundle import Bundle
@@ -63,7 +63,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: [TRT, "CPUExecutionProvider"]
     )
-    monkeypatch.setattr(onnxruntime_tensorrt, "Cuda", HostCuda)
+    monkeypatch.setattr(onnxruntime_tensorrt, "open_device", HostGpu.open)
     monkeypatch.setattr(Session, "made", [])
     monkeypatch.setenv("RECALLSEG_CACHE", str(tmp_path))
     return onnxruntime

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fake_tensorrt import HostCuda
 
-from recallseg.engines.cuda import Cuda
+from recallseg.engines.device import Device, open_device
+from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.runtime import frames
 from recallseg.runtime.frames import copy_frame
@@ -16,35 +16,36 @@ PICTURE = np.arange(60, dtype=np.uint16).reshape(6, 10)
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
-    stand_in = HostCuda()
-    monkeypatch.setattr(frames, "_cuda", lambda: stand_in)
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Device:
+    stand_in = Device(FakeDriver())
+    monkeypatch.setattr(frames, "_device", lambda: stand_in)
     return stand_in
 
 
-def on_device(cuda: HostCuda, array: np.ndarray, **more: Any) -> Any:
-    address = cuda.allocate(array.nbytes)
-    cuda.copy_in(address, array)
-    interface = {"shape": array.shape, "typestr": array.dtype.str, "data": (address, True)}
-    return SimpleNamespace(__cuda_array_interface__={**interface, "version": 3, **more})
+def on_device(cuda: Device, array: np.ndarray, **more: Any) -> Any:
+    tensor = cuda.tensor(array.shape, array.dtype)
+    cuda.stream.copy_in(tensor, array)
+    return SimpleNamespace(
+        __cuda_array_interface__={**tensor.__cuda_array_interface__, **more}, kept=tensor
+    )
 
 
 @pytest.mark.parametrize("strides", [None, PICTURE.strides])
-def test_a_frame_comes_from_the_gpu(cuda: HostCuda, strides: object) -> None:
+def test_a_frame_comes_from_the_gpu(cuda: Device, strides: object) -> None:
     image = on_device(cuda, PICTURE, strides=strides)
     found = copy_frame(image)
     assert found.dtype == np.uint16
     assert np.array_equal(found, PICTURE)
 
 
-def test_a_frame_that_is_not_contiguous_is_refused(cuda: HostCuda) -> None:
+def test_a_frame_that_is_not_contiguous_is_refused(cuda: Device) -> None:
     with pytest.raises(InputError, match="contiguous"):
         copy_frame(on_device(cuda, PICTURE, strides=(40, 2)))
 
 
 def test_a_frame_on_a_gpu_that_is_not_there() -> None:
     try:
-        Cuda()
+        open_device()
     except EngineUnavailableError:
         image = SimpleNamespace(
             __cuda_array_interface__={"shape": (2, 2), "typestr": "|u1", "data": (64, True)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_tensorrt import HostCuda, make_tensorrt
+from support.fake_tensorrt import HostGpu, make_tensorrt
 from typer.testing import CliRunner
 
 from recallseg.cli import app
@@ -19,8 +19,8 @@ from recallseg.engines.tensorrt import building, loading
 def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     module = make_tensorrt("10.3.0")
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(building, "Cuda", HostCuda)
-    monkeypatch.setattr(loading, "Cuda", HostCuda)
+    monkeypatch.setattr(building, "open_device", HostGpu.open)
+    monkeypatch.setattr(loading, "open_device", HostGpu.open)
     monkeypatch.setenv("RECALLSEG_CACHE", str(tmp_path / "cache"))
     return module
 
@@ -65,11 +65,11 @@ def test_a_refused_build_is_a_failure(api: Any) -> None:
 
 def test_without_a_gpu_that_is_said(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr("recallseg.engines.cuda._LIBRARY", "libno-such-driver.so")
+    monkeypatch.setattr("recallseg.engines.device.device.PROVIDERS", ())
     monkeypatch.setitem(sys.modules, "tensorrt", api)
     done = run("build", "demo", "--engine", "tensorrt")
     assert done.exit_code == 1
-    assert "libno-such-driver.so" in done.stderr
+    assert "cuda-bindings nor PyCUDA" in done.stderr
 
 
 @pytest.mark.parametrize(

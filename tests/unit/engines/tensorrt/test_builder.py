@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from support.fake_tensorrt import HostCuda, make_tensorrt, small_graph
+from support.fake_tensorrt import HostGpu, make_tensorrt, small_graph
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import EngineRunError, EngineUnavailableError, InputError
@@ -176,7 +176,7 @@ def test_a_profile_larger_than_the_graphs_is_refused(
 def test_a_plan_for_this_gpu_names_it(
     tensorrt: Any, demo: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "Cuda", HostCuda)
+    monkeypatch.setattr(building, "open_device", HostGpu.open)
     cache = PlanCache(tmp_path)
     steps: list[tuple[str, str]] = []
 
@@ -203,6 +203,6 @@ def test_a_plan_for_this_gpu_names_it(
 def test_without_a_gpu_a_plan_for_this_gpu_is_not_built(
     tensorrt: Any, demo: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recallseg.engines.cuda._LIBRARY", "libno-such-driver.so")
-    with pytest.raises(EngineUnavailableError, match="libno-such-driver"):
+    monkeypatch.setattr("recallseg.engines.device.device.PROVIDERS", ())
+    with pytest.raises(EngineUnavailableError, match="cuda-bindings nor PyCUDA"):
         list(build_bundle(demo, request_for(), cache=PlanCache(tmp_path)))

@@ -13,11 +13,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from support.fake_tensorrt import HostCuda, RuntimeCache, make_tensorrt
+from support.fake_tensorrt import HostGpu, RuntimeCache, make_tensorrt
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines import registry
-from recallseg.engines.cuda import Device
+from recallseg.engines.device import DeviceFacts
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (
     BundleError,
@@ -37,7 +37,7 @@ from recallseg.engines.tensorrt.plans import PlanCache
 from recallseg.engines.tensorrt.profile import Profile, Range
 from recallseg.engines.tensorrt.targets import Target
 
-ORIN = str(HostCuda.gpu)
+ORIN = str(HostGpu.facts)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     module = make_tensorrt("10.3.0")
     for name in ("tensorrt", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(building, "Cuda", HostCuda)
-    monkeypatch.setattr(loading, "Cuda", HostCuda)
+    monkeypatch.setattr(building, "open_device", HostGpu.open)
+    monkeypatch.setattr(loading, "open_device", HostGpu.open)
     monkeypatch.setenv("RECALLSEG_CACHE", str(tmp_path / "cache"))
     return module
 
@@ -227,7 +227,7 @@ def test_another_driver_or_golden_file_is_verified_anew(
     monkeypatch.setattr(loading, "prove", watch)
     load_engines(demo, "tensorrt")
     assert seen == []
-    monkeypatch.setattr(HostCuda, "gpu", replace(HostCuda.gpu, driver="12.8"))
+    monkeypatch.setattr(HostGpu, "facts", replace(HostGpu.facts, driver="12.8"))
     load_engines(demo, "tensorrt")
     assert seen == ["sm87 Stand-in, driver 12.8"]
     monkeypatch.setattr(Bundle, "golden_digest", property(lambda self: "other"))
@@ -238,13 +238,13 @@ def test_another_driver_or_golden_file_is_verified_anew(
 @pytest.mark.parametrize(
     ("targets", "gpu", "fits"),
     [
-        ((), Device("Stand-in", 87, "13.0"), True),
-        ((), Device("Stand-in", 89, "12.6"), False),
-        ((), Device("Another", 87, "12.6"), False),
-        (("ampere+",), Device("RTX 4090", 89, "12.6"), True),
-        (("ampere+",), Device("T4", 75, "12.6"), False),
-        (("same-capability",), Device("Another", 87, "12.6"), True),
-        (("same-capability",), Device("Another", 89, "12.6"), False),
+        ((), DeviceFacts("Stand-in", 87, "13.0"), True),
+        ((), DeviceFacts("Stand-in", 89, "12.6"), False),
+        ((), DeviceFacts("Another", 87, "12.6"), False),
+        (("ampere+",), DeviceFacts("RTX 4090", 89, "12.6"), True),
+        (("ampere+",), DeviceFacts("T4", 75, "12.6"), False),
+        (("same-capability",), DeviceFacts("Another", 87, "12.6"), True),
+        (("same-capability",), DeviceFacts("Another", 89, "12.6"), False),
     ],
 )
 def test_a_plan_for_another_gpu_is_not_loaded(
@@ -252,11 +252,11 @@ def test_a_plan_for_another_gpu_is_not_loaded(
     demo: Bundle,
     monkeypatch: pytest.MonkeyPatch,
     targets: tuple[str, ...],
-    gpu: Device,
+    gpu: DeviceFacts,
     fits: bool,
 ) -> None:
     build(demo, *targets)
-    monkeypatch.setattr(HostCuda, "gpu", gpu)
+    monkeypatch.setattr(HostGpu, "facts", gpu)
     monkeypatch.setattr(loading, "prove", lambda *args, **more: {})
     if fits:
         assert list(load_engines(demo, "tensorrt")) == list(GRAPHS)
@@ -315,8 +315,8 @@ def test_no_plans_no_engine(api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPa
         load_engines(demo, "tensorrt")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt", api)
-    monkeypatch.setattr("recallseg.engines.cuda._LIBRARY", "libno-such-driver.so")
-    with pytest.raises(EngineUnavailableError, match="libno-such-driver"):
+    monkeypatch.setattr("recallseg.engines.device.device.PROVIDERS", ())
+    with pytest.raises(EngineUnavailableError, match="cuda-bindings nor PyCUDA"):
         load_engines(demo, "tensorrt")
 
 
@@ -333,14 +333,14 @@ def test_more_than_the_profile_holds_is_refused(api: Any, demo: Bundle) -> None:
 def test_the_largest_profile_is_preferred(api: Any, demo: Bundle) -> None:
     for most in (16, 4, 8):
         build(demo, profile=Profile(k=Range(1, 3, most)))
-    found = loading.find_plans(demo, "tensorrt", "fp32", "10.3.0", HostCuda.gpu, PlanCache())
+    found = loading.find_plans(demo, "tensorrt", "fp32", "10.3.0", HostGpu.facts, PlanCache())
     assert found["attend"].key.profile["k"] == [1, 3, 16]
 
 
 def test_rtx_keeps_what_it_compiled(
     api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HostCuda, "gpu", Device("RTX 4090", 89, "12.8"))
+    monkeypatch.setattr(HostGpu, "facts", DeviceFacts("RTX 4090", 89, "12.8"))
     built = build(demo, "sm86", "sm89", engine="tensorrt-rtx")
     first = load_engines(demo, "tensorrt-rtx")
     assert not first["embed"].describe()["kernels_found"]
@@ -349,7 +349,7 @@ def test_rtx_keeps_what_it_compiled(
     assert load_engines(demo, "tensorrt-rtx")["embed"].describe()["kernels_found"]
     file.write_bytes(b"of another driver")
     assert not load_engines(demo, "tensorrt-rtx")["embed"].describe()["kernels_found"]
-    monkeypatch.setattr(HostCuda, "gpu", Device("RTX 2080", 75, "12.8"))
+    monkeypatch.setattr(HostGpu, "facts", DeviceFacts("RTX 2080", 75, "12.8"))
     with pytest.raises(EngineUnavailableError):
         load_engines(demo, "tensorrt-rtx")
 
@@ -357,11 +357,11 @@ def test_rtx_keeps_what_it_compiled(
 def test_device_memory_is_given_back(api: Any, demo: Bundle) -> None:
     build(demo)
     engines = load_engines(demo, "tensorrt", options=EngineOptions(threads=1))
-    cuda: Any = engines["embed"]._cuda  # type: ignore[attr-defined]
+    device: Any = engines["embed"]._device  # type: ignore[attr-defined]
     count = sum(len(e.spec.inputs) + len(e.spec.outputs) for e in engines.values())
-    assert len(cuda.memory) == count
+    assert device.driver.live["buffers"] == count
     engines.clear()
-    assert cuda.memory == {}
+    assert device.driver.live["buffers"] == 0
 
 
 def test_the_names_are_engines_now() -> None:

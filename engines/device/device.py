@@ -1,0 +1,299 @@
+"""One GPU, opened through a provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from recallseg.engines.device.driver import OUT_OF_MEMORY, Driver, DriverError, explain
+from recallseg.engines.device.memory import DeviceBuffer, DeviceTensor, PinnedBuffer
+from recallseg.engines.device.queues import Event, Kernels, Stream
+from recallseg.engines.errors import (
+    DeviceLostError,
+    DeviceMemoryError,
+    EngineUnavailableError,
+    InputError,
+)
+
+__all__ = ["PROVIDERS", "Device", "DeviceFacts", "open_device"]
+
+Provider = Literal["auto", "cuda-bindings", "pycuda"]
+PROVIDERS = ("cuda-bindings", "pycuda")
+OLDEST_DRIVER = 11040
+"""CUDA 11.4: JetPack 5, the oldest that TensorRT 8.5 and later and ONNX Runtime still meet."""
+
+_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # of CUdevice_attribute
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """A GPU: name, compute capability (87 is 8.7), CUDA version of its driver.
+
+    ``integrated`` tells whether it shares its memory with the CPU, as Jetson's does; ``memory`` is
+    what it has, in bytes.
+    """
+
+    name: str
+    capability: int
+    driver: str
+    memory: int = 0
+    integrated: bool = False
+
+    @property
+    def gpu(self) -> str:
+        """What a plan for this GPU alone is bound to."""
+        return f"sm{self.capability} {self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.gpu}, driver {self.driver}"
+
+
+class Device:
+    """A GPU and the context that everything here lives in.
+
+    The context is the one that is current in the calling thread (device software often has one),
+    otherwise the GPU's primary context, which TensorRT, ONNX Runtime and PyTorch use as well.
+
+    Parameters
+    ----------
+    driver : a provider.
+    ordinal : which GPU.
+
+    Attributes
+    ----------
+    facts : what it is.
+    stream : made with it; everything runs there unless another is given.
+    allocations : how often device memory was taken: it stands still in steady state.
+    live_bytes : how much of it is held.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If there is no GPU of that number, or its driver is too old.
+    """
+
+    def __init__(self, driver: Driver, ordinal: int = 0) -> None:
+        self.driver, self.ordinal = driver, ordinal
+        self.allocations, self.live_bytes = 0, 0
+        self._lost: DeviceLostError | None = None
+        version = self.call(driver.version)
+        if version < OLDEST_DRIVER:
+            raise EngineUnavailableError(
+                f"the NVIDIA driver is too old: it supports CUDA {_cuda(version)}, needed is "
+                f"{_cuda(OLDEST_DRIVER)}. Update the driver or JetPack, or choose engine "
+                "onnxruntime-cpu."
+            )
+        count = self.call(driver.device_count)
+        if not 0 <= ordinal < count:
+            raise EngineUnavailableError(
+                f"GPU {ordinal} was asked for, this process may use {count} (counted from 0). See "
+                "CUDA_VISIBLE_DEVICES, or choose engine onnxruntime-cpu."
+            )
+        self._context = self.call(driver.current_context)
+        if not self._context:
+            self._context = self.call(driver.retain_primary_context, ordinal)
+            self.call(driver.set_context, self._context)
+
+        def attribute(number: int) -> int:
+            return self.call(driver.device_attribute, ordinal, number)
+
+        self.facts = DeviceFacts(
+            self.call(driver.device_name, ordinal),
+            attribute(_MAJOR) * 10 + attribute(_MINOR),
+            _cuda(version),
+            self.call(driver.memory)[1],
+            bool(attribute(_INTEGRATED)),
+        )
+        self.stream = self.new_stream()
+
+    def call(self, function: Callable[..., Value], *arguments: Any) -> Value:
+        """Call the driver; every failure becomes one of RecallSeg's errors.
+
+        Raises
+        ------
+        DeviceLostError
+            Also at every later call: a lost device does not come back in this process.
+        DeviceMemoryError, EngineUnavailableError, EngineRunError
+        """
+        if self._lost is not None:
+            raise DeviceLostError(str(self._lost))
+        try:
+            return function(*arguments)
+        except DriverError as error:
+            explained = explain(error)
+            if isinstance(explained, DeviceLostError):
+                self._lost = explained
+            raise explained from error
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has failed for good."""
+        return self._lost is not None
+
+    def enter(self) -> None:
+        """Make the context current in the calling thread, as TensorRT expects."""
+        self.call(self.driver.set_context, self._context)
+
+    def synchronize(self) -> None:
+        """Wait until everything that anybody queued in the context is done."""
+        self.call(self.driver.synchronize)
+
+    def free_memory(self) -> int:
+        """Return the bytes that are free now."""
+        return self.call(self.driver.memory)[0]
+
+    def require(self, nbytes: int, what: str) -> None:
+        """Raise DeviceMemoryError, with both figures, if less than ``nbytes`` are free."""
+        free = self.free_memory()
+        if free < nbytes:
+            raise DeviceMemoryError(
+                f"{what} needs {nbytes / 2**20:.0f} MiB on {self.facts.name}, {free / 2**20:.0f} "
+                f"MiB of {self.facts.memory / 2**20:.0f} MiB are free. Close other programs that "
+                "use the GPU, or ask for a smaller k, fewer structures or a lower precision."
+            )
+
+    def allocate(self, nbytes: int) -> DeviceBuffer:
+        """Return ``nbytes`` on the device."""
+        return DeviceBuffer(self, nbytes)
+
+    def allocate_pinned(self, nbytes: int) -> PinnedBuffer:
+        """Return ``nbytes`` of the host that the device copies from and to at full speed."""
+        return PinnedBuffer(self, nbytes)
+
+    def tensor(self, shape: tuple[int, ...], dtype: Any = np.float32) -> DeviceTensor:
+        """Return a new tensor, its contents undefined."""
+        kind = np.dtype(dtype)
+        buffer = self.allocate(max(1, prod(shape) * kind.itemsize))
+        return DeviceTensor(buffer.address, shape, kind, buffer)
+
+    def new_stream(self) -> Stream:
+        """Return a stream of its own."""
+        return Stream(self)
+
+    def adopt_stream(self, stream: Any) -> Stream:
+        """Return a caller's stream: a handle, or what has one.
+
+        Known are integers, PyCUDA's (``handle``), CuPy's (``ptr``), PyTorch's (``cuda_stream``) and
+        what has ``__cuda_stream__``; provider pycuda takes its own only. It must outlive its use
+        here. InputError if it is none of these.
+        """
+        if isinstance(stream, Stream):
+            return stream
+        return Stream(self, self.driver.adopt_stream(stream))
+
+    def new_event(self) -> Event:
+        """Return an event."""
+        return Event(self)
+
+    def load_kernels(self, image: bytes) -> Kernels:
+        """Return the functions of a compiled image; EngineRunError if this GPU takes none of it."""
+        return Kernels(self, image)
+
+    def ordinal_of(self, address: int) -> int | None:
+        """Return the GPU that an address belongs to; None if it is nobody's."""
+        try:
+            return self.driver.ordinal_of(address)
+        except DriverError as error:
+            if isinstance(explain(error), DeviceLostError):
+                self.call(self.driver.synchronize)
+            return None
+
+    # What buffers, streams and the like call to begin and to end
+
+    def take(self, nbytes: int) -> int:
+        """Return the address of device memory, counted."""
+        try:
+            address = self.call(self.driver.allocate, nbytes)
+        except DeviceMemoryError as error:
+            cause = error.__cause__
+            if isinstance(cause, DriverError) and cause.status == OUT_OF_MEMORY:
+                self.require(nbytes, "This")
+            raise
+        self.allocations += 1
+        self.live_bytes += nbytes
+        return address
+
+    def give_back(self, address: int, nbytes: int) -> None:
+        """Free device memory."""
+        self.live_bytes -= nbytes
+        self.destroy("free", address)
+
+    def take_pinned(self, nbytes: int) -> int:
+        """Return the address of pinned memory."""
+        return self.call(self.driver.allocate_pinned, nbytes)
+
+    def give_back_pinned(self, address: int) -> None:
+        """Free pinned memory."""
+        self.destroy("free_pinned", address)
+
+    def destroy(self, function: str, handle: int) -> None:
+        """Give something back. On a lost device there is nothing left to give back."""
+        if self._lost is None:
+            self.enter()
+            self.call(getattr(self.driver, function), handle)
+
+
+def open_device(provider: Provider = "auto", ordinal: int = 0) -> Device:
+    """Open a GPU.
+
+    Parameters
+    ----------
+    provider : ``auto`` takes the first of :data:`PROVIDERS` whose package is installed.
+    ordinal : which GPU, counted from 0 among those that the process may use.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If no provider is installed, or there is no usable driver or GPU: why, and what to do.
+    InputError
+        If there is no such provider.
+    """
+    return Device(_driver(provider), ordinal)
+
+
+def _driver(provider: str) -> Driver:
+    if provider == "auto":
+        installed = [name for name in PROVIDERS if _has(name)]
+        if not installed:
+            raise EngineUnavailableError(
+                "this needs a GPU, and neither cuda-bindings nor PyCUDA is installed: pip install "
+                "'recallseg[cuda]' (wheels) or 'recallseg[pycuda]' (compiles), or choose engine "
+                "onnxruntime-cpu."
+            )
+        provider = installed[0]
+    if provider == "cuda-bindings":
+        from recallseg.engines.device.cuda_bindings import CudaBindings
+
+        return _start(CudaBindings)
+    if provider == "pycuda":
+        from recallseg.engines.device.pycuda import PyCuda
+
+        return _start(PyCuda)
+    raise InputError(f"there is no provider '{provider}'; choose auto, {', '.join(PROVIDERS)}.")
+
+
+def _has(provider: str) -> bool:
+    """Whether a provider's distribution is installed; its parent package may be another's too."""
+    try:
+        version(provider)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _start(kind: Callable[[], Driver]) -> Driver:
+    try:
+        return kind()
+    except DriverError as error:
+        raise explain(error) from error
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"

@@ -1,0 +1,334 @@
+"""A device in the host's memory, on any machine: for tests of everything above the driver.
+
+Work is done when it is queued, unless a stream is being captured; then it is recorded. Every call
+is checked as a driver checks it (addresses inside live allocations, handles that exist), and any
+call can be told to fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from recallseg.engines.device.driver import LOST, OUT_OF_MEMORY, Driver, DriverError
+
+__all__ = ["FakeDriver"]
+
+_INVALID_VALUE, _INVALID_HANDLE, _NOT_FOUND, _INVALID_IMAGE = 1, 400, 500, 200
+_CAPTURE_UNSUPPORTED = 900
+
+Kernel = Callable[[tuple[int, int, int], tuple[int, int, int], Sequence[Any]], None]
+"""What stands in for a kernel: grid, block, and its arguments (ctypes scalars)."""
+
+
+class FakeDriver(Driver):
+    """See the module.
+
+    Parameters
+    ----------
+    memory : bytes of the device.
+    capability : compute capability, 87 being 8.7.
+    integrated : whether it says that it shares the host's memory.
+    cuda : CUDA version of the driver.
+    devices : how many there are.
+    kernels : by name; an image is loaded if it contains their names.
+
+    Attributes
+    ----------
+    calls : the names of all calls, in order.
+    """
+
+    name: ClassVar[str] = "fake"
+
+    def __init__(
+        self,
+        *,
+        memory: int = 1 << 30,
+        capability: int = 87,
+        integrated: bool = False,
+        cuda: int = 12060,
+        devices: int = 1,
+        kernels: dict[str, Kernel] | None = None,
+    ) -> None:
+        self.total = memory
+        self.calls: list[str] = []
+        self._facts = (capability, integrated, cuda, devices)
+        self._kernels = kernels or {}
+        self._blocks: dict[int, np.ndarray[Any, Any]] = {}
+        self._pinned: dict[int, np.ndarray[Any, Any]] = {}
+        self._things: dict[int, Any] = {}
+        self._next = 1000
+        self._context = 0
+        self._faults: dict[str, tuple[int, int]] = {}
+        self._dead = 0
+        self._capturing: int | None = None
+        self._clock = 0.0
+
+    def fail(self, call: str, status: int, after: int = 0) -> None:
+        """Let a call fail once, after it has worked ``after`` times; fatal statuses stay."""
+        self._faults[call] = (status, after)
+
+    @property
+    def live(self) -> dict[str, int]:
+        """How many things of each kind have not been given back."""
+        kinds = [kind for kind, *_ in self._things.values()]
+        return {
+            "buffers": len(self._blocks),
+            "pinned": len(self._pinned),
+            **{kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        }
+
+    def _enter(self, call: str, *, needs_context: bool = True) -> None:
+        self.calls.append(call)
+        if self._dead:
+            raise DriverError(self._dead, call, "the device is lost")
+        if call in self._faults:
+            status, after = self._faults[call]
+            if after:
+                self._faults[call] = (status, after - 1)
+            else:
+                del self._faults[call]
+                self._dead = status if status in LOST else 0
+                raise DriverError(status, call, "injected")
+        if needs_context and not self._context:
+            raise DriverError(201, call, "invalid device context")
+
+    def _new(self, kind: str, *values: Any) -> int:
+        self._next += 1
+        self._things[self._next] = (kind, *values)
+        return self._next
+
+    def _get(self, handle: int, kind: str, call: str) -> Any:
+        found = self._things.get(handle)
+        if found is None or found[0] != kind:
+            raise DriverError(_INVALID_HANDLE, call, f"{handle} is no {kind}")
+        return found
+
+    def _drop(self, handle: int, kind: str, call: str) -> None:
+        self._enter(call)
+        self._get(handle, kind, call)
+        del self._things[handle]
+
+    def _inside(self, address: int, size: int, call: str) -> None:
+        for blocks in (self._blocks, self._pinned):
+            for start, block in blocks.items():
+                if start <= address and address + size <= start + block.nbytes:
+                    return
+        raise DriverError(
+            _INVALID_VALUE, call, f"{size} bytes at {address:#x} are not in device memory"
+        )
+
+    def _queue(self, stream: int, work: Callable[[], object], call: str) -> None:
+        if stream:
+            self._get(stream, "stream", call)
+        if self._capturing is not None and self._capturing == stream:
+            self._things[stream][1].append(work)
+        else:
+            work()
+
+    # Device and context
+
+    def version(self) -> int:
+        self._enter("version", needs_context=False)
+        return self._facts[2]
+
+    def device_count(self) -> int:
+        self._enter("device_count", needs_context=False)
+        return self._facts[3]
+
+    def device_name(self, ordinal: int) -> str:
+        return "Stand-in"
+
+    def device_attribute(self, ordinal: int, attribute: int) -> int:
+        capability, integrated = self._facts[:2]
+        return {75: capability // 10, 76: capability % 10, 18: int(integrated)}[attribute]
+
+    def current_context(self) -> int:
+        self._enter("current_context", needs_context=False)
+        return self._context
+
+    def retain_primary_context(self, ordinal: int) -> int:
+        self._enter("retain_primary_context", needs_context=False)
+        return 1
+
+    def set_context(self, context: int) -> None:
+        self._enter("set_context", needs_context=False)
+        self._context = context
+
+    def synchronize(self) -> None:
+        self._enter("synchronize")
+
+    # Memory
+
+    def memory(self) -> tuple[int, int]:
+        self._enter("memory")
+        return self.total - sum(block.nbytes for block in self._blocks.values()), self.total
+
+    def allocate(self, size: int) -> int:
+        self._enter("allocate")
+        if self._capturing is not None:
+            raise DriverError(_CAPTURE_UNSUPPORTED, "allocate", "not while capturing")
+        if size > self.total - sum(block.nbytes for block in self._blocks.values()):
+            raise DriverError(OUT_OF_MEMORY, "allocate", "out of memory")
+        return _keep(self._blocks, size)
+
+    def free(self, address: int) -> None:
+        self._enter("free")
+        if self._blocks.pop(address, None) is None:
+            raise DriverError(_INVALID_VALUE, "free", f"{address:#x} is not allocated")
+
+    def allocate_pinned(self, size: int) -> int:
+        self._enter("allocate_pinned")
+        return _keep(self._pinned, size)
+
+    def free_pinned(self, address: int) -> None:
+        self._enter("free_pinned")
+        if self._pinned.pop(address, None) is None:
+            raise DriverError(_INVALID_VALUE, "free_pinned", f"{address:#x} is not allocated")
+
+    def device_address(self, address: int) -> int:
+        self._enter("device_address")
+        if address not in self._pinned:
+            raise DriverError(_INVALID_VALUE, "device_address", f"{address:#x} is not pinned")
+        return address
+
+    def ordinal_of(self, address: int) -> int:
+        self._enter("ordinal_of")
+        self._inside(address, 1, "ordinal_of")
+        return 0
+
+    def copy_in(self, address: int, host: int, size: int, stream: int) -> None:
+        self._enter("copy_in")
+        self._inside(address, size, "copy_in")
+        self._queue(stream, lambda: ctypes.memmove(address, host, size), "copy_in")
+
+    def copy_out(self, host: int, address: int, size: int, stream: int) -> None:
+        self._enter("copy_out")
+        self._inside(address, size, "copy_out")
+        self._queue(stream, lambda: ctypes.memmove(host, address, size), "copy_out")
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self._enter("copy")
+        self._inside(target, size, "copy")
+        self._inside(source, size, "copy")
+        self._queue(stream, lambda: ctypes.memmove(target, source, size), "copy")
+
+    def fill(self, address: int, value: int, size: int, stream: int) -> None:
+        self._enter("fill")
+        self._inside(address, size, "fill")
+        self._queue(stream, lambda: ctypes.memset(address, value, size), "fill")
+
+    # Streams and events
+
+    def create_stream(self) -> int:
+        self._enter("create_stream")
+        return self._new("stream", [])
+
+    def destroy_stream(self, stream: int) -> None:
+        self._drop(stream, "stream", "destroy_stream")
+
+    def synchronize_stream(self, stream: int) -> None:
+        self._enter("synchronize_stream")
+        self._get(stream, "stream", "synchronize_stream")
+        if self._capturing == stream:
+            raise DriverError(_CAPTURE_UNSUPPORTED, "synchronize_stream", "not while capturing")
+
+    def wait_event(self, stream: int, event: int) -> None:
+        self._enter("wait_event")
+        self._get(stream, "stream", "wait_event")
+        self._get(event, "event", "wait_event")
+
+    def create_event(self) -> int:
+        self._enter("create_event")
+        return self._new("event", [None])
+
+    def destroy_event(self, event: int) -> None:
+        self._drop(event, "event", "destroy_event")
+
+    def record_event(self, event: int, stream: int) -> None:
+        self._enter("record_event")
+        self._clock += 1.0
+        self._get(event, "event", "record_event")[1][0] = self._clock
+        self._get(stream, "stream", "record_event")
+
+    def synchronize_event(self, event: int) -> None:
+        self._enter("synchronize_event")
+        self._get(event, "event", "synchronize_event")
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        self._enter("elapsed_ms")
+        times = [self._get(event, "event", "elapsed_ms")[1][0] for event in (start, end)]
+        if None in times:
+            raise DriverError(_INVALID_HANDLE, "elapsed_ms", "an event was not recorded")
+        return float(times[1] - times[0])
+
+    # Graphs
+
+    def begin_capture(self, stream: int) -> None:
+        self._enter("begin_capture")
+        self._get(stream, "stream", "begin_capture")[1].clear()
+        self._capturing = stream
+
+    def end_capture(self, stream: int) -> int:
+        self._enter("end_capture")
+        self._capturing = None
+        return self._new("graph", list(self._get(stream, "stream", "end_capture")[1]))
+
+    def instantiate(self, graph: int) -> int:
+        self._enter("instantiate")
+        work = self._get(graph, "graph", "instantiate")[1]
+        del self._things[graph]
+        return self._new("executable", work)
+
+    def launch_graph(self, executable: int, stream: int) -> None:
+        self._enter("launch_graph")
+        for work in self._get(executable, "executable", "launch_graph")[1]:
+            self._queue(stream, work, "launch_graph")
+
+    def destroy_executable(self, executable: int) -> None:
+        self._drop(executable, "executable", "destroy_executable")
+
+    # Kernels
+
+    def load_module(self, image: bytes) -> int:
+        self._enter("load_module")
+        if not any(name.encode() in image for name in self._kernels):
+            raise DriverError(_INVALID_IMAGE, "load_module", "device kernel image is invalid")
+        return self._new("module", image)
+
+    def unload_module(self, module: int) -> None:
+        self._drop(module, "module", "unload_module")
+
+    def function(self, module: int, name: str) -> int:
+        self._enter("function")
+        self._get(module, "module", "function")
+        if name not in self._kernels:
+            raise DriverError(_NOT_FOUND, "function", f"named symbol not found: {name}")
+        return sorted(self._kernels).index(name)
+
+    def launch(
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        stream: int,
+        arguments: Sequence[Any],
+    ) -> None:
+        self._enter("launch")
+        kernel = self._kernels[sorted(self._kernels)[function]]
+        values = [type(argument)(argument.value) for argument in arguments]
+        self._queue(stream, lambda: kernel(grid, block, values), "launch")
+
+
+def _keep(blocks: dict[int, np.ndarray[Any, Any]], size: int) -> int:
+    """Allocate as a GPU does, on a boundary of 256 bytes; 0xcd as nobody has written it yet."""
+    raw = np.full(size + 256, 0xCD, np.uint8)
+    start = -raw.ctypes.data % 256
+    block = raw[start : start + size]
+    address = int(block.ctypes.data)
+    blocks[address] = block
+    return address

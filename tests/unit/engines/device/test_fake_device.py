@@ -1,0 +1,160 @@
+"""The state machines above the driver, on the stand-in."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from support import device_checks
+
+from recallseg.engines.device import Device, open_device
+from recallseg.engines.device.driver import LOST, DriverError, explain
+from recallseg.engines.device.fake import FakeDriver
+from recallseg.engines.device.pycuda import pack
+from recallseg.engines.errors import (
+    DeviceLostError,
+    DeviceMemoryError,
+    EngineRunError,
+    EngineUnavailableError,
+    InputError,
+)
+
+
+def fill_bytes(
+    grid: tuple[int, int, int], block: tuple[int, int, int], args: Sequence[Any]
+) -> None:
+    address, count, value = (argument.value for argument in args)
+    ctypes.memset(address, value, min(count, grid[0] * block[0]))
+
+
+@pytest.fixture
+def driver() -> FakeDriver:
+    return FakeDriver(kernels={"fill_bytes": fill_bytes})
+
+
+@pytest.mark.parametrize("name", device_checks.CHECKS)
+def test_the_stand_in_does_what_a_provider_must(driver: FakeDriver, name: str) -> None:
+    device = Device(driver)
+    device_checks.CHECKS[name](device)
+    gc.collect()
+    assert device.live_bytes == 0
+    assert driver.live["buffers"] == driver.live["pinned"] == 0
+
+
+@pytest.mark.parametrize("status", sorted(LOST))
+def test_a_lost_device_stays_lost_and_says_how_to_go_on(driver: FakeDriver, status: int) -> None:
+    device = Device(driver)
+    tensor = device.tensor((4,))
+    driver.fail("synchronize_stream", status, after=1)
+    device.stream.synchronize()
+    with pytest.raises(DeviceLostError, match="onnxruntime-cpu"):
+        device.stream.synchronize()
+    assert device.lost
+    calls = len(driver.calls)
+    with pytest.raises(DeviceLostError):
+        device.stream.copy_in(tensor, np.zeros(4, np.float32))
+    del tensor
+    gc.collect()
+    assert len(driver.calls) == calls  # a dead driver is left alone, also by what is given back
+
+
+def test_what_is_given_back_is_given_back_once(driver: FakeDriver) -> None:
+    device = Device(driver)
+    buffer = device.allocate(100)
+    buffer.close()
+    buffer.close()
+    assert driver.calls.count("free") == 1
+
+
+def test_too_little_memory_is_said_before_anything_is_taken() -> None:
+    device = Device(FakeDriver(memory=100 << 20))
+    with pytest.raises(DeviceMemoryError, match=r"workspace needs 200 MiB .* 100 MiB are free"):
+        device.require(200 << 20, "The workspace")
+    assert device.allocations == 0
+
+
+def test_a_driver_that_is_too_old_is_refused() -> None:
+    with pytest.raises(EngineUnavailableError, match=r"CUDA 10\.2, needed is 11\.4"):
+        Device(FakeDriver(cuda=10020))
+
+
+@pytest.mark.parametrize("ordinal", [1, -1])
+def test_a_gpu_that_is_not_there_is_refused(ordinal: int) -> None:
+    with pytest.raises(EngineUnavailableError, match=f"GPU {ordinal} was asked for"):
+        Device(FakeDriver(), ordinal)
+
+
+def test_a_callers_context_is_kept() -> None:
+    driver = FakeDriver()
+    driver.set_context(5)
+    device = Device(driver)
+    assert "retain_primary_context" not in driver.calls
+    driver.set_context(9)
+    device.enter()
+    assert driver.current_context() == 5
+
+
+def test_a_capture_that_breaks_leaves_nothing_behind(driver: FakeDriver) -> None:
+    device = Device(driver)
+    tensor = device.tensor((4,))
+
+    def take_memory_while_capturing() -> None:
+        with device.stream.capture():
+            device.stream.copy_in(tensor, np.ones(4, np.float32))
+            device.tensor((4,))
+
+    with pytest.raises(EngineRunError, match="capturing"):
+        take_memory_while_capturing()
+    assert "executable" not in driver.live
+    device.stream.synchronize()
+
+
+class Foreign:
+    def __init__(self, **fields: int) -> None:
+        vars(self).update(fields)
+
+
+@pytest.mark.parametrize("name", ["handle", "ptr", "cuda_stream"])
+def test_a_callers_stream_is_used(driver: FakeDriver, name: str) -> None:
+    device = Device(driver)
+    handle = device.new_stream()
+    theirs = device.adopt_stream(Foreign(**{name: handle.handle}))
+    assert theirs.handle == handle.handle
+    del theirs
+    gc.collect()
+    handle.synchronize()  # was not destroyed with our view of it
+
+
+def test_what_is_no_stream_is_refused(driver: FakeDriver) -> None:
+    with pytest.raises(InputError, match="no CUDA stream"):
+        Device(driver).adopt_stream("mine")
+
+
+def test_kernel_parameters_are_aligned_as_a_compiler_does() -> None:
+    packed = pack((ctypes.c_uint32(1), ctypes.c_uint64(2), ctypes.c_uint8(3), ctypes.c_float(4.0)))
+
+    class Parameters(ctypes.Structure):
+        _fields_ = (
+            ("a", ctypes.c_uint32),
+            ("b", ctypes.c_uint64),
+            ("c", ctypes.c_uint8),
+            ("d", ctypes.c_float),
+        )
+
+    assert packed == bytes(Parameters(1, 2, 3, 4.0))
+
+
+@pytest.mark.parametrize("status", [1, 2, 35, 100, 200, 700, 801, 803, 12345])
+def test_every_status_says_how_to_mend_it(status: int) -> None:
+    error = explain(DriverError(status, "cuCall", "words"))
+    assert "cuCall" in str(error)
+    assert str(status) in str(error)
+
+
+def test_there_is_no_other_provider() -> None:
+    with pytest.raises(InputError, match="auto, cuda-bindings, pycuda"):
+        open_device("opencl")  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ class NativePixels(Pixels):
     @property
     def detail(self) -> str:
         """The level of vector units in use: ``v4`` is AVX-512, ``v3`` AVX2 (x86-64 psABI)."""
-        return f"vector units: {self._kernels.level}"
+        return f"vector units: {self._kernels.level()}"
 
     def _ordered(self, image: NDArray[Any], ranks: Sequence[int]) -> list[float]:
         if image.dtype not in DTYPES or not image.dtype.isnative:

@@ -53,13 +53,11 @@ class OpenCvPixels(Pixels):
             resized = _resize(values, (side, side))
             for channel in range(3):
                 plane = resized if resized.ndim == 2 else resized[..., channel]
-                shifted = np.subtract(plane, np.float32(normalisation.mean[channel]))
-                np.multiply(
-                    shifted,
-                    np.float32(1.0 / normalisation.std[channel]),
-                    out=out[0, channel],
-                    casting="same_kind",
-                )
+                to = out[0, channel]
+                wide = to if to.dtype == np.float32 else np.empty_like(to, np.float32)
+                np.subtract(plane, np.float32(normalisation.mean[channel]), out=wide)
+                gain = np.float32(1.0 / normalisation.std[channel])
+                np.multiply(wide, gain, out=to, casting="same_kind")
 
     def _finish(
         self,

@@ -92,9 +92,9 @@ PIXELS_FUNCTION Span span_of(const Axis& axis, int32_t i) {
   int32_t first;
   float fraction;
   if (axis.rule == kLinear) {
-    fraction = static_cast<float>((i + 0.5) * scale - 0.5);
-    first = static_cast<int32_t>(floorf(fraction));
-    fraction -= static_cast<float>(first);
+    const double centre = (i + 0.5) * scale - 0.5;
+    first = static_cast<int32_t>(floor(centre));
+    fraction = static_cast<float>(centre - first);
   } else {
     first = static_cast<int32_t>(floor(i * scale));
     fraction = static_cast<float>((i + 1) - (first + 1) * inverse);

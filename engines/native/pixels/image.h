@@ -45,8 +45,11 @@ void finish(const float* logits, int32_t n, int32_t rows, int32_t columns, const
 // an infinite value.
 std::vector<double> order_statistics(const Image& image, const std::vector<int64_t>& ranks);
 
+// From here on a result goes past the caches: more than a core's share of them.
+constexpr int64_t kStreamBytes = 4 << 20;
+
 // `tokens` rows of `width` numbers to fp32 or fp16; int8 with one scale per token.
-void gather_half(const uint16_t* source, int64_t count, void* out, bool half);
+void gather_half(const uint16_t* source, int64_t count, void* out, bool half, bool streamed);
 void gather_int8(const int8_t* source, const float* scales, int64_t tokens, int64_t width,
                  void* out, bool half);
 

@@ -136,7 +136,8 @@ void gather(const nb::list& rows, nb::handle out, const nb::object& scales) {
     if (scales.is_none()) {
       row.must_be("e");
       const nb::gil_scoped_release unlocked;
-      pixels::gather_half(static_cast<const uint16_t*>(row.data()), count, place, half);
+      pixels::gather_half(static_cast<const uint16_t*>(row.data()), count, place, half,
+                          target.total() >= pixels::kStreamBytes);
     } else {
       const View scale(nb::handle(scales[i]), 1, false);
       row.must_be("b");
@@ -150,10 +151,26 @@ void gather(const nb::list& rows, nb::handle out, const nb::object& scales) {
   }
 }
 
+std::vector<std::string> levels() {
+  const pixels::Levels all = pixels::levels();
+  std::vector<std::string> names;
+  for (int i = 0; i < all.count; ++i) names.emplace_back(all.first[i]->level);
+  return names;
+}
+
+void choose(const std::string& level) {
+  const pixels::Levels all = pixels::levels();
+  for (int i = 0; i < all.count; ++i)
+    if (level == all.first[i]->level) return pixels::choose(*all.first[i]);
+  throw std::invalid_argument("no such level on this processor");
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
-  module.attr("level") = pixels::rows().level;
+  module.def("level", [] { return std::string(pixels::rows().level); });
+  module.def("levels", &levels);
+  module.def("choose", &choose, nb::arg("level"));
   module.def("order_statistics", &order_statistics, nb::arg("image"), nb::arg("ranks"));
   module.def("prepare", &prepare, nb::arg("image"), nb::arg("low"), nb::arg("gain"), nb::arg("out"),
              nb::arg("means"), nb::arg("gains"), nb::arg("threads"));

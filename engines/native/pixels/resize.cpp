@@ -30,7 +30,9 @@ class Grid {
       tail_.push_back(span.count > 1 ? span.tail : 0.0f);
     }
   }
-  Taps taps() const { return {first_.data(), second_.data(), head_.data(), tail_.data()}; }
+  Taps taps() const {
+    return {rule == kLinear, source_columns, first_.data(), second_.data(), head_.data(), tail_.data()};
+  }
 
   const Rule rule;
   const int32_t source_columns, columns;
@@ -53,36 +55,42 @@ class Plane {
         kept_{std::vector<float>(static_cast<size_t>(grid.columns)),
               std::vector<float>(static_cast<size_t>(grid.columns))} {}
 
-  // Write row `i` of the target.
-  void row(int32_t i, float* out) {
-    const Rows& r = rows();
+  // Row `i` of the target; valid until the next call.
+  Mix row(int32_t i) {
     const Span& span = grid_.y[static_cast<size_t>(i)];
-    if (grid_.rule == kArea) {
-      std::fill(sum_.begin(), sum_.end(), 0.0f);
-      for (int32_t j = 0; j < span.count; ++j)
-        r.add(source_(span.first + j, line_.data()), weight(span, j), grid_.source_columns,
-              sum_.data());
-      r.collect(sum_.data(), grid_.x.data(), grid_.columns, out);
-      return;
-    }
+    if (grid_.rule == kArea) return whole(summed(span));
     const float* above = interpolated(span.first);
-    if (span.count == 1) {
-      std::copy(above, above + grid_.columns, out);
-    } else {
-      r.blend(above, span.head, interpolated(span.first + 1), span.tail, grid_.columns, out);
-    }
+    if (span.count == 1) return whole(above);
+    return {above, span.head, interpolated(span.first + 1), span.tail};
   }
 
  private:
+  static Mix whole(const float* row) { return {row, 1.0f, row, 0.0f}; }
+
+  const float* summed(const Span& span) {
+    std::fill(sum_.begin(), sum_.end(), 0.0f);
+    for (int32_t j = 0; j < span.count; ++j)
+      rows().add(source(span.first + j), weight(span, j), grid_.source_columns, sum_.data());
+    rows().collect(sum_.data(), grid_.x.data(), grid_.columns, kept_[0].data());
+    return kept_[0].data();
+  }
+
   // Neighbouring target rows share source rows: the last even and the last odd one are kept.
   const float* interpolated(int32_t i) {
     const auto slot = static_cast<size_t>(i & 1);
     if (held_[slot] != i) {
-      rows().interpolate(source_(i, line_.data()), grid_.taps(), grid_.columns,
-                         kept_[slot].data());
+      rows().interpolate(source(i), grid_.taps(), grid_.columns, kept_[slot].data());
       held_[slot] = i;
     }
     return kept_[slot].data();
+  }
+
+  const float* source(int32_t i) {
+    if (read_ != i) {
+      at_ = source_(i, line_.data());
+      read_ = i;
+    }
+    return at_;
   }
 
   const Grid& grid_;
@@ -90,6 +98,8 @@ class Plane {
   std::vector<float> line_, sum_;
   std::array<std::vector<float>, 2> kept_;
   std::array<int32_t, 2> held_{-1, -1};
+  int32_t read_ = -1;
+  const float* at_ = nullptr;
 };
 
 // Call work(first, last) for bands of rows, the first band on this thread.
@@ -107,6 +117,7 @@ void in_bands(int32_t rows, int threads, const Work& work) {
 
 void prepare(const Image& image, Window window, const Input& out, int threads) {
   const Grid grid(image.rows, image.columns, out.side, out.side);
+  const bool streamed = int64_t{out.side} * out.side * 3 * 4 >= kStreamBytes;
   in_bands(out.side, threads, [&](int32_t from, int32_t to) {
     const Rows& r = rows();
     const auto side = static_cast<size_t>(out.side);
@@ -122,7 +133,7 @@ void prepare(const Image& image, Window window, const Input& out, int threads) {
       // A grey image fills all three channels.
       const int32_t last = image.channels == 1 ? 3 : channel + 1;
       for (int32_t row = from; row < to; ++row) {
-        plane.row(row, line.data());
+        r.blend(plane.row(row), out.side, line.data());
         for (int32_t target = channel; target < last; ++target) {
           const auto c = static_cast<size_t>(target);
           const size_t at = (c * side + static_cast<size_t>(row)) * side;
@@ -131,7 +142,7 @@ void prepare(const Image& image, Window window, const Input& out, int threads) {
                              static_cast<uint16_t*>(out.data) + at);
           else
             r.normalise(line.data(), out.mean[c], out.gain[c], out.side,
-                        static_cast<float*>(out.data) + at);
+                        static_cast<float*>(out.data) + at, streamed);
         }
       }
     }
@@ -151,7 +162,7 @@ void finish(const float* logits, int32_t n, int32_t rows_in, int32_t columns_in,
     std::vector<Plane<decltype(source_of(0))>> planes;
     for (int32_t structure = 0; structure < n; ++structure)
       planes.emplace_back(grid, source_of(structure));
-    std::vector<float> line(width), highest(width);
+    std::vector<float> highest(width);
     std::vector<uint8_t> mask_line(width), label_line(width);
     for (int32_t row = from; row < to; ++row) {
       uint8_t* const label_row = out.labels + row * out.label_row;
@@ -162,9 +173,8 @@ void finish(const float* logits, int32_t n, int32_t rows_in, int32_t columns_in,
         uint8_t* const mask_row = out.masks + structure * out.mask_plane + row * out.mask_row;
         uint8_t* const mask = out.mask_column == 1 ? mask_row : mask_line.data();
         if (present[structure]) {
-          planes[static_cast<size_t>(structure)].row(row, line.data());
-          r.vote(line.data(), static_cast<uint8_t>(structure + 1), out.columns, highest.data(),
-                 mask, labels);
+          r.vote(planes[static_cast<size_t>(structure)].row(row),
+                 static_cast<uint8_t>(structure + 1), out.columns, highest.data(), mask, labels);
         } else {
           std::fill_n(mask, width, uint8_t{0});
         }
@@ -177,11 +187,11 @@ void finish(const float* logits, int32_t n, int32_t rows_in, int32_t columns_in,
   });
 }
 
-void gather_half(const uint16_t* source, int64_t count, void* out, bool half) {
+void gather_half(const uint16_t* source, int64_t count, void* out, bool half, bool streamed) {
   if (half)
     std::copy(source, source + count, static_cast<uint16_t*>(out));
   else
-    rows().widen(source, count, static_cast<float*>(out));
+    rows().widen(source, count, static_cast<float*>(out), streamed);
 }
 
 void gather_int8(const int8_t* source, const float* scales, int64_t tokens, int64_t width,

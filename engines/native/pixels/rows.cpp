@@ -2,6 +2,8 @@
 // standard library here, whose code the linker would share between levels.
 #include "rows.h"
 
+#include "lanes.h"
+
 namespace pixels {
 namespace {
 
@@ -17,7 +19,18 @@ void window_row(const void* pixels, int64_t stride, int64_t n, Window window, fl
 }
 
 void interpolate(const float* row, const Taps& taps, int64_t n, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i)
+  int64_t i = 0;
+#if PIXELS_LANES
+  // Neighbours on a row that does not shrink come out of two registers.
+  if (taps.grows)
+    for (; i + kLanes <= n && taps.first[i] + 1 + kLanes <= taps.columns; i += kLanes) {
+      const float* from = row + taps.first[i];
+      const Floats heads = pick(load(from), taps.first + i, taps.first[i]);
+      const Floats tails = pick(load(from + 1), taps.first + i, taps.first[i]);
+      store(out + i, load(taps.head + i) * heads + load(taps.tail + i) * tails);
+    }
+#endif
+  for (; i < n; ++i)
     out[i] = taps.head[i] * row[taps.first[i]] + taps.tail[i] * row[taps.second[i]];
 }
 
@@ -36,24 +49,40 @@ void add(const float* row, float weight, int64_t n, float* __restrict sum) {
   for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
 }
 
-void blend(const float* above, float head, const float* below, float tail, int64_t n,
-           float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = head * above[i] + tail * below[i];
+void blend(const Mix& mix, int64_t n, float* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = mix.head * mix.above[i] + mix.tail * mix.below[i];
 }
 
-void normalise(const float* row, float mean, float gain, int64_t n, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = normalised(row[i], mean, gain);
+void normalise(const float* row, float mean, float gain, int64_t n, float* __restrict out,
+               bool streamed) {
+  int64_t i = 0;
+#if PIXELS_LANES
+  if (streamed) {
+    constexpr uintptr_t step = sizeof(Floats);
+    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % step; ++i)
+      out[i] = normalised(row[i], mean, gain);
+    for (; i + kLanes <= n; i += kLanes) stream(out + i, (load(row + i) - mean) * gain);
+    finish_streams();
+  }
+#else
+  static_cast<void>(streamed);
+#endif
+  for (; i < n; ++i) out[i] = normalised(row[i], mean, gain);
 }
 
 void normalise_half(const float* row, float mean, float gain, int64_t n,
                     uint16_t* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = narrowed(normalised(row[i], mean, gain));
+  int64_t i = 0;
+#if PIXELS_LANES
+  for (; i + kLanes <= n; i += kLanes) store_halves(out + i, (load(row + i) - mean) * gain);
+#endif
+  for (; i < n; ++i) out[i] = narrowed(normalised(row[i], mean, gain));
 }
 
-void vote(const float* row, uint8_t label, int64_t n, float* __restrict highest,
+void vote(const Mix& mix, uint8_t label, int64_t n, float* __restrict highest,
           uint8_t* __restrict mask, uint8_t* __restrict labels) {
   for (int64_t i = 0; i < n; ++i) {
-    const float value = row[i];
+    const float value = mix.head * mix.above[i] + mix.tail * mix.below[i];
     const uint8_t wins = value > highest[i] ? 0xFF : 0;
     mask[i] = value > 0.0f ? 1 : 0;
     highest[i] = value > highest[i] ? value : highest[i];
@@ -61,8 +90,19 @@ void vote(const float* row, uint8_t label, int64_t n, float* __restrict highest,
   }
 }
 
-void widen(const uint16_t* halves, int64_t n, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = widened(halves[i]);
+void widen(const uint16_t* halves, int64_t n, float* __restrict out, bool streamed) {
+  int64_t i = 0;
+#if PIXELS_LANES
+  if (streamed) {
+    constexpr uintptr_t step = sizeof(Floats);
+    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % step; ++i) out[i] = widened(halves[i]);
+    for (; i + kLanes <= n; i += kLanes) stream(out + i, load_halves(halves + i));
+    finish_streams();
+  }
+#else
+  static_cast<void>(streamed);
+#endif
+  for (; i < n; ++i) out[i] = widened(halves[i]);
 }
 
 void decode(const int8_t* values, float scale, int64_t n, float* __restrict out) {

@@ -7,6 +7,8 @@
 namespace pixels {
 namespace {
 
+constexpr size_t kBlockFloats = 1 << 14;  // 64 KiB: stays in the second level of caches
+
 std::vector<Span> spans_of(const Axis& axis) {
   std::vector<Span> spans(static_cast<size_t>(axis.target));
   for (int32_t i = 0; i < axis.target; ++i) spans[static_cast<size_t>(i)] = span_of(axis, i);
@@ -121,7 +123,9 @@ void prepare(const Image& image, Window window, const Input& out, int threads) {
   in_bands(out.side, threads, [&](int32_t from, int32_t to) {
     const Rows& r = rows();
     const auto side = static_cast<size_t>(out.side);
-    std::vector<float> line(side);
+    // Several rows at a time, so that each channel is written in long runs.
+    const auto block = static_cast<int32_t>(std::max<size_t>(1, kBlockFloats / side));
+    std::vector<float> lines(static_cast<size_t>(block) * side);
     for (int32_t channel = 0; channel < image.channels; ++channel) {
       const auto* base =
           static_cast<const unsigned char*>(image.data) + channel * image.channel_stride;
@@ -132,20 +136,24 @@ void prepare(const Image& image, Window window, const Input& out, int threads) {
       });
       // A grey image fills all three channels.
       const int32_t last = image.channels == 1 ? 3 : channel + 1;
-      for (int32_t row = from; row < to; ++row) {
-        r.blend(plane.row(row), out.side, line.data());
+      for (int32_t row = from; row < to; row += block) {
+        const auto count = static_cast<size_t>(std::min(block, to - row));
+        for (size_t i = 0; i < count; ++i)
+          r.blend(plane.row(row + static_cast<int32_t>(i)), out.side, lines.data() + i * side);
+        const auto pixels = static_cast<int64_t>(count * side);
         for (int32_t target = channel; target < last; ++target) {
           const auto c = static_cast<size_t>(target);
           const size_t at = (c * side + static_cast<size_t>(row)) * side;
           if (out.half)
-            r.normalise_half(line.data(), out.mean[c], out.gain[c], out.side,
+            r.normalise_half(lines.data(), out.mean[c], out.gain[c], pixels,
                              static_cast<uint16_t*>(out.data) + at);
           else
-            r.normalise(line.data(), out.mean[c], out.gain[c], out.side,
+            r.normalise(lines.data(), out.mean[c], out.gain[c], pixels,
                         static_cast<float*>(out.data) + at, streamed);
         }
       }
     }
+    r.settle();
   });
 }
 
@@ -188,10 +196,12 @@ void finish(const float* logits, int32_t n, int32_t rows_in, int32_t columns_in,
 }
 
 void gather_half(const uint16_t* source, int64_t count, void* out, bool half, bool streamed) {
-  if (half)
+  if (half) {
     std::copy(source, source + count, static_cast<uint16_t*>(out));
-  else
-    rows().widen(source, count, static_cast<float*>(out), streamed);
+    return;
+  }
+  rows().widen(source, count, static_cast<float*>(out), streamed);
+  rows().settle();
 }
 
 void gather_int8(const int8_t* source, const float* scales, int64_t tokens, int64_t width,

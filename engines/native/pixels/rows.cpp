@@ -62,7 +62,6 @@ void normalise(const float* row, float mean, float gain, int64_t n, float* __res
     for (; i < n && reinterpret_cast<uintptr_t>(out + i) % step; ++i)
       out[i] = normalised(row[i], mean, gain);
     for (; i + kLanes <= n; i += kLanes) stream(out + i, (load(row + i) - mean) * gain);
-    finish_streams();
   }
 #else
   static_cast<void>(streamed);
@@ -97,12 +96,17 @@ void widen(const uint16_t* halves, int64_t n, float* __restrict out, bool stream
     constexpr uintptr_t step = sizeof(Floats);
     for (; i < n && reinterpret_cast<uintptr_t>(out + i) % step; ++i) out[i] = widened(halves[i]);
     for (; i + kLanes <= n; i += kLanes) stream(out + i, load_halves(halves + i));
-    finish_streams();
   }
 #else
   static_cast<void>(streamed);
 #endif
   for (; i < n; ++i) out[i] = widened(halves[i]);
+}
+
+void settle() {
+#if PIXELS_LANES
+  finish_streams();
+#endif
 }
 
 void decode(const int8_t* values, float scale, int64_t n, float* __restrict out) {
@@ -124,7 +128,7 @@ extern const Rows PIXELS_ROWS(PIXELS_LEVEL);
 const Rows PIXELS_ROWS(PIXELS_LEVEL) = {
     PIXELS_TEXT(PIXELS_LEVEL),
     {window_row<uint8_t>, window_row<int16_t>, window_row<uint16_t>, window_row<float>},
-    interpolate, collect, add, blend, normalise, normalise_half, vote, widen, decode, decode_half,
+    interpolate, collect, add, blend, normalise, normalise_half, vote, widen, decode, decode_half, settle,
 };
 
 }  // namespace pixels

@@ -46,6 +46,8 @@ struct Rows {
   void (*widen)(const uint16_t* halves, int64_t n, float* out, bool streamed);
   void (*decode)(const int8_t* values, float scale, int64_t n, float* out);
   void (*decode_half)(const int8_t* values, float scale, int64_t n, uint16_t* out);
+  // Makes streamed stores seen by other threads.
+  void (*settle)();
 };
 
 // The best that this processor can run, unless a lower level was chosen.

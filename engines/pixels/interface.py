@@ -1,4 +1,4 @@
-"""What is done to pixels, whoever does it: checks and meaning here, arithmetic in the subclasses.
+"""What is done to pixels, whoever does it: checks and meaning here, arithmetic in subclasses.
 
 Resizing follows OpenCV, half-pixel centres throughout: bilinear where no axis shrinks, the mean over
 area where both do (or one stays), and ``INTER_AREA``'s interpolation between cells where one shrinks
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import floor, isfinite
+from math import floor, isnan, nan
 from typing import Any, ClassVar, Optional
 
 import numpy as np
@@ -76,8 +76,11 @@ class Pixels(ABC):
         places = [q / 100 * (image.size - 1) for q in (low, high)]
         ranks = [min(floor(place) + step, image.size - 1) for place in places for step in (0, 1)]
         ordered = self._ordered(image, ranks)
-        if not all(isfinite(value) for value in ordered):
-            raise _not_finite()
+        if isnan(ordered[0]):
+            raise InputError(
+                "the image has NaN or infinite pixels. Replace them, for example with "
+                "numpy.nan_to_num(image)."
+            )
         ends = []
         for place, below, above in zip(places, ordered[::2], ordered[1::2], strict=True):
             share = place - floor(place)
@@ -202,9 +205,15 @@ class Pixels(ABC):
                 )
         self._gather(rows, out, scales)
 
-    @abstractmethod
     def _ordered(self, image: NDArray[Any], ranks: Sequence[int]) -> list[float]:
-        """Return the values at ranks, ascending, of the sorted pixels; NaN last."""
+        """Return the values that would stand at ``ranks`` if all pixels were sorted.
+
+        NaN if any is NaN or infinite: these end up first or last.
+        """
+        flat = np.partition(image.reshape(-1), sorted({*ranks, 0, image.size - 1}))
+        if not np.isfinite(flat[[0, -1]].astype(np.float64)).all():
+            return [nan] * len(ranks)
+        return [float(flat[rank]) for rank in ranks]
 
     @abstractmethod
     def _prepare(
@@ -264,10 +273,3 @@ def _check_target(out: NDArray[Any]) -> None:
         )
     if not out.flags.c_contiguous or not out.flags.writeable:
         raise InputError("a network input must be C-contiguous and writeable.")
-
-
-def _not_finite() -> InputError:
-    return InputError(
-        "the image has NaN or infinite pixels. Replace them, for example with "
-        "numpy.nan_to_num(image)."
-    )

@@ -38,18 +38,15 @@ class NativePixels(Pixels):
         return f"vector units: {self._kernels.level()}"
 
     def _ordered(self, image: NDArray[Any], ranks: Sequence[int]) -> list[float]:
-        if image.dtype not in DTYPES or not image.dtype.isnative:
-            return _partitioned(image, ranks)
-        try:
-            found: list[float] = self._kernels.order_statistics(image, list(ranks))
-        except OverflowError:
-            return [float("nan")]
+        if not _read_as_is(image):
+            return super()._ordered(image, ranks)
+        found: list[float] = self._kernels.order_statistics(image, list(ranks))
         return found
 
     def _prepare(
         self, image: NDArray[Any], low: np.float32, gain: np.float32, targets: Sequence[Target]
     ) -> None:
-        if image.dtype not in DTYPES or not image.dtype.isnative:
+        if not _read_as_is(image):
             image = image.astype(np.float32)
         for out, normalisation in targets:
             gains = [float(np.float32(1.0 / std)) for std in normalisation.std]
@@ -73,3 +70,7 @@ class NativePixels(Pixels):
         scales: Optional[Sequence[NDArray[np.float32]]],
     ) -> None:
         self._kernels.gather(list(rows), out, None if scales is None else list(scales))
+
+
+def _read_as_is(image: NDArray[Any]) -> bool:
+    return image.dtype in DTYPES and image.dtype.isnative

@@ -36,14 +36,6 @@ class OpenCvPixels(Pixels):
         """Bytes of two buffers on the grid of the largest image so far."""
         return self._grids.nbytes
 
-    def _ordered(self, image: NDArray[Any], ranks: Sequence[int]) -> list[float]:
-        # The last one tells whether there is a NaN: they are sorted to the end.
-        flat = np.partition(image.reshape(-1), sorted({*ranks, 0, image.size - 1}))
-        ends = flat[[0, -1]].astype(np.float64)
-        if not np.isfinite(ends).all():
-            return [float("nan")]
-        return [float(flat[rank]) for rank in ranks]
-
     def _prepare(
         self, image: NDArray[Any], low: np.float32, gain: np.float32, targets: Sequence[Target]
     ) -> None:
@@ -103,8 +95,9 @@ class OpenCvPixels(Pixels):
 def scaled(image: NDArray[Any], low: np.float32, gain: np.float32) -> NDArray[np.float32]:
     """Return clip((image - low) * gain) in 0..1, float32, a new array."""
     values = image.astype(np.float32)
-    np.subtract(values, low, out=values)
-    np.multiply(values, gain, out=values)
+    with np.errstate(over="ignore"):  # what is beyond float32 is beyond the window, and clipped
+        np.subtract(values, low, out=values)
+        np.multiply(values, gain, out=values)
     return np.clip(values, 0.0, 1.0, out=values)
 
 

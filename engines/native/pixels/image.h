@@ -41,8 +41,7 @@ struct Output {
 void finish(const float* logits, int32_t n, int32_t rows, int32_t columns, const bool* present,
             const Output& out, int threads);
 
-// The values that would stand at `ranks` if all were sorted; throws std::domain_error at a NaN or
-// an infinite value.
+// The values that would stand at `ranks` if all were sorted; NaN if any is NaN or infinite.
 std::vector<double> order_statistics(const Image& image, const std::vector<int64_t>& ranks);
 
 // From here on a result goes past the caches: more than a core's share of them.

@@ -38,7 +38,8 @@ class View {
   int32_t shape(int axis) const { return static_cast<int32_t>(view_.shape[axis]); }
   int64_t total() const { return view_.len; }
   char type() const {
-    const std::string format = view_.format == nullptr ? "B" : view_.format;
+    std::string format = view_.format == nullptr ? "B" : view_.format;
+    if (format[0] == '=' || format[0] == '^') format.erase(0, 1);  // unaligned, of native order
     return format.size() == 1 ? format[0] : '\0';
   }
   void must_be(const char* types) const {

@@ -62,7 +62,8 @@ std::vector<double> of_floats(const Image& image, const std::vector<int64_t>& ra
     finite &= (to_bits(value) & 0x7F800000u) != 0x7F800000u;
     ++upper[ordered_key(value) >> 16];
   });
-  if (!finite) throw std::domain_error("NaN or infinite pixels");
+  if (!finite)
+    return std::vector<double>(ranks.size(), std::numeric_limits<double>::quiet_NaN());
   std::vector<double> values;
   size_t counted = kBins;  // the bin that `lower` holds
   for (const int64_t rank : ranks) {

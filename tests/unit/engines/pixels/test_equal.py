@@ -28,7 +28,7 @@ def draw(shape: tuple[int, ...], dtype: str, seed: int) -> NDArray[Any]:
     """Pixels over the dtype's range, or constant, as the seed has it."""
     rng, kind = np.random.default_rng(seed), np.dtype(dtype)
     if kind.kind == "f":
-        image = rng.normal(scale=rng.choice([1e-3, 1.0, 3e4]), size=shape)
+        image = rng.normal(scale=rng.choice([1e-3, 1.0, 3e3]), size=shape)
     else:
         limits = np.iinfo(kind)
         image = rng.integers(max(limits.min, -40000), min(limits.max, 70000), shape, endpoint=True)

@@ -72,6 +72,7 @@ class DevicePixels:
 
     def __init__(self, kernels: Kernels, scratch: Any) -> None:
         self._kernels = kernels
+        self._owner = scratch  # its memory lives as long as this
         self._scratch = _Array.of(scratch)
 
     @staticmethod

@@ -27,7 +27,8 @@ def build_kernels(folder: Path, *flags: str) -> Any:
         pytest.skip(f"native pixel kernels cannot be built here: no {', '.join(missing)}")
     passed(
         *("cmake", "-S", SOURCE, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"),
-        *("-DRECALLSEG_BUILD_PIXELS=ON", "-DRECALLSEG_BUILD_CAPI=OFF", *flags),
+        *("-DRECALLSEG_BUILD_PIXELS=ON", "-DRECALLSEG_BUILD_CAPI=OFF"),
+        *("-DRECALLSEG_BUILD_CUDA=OFF", *flags),
     )
     passed("cmake", "--build", folder, "--parallel", "2")
     (file,) = folder.glob("engines/native/pixels/_native.*")

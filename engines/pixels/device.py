@@ -111,6 +111,7 @@ class DevicePixels:
         target.must_be_contiguous()
         height, width = source.shape[:2]
         colour = len(source.shape) == 3
+        gain = window_gain(*window)
         rule, y, x = self._spans((height, width), (side, side), stream)
         self._kernels.launch(
             "recallseg_prepare",
@@ -127,7 +128,7 @@ class DevicePixels:
                 y,
                 x,
                 c.c_float(window[0]),
-                c.c_float(window_gain(*window)),
+                c.c_float(gain),
                 *(c.c_float(mean) for mean in normalisation.mean),
                 *(c.c_float(1.0 / std) for std in normalisation.std),
                 c.c_int32(side),

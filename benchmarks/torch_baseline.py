@@ -167,9 +167,7 @@ class TorchBaseline:
             with self._timed("prepare"):
                 inputs = {"embed": self._embed_image, "encode": self._encode_image}
                 targets = [(inputs[name], self._bundle.normalisation[name]) for name in inputs]
-                prepare_image(
-                    check_image(image), self._intensity, self._workspace.pixels, *targets
-                )
+                prepare_image(check_image(image), self._intensity, self._workspace.pixels, *targets)
             with self._timed("embed"):
                 embedding = self._graphs["embed"](torch.from_numpy(self._embed_image))[0]
             with self._timed("search"):

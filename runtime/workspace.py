@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recallseg.engines.bundle import MemorySemantics
 from recallseg.engines.composition import Features, Prediction, Recall

@@ -57,7 +57,9 @@ def test_a_wheel_with_kernels(tmp_path: Path) -> None:
 
 def test_cuda_for_every_architecture(tmp_path: Path) -> None:
     if NVCC is None:
-        pytest.skip("the CUDA kernels cannot be compiled here: no nvcc; pip install nvidia-cuda-nvcc")
+        pytest.skip(
+            "the CUDA kernels cannot be compiled here: no nvcc; pip install nvidia-cuda-nvcc"
+        )
     build_kernels(tmp_path, "-DRECALLSEG_BUILD_CUDA=ON", f"-DRECALLSEG_NVCC={NVCC}")
     (file,) = tmp_path.rglob("pixels.fatbin")
     found = parts(file.read_bytes())

@@ -65,7 +65,7 @@ class EmulatedKernels:
     ) -> None:
         assert shared_bytes == 0
         assert np.prod(block) <= 1024
-        assert all(1 <= size for size in grid)
+        assert all(size >= 1 for size in grid)
         assert grid[1] <= 65535
         self.launches.append((name, grid, block, stream))
         places = (c.c_void_p * len(arguments))(*(c.addressof(value) for value in arguments))

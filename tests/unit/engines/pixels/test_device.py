@@ -130,7 +130,9 @@ def test_what_does_not_fit_is_refused_before_a_launch(
         pixels.finish(*(OnDevice(array) for array in arrays), STREAM)
 
     def gather(*arrays: Any) -> None:
-        pixels.gather(*(OnDevice(array) for array in arrays[:3]), STREAM, *map(OnDevice, arrays[3:]))
+        pixels.gather(
+            *(OnDevice(array) for array in arrays[:3]), STREAM, *map(OnDevice, arrays[3:])
+        )
 
     for call, arguments in (
         (prepare, (image.astype("f8"), out)),

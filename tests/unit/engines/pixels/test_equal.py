@@ -69,8 +69,14 @@ def window_of(image: NDArray[Any], choice: int) -> tuple[float, float]:
     ][choice]
 
 
-def prepared(pixels: Pixels, image: NDArray[Any], window: tuple[float, float], size: int,
-             normalisation: Normalisation = PLAIN, dtype: type = np.float32) -> NDArray[Any]:  # fmt: skip
+def prepared(
+    pixels: Pixels,
+    image: NDArray[Any],
+    window: tuple[float, float],
+    size: int,
+    normalisation: Normalisation = PLAIN,
+    dtype: type = np.float32,
+) -> NDArray[Any]:
     out = np.full((1, 3, size, size), np.nan, dtype)
     pixels.prepare(image, window, [(out, normalisation)])
     return out
@@ -267,7 +273,8 @@ def test_narrowing_rounds_to_the_nearest_even(native: NativePixels) -> None:
     values = np.resize(np.concatenate([values, -values]), (512, 512)).astype(np.float32)
     scale = np.float32(2.0**17)
     inside = values / scale / 2 + np.float32(0.5)
-    wide = prepared(native, inside, (0.0, 1.0), 512, Normalisation((0.5,) * 3, (1 / (2 * scale),) * 3))
-    half = prepared(native, inside, (0.0, 1.0), 512, Normalisation((0.5,) * 3, (1 / (2 * scale),) * 3), np.float16)  # fmt: skip
+    back = Normalisation((0.5,) * 3, (1 / (2 * scale),) * 3)
+    wide = prepared(native, inside, (0.0, 1.0), 512, back)
+    half = prepared(native, inside, (0.0, 1.0), 512, back, np.float16)
     with np.errstate(over="ignore"):
         assert np.array_equal(half.view(np.uint16), wide.astype(np.float16).view(np.uint16))

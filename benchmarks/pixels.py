@@ -128,7 +128,7 @@ def _cases(native: NativePixels) -> Iterator[_Case]:
 
     def image_to_input(image: NDArray[Any], side: int, dtype: type) -> dict[str, Work]:
         def by(pixels: Pixels) -> Work:
-            out = np.zeros((1, 3, side, side), dtype)
+            out: NDArray[Any] = np.zeros((1, 3, side, side), dtype)
 
             def work() -> Sequence[NDArray[Any]]:
                 window = pixels.percentiles(image, 1.0, 99.0)

@@ -1,8 +1,9 @@
 """From a caller's image to what the networks see: intensities, then geometry, then normalisation.
 
 The intensity rule is part of a library: exemplars and queries go through the same one, and it is
-written down with them. What is done to pixels is :class:`recallseg.engines.pixels.Pixels`'s. Images are squashed to the network's square, as SAM 2's own predictor does;
-pixel centres lie at half-integer coordinates throughout (OpenCV's and PyTorch's convention).
+written down with them. Images are squashed to the network's square, as SAM 2's own predictor does;
+pixel centres lie at half-integer coordinates throughout (OpenCV's and PyTorch's convention). The
+arithmetic is :class:`recallseg.engines.pixels.Pixels`'s.
 """
 
 from __future__ import annotations

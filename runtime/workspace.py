@@ -74,7 +74,8 @@ class Workspace:
             *vars(self.prediction).values(),
             self.logits,
         )
-        return sum(array.nbytes for array in arrays) + self.pixels.nbytes
+        held: int = sum(array.nbytes for array in arrays)
+        return held + self.pixels.nbytes
 
     def recall_for(self, n: int, k: int) -> Recall:
         """Return contiguous views of the recall buffers for a call with n structures, k memories.

@@ -128,7 +128,7 @@ class DevicePixels:
                 y,
                 x,
                 c.c_float(window[0]),
-                c.c_float(gain),
+                c.c_float(float(gain)),
                 *(c.c_float(mean) for mean in normalisation.mean),
                 *(c.c_float(1.0 / std) for std in normalisation.std),
                 c.c_int32(side),

@@ -1,8 +1,8 @@
 """What is done to pixels, whoever does it: checks and meaning here, arithmetic in subclasses.
 
-Resizing follows OpenCV, half-pixel centres throughout: bilinear where no axis shrinks, the mean over
-area where both do (or one stays), and ``INTER_AREA``'s interpolation between cells where one shrinks
-and the other grows.
+Resizing follows OpenCV, half-pixel centres throughout: bilinear where no axis shrinks, the mean
+over area where both do (or one stays), and ``INTER_AREA``'s interpolation between cells where one
+shrinks and the other grows.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = [
 ]
 
 PREPARE_TOLERANCE = 2e-6
-"""Largest difference between two implementations of :meth:`Pixels.prepare` on the scale 0..1, before
-normalisation: both round sums of products of numbers up to 1 to 24 bits, in another order. fp16
-outputs may differ by one unit in the last place besides."""
+"""Largest difference between two implementations of :meth:`Pixels.prepare` on the scale 0..1,
+before normalisation: both round sums of products of numbers up to 1 to 24 bits, in another order.
+fp16 outputs may differ by one unit in the last place besides."""
 
 INPUT_DTYPES = (np.float32, np.float16)
 GATHER_DTYPES = (np.float16, np.int8)
@@ -255,7 +255,8 @@ def window_gain(low: float, high: float) -> np.float32:
             f"{_LARGEST:.3g}. Scale the image."
         )
     # Closer together than float32 can divide by: as steep as can be.
-    return np.float32(min(1 / (high - low), _LARGEST) if high > low else 0.0)
+    gain: np.float32 = np.float32(min(1 / (high - low), _LARGEST) if high > low else 0.0)
+    return gain
 
 
 def _check_image(image: NDArray[Any]) -> None:

@@ -8,17 +8,13 @@ import shutil
 import struct
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
-from support.kernels import build_kernels
+from support.kernels import NVCC, build_fatbin
 from support.native import SOURCE, passed
 
-NVCC = shutil.which("nvcc") or shutil.which(
-    "nvcc", path=str(Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin"))
-)
 PROBE = """
 import sys
 sys.path += {site!r}
@@ -56,13 +52,7 @@ def test_a_wheel_with_kernels(tmp_path: Path) -> None:
 
 
 def test_cuda_for_every_architecture(tmp_path: Path) -> None:
-    if NVCC is None:
-        pytest.skip(
-            "the CUDA kernels cannot be compiled here: no nvcc; pip install nvidia-cuda-nvcc"
-        )
-    build_kernels(tmp_path, "-DRECALLSEG_BUILD_CUDA=ON", f"-DRECALLSEG_NVCC={NVCC}")
-    (file,) = tmp_path.rglob("pixels.fatbin")
-    found = parts(file.read_bytes())
+    found = parts(build_fatbin(tmp_path))
     wanted = {("elf", arch) for arch in (75, 80, 86, 87, 89, 90, 100, 110, 120)} | {("ptx", 120)}
     assert set(found) == wanted
 

@@ -9,17 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.kernels import build_kernels
 from typer.testing import CliRunner
 
 from recallseg.benchmarks import pixels as bench
 from recallseg.benchmarks.commands import bench as commands
 from recallseg.engines.errors import EngineUnavailableError, RecallSegError
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build_kernels(tmp_path_factory.mktemp("kernels"))
 
 
 def test_every_way_is_measured(
@@ -42,9 +36,9 @@ def test_every_way_is_measured(
 
 def test_different_results_are_an_error() -> None:
     def zeros() -> list[Any]:
-        return [np.zeros(4)]
+        return [np.zeros(4, np.float32)]
 
-    case = bench._Case("nothing", 64, {"native": zeros, "opencv": lambda: [np.ones(4)]})
+    case = bench._Case("nothing", 64, {"native": zeros, "opencv": lambda: [np.ones(4, np.float32)]})
     with pytest.raises(RecallSegError, match="native and opencv"):
         list(bench._measure(case, 20))
 

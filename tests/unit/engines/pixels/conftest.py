@@ -6,14 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.kernels import build_kernels
 
 from recallseg.engines.pixels.native import NativePixels
-
-
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build_kernels(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(params=["best", "baseline"])

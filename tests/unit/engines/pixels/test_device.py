@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.cuda_driver import DriverKernels
 from support.emulated_gpu import EmulatedKernels, OnDevice, build_emulator
+from support.kernels import build_fatbin
 
 from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import EngineUnavailableError, InputError
@@ -19,6 +21,7 @@ from recallseg.engines.pixels.native import NativePixels
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STREAM = object()
+SCRATCH = DevicePixels.scratch_bytes(512, 512)
 side = st.integers(1, 70)
 shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -35,7 +38,23 @@ def gpu(emulator: ctypes.CDLL) -> EmulatedKernels:
 
 @pytest.fixture
 def pixels(gpu: EmulatedKernels) -> DevicePixels:
-    return DevicePixels(gpu, OnDevice(np.zeros(DevicePixels.scratch_bytes(512, 512), np.uint8)))
+    return DevicePixels(gpu, OnDevice(np.zeros(SCRATCH, np.uint8)))
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> DriverKernels:
+    return DriverKernels(build_fatbin(tmp_path_factory.mktemp("fatbin")))
+
+
+@pytest.fixture(params=["emulator", pytest.param("real", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> EmulatedKernels | DriverKernels:
+    """What runs the kernels: this processor, or a GPU."""
+    found = request.getfixturevalue(request.param)
+    return EmulatedKernels(found) if request.param == "emulator" else found
+
+
+def made_on(machine: EmulatedKernels | DriverKernels) -> DevicePixels:
+    return DevicePixels(machine, machine.put(np.zeros(SCRATCH, np.uint8)))
 
 
 def random_image(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
@@ -48,7 +67,7 @@ def random_image(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
 @given(side, side, side, st.booleans(), st.sampled_from(["u1", "i2", "u2", "f4"]), st.booleans(),
        st.booleans(), st.integers(0, 2**32 - 1))  # fmt: skip
 def test_prepare(
-    pixels: DevicePixels, kernels: Any, height: int, width: int, size: int, colour: bool,
+    machine: EmulatedKernels | DriverKernels, kernels: Any, height: int, width: int, size: int, colour: bool,
     dtype: str, half: bool, flipped: bool, seed: int,
 ) -> None:  # fmt: skip
     image = random_image((height, width, 3) if colour else (height, width), dtype, seed)
@@ -56,7 +75,9 @@ def test_prepare(
     expected = np.zeros((1, 3, size, size), np.float16 if half else np.float32)
     found = np.full_like(expected, np.nan)
     NativePixels(kernels).prepare(image, (0.5, 201.25), [(expected, IMAGENET)])
-    pixels.prepare(OnDevice(image), (0.5, 201.25), OnDevice(found), IMAGENET, STREAM)
+    pixels, put = made_on(machine), machine.put
+    pixels.prepare(put(image), (0.5, 201.25), put(found), IMAGENET, STREAM)
+    machine.fetch()
     assert np.array_equal(found, expected)
 
 
@@ -64,7 +85,7 @@ def test_prepare(
 @given(st.integers(0, 6), st.tuples(side, side), st.tuples(side, side), st.integers(0, 63),
        st.integers(0, 2**32 - 1))  # fmt: skip
 def test_finish(
-    pixels: DevicePixels, kernels: Any, n: int, grid: tuple[int, int], shape: tuple[int, int],
+    machine: EmulatedKernels | DriverKernels, kernels: Any, n: int, grid: tuple[int, int], shape: tuple[int, int],
     absent: int, seed: int,
 ) -> None:  # fmt: skip
     logits = np.random.default_rng(seed).normal(size=(n, *grid)).astype(np.float32)
@@ -74,13 +95,15 @@ def test_finish(
     labels = np.full((shape[1], shape[0]), 7, np.uint8).T
     masks = np.ones((*shape, n), np.bool_).transpose(2, 0, 1)[:, ::-1]
     scores = np.where(present, 0.5, 0).astype(np.float32)
-    pixels.finish(OnDevice(logits), OnDevice(scores), OnDevice(labels), OnDevice(masks), STREAM)
+    pixels, put = made_on(machine), machine.put
+    pixels.finish(put(logits), put(scores), put(labels), put(masks), STREAM)
+    machine.fetch()
     assert np.array_equal(labels, expected)
     assert np.array_equal(masks, expected_masks)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_gather(pixels: DevicePixels, kernels: Any, dtype: type) -> None:
+def test_gather(machine: EmulatedKernels | DriverKernels, kernels: Any, dtype: type) -> None:
     rng = np.random.default_rng(0)
     bank = rng.normal(size=(9, 5, 64 + 4)).astype(np.float16).reshape(9, -1)[:, :320]
     bank = bank.reshape(9, 5, 64) if bank.flags.c_contiguous else np.lib.stride_tricks.as_strided(
@@ -92,12 +115,14 @@ def test_gather(pixels: DevicePixels, kernels: Any, dtype: type) -> None:
     expected, found = np.zeros((2, 4, 5, 64), dtype)
     native = NativePixels(kernels)
     native.gather([np.ascontiguousarray(bank[i]) for i in places], expected)
-    pixels.gather(OnDevice(bank), OnDevice(places), OnDevice(found), STREAM)
+    pixels, put = made_on(machine), machine.put
+    pixels.gather(put(bank), put(places), put(found), STREAM)
+    machine.fetch()
     assert np.array_equal(found, expected)
     native.gather([small[i] for i in places], expected, [scales[i] for i in places])
-    pixels.gather(
-        OnDevice(small), OnDevice(places), OnDevice(found), STREAM, scales=OnDevice(scales)
-    )
+    pixels = made_on(machine)
+    pixels.gather(put(small), put(places), put(found), STREAM, scales=put(scales))
+    machine.fetch()
     assert np.array_equal(found, expected)
 
 

@@ -13,6 +13,7 @@ import typer
 
 from recallseg.benchmarks.accuracy.commands import accuracy
 from recallseg.benchmarks.capi import capi
+from recallseg.benchmarks.pixels import pixels
 from recallseg.benchmarks.streams import stream
 from recallseg.benchmarks.volumes import volumes
 from recallseg.engines.errors import InputError
@@ -237,6 +238,7 @@ def compare(
 
 bench.command()(accuracy)
 bench.command()(capi)
+bench.command()(pixels)
 bench.command()(stream)
 bench.command()(volumes)
 

@@ -33,7 +33,7 @@ from recallseg.export.graphs import build_graphs
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
 from recallseg.runtime.postprocess import finish_masks
-from recallseg.runtime.preprocess import prepare_image, prepare_mask, scale_intensities
+from recallseg.runtime.preprocess import prepare_image, prepare_mask
 from recallseg.runtime.workspace import Workspace
 
 __all__ = ["TorchBaseline", "load_modules"]
@@ -165,9 +165,9 @@ class TorchBaseline:
         self._stages = {}
         with torch.inference_mode():
             with self._timed("prepare"):
-                scaled = scale_intensities(check_image(image), self._intensity)
-                prepare_image(scaled, self._embed_image, self._bundle.normalisation["embed"])
-                prepare_image(scaled, self._encode_image, self._bundle.normalisation["encode"])
+                inputs = {"embed": self._embed_image, "encode": self._encode_image}
+                targets = [(inputs[name], self._bundle.normalisation[name]) for name in inputs]
+                prepare_image(check_image(image), self._intensity, self._workspace.pixels, *targets)
             with self._timed("embed"):
                 embedding = self._graphs["embed"](torch.from_numpy(self._embed_image))[0]
             with self._timed("search"):
@@ -186,7 +186,7 @@ class TorchBaseline:
                 self._logits, _, score = self._graphs["decode"](conditioned, skip0, skip1)
             with self._timed("finish"):
                 present = (score > 0).tolist()
-                finish_masks(self.logits, present, image.shape[:2], self._workspace)
+                finish_masks(self.logits, present, image.shape[:2], self._workspace.pixels)
         return self._stages
 
     def _nearest(self, structure: str, embedding: Tensor) -> list[str]:
@@ -231,8 +231,8 @@ class TorchBaseline:
         for key in {key for keys in self._keys.values() for key in keys}:
             image, masks = library.source(key)
             planes = np.zeros((1, 3, side, side), np.float32)
-            scaled = scale_intensities(image, self._intensity)
-            prepare_image(scaled, planes, self._bundle.normalisation["encode"])
+            target = (planes, self._bundle.normalisation["encode"])
+            prepare_image(image, self._intensity, self._workspace.pixels, target)
             given = np.zeros((len(self._structures), 1, side, side), np.float32)
             for plane, name in zip(given[:, 0], self._structures, strict=True):
                 prepare_mask(masks[name], plane)

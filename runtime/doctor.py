@@ -12,6 +12,7 @@ from recallseg.engines.errors import RecallSegError
 from recallseg.engines.fake import FakeEngine
 from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt, tensorrt_provider
 from recallseg.engines.paths import cache_folder, shipped_bundles
+from recallseg.engines.pixels import open_pixels
 from recallseg.engines.registry import ENGINES, engine_class, load_engines
 from recallseg.engines.tensorrt.flavour import FLAVOURS
 from recallseg.engines.tensorrt.plans import PlanCache
@@ -54,6 +55,7 @@ class Diagnosis:
     engines: tuple[EngineState, ...]
     bundles: tuple[str, ...]
     cache: str
+    pixels: str
     self_tests: tuple[SelfTest, ...]
 
     @property
@@ -84,7 +86,13 @@ def diagnose(*, self_test: bool = True) -> Diagnosis:
         tuple(_test(bundle, name) for bundle in bundles for name in runnable) if self_test else ()
     )
     return Diagnosis(
-        describe_machine(), package_versions(), engines, bundles, str(cache_folder()), tests
+        describe_machine(),
+        package_versions(),
+        engines,
+        bundles,
+        str(cache_folder()),
+        _pixels(),
+        tests,
     )
 
 
@@ -103,6 +111,15 @@ def _state(name: str) -> EngineState:
     except ImportError as error:
         return EngineState(name, False, f"{error}; pip install 'recallseg[cpu]'")
     return EngineState(name, True, f"{package} {module.__version__}")
+
+
+def _pixels() -> str:
+    """Which implementation touches pixels here, or why none can."""
+    try:
+        found = open_pixels()
+    except RecallSegError as error:
+        return str(error)
+    return f"{found.name} ({found.detail})"
 
 
 def _compiled_state(name: str) -> EngineState:

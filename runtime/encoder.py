@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition, Features
 from recallseg.engines.engine import EngineOptions
+from recallseg.engines.pixels import open_pixels
 from recallseg.engines.registry import load_engines
 from recallseg.runtime.library.encoding import Encoded
-from recallseg.runtime.preprocess import Intensity, prepare_image, prepare_mask, scale_intensities
+from recallseg.runtime.preprocess import Intensity, prepare_image, prepare_mask
 
 __all__ = ["BundleEncoder"]
 
@@ -40,6 +41,7 @@ class BundleEncoder:
     ) -> None:
         self._bundle = bundle
         self._intensity = intensity
+        self._pixels = open_pixels()
         self._composition = Composition(
             load_engines(
                 bundle,
@@ -63,9 +65,8 @@ class BundleEncoder:
         Encoded
             Arrays of its own, none a view of this encoder's buffers.
         """
-        scaled = scale_intensities(image, self._intensity)
-        embedding = self._embed(scaled)
-        prepare_image(scaled, self._encode_image, self._bundle.normalisation["encode"])
+        self._prepare(image, "embed", "encode")
+        embedding = self._embed()
         self._composition.encode(self._encode_image, self._features)
         memories: dict[str, NDArray[np.float32]] = {}
         pointers: dict[str, NDArray[np.float32]] = {}
@@ -80,10 +81,15 @@ class BundleEncoder:
 
     def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Return the embedding, D of unit length, of an image HxW or HxWx3."""
-        return self._embed(scale_intensities(image, self._intensity))
+        self._prepare(image, "embed")
+        return self._embed()
 
-    def _embed(self, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
-        prepare_image(scaled, self._embed_image, self._bundle.normalisation["embed"])
+    def _prepare(self, image: NDArray[Any], *graphs: str) -> None:
+        inputs = {"embed": self._embed_image, "encode": self._encode_image}
+        targets = [(inputs[name], self._bundle.normalisation[name]) for name in graphs]
+        prepare_image(image, self._intensity, self._pixels, *targets)
+
+    def _embed(self) -> NDArray[np.float32]:
         self._composition.embed(self._embed_image, self._embedding)
         embedding: NDArray[np.float32] = self._embedding[0].copy()
         return embedding

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Optional
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.workspace import Workspace
+from recallseg.engines.pixels import Pixels
 
 __all__ = ["Out", "finish_masks"]
 
@@ -22,7 +21,7 @@ def finish_masks(
     logits: NDArray[np.float32],
     present: Sequence[bool],
     shape: tuple[int, int],
-    workspace: Workspace,
+    pixels: Pixels,
     out: Out = (None, None),
 ) -> tuple[list[NDArray[np.bool_]], NDArray[np.uint8]]:
     """Resize logits to the query's grid, threshold at 0, and resolve overlaps by logit.
@@ -32,7 +31,7 @@ def finish_masks(
     logits : nx(S/4)x(S/4).
     present : structures that are absent get an empty mask, whatever their logits.
     shape : height and width of the query in pixels.
-    workspace : lends the two buffers on that grid.
+    pixels : does it.
     out : written into, where given.
 
     Returns
@@ -44,6 +43,8 @@ def finish_masks(
     ------
     InputError
         If ``out`` has other shapes or dtypes.
+    EngineRunError
+        If logits of a present structure are NaN or infinite.
     """
     label_map, planes = out
     for array, wanted, dtype in (
@@ -55,20 +56,7 @@ def finish_masks(
                 f"out must have shape {wanted} and dtype {np.dtype(dtype)}, got {array.shape} and "
                 f"{array.dtype}."
             )
-    upsampled, highest = workspace.grid(*shape)
-    highest.fill(0.0)
     label_map = np.empty(shape, np.uint8) if label_map is None else label_map
-    label_map.fill(0)
-    planes = np.zeros((len(logits), *shape), np.bool_) if planes is None else planes
-    shrink = shape[0] < logits.shape[1] or shape[1] < logits.shape[2]
-    method = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
-    for index, plane in enumerate(logits):
-        if not present[index]:
-            planes[index].fill(False)
-            continue
-        cv2.resize(plane, (shape[1], shape[0]), dst=upsampled, interpolation=method)
-        np.greater(upsampled, 0, out=planes[index])
-        wins = upsampled > highest
-        label_map[wins] = index + 1
-        np.copyto(highest, upsampled, where=wins)
+    planes = np.empty((len(logits), *shape), np.bool_) if planes is None else planes
+    pixels.finish(logits, present, label_map, planes)
     return list(planes), label_map

@@ -2,7 +2,8 @@
 
 The intensity rule is part of a library: exemplars and queries go through the same one, and it is
 written down with them. Images are squashed to the network's square, as SAM 2's own predictor does;
-pixel centres lie at half-integer coordinates throughout (OpenCV's and PyTorch's convention).
+pixel centres lie at half-integer coordinates throughout (OpenCV's and PyTorch's convention). The
+arithmetic is :class:`recallseg.engines.pixels.Pixels`'s.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import InputError
+from recallseg.engines.pixels import Pixels, open_pixels
+from recallseg.engines.pixels.interface import Target, window_gain
+from recallseg.engines.pixels.opencv import scaled
 
-__all__ = ["Intensity", "prepare_image", "prepare_mask", "scale_intensities"]
+__all__ = ["Intensity", "intensity_window", "prepare_image", "prepare_mask", "scale_intensities"]
 
 Mode = Literal["percentile", "range", "window"]
 
@@ -61,49 +64,59 @@ class Intensity:
         return cls(**data)
 
 
-def scale_intensities(image: NDArray[Any], intensity: Intensity) -> NDArray[np.float32]:
-    """Map an image HxW or HxWx3 of any real dtype to float32 in 0..1.
+def intensity_window(
+    image: NDArray[Any], intensity: Intensity, pixels: Pixels
+) -> tuple[float, float]:
+    """Return the intensities that become 0 and 1; equal ones for a constant image.
 
-    All channels share one window, so that colours keep their hue. A constant image becomes 0.
+    All channels share one window, so that colours keep their hue.
+
+    Parameters
+    ----------
+    image : HxW or HxWx3 of any integer or floating dtype.
+
+    Raises
+    ------
+    InputError
+        For an empty image, or NaN or infinite pixels.
     """
     if intensity.mode == "percentile":
-        low, high = np.percentile(image, [intensity.low, intensity.high])
+        low, high = pixels.percentiles(image, intensity.low, intensity.high)
         if low == high:  # mostly background: the percentiles fall on it
             low, high = float(image.min()), float(image.max())
-    elif intensity.mode == "window":
-        low, high = intensity.low, intensity.high
-    elif np.issubdtype(image.dtype, np.integer):
-        low, high = np.iinfo(image.dtype).min, np.iinfo(image.dtype).max
-    else:
-        low, high = 0.0, 1.0
-    if low == high:
-        return np.zeros(image.shape, np.float32)
-    scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(
-        1.0 / (float(high) - float(low))
-    )
-    clipped: NDArray[np.float32] = np.clip(scaled, 0.0, 1.0, out=scaled)
-    return clipped
+        return low, high
+    if intensity.mode == "window":
+        return intensity.low, intensity.high
+    if np.issubdtype(image.dtype, np.integer):
+        limits = np.iinfo(image.dtype)
+        return float(limits.min), float(limits.max)
+    return 0.0, 1.0
+
+
+def scale_intensities(image: NDArray[Any], intensity: Intensity) -> NDArray[np.float32]:
+    """Map an image HxW or HxWx3 of any real dtype to float32 in 0..1, to be looked at.
+
+    A constant image becomes 0. Raises what :func:`prepare_image` does.
+    """
+    low, high = intensity_window(image, intensity, open_pixels())
+    return scaled(image, np.float32(low), window_gain(low, high))
 
 
 def prepare_image(
-    scaled: NDArray[np.float32], out: NDArray[np.float32], normalisation: Normalisation
+    image: NDArray[Any], intensity: Intensity, pixels: Pixels, *targets: Target
 ) -> None:
-    """Resize a scaled image HxW or HxWx3 (RGB) and normalise it into ``out``, 1x3xSxS float32.
+    """Make network inputs of an image HxW or HxWx3 (RGB) of any real dtype.
 
-    Shrinking averages over area, enlarging interpolates bilinearly.
+    Parameters
+    ----------
+    targets : each an array 1x3xSxS to write into, float32 or float16, and its normalisation.
+
+    Raises
+    ------
+    InputError
+        For another shape or dtype, NaN or infinite pixels, or intensities beyond float32.
     """
-    side = out.shape[-1]
-    shrink = scaled.shape[0] > side or scaled.shape[1] > side
-    method = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
-    resized = (
-        scaled
-        if scaled.shape[:2] == (side, side)
-        else cv2.resize(scaled, (side, side), interpolation=method)
-    )
-    for channel in range(3):
-        plane = resized if resized.ndim == 2 else resized[..., channel]
-        np.subtract(plane, np.float32(normalisation.mean[channel]), out=out[0, channel])
-        out[0, channel] *= np.float32(1.0 / normalisation.std[channel])
+    pixels.prepare(image, intensity_window(image, intensity, pixels), targets)
 
 
 def prepare_mask(mask: NDArray[np.bool_], out: NDArray[np.float32]) -> None:

@@ -20,7 +20,7 @@ from recallseg.runtime.calibration import MIN_EXEMPLARS, Thresholds, conformal_u
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
 from recallseg.runtime.postprocess import Out, finish_masks
-from recallseg.runtime.preprocess import prepare_image, scale_intensities
+from recallseg.runtime.preprocess import prepare_image
 from recallseg.runtime.presence import DOUBTFUL_SHARE, LEAST_SHARE, presence_share
 from recallseg.runtime.result import Quality, Recalled, Result, Score
 from recallseg.runtime.temporal import TemporalMemories
@@ -170,7 +170,9 @@ class Segmenter:
         Costs an embedding and a search. ``image`` and what is raised: see :meth:`segment`.
         """
         with self._lock:
-            self._embed(scale_intensities(check_image(image), self.library.intensity), Timings())
+            w = self.workspace
+            self._prepare(check_image(image), Timings(), "embed")
+            self._composition.embed(w.embed_image, w.embedding)
             return min(_nearest(self._search(name, None)) for name in self.structures)
 
     def warm_up(self, runs: int = 2) -> None:
@@ -234,10 +236,9 @@ class Segmenter:
     ) -> Result:
         w = self.workspace
         earlier = [0 if temporal is None else temporal.count(i) for i in range(w.n)]
-        with timings("prepare"):
-            scaled = scale_intensities(image, self.library.intensity)
-            prepare_image(scaled, w.encode_image, self.bundle.normalisation["encode"])
-        self._embed(scaled, timings)
+        self._prepare(image, timings, "encode", "embed")
+        with timings("embed"):
+            self._composition.embed(w.embed_image, w.embedding)
         with timings("search"):
             recalled = {name: self._search(name, excluded) for name in self.structures}
         with timings("encode"):
@@ -266,7 +267,7 @@ class Segmenter:
         with timings("finish"):
             present = [bool(score > 0) for score in object_score]
             height, width = image.shape[:2]
-            masks, label_map = finish_masks(w.logits, present, (height, width), w, out)
+            masks, label_map = finish_masks(w.logits, present, (height, width), w.pixels, out)
         scores = {
             name: Score(
                 float(iou[i]),
@@ -303,12 +304,13 @@ class Segmenter:
             notice=self.bundle.notice,
         )
 
-    def _embed(self, scaled: NDArray[np.float32], timings: Timings) -> None:
+    def _prepare(self, image: NDArray[Any], timings: Timings, *graphs: str) -> None:
+        """Fill the inputs of ``embed``, ``encode`` or both from a checked image."""
         w = self.workspace
+        inputs = {"embed": w.embed_image, "encode": w.encode_image}
+        targets = [(inputs[name], self.bundle.normalisation[name]) for name in graphs]
         with timings("prepare"):
-            prepare_image(scaled, w.embed_image, self.bundle.normalisation["embed"])
-        with timings("embed"):
-            self._composition.embed(w.embed_image, w.embedding)
+            prepare_image(image, self.library.intensity, w.pixels, *targets)
 
     def _search(self, structure: str, excluded: str | None) -> tuple[Recalled, ...]:
         """Return the k nearest exemplars that show a structure, and nearer ones that lack it."""

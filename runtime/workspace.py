@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recallseg.engines.bundle import MemorySemantics
 from recallseg.engines.composition import Features, Prediction, Recall
+from recallseg.engines.pixels import open_pixels
 from recallseg.engines.specs import Geometry
 
 __all__ = ["Workspace"]
@@ -39,14 +39,14 @@ class Workspace:
         self.recall = Recall.allocate(g, self.group, k, memory)  # nxkxTx64, nxkxC, nxk
         self.prediction = Prediction.allocate(g, self.group)  # nxCxhxw, nx(S/4)x(S/4), n, n
         self.logits = np.zeros((n, g.logit_size, g.logit_size), np.float32)  # of all structures
-        self._upsampled = np.zeros((0,), np.float32)  # HxW logits of one structure
-        self._highest = np.zeros((0,), np.float32)  # HxW, highest logit so far
+        self.pixels = open_pixels()  # may hold buffers on the query's grid
 
     @staticmethod
     def required_bytes(geometry: Geometry, *, n: int, k: int) -> int:
         """Return the bytes that a workspace will take, before any is taken.
 
-        The two buffers on the query's own grid (8 bytes a pixel) come with the first query.
+        Without native kernels two buffers on the query's own grid (8 bytes a pixel) come with the
+        first query.
         """
         g = geometry
         group = min(n, g.max_n)
@@ -73,10 +73,9 @@ class Workspace:
             *vars(self.recall).values(),
             *vars(self.prediction).values(),
             self.logits,
-            self._upsampled,
-            self._highest,
         )
-        return sum(array.nbytes for array in arrays)
+        held: int = sum(array.nbytes for array in arrays)
+        return held + self.pixels.nbytes
 
     def recall_for(self, n: int, k: int) -> Recall:
         """Return contiguous views of the recall buffers for a call with n structures, k memories.
@@ -94,14 +93,3 @@ class Workspace:
     def prediction_for(self, n: int) -> Prediction:
         """Return views of the first n rows of the prediction buffers."""
         return Prediction(**{name: array[:n] for name, array in vars(self.prediction).items()})
-
-    def grid(self, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return two HxW buffers on the query's grid; they grow when a larger image comes."""
-        if self._upsampled.size < height * width:
-            self._upsampled = np.zeros((height * width,), np.float32)
-            self._highest = np.zeros((height * width,), np.float32)
-        shape = (height, width)
-        return (
-            self._upsampled[: height * width].reshape(shape),
-            self._highest[: height * width].reshape(shape),
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.fake_bundle import make_fake_bundle
+from support.kernels import build_kernels
 
 from recallseg.engines.bundle import Bundle
 
@@ -24,3 +26,9 @@ settings.load_profile("recallseg")
 def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A tiny bundle for the engine ``fake``; read it, do not change it."""
     return make_fake_bundle(tmp_path_factory.mktemp("bundle") / "fake")
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The native pixel kernels, built from this source."""
+    return build_kernels(tmp_path_factory.mktemp("kernels"))

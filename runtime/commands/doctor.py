@@ -54,6 +54,7 @@ def doctor(
         typer.echo(f"packages  {versions or 'none of those that matter'}")
         typer.echo(f"cache     {diagnosis.cache}")
         typer.echo(f"bundles   {', '.join(diagnosis.bundles) or 'none shipped'}")
+        typer.echo(f"pixels    {diagnosis.pixels}")
         typer.echo("engines")
         for engine in diagnosis.engines:
             typer.echo(

@@ -17,6 +17,7 @@ from recallseg.engines.errors import (
     LibraryCorruptError,
     LibraryMismatchError,
 )
+from recallseg.engines.pixels import open_pixels
 from recallseg.runtime.checks import check_tags
 from recallseg.runtime.library.binding import find_bundle
 from recallseg.runtime.library.catalog import Catalog
@@ -25,7 +26,7 @@ from recallseg.runtime.library.exemplar import Exemplar, Match
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import StructureRow
 from recallseg.runtime.library.retrieval import Retrieval
-from recallseg.runtime.library.shards import Place, ShardReader, ShardWriter, widen
+from recallseg.runtime.library.shards import Place, ShardReader, ShardWriter
 from recallseg.runtime.library.sources import SourceStore
 from recallseg.runtime.library.storage import WriterLock
 from recallseg.runtime.preprocess import Intensity
@@ -71,6 +72,7 @@ class LibraryReading:
         self._structures = {row.name: row for row in self._catalog.structures()}
         self._places: dict[str, dict[str, Place]] = {}
         self._reader = ShardReader(self.path / MEMORIES, self._settings.layout)
+        self._pixels = open_pixels()
         self._writer = ShardWriter(
             self.path / MEMORIES, self._settings.layout, self._settings.shard_bytes
         )
@@ -279,6 +281,7 @@ class LibraryReading:
             If a shard is missing or cut off.
         """
         self._check_buffers(len(keys), memories_out, pointers_out)
+        memories = []
         for row, key in enumerate(keys):
             try:
                 tokens, pointer = self._reader.record(self._place(key, structure, keys))
@@ -287,11 +290,9 @@ class LibraryReading:
                     raise
                 # Compacted by another process since the search: the memory has moved.
                 tokens, pointer = self._reader.record(self._place(key, structure, keys))
-            if memories_out.dtype == np.float32:
-                widen(tokens, memories_out[row])
-            else:
-                memories_out[row] = tokens
+            memories.append(tokens)
             pointers_out[row] = pointer
+        self._pixels.gather(memories, memories_out)
 
     # Inside
 

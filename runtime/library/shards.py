@@ -29,7 +29,7 @@ from recallseg.engines.errors import LibraryCorruptError, LibraryVersionError
 from recallseg.runtime.library.encoding import MemoryLayout
 from recallseg.runtime.library.storage import sync_directory, write_all, writing
 
-__all__ = ["DEFAULT_SHARD_BYTES", "Place", "ShardReader", "ShardWriter", "record_bytes", "widen"]
+__all__ = ["DEFAULT_SHARD_BYTES", "Place", "ShardReader", "ShardWriter", "record_bytes"]
 
 MAGIC = b"RSEGMEM\0"
 VERSION = 1
@@ -39,9 +39,6 @@ ALIGNMENT = 64
 DEFAULT_SHARD_BYTES = 1 << 30
 """A shard is closed when the next record would pass this: large enough that a big library needs few
 open files, small enough to copy and compact."""
-_BLOCK = 1 << 16
-_SIGN_AND_BITS = np.int32(-0x70002000)  # 0x8FFFE000: sign, exponent and mantissa once shifted by 13
-_REBIAS = np.float32(2.0**112)  # moves fp16's exponent bias (15) to fp32's (127)
 
 
 @dataclass(frozen=True)
@@ -80,24 +77,6 @@ def digest_record(tokens: NDArray[Any], pointer: NDArray[Any]) -> bytes:
     state = hashlib.sha256(np.ascontiguousarray(tokens, "<f2").data)
     state.update(np.ascontiguousarray(pointer, "<f4").data)
     return state.digest()
-
-
-def widen(tokens: NDArray[np.float16], out: NDArray[np.float32]) -> None:
-    """Convert finite fp16 to fp32, exactly, four times as fast as ``numpy.copyto``.
-
-    Works on bits, block by block in cache: fp16's bits moved to fp32's places give the value times
-    2**-112, subnormal numbers included. Both arrays must be C-contiguous and of equal size.
-    """
-    source = tokens.reshape(-1).view(np.int16)
-    target = out.reshape(-1)
-    bits = target.view(np.int32)
-    for start in range(0, source.size, _BLOCK):
-        block = bits[start : start + _BLOCK]
-        np.copyto(block, source[start : start + _BLOCK])
-        np.left_shift(block, 13, out=block)
-        np.bitwise_and(block, _SIGN_AND_BITS, out=block)
-        floats = target[start : start + _BLOCK]
-        np.multiply(floats, _REBIAS, out=floats)
 
 
 class ShardReader:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import InputError
+from recallseg.engines.pixels import open_pixels
 from recallseg.runtime.preprocess import (
     Intensity,
     prepare_image,
@@ -14,6 +15,7 @@ from recallseg.runtime.preprocess import (
     scale_intensities,
 )
 
+ALL = Intensity("window", 0.0, 1.0)  # leaves 0..1 as it is
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
@@ -81,7 +83,8 @@ def test_a_rule_survives_json() -> None:
 @pytest.mark.parametrize("shape", [(64, 64), (31, 97), (64, 64, 3), (200, 30, 3)])
 def test_any_shape_fills_the_square(shape: tuple[int, ...]) -> None:
     out = np.full((1, 3, 64, 64), np.nan, np.float32)
-    prepare_image(np.full(shape, 0.5, np.float32), out, Normalisation((0.5,) * 3, (2.0,) * 3))
+    half, normalisation = np.full(shape, 0.5, np.float32), Normalisation((0.5,) * 3, (2.0,) * 3)
+    prepare_image(half, ALL, open_pixels(), (out, normalisation))
     np.testing.assert_allclose(out, 0.0, atol=1e-6)
 
 
@@ -89,14 +92,15 @@ def test_channels_and_normalisation_are_in_order() -> None:
     image = np.zeros((8, 8, 3), np.float32)
     image[..., 2] = 1.0
     out = np.zeros((1, 3, 8, 8), np.float32)
-    prepare_image(image, out, Normalisation((0.0, 0.0, 0.5), (1.0, 1.0, 0.25)))
+    normalisation = Normalisation((0.0, 0.0, 0.5), (1.0, 1.0, 0.25))
+    prepare_image(image, ALL, open_pixels(), (out, normalisation))
     np.testing.assert_allclose(out[0, :, 0, 0], [0, 0, 2])
 
 
 def test_pixel_centres_are_at_half_integers() -> None:
     ramp = np.tile(np.arange(8, dtype=np.float32) + 0.5, (8, 1)) / 8
     out = np.zeros((1, 3, 16, 16), np.float32)
-    prepare_image(ramp, out, PLAIN)
+    prepare_image(ramp, ALL, open_pixels(), (out, PLAIN))
     expected = (np.arange(16) + 0.5) / 16
     np.testing.assert_allclose(out[0, 0, 0, 1:-1], expected[1:-1], atol=1e-6)
 

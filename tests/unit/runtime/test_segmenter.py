@@ -204,11 +204,15 @@ def test_an_empty_library_cannot_segment(tmp_path: Path, fake_bundle: Bundle) ->
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 4), (5, 2)])
-def test_a_workspace_states_its_size_in_advance(fake_bundle: Bundle, n: int, k: int) -> None:
+def test_a_workspace_states_its_size_in_advance(
+    fake_bundle: Bundle, n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
     geometry = fake_bundle.geometry
     workspace = Workspace(geometry, fake_bundle.memory, n=n, k=k)
     assert workspace.nbytes == Workspace.required_bytes(geometry, n=n, k=k)
-    workspace.grid(100, 200)
+    logits, masks = np.zeros((n, 64, 64), np.float32), np.zeros((n, 100, 200), np.bool_)
+    workspace.pixels.finish(logits, [True] * n, np.zeros((100, 200), np.uint8), masks)
     assert workspace.nbytes == Workspace.required_bytes(geometry, n=n, k=k) + 8 * 100 * 200
 
 

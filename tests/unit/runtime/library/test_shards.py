@@ -1,4 +1,4 @@
-"""Records of memories: exact conversion, layout, order."""
+"""Records of memories: layout, order."""
 
 from __future__ import annotations
 
@@ -15,25 +15,9 @@ from recallseg.runtime.library.shards import (
     ShardReader,
     ShardWriter,
     record_bytes,
-    widen,
 )
 
 LAYOUT = MemoryLayout(tokens=5, memory_dim=3, pointer_dim=4)  # odd, so that padding shows
-
-
-def test_every_finite_fp16_is_widened_exactly() -> None:
-    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    values = values[np.isfinite(values)]
-    out = np.empty(values.size, np.float32)
-    widen(values, out)
-    assert np.array_equal(out.view(np.uint32), values.astype(np.float32).view(np.uint32))
-
-
-def test_widening_crosses_blocks() -> None:
-    values = np.linspace(-3, 3, 200_001).astype(np.float16)
-    out = np.empty(values.size, np.float32)
-    widen(values, out)
-    assert np.array_equal(out, values.astype(np.float32))
 
 
 def test_records_lie_where_they_should(tmp_path: Path) -> None:

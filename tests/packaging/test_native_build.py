@@ -1,0 +1,71 @@
+"""A wheel with the native pixel kernels; the CUDA kernels for every architecture."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.kernels import NVCC, build_fatbin
+from support.native import SOURCE, passed
+
+PROBE = """
+import sys
+sys.path += {site!r}
+from recallseg.engines.pixels import open_pixels
+print(open_pixels())
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_with_kernels(tmp_path: Path) -> None:
+    if importlib.util.find_spec("nanobind") is None or shutil.which("c++") is None:
+        pytest.skip("native pixel kernels cannot be built here: no nanobind or C++ compiler")
+    passed(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"),
+        *("--wheel-dir", tmp_path, "-C", "wheel.cmake=true", SOURCE),
+        cwd=tmp_path,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    assert f"-{tag}-{tag}-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", "librecallseg.so"))]
+    assert bool(NVCC) == ("recallseg/engines/pixels/pixels.fatbin" in names)
+    passed(
+        *(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"),
+        *("--target", tmp_path / "site", wheel),
+    )
+    site = [path for path in sys.path if path.endswith("site-packages")]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", PROBE.format(site=site)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("NativePixels(vector units: ")
+
+
+def test_cuda_for_every_architecture(tmp_path: Path) -> None:
+    found = parts(build_fatbin(tmp_path))
+    wanted = {("elf", arch) for arch in (75, 80, 86, 87, 89, 90, 100, 110, 120)} | {("ptx", 120)}
+    assert set(found) == wanted
+
+
+def parts(fatbin: bytes) -> list[tuple[str, int]]:
+    """Kinds and compute capabilities of a fatbin's parts."""
+    magic, _, header, size = struct.unpack_from("<IHHQ", fatbin)
+    assert magic == 0xBA55ED50
+    assert header + size == len(fatbin)
+    found, at = [], header
+    while at < len(fatbin):
+        kind, _, length, payload = struct.unpack_from("<HHIQ", fatbin, at)
+        (arch,) = struct.unpack_from("<I", fatbin, at + 28)
+        found.append(({1: "ptx", 2: "elf"}[kind], arch))
+        at += length + payload
+    return found

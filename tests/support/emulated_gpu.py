@@ -1,0 +1,81 @@
+"""A stand-in for a device's kernels: it records launches, and runs the CUDA source on the CPU."""
+
+from __future__ import annotations
+
+import ctypes as c
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from support.native import SOURCE, passed
+
+__all__ = ["EmulatedKernels", "OnDevice", "build_emulator"]
+
+
+def build_emulator(folder: Path) -> c.CDLL:
+    """Compile the kernels for the CPU with undefined behaviour trapped; skip without a compiler."""
+    if shutil.which("c++") is None:
+        pytest.skip("the CUDA kernels cannot be emulated here: no C++ compiler")
+    file = folder / "emulated_gpu.so"
+    passed(
+        *("c++", "-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra"),
+        *("-Werror", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
+        *("-I", SOURCE / "engines/native/pixels", "-o", file),
+        Path(__file__).with_suffix(".cpp"),
+    )
+    library = c.CDLL(str(file))
+    library.emulate.restype = c.c_bool
+    return library
+
+
+@dataclass
+class OnDevice:
+    """A numpy array that passes for one on the device."""
+
+    array: NDArray[Any]
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return dict(self.array.__array_interface__)
+
+
+@dataclass
+class EmulatedKernels:
+    """Runs what is launched, and keeps name, grid, block and stream of every launch."""
+
+    library: c.CDLL
+    launches: list[tuple[str, tuple[int, int, int], tuple[int, int, int], Any]] = field(
+        default_factory=list
+    )
+
+    def put(self, array: NDArray[Any]) -> OnDevice:
+        return OnDevice(array)
+
+    def fetch(self) -> None:
+        """Results are where they should be."""
+
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Any],
+        stream: Any,
+        shared_bytes: int = 0,
+    ) -> None:
+        assert shared_bytes == 0
+        assert np.prod(block) <= 1024
+        assert all(size >= 1 for size in grid)
+        assert grid[1] <= 65535
+        self.launches.append((name, grid, block, stream))
+        places = (c.c_void_p * len(arguments))(*(c.addressof(value) for value in arguments))
+        three = c.c_uint32 * 3
+        assert self.library.emulate(
+            name.encode(), three(*grid), three(*block), len(arguments), places
+        )

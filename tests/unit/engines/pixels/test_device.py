@@ -1,0 +1,197 @@
+"""The CUDA kernels, run on the CPU: the very bits of the native kernels; arguments; refusals."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.cuda_driver import DriverKernels
+from support.emulated_gpu import EmulatedKernels, OnDevice, build_emulator
+from support.kernels import build_fatbin
+
+from recallseg.engines.bundle import Normalisation
+from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.pixels import device
+from recallseg.engines.pixels.device import DevicePixels
+from recallseg.engines.pixels.native import NativePixels
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STREAM = object()
+SCRATCH = DevicePixels.scratch_bytes(512, 512)
+side = st.integers(1, 70)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build_emulator(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture
+def gpu(emulator: ctypes.CDLL) -> EmulatedKernels:
+    return EmulatedKernels(emulator)
+
+
+@pytest.fixture
+def pixels(gpu: EmulatedKernels) -> DevicePixels:
+    return DevicePixels(gpu, OnDevice(np.zeros(SCRATCH, np.uint8)))
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> DriverKernels:
+    return DriverKernels(build_fatbin(tmp_path_factory.mktemp("fatbin")))
+
+
+@pytest.fixture(params=["emulator", pytest.param("real", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> EmulatedKernels | DriverKernels:
+    """What runs the kernels: this processor, or a GPU."""
+    found = request.getfixturevalue(request.param)
+    return EmulatedKernels(found) if request.param == "emulator" else found
+
+
+def made_on(machine: EmulatedKernels | DriverKernels) -> DevicePixels:
+    return DevicePixels(machine, machine.put(np.zeros(SCRATCH, np.uint8)))
+
+
+def random_image(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=shape) if dtype == "f4" else rng.integers(0, 250, shape)
+    return image.astype(dtype)
+
+
+@shared
+@given(side, side, side, st.booleans(), st.sampled_from(["u1", "i2", "u2", "f4"]), st.booleans(),
+       st.booleans(), st.integers(0, 2**32 - 1))  # fmt: skip
+def test_prepare(
+    machine: EmulatedKernels | DriverKernels, kernels: Any, height: int, width: int, size: int, colour: bool,
+    dtype: str, half: bool, flipped: bool, seed: int,
+) -> None:  # fmt: skip
+    image = random_image((height, width, 3) if colour else (height, width), dtype, seed)
+    image = image[::-1, ::-1] if flipped else image
+    expected = np.zeros((1, 3, size, size), np.float16 if half else np.float32)
+    found = np.full_like(expected, np.nan)
+    NativePixels(kernels).prepare(image, (0.5, 201.25), [(expected, IMAGENET)])
+    pixels, put = made_on(machine), machine.put
+    pixels.prepare(put(image), (0.5, 201.25), put(found), IMAGENET, STREAM)
+    machine.fetch()
+    assert np.array_equal(found, expected)
+
+
+@shared
+@given(st.integers(0, 6), st.tuples(side, side), st.tuples(side, side), st.integers(0, 63),
+       st.integers(0, 2**32 - 1))  # fmt: skip
+def test_finish(
+    machine: EmulatedKernels | DriverKernels, kernels: Any, n: int, grid: tuple[int, int], shape: tuple[int, int],
+    absent: int, seed: int,
+) -> None:  # fmt: skip
+    logits = np.random.default_rng(seed).normal(size=(n, *grid)).astype(np.float32)
+    present = [not absent >> i & 1 for i in range(n)]
+    expected, expected_masks = np.zeros(shape, np.uint8), np.zeros((n, *shape), np.bool_)
+    NativePixels(kernels).finish(logits, present, expected, expected_masks)
+    labels = np.full((shape[1], shape[0]), 7, np.uint8).T
+    masks = np.ones((*shape, n), np.bool_).transpose(2, 0, 1)[:, ::-1]
+    scores = np.where(present, 0.5, 0).astype(np.float32)
+    pixels, put = made_on(machine), machine.put
+    pixels.finish(put(logits), put(scores), put(labels), put(masks), STREAM)
+    machine.fetch()
+    assert np.array_equal(labels, expected)
+    assert np.array_equal(masks, expected_masks)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_gather(machine: EmulatedKernels | DriverKernels, kernels: Any, dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    bank = rng.normal(size=(9, 5, 64 + 4)).astype(np.float16).reshape(9, -1)[:, :320]
+    bank = bank.reshape(9, 5, 64) if bank.flags.c_contiguous else np.lib.stride_tricks.as_strided(
+        bank, (9, 5, 64), (bank.strides[0], 128, 2)
+    )  # fmt: skip
+    small = rng.integers(-128, 128, (9, 5, 64), np.int8)
+    scales = rng.uniform(0.001, 1, (9, 5)).astype(np.float32)
+    places = np.array([8, 0, 3, 8], np.int64)
+    expected, found = np.zeros((2, 4, 5, 64), dtype)
+    native = NativePixels(kernels)
+    native.gather([np.ascontiguousarray(bank[i]) for i in places], expected)
+    pixels, put = made_on(machine), machine.put
+    pixels.gather(put(bank), put(places), put(found), STREAM)
+    machine.fetch()
+    assert np.array_equal(found, expected)
+    native.gather([small[i] for i in places], expected, [scales[i] for i in places])
+    pixels = made_on(machine)
+    pixels.gather(put(small), put(places), put(found), STREAM, scales=put(scales))
+    machine.fetch()
+    assert np.array_equal(found, expected)
+
+
+def test_every_target_pixel_has_a_thread_on_the_callers_stream(
+    pixels: DevicePixels, gpu: EmulatedKernels
+) -> None:
+    out = np.zeros((1, 3, 100, 100), np.float32)
+    pixels.prepare(OnDevice(np.zeros((30, 40), np.uint8)), (0, 1), OnDevice(out), IMAGENET, STREAM)
+    names = [name for name, *_ in gpu.launches]
+    assert names == ["recallseg_spans", "recallseg_spans", "recallseg_prepare"]
+    assert gpu.launches[2][1:3] == ((4, 13, 1), (32, 8, 1))
+    assert all(stream is STREAM for *_, stream in gpu.launches)
+
+
+def test_what_does_not_fit_is_refused_before_a_launch(
+    pixels: DevicePixels, gpu: EmulatedKernels
+) -> None:
+    image, out = np.zeros((8, 8), np.uint8), np.zeros((1, 3, 16, 16), np.float32)
+    large = np.zeros((1, 3, 600, 600), np.float32)
+    logits, scores = np.zeros((2, 4, 4), np.float32), np.zeros(2, np.float32)
+    labels, masks = np.zeros((8, 8), np.uint8), np.zeros((2, 8, 8), np.bool_)
+    bank, places = np.zeros((3, 5, 64), np.float16), np.zeros(2, np.int64)
+    memories = np.zeros((2, 5, 64), np.float32)
+    odd = np.zeros(2 * 3 * 5 * 64 + 2, np.uint8)[2:].view(np.float16).reshape(3, 5, 64)
+
+    def prepare(image: Any, out: Any, window: tuple[float, float] = (0.0, 1.0)) -> None:
+        pixels.prepare(OnDevice(image), window, OnDevice(out), IMAGENET, STREAM)
+
+    def finish(*arrays: Any) -> None:
+        pixels.finish(*(OnDevice(array) for array in arrays), STREAM)
+
+    def gather(*arrays: Any) -> None:
+        pixels.gather(
+            *(OnDevice(array) for array in arrays[:3]), STREAM, *map(OnDevice, arrays[3:])
+        )
+
+    for call, arguments in (
+        (prepare, (image.astype("f8"), out)),
+        (prepare, (image[:0], out)),
+        (prepare, (image[None, None], out)),
+        (prepare, (image, out[..., ::2])),
+        (prepare, (image, out[..., :8])),
+        (prepare, (image, out, (2.0, 1.0))),
+        (prepare, (image, large)),
+        (prepare, (np.zeros(65, np.uint8)[1:].view(np.uint16).reshape(4, 8), out)),
+        (finish, (logits.astype("f8"), scores, labels, masks)),
+        (finish, (logits[:, ::2], scores, labels, masks)),
+        (finish, (logits, scores[:1], labels, masks)),
+        (finish, (logits, scores, labels[0], masks)),
+        (finish, (logits, scores, labels, masks[:, 1:])),
+        (finish, (logits, scores, labels[:0], masks[:, :0])),
+        (gather, (bank, places[:1], memories)),
+        (gather, (bank.astype("f4"), places, memories)),
+        (gather, (bank[:, :, ::2], places, memories[:, :, ::2].copy())),
+        (gather, (bank[:, :, :63], places, memories[:, :, :63].copy())),
+        (gather, (odd, places, memories)),
+        (gather, (bank, places.astype("i4"), memories)),
+        (gather, (bank.astype("i1"), places, memories, np.zeros((3, 4), np.float32))),
+    ):
+        with pytest.raises(InputError):
+            call(*arguments)
+    with pytest.raises(InputError, match="__cuda_array_interface__"):
+        pixels.prepare(image, (0.0, 1.0), OnDevice(out), IMAGENET, STREAM)
+    assert gpu.launches == []
+
+
+def test_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(device, "files", lambda package: tmp_path)
+    with pytest.raises(EngineUnavailableError, match="nvcc"):
+        device.kernel_image()
+    (tmp_path / "pixels.fatbin").write_bytes(b"fatbin")
+    assert device.kernel_image() == b"fatbin"

@@ -42,3 +42,20 @@ build_checks() {
 run_check() {
   "${@:3}" "$work/$1-checks/checks" "$2" "$work/library" "$work/scratch"
 }
+
+# build_digest NAME COMPILER FLAGS...: the pixel kernels, with one level for all or those of x86-64.
+build_digest() {
+  local name=$1 compiler=$2 flags=("${@:3}") folder=engines/native/pixels objects=() level
+  local options=(-std=c++20 -O2 -ffp-contract=off -pthread "-I$folder")
+  for level in baseline v3 v4; do
+    case $level in
+      v*) [[ $("$compiler" -dumpmachine) == x86_64* ]] || continue
+        options+=(-DPIXELS_X86_LEVELS) flags=("${@:3}" "-march=x86-64-$level") ;;
+    esac
+    objects+=("$work/$name-$level.o")
+    "$compiler" "${options[@]}" "${flags[@]}" "-DPIXELS_LEVEL=$level" -c "$folder/rows.cpp" \
+      -o "$work/$name-$level.o"
+  done
+  "$compiler" "${options[@]}" "${@:3}" "$folder"/{dispatch,order,resize}.cpp \
+    tests/integration/pixels/digest.cpp "${objects[@]}" -o "$work/$name-digest"
+}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 
 __all__ = ["DriverKernels"]
@@ -49,8 +48,11 @@ class DriverKernels:
         self._held: list[_Copied] = []
 
     def put(self, array: NDArray[Any]) -> _Copied:
-        low, high = byte_bounds(array)
-        pointer, size = c.c_uint64(), max(1, high - low)
+        spans = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
+        first = array.__array_interface__["data"][0]
+        low = first + sum(span for span in spans if span < 0)
+        high = first + sum(span for span in spans if span > 0) + array.itemsize
+        pointer, size = c.c_uint64(), high - low
         self._call("cuMemAlloc_v2", c.byref(pointer), c.c_size_t(size))
         copied = _Copied(array, pointer.value, low, high - low)
         self._call("cuMemcpyHtoD_v2", pointer, c.c_void_p(low), c.c_size_t(high - low))

@@ -21,6 +21,7 @@ from recallseg.engines.pixels.native import NativePixels
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STREAM = object()
+Machine = EmulatedKernels | DriverKernels
 SCRATCH = DevicePixels.scratch_bytes(512, 512)
 side = st.integers(1, 70)
 shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -47,13 +48,13 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> DriverKernels:
 
 
 @pytest.fixture(params=["emulator", pytest.param("real", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest) -> EmulatedKernels | DriverKernels:
+def machine(request: pytest.FixtureRequest) -> Machine:
     """What runs the kernels: this processor, or a GPU."""
     found = request.getfixturevalue(request.param)
     return EmulatedKernels(found) if request.param == "emulator" else found
 
 
-def made_on(machine: EmulatedKernels | DriverKernels) -> DevicePixels:
+def made_on(machine: Machine) -> DevicePixels:
     return DevicePixels(machine, machine.put(np.zeros(SCRATCH, np.uint8)))
 
 
@@ -67,7 +68,7 @@ def random_image(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
 @given(side, side, side, st.booleans(), st.sampled_from(["u1", "i2", "u2", "f4"]), st.booleans(),
        st.booleans(), st.integers(0, 2**32 - 1))  # fmt: skip
 def test_prepare(
-    machine: EmulatedKernels | DriverKernels, kernels: Any, height: int, width: int, size: int, colour: bool,
+    machine: Machine, kernels: Any, height: int, width: int, size: int, colour: bool,
     dtype: str, half: bool, flipped: bool, seed: int,
 ) -> None:  # fmt: skip
     image = random_image((height, width, 3) if colour else (height, width), dtype, seed)
@@ -85,7 +86,7 @@ def test_prepare(
 @given(st.integers(0, 6), st.tuples(side, side), st.tuples(side, side), st.integers(0, 63),
        st.integers(0, 2**32 - 1))  # fmt: skip
 def test_finish(
-    machine: EmulatedKernels | DriverKernels, kernels: Any, n: int, grid: tuple[int, int], shape: tuple[int, int],
+    machine: Machine, kernels: Any, n: int, grid: tuple[int, int], shape: tuple[int, int],
     absent: int, seed: int,
 ) -> None:  # fmt: skip
     logits = np.random.default_rng(seed).normal(size=(n, *grid)).astype(np.float32)
@@ -103,7 +104,7 @@ def test_finish(
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_gather(machine: EmulatedKernels | DriverKernels, kernels: Any, dtype: type) -> None:
+def test_gather(machine: Machine, kernels: Any, dtype: type) -> None:
     rng = np.random.default_rng(0)
     bank = rng.normal(size=(9, 5, 64 + 4)).astype(np.float16).reshape(9, -1)[:, :320]
     bank = bank.reshape(9, 5, 64) if bank.flags.c_contiguous else np.lib.stride_tricks.as_strided(

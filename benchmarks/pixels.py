@@ -126,12 +126,14 @@ def _cases(native: NativePixels) -> Iterator[_Case]:
     grey = (2000 + 1500 * np.sin(x / 20) * np.cos(y / 15) + rng.normal(0, 90, x.shape)).astype("u2")
     colour = cv2.resize(cv2.merge([(grey >> 4).astype("u1")] * 3), (512, 512))
 
-    def image_to_input(image: NDArray[Any], side: int, dtype: type) -> dict[str, Work]:
+    def image_to_input(
+        image: NDArray[Any], side: int, dtype: type, fixed: tuple[float, float] | None = None
+    ) -> dict[str, Work]:
         def by(pixels: Pixels) -> Work:
             out: NDArray[Any] = np.zeros((1, 3, side, side), dtype)
 
             def work() -> Sequence[NDArray[Any]]:
-                window = pixels.percentiles(image, 1.0, 99.0)
+                window = fixed or pixels.percentiles(image, 1.0, 99.0)
                 pixels.prepare(image, window, [(out, IMAGENET)])
                 return [out]
 
@@ -172,6 +174,10 @@ def _cases(native: NativePixels) -> Iterator[_Case]:
     yield _Case(
         "uint16 256x256 to 3x1024x1024 fp32", grey.nbytes + 4 * planes,
         {**image_to_input(grey, 1024, np.float32), **torch.get("image", {})},
+    )  # fmt: skip
+    yield _Case(
+        "the same with a fixed window", grey.nbytes + 4 * planes,
+        image_to_input(grey, 1024, np.float32, (500.0, 3500.0)),
     )  # fmt: skip
     yield _Case(
         "uint16 256x256 to 3x1024x1024 fp16", grey.nbytes + 2 * planes,

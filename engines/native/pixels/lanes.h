@@ -34,6 +34,10 @@ PIXELS_FUNCTION void store_halves(uint16_t* to, Floats values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                       _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+PIXELS_FUNCTION void stream_halves(uint16_t* to, Floats values) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 
 #elif PIXELS_LANES
 
@@ -52,6 +56,10 @@ PIXELS_FUNCTION Floats load_halves(const uint16_t* from) {
 }
 PIXELS_FUNCTION void store_halves(uint16_t* to, Floats values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+PIXELS_FUNCTION void stream_halves(uint16_t* to, Floats values) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to),
                    _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 

@@ -119,7 +119,8 @@ void in_bands(int32_t rows, int threads, const Work& work) {
 
 void prepare(const Image& image, Window window, const Input& out, int threads) {
   const Grid grid(image.rows, image.columns, out.side, out.side);
-  const bool streamed = int64_t{out.side} * out.side * 3 * 4 >= kStreamBytes;
+  const int64_t bytes = int64_t{3} * out.side * out.side * (out.half ? 2 : 4);
+  const bool streamed = bytes >= kStreamBytes;
   in_bands(out.side, threads, [&](int32_t from, int32_t to) {
     const Rows& r = rows();
     const auto side = static_cast<size_t>(out.side);
@@ -146,7 +147,7 @@ void prepare(const Image& image, Window window, const Input& out, int threads) {
           const size_t at = (c * side + static_cast<size_t>(row)) * side;
           if (out.half)
             r.normalise_half(lines.data(), out.mean[c], out.gain[c], pixels,
-                             static_cast<uint16_t*>(out.data) + at);
+                             static_cast<uint16_t*>(out.data) + at, streamed);
           else
             r.normalise(lines.data(), out.mean[c], out.gain[c], pixels,
                         static_cast<float*>(out.data) + at, streamed);

@@ -70,10 +70,18 @@ void normalise(const float* row, float mean, float gain, int64_t n, float* __res
 }
 
 void normalise_half(const float* row, float mean, float gain, int64_t n,
-                    uint16_t* __restrict out) {
+                    uint16_t* __restrict out, bool streamed) {
   int64_t i = 0;
 #if PIXELS_LANES
+  if (streamed) {
+    constexpr uintptr_t step = sizeof(Floats) / 2;
+    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % step; ++i)
+      out[i] = narrowed(normalised(row[i], mean, gain));
+    for (; i + kLanes <= n; i += kLanes) stream_halves(out + i, (load(row + i) - mean) * gain);
+  }
   for (; i + kLanes <= n; i += kLanes) store_halves(out + i, (load(row + i) - mean) * gain);
+#else
+  static_cast<void>(streamed);
 #endif
   for (; i < n; ++i) out[i] = narrowed(normalised(row[i], mean, gain));
 }

@@ -39,7 +39,8 @@ struct Rows {
   void (*blend)(const Mix& mix, int64_t n, float* out);
   void (*normalise)(const float* row, float mean, float gain, int64_t n, float* out,
                     bool streamed);
-  void (*normalise_half)(const float* row, float mean, float gain, int64_t n, uint16_t* out);
+  void (*normalise_half)(const float* row, float mean, float gain, int64_t n, uint16_t* out,
+                         bool streamed);
   // mask[i] = value > 0; where value > highest[i], it takes the place and labels[i] = label
   void (*vote)(const Mix& mix, uint8_t label, int64_t n, float* highest, uint8_t* mask,
                uint8_t* labels);

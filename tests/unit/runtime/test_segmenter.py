@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,6 +216,24 @@ def test_a_workspace_states_its_size_in_advance(
     logits, masks = np.zeros((n, 64, 64), np.float32), np.zeros((n, 100, 200), np.bool_)
     workspace.pixels.finish(logits, [True] * n, np.zeros((100, 200), np.uint8), masks)
     assert workspace.nbytes == Workspace.required_bytes(geometry, n=n, k=k) + 8 * 100 * 200
+
+
+def test_native_kernels_change_no_result(
+    library: Library, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "recallseg.engines.pixels._native", kernels)
+    segmenters = []
+    for choice in ("opencv", "native"):
+        monkeypatch.setenv("RECALLSEG_PIXELS", choice)
+        segmenters.append(make(library))
+    assert [s.workspace.pixels.name for s in segmenters] == ["opencv", "native"]
+    image = np.random.default_rng(0).integers(0, 4000, (90, 51)).astype(np.uint16)
+    expected, found = (segmenter.segment(image) for segmenter in segmenters)
+    assert np.array_equal(found.label_map, expected.label_map)
+    assert [r.key for r in found.recalled["square"]] == [r.key for r in expected.recalled["square"]]
+    first, second = (segmenter.workspace for segmenter in segmenters)
+    np.testing.assert_allclose(first.embedding, second.embedding, atol=1e-6)
+    np.testing.assert_array_equal(first.recall.memories, second.recall.memories)
 
 
 def test_views_of_a_workspace_are_contiguous(fake_bundle: Bundle) -> None:

@@ -91,8 +91,8 @@ class RuntimeSubject:
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """See :class:`Subject`. Every exemplar shows every structure, so one call made them all."""
-        return self.segmenter.workspace.prediction.logits
+        """See :class:`Subject`."""
+        return self.segmenter.logits()
 
 
 def portable_only(bundle: Bundle) -> Bundle:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recallseg.engines.bundle import MemorySemantics
-from recallseg.engines.engine import Engine, Tensor
+from recallseg.engines.engine import AnyTensor, Engine, Tensor
 from recallseg.engines.specs import Geometry, GraphSpec, graph_specs
 
 __all__ = ["Composition", "Features", "Prediction", "Recall"]
@@ -90,27 +90,28 @@ class Composition:
 
     def embed(self, image: Tensor, embedding: Tensor) -> None:
         """``image`` 1x3xExE, normalised -> ``embedding`` 1xD of unit length."""
-        self._run("embed", {"image": image, "embedding": embedding})
+        self.run("embed", {"image": image, "embedding": embedding})
 
     def encode(self, image: Tensor, out: Features) -> None:
         """``image`` 1x3xSxS, normalised -> features."""
-        self._run("encode", {"image": image, **vars(out)})
+        self.run("encode", {"image": image, **vars(out)})
 
     def memorize(self, image: Features, masks: Tensor, memories: Tensor, pointers: Tensor) -> None:
         """Features and ``masks`` nx1xSxS (0 or 1) -> ``memories`` nxTx64, ``pointers`` nxC."""
         tensors = {"masks": masks, "memories": memories, "pointers": pointers}
-        self._run("memorize", {**vars(image), **tensors})
+        self.run("memorize", {**vars(image), **tensors})
 
     def attend(self, image: Features, recall: Recall, out: Prediction) -> None:
         """Condition the query's features on what was recalled: fills ``out.conditioned``."""
         tensors = {**vars(recall), "features": image.features, "conditioned": out.conditioned}
-        self._run("attend", tensors)
+        self.run("attend", tensors)
 
     def decode(self, image: Features, out: Prediction) -> None:
         """Conditioned features -> logits, IoU estimate and object score, all in ``out``."""
-        self._run("decode", {**vars(image), **vars(out)})
+        self.run("decode", {**vars(image), **vars(out)})
 
-    def _run(self, graph: str, tensors: Mapping[str, Tensor]) -> None:
+    def run(self, graph: str, tensors: Mapping[str, AnyTensor]) -> None:
+        """Run a graph on its inputs and outputs, which may lie on a device; others are ignored."""
         engine = self.engines[graph]
         spec: GraphSpec = engine.spec
         engine.run(

@@ -2,40 +2,53 @@
 
 A backend subclasses :class:`Engine` and overrides :meth:`Engine._execute` only; names, dtypes,
 shapes and contiguity are checked here, so that all backends refuse the same mistakes with the same
-words and a C++ or CUDA backend never sees a bad pointer.
+words and a C++ or CUDA backend never sees a bad pointer. Backends on a GPU subclass
+:class:`recallseg.engines.device_engine.DeviceEngine` instead.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.device.memory import DeviceTensor
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.specs import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
+    from recallseg.engines.device import Device, Stream
 
-__all__ = ["Engine", "EngineOptions", "Tensor"]
+__all__ = ["AnyTensor", "Engine", "EngineOptions", "Tensor"]
 
 Tensor = NDArray[np.float32]
+AnyTensor = Union[Tensor, DeviceTensor]
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """What a caller may ask of any engine.
 
-    ``threads`` is explicit: the number of intra-operator threads on a CPU. None means one per
-    core that this process may use.
+    Attributes
+    ----------
+    threads : intra-operator threads on a CPU; None means one per core that this process may use.
+    device : the GPU to run on; None opens the first one. Engines on the CPU pass over it and what
+        follows.
+    streams : on which stream a graph is queued, by its name; the device's own for those not named.
+    cuda_graphs : record what a graph queues, and replay it whenever shapes and addresses are as
+        before.
     """
 
     threads: int | None = None
+    device: Device | None = None
+    streams: Mapping[str, Stream] = field(default_factory=dict)
+    cuda_graphs: bool = False
 
 
 class Engine(ABC):
@@ -45,6 +58,8 @@ class Engine(ABC):
     """The engine's public name, e.g. ``onnxruntime-cpu``."""
     variants: ClassVar[tuple[str, ...]]
     """Graph variants that this engine accepts, best first."""
+    place: ClassVar[Literal["host", "device"]] = "host"
+    """Where the tensors lie that it takes without a copy."""
 
     def __init__(
         self, spec: GraphSpec, path: Path | None = None, options: EngineOptions | None = None
@@ -72,8 +87,8 @@ class Engine(ABC):
             engines[graph] = cls(bundle.specs[graph], path, options)
         return engines
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Run the graph from caller-owned inputs into caller-owned outputs.
+    def run(self, inputs: Mapping[str, AnyTensor], outputs: Mapping[str, AnyTensor]) -> None:
+        """Run the graph from caller-owned inputs into caller-owned outputs, and wait for the end.
 
         Parameters
         ----------
@@ -82,12 +97,17 @@ class Engine(ABC):
         Raises
         ------
         EngineRunError
-            On missing or unknown tensors, wrong dtype or shape, or a failure of the backend.
+            On missing or unknown tensors, wrong dtype or shape, tensors on a device that this
+            engine does not run on, or a failure of the backend.
         """
-        symbols: dict[str, int] = {}
-        self._bind("input", self.spec.inputs, inputs, symbols)
-        self._bind("output", self.spec.outputs, outputs, symbols)
-        self._execute(inputs, outputs)
+        self._check(inputs, outputs)
+        if any(isinstance(t, DeviceTensor) for t in (*inputs.values(), *outputs.values())):
+            raise EngineRunError(
+                f"graph '{self.spec.name}': engine '{self.name}' runs on the CPU and got tensors "
+                "that lie on a GPU. Copy them to the CPU first, or use an engine on the GPU."
+            )
+        tensors: tuple[Any, Any] = (inputs, outputs)
+        self._execute(*tensors)
 
     def allocate_outputs(self, **symbols: int) -> dict[str, Tensor]:
         """Return new output tensors, e.g. ``engine.allocate_outputs(n=2)``."""
@@ -99,11 +119,16 @@ class Engine(ABC):
     def _execute(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run with tensors that have been checked."""
 
+    def _check(self, inputs: Mapping[str, AnyTensor], outputs: Mapping[str, AnyTensor]) -> None:
+        symbols: dict[str, int] = {}
+        self._bind("input", self.spec.inputs, inputs, symbols)
+        self._bind("output", self.spec.outputs, outputs, symbols)
+
     def _bind(
         self,
         role: str,
         specs: tuple[TensorSpec, ...],
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, AnyTensor],
         symbols: dict[str, int],
     ) -> None:
         expected = [spec.name for spec in specs]

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from recallseg.engines.engine import Engine, EngineOptions
-from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.errors import InputError
 from recallseg.engines.specs import GRAPHS
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "pooled", "int8-pooled")
 
 ENGINES: dict[str, tuple[str, str]] = {
     "onnxruntime-cpu": ("recallseg.engines.onnxruntime_cpu", "OnnxRuntimeCpu"),
+    "onnxruntime-cuda": ("recallseg.engines.onnxruntime_cuda", "OnnxRuntimeCuda"),
     "onnxruntime-tensorrt": ("recallseg.engines.onnxruntime_tensorrt", "OnnxRuntimeTensorRt"),
     "tensorrt": ("recallseg.engines.tensorrt.engine", "TensorRt"),
     "tensorrt-rtx": ("recallseg.engines.tensorrt.engine", "TensorRtRtx"),
@@ -25,16 +26,12 @@ ENGINES: dict[str, tuple[str, str]] = {
 }
 """Module and class of every engine that this version can run."""
 
-_PLANNED = ("onnxruntime-cuda",)
-
 
 def engine_class(name: str) -> type[Engine]:
     """Return the class behind an engine's public name.
 
     Raises
     ------
-    EngineUnavailableError
-        If the name is reserved but this version has no such engine.
     InputError
         If there is no such name.
     """
@@ -42,11 +39,6 @@ def engine_class(name: str) -> type[Engine]:
         module, attribute = ENGINES[name]
         found: type[Engine] = getattr(importlib.import_module(module), attribute)
         return found
-    if name in _PLANNED:
-        raise EngineUnavailableError(
-            f"engine '{name}' is not part of this version of RecallSeg, and nothing is run "
-            f"elsewhere in its stead. Engines here: {', '.join(ENGINES)}."
-        )
     raise InputError(f"there is no engine '{name}'. Engines here: {', '.join(ENGINES)}.")
 
 

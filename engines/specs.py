@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from recallseg.engines.errors import BundleError, EngineRunError
+
+if TYPE_CHECKING:
+    from recallseg.engines.device.memory import DeviceTensor
 
 __all__ = ["GRAPHS", "Geometry", "GraphSpec", "TensorSpec", "graph_specs"]
 
@@ -35,7 +38,9 @@ class TensorSpec:
         """Return the shape with its symbols replaced, e.g. ``spec.resolve(n=3, k=4)``."""
         return tuple(symbols[d] if isinstance(d, str) else d for d in self.shape)
 
-    def bind(self, array: np.ndarray[Any, Any], symbols: dict[str, int], graph: str) -> None:
+    def bind(
+        self, array: np.ndarray[Any, Any] | DeviceTensor, symbols: dict[str, int], graph: str
+    ) -> None:
         """Check ``array`` against this spec and record what its symbols stand for.
 
         Parameters
@@ -50,7 +55,7 @@ class TensorSpec:
             On another dtype or shape, a symbol with two values, or memory that is not C-contiguous.
         """
         expected = "x".join(str(d) for d in self.shape)
-        if array.dtype != np.dtype(self.dtype) or array.ndim != len(self.shape):
+        if array.dtype != np.dtype(self.dtype) or len(array.shape) != len(self.shape):
             raise EngineRunError(
                 f"graph '{graph}': tensor '{self.name}' must be {self.dtype} of shape {expected}, "
                 f"got {array.dtype} of shape {array.shape}. Convert it before the call."
@@ -63,7 +68,7 @@ class TensorSpec:
                     f"graph '{graph}': tensor '{self.name}' must have shape {expected}"
                     f"{f' with {known}' if known else ''} and no empty axis, got {array.shape}."
                 )
-        if not array.flags.c_contiguous:
+        if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
             raise EngineRunError(
                 f"graph '{graph}': tensor '{self.name}' is not C-contiguous (strides "
                 f"{array.strides}). Pass numpy.ascontiguousarray(tensor)."

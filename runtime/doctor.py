@@ -10,7 +10,9 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import open_device
 from recallseg.engines.errors import RecallSegError
 from recallseg.engines.fake import FakeEngine
-from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt, tensorrt_provider
+from recallseg.engines.onnxruntime_cuda import OnnxRuntimeCuda
+from recallseg.engines.onnxruntime_gpu import load_provider
+from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt
 from recallseg.engines.paths import cache_folder, shipped_bundles
 from recallseg.engines.pixels import open_pixels
 from recallseg.engines.registry import ENGINES, engine_class, load_engines
@@ -21,7 +23,8 @@ from recallseg.runtime.machine import describe_machine, package_versions
 
 __all__ = ["Diagnosis", "EngineState", "SelfTest", "diagnose"]
 
-PLANNED = ("onnxruntime-cuda",)
+_PROVIDERS = {kind.name: kind.provider for kind in (OnnxRuntimeCuda, OnnxRuntimeTensorRt)}
+"""Engines of ONNX Runtime that need a GPU, and the provider of each."""
 REQUIRED = {"onnxruntime-cpu": "onnxruntime"}
 """The package that an engine needs, by engine."""
 
@@ -78,7 +81,7 @@ def diagnose(*, self_test: bool = True) -> Diagnosis:
     ----------
     self_test : run each shipped bundle's golden case through each engine that is available.
     """
-    engines = tuple(_state(name) for name in (*ENGINES, *(n for n in PLANNED if n not in ENGINES)))
+    engines = tuple(_state(name) for name in ENGINES)
     # What runs compiled plans is verified when they are built or loaded, not here.
     runnable = [e.name for e in engines if e.available and e.name in REQUIRED]
     bundles = shipped_bundles()
@@ -101,8 +104,8 @@ def _state(name: str) -> EngineState:
         engine_class(name)
     except RecallSegError as error:
         return EngineState(name, False, str(error))
-    if name in (*FLAVOURS, OnnxRuntimeTensorRt.name):
-        return _compiled_state(name)
+    if name in (*FLAVOURS, *_PROVIDERS):
+        return _gpu_state(name)
     package = REQUIRED.get(name)
     if package is None:
         return EngineState(name, True, "for tests: no networks, no meaning")
@@ -122,13 +125,13 @@ def _pixels() -> str:
     return f"{found.name} ({found.detail})"
 
 
-def _compiled_state(name: str) -> EngineState:
+def _gpu_state(name: str) -> EngineState:
     """Whether the library and a GPU are here, and how many plans were built."""
     try:
         if name in FLAVOURS:
             library = f"{name} {FLAVOURS[name].load().__version__}"
         else:
-            library = f"onnxruntime {tensorrt_provider().__version__}"
+            library = f"onnxruntime {load_provider(_PROVIDERS[name], name).__version__}"
         device = open_device().facts
     except RecallSegError as error:
         return EngineState(name, False, str(error))

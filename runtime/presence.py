@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 from recallseg.runtime.result import Recalled
 
-__all__ = ["DOUBTFUL_SHARE", "LEAST_SHARE", "presence_share"]
+__all__ = ["ABSENT_SCORE", "DOUBTFUL_SHARE", "LEAST_SHARE", "presence_share"]
+
+ABSENT_SCORE = -10.0
+"""Object score when the recalled exemplars say absent: SAM 2's logit of an unset pixel."""
 
 LEAST_SHARE = 1 / 3
 """Of the votes, below which a structure is taken to be absent. A third and not a half: finding

@@ -11,26 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.composition import Composition
-from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import InputError
-from recallseg.engines.registry import load_engines
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.calibration import MIN_EXEMPLARS, Thresholds, conformal_upper, nearest_other
-from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
-from recallseg.runtime.postprocess import Out, finish_masks
-from recallseg.runtime.preprocess import prepare_image
-from recallseg.runtime.presence import DOUBTFUL_SHARE, LEAST_SHARE, presence_share
+from recallseg.runtime.presence import ABSENT_SCORE, DOUBTFUL_SHARE, LEAST_SHARE, presence_share
+from recallseg.runtime.query import GpuOptions, Wanted, open_query
 from recallseg.runtime.result import Quality, Recalled, Result, Score
 from recallseg.runtime.temporal import TemporalMemories
 from recallseg.runtime.timings import Timings
-from recallseg.runtime.workspace import Workspace
 
 __all__ = ["Segmenter"]
-
-ABSENT_SCORE = -10.0
-"""Object score when the recalled exemplars say absent: SAM 2's logit of an unset pixel."""
 
 MOST_STRUCTURES = 255  # values of an 8-bit label map, 0 being background
 
@@ -53,12 +44,13 @@ class Segmenter:
     tags : recall only exemplars that carry all of these tags.
     memories : most memories of earlier frames that a query of a sequence takes beside its k
         exemplars, see :meth:`temporal_memories`.
+    gpu : how engines on a GPU use it; None for its defaults. Engines on the CPU refuse it.
 
     Raises
     ------
     InputError
         For an unknown structure, k = 0 or more than there is, or an unknown engine or precision.
-    EngineUnavailableError, EngineRunError, BundleError, LibraryError
+    EngineUnavailableError, EngineRunError, DeviceMemoryError, BundleError, LibraryError
     """
 
     def __init__(
@@ -72,6 +64,7 @@ class Segmenter:
         threads: int | None = None,
         tags: Mapping[str, str] | None = None,
         memories: int = 0,
+        gpu: GpuOptions | None = None,
     ) -> None:
         self.library = library if isinstance(library, Library) else Library.open(library)
         self.bundle = self.library.bundle
@@ -81,47 +74,43 @@ class Segmenter:
         self.labels = MappingProxyType({name: i + 1 for i, name in enumerate(self.structures)})
         self._tags = dict(tags or {})
         self._check_k()
-        self._composition = Composition(
-            load_engines(
-                self.bundle,
-                engine,
-                precision,
-                options=EngineOptions(threads),
-                graphs=(
-                    "embed",
-                    "encode",
-                    *(("memorize",) if memories else ()),
-                    "attend",
-                    "decode",
-                ),
-            )
-        )
-        self.workspace = Workspace(
-            self.bundle.geometry,
-            self.bundle.memory,
-            n=len(self.structures),
+        self._query = open_query(
+            self.library,
+            self.structures,
             k=k + memories,
+            engine=engine,
+            precision=precision,
+            graphs=("embed", "encode", *(("memorize",) if memories else ()), "attend", "decode"),
+            threads=threads,
+            gpu=gpu,
         )
         self._lock = Lock()
         self._thresholds: dict[str, Thresholds] = {}
         self._calibrated_for = ""
 
+    @property
+    def workspace(self) -> Any:
+        """The buffers of a query; ``nbytes`` is their size."""
+        return self._query.workspace
+
     def segment(
         self,
-        image: NDArray[Any],
+        image: Any,
         *,
         deadline_ms: float | None = None,
-        out: Out = (None, None),
+        out: tuple[Any, Any] = (None, None),
         temporal: TemporalMemories | None = None,
     ) -> Result:
         """Segment one image.
 
         Parameters
         ----------
-        image : HxW grey or HxWx3 RGB, integer or floating, any size.
+        image : HxW grey or HxWx3 RGB, integer or floating, any size. An engine on a GPU also takes
+            a contiguous array that lies there (``__cuda_array_interface__`` or DLPack).
         deadline_ms : most milliseconds from this call to the result, waiting for other threads
             included; None for no limit. Looked at between stages.
-        out : a label map (uint8 HxW) and masks (bool nxHxW) to write into; None for new ones.
+        out : a label map (uint8 HxW) and masks (bool nxHxW) to write into; None for new ones. With
+            an engine on a GPU and its pixel kernels, arrays that lie there stay there.
         temporal : memories of the frames before, made by :meth:`temporal_memories`. They are used
             beside the recalled ones, and what this image shows is added; structures that are
             absent or suspect are not.
@@ -146,7 +135,7 @@ class Segmenter:
             self._check_temporal(temporal)
         with timings.locked(self._lock):
             return self._segment(
-                check_image(image), timings, excluded=None, out=out, temporal=temporal
+                self._query.check(image), timings, excluded=None, out=out, temporal=temporal
             )
 
     def temporal_memories(self) -> TemporalMemories:
@@ -170,10 +159,15 @@ class Segmenter:
         Costs an embedding and a search. ``image`` and what is raised: see :meth:`segment`.
         """
         with self._lock:
-            w = self.workspace
-            self._prepare(check_image(image), Timings(), "embed")
-            self._composition.embed(w.embed_image, w.embedding)
-            return min(_nearest(self._search(name, None)) for name in self.structures)
+            self._query.prepare(self._query.check(image), "embed")
+            embedding = self._query.embed()
+            return min(_nearest(self._search(embedding, n, None)) for n in self.structures)
+
+    def logits(self) -> NDArray[np.float32]:
+        """Return the mask logits of the last query, nx(S/4)x(S/4); those of absent ones are old."""
+        with self._lock:
+            logits: NDArray[np.float32] = self._query.logits().copy()
+            return logits
 
     def warm_up(self, runs: int = 2) -> None:
         """Run on a blank image, so that the first real query is as fast as the next."""
@@ -199,7 +193,8 @@ class Segmenter:
             dice: dict[str, list[float]] = {name: [] for name in self.structures}
             for done, exemplar in enumerate(exemplars):
                 image, masks = self.library.source(exemplar.key)
-                result = self._segment(check_image(image), Timings(), excluded=exemplar.key)
+                checked = self._query.check(image)
+                result = self._segment(checked, Timings(), excluded=exemplar.key)
                 for name in self.structures:
                     if name in masks and result.scores[name].present:
                         iou[name].append(result.scores[name].iou)
@@ -227,47 +222,35 @@ class Segmenter:
 
     def _segment(
         self,
-        image: NDArray[Any],
+        image: Any,
         timings: Timings,
         *,
         excluded: str | None,
-        out: Out = (None, None),
+        out: tuple[Any, Any] = (None, None),
         temporal: TemporalMemories | None = None,
     ) -> Result:
-        w = self.workspace
-        earlier = [0 if temporal is None else temporal.count(i) for i in range(w.n)]
-        self._prepare(image, timings, "encode", "embed")
+        query = self._query
+        earlier = [
+            0 if temporal is None else temporal.count(i) for i in range(len(self.structures))
+        ]
+        with timings("prepare"):
+            query.prepare(image, "encode", "embed")
         with timings("embed"):
-            self._composition.embed(w.embed_image, w.embedding)
+            embedding = query.embed()
         with timings("search"):
-            recalled = {name: self._search(name, excluded) for name in self.structures}
+            recalled = {name: self._search(embedding, name, excluded) for name in self.structures}
         with timings("encode"):
-            self._composition.encode(w.encode_image, w.features)
-
-        iou = np.zeros(len(self.structures), np.float32)
-        object_score = np.full(len(self.structures), ABSENT_SCORE, np.float32)
+            query.encode()
         for k, members in self._groups(recalled, earlier):
-            n = len(members)
-            recall, prediction = w.recall_for(n, k), w.prediction_for(n)
             with timings("gather"):
-                for row, index in enumerate(members):
-                    name = self.structures[index]
-                    keys = [r.key for r in recalled[name] if not r.absent]
-                    memories, pointers = recall.memories[row], recall.pointers[row]
-                    self.library.gather(keys, name, memories[: len(keys)], pointers[: len(keys)])
-                    if temporal is not None:
-                        temporal.gather(index, memories[len(keys) :], pointers[len(keys) :])
+                query.recall([self._wanted(i, recalled) for i in members], k, temporal)
             with timings("attend"):
-                self._composition.attend(w.features, recall, prediction)
+                query.attend()
             with timings("decode"):
-                self._composition.decode(w.features, prediction)
-            w.logits[members] = prediction.logits
-            iou[members], object_score[members] = prediction.iou, prediction.object_score
-
+                query.decode()
         with timings("finish"):
-            present = [bool(score > 0) for score in object_score]
-            height, width = image.shape[:2]
-            masks, label_map = finish_masks(w.logits, present, (height, width), w.pixels, out)
+            masks, label_map, iou, object_score = query.finish(tuple(image.shape[:2]), out)
+        present = [bool(score > 0) for score in object_score]
         scores = {
             name: Score(
                 float(iou[i]),
@@ -286,7 +269,7 @@ class Segmenter:
                     for i, name in enumerate(self.structures)
                     if present[i] and name not in quality.reasons
                 }
-                temporal.remember(self._composition, w.features, trusted)
+                temporal.remember(query.memorize, trusted)
         return Result(
             masks=MappingProxyType(dict(zip(self.structures, masks, strict=True))),
             label_map=label_map,
@@ -304,22 +287,19 @@ class Segmenter:
             notice=self.bundle.notice,
         )
 
-    def _prepare(self, image: NDArray[Any], timings: Timings, *graphs: str) -> None:
-        """Fill the inputs of ``embed``, ``encode`` or both from a checked image."""
-        w = self.workspace
-        inputs = {"embed": w.embed_image, "encode": w.encode_image}
-        targets = [(inputs[name], self.bundle.normalisation[name]) for name in graphs]
-        with timings("prepare"):
-            prepare_image(image, self.library.intensity, w.pixels, *targets)
+    def _wanted(self, index: int, recalled: Mapping[str, tuple[Recalled, ...]]) -> Wanted:
+        name = self.structures[index]
+        return Wanted(index, name, [r.key for r in recalled[name] if not r.absent])
 
-    def _search(self, structure: str, excluded: str | None) -> tuple[Recalled, ...]:
+    def _search(
+        self, embedding: NDArray[np.float32], structure: str, excluded: str | None
+    ) -> tuple[Recalled, ...]:
         """Return the k nearest exemplars that show a structure, and nearer ones that lack it."""
         wanted = self.k if excluded is None else min(self.k + 1, self.library.count(structure))
         recalled: list[Recalled] = []
         shown = 0
-        for match in self.library.search(
-            self.workspace.embedding[0], structure, wanted, tags=self._tags or None
-        ):
+        tags = self._tags or None
+        for match in self.library.search(embedding, structure, wanted, tags=tags):
             if match.key != excluded and shown < self.k:
                 recalled.append(Recalled(match.key, match.distance, match.absent))
                 shown += not match.absent
@@ -339,8 +319,8 @@ class Segmenter:
                 count = sum(not r.absent for r in recalled[name]) + earlier[index]
                 by_count.setdefault(count, []).append(index)
         for count, members in sorted(by_count.items()):
-            for start in range(0, len(members), self.workspace.group):
-                yield count, members[start : start + self.workspace.group]
+            for start in range(0, len(members), self._query.group):
+                yield count, members[start : start + self._query.group]
 
     def _judge(
         self, scores: Mapping[str, Score], recalled: Mapping[str, tuple[Recalled, ...]]

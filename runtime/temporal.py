@@ -9,16 +9,18 @@ temporal position of their own).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.composition import Composition, Features
 from recallseg.engines.specs import Geometry
 from recallseg.runtime.preprocess import prepare_mask
 
 __all__ = ["TemporalMemories"]
+
+Array = NDArray[np.float32]
+Memorize = Callable[[Array, Array, Array], None]
 
 
 class TemporalMemories:
@@ -78,16 +80,12 @@ class TemporalMemories:
             memories[row] = self._memories[structure, slot]
             pointers[row] = self._pointers[structure, slot]
 
-    def remember(
-        self,
-        composition: Composition,
-        features: Features,
-        masks: Mapping[int, NDArray[np.bool_]],
-    ) -> None:
-        """Make a memory of each mask, which must be of the image that ``features`` were made of.
+    def remember(self, memorize: Memorize, masks: Mapping[int, NDArray[np.bool_]]) -> None:
+        """Make a memory of each mask, which must be of the image that was encoded last.
 
         Parameters
         ----------
+        memorize : fills memories nxTx64 and pointers nxC from masks nx1xSxS.
         masks : boolean HxW, by position of the structure.
         """
         rows = list(masks)
@@ -97,9 +95,7 @@ class TemporalMemories:
             n = len(members)
             for plane, structure in zip(self._masks[:, 0], members, strict=False):
                 prepare_mask(masks[structure], plane)
-            composition.memorize(
-                features, self._masks[:n], self._new_memories[:n], self._new_pointers[:n]
-            )
+            memorize(self._masks[:n], self._new_memories[:n], self._new_pointers[:n])
             for row, structure in enumerate(members):
                 slot = self._made[structure] % self.size
                 self._memories[structure, slot] = self._new_memories[row]

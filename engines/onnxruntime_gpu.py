@@ -1,0 +1,260 @@
+"""What ONNX Runtime's two providers for NVIDIA GPUs have in common.
+
+A session's tensors are bound to addresses on the device and its work goes to our stream; nothing is
+copied and nobody waits. A provider is used only after it has reproduced the bundle's golden tensors
+on this very GPU. Nothing here was executed on a GPU yet; everything short of it is tested with a
+stand-in.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from recallseg.engines.device import DeviceTensor, open_device
+from recallseg.engines.device_engine import MOST_BINDINGS, Binding, DeviceEngine, binding_key
+from recallseg.engines.digest import digest_json
+from recallseg.engines.engine import Engine, EngineOptions
+from recallseg.engines.errors import (
+    EngineRunError,
+    EngineUnavailableError,
+    InputError,
+    VerificationError,
+)
+from recallseg.engines.paths import cache_folder
+from recallseg.engines.proof import prove
+from recallseg.engines.specs import GRAPHS, GraphSpec
+from recallseg.engines.verdicts import Verdict, Verdicts, writing
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
+
+__all__ = ["OnnxRuntimeGpu", "load_provider"]
+
+Made = Mapping[str, "OnnxRuntimeGpu"]
+
+
+class OnnxRuntimeGpu(DeviceEngine):
+    """A graph as an ONNX Runtime session on a GPU.
+
+    Parameters
+    ----------
+    spec, path, options : as for every engine.
+    precision : of the graph.
+    folder : where the provider may keep what it compiled; made if it is not there.
+    proving : made for the proof only, see :meth:`prove_all`.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If this ONNX Runtime has no such provider, or it cannot be loaded.
+    EngineRunError
+        If the graph is refused.
+    """
+
+    provider: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+    most: ClassVar[int]
+    """The largest k that the proof asks for."""
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        path: Path,
+        options: EngineOptions | None = None,
+        *,
+        precision: str = "fp32",
+        folder: Path | None = None,
+        proving: bool = False,
+    ) -> None:
+        super().__init__(spec, path, options)
+        self.folder = folder or cache_folder() / self.name / "unnamed"
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._runtime = load_provider(self.provider, self.name)
+        settings = self._runtime.SessionOptions()
+        settings.log_severity_level = 3
+        self._configure(settings, proving=proving)
+        self.device.enter()
+        try:
+            self._session = self._runtime.InferenceSession(
+                str(path),
+                sess_options=settings,
+                providers=[(self.provider, self._provider_options(precision))],
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise EngineRunError(
+                f"ONNX Runtime's {self.provider} cannot take {path}: {error}"
+            ) from error
+        self.providers = list(self._session.get_providers())
+        if self.providers[:1] != [self.provider]:
+            raise EngineUnavailableError(
+                f"ONNX Runtime placed {path.name} on {self.providers}, not on {self.provider}: "
+                "libraries of CUDA, cuDNN or TensorRT are missing or of another version. Install "
+                "those that this onnxruntime-gpu was built with (docs/gpu.md)."
+            )
+        self._bindings: OrderedDict[Binding, tuple[Any, Any]] = OrderedDict()
+
+    @abstractmethod
+    def _provider_options(self, precision: str) -> dict[str, str]:
+        """Return what the provider is told."""
+
+    def _configure(self, settings: Any, *, proving: bool) -> None:
+        """Set what the session is told."""
+
+    @classmethod
+    def _settings(cls, options: EngineOptions) -> list[Any]:
+        """Whatever beside graphs, versions and the device decides about the numbers."""
+        return [options.cuda_graphs]
+
+    @classmethod
+    def load_all(
+        cls,
+        bundle: Bundle,
+        precision: str,
+        options: EngineOptions,
+        graphs: tuple[str, ...],
+        variants: tuple[str, ...] | None = None,
+    ) -> dict[str, Engine]:
+        """Make sessions, and use them only if all five graphs prove right on this GPU.
+
+        Raises
+        ------
+        InputError
+            For a precision that this provider does not offer.
+        VerificationError
+            If they are wrong; with the tensor and its error.
+        """
+        if precision not in cls.precisions:
+            raise InputError(
+                f"engine '{cls.name}' offers {', '.join(cls.precisions)}, not '{precision}'."
+            )
+        runtime = load_provider(cls.provider, cls.name)
+        options = replace(options, device=options.device or open_device())
+        device = str(options.device.facts) if options.device else ""
+        accepted = variants or cls.variants
+        files = {graph: bundle.graph_file(graph, accepted, precision) for graph in GRAPHS}
+        digests = {
+            g: bundle.graph_digest(g, variant, precision) for g, (_, variant) in files.items()
+        }
+        subject = digest_json(
+            [digests, runtime.__version__, precision, cls._settings(options), device]
+        )
+        folder = cache_folder() / cls.name / subject[:32]
+
+        def make(wanted: tuple[str, ...], *, proving: bool = False) -> dict[str, OnnxRuntimeGpu]:
+            return {
+                graph: cls(
+                    bundle.specs[graph],
+                    files[graph][0],
+                    options,
+                    precision=precision,
+                    folder=folder / graph,
+                    proving=proving,
+                )
+                for graph in wanted
+            }
+
+        # Beside what was compiled, so that whoever removes that removes what was said of it.
+        record = Verdicts(folder / "state.json", subject)
+        known = record.find(device, bundle.golden_digest)
+        if known is not None and not known.passed:
+            raise VerificationError(
+                f"engine '{cls.name}' in {precision} was refused on {device}: {known.reason}. "
+                f"Choose another precision, or remove {folder} and try again."
+            )
+        if known is None:
+            verdict = cls.prove_all(bundle, make, precision, device, options)
+            record.record(verdict)
+            if not verdict.passed:
+                raise VerificationError(
+                    f"engine '{cls.name}' in {precision} is not used on {device}: "
+                    f"{verdict.reason}. Choose another precision or engine."
+                )
+        return {**make(graphs)}
+
+    @classmethod
+    def prove_all(
+        cls, bundle: Bundle, make: Any, precision: str, device: str, options: EngineOptions
+    ) -> Verdict:
+        """Run the golden case; return the first verdict against it, or the last one.
+
+        With CUDA graphs it is run three times: as it is, recorded, and replayed.
+        """
+        engines = make(GRAPHS, proving=True)
+        for _ in range(3 if options.cuda_graphs else 1):
+            verdict = worst(prove(bundle, engines, precision, device, most=cls.most))
+            if not verdict.passed:
+                break
+        return verdict
+
+    def _enqueue(
+        self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
+    ) -> None:
+        key = binding_key(inputs, outputs)
+        bound = self._bindings.get(key)
+        if bound is None:
+            bound = self._bindings[key] = self._bind_all(inputs, outputs)
+            if len(self._bindings) > MOST_BINDINGS:
+                self._bindings.popitem(last=False)
+        self.device.enter()
+        try:
+            self._session.run_with_iobinding(*bound)
+        except Exception as error:
+            self.device.synchronize()  # says so if the device is lost
+            raise EngineRunError(
+                f"ONNX Runtime failed in graph '{self.spec.name}': {error}"
+            ) from error
+
+    def _bind_all(
+        self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
+    ) -> tuple[Any, Any]:
+        """Return ONNX Runtime's binding and the options of its runs."""
+        binding = self._session.io_binding()
+        ordinal = self.device.ordinal
+        for name, t in inputs.items():
+            binding.bind_input(name, "cuda", ordinal, np.float32, t.shape, t.address)
+        for name, t in outputs.items():
+            binding.bind_output(name, "cuda", ordinal, np.float32, t.shape, t.address)
+        run = self._runtime.RunOptions()
+        # The order on the stream is all that is needed: whoever reads the results waits.
+        run.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return binding, run
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "engine": self.name,
+            "providers": self.providers,
+            "device": str(self.device.facts),
+            "cache": str(self.folder),
+        }
+
+
+def worst(verdicts: Mapping[str, Verdict]) -> Verdict:
+    """Return the first verdict that refuses, or the last one."""
+    return next((v for v in verdicts.values() if not v.passed), list(verdicts.values())[-1])
+
+
+def load_provider(provider: str, engine: str) -> Any:
+    """Return the module onnxruntime; EngineUnavailableError if it lacks this provider."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineUnavailableError(
+            f"engine '{engine}' needs the package onnxruntime-gpu, which is not installed: "
+            "pip install 'recallseg[gpu]'."
+        ) from error
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise EngineUnavailableError(
+            f"this onnxruntime {onnxruntime.__version__} has no {provider}; it has "
+            f"{', '.join(available)}. Install onnxruntime-gpu instead of onnxruntime (not beside "
+            "it): pip install 'recallseg[gpu]'; on a Jetson, NVIDIA's wheel for its JetPack."
+        )
+    return onnxruntime

@@ -1,0 +1,45 @@
+"""What a query does with pixels and tensors, on the CPU or on a GPU, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recallseg.engines.errors import InputError
+from recallseg.engines.registry import engine_class
+from recallseg.runtime.library import Library
+from recallseg.runtime.query.interface import GpuOptions, Query, Wanted
+
+__all__ = ["GpuOptions", "Query", "Wanted", "open_query"]
+
+
+def open_query(
+    library: Library,
+    structures: Sequence[str],
+    *,
+    k: int,
+    engine: str,
+    precision: str,
+    graphs: tuple[str, ...],
+    threads: int | None = None,
+    gpu: GpuOptions | None = None,
+) -> Query:
+    """Load engines and allocate everything for queries of up to these structures and k memories.
+
+    Raises
+    ------
+    InputError
+        If ``gpu`` is given and the engine runs on the CPU.
+    DeviceMemoryError
+        If the GPU has too little free memory, with the figure; nothing is allocated then.
+    EngineUnavailableError, EngineRunError, BundleError, PlanError, VerificationError
+        As :func:`recallseg.engines.registry.load_engines`.
+    """
+    if engine_class(engine).place == "device":
+        from recallseg.runtime.query.device import DeviceQuery
+
+        return DeviceQuery(library, structures, k, engine, precision, graphs, gpu or GpuOptions())
+    if gpu is not None:
+        raise InputError(f"engine '{engine}' runs on the CPU: leave gpu out, or choose another.")
+    from recallseg.runtime.query.host import HostQuery
+
+    return HostQuery(library, structures, k, engine, precision, graphs, threads)

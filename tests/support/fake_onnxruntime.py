@@ -1,0 +1,109 @@
+"""A stand-in for ONNX Runtime's GPU providers: real sessions on the CPU over a device's memory.
+
+Sessions claim the provider that they were asked for; tensors bound to ``cuda`` addresses are those
+of :class:`~recallseg.engines.device.fake.FakeDriver`, which lie in the host's memory.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from recallseg.engines import onnxruntime_gpu
+from support.fake_tensorrt import HostGpu
+
+__all__ = ["FakeSession", "install"]
+
+REAL = onnxruntime.InferenceSession
+CPU = "CPUExecutionProvider"
+
+
+class FakeSession:
+    """What the provider is asked for is kept in ``made``; the other attributes inject errors."""
+
+    made: list[tuple[str, dict[str, str], Any]]
+    runs: list[tuple[str, dict[str, str]]]
+    providers: list[str] | None
+    """What the session says it has; None is what was asked for."""
+    factor: float
+    """Multiplies what ``embed`` gives."""
+    astray: str
+    """Operator that runs on the CPU."""
+    failure: str
+    """What a run fails with."""
+
+    def __new__(cls, path: str, sess_options: Any, providers: Any) -> Any:
+        if providers == [CPU]:
+            return REAL(path, sess_options, providers=providers)
+        return super().__new__(cls)
+
+    def __init__(self, path: str, sess_options: Any, providers: Any) -> None:
+        ((self.provider, options),) = providers
+        self.graph = Path(path).stem
+        self.made.append((self.graph, options, sess_options))
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = 1
+        settings.log_severity_level = 3
+        settings.enable_profiling = sess_options.enable_profiling
+        settings.profile_file_prefix = sess_options.profile_file_prefix
+        self.real = REAL(path, settings, providers=[CPU])
+
+    def get_providers(self) -> list[str]:
+        return [self.provider, CPU] if self.providers is None else self.providers
+
+    def io_binding(self) -> Binding:
+        return Binding(self.real.io_binding())
+
+    def run_with_iobinding(self, binding: Binding, options: Any) -> None:
+        entries = {}
+        for key in ("disable_synchronize_execution_providers", "gpu_graph_id"):
+            with suppress(RuntimeError):  # what ONNX Runtime raises for a key that was not set
+                entries[key] = options.get_run_config_entry(key)
+        self.runs.append((self.graph, entries))
+        if self.failure:
+            raise RuntimeError(self.failure)
+        self.real.run_with_iobinding(binding.real)
+        if self.graph == "embed" and self.factor != 1.0:
+            binding.real.get_outputs()[0].numpy()[:] *= self.factor
+
+    def end_profiling(self) -> str:
+        path = Path(self.real.end_profiling())
+        events = json.loads(path.read_text())
+        for event in events:
+            facts = event.get("args", {})
+            if "provider" in facts and facts["op_name"] != self.astray:
+                facts["provider"] = self.provider
+        path.write_text(json.dumps(events))
+        return str(path)
+
+
+class Binding:
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def bind_input(self, name: str, kind: str, ordinal: int, *rest: Any) -> None:
+        assert (kind, ordinal) == ("cuda", 0)
+        self.real.bind_input(name, "cpu", 0, *rest)
+
+    def bind_output(self, name: str, kind: str, ordinal: int, *rest: Any) -> None:
+        assert (kind, ordinal) == ("cuda", 0)
+        self.real.bind_output(name, "cpu", 0, *rest)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> type[FakeSession]:
+    """Put it in ONNX Runtime's place, on a stand-in GPU; return a class of its own to look at."""
+
+    class Session(FakeSession):
+        made, runs, providers, factor, astray, failure = [], [], None, 1.0, "", ""
+
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", CPU]
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime_gpu, "open_device", HostGpu.open)
+    monkeypatch.setenv("RECALLSEG_CACHE", str(cache))
+    return Session

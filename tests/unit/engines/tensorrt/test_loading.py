@@ -36,6 +36,7 @@ from recallseg.engines.tensorrt.flavour import FLAVOURS
 from recallseg.engines.tensorrt.plans import PlanCache
 from recallseg.engines.tensorrt.profile import Profile, Range
 from recallseg.engines.tensorrt.targets import Target
+from recallseg.runtime.query import GpuOptions
 
 ORIN = str(HostGpu.facts)
 
@@ -111,7 +112,8 @@ def test_a_query_runs_through_the_plans(api: Any, demo: Bundle, tmp_path: Path) 
         with Library.create(tmp_path / engine, demo) as library:
             for shift in (0, 5, 9):
                 library.add(np.roll(image, shift, 1), {"disc": np.roll(mask, shift, 1)})
-            segmenter = Segmenter(library, k=3, structures=["disc"], engine=engine)
+            gpu = GpuOptions(HostGpu.open()) if engine == "tensorrt" else None
+            segmenter = Segmenter(library, k=3, structures=["disc"], engine=engine, gpu=gpu)
             results.append(segmenter.segment(np.roll(image, 4, 1)).masks["disc"])
     assert results[0].any()
     assert (results[0] == results[1]).mean() > 0.999

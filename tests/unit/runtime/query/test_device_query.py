@@ -306,7 +306,7 @@ def test_after_a_passing_failure_the_next_query_is_right(
     segmenter = make(library, device)
     image, _ = picture(10)
     expected = segmenter.segment(image)
-    device.driver.fail(call, 1, after=1)  # type: ignore[attr-defined]
+    device.driver.fail(call, 1)  # type: ignore[attr-defined]
     with pytest.raises(EngineRunError, match="injected"):
         segmenter.segment(picture(11)[0])
     same(segmenter.segment(image), expected)

@@ -13,6 +13,7 @@ import typer
 
 from recallseg.benchmarks.accuracy.commands import accuracy
 from recallseg.benchmarks.capi import capi
+from recallseg.benchmarks.gpu.commands import gpu
 from recallseg.benchmarks.pixels import pixels
 from recallseg.benchmarks.streams import stream
 from recallseg.benchmarks.volumes import volumes
@@ -116,7 +117,7 @@ def latency(
     )
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
-    with _steps() as step:
+    with steps() as step:
         report = run_latency(opened, plan, step)
     _finish(report, output, _print_latency, as_json=as_json)
 
@@ -140,7 +141,7 @@ def retrieval(
     from recallseg.benchmarks.retrieval import run_retrieval
 
     counts = parsed(_split_sizes, sizes, "--sizes")
-    with _steps() as step:
+    with steps() as step:
         report = run_retrieval(
             counts, k=k, dimension=dimension, queries=queries, folder=scratch, step=step
         )
@@ -179,7 +180,7 @@ def soak(
 
     used = threads or usable_cores()
     choice = RuntimeChoice(engine, precision, used)
-    with TemporaryDirectory(prefix="recallseg-bench-") as scratch, _steps() as step:
+    with TemporaryDirectory(prefix="recallseg-bench-") as scratch, steps() as step:
         if (Path(target) / CATALOG).is_file():
             library = Path(target)
             names = parsed(split_list, structures, "--structures") if structures else None
@@ -238,13 +239,14 @@ def compare(
 
 bench.command()(accuracy)
 bench.command()(capi)
+bench.command()(gpu)
 bench.command()(pixels)
 bench.command()(stream)
 bench.command()(volumes)
 
 
 @contextmanager
-def _steps() -> Iterator[Callable[[str], None]]:
+def steps() -> Iterator[Callable[[str], None]]:
     """Show on stderr what is being done; a line now and then where it is no terminal."""
     from rich.console import Console
 

@@ -53,7 +53,10 @@ if TYPE_CHECKING:
 __all__ = ["BASELINES", "LatencyPlan", "run_latency"]
 
 PORTABLE = "portable"
-BASELINES = ("torch-cached", "torch-paper", "torch-compile", PORTABLE)
+BASELINES = (
+    "torch-cached", "torch-paper", "torch-compile", "torch-cached-fp16", "torch-compile-fp16",
+    PORTABLE,
+)  # fmt: skip
 DIFFERENCE_TOLERANCE = 1e-2
 """Largest relative difference of a baseline's logits to the runtime's before a report warns: both
 compute the same thing; memories rounded to fp16 give about 5e-4."""
@@ -76,6 +79,8 @@ class LatencyPlan:
     side : of the queries in pixels.
     dice : by precision, from an evaluation made elsewhere.
     sam2, dinov2 : checkpoints of pretrained bundles, for the baselines.
+    torch_device : where PyTorch's baselines run, ``cpu`` or ``cuda``.
+    cold_starts : measure cold start and resident memory, in processes of their own.
     """
 
     choices: tuple[RuntimeChoice, ...]
@@ -89,6 +94,8 @@ class LatencyPlan:
     dice: Mapping[str, float] = field(default_factory=dict)
     sam2: str | None = None
     dinov2: str | None = None
+    torch_device: str = "cpu"
+    cold_starts: bool = True
 
     def check(self, bundle: Bundle) -> None:
         """Raise InputError if this bundle cannot be measured so."""
@@ -223,7 +230,7 @@ class _Bench:
         plan, names = self.plan, structure_names(n)
         where = f"k = {k}, {n} structure{'' if n == 1 else 's'}"
         probed = {}
-        for choice in plan.measured:
+        for choice in plan.measured if plan.cold_starts else ():
             self.step(f"{where}: cold start and memory, {choice.name}")
             probed[choice.name] = probe(
                 self.library, self.bundle.path, choice.to_json(),
@@ -270,6 +277,7 @@ class _Bench:
                             k=k,
                             structures=names,
                             threads=self.plan.threads,
+                            device=self.plan.torch_device,
                         )
                     )
         return subjects
@@ -284,10 +292,11 @@ class _Bench:
         probed: Mapping[str, Any] | None,
     ) -> Run:
         choice = {choice.name: choice for choice in self.plan.measured}.get(subject.name)
-        known = self.known.get(subject.name, _Known(Quality(), "cpu", None, None))
+        elsewhere = _Known(Quality(), self.plan.torch_device, None, None)
+        known = self.known.get(subject.name, elsewhere)
         stages = recording.distributions()
         remarks = list(subject.remarks)
-        precision = choice.precision if choice else "fp32"
+        precision = choice.precision if choice else getattr(subject, "precision", "fp32")
         difference = relative_error(recording.logits[:n], reference.logits[:n])
         limit = max(DIFFERENCE_TOLERANCE, TOLERANCES[precision])
         if not difference <= limit:
@@ -315,6 +324,7 @@ class _Bench:
             throughput=round(1e3 / stages["total"].mean, 4),
             memory=_memory(probed),
             cold_start=_cold_start(probed),
+            device_use=subject.device_use if isinstance(subject, RuntimeSubject) else None,
             energy=energy,
             quality=replace(
                 known.quality,
@@ -338,7 +348,10 @@ def _examine(bundle: Bundle, choice: RuntimeChoice, plan: LatencyPlan, step: Ste
     step(f"verify {choice.name} against the golden tensors")
     shown = portable_only(bundle) if choice.portable else bundle
     engines = load_engines(
-        shown, choice.engine, choice.precision, options=EngineOptions(choice.threads)
+        shown,
+        choice.engine,
+        choice.precision,
+        options=EngineOptions(choice.threads, cuda_graphs=choice.cuda_graphs),
     )
     verified = verify_engines(shown, engines, choice.precision)
     *tensors, masks = verified.checks

@@ -38,6 +38,7 @@ __all__ = [
     "VERSION",
     "BundleFacts",
     "ColdStart",
+    "DeviceUse",
     "Distribution",
     "Energy",
     "Memory",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 FORMAT = "recallseg-bench"
-VERSION = 1
+VERSION = 2
 _DIGITS = 4  # of a millisecond: below what any clock here resolves
 
 
@@ -121,6 +122,20 @@ class ColdStart:
 
 
 @dataclass(frozen=True)
+class DeviceUse:
+    """Memory of the GPU, in bytes, after the last query.
+
+    ``held`` was taken through RecallSeg's own buffers, ``in_use`` by all processes (engines, driver
+    and others included). ``allocations`` counts RecallSeg's since the warm-up; steady state has
+    none.
+    """
+
+    held: int
+    in_use: int
+    allocations: int
+
+
+@dataclass(frozen=True)
 class Energy:
     """Joules per query (median) and the sensor that was read. The sensor sees all processes."""
 
@@ -183,6 +198,7 @@ class Run:
     throughput: float
     memory: Memory | None = None
     cold_start: ColdStart | None = None
+    device_use: DeviceUse | None = None
     energy: Energy | None = None
     quality: Quality = field(default_factory=Quality)
     remarks: tuple[str, ...] = ()

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.benchmarks.schema import DeviceUse
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.registry import engine_class
 from recallseg.engines.specs import GRAPHS
 from recallseg.runtime.library import Library
+from recallseg.runtime.query import GpuOptions
 from recallseg.runtime.segmenter import Segmenter
 
 __all__ = ["RuntimeChoice", "RuntimeSubject", "Subject", "open_segmenter", "portable_only"]
@@ -43,18 +45,20 @@ class RuntimeChoice:
     """A configuration of the runtime.
 
     ``portable`` leaves out every graph variant but the reference one, to show what the engine's
-    own variants bring.
+    own variants bring. ``cuda_graphs`` records and replays what engines on a GPU queue.
     """
 
     engine: str
     precision: str
     threads: int | None = None
     portable: bool = False
+    cuda_graphs: bool = False
 
     @property
     def name(self) -> str:
         """What reports call it."""
-        return f"{self.engine} {self.precision}{' portable' if self.portable else ''}"
+        more = f"{' graphs' if self.cuda_graphs else ''}{' portable' if self.portable else ''}"
+        return f"{self.engine} {self.precision}{more}"
 
     @property
     def role(self) -> str:
@@ -76,17 +80,36 @@ class RuntimeChoice:
 class RuntimeSubject:
     """RecallSeg itself."""
 
-    warm_ups = 2
+    # With CUDA graphs the first query runs, the second records, the third replays.
+    warm_ups = 3
 
     def __init__(self, choice: RuntimeChoice, segmenter: Segmenter) -> None:
         self.name = choice.name
         self.role = choice.role
         self.remarks: list[str] = []
         self.segmenter = segmenter
+        self._answered = 0
+        self._allocations = 0
+
+    @property
+    def device_use(self) -> DeviceUse | None:
+        """What it has taken of the GPU; None on a CPU."""
+        device = self.segmenter.device
+        if device is None:
+            return None
+        return DeviceUse(
+            held=device.live_bytes,
+            in_use=device.facts.memory - device.free_memory(),
+            allocations=device.allocations - self._allocations,
+        )
 
     def run(self, image: NDArray[Any]) -> Mapping[str, float]:
         """Segment one image; see :class:`Subject`."""
         timings = self.segmenter.segment(image).timings
+        self._answered += 1
+        device = self.segmenter.device
+        if device is not None and self._answered == self.warm_ups:
+            self._allocations = device.allocations
         return {stage: spent for stage, spent in timings.items() if stage != "total"}
 
     @property
@@ -117,4 +140,5 @@ def open_segmenter(
         engine=choice.engine,
         precision=choice.precision,
         threads=choice.threads,
+        gpu=GpuOptions(cuda_graphs=True) if choice.cuda_graphs else None,
     )

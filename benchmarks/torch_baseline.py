@@ -8,8 +8,9 @@ Three baselines:
   that several structures recall are encoded once: both in the baseline's favour.
 - ``torch-compile``: the first, with every graph through ``torch.compile`` for the very shapes.
 
-All use the runtime's own pixel code (prepare and finish) and thread count. This is the one place of
-this room that needs torch; it is imported when a baseline is asked for.
+The first and the last also come with ``-fp16``: under ``torch.autocast``, as PyTorch runs models in
+half precision. All use the runtime's own pixel code (prepare and finish) and thread count. This is
+the one place of this room that needs torch; it is imported when a baseline is asked for.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class TorchBaseline:
         images for ``torch-paper``.
     k, structures : as for the segmenter.
     threads : CPU threads; None means one per usable core.
+    device : PyTorch's name of where the graphs run; memories are kept there.
     """
 
     role = "baseline"
@@ -120,13 +122,17 @@ class TorchBaseline:
         k: int,
         structures: Sequence[str],
         threads: int | None,
+        device: str = "cpu",
     ) -> None:
+        self._device = torch.device(device)
+        self.precision = "fp16" if name.endswith("-fp16") else "fp32"
         torch.set_num_threads(threads or usable_cores())
         self.name = name
         self.warm_ups = 1 if name == "torch-paper" else 2  # a query takes it up to minutes
         self.remarks: list[str] = []
+        modules = {graph: module.to(self._device) for graph, module in modules.items()}
         self._graphs: dict[str, Call] = dict(modules)
-        if name == "torch-compile":
+        if name.startswith("torch-compile"):
             self._graphs.update(_compiled(modules, self.remarks))
         self._bundle, self._intensity = library.bundle, library.intensity
         self._k, self._structures = k, tuple(structures)
@@ -136,14 +142,14 @@ class TorchBaseline:
         self._embed_image = np.zeros((1, 3, g.embed_size, g.embed_size), np.float32)
         self._encode_image = np.zeros((1, 3, g.image_size, g.image_size), np.float32)
         time = self._bundle.memory.pointer_time
-        self._pointer_time = torch.full((len(self._structures), k), time)
+        self._pointer_time = torch.full((len(self._structures), k), time, device=self._device)
         self._keys: dict[str, tuple[str, ...]] = {}
         self._embeddings: dict[str, Tensor] = {}
         for structure in self._structures:
             keys, vectors = library.embeddings(structure)
             self._keys[structure], self._embeddings[structure] = (
                 keys,
-                torch.from_numpy(vectors.copy()),
+                self._placed(vectors.copy()),
             )
         self._cached: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._exemplars: dict[str, tuple[Tensor, Tensor]] = {}
@@ -157,25 +163,30 @@ class TorchBaseline:
     @property
     def logits(self) -> NDArray[np.float32]:
         """See :class:`recallseg.benchmarks.subjects.Subject`."""
-        found: NDArray[np.float32] = self._logits.numpy()
+        found: NDArray[np.float32] = self._logits.float().cpu().numpy()
         return found
+
+    def _placed(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def run(self, image: NDArray[Any]) -> Mapping[str, float]:
         """Segment one image; see :class:`recallseg.benchmarks.subjects.Subject`."""
         self._stages = {}
-        with torch.inference_mode():
+        half = self.precision == "fp16"
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._device.type, torch.float16, enabled=half),
+        ):
             with self._timed("prepare"):
                 inputs = {"embed": self._embed_image, "encode": self._encode_image}
                 targets = [(inputs[name], self._bundle.normalisation[name]) for name in inputs]
                 prepare_image(check_image(image), self._intensity, self._workspace.pixels, *targets)
             with self._timed("embed"):
-                embedding = self._graphs["embed"](torch.from_numpy(self._embed_image))[0]
+                embedding = self._graphs["embed"](self._placed(self._embed_image))[0]
             with self._timed("search"):
                 recalled = {name: self._nearest(name, embedding) for name in self._structures}
             with self._timed("encode"):
-                features, skip0, skip1 = self._graphs["encode"](
-                    torch.from_numpy(self._encode_image)
-                )
+                features, skip0, skip1 = self._graphs["encode"](self._placed(self._encode_image))
             memories, pointers = self._recall(recalled)
             with self._timed("attend"):
                 extra = (
@@ -190,7 +201,7 @@ class TorchBaseline:
         return self._stages
 
     def _nearest(self, structure: str, embedding: Tensor) -> list[str]:
-        best = torch.topk(self._embeddings[structure] @ embedding, self._k).indices.tolist()
+        best = torch.topk(self._embeddings[structure] @ embedding.float(), self._k).indices.tolist()
         return [self._keys[structure][i] for i in best]
 
     def _recall(self, recalled: Mapping[str, Sequence[str]]) -> tuple[Tensor, Tensor]:
@@ -222,8 +233,8 @@ class TorchBaseline:
             for key in self._keys[name]:
                 library.gather([key], name, memories, pointers)
                 self._cached[key, name] = (
-                    torch.from_numpy(memories[0].copy()),
-                    torch.from_numpy(pointers[0].copy()),
+                    self._placed(memories[0].copy()),
+                    self._placed(pointers[0].copy()),
                 )
 
     def _keep_exemplars(self, library: Library) -> None:
@@ -236,12 +247,14 @@ class TorchBaseline:
             given = np.zeros((len(self._structures), 1, side, side), np.float32)
             for plane, name in zip(given[:, 0], self._structures, strict=True):
                 prepare_mask(masks[name], plane)
-            self._exemplars[key] = torch.from_numpy(planes), torch.from_numpy(given)
+            self._exemplars[key] = self._placed(planes), self._placed(given)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = perf_counter()
         yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._stages[stage] = (perf_counter() - start) * 1e3
 
 

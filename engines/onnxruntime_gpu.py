@@ -232,6 +232,7 @@ class OnnxRuntimeGpu(DeviceEngine):
             "engine": self.name,
             "providers": self.providers,
             "device": str(self.device.facts),
+            "cuda_graph": self.options.cuda_graphs,
             "cache": str(self.folder),
         }
 

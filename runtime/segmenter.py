@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.device import Device
 from recallseg.engines.errors import InputError
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.calibration import MIN_EXEMPLARS, Thresholds, conformal_upper, nearest_other
@@ -87,6 +88,11 @@ class Segmenter:
         self._lock = Lock()
         self._thresholds: dict[str, Thresholds] = {}
         self._calibrated_for = ""
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU that it runs on; None on a CPU."""
+        return self._query.device
 
     @property
     def workspace(self) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -38,7 +39,10 @@ class PyCuda(Driver):
 
     def __init__(self) -> None:
         try:
-            import pycuda.driver as api
+            with warnings.catch_warnings():
+                # It warns and then raises: the error says both.
+                warnings.simplefilter("ignore", UserWarning)
+                import pycuda.driver as api
         except ImportError as error:
             raise EngineUnavailableError(
                 f"PyCUDA cannot be imported: {error}. Install the NVIDIA driver and "

@@ -172,6 +172,7 @@ class TensorRt(DeviceEngine):
             "engine": self.name,
             "version": str(self._api.__version__),
             "device": str(self.device.facts),
+            "cuda_graph": self.options.cuda_graphs,
             "plan": self.plan.sha256,
             "precision": self.plan.key.precision,
             "target": self.plan.key.target,

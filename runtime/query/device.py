@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.composition import Composition
-from recallseg.engines.device import DeviceTensor, adopt_tensor, open_device
+from recallseg.engines.device import Device, DeviceTensor, adopt_tensor, open_device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError, EngineUnavailableError, InputError
 from recallseg.engines.pixels import open_pixels
@@ -39,6 +39,7 @@ class DeviceQuery(Query):
     """See :class:`Query` and :func:`recallseg.runtime.query.open_query`."""
 
     workspace: DeviceWorkspace
+    device: Device
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class DeviceQuery(Query):
         gpu: GpuOptions,
     ) -> None:
         self._library, self._bundle = library, library.bundle
-        self._device = device = gpu.device or open_device()
+        self.device = device = gpu.device or open_device()
         self._stream, self._side = device.stream, device.new_stream()
         n, geometry = len(structures), self._bundle.geometry
         try:
@@ -91,8 +92,8 @@ class DeviceQuery(Query):
             return check_image(image)
         if not hasattr(image, "__cuda_array_interface__") and not hasattr(image, "__dlpack__"):
             return check_image(image)
-        self._device.enter()
-        tensor = adopt_tensor(image, self._device)
+        self.device.enter()
+        tensor = adopt_tensor(image, self.device)
         if self._kernels is None or tensor.dtype not in DTYPES:
             return check_image(self._fetch(tensor))
         if len(tensor.shape) not in (2, 3) or tensor.shape[2:] not in ((), (3,)):
@@ -102,7 +103,7 @@ class DeviceQuery(Query):
         return tensor
 
     def prepare(self, image: Any, *graphs: str) -> None:
-        device, w = self._device, self.workspace
+        device, w = self.device, self.workspace
         device.enter()
         if self._busy:  # the last query ended early: its work may still read what is written now
             device.synchronize()
@@ -293,7 +294,7 @@ class DeviceQuery(Query):
                 downloads.append((array, room.pinned(name, size, dtype), made))
                 results.append((made, array))
             else:
-                tensor = adopt_tensor(given, self._device)
+                tensor = adopt_tensor(given, self.device)
                 results.append((tensor, tensor))
         (labels, label_map), (planes, masks) = results
         pixels = self._device_pixels(*shape)
@@ -315,8 +316,8 @@ class DeviceQuery(Query):
         """Return a copy of a tensor on the CPU, once all that was queued there is done."""
         array = np.empty(tensor.shape, tensor.dtype)
         if array.size:
-            self._device.enter()
-            self._device.synchronize()
+            self.device.enter()
+            self.device.synchronize()
             self._stream.copy_out(array, tensor)
             self._stream.synchronize()
         return array

@@ -62,10 +62,12 @@ class Query(ABC):
     ----------
     workspace : the buffers, with their size in bytes as ``nbytes``.
     group : most structures of one call of ``attend``.
+    device : where it runs; None is the CPU.
     """
 
     workspace: Any
     group: int
+    device: Device | None = None
 
     @abstractmethod
     def check(self, image: Any) -> Any:

@@ -1,0 +1,106 @@
+"""How long each graph takes on the device itself, by events on its stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from recallseg.benchmarks.schema import Distribution
+from recallseg.benchmarks.subjects import RuntimeChoice
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.composition import Composition
+from recallseg.engines.device import DeviceTensor, open_device
+from recallseg.engines.engine import EngineOptions
+from recallseg.engines.errors import BundleError, EngineUnavailableError
+from recallseg.engines.registry import load_engines
+from recallseg.runtime.query.device_workspace import DeviceWorkspace
+
+__all__ = ["measure_graphs"]
+
+WARM_UPS = 5
+GRAPHS = ("embed", "encode", "attend", "decode")
+_ONCE = ("embed", "encode")  # they know neither k nor n
+
+
+def measure_graphs(
+    bundle: Bundle,
+    choice: RuntimeChoice,
+    ks: Sequence[int],
+    ns: Sequence[int],
+    *,
+    rounds: int,
+    step: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return, for every graph, k and n, milliseconds on the device and to queue it.
+
+    Inputs are noise of the size that normalised images and memories have; kernels take the same
+    time for any numbers that are no subnormals.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If this machine has no such engine, or the bundle no such graphs.
+    """
+    device = open_device()
+    options = EngineOptions(device=device, cuda_graphs=choice.cuda_graphs)
+    before = device.free_memory()
+    start = perf_counter()
+    try:
+        engines = load_engines(bundle, choice.engine, choice.precision, options=options)
+    except BundleError as error:
+        raise EngineUnavailableError(str(error)) from error
+    loaded = perf_counter() - start
+    composition = Composition(engines)
+    workspace = DeviceWorkspace(device, bundle, n=max(ns), k=max(ks))
+    _fill(workspace.tensors, device.stream)
+    first, last = device.new_event(), device.new_event()
+    runs = []
+    for n in ns:
+        for k in ks:
+            tensors = {name: workspace.view(name, n, k) for name in workspace.tensors}
+            for graph in GRAPHS:
+                if graph in _ONCE and (k, n) != (ks[0], ns[0]):
+                    continue
+                step(f"{graph}, k = {k}, n = {n}")
+                named = {**tensors, "image": workspace.tensors.get(f"{graph}_image")}
+                spent, queued = [], []
+                for number in range(WARM_UPS + rounds):
+                    first.record(device.stream)
+                    start = perf_counter()
+                    composition.run(graph, {key: t for key, t in named.items() if t is not None})
+                    queuing = (perf_counter() - start) * 1e3
+                    last.record(device.stream)
+                    last.synchronize()
+                    if number >= WARM_UPS:
+                        spent.append(last.since(first))
+                        queued.append(queuing)
+                runs.append(
+                    {
+                        "graph": graph,
+                        "k": None if graph in _ONCE else k,
+                        "n": None if graph in _ONCE else n,
+                        "device_ms": asdict(Distribution.of(spent)),
+                        "queue_ms": asdict(Distribution.of(queued)),
+                    }
+                )
+    return {
+        "bundle": bundle.name,
+        "image_size": bundle.geometry.image_size,
+        **choice.to_json(),
+        "device": str(device.facts),
+        "load_s": round(loaded, 3),
+        "bytes_taken": before - device.free_memory(),
+        "runs": runs,
+    }
+
+
+def _fill(tensors: dict[str, DeviceTensor], stream: Any) -> None:
+    rng = np.random.default_rng(0)
+    for name, tensor in tensors.items():
+        if name != "pointer_time":
+            stream.copy_in(tensor, rng.normal(size=tensor.shape).astype(np.float32))
+    stream.synchronize()

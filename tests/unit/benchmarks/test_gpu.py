@@ -1,0 +1,182 @@
+"""``bench gpu`` from end to end on stand-ins: pieces, what is left empty, goals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fake_onnxruntime import FakeSession, install
+from support.fake_tensorrt import HostGpu
+from typer.testing import CliRunner
+
+from recallseg.benchmarks import latency
+from recallseg.benchmarks.commands import bench
+from recallseg.benchmarks.gpu import graphs, kernels, pieces
+from recallseg.benchmarks.gpu.goals import judge
+from recallseg.benchmarks.gpu.pieces import Outcome, Piece, run_pieces
+from recallseg.benchmarks.schema import Report
+from recallseg.engines import onnxruntime_gpu
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.errors import (
+    DeviceLostError,
+    EngineRunError,
+    EngineUnavailableError,
+    InputError,
+)
+from recallseg.runtime.query import device as device_query
+
+RUNTIME = "onnxruntime-cuda fp32"
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession]:
+    made = install(monkeypatch, tmp_path / "cache")
+    for module in (graphs, kernels, device_query, onnxruntime_gpu):
+        monkeypatch.setattr(module, "open_device", HostGpu.open)
+    # A process of its own would have no stand-in.
+    monkeypatch.setattr(latency, "probe", lambda *args, **kwargs: None)
+    return made
+
+
+def run(output: Path, *options: str) -> Any:
+    arguments = ["gpu", str(Bundle.open("demo").path), "--output", str(output), *options]
+    return CliRunner().invoke(bench, arguments)
+
+
+def contents(output: Path) -> dict[str, Any]:
+    return {file.stem: json.loads(file.read_bytes()) for file in sorted(output.glob("*.json"))}
+
+
+def test_everything_in_one_command(session: type[FakeSession], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = (
+        *("--engine", "onnxruntime-cuda,tensorrt-rtx", "--precision", "fp32,fp16", "--k", "1,2"),
+        *("--structures", "1", "--queries", "2"),
+    )
+    done = run(output, *options)
+    assert done.exit_code == 0, done.output
+    found = contents(output)
+    states = {name: piece["state"] for name, piece in found.items() if name != "goals"}
+    graph = "demo-onnxruntime-cuda-fp32"
+    assert {name for name, state in states.items() if state == "measured"} == {
+        "machine", f"graphs-{graph}", f"graphs-{graph}-graphs", f"queries-{graph}-k1",
+        f"queries-{graph}-k2", f"queries-{graph}-graphs-k1", f"queries-{graph}-graphs-k2",
+    }  # fmt: skip
+    # Neither fp16 graphs nor plans nor kernels are here: said, not invented.
+    assert set(states.values()) == {"measured", "empty"}
+    assert "not built" in found["kernels"]["reason"]
+    report = Report.from_json(found[f"queries-{graph}-graphs-k2"]["found"])
+    (only,) = report.runs
+    assert (only.cuda_graph, only.k, only.device) == (True, 2, str(HostGpu.facts))
+    assert only.device_use is not None
+    assert only.device_use.allocations == 0
+    assert only.quality.golden_error is not None
+    assert only.quality.golden_error < 1e-4
+    measured = found[f"graphs-{graph}"]["found"]["runs"]
+    assert [(r["graph"], r["k"]) for r in measured] == [
+        ("embed", None), ("encode", None), ("attend", 1), ("decode", 1), ("attend", 2),
+        ("decode", 2),
+    ]  # fmt: skip
+    assert {goal["met"] for goal in found["goals"]} == {None}  # the demo has neither size
+
+    session.made.clear()
+    again = run(output, *options)
+    assert again.exit_code == 0
+    assert not session.made  # nothing is measured twice
+
+
+def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path: Path) -> None:
+    made = [Piece(name, lambda step: {"figure": 1}) for name in "abc"]
+    assert run_pieces(made, tmp_path, minutes=-1.0, step=print) == []
+    assert len(run_pieces(made[:1], tmp_path, minutes=1.0, step=print)) == 1
+    assert [o.piece for o in run_pieces(made, tmp_path, minutes=1.0, step=print)] == ["a", "b", "c"]
+
+
+def test_failures_are_told_from_what_cannot_run(tmp_path: Path) -> None:
+    def failing(error: Exception) -> Any:
+        def measure(step: Any) -> Any:
+            raise error
+
+        return measure
+
+    outcomes = run_pieces(
+        [
+            Piece("a", failing(EngineUnavailableError("no TensorRT"))),
+            Piece("b", failing(EngineRunError("wrong"))),
+            Piece("c", failing(DeviceLostError("gone"))),
+            Piece("d", failing(AssertionError("must not be begun on a lost device"))),
+        ],
+        tmp_path, minutes=1.0, step=print,
+    )  # fmt: skip
+    assert [(o.piece, o.state, o.reason) for o in outcomes] == [
+        ("a", "empty", "no TensorRT"), ("b", "failed", "wrong"), ("c", "failed", "gone"),
+    ]  # fmt: skip
+
+
+def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"format": "else"}')
+    with pytest.raises(InputError, match="Remove it to measure it again"):
+        run_pieces([Piece("a", print)], tmp_path, minutes=1.0, step=print)
+
+
+def test_tests_are_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    (folder / "test_it.py").write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_a(): pass\n"
+        "def test_b(): assert 1 == 2\n"
+        "def test_c(): pytest.skip('no GPU')\n"
+    )
+    found = pieces._tests(folder)
+    assert [len(found[state]) for state in ("passed", "failed", "skipped")] == [1, 1, 1]
+    assert "no GPU" in found["skipped"][0]
+    assert found["status"] == 1
+
+
+def report_of(size: int, k: int, subject: str, p50: float, dice: float = 1.0) -> dict[str, Any]:
+    time = dict.fromkeys(("p90", "p95", "mean", "least", "most"), p50)
+    total = {**time, "p50": p50, "p99": 1.1 * p50, "samples": [p50]}
+    run = {
+        "subject": subject, "role": "runtime", "engine": "onnxruntime-cuda", "precision": "fp16",
+        "variant": "ort-cuda", "device": "GPU", "cuda_graph": False, "threads": 1, "k": k, "n": 1,
+        "image_size": size, "rounds": [0], "stages": {"total": total}, "throughput": 1.0,
+        "memory": None, "cold_start": None, "device_use": None, "energy": None, "remarks": [],
+        "quality": {
+            "parity_error": None, "golden_error": 1e-3, "golden_dice": dice,
+            "logit_difference": None, "dice": None,
+        },
+    }  # fmt: skip
+    ratio = {
+        "subject": subject, "baseline": "torch-cached", "k": k, "n": 1, "stage": "total",
+        "ratio": 4.0, "low": 3.9, "high": 4.1, "rounds": 3,
+    }  # fmt: skip
+    bundle = dict.fromkeys(("name", "identity", "sam2", "dinov2", "source", "notice"), "x")
+    return {
+        "format": "recallseg-bench", "version": 2, "kind": "latency", "created": "", "machine": {},
+        "conditions": {}, "versions": {}, "settings": {},
+        "bundle": {**bundle, "image_size": size, "embed_size": 126}, "runs": [run],
+        "ratios": [ratio], "retrieval": [], "soak": [], "remarks": [],
+    }  # fmt: skip
+
+
+def test_goals_take_the_best_precision_that_is_exact_enough() -> None:
+    outcomes = [
+        Outcome(f"queries-{k}-{subject}", "measured", "", report_of(1024, k, subject, p50, dice))
+        for k, subject, p50, dice in (
+            (1, "good", 5.0, 0.999), (4, "good", 7.0, 0.999), (16, "good", 14.0, 0.999),
+            (4, "wrong", 1.0, 0.9),
+        )
+    ]  # fmt: skip
+    goals = {goal.name: goal for goal in judge(outcomes)}
+    assert goals["1024 px, p50 in ms (good)"].met is True
+    assert goals["1024 px, k = 16 over k = 1 (good)"].found == pytest.approx(2.8)
+    assert goals["1024 px, k = 16 over k = 1 (good)"].met is False
+    assert goals["1024 px, times as fast as torch-cached (good)"].found == pytest.approx(4.0)
+    assert goals["1024 px, times as fast as torch-compile (good)"].met is None
+    assert goals["512 px, p50 in ms"].met is None
+    assert str(goals["512 px, p50 in ms"]).startswith("not measured")

@@ -1,9 +1,11 @@
 """ONNX Runtime with its CUDA execution provider: its own kernels, no plans to build.
 
-Graphs of variant ``ort-cpu`` serve here as well: they hold the operators that this provider has
-kernels for (fused attention, rotary encoding, GELU). Its flash attention wants queries, keys and
-values of equal width, so that the folded values of cross-attention (256-wide keys, 64-wide values)
-go to its memory-efficient kernel (onnxruntime, ``contrib_ops/cuda/bert/attention_impl.cu``).
+In fp32, graphs of variant ``ort-cpu`` serve here as well: they hold the operators that this
+provider has kernels for (fused attention, rotary encoding, GELU). In other types they are called
+``ort-cuda``, the CPU having no kernels for those; ``memorize`` and ``decode`` have no such operators
+and are the portable ones, or TensorRT's. Its flash attention wants queries, keys and values of equal
+width, so that the folded values of cross-attention (256-wide keys, 64-wide values) go to its
+memory-efficient kernel (onnxruntime, ``contrib_ops/cuda/bert/attention_impl.cu``).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
     """A graph as a session on the CUDA provider; see :class:`OnnxRuntimeGpu`."""
 
     name: ClassVar[str] = "onnxruntime-cuda"
-    variants: ClassVar[tuple[str, ...]] = ("ort-cuda", "ort-cpu", "portable")
+    variants: ClassVar[tuple[str, ...]] = ("ort-cuda", "ort-cpu", "portable", "tensorrt")
     provider: ClassVar[str] = "CUDAExecutionProvider"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "mixed", "pooled")
     most: ClassVar[int] = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ PRECISIONS = (*CONVERTED, *QUANTIZED)
 """Precisions that a bundle can be given after its export."""
 
 Report = Callable[[str], None]
+Made = dict[str, dict[str, Engine]]
 
 _LARGEST = 1_800_000_000  # an ONNX file is a protobuf message, which ends at 2 GiB
 
@@ -47,7 +48,8 @@ def convert_bundle(
     """Copy a bundle and add its graphs in other precisions.
 
     For ``fp16``, ``bf16`` and ``mixed`` the graphs of variant ``tensorrt`` are converted where the
-    bundle has them, else the portable ones; they run on the CPU, rounding as their types do. For
+    bundle has them, else the portable ones, and those of ``ort-cpu`` become ``ort-cuda``; they run
+    on the CPU, rounding as their types do. For
     ``int8`` and ``int8-pooled`` those of ``ort-cpu`` are, from ``fp32`` and ``pooled``; they run as
     they will be run. ``memorize`` stays in fp32 there: memories outlive the precision of a query.
     Each precision has to stay within its tolerance for every tensor of the golden case, and within
@@ -87,33 +89,11 @@ def convert_bundle(
         measured = list(manifest.get("parity", []))
         for precision in precisions:
             make = _quantized if precision in QUANTIZED else _converted
-            variant, engines = make(source, work, manifest, golden, precision, report)
-            report(f"compare {precision} with fp32")
-            found = run_case(
-                golden.case,
-                Composition(engines),
-                source.geometry,
-                source.normalisation,
-                source.memory,
-            )
-            name = engines["attend"].name
-            result = compare_with_golden(source, golden, found, name, precision)
-            k, n = golden.case.masks.shape[:2]
-            key = f"{variant}/{precision}"
-            measured = [entry for entry in measured if entry["variant"] != key]
-            measured += [
-                {
-                    "graph": "end to end",
-                    "variant": key,
-                    "inputs": "image-like",
-                    "tensor": check.tensor,
-                    "n": n,
-                    "k": k,
-                    "error": check.error,
-                    "tolerance": check.tolerance,
-                }
-                for check in result.checks
-            ]
+            for variant, engines in make(source, work, manifest, golden, precision, report).items():
+                report(f"compare {variant} in {precision} with fp32")
+                key = f"{variant}/{precision}"
+                measured = [entry for entry in measured if entry["variant"] != key]
+                measured += _compare(source, golden, key, precision, engines)
         manifest["parity"] = measured
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
         (work / "manifest.json").write_text(text + "\n", encoding="utf-8")
@@ -126,6 +106,34 @@ def convert_bundle(
     return Bundle.open(output)
 
 
+def _compare(
+    source: Bundle,
+    golden: GoldenTensors,
+    variant: str,
+    precision: str,
+    engines: Mapping[str, Engine],
+) -> list[dict[str, Any]]:
+    """Run the golden case; return entries of the manifest, or raise VerificationError."""
+    composition = Composition(engines)
+    found = run_case(golden.case, composition, source.geometry, source.normalisation, source.memory)
+    name = engines["attend"].name
+    result = compare_with_golden(source, golden, found, name, precision)
+    k, n = golden.case.masks.shape[:2]
+    return [
+        {
+            "graph": "end to end",
+            "variant": variant,
+            "inputs": "image-like",
+            "tensor": check.tensor,
+            "n": n,
+            "k": k,
+            "error": check.error,
+            "tolerance": check.tolerance,
+        }
+        for check in result.checks
+    ]
+
+
 def _converted(
     source: Bundle,
     work: Path,
@@ -133,18 +141,30 @@ def _converted(
     golden: GoldenTensors,
     precision: str,
     report: Report,
-) -> tuple[str, dict[str, Engine]]:
-    """Write all graphs in other floating types; return the variant and engines that emulate it."""
+) -> Made:
+    """Write graphs in other floating types; return engines that emulate them, by variant.
+
+    Beside all five for TensorRT, those with ONNX Runtime's own operators become ``ort-cuda``; where
+    it has none, the others serve it as well.
+    """
     variant = "tensorrt" if "tensorrt" in source.precisions else "portable"
-    engines: dict[str, Engine] = {}
-    for graph in GRAPHS:
-        report(f"convert {graph} to {precision}")
-        path, _ = source.graph_file(graph, (variant,), "fp32")
-        file = _file(work, variant, precision, graph)
-        entry = _save(work, file, convert_graph(onnx.load(path), precision, graph))
-        manifest["graphs"][f"{variant}/{precision}/{graph}"] = entry
-        engines[graph] = EmulatedEngine(source.specs[graph], file)
-    return variant, engines
+    sources = {variant: variant}
+    if "fp32" in source.precisions.get("ort-cpu", ()):
+        sources["ort-cuda"] = "ort-cpu"
+    made: Made = {}
+    for variant, base in sources.items():
+        engines: dict[str, Engine] = dict(next(iter(made.values()), {}))
+        for graph in GRAPHS:
+            if f"{base}/fp32/{graph}" not in manifest["graphs"]:
+                continue
+            report(f"convert {graph} of {base} to {precision}")
+            path, _ = source.graph_file(graph, (base,), "fp32")
+            file = _file(work, variant, precision, graph)
+            entry = _save(work, file, convert_graph(onnx.load(path), precision, graph))
+            manifest["graphs"][f"{variant}/{precision}/{graph}"] = entry
+            engines[graph] = EmulatedEngine(source.specs[graph], file)
+        made[variant] = engines
+    return made
 
 
 def _check_quantizable(source: Bundle, precision: str) -> None:
@@ -165,8 +185,8 @@ def _quantized(
     golden: GoldenTensors,
     precision: str,
     report: Report,
-) -> tuple[str, dict[str, Engine]]:
-    """Write all graphs in int8 but ``memorize``; return the variant and its engines."""
+) -> Made:
+    """Write all graphs in int8 but ``memorize``; return the engines by variant."""
     variant, base = "ort-cpu", {"int8": "fp32", "int8-pooled": "pooled"}[precision]
     exact = load_engines(source, "onnxruntime-cpu", base)
     inputs = _image_like(source, golden, exact)
@@ -193,7 +213,7 @@ def _quantized(
         manifest["graphs"][f"{variant}/{precision}/{graph}"] = entry
         engines[graph] = OnnxRuntimeCpu(spec, file, EngineOptions())
     manifest.setdefault("kept_in_fp32", {})[precision] = kept
-    return variant, engines
+    return {variant: engines}
 
 
 def _image_like(

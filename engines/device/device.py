@@ -65,11 +65,12 @@ class Device:
     ----------
     driver : a provider.
     ordinal : which GPU.
+    stream : a caller's, see :meth:`adopt_stream`; None makes one.
 
     Attributes
     ----------
     facts : what it is.
-    stream : made with it; everything runs there unless another is given.
+    stream : everything runs there unless another is given.
     allocations : how often device memory was taken: it stands still in steady state.
     live_bytes : how much of it is held.
 
@@ -79,7 +80,7 @@ class Device:
         If there is no GPU of that number, or its driver is too old.
     """
 
-    def __init__(self, driver: Driver, ordinal: int = 0) -> None:
+    def __init__(self, driver: Driver, ordinal: int = 0, stream: Any = None) -> None:
         self.driver, self.ordinal = driver, ordinal
         self.allocations, self.live_bytes = 0, 0
         self._lost: DeviceLostError | None = None
@@ -111,7 +112,7 @@ class Device:
             self.call(driver.memory)[1],
             bool(attribute(_INTEGRATED)),
         )
-        self.stream = self.new_stream()
+        self.stream = self.new_stream() if stream is None else self.adopt_stream(stream)
 
     def call(self, function: Callable[..., Value], *arguments: Any) -> Value:
         """Call the driver; every failure becomes one of RecallSeg's errors.
@@ -240,13 +241,14 @@ class Device:
             self.call(getattr(self.driver, function), handle)
 
 
-def open_device(provider: Provider = "auto", ordinal: int = 0) -> Device:
+def open_device(provider: Provider = "auto", ordinal: int = 0, stream: Any = None) -> Device:
     """Open a GPU.
 
     Parameters
     ----------
     provider : ``auto`` takes the first of :data:`PROVIDERS` whose package is installed.
     ordinal : which GPU, counted from 0 among those that the process may use.
+    stream : a caller's stream to queue everything on, see :meth:`Device.adopt_stream`.
 
     Raises
     ------
@@ -255,7 +257,7 @@ def open_device(provider: Provider = "auto", ordinal: int = 0) -> Device:
     InputError
         If there is no such provider.
     """
-    return Device(_driver(provider), ordinal)
+    return Device(_driver(provider), ordinal, stream)
 
 
 def _driver(provider: str) -> Driver:

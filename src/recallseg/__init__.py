@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
+    from recallseg.engines.device import open_device
     from recallseg.engines.errors import RecallSegError
     from recallseg.runtime.library import Library
+    from recallseg.runtime.query import GpuOptions
     from recallseg.runtime.result import Result
     from recallseg.runtime.segmenter import Segmenter
     from recallseg.runtime.stream import Frame, Stream
@@ -25,17 +27,21 @@ __version__ = "0.1.0"
 __all__ = [
     "Bundle",
     "Frame",
+    "GpuOptions",
     "Library",
     "RecallSegError",
     "Result",
     "Segmenter",
     "Stream",
     "__version__",
+    "open_device",
 ]
 
 _HOMES = {
     "Bundle": "recallseg.engines.bundle",
     "RecallSegError": "recallseg.engines.errors",
+    "open_device": "recallseg.engines.device",
+    "GpuOptions": "recallseg.runtime.query",
     "Library": "recallseg.runtime.library",
     "Result": "recallseg.runtime.result",
     "Frame": "recallseg.runtime.stream",

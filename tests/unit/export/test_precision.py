@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import ExportError, InputError, VerificationError
+from recallseg.engines.onnxruntime_cuda import OnnxRuntimeCuda
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verification import mask_dice, verify_engines
 from recallseg.export import converting
@@ -156,7 +157,13 @@ def test_the_demo_model_in_every_precision(converted: Bundle) -> None:
     assert converted.precisions["portable"] == ("fp32", *CONVERTED)
     parity = [e for e in converted.manifest["parity"] if e["variant"].startswith("portable/")]
     assert {e["variant"] for e in parity} == {f"portable/{name}" for name in CONVERTED}
-    for entry in parity:
+    # Those with ONNX Runtime's own operators are for its CUDA provider.
+    fused = [e for e in converted.manifest["parity"] if e["variant"].startswith("ort-cuda/")]
+    assert {e["variant"] for e in fused} == {f"ort-cuda/{name}" for name in CONVERTED}
+    assert converted.graph_file("attend", OnnxRuntimeCuda.variants, "fp16")[1] == "ort-cuda"
+    assert converted.graph_file("decode", OnnxRuntimeCuda.variants, "fp16")[1] == "portable"
+    assert converted.graph_file("attend", OnnxRuntimeCuda.variants, "fp32")[1] == "ort-cpu"
+    for entry in (*parity, *fused):
         assert entry["error"] <= entry["tolerance"]
         if entry["variant"] != "portable/mixed" and entry["tensor"] == "features":
             assert entry["error"] > 1e-4  # it was rounded at all

@@ -369,3 +369,15 @@ def test_device_memory_is_given_back(api: Any, demo: Bundle) -> None:
 def test_the_names_are_engines_now() -> None:
     for name in ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt"):
         assert registry.engine_class(name).name == name
+
+
+def test_recorded_plans_are_proven_recorded(api: Any, demo: Bundle) -> None:
+    build(demo)
+    load_engines(demo, "tensorrt", graphs=("embed",))
+    device = HostGpu.open()
+    options = EngineOptions(device=device, cuda_graphs=True)
+    calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
+    engine = load_engines(demo, "tensorrt", options=options)["embed"]
+    assert calls.count("begin_capture") >= len(GRAPHS)
+    assert calls.count("launch_graph") >= 2 * len(GRAPHS)
+    assert engine.describe()["cuda_graph"] is True

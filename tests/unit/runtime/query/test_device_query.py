@@ -335,9 +335,9 @@ def test_engines_on_the_cpu_refuse_options_of_a_gpu(library: Library) -> None:
 
 
 def test_a_callers_stream_is_honoured(library: Library, session: type[FakeSession]) -> None:
-    device = without_kernels()
-    theirs = device.new_stream()
-    device.stream = device.adopt_stream(theirs.handle)
+    driver = FakeDriver()
+    theirs = Device(driver).new_stream()
+    device = Device(driver, stream=theirs.handle)
     make(library, device).segment(picture(10)[0])
     streams = {
         options["user_compute_stream"] for name, options, _ in session.made if name != "embed"

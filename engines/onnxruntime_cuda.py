@@ -2,9 +2,9 @@
 
 In fp32, graphs of variant ``ort-cpu`` serve here as well: they hold the operators that this
 provider has kernels for (fused attention, rotary encoding, GELU). In other types they are called
-``ort-cuda``, the CPU having no kernels for those; ``memorize`` and ``decode`` have no such operators
-and are the portable ones, or TensorRT's. Its flash attention wants queries, keys and values of equal
-width, so that the folded values of cross-attention (256-wide keys, 64-wide values) go to its
+``ort-cuda``, the CPU having no kernels for those; ``memorize`` and ``decode`` have no such operator
+and are the portable ones, or TensorRT's. Its flash attention wants queries, keys and values of
+equal width, so that the folded values of cross-attention (256-wide keys, 64-wide values) go to its
 memory-efficient kernel (onnxruntime, ``contrib_ops/cuda/bert/attention_impl.cu``).
 """
 

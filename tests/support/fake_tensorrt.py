@@ -30,10 +30,13 @@ class HostGpu:
     """A device in the host's memory, and what it says it is."""
 
     facts = DeviceFacts("Stand-in", 87, "12.6")
+    driver: FakeDriver
+    """Of the device that was opened last: plans are queued there."""
 
     @classmethod
     def open(cls) -> Device:
-        device = Device(FakeDriver())
+        cls.driver = FakeDriver()
+        device = Device(cls.driver)
         device.facts = cls.facts
         return device
 
@@ -174,18 +177,23 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream
+        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        # As kernels are: run now, or recorded with these shapes and addresses.
+        HostGpu.driver._queue(stream, lambda: self._execute(shapes, addresses), "execute")
+        return True
+
+    def _execute(self, shapes: dict[str, Any], addresses: dict[str, int]) -> None:
         session = self._engine.session
         inputs = {}
         for value in session.get_inputs():
-            shape = self._shapes[value.name]
+            shape = shapes[value.name]
             count = int(np.prod(shape))
-            source = (ctypes.c_float * count).from_address(self._addresses[value.name])
+            source = (ctypes.c_float * count).from_address(addresses[value.name])
             inputs[value.name] = np.frombuffer(source, np.float32).reshape(shape).copy()
         found = session.run(None, inputs)
         for value, array in zip(session.get_outputs(), found, strict=True):
             made = self._engine.spoil(value.name, np.ascontiguousarray(array), inputs)
-            ctypes.memmove(self._addresses[value.name], made.ctypes.data, made.nbytes)
-        return True
+            ctypes.memmove(addresses[value.name], made.ctypes.data, made.nbytes)
 
 
 class Engine:

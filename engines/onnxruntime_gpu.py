@@ -87,6 +87,8 @@ class OnnxRuntimeGpu(DeviceEngine):
                 str(path),
                 sess_options=settings,
                 providers=[(self.provider, self._provider_options(precision))],
+                # It would try again on the CPU, and say so on the standard output only.
+                enable_fallback=False,
             )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineRunError(

@@ -42,8 +42,9 @@ class CudaBindings(Driver):
             status, *values = getattr(self._api, name)(*arguments)
         except RuntimeError as error:  # the library, or this function of it, is not there
             raise EngineUnavailableError(
-                f"this needs an NVIDIA GPU and a driver that has {name}: {error}. Install or "
-                "update the driver, or choose engine onnxruntime-cpu."
+                f"this needs an NVIDIA GPU and a driver that has {name}: "
+                f"{str(error).rstrip('.')}. Install or update the driver, or choose engine "
+                "onnxruntime-cpu."
             ) from error
         if int(status):
             raise DriverError(int(status), name, self._said(status))

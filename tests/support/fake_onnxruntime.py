@@ -37,12 +37,15 @@ class FakeSession:
     failure: str
     """What a run fails with."""
 
-    def __new__(cls, path: str, sess_options: Any, providers: Any) -> Any:
+    def __new__(cls, path: str, sess_options: Any, providers: Any, **flags: Any) -> Any:
         if providers == [CPU]:
             return REAL(path, sess_options, providers=providers)
         return super().__new__(cls)
 
-    def __init__(self, path: str, sess_options: Any, providers: Any) -> None:
+    def __init__(
+        self, path: str, sess_options: Any, providers: Any, *, enable_fallback: bool
+    ) -> None:
+        assert not enable_fallback
         ((self.provider, options),) = providers
         self.graph = Path(path).stem
         self.made.append((self.graph, options, sess_options))

@@ -52,6 +52,11 @@ class DeviceEngine(Engine):
         self._staged: dict[str, DeviceTensor] = {}
         self._recorded: OrderedDict[Binding, Graph | None] = OrderedDict()
 
+    @classmethod
+    @abstractmethod
+    def require_library(cls) -> None:
+        """Raise EngineUnavailableError, with what to install, if its library is not here."""
+
     def run(self, inputs: Mapping[str, AnyTensor], outputs: Mapping[str, AnyTensor]) -> None:
         """Queue the graph on tensors of the device, without a copy and without waiting.
 

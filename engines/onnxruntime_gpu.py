@@ -103,6 +103,10 @@ class OnnxRuntimeGpu(DeviceEngine):
             )
         self._bindings: OrderedDict[Binding, tuple[Any, Any]] = OrderedDict()
 
+    @classmethod
+    def require_library(cls) -> None:
+        load_provider(cls.provider, cls.name)
+
     @abstractmethod
     def _provider_options(self, precision: str) -> dict[str, str]:
         """Return what the provider is told."""

@@ -98,6 +98,10 @@ class TensorRt(DeviceEngine):
 
         return load_verified(cls, bundle, precision, options, graphs)
 
+    @classmethod
+    def require_library(cls) -> None:
+        FLAVOURS[cls.name].load()
+
     def _make_context(self) -> Any:
         return self._engine.create_execution_context()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.errors import InputError
 from recallseg.engines.registry import engine_class
 from recallseg.runtime.library import Library
@@ -34,7 +35,9 @@ def open_query(
     EngineUnavailableError, EngineRunError, BundleError, PlanError, VerificationError
         As :func:`recallseg.engines.registry.load_engines`.
     """
-    if engine_class(engine).place == "device":
+    kind = engine_class(engine)
+    if issubclass(kind, DeviceEngine):
+        kind.require_library()  # before anything else that such a machine may lack as well
         from recallseg.runtime.query.device import DeviceQuery
 
         return DeviceQuery(library, structures, k, engine, precision, graphs, gpu or GpuOptions())

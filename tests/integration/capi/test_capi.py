@@ -40,7 +40,9 @@ def test_the_examples_give_what_the_command_line_gives(capi: Installed, tmp_path
         cv2.imwrite(str(tmp_path / f"query.{suffix}"), query)
     with Library.create(tmp_path / "library", "demo") as library:
         for exemplar in slices.exemplars[5:9]:
-            library.add((exemplar.image * 255).astype(np.uint8), exemplar.masks, key=exemplar.name)
+            # Without the brain, which is all around them and would have every pixel of the map.
+            masks = {name: mask for name, mask in exemplar.masks.items() if name != "brain"}
+            library.add((exemplar.image * 255).astype(np.uint8), masks, key=exemplar.name)
     passed(
         *(sys.executable, "-m", "recallseg", "segment", tmp_path / "library"),
         *(tmp_path / "query.png", "--output", tmp_path),

@@ -70,6 +70,7 @@ class _SegmenterOptions(c.Structure):
         ("memories", c.c_int32),
         ("tags", c.c_void_p),
         ("tag_count", c.c_size_t),
+        ("reach", c.c_double),
     )
 
 

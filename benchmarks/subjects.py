@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,6 +138,7 @@ def open_segmenter(
         Library.open(library, shown),
         k=k,
         structures=structures,
+        reach=math.inf,  # k is what is varied here
         engine=choice.engine,
         precision=choice.precision,
         threads=choice.threads,

@@ -11,9 +11,9 @@ positions, and the whole of ``embed``: on the demo model it loses ten times as m
 other graph (relative error 1e-2 against 1e-3), to the products themselves and not to any one kind
 of layer, and it is a twentieth of the work.
 
-``bf16`` leaves ``decode`` in fp32: a logit is a difference of large products, which 7 bits of mantissa
-do not hold (relative error 0.12 on the demo model, where all other graphs together make 0.003), and
-it is a hundredth of the work.
+``bf16`` leaves ``decode`` in fp32: a logit is a difference of large products, which 7 bits of
+mantissa do not hold (relative error 0.12 on the demo model, where all other graphs together make
+0.003), and it is a hundredth of the work.
 
 :func:`emulate` turns a converted graph into an fp32 one that rounds every tensor to the type that
 it has in the converted graph, so that a CPU shows what the types do. Sums are kept in fp32 inside

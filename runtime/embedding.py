@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 import recallseg
 from recallseg.engines import errors
 from recallseg.runtime.library import Library
+from recallseg.runtime.recall import REACH
 from recallseg.runtime.result import Recalled, Result
 from recallseg.runtime.segmenter import Segmenter
 from recallseg.runtime.stream import Frame, Stream
@@ -235,8 +236,12 @@ def open_segmenter(
     threads: int,
     memories: int,
     tags: Tags,
+    reach: float,
 ) -> tuple[Query, Names]:
-    """Return what :func:`segment` takes, and the structures in the order of their labels."""
+    """Return what :func:`segment` takes, and the structures in the order of their labels.
+
+    A ``reach`` of 0 stands for the default.
+    """
     _refuse_repeats([name for name, _ in tags], "tag")
     segmenter = Segmenter(
         library,
@@ -247,6 +252,7 @@ def open_segmenter(
         threads=threads or None,
         tags=dict(tags),
         memories=memories,
+        reach=reach or REACH,
     )
     if segmenter.bundle.notice:
         log.warning("%s", segmenter.bundle.notice)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recallseg.runtime.recall import SAME
 from recallseg.runtime.result import Recalled
 
 __all__ = ["ABSENT_SCORE", "DOUBTFUL_SHARE", "LEAST_SHARE", "presence_share"]
@@ -21,7 +22,6 @@ LEAST_SHARE = 1 / 3
 nothing where there is something is the worse mistake."""
 DOUBTFUL_SHARE = 1 / 2
 """Of the votes, below which a structure that is segmented nevertheless is suspect."""
-_SAME = 1e-6  # distance of an image from itself, as rounding leaves it
 
 
 def presence_share(recalled: Sequence[Recalled]) -> float:
@@ -31,6 +31,6 @@ def presence_share(recalled: Sequence[Recalled]) -> float:
     ----------
     recalled : the k nearest exemplars that show it, and nearer ones that lack it; none gives 0.
     """
-    votes = [(r.absent, max(r.distance, _SAME) ** -2) for r in recalled]
+    votes = [(r.absent, max(r.distance, SAME) ** -2) for r in recalled]
     shown = sum(weight for absent, weight in votes if not absent)
     return shown / sum(weight for _, weight in votes) if votes else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -18,6 +19,7 @@ from recallseg.runtime.calibration import MIN_EXEMPLARS, Thresholds, conformal_u
 from recallseg.runtime.library import Library
 from recallseg.runtime.presence import ABSENT_SCORE, DOUBTFUL_SHARE, LEAST_SHARE, presence_share
 from recallseg.runtime.query import GpuOptions, Wanted, open_query
+from recallseg.runtime.recall import REACH, within_reach
 from recallseg.runtime.result import Quality, Recalled, Result, Score
 from recallseg.runtime.temporal import TemporalMemories
 from recallseg.runtime.timings import Timings
@@ -43,6 +45,8 @@ class Segmenter:
     engine, precision : see INTERFACES "Names".
     threads : CPU threads; None means all cores that this process may use.
     tags : recall only exemplars that carry all of these tags.
+    reach : of the k, recall only those at most this many times as far as the nearest (1 or more);
+        ``math.inf`` recalls k whatever their distance, so that every query takes the same time.
     memories : most memories of earlier frames that a query of a sequence takes beside its k
         exemplars, see :meth:`temporal_memories`.
     gpu : how engines on a GPU use it; None for its defaults. Engines on the CPU refuse it.
@@ -50,7 +54,8 @@ class Segmenter:
     Raises
     ------
     InputError
-        For an unknown structure, k = 0 or more than there is, or an unknown engine or precision.
+        For an unknown structure, k = 0 or more than there is, a reach below 1, or an unknown
+        engine or precision.
     EngineUnavailableError, EngineRunError, DeviceMemoryError, BundleError, LibraryError
     """
 
@@ -64,12 +69,13 @@ class Segmenter:
         precision: str = "fp32",
         threads: int | None = None,
         tags: Mapping[str, str] | None = None,
+        reach: float = REACH,
         memories: int = 0,
         gpu: GpuOptions | None = None,
     ) -> None:
         self.library = library if isinstance(library, Library) else Library.open(library)
         self.bundle = self.library.bundle
-        self.k, self.memories = k, memories
+        self.k, self.memories, self.reach = k, memories, reach
         self.engine, self.precision = engine, precision
         self.structures = self._check_structures(structures)
         self.labels = MappingProxyType({name: i + 1 for i, name in enumerate(self.structures)})
@@ -176,11 +182,18 @@ class Segmenter:
             return logits
 
     def warm_up(self, runs: int = 2) -> None:
-        """Run on a blank image, so that the first real query is as fast as the next."""
+        """Run on a blank image, so that the first real query is as fast as the next.
+
+        On a GPU a query is prepared, or recorded, for each number of memories that may come.
+        """
         side = self.bundle.geometry.image_size
         blank = np.zeros((side, side), np.uint8)
-        for _ in range(runs):
-            self.segment(blank)
+        every = self.device is not None and self.reach < math.inf
+        with self._lock:
+            image = self._query.check(blank)
+            for exemplars in range(1 if every else self.k, self.k + 1):
+                for _ in range(runs):
+                    self._segment(image, Timings(), excluded=None, exemplars=exemplars)
 
     def calibrate(self, progress: Progress | None = None) -> Mapping[str, Thresholds]:
         """Segment every exemplar from the others, and store what is normal in the library.
@@ -234,7 +247,9 @@ class Segmenter:
         excluded: str | None,
         out: tuple[Any, Any] = (None, None),
         temporal: TemporalMemories | None = None,
+        exemplars: int | None = None,
     ) -> Result:
+        """Run a query; with ``exemplars`` it recalls exactly so many, to warm up."""
         query = self._query
         earlier = [
             0 if temporal is None else temporal.count(i) for i in range(len(self.structures))
@@ -244,7 +259,9 @@ class Segmenter:
         with timings("embed"):
             embedding = query.embed()
         with timings("search"):
-            recalled = {name: self._search(embedding, name, excluded) for name in self.structures}
+            recalled = {
+                name: self._search(embedding, name, excluded, exemplars) for name in self.structures
+            }
         with timings("encode"):
             query.encode()
         for k, members in self._groups(recalled, earlier):
@@ -298,9 +315,16 @@ class Segmenter:
         return Wanted(index, name, [r.key for r in recalled[name] if not r.absent])
 
     def _search(
-        self, embedding: NDArray[np.float32], structure: str, excluded: str | None
+        self,
+        embedding: NDArray[np.float32],
+        structure: str,
+        excluded: str | None,
+        exemplars: int | None = None,
     ) -> tuple[Recalled, ...]:
-        """Return the k nearest exemplars that show a structure, and nearer ones that lack it."""
+        """Return the k nearest exemplars that show a structure, and nearer ones that lack it.
+
+        Those out of reach are left out; with ``exemplars`` so many that show it are all there is.
+        """
         wanted = self.k if excluded is None else min(self.k + 1, self.library.count(structure))
         recalled: list[Recalled] = []
         shown = 0
@@ -309,7 +333,9 @@ class Segmenter:
             if match.key != excluded and shown < self.k:
                 recalled.append(Recalled(match.key, match.distance, match.absent))
                 shown += not match.absent
-        return tuple(recalled)
+        if exemplars is not None:
+            return tuple([r for r in recalled if not r.absent][:exemplars])
+        return within_reach(recalled, self.reach)
 
     def _groups(
         self, recalled: Mapping[str, tuple[Recalled, ...]], earlier: Sequence[int]
@@ -403,6 +429,10 @@ class Segmenter:
         most = self.bundle.geometry.max_k
         if not 1 <= self.k <= most:
             raise InputError(f"k must be 1 to {most} for this bundle, got {self.k}.")
+        if not self.reach >= 1:
+            raise InputError(
+                f"reach must be at least 1 (times the nearest distance), got {self.reach}."
+            )
         if not 0 <= self.memories <= most - self.k:
             raise InputError(
                 f"memories of earlier frames must be 0 to {most - self.k} beside k = {self.k} for "

@@ -19,6 +19,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.runtime.evaluation.metrics import compare_masks
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
+from recallseg.runtime.recall import REACH
 from recallseg.runtime.segmenter import Segmenter
 
 __all__ = ["KS", "REFERENCE_K", "Case", "Outcome", "Plan", "Training", "count_steps", "measure"]
@@ -204,6 +205,7 @@ class _Run:
                 self._library,
                 k=used,
                 structures=structures,
+                reach=math.inf if method == RANDOM else REACH,
                 engine=self._plan.engine,
                 precision=self._plan.precision,
                 threads=self._plan.threads,

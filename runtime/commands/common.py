@@ -22,6 +22,7 @@ __all__ = [
     "PrecisionOption",
     "PreviewOption",
     "PropagateOption",
+    "ReachOption",
     "ThreadsOption",
     "VoiOption",
     "emit_json",
@@ -66,6 +67,13 @@ PropagateOption = Annotated[
         "--propagate",
         min=0,
         help="Slices of a volume whose memories help the next one; 0: none.",
+    ),
+]
+ReachOption = Annotated[
+    float,
+    typer.Option(
+        "--reach",
+        help="Of the k, recall those up to so many times as far as the nearest, or inf.",
     ),
 ]
 CleanUpOption = Annotated[

@@ -14,6 +14,7 @@ from recallseg.runtime.commands.common import (
     JsonOption,
     LibraryArgument,
     PrecisionOption,
+    ReachOption,
     ThreadsOption,
     emit_json,
     note,
@@ -24,6 +25,7 @@ from recallseg.runtime.commands.common import (
     split_numbers,
 )
 from recallseg.runtime.commands.library import LabelsOption, MissingOption, parse_missing
+from recallseg.runtime.recall import REACH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,6 +46,7 @@ def evaluate(
     labels: LabelsOption,
     output: Annotated[Path, typer.Option(help="Folder for cases.csv, summary.json, report.html.")],
     k: Annotated[str, typer.Option("--k", help="How many exemplars to recall, e.g. 1,4,16.")] = "4",
+    reach: ReachOption = REACH,
     structures: Annotated[
         Optional[str], typer.Option(help="Which of the labelled structures.", show_default="all")
     ] = None,
@@ -84,7 +87,13 @@ def evaluate(
 
         def make(k: int) -> Segmenter:
             return Segmenter(
-                opened, k=k, structures=chosen, engine=engine, precision=precision, threads=threads
+                opened,
+                k=k,
+                structures=chosen,
+                reach=reach,
+                engine=engine,
+                precision=precision,
+                threads=threads,
             )
 
         with progress_bar("Evaluating", len(found.pairs) * len(ks)) as step:

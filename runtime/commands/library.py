@@ -13,6 +13,7 @@ from recallseg.runtime.commands.common import (
     JsonOption,
     LibraryArgument,
     PrecisionOption,
+    ReachOption,
     ThreadsOption,
     emit_json,
     note,
@@ -21,6 +22,7 @@ from recallseg.runtime.commands.common import (
     say_notice,
     split_tags,
 )
+from recallseg.runtime.recall import REACH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -224,6 +226,7 @@ def rebuild(
 def calibrate(
     library: LibraryArgument,
     k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    reach: ReachOption = REACH,
     engine: EngineOption = "onnxruntime-cpu",
     precision: PrecisionOption = "fp32",
     threads: ThreadsOption = None,
@@ -235,7 +238,9 @@ def calibrate(
 
     with Library.open(library, mode="write") as opened:
         say_notice(opened.bundle.notice)
-        segmenter = Segmenter(opened, k=k, engine=engine, precision=precision, threads=threads)
+        segmenter = Segmenter(
+            opened, k=k, reach=reach, engine=engine, precision=precision, threads=threads
+        )
         with progress_bar("Calibrating", len(opened)) as step:
             thresholds = segmenter.calibrate(_counted(step))
     if as_json:

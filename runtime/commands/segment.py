@@ -20,6 +20,7 @@ from recallseg.runtime.commands.common import (
     PrecisionOption,
     PreviewOption,
     PropagateOption,
+    ReachOption,
     ThreadsOption,
     VoiOption,
     emit_json,
@@ -30,6 +31,7 @@ from recallseg.runtime.commands.common import (
     split_clean_ups,
     split_list,
 )
+from recallseg.runtime.recall import REACH
 
 if TYPE_CHECKING:
     from recallseg.runtime.audit import AuditLog
@@ -59,6 +61,7 @@ def segment(
     ],
     output: Annotated[Path, typer.Option(help="Folder for NAME.mask.png and NAME.json.")],
     k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    reach: ReachOption = REACH,
     structures: Annotated[
         Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
     ] = None,
@@ -98,6 +101,7 @@ def segment(
             opened,
             k=k,
             structures=names,
+            reach=reach,
             engine=engine,
             precision=precision,
             threads=threads,

@@ -19,6 +19,7 @@ from recallseg.runtime.commands.common import (
     PrecisionOption,
     PreviewOption,
     PropagateOption,
+    ReachOption,
     ThreadsOption,
     VoiOption,
     note,
@@ -27,6 +28,7 @@ from recallseg.runtime.commands.common import (
     split_clean_ups,
     split_list,
 )
+from recallseg.runtime.recall import REACH
 
 __all__ = ["watch"]
 
@@ -36,6 +38,7 @@ def watch(
     library: Annotated[Path, typer.Option(help="Folder of the library.")],
     output: Annotated[Path, typer.Option(help="Folder for segmentations and their NAME.json.")],
     k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    reach: ReachOption = REACH,
     structures: Annotated[
         Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
     ] = None,
@@ -80,6 +83,7 @@ def watch(
             opened,
             k=k,
             structures=names,
+            reach=reach,
             engine=engine,
             precision=precision,
             threads=threads,

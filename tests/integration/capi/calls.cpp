@@ -168,6 +168,9 @@ void hostile() {
   options.structure_count = 1;
   GIVES(RECALLSEG_E_INPUT, recallseg_segmenter_open(library, &options, &none));
   options.structure_count = 0;
+  options.reach = 0.5;
+  GIVES(RECALLSEG_E_INPUT, recallseg_segmenter_open(library, &options, &none));
+  options.reach = 0;
   options.engine = "steam";
   GIVES(RECALLSEG_E_INPUT, recallseg_segmenter_open(library, &options, &none));
   CHECK(none == nullptr);

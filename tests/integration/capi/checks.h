@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -61,6 +62,7 @@ inline recallseg_segmenter* open_segmenter(recallseg_library* library) {
   const char* const names[] = {"disc", "core"};
   options.engine = "fake";
   options.k = 2;
+  options.reach = std::numeric_limits<double>::infinity();
   options.structures = names;
   options.structure_count = 2;
   recallseg_segmenter* segmenter = nullptr;

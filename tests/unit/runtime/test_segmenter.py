@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,37 @@ def test_the_nearest_exemplar_decides(library: Library, position: int) -> None:
     result = make(library).segment(image)
     assert_alike(result.masks["square"], mask)
     assert result.recalled["square"][0].distance < 1e-3
+
+
+def test_exemplars_out_of_reach_are_not_recalled(library: Library) -> None:
+    image, _ = picture(1)
+    everything = make(library, k=4, structures=["square"], reach=math.inf).segment(image)
+    assert len(everything.recalled["square"]) == 4
+    near = make(library, k=4, structures=["square"]).segment(image)
+    assert near.recalled["square"] == everything.recalled["square"][:1]
+    assert near.k == 4
+
+
+def test_warming_up_recalls_k_whatever_is_within_reach(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = make(library, k=4, structures=["square"])
+    counts: list[int] = []
+    attend = segmenter._query.recall
+
+    def recall(wanted: Any, k: int, temporal: Any) -> None:
+        counts.append(k)
+        attend(wanted, k, temporal)
+
+    monkeypatch.setattr(segmenter._query, "recall", recall)
+    segmenter.warm_up(runs=2)
+    assert counts == [4, 4]
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.99, -1.0, math.nan])
+def test_a_reach_below_one_would_leave_nothing(library: Library, reach: float) -> None:
+    with pytest.raises(InputError, match="reach must be at least 1"):
+        make(library, reach=reach)
 
 
 def test_label_values_follow_the_order_asked_for(library: Library) -> None:

@@ -235,9 +235,11 @@ typedef struct recallseg_segmenter_options {
   int32_t memories;      /* for streams: most memories of earlier frames, beside the k exemplars */
   const recallseg_tag *tags; /* recall only exemplars that carry all of these */
   size_t tag_count;
+  double reach; /* of the k, recall those up to so many times as far as the nearest; 0: 3. INFINITY
+                   recalls all k, so that every query takes the same time */
 } recallseg_segmenter_options;
 #define RECALLSEG_SEGMENTER_OPTIONS_INIT \
-  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0}
+  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0, 0}
 
 RECALLSEG_API recallseg_status recallseg_segmenter_open(recallseg_library *library,
                                                         const recallseg_segmenter_options *options,

@@ -175,7 +175,7 @@ recallseg_status recallseg_segmenter_open(recallseg_library* library,
               ? none()
               : names_of(chosen.structures, chosen.structure_count, "structures"),
           text_or(chosen.engine, "onnxruntime-cpu"), text_or(chosen.precision, "fp32"), threads,
-          chosen.memories, tags_of(chosen.tags, chosen.tag_count));
+          chosen.memories, tags_of(chosen.tags, chosen.tag_count), chosen.reach);
       Reader reader(answer.get());
       opened = std::make_shared<Segmenter>(of, again(reader.next()));
       Reader names(reader.next());

@@ -50,7 +50,7 @@ def library(fake_bundle: Bundle, tmp_path: Path) -> Iterator[Library]:
 
 
 def maker(library: Library) -> Callable[[int], Segmenter]:
-    return lambda k: Segmenter(library, k=k, structures=STRUCTURES, engine="fake")
+    return lambda k: Segmenter(library, k=k, structures=STRUCTURES, reach=math.inf, engine="fake")
 
 
 def run(library: Library, images: list[Annotated], ks: tuple[int, ...] = (1, 3)) -> Evaluation:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,17 +85,21 @@ def with_kernels(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, **facts
     return Device(FakeDriver(kernels={name: kernel(name) for name in NAMES}, **facts))
 
 
+SETTINGS: Mapping[str, Any] = {"k": 3, "structures": STRUCTURES, "reach": math.inf}
+"""Three memories a structure in every query, so that copies can be counted."""
+
+
 def make(library: Library, device: Device, **settings: Any) -> Segmenter:
     gpu = {name: settings.pop(name) for name in ("cache_bytes", "cuda_graphs") if name in settings}
     return Segmenter(
         library,
-        **{"k": 3, "structures": STRUCTURES, "engine": "onnxruntime-cuda", **settings},
+        **{**SETTINGS, "engine": "onnxruntime-cuda", **settings},
         gpu=GpuOptions(device=device, **gpu),
     )
 
 
 def on_cpu(library: Library, **settings: Any) -> Segmenter:
-    return Segmenter(library, **{"k": 3, "structures": STRUCTURES, "threads": 1, **settings})
+    return Segmenter(library, **{**SETTINGS, "threads": 1, **settings})
 
 
 def same(found: Any, expected: Any) -> None:

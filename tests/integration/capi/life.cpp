@@ -207,6 +207,8 @@ void streams() {
 
 // SIGINT must end the host, as it did before: Python's own handler would only note it.
 void interrupted() {
+  // A shell lets what it starts in the background ignore this signal.
+  signal(SIGINT, SIG_DFL);
   init();
   raise(SIGINT);
 }

@@ -5,6 +5,7 @@ Nothing here was executed on a GPU yet; everything short of the GPU is tested wi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -105,9 +106,6 @@ class TensorRt(DeviceEngine):
     def _make_context(self) -> Any:
         return self._engine.create_execution_context()
 
-    def finish_compilation(self) -> None:
-        """Keep what was compiled on the device while the engine ran; nothing for TensorRT."""
-
     def _put_weights_back(self, graph: Path | None) -> None:
         if graph is None:
             raise EngineRunError(
@@ -151,6 +149,7 @@ class TensorRt(DeviceEngine):
                     )
                 self._addresses[name] = tensor.address
         if not context.execute_async_v3(self.stream.handle):
+            self.device.probe()  # says so if the device is lost
             raise EngineRunError(f"graph '{self.spec.name}': {self.name} failed: {self._said()}.")
 
     def _check_profile(self, inputs: Mapping[str, DeviceTensor]) -> None:
@@ -185,13 +184,23 @@ class TensorRt(DeviceEngine):
 
 
 class TensorRtRtx(TensorRt):
-    """The same with TensorRT-RTX, which compiles kernels on the device when they are first used."""
+    """The same with TensorRT-RTX, which compiles kernels on the device when they are first used.
+
+    It does so at the first call of every set of shapes, and keeps what it compiled beside the plan
+    (where that folder can be written), so that the next process does not compile it again.
+    """
 
     name: ClassVar[str] = "tensorrt-rtx"
 
     def _make_context(self) -> Any:
         """Make a context that takes its kernels from the runtime cache, if there is one."""
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         settings = self._engine.create_runtime_config()
+        # By default it compiles in the background and uses other kernels meanwhile: those would be
+        # proven and recorded, and these would run.
+        settings.dynamic_shapes_kernel_specialization_strategy = (
+            self._api.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
         self._kernels = settings.create_runtime_cache()
         path = self._kernel_file()
         # The cache checks device, driver and version itself; refused, it fills itself anew.
@@ -199,10 +208,25 @@ class TensorRtRtx(TensorRt):
         settings.set_runtime_cache(self._kernels)
         return self._engine.create_execution_context(settings)
 
-    def finish_compilation(self) -> None:
+    def _enqueue(
+        self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
+    ) -> None:
+        super()._enqueue(inputs, outputs)
+        shapes = tuple(tensor.shape for tensor in inputs.values())
+        if shapes not in self._shapes:
+            self._shapes.add(shapes)
+            self._keep_kernels()
+
+    def _keep_kernels(self) -> None:
+        """Write the runtime cache, if it holds what the file does not.
+
+        A folder that is read-only, as one that was shipped, stays as it is.
+        """
         path = self._kernel_file()
-        with writing(path):
-            replace_file(path, bytes(memoryview(self._kernels.serialize())))
+        found = bytes(memoryview(self._kernels.serialize()))
+        if os.access(path.parent, os.W_OK) and not (path.is_file() and path.read_bytes() == found):
+            with writing(path):
+                replace_file(path, found)
 
     def _kernel_file(self) -> Path:
         device = self.device.facts

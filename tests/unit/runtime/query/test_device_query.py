@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -237,10 +239,19 @@ def test_a_workspace_states_its_size_in_advance(
 def test_too_little_memory_is_said_before_anything_is_taken(
     library: Library, session: type[FakeSession]
 ) -> None:
-    device = without_kernels(memory=1 << 20)
-    with pytest.raises(DeviceMemoryError, match=r"2 structures and k = 3.* needs \d+ MiB"):
-        make(library, device)
-    assert device.allocations == 0
+    needed = []
+    for integrated in (False, True):  # where memory is shared the cache takes it, too
+        device = without_kernels(memory=1 << 20, integrated=integrated)
+        with pytest.raises(DeviceMemoryError, match=r"2 structures and k = 3.* needs") as raised:
+            make(library, device)
+        assert device.allocations == 0
+        [figure] = re.findall(r"needs (\d+) MiB", str(raised.value))
+        needed.append(int(figure))
+    weights = sum(
+        library.bundle.graph_file(graph, ("ort-cpu", "portable"), "fp32")[0].stat().st_size
+        for graph in ("embed", "encode", "attend", "decode")
+    )
+    assert needed[0] == needed[1] > weights >> 20
 
 
 def test_what_is_recalled_again_is_not_copied_again(
@@ -314,6 +325,37 @@ def test_a_lost_device_leaves_library_and_process_unharmed(
     assert on_cpu(library).segment(image).masks["disc"].any()
 
 
+STEPS = (
+    "set_context", "copy_in", "fill", "launch", "record_event", "wait_event", "copy_out",
+    "synchronize_event", "copy", "synchronize_stream",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", STEPS)
+def test_a_device_lost_in_any_step(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    call: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch)
+    segmenter = make(library, device)
+    calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
+    calls.clear()
+    segmenter.segment(picture(10)[0])
+    done = list(calls)
+    assert set(STEPS) <= set(done)
+    # In the middle of those calls, if there are several.
+    device.driver.fail(call, 719, after=done.count(call) // 2)  # type: ignore[attr-defined]
+    for _ in range(2):
+        with pytest.raises(DeviceLostError, match="engine onnxruntime-cpu"):
+            segmenter.segment(picture(11)[0])
+    del segmenter
+    gc.collect()  # nothing is given back to a dead driver, and nothing raises
+    assert device.lost
+
+
 @pytest.mark.parametrize("call", ["copy_in", "copy_out", "record_event", "copy", "wait_event"])
 def test_after_a_passing_failure_the_next_query_is_right(
     library: Library, session: type[FakeSession], call: str
@@ -343,6 +385,62 @@ def test_scores_that_are_no_numbers_are_an_error(
     monkeypatch.setattr(segmenter._query._composition, "run", spoilt)  # type: ignore[attr-defined]
     with pytest.raises(EngineRunError, match="not finite"):
         segmenter.segment(picture(10)[0])
+
+
+def test_an_image_is_read_when_its_owner_has_written_it(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch, deferred=True)
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    expected = segmenter.segment(image)
+    theirs, there = device.new_stream(), device.tensor(image.shape, image.dtype)
+    pinned = device.allocate_pinned(image.nbytes)
+    pinned.array[:] = image.reshape(-1).view(np.uint8)
+    theirs.copy_in(there, pinned.array)
+    same(segmenter.segment(replace(there, stream=theirs.handle)), expected)
+
+
+def test_out_that_cannot_be_written(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, _ = picture(10)
+    device = with_kernels(emulator, monkeypatch)
+    segmenter = make(library, device)
+    labels = device.tensor(image.shape, np.uint8)
+    with pytest.raises(InputError, match="read-only"):
+        segmenter.segment(image, out=(replace(labels, read_only=True), None))
+
+
+def test_out_on_the_device_needs_kernels(library: Library, session: type[FakeSession]) -> None:
+    image, _ = picture(10)
+    device = without_kernels()
+    labels = device.tensor(image.shape, np.uint8)
+    with pytest.raises(InputError, match="were not built"):
+        make(library, device).segment(image, out=(labels, None))
+
+
+def test_a_callers_buffer_that_was_freed_or_is_misaligned(
+    library: Library, session: type[FakeSession]
+) -> None:
+    device = without_kernels()
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    there = device.tensor(image.shape, image.dtype)
+    with pytest.raises(InputError, match="misaligned"):
+        segmenter.segment(replace(there, address=there.address + 1))
+    address = there.address
+    del there
+    gc.collect()
+    with pytest.raises(InputError, match="It was freed"):
+        segmenter.segment(DeviceTensor(address, image.shape, image.dtype))
+    assert segmenter.segment(image).masks["disc"].any()
 
 
 def test_engines_on_the_cpu_refuse_options_of_a_gpu(library: Library) -> None:

@@ -70,7 +70,8 @@ def measure_graphs(
                     continue
                 step(f"{graph}, k = {k}, n = {n}")
                 named = {**tensors, "image": workspace.tensors.get(f"{graph}_image")}
-                spent, queued = [], []
+                spent: list[float] = []
+                queued: list[float] = []
                 allocations = device.allocations
                 until = perf_counter() + seconds
                 for number in range(WARM_UPS + rounds):

@@ -6,6 +6,7 @@ Nothing here was executed on a GPU yet; everything short of the GPU is tested wi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +15,7 @@ from recallseg.engines.device import Device, DeviceTensor
 from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.durable import replace_file
 from recallseg.engines.engine import Engine, EngineOptions
-from recallseg.engines.errors import EngineRunError, PlanError
+from recallseg.engines.errors import DeviceMemoryError, EngineRunError, PlanError
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.tensorrt.building import VARIANTS
 from recallseg.engines.tensorrt.flavour import FLAVOURS
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
 __all__ = ["TensorRt", "TensorRtRtx"]
+
+
+_NO_MEMORY = re.compile(r"out ?of ?memory|cudaErrorMemoryAllocation", re.IGNORECASE)
+_SCRATCH = "device_memory_size_v2"
+"""Bytes that a context allocates when it is made; TensorRT before 10.1 does not say."""
 
 
 class TensorRt(DeviceEngine):
@@ -65,8 +71,10 @@ class TensorRt(DeviceEngine):
         self._logger = _logger(self._api, self._log)
         device.enter()
         runtime = self._api.Runtime(self._logger)
-        self._engine = runtime.deserialize_cuda_engine(plan.read())
+        plan_bytes = plan.read()
+        self._engine = runtime.deserialize_cuda_engine(plan_bytes)
         if self._engine is None:
+            self._check_memory("its plan", len(plan_bytes))
             raise PlanError(
                 f"{self.name} {self._api.__version__} does not take plan {plan.folder} "
                 f"({plan.key.version}, {plan.key.target}): {self._said()}. Build it again on this "
@@ -76,12 +84,13 @@ class TensorRt(DeviceEngine):
         if plan.key.options.get("stripped"):
             self._put_weights_back(graph)
         self._check_tensors()
+        scratch = int(getattr(self._engine, _SCRATCH, 0))
+        device.require(scratch, f"What graph '{spec.name}' works in, with {self.name},")
         self._context = self._make_context()
         if self._context is None:
+            self._check_memory("its scratch memory", scratch)
             raise EngineRunError(
-                f"graph '{spec.name}': {self.name} makes no execution context: {self._said()}. "
-                "Is there enough GPU memory? 'recallseg doctor --budget' says what is needed; "
-                "build with a smaller --max-k or --max-n."
+                f"graph '{spec.name}': {self.name} makes no execution context: {self._said()}."
             )
         self._addresses: dict[str, int] = {}
 
@@ -105,6 +114,17 @@ class TensorRt(DeviceEngine):
 
     def _make_context(self) -> Any:
         return self._engine.create_execution_context()
+
+    def _check_memory(self, what: str, nbytes: int) -> None:
+        """Raise DeviceMemoryError if that is what TensorRT complains of."""
+        self.device.probe()
+        if _NO_MEMORY.search(self._said()):
+            raise DeviceMemoryError(
+                f"graph '{self.spec.name}': the GPU has no room for {what}, "
+                f"{nbytes / 2**20:.0f} MiB; {self.device.free_memory() / 2**20:.0f} MiB are free: "
+                f"{self._said()}. Close other programs that use the GPU, or build with a smaller "
+                "--max-k or --max-n; 'recallseg doctor --budget' says what is needed."
+            )
 
     def _put_weights_back(self, graph: Path | None) -> None:
         if graph is None:

@@ -215,6 +215,7 @@ class Engine:
         self.names = [v.name for v in (*self.session.get_inputs(), *self.session.get_outputs())]
 
     num_io_tensors = property(lambda self: len(self.names))
+    device_memory_size_v2 = 1 << 20
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -272,7 +273,7 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
     module.made = []
     module.spoil = lambda name, array, inputs: array
     module.tamper = lambda model: None
-    module.fail_build = ""
+    module.fail_build = module.fail_load = ""
     module.ComputeCapability = type(
         "ComputeCapability", (), {f"SM{number}": f"SM{number}" for number in (75, 80, 86, 87, 89)}
     )
@@ -327,6 +328,9 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
             self._logger = logger
 
         def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+            if module.fail_load:
+                self._logger.log(Severity.ERROR, module.fail_load)
+                return None
             if plan[:8] != MAGIC:
                 self._logger.log(Severity.ERROR, "not a plan")
                 return None

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from support import fake_tensorrt
 from support.fake_tensorrt import HostGpu, RuntimeCache, make_tensorrt
 
 from recallseg import Bundle, Library, Segmenter
@@ -21,6 +22,7 @@ from recallseg.engines.device import DeviceFacts
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (
     BundleError,
+    DeviceMemoryError,
     EngineRunError,
     EngineUnavailableError,
     InputError,
@@ -331,6 +333,19 @@ def test_more_than_the_profile_holds_is_refused(api: Any, demo: Bundle) -> None:
         attend.run(shapes, attend.allocate_outputs(n=1))
     with pytest.raises(InputError, match="golden case"):
         build(demo, profile=Profile(Range(1, 1, 1), Range(1, 2, 4)))
+
+
+def test_too_little_memory_is_named(
+    api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(demo)
+    api.fail_load = "Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
+    with pytest.raises(DeviceMemoryError, match=r"no room for its plan, .* MiB are free"):
+        load_engines(demo, "tensorrt")
+    api.fail_load = ""
+    monkeypatch.setattr(fake_tensorrt.Engine, "device_memory_size_v2", 4 << 30)
+    with pytest.raises(DeviceMemoryError, match=r"What graph 'embed' works in.* needs 4096 MiB"):
+        load_engines(demo, "tensorrt")
 
 
 def test_the_largest_profile_is_preferred(api: Any, demo: Bundle) -> None:

@@ -72,12 +72,12 @@ def _of_size(size: int, runs: list[Run], others: list[Run]) -> Iterator[Goal]:
     same = {run.k: run for run in runs if best is not None and run.subject == best.subject}
     growth = same[16].total.p50 / same[1].total.p50 if {1, 16} <= same.keys() else None
     yield _at_most(f"{where}, k = 16 over k = 1{name}", growth, _GROWTH[size])
-    for what, least, counts in (
-        ("torch-cached", _EAGER, lambda subject: subject == "torch-cached"),
+    for what, least, names in (
+        ("torch-cached", _EAGER, ("torch-cached",)),
         # In whichever precision is its fastest.
-        ("torch-compile", _COMPILED, lambda subject: subject.startswith("torch-compile")),
+        ("torch-compile", _COMPILED, ("torch-compile", "torch-compile-fp16")),
     ):
-        known = [run.total.p50 for run in others if counts(run.subject)]
+        known = [run.total.p50 for run in others if run.subject in names]
         times = min(known) / p50 if known and p50 else None
         yield Goal(
             f"{where}, times as fast as {what}{name}",

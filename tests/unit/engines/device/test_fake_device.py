@@ -171,9 +171,11 @@ def test_the_default_stream_has_a_name_and_cannot_be_recorded(driver: FakeDriver
     # 0 is what PyTorch's default stream says, and what libraries take for "none was given".
     device = Device(driver, stream=0)
     assert device.stream.handle == 1
-    with pytest.raises(EngineUnavailableError, match="pass a stream of your own"):
-        with device.stream.capture():
-            pass
+    with (
+        pytest.raises(EngineUnavailableError, match="pass a stream of your own"),
+        device.stream.capture(),
+    ):
+        pass
     assert "begin_capture" not in driver.calls
 
 

@@ -278,8 +278,11 @@ class Device:
     def destroy(self, function: str, handle: int) -> None:
         """Give something back. On a lost device there is nothing left to give back."""
         if self._lost is None:
-            self.enter()
-            self.call(getattr(self.driver, function), handle)
+            try:
+                self.enter()
+                self.call(getattr(self.driver, function), handle)
+            except DeviceLostError:  # lost to another user of it; whoever goes on here is told
+                return
 
 
 def open_device(provider: Provider = "auto", ordinal: int = 0, stream: Any = None) -> Device:

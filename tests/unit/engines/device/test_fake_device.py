@@ -62,6 +62,16 @@ def test_a_lost_device_stays_lost_and_says_how_to_go_on(driver: FakeDriver, stat
     assert len(driver.calls) == calls  # a dead driver is left alone, also by what is given back
 
 
+def test_a_device_lost_to_another_user_is_given_back_in_silence(driver: FakeDriver) -> None:
+    first, second = Device(driver), Device(driver)
+    buffer = second.allocate(100)
+    driver.fail("synchronize", 719)
+    with pytest.raises(DeviceLostError):
+        first.synchronize()
+    buffer.close()
+    assert second.lost
+
+
 def test_what_is_given_back_is_given_back_once(driver: FakeDriver) -> None:
     device = Device(driver)
     buffer = device.allocate(100)

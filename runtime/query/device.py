@@ -214,10 +214,10 @@ class DeviceQuery(Query):
         room, stream = self.workspace.room, self._stream
         self._busy = True
         arrays = {"masks": masks, "memories": memories, "pointers": pointers}
-        made = {
-            name: room.on_device(f"new {name}", array.shape, np.float32)
-            for name, array in arrays.items()
-        }
+        made = {}
+        for name, array in arrays.items():  # room for the largest group: later calls take nothing
+            full = (max(self.group, len(array)), *array.shape[1:])
+            made[name] = room.on_device(f"new {name}", full, np.float32).rows(len(array))
         stream.copy_in(made["masks"], masks)
         self._composition.run("memorize", {**self.workspace.tensors, **made})
         stream.copy_out(memories, made["memories"])

@@ -298,7 +298,8 @@ def test_memories_of_earlier_frames_are_used_and_made(
     library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
-    segmenters = make(library, without_kernels(), memories=2), on_cpu(library, memories=2)
+    device = without_kernels(deferred=True)
+    segmenters = make(library, device, memories=2), on_cpu(library, memories=2)
     temporal = [segmenter.temporal_memories() for segmenter in segmenters]
     for seed in range(10, 14):
         image, _ = picture(seed)
@@ -308,6 +309,9 @@ def test_memories_of_earlier_frames_are_used_and_made(
         )
         same(found, expected)
         assert found.temporal == expected.temporal
+    masks = device.tensor((2, *image.shape), np.bool_)
+    with pytest.raises(InputError, match="made of masks on the CPU"):
+        segmenters[0].segment(image, out=(None, masks), temporal=temporal[0])
 
 
 def test_a_lost_device_leaves_library_and_process_unharmed(

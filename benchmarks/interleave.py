@@ -44,6 +44,7 @@ def measure(
     *,
     rounds: int,
     seconds: float,
+    most_seconds: float | None = None,
     meter: EnergyMeter | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> list[Recording]:
@@ -55,6 +56,7 @@ def measure(
         in fewer, evenly spread, at least :data:`LEAST_ROUNDS`.
     images : round i takes image i, from the start again when they are used up.
     rounds : how many.
+    most_seconds : fewer, if a runtime would take longer; it says so in its remarks.
     meter : read around every query, if there is one.
     progress : told the subject's name after every query.
 
@@ -64,13 +66,26 @@ def measure(
         In the order of the subjects; ``logits`` are those of the first image.
     """
     recordings = [Recording() for _ in subjects]
-    due = []
+    times = []
     for subject, recording in zip(subjects, recordings, strict=True):
-        spent = _warm_up(subject, images[0])
+        times.append(max(_warm_up(subject, images[0]), 1e-6))
         recording.logits = subject.logits.copy()
+    if most_seconds is not None:
+        slowest = max(
+            spent for s, spent in zip(subjects, times, strict=True) if s.role != "baseline"
+        )
+        fitting = max(LEAST_ROUNDS, int(most_seconds / slowest))
+        if fitting < rounds:
+            for subject in subjects:
+                subject.remarks.append(
+                    f"{fitting} of {rounds} queries were asked: no more fit {most_seconds:g} s"
+                )
+            rounds = fitting
+    due = []
+    for subject, spent in zip(subjects, times, strict=True):
         wanted = rounds
         if subject.role == "baseline":
-            wanted = min(rounds, max(LEAST_ROUNDS, int(seconds / max(spent, 1e-6))))
+            wanted = min(rounds, max(LEAST_ROUNDS, int(seconds / spent)))
         due.append({int(i) for i in np.linspace(0, rounds - 1, wanted).round()})
     gc.collect()
     for number in range(rounds):

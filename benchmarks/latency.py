@@ -61,6 +61,9 @@ DIFFERENCE_TOLERANCE = 1e-2
 """Largest relative difference of a baseline's logits to the runtime's before a report warns: both
 compute the same thing; memories rounded to fp16 give about 5e-4."""
 
+MOST_IMAGES = 64
+"""Different queries; longer runs show them again. A thousand would fill the memory of a Jetson."""
+
 Step = Callable[[str], None]
 
 
@@ -81,6 +84,7 @@ class LatencyPlan:
     sam2, dinov2 : checkpoints of pretrained bundles, for the baselines.
     torch_device : where PyTorch's baselines run, ``cpu`` or ``cuda``.
     cold_starts : measure cold start and resident memory, in processes of their own.
+    most_seconds : for all queries of one combination; None for no limit.
     """
 
     choices: tuple[RuntimeChoice, ...]
@@ -96,6 +100,7 @@ class LatencyPlan:
     dinov2: str | None = None
     torch_device: str = "cpu"
     cold_starts: bool = True
+    most_seconds: float | None = None
 
     def check(self, bundle: Bundle) -> None:
         """Raise InputError if this bundle cannot be measured so."""
@@ -223,7 +228,7 @@ class _Bench:
     ) -> None:
         self.bundle, self.plan, self.library = bundle, plan, library
         self.modules, self.meter, self.known, self.step = modules, meter, known, step
-        self.images = query_images(plan.queries, plan.side)
+        self.images = query_images(min(plan.queries, MOST_IMAGES), plan.side)
 
     def configuration(self, k: int, n: int) -> tuple[list[Run], tuple[Ratio, ...]]:
         """Measure one k and n."""
@@ -243,6 +248,7 @@ class _Bench:
             self.images,
             rounds=plan.queries,
             seconds=plan.seconds,
+            most_seconds=plan.most_seconds,
             meter=self.meter,
             progress=lambda name: self.step(f"{where}: {name}"),
         )

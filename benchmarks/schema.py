@@ -126,13 +126,14 @@ class DeviceUse:
     """Memory of the GPU, in bytes, after the last query.
 
     ``held`` was taken through RecallSeg's own buffers, ``in_use`` by all processes (engines, driver
-    and others included). ``allocations`` counts RecallSeg's since the warm-up; steady state has
-    none.
+    and others included). ``allocations`` counts RecallSeg's since the warm-up, ``growth`` is what
+    all have taken since then, engines having allocators of their own. Steady state has none.
     """
 
     held: int
     in_use: int
     allocations: int
+    growth: int | None = None
 
 
 @dataclass(frozen=True)

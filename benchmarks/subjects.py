@@ -90,7 +90,7 @@ class RuntimeSubject:
         self.remarks: list[str] = []
         self.segmenter = segmenter
         self._answered = 0
-        self._allocations = 0
+        self._allocations, self._free = 0, 0
 
     @property
     def device_use(self) -> DeviceUse | None:
@@ -102,6 +102,7 @@ class RuntimeSubject:
             held=device.live_bytes,
             in_use=device.facts.memory - device.free_memory(),
             allocations=device.allocations - self._allocations,
+            growth=self._free - device.free_memory(),
         )
 
     def run(self, image: NDArray[Any]) -> Mapping[str, float]:
@@ -110,7 +111,7 @@ class RuntimeSubject:
         self._answered += 1
         device = self.segmenter.device
         if device is not None and self._answered == self.warm_ups:
-            self._allocations = device.allocations
+            self._allocations, self._free = device.allocations, device.free_memory()
         return {stage: spent for stage, spent in timings.items() if stage != "total"}
 
     @property

@@ -8,7 +8,7 @@ on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
@@ -17,7 +17,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
 
-__all__ = ["PRESETS", "Budget", "Line", "Preset", "largest_k", "memory_budget"]
+__all__ = ["PRESETS", "Budget", "Line", "Preset", "graph_bytes", "largest_k", "memory_budget"]
 
 STRIDE = 16  # of SAM 2's features
 _FLOAT = 4
@@ -198,6 +198,16 @@ def _weights(bundle: Bundle, precision: str) -> int:
             fp32 = entries[f"portable/fp32/{graph}"]
             total += _size(bundle, fp32) * _BYTES[precision] // _FLOAT
     return total
+
+
+def graph_bytes(
+    bundle: Bundle, graphs: Sequence[str], variants: Sequence[str], precision: str
+) -> int:
+    """Return the size of the files that an engine loads; what the bundle lacks counts nothing."""
+    entries = bundle.manifest["graphs"]
+    keys = [[f"{variant}/{precision}/{graph}" for variant in variants] for graph in graphs]
+    first = [next((entries[key] for key in own if key in entries), None) for own in keys]
+    return sum(_size(bundle, entry) for entry in first if entry is not None)
 
 
 def _size(bundle: Bundle, entry: Any) -> int:

@@ -50,7 +50,7 @@ class DeviceEngine(Engine):
         self.device = device or self.options.device or open_device()
         self.stream = self.options.streams.get(spec.name, self.device.stream)
         self._staged: dict[str, DeviceTensor] = {}
-        self._recorded: OrderedDict[Binding, Graph | None] = OrderedDict()
+        self._recorded: OrderedDict[Binding, Graph] = OrderedDict()
 
     @classmethod
     @abstractmethod
@@ -105,24 +105,23 @@ class DeviceEngine(Engine):
         """Queue the graph or its recording.
 
         The first call of a binding is run as it is, since backends allocate and choose kernels
-        then; the second is recorded, every later one replayed.
+        then, and recorded right after it: what a backend remembers of shapes is still that call's.
+        Every later one is replayed.
         """
         if not self.options.cuda_graphs:
             self._enqueue(inputs, outputs)
             return
         key = binding_key(inputs, outputs)
-        if key not in self._recorded:
-            self._enqueue(inputs, outputs)
-            self._recorded[key] = None
-            if len(self._recorded) > MOST_BINDINGS:
-                self._recorded.popitem(last=False)
+        graph = self._recorded.get(key)
+        if graph is not None:
+            graph.launch(self.stream)
             return
-        graph = self._recorded[key]
-        if graph is None:
-            with self.stream.capture() as made:
-                self._enqueue(inputs, outputs)
-            graph = self._recorded[key] = made[0]
-        graph.launch(self.stream)
+        self._enqueue(inputs, outputs)
+        with self.stream.capture() as made:
+            self._enqueue(inputs, outputs)
+        self._recorded[key] = made[0]
+        if len(self._recorded) > MOST_BINDINGS:
+            self._recorded.popitem(last=False)
 
     @abstractmethod
     def _enqueue(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recallseg.engines.device import DeviceTensor
+from recallseg.engines.device_engine import MOST_BINDINGS
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.onnxruntime_gpu import OnnxRuntimeGpu, worst
@@ -117,8 +118,10 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
         binding, run = super()._bind_all(inputs, outputs)
         if self.options.cuda_graphs:
             # A recording is valid for its shapes and addresses only: each binding has its own.
+            # ONNX Runtime forgets none, so that those beyond the limit run as they are (-1).
             self._recordings += 1
-            run.add_run_config_entry("gpu_graph_id", str(self._recordings))
+            number = self._recordings if self._recordings <= MOST_BINDINGS else -1
+            run.add_run_config_entry("gpu_graph_id", str(number))
         return binding, run
 
     _recordings = 0

@@ -8,6 +8,7 @@ stand-in.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from recallseg.engines.device_engine import MOST_BINDINGS, Binding, DeviceEngine
 from recallseg.engines.digest import digest_json
 from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import (
+    DeviceMemoryError,
     EngineRunError,
     EngineUnavailableError,
     InputError,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxRuntimeGpu", "load_provider"]
 
-Made = Mapping[str, "OnnxRuntimeGpu"]
+_NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class OnnxRuntimeGpu(DeviceEngine):
@@ -82,6 +84,12 @@ class OnnxRuntimeGpu(DeviceEngine):
         settings.log_severity_level = 3
         self._configure(settings, proving=proving)
         self.device.enter()
+        if not self.device.primary:
+            raise EngineUnavailableError(
+                "ONNX Runtime works in the GPU's primary context, and this device is in another. "
+                "Make the primary one current before open_device (with PyCUDA: "
+                "pycuda.autoprimaryctx in the place of pycuda.autoinit)."
+            )
         try:
             self._session = self._runtime.InferenceSession(
                 str(path),
@@ -91,9 +99,7 @@ class OnnxRuntimeGpu(DeviceEngine):
                 enable_fallback=False,
             )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise EngineRunError(
-                f"ONNX Runtime's {self.provider} cannot take {path}: {error}"
-            ) from error
+            raise self._explained(error, f"with {self.provider} cannot take {path}") from error
         self.providers = list(self._session.get_providers())
         if self.providers[:1] != [self.provider]:
             raise EngineUnavailableError(
@@ -213,10 +219,20 @@ class OnnxRuntimeGpu(DeviceEngine):
         try:
             self._session.run_with_iobinding(*bound)
         except Exception as error:
-            self.device.synchronize()  # says so if the device is lost
-            raise EngineRunError(
-                f"ONNX Runtime failed in graph '{self.spec.name}': {error}"
-            ) from error
+            raise self._explained(error, f"failed in graph '{self.spec.name}'") from error
+
+    def _explained(self, error: Exception, what: str) -> EngineRunError:
+        """Return what to raise for an exception of ONNX Runtime; DeviceLostError if that is why."""
+        self.device.probe()
+        if _NO_MEMORY.search(str(error)):
+            free = self.device.free_memory()
+            return DeviceMemoryError(
+                f"ONNX Runtime {what}: {error}. {free / 2**20:.0f} MiB of "
+                f"{self.device.facts.memory / 2**20:.0f} MiB are free. Close other programs that "
+                "use the GPU, or ask for a smaller k, fewer structures or a lower precision; "
+                "'recallseg doctor --budget' says what is needed."
+            )
+        return EngineRunError(f"ONNX Runtime {what}: {error}")
 
     def _bind_all(
         self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]

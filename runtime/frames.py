@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.device import Device, adopt_tensor, open_device
+from recallseg.engines.device import Device, adopt_tensor, on_gpu, open_device
 from recallseg.engines.errors import InputError
 
 __all__ = ["copy_frame"]
-
-_DLPACK_CUDA = 2  # kDLCUDA of dlpack.h
 
 
 def copy_frame(image: Any) -> NDArray[Any]:
@@ -36,15 +34,13 @@ def copy_frame(image: Any) -> NDArray[Any]:
     if isinstance(image, np.ndarray):
         copied = image.copy()
         return copied
-    if hasattr(image, "__cuda_array_interface__"):
+    if on_gpu(image):
         return _from_device(image)
     if not hasattr(image, "__dlpack__"):
         raise InputError(
             "a frame must be a numpy array, or have __cuda_array_interface__ or __dlpack__; got "
             f"{type(image).__name__}."
         )
-    if image.__dlpack_device__()[0] == _DLPACK_CUDA:
-        return _from_device(image)
     try:
         copied = np.from_dlpack(image).copy()
     except (BufferError, RuntimeError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.device import Device
+from recallseg.engines.device import Device, on_gpu
 from recallseg.engines.errors import InputError
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.calibration import MIN_EXEMPLARS, Thresholds, conformal_upper, nearest_other
@@ -145,6 +145,11 @@ class Segmenter:
         timings = Timings(deadline_ms)
         if temporal is not None:
             self._check_temporal(temporal)
+            if out[1] is not None and on_gpu(out[1]):
+                raise InputError(
+                    "memories of this frame are made of masks on the CPU: pass no masks of the GPU "
+                    "as out beside temporal."
+                )
         with timings.locked(self._lock):
             return self._segment(
                 self._query.check(image), timings, excluded=None, out=out, temporal=temporal

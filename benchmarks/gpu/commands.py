@@ -36,9 +36,12 @@ def gpu(
     tests: Annotated[
         Optional[Path], typer.Option(help="The repository's tests, to run those marked gpu.")
     ] = None,
+    most_seconds: Annotated[
+        float, typer.Option(min=1, help="For the queries of one combination; then fewer are asked.")
+    ] = 120.0,
     minutes: Annotated[
-        float, typer.Option(min=0, help="Begin no piece after this; call again to go on.")
-    ] = 9.0,
+        float, typer.Option(min=0, help="Begin no piece that may end later; call again to go on.")
+    ] = 10.0,
 ) -> None:
     """Measure everything on a GPU, in pieces that a later call takes up where this one ended."""
     from recallseg.benchmarks.commands import steps
@@ -52,6 +55,7 @@ def gpu(
         ks=tuple(parsed(split_numbers, k, "--k")),
         ns=tuple(parsed(split_numbers, structures, "--structures")),
         queries=queries,
+        most_seconds=most_seconds,
         baselines=tuple(parsed(split_list, baselines, "--baselines")) if baselines else (),
         torch_device=torch_device,
         seconds=seconds,

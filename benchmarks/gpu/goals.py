@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from recallseg.benchmarks.gpu.pieces import Outcome
-from recallseg.benchmarks.schema import Ratio, Report, Run
+from recallseg.benchmarks.schema import Report, Run
 
 __all__ = ["Goal", "judge"]
 
@@ -37,28 +37,22 @@ class Goal:
 
 def judge(outcomes: Iterable[Outcome]) -> list[Goal]:
     """Compare the pieces with the goals; k = 4 and one structure where nothing else is said."""
-    reports = [
-        Report.from_json(outcome.found)
-        for outcome in outcomes
-        if outcome.state == "measured" and outcome.piece.startswith("queries-")
+    runs: dict[str, list[Run]] = {"queries": [], "baseline": []}
+    for outcome in outcomes:
+        kind = outcome.piece.partition("-")[0]
+        if outcome.state == "measured" and kind in runs:
+            runs[kind] += Report.from_json(outcome.found).runs
+    own = [run for run in runs["queries"] if run.n == 1 and _is_exact_enough(run)]
+    others = [
+        run for run in runs["baseline"] if run.n == 1 and run.k == 4 and run.engine == "torch"
     ]
-    runs = [
-        run
-        for report in reports
-        for run in report.runs
-        if run.role == "runtime" and run.n == 1 and _is_exact_enough(run)
-    ]
-    ratios = [ratio for report in reports for ratio in report.ratios if ratio.stage == "total"]
-    sizes = {id(ratio): report for report in reports for ratio in report.ratios}
     goals: list[Goal] = []
     for size in (1024, 512):
-        here = [run for run in runs if run.image_size == size]
-        own = [
-            ratio
-            for ratio in ratios
-            if (bundle := sizes[id(ratio)].bundle) is not None and bundle.image_size == size
-        ]
-        goals += _of_size(size, here, own)
+        goals += _of_size(
+            size,
+            [run for run in own if run.image_size == size],
+            [run for run in others if run.image_size == size],
+        )
     return goals
 
 
@@ -67,7 +61,7 @@ def _is_exact_enough(run: Run) -> bool:
     return dice is not None and dice >= 1.0 - DICE_LOSS
 
 
-def _of_size(size: int, runs: list[Run], ratios: list[Ratio]) -> Iterator[Goal]:
+def _of_size(size: int, runs: list[Run], others: list[Run]) -> Iterator[Goal]:
     best = min((run for run in runs if run.k == 4), key=lambda run: run.total.p50, default=None)
     where = f"{size} px"
     name = f" ({best.subject})" if best else ""
@@ -78,32 +72,19 @@ def _of_size(size: int, runs: list[Run], ratios: list[Ratio]) -> Iterator[Goal]:
     same = {run.k: run for run in runs if best is not None and run.subject == best.subject}
     growth = same[16].total.p50 / same[1].total.p50 if {1, 16} <= same.keys() else None
     yield _at_most(f"{where}, k = 16 over k = 1{name}", growth, _GROWTH[size])
-    for baseline, least in (("torch-cached", _EAGER), ("torch-compile", _COMPILED)):
-        # In its best precision; the baselines' medians stand beside one subject, measured with it.
-        known = [
-            ratio.ratio * _p50_of(runs, ratio)
-            for ratio in ratios
-            if ratio.k == 4
-            and ratio.n == 1
-            and (
-                ratio.baseline == baseline
-                or (baseline == "torch-compile" and ratio.baseline.startswith(baseline))
-            )
-        ]
+    for what, least, names in (
+        ("torch-cached", _EAGER, ("torch-cached",)),
+        # In whichever precision is its fastest.
+        ("torch-compile", _COMPILED, ("torch-compile", "torch-compile-fp16")),
+    ):
+        known = [run.total.p50 for run in others if run.subject in names]
         times = min(known) / p50 if known and p50 else None
         yield Goal(
-            f"{where}, times as fast as {baseline}{name}",
+            f"{where}, times as fast as {what}{name}",
             f"at least {least:g}",
             times,
             None if times is None else times >= least,
         )
-
-
-def _p50_of(runs: list[Run], ratio: Ratio) -> float:
-    for run in runs:
-        if (run.subject, run.k, run.n) == (ratio.subject, ratio.k, ratio.n):
-            return run.total.p50
-    return float("inf")
 
 
 def _at_most(name: str, found: float | None, most: float) -> Goal:

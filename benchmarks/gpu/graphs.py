@@ -22,6 +22,7 @@ from recallseg.runtime.query.device_workspace import DeviceWorkspace
 __all__ = ["measure_graphs"]
 
 WARM_UPS = 5
+LEAST_ROUNDS = 10
 GRAPHS = ("embed", "encode", "attend", "decode")
 _ONCE = ("embed", "encode")  # they know neither k nor n
 
@@ -33,12 +34,14 @@ def measure_graphs(
     ns: Sequence[int],
     *,
     rounds: int,
+    seconds: float,
     step: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return, for every graph, k and n, milliseconds on the device and to queue it.
 
-    Inputs are noise of the size that normalised images and memories have; kernels take the same
-    time for any numbers that are no subnormals.
+    Each runs ``rounds`` times, or as often as ``seconds`` allow. Inputs are noise of the size that
+    normalised images and memories have; kernels take the same time for any numbers that are no
+    subnormals.
 
     Raises
     ------
@@ -67,15 +70,22 @@ def measure_graphs(
                     continue
                 step(f"{graph}, k = {k}, n = {n}")
                 named = {**tensors, "image": workspace.tensors.get(f"{graph}_image")}
-                spent, queued = [], []
+                spent: list[float] = []
+                queued: list[float] = []
+                allocations = device.allocations
+                until = perf_counter() + seconds
                 for number in range(WARM_UPS + rounds):
+                    if perf_counter() > until and len(spent) >= LEAST_ROUNDS:
+                        break
                     first.record(device.stream)
                     start = perf_counter()
                     composition.run(graph, {key: t for key, t in named.items() if t is not None})
                     queuing = (perf_counter() - start) * 1e3
                     last.record(device.stream)
                     last.synchronize()
-                    if number >= WARM_UPS:
+                    if number < WARM_UPS:
+                        allocations = device.allocations
+                    else:
                         spent.append(last.since(first))
                         queued.append(queuing)
                 runs.append(
@@ -85,6 +95,7 @@ def measure_graphs(
                         "n": None if graph in _ONCE else n,
                         "device_ms": asdict(Distribution.of(spent)),
                         "queue_ms": asdict(Distribution.of(queued)),
+                        "allocations": device.allocations - allocations,
                     }
                 )
     return {

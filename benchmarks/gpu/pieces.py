@@ -38,6 +38,12 @@ Step = Callable[[str], None]
 
 TESTS_TIMEOUT_S = 540
 """For the tests marked gpu: a piece ends within ten minutes."""
+USUAL_K = 4
+OVERHEAD_MINUTES = 2.0
+"""To load engines three times, prove them once, make a library and start a process."""
+COMPILE_MINUTES = 3.0
+"""For torch.compile, of four graphs."""
+CUT_OFF = "the process ended while this was measured; remove {file} to measure it again"
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class GpuPlan:
     bundles : folders; one for each image size.
     engines, precisions, ks, ns : every combination is measured, with CUDA graphs and without.
     queries : of each combination; at least 1,000 for figures of the tail.
-    baselines : PyTorch's, beside each first precision without CUDA graphs.
+    most_seconds : for the queries of one combination; slow ones get fewer, and say so.
+    baselines : PyTorch's, each beside the first engine that runs here in the first precision.
     torch_device : where they run.
     seconds : for one baseline at one (k, n).
     tests : the repository's folder of tests, or None where there is none.
@@ -61,6 +68,7 @@ class GpuPlan:
     ks: tuple[int, ...] = (1, 4, 16)
     ns: tuple[int, ...] = (1, 3)
     queries: int = 1000
+    most_seconds: float = 120.0
     baselines: tuple[str, ...] = ()
     torch_device: str = "cuda"
     seconds: float = 60.0
@@ -69,10 +77,14 @@ class GpuPlan:
 
 @dataclass(frozen=True)
 class Piece:
-    """A file to be made: its name without ``.json``, and what makes its contents."""
+    """A file to be made: its name without ``.json``, and what makes its contents.
+
+    ``minutes`` is what it may take: none is begun that would end too late.
+    """
 
     name: str
     measure: Callable[[Step], Any]
+    minutes: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,53 +102,119 @@ class Outcome:
 
 
 def pieces_of(plan: GpuPlan) -> Iterator[Piece]:
-    """Yield all pieces, the cheap ones that say whether the rest makes sense first."""
+    """Yield all pieces, in the order in which they are worth a GPU's time.
+
+    First what says whether the rest makes sense; then, for the usual k, every engine and what
+    PyTorch does, which is all that most goals need; then the other k, and last each graph alone.
+    """
     yield Piece("machine", lambda step: _machine())
     if plan.tests is not None:
         tests = plan.tests
-        yield Piece("tests", lambda step: _tests(tests))
-    yield Piece("kernels", measure_kernels)
+        yield Piece("tests", lambda step: _tests(tests), TESTS_TIMEOUT_S / 60.0)
+    yield Piece("kernels", measure_kernels, 2.0)
+    choices = [
+        RuntimeChoice(engine, precision, None, cuda_graphs=cuda_graphs)
+        for engine in plan.engines
+        for precision in plan.precisions
+        for cuda_graphs in ((False, True) if _on_gpu(engine) else (False,))
+    ]
+    for k in sorted(plan.ks, key=lambda k: (k != USUAL_K, k)):
+        for folder in plan.bundles:
+            for choice in choices:
+                yield _of_queries(plan, folder, choice, k)
+        for folder in plan.bundles:
+            for baseline in plan.baselines:
+                for n in plan.ns:
+                    yield _of_baseline(plan, folder, baseline, k, n)
     for folder in plan.bundles:
+        for choice in choices:
+            if _on_gpu(choice.engine):
+                yield _of_graphs(plan, folder, choice)
+
+
+def _on_gpu(engine: str) -> bool:
+    return engine_class(engine).place == "device"
+
+
+def _stem(folder: Path, choice: RuntimeChoice) -> str:
+    return f"{folder.name}-{choice.name.replace(' ', '-')}"
+
+
+def _of_queries(plan: GpuPlan, folder: Path, choice: RuntimeChoice, k: int) -> Piece:
+    latency = LatencyPlan(
+        choices=(choice,),
+        ks=(k,),
+        ns=plan.ns,
+        queries=plan.queries,
+        most_seconds=plan.most_seconds,
+        # It takes a process for each n, and depends on neither.
+        cold_starts=k == USUAL_K or USUAL_K not in plan.ks,
+    )
+    minutes = OVERHEAD_MINUTES + len(plan.ns) * plan.most_seconds / 60.0
+    return Piece(f"queries-{_stem(folder, choice)}-k{k}", _latency(folder, latency), minutes)
+
+
+def _of_baseline(plan: GpuPlan, folder: Path, baseline: str, k: int, n: int) -> Piece:
+    def measure(step: Step) -> Any:
+        why = EngineUnavailableError("no engine was asked for.")
         for engine in plan.engines:
-            graphs = (False, True) if engine_class(engine).place == "device" else (False,)
-            for precision in plan.precisions:
-                for cuda_graphs in graphs:
-                    choice = RuntimeChoice(engine, precision, None, cuda_graphs=cuda_graphs)
-                    yield from _of_choice(plan, folder, choice)
+            latency = LatencyPlan(
+                choices=(RuntimeChoice(engine, plan.precisions[0], None),),
+                ks=(k,),
+                ns=(n,),
+                queries=plan.queries,
+                most_seconds=plan.most_seconds,
+                baselines=(baseline,),
+                seconds=plan.seconds,
+                torch_device=plan.torch_device,
+                cold_starts=False,
+            )
+            try:
+                return _latency(folder, latency)(step)
+            except EngineUnavailableError as error:
+                why = error
+        raise why
+
+    minutes = OVERHEAD_MINUTES + COMPILE_MINUTES + (plan.most_seconds + plan.seconds) / 60.0
+    return Piece(f"baseline-{folder.name}-{baseline}-k{k}-n{n}", measure, minutes)
 
 
-def _of_choice(plan: GpuPlan, folder: Path, choice: RuntimeChoice) -> Iterator[Piece]:
-    stem = f"{folder.name}-{choice.name.replace(' ', '-')}"
-    if engine_class(choice.engine).place == "device":
-        yield Piece(
-            f"graphs-{stem}",
-            lambda step: measure_graphs(
-                Bundle.open(folder), choice, plan.ks, plan.ns, rounds=plan.queries, step=step
-            ),
-        )
-    first = choice.precision == plan.precisions[0] and not choice.cuda_graphs
-    for k in plan.ks:
-        latency = LatencyPlan(
-            choices=(choice,),
-            ks=(k,),
-            ns=plan.ns,
-            queries=plan.queries,
-            baselines=plan.baselines if first else (),
-            seconds=plan.seconds,
-            torch_device=plan.torch_device,
-        )
-        yield Piece(f"queries-{stem}-k{k}", _latency(folder, latency))
+def _of_graphs(plan: GpuPlan, folder: Path, choice: RuntimeChoice) -> Piece:
+    combinations = 2 + 2 * len(plan.ks) * len(plan.ns)
+    seconds = plan.most_seconds * 2 / combinations
+    return Piece(
+        f"graphs-{_stem(folder, choice)}",
+        lambda step: measure_graphs(
+            _bundle(folder, choice), choice, plan.ks, plan.ns,
+            rounds=plan.queries, seconds=seconds, step=step,
+        ),
+        OVERHEAD_MINUTES + 2 * plan.most_seconds / 60.0,
+    )  # fmt: skip
+
+
+def _bundle(folder: Path, choice: RuntimeChoice) -> Bundle:
+    """Open a bundle; EngineUnavailableError if it or the engine lacks the precision."""
+    bundle = Bundle.open(folder)
+    offered = getattr(engine_class(choice.engine), "precisions", (choice.precision,))
+    if choice.precision not in offered:
+        raise EngineUnavailableError(f"'{choice.engine}' offers {', '.join(offered)} only.")
+    try:
+        choice.variant(bundle)
+    except BundleError as error:
+        raise EngineUnavailableError(str(error)) from error
+    return bundle
 
 
 def _latency(folder: Path, latency: LatencyPlan) -> Callable[[Step], Any]:
     def measure(step: Step) -> Any:
-        bundle = Bundle.open(folder)
-        choice = latency.choices[0]
+        bundle = _bundle(folder, latency.choices[0])
         try:
-            choice.variant(bundle)
-        except BundleError as error:
-            raise EngineUnavailableError(str(error)) from error
-        return run_latency(bundle, latency, step).to_json()
+            return run_latency(bundle, latency, step).to_json()
+        except ModuleNotFoundError as error:
+            raise EngineUnavailableError(
+                f"PyTorch's baselines need {error.name}, which is not installed: pip install torch "
+                "transformers, torch with the CUDA of this driver."
+            ) from error
 
     return measure
 
@@ -144,9 +222,10 @@ def _latency(folder: Path, latency: LatencyPlan) -> Callable[[Step], Any]:
 def run_pieces(
     pieces: Sequence[Piece], output: Path, *, minutes: float, step: Step
 ) -> list[Outcome]:
-    """Do the pieces that have no file yet, and begin none after so many minutes.
+    """Do the pieces that have no file yet, as far as they end within so many minutes.
 
-    Every piece is written as soon as it is done, so that a call that was cut off loses one at most.
+    The first one is begun in any case. Every piece is written as soon as it is done, so that a call
+    that was cut off loses one at most; that one is known by its file, and not tried for ever.
 
     Returns
     -------
@@ -160,25 +239,37 @@ def run_pieces(
     output.mkdir(parents=True, exist_ok=True)
     until = monotonic() + 60.0 * minutes
     outcomes = []
-    lost = ""
+    begun = False
+    lost = False
     for piece in pieces:
         file = output / f"{piece.name}.json"
         if file.is_file():
             outcomes.append(_read(file))
             continue
-        if lost or monotonic() > until:
+        if lost or (begun and monotonic() + 60.0 * piece.minutes > until):
             continue
+        begun = True
         step(piece.name)
+        _write(file, Outcome(piece.name, "failed", CUT_OFF.format(file=file.name)))
         try:
             outcome = Outcome(piece.name, "measured", found=piece.measure(step))
         except EngineUnavailableError as error:
             outcome = Outcome(piece.name, "empty", str(error))
         except RecallSegError as error:
             outcome = Outcome(piece.name, "failed", str(error))
-            lost = str(error) if isinstance(error, DeviceLostError) else ""
-        replace_file(file, json.dumps(asdict(outcome), indent=1, allow_nan=False).encode())
+            lost = isinstance(error, DeviceLostError)
+        except Exception as error:  # of PyTorch, say, which may be out of memory at k = 16
+            outcome = Outcome(piece.name, "failed", f"{type(error).__name__}: {error}")
+        except BaseException:
+            file.unlink()  # interrupted: it was no failure of the piece
+            raise
+        _write(file, outcome)
         outcomes.append(outcome)
     return outcomes
+
+
+def _write(file: Path, outcome: Outcome) -> None:
+    replace_file(file, json.dumps(asdict(outcome), indent=1, allow_nan=False).encode())
 
 
 def _read(file: Path) -> Outcome:

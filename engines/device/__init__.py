@@ -5,7 +5,13 @@ same code, and runs on :class:`recallseg.engines.device.fake.FakeDriver` as well
 """
 
 from recallseg.engines.device.device import Device, DeviceFacts, open_device
-from recallseg.engines.device.memory import DeviceBuffer, DeviceTensor, PinnedBuffer, adopt_tensor
+from recallseg.engines.device.memory import (
+    DeviceBuffer,
+    DeviceTensor,
+    PinnedBuffer,
+    adopt_tensor,
+    on_gpu,
+)
 from recallseg.engines.device.queues import Event, Graph, Kernels, Stream
 
 __all__ = [
@@ -19,5 +25,6 @@ __all__ = [
     "PinnedBuffer",
     "Stream",
     "adopt_tensor",
+    "on_gpu",
     "open_device",
 ]

@@ -77,6 +77,9 @@ class CudaBindings(Driver):
     def retain_primary_context(self, ordinal: int) -> int:
         return int(self._call("cuDevicePrimaryCtxRetain", self._device(ordinal)))
 
+    def context_device(self) -> int:
+        return int(self._call("cuCtxGetDevice"))
+
     def set_context(self, context: int) -> None:
         self._call("cuCtxSetCurrent", context)
 

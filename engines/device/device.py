@@ -16,6 +16,7 @@ from recallseg.engines.device.queues import Event, Kernels, Stream
 from recallseg.engines.errors import (
     DeviceLostError,
     DeviceMemoryError,
+    EngineError,
     EngineUnavailableError,
     InputError,
 )
@@ -78,12 +79,15 @@ class Device:
     ------
     EngineUnavailableError
         If there is no GPU of that number, or its driver is too old.
+    InputError
+        If the current context is on another GPU.
     """
 
     def __init__(self, driver: Driver, ordinal: int = 0, stream: Any = None) -> None:
         self.driver, self.ordinal = driver, ordinal
         self.allocations, self.live_bytes = 0, 0
         self._lost: DeviceLostError | None = None
+        self._awaited: Event | None = None
         version = self.call(driver.version)
         if version < OLDEST_DRIVER:
             raise EngineUnavailableError(
@@ -98,7 +102,14 @@ class Device:
                 "CUDA_VISIBLE_DEVICES, or choose engine onnxruntime-cpu."
             )
         self._context = self.call(driver.current_context)
-        if not self._context:
+        if self._context:
+            here = self.call(driver.context_device)
+            if here != ordinal:
+                raise InputError(
+                    f"GPU {ordinal} was asked for, and the context that is current in this thread "
+                    f"is on GPU {here}. Ask for that one, or make no context current."
+                )
+        else:
             self._context = self.call(driver.retain_primary_context, ordinal)
             self.call(driver.set_context, self._context)
 
@@ -134,6 +145,11 @@ class Device:
             raise explained from error
 
     @property
+    def primary(self) -> bool:
+        """Whether its context is the GPU's primary one, the only one that CUDA's runtime uses."""
+        return self.call(self.driver.retain_primary_context, self.ordinal) == self._context
+
+    @property
     def lost(self) -> bool:
         """Whether it has failed for good."""
         return self._lost is not None
@@ -145,6 +161,18 @@ class Device:
     def synchronize(self) -> None:
         """Wait until everything that anybody queued in the context is done."""
         self.call(self.driver.synchronize)
+
+    def probe(self) -> None:
+        """Raise DeviceLostError if the device is lost; what else a wait may say is let go.
+
+        For when a library failed and said why in its own words.
+        """
+        try:
+            self.synchronize()
+        except DeviceLostError:
+            raise
+        except EngineError:
+            return  # as while recording, when nobody may wait: the library's words stand
 
     def free_memory(self) -> int:
         """Return the bytes that are free now."""
@@ -193,6 +221,19 @@ class Device:
         """Return an event."""
         return Event(self)
 
+    def wait_for(self, stream: int) -> None:
+        """Let :attr:`stream` wait for whatever is queued on another now, known by its handle.
+
+        Where the provider cannot name a foreign stream, this thread waits, for everything.
+        """
+        if not self.driver.foreign_streams:
+            self.synchronize()
+        elif (other := self.adopt_stream(stream)).handle != self.stream.handle:
+            if self._awaited is None:
+                self._awaited = self.new_event()
+            self._awaited.record(other)
+            self.stream.wait(self._awaited)
+
     def load_kernels(self, image: bytes) -> Kernels:
         """Return the functions of a compiled image; EngineRunError if this GPU takes none of it."""
         return Kernels(self, image)
@@ -237,8 +278,11 @@ class Device:
     def destroy(self, function: str, handle: int) -> None:
         """Give something back. On a lost device there is nothing left to give back."""
         if self._lost is None:
-            self.enter()
-            self.call(getattr(self.driver, function), handle)
+            try:
+                self.enter()
+                self.call(getattr(self.driver, function), handle)
+            except DeviceLostError:  # lost to another user of it; whoever goes on here is told
+                return
 
 
 def open_device(provider: Provider = "auto", ordinal: int = 0, stream: Any = None) -> Device:

@@ -22,6 +22,7 @@ from recallseg.engines.errors import (
 __all__ = ["Driver", "DriverError", "explain"]
 
 OUT_OF_MEMORY = 2
+LEGACY_STREAM = 1  # CU_STREAM_LEGACY
 LOST = {
     46: "the device is busy or was taken away",
     214: "an uncorrectable memory error (ECC)",
@@ -84,8 +85,8 @@ def explain(error: DriverError) -> EngineError:
         )
     if status in _IMAGES:
         return EngineRunError(
-            f"the GPU does not take these kernels: {error}. Build them for its compute capability "
-            "(docs/native-kernels.md)."
+            f"the GPU does not take these kernels: {error}. Build them for its compute capability, "
+            "with a CUDA that is no newer than the driver (docs/native-kernels.md)."
         )
     return EngineRunError(f"{error}.")
 
@@ -96,6 +97,8 @@ class Driver(ABC):
     name: ClassVar[str]
     graphs: ClassVar[bool] = True
     """Whether work can be captured into CUDA graphs."""
+    foreign_streams: ClassVar[bool] = True
+    """Whether a stream can be used of which only the handle is known."""
 
     # Device and context
 
@@ -119,6 +122,10 @@ class Driver(ABC):
 
     @abstractmethod
     def retain_primary_context(self, ordinal: int) -> int: ...
+
+    @abstractmethod
+    def context_device(self) -> int:
+        """Which GPU the current context is on."""
 
     @abstractmethod
     def set_context(self, context: int) -> None: ...
@@ -179,7 +186,9 @@ class Driver(ABC):
         for name in ("handle", "ptr", "cuda_stream"):
             stream = getattr(stream, name, stream)
         try:
-            return int(stream)
+            # 0 is what libraries take for "none was given": ONNX Runtime would make its own. The
+            # default stream's other name says what is meant.
+            return int(stream) or LEGACY_STREAM
         except (TypeError, ValueError) as error:
             raise InputError(f"{type(stream).__name__} is no CUDA stream.") from error
 

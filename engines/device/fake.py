@@ -1,15 +1,17 @@
 """A device in the host's memory, on any machine: for tests of everything above the driver.
 
-Work is done when it is queued, unless a stream is being captured; then it is recorded. Every call
-is checked as a driver checks it (addresses inside live allocations, handles that exist), and any
-call can be told to fail.
+Work is done when it is queued, or, as late as a driver may, when somebody waits for it; in a stream
+that is being captured it is recorded. Every call is checked as a driver checks it (addresses inside
+live allocations, handles that exist), and any call can be told to fail.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Union
 
 import numpy as np
 
@@ -24,6 +26,24 @@ Kernel = Callable[[tuple[int, int, int], tuple[int, int, int], Sequence[Any]], N
 """What stands in for a kernel: grid, block, and its arguments (ctypes scalars)."""
 
 
+@dataclass
+class _Mark:
+    """A place in a stream's queue that an event was recorded at."""
+
+    stream: int
+    reached: bool = False
+
+
+@dataclass(frozen=True)
+class _Wait:
+    """Nothing behind it runs before the mark is reached."""
+
+    mark: _Mark
+
+
+_Queued = Union[Callable[[], object], _Mark, _Wait]
+
+
 class FakeDriver(Driver):
     """See the module.
 
@@ -35,6 +55,8 @@ class FakeDriver(Driver):
     cuda : CUDA version of the driver.
     devices : how many there are.
     kernels : by name; an image is loaded if it contains their names.
+    deferred : do queued work when somebody waits for it and no sooner: whatever is reused too early
+        on the host, or not ordered between streams, comes out wrong.
 
     Attributes
     ----------
@@ -52,6 +74,7 @@ class FakeDriver(Driver):
         cuda: int = 12060,
         devices: int = 1,
         kernels: dict[str, Kernel] | None = None,
+        deferred: bool = False,
     ) -> None:
         self.total = memory
         self.calls: list[str] = []
@@ -59,7 +82,10 @@ class FakeDriver(Driver):
         self._kernels = kernels or {}
         self._blocks: dict[int, np.ndarray[Any, Any]] = {}
         self._pinned: dict[int, np.ndarray[Any, Any]] = {}
-        self._things: dict[int, Any] = {}
+        # The default streams are always there.
+        self._things: dict[int, Any] = {1: ("default stream", []), 2: ("default stream", [])}
+        self._deferred = deferred
+        self._pending: dict[int, deque[_Queued]] = {}
         self._next = 1000
         self._context = 0
         self._faults: dict[str, tuple[int, int]] = {}
@@ -74,7 +100,7 @@ class FakeDriver(Driver):
     @property
     def live(self) -> dict[str, int]:
         """How many things of each kind have not been given back."""
-        kinds = [kind for kind, *_ in self._things.values()]
+        kinds = [kind for kind, *_ in self._things.values() if kind != "default stream"]
         return {
             "buffers": len(self._blocks),
             "pinned": len(self._pinned),
@@ -103,7 +129,7 @@ class FakeDriver(Driver):
 
     def _get(self, handle: int, kind: str, call: str) -> Any:
         found = self._things.get(handle)
-        if found is None or found[0] != kind:
+        if found is None or not str(found[0]).endswith(kind):
             raise DriverError(_INVALID_HANDLE, call, f"{handle} is no {kind}")
         return found
 
@@ -126,8 +152,29 @@ class FakeDriver(Driver):
             self._get(stream, "stream", call)
         if self._capturing is not None and self._capturing == stream:
             self._things[stream][1].append(work)
+        elif self._deferred:
+            self._pending.setdefault(stream, deque()).append(work)
         else:
             work()
+
+    def _drain(self, stream: int, until: _Mark | None = None) -> None:
+        """Do what is pending in a stream, and in others as far as it waits for them."""
+        pending = self._pending.get(stream, deque())
+        while pending and not (until is not None and until.reached):
+            work = pending.popleft()
+            if isinstance(work, _Mark):
+                work.reached = True
+            elif not isinstance(work, _Wait):
+                work()
+            elif not work.mark.reached:
+                self._drain(work.mark.stream, work.mark)
+
+    def _drain_all(self) -> None:
+        for stream in list(self._pending):
+            self._drain(stream)
+
+    def _is_pinned(self, host: int) -> bool:
+        return any(start <= host < start + block.nbytes for start, block in self._pinned.items())
 
     # Device and context
 
@@ -154,12 +201,17 @@ class FakeDriver(Driver):
         self._enter("retain_primary_context", needs_context=False)
         return 1
 
+    def context_device(self) -> int:
+        self._enter("context_device")
+        return 0
+
     def set_context(self, context: int) -> None:
         self._enter("set_context", needs_context=False)
         self._context = context
 
     def synchronize(self) -> None:
         self._enter("synchronize")
+        self._drain_all()
 
     # Memory
 
@@ -177,6 +229,7 @@ class FakeDriver(Driver):
 
     def free(self, address: int) -> None:
         self._enter("free")
+        self._drain_all()
         if self._blocks.pop(address, None) is None:
             raise DriverError(_INVALID_VALUE, "free", f"{address:#x} is not allocated")
 
@@ -186,6 +239,7 @@ class FakeDriver(Driver):
 
     def free_pinned(self, address: int) -> None:
         self._enter("free_pinned")
+        self._drain_all()
         if self._pinned.pop(address, None) is None:
             raise DriverError(_INVALID_VALUE, "free_pinned", f"{address:#x} is not allocated")
 
@@ -203,12 +257,17 @@ class FakeDriver(Driver):
     def copy_in(self, address: int, host: int, size: int, stream: int) -> None:
         self._enter("copy_in")
         self._inside(address, size, "copy_in")
-        self._queue(stream, lambda: ctypes.memmove(address, host, size), "copy_in")
+        source: Any = host
+        if self._deferred and not self._is_pinned(host):
+            source = ctypes.string_at(host, size)  # CUDA has such memory staged when it returns
+        self._queue(stream, lambda: ctypes.memmove(address, source, size), "copy_in")
 
     def copy_out(self, host: int, address: int, size: int, stream: int) -> None:
         self._enter("copy_out")
         self._inside(address, size, "copy_out")
         self._queue(stream, lambda: ctypes.memmove(host, address, size), "copy_out")
+        if not self._is_pinned(host) and self._capturing != stream:
+            self._drain(stream)  # CUDA returns when such memory is filled
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         self._enter("copy")
@@ -235,15 +294,18 @@ class FakeDriver(Driver):
         self._get(stream, "stream", "synchronize_stream")
         if self._capturing == stream:
             raise DriverError(_CAPTURE_UNSUPPORTED, "synchronize_stream", "not while capturing")
+        self._drain(stream)
 
     def wait_event(self, stream: int, event: int) -> None:
         self._enter("wait_event")
         self._get(stream, "stream", "wait_event")
-        self._get(event, "event", "wait_event")
+        mark = self._get(event, "event", "wait_event")[1][1]
+        if mark is not None:
+            self._pending.setdefault(stream, deque()).append(_Wait(mark))
 
     def create_event(self) -> int:
         self._enter("create_event")
-        return self._new("event", [None])
+        return self._new("event", [None, None])
 
     def destroy_event(self, event: int) -> None:
         self._drop(event, "event", "destroy_event")
@@ -251,12 +313,17 @@ class FakeDriver(Driver):
     def record_event(self, event: int, stream: int) -> None:
         self._enter("record_event")
         self._clock += 1.0
-        self._get(event, "event", "record_event")[1][0] = self._clock
         self._get(stream, "stream", "record_event")
+        mark = _Mark(stream) if self._deferred else None
+        self._get(event, "event", "record_event")[1][:] = self._clock, mark
+        if mark is not None:
+            self._pending.setdefault(stream, deque()).append(mark)
 
     def synchronize_event(self, event: int) -> None:
         self._enter("synchronize_event")
-        self._get(event, "event", "synchronize_event")
+        mark = self._get(event, "event", "synchronize_event")[1][1]
+        if mark is not None:
+            self._drain(mark.stream, mark)
 
     def elapsed_ms(self, start: int, end: int) -> float:
         self._enter("elapsed_ms")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from recallseg.engines.errors import EngineRunError, InputError
 if TYPE_CHECKING:
     from recallseg.engines.device.device import Device
 
-__all__ = ["DeviceBuffer", "DeviceTensor", "PinnedBuffer", "adopt_tensor"]
+__all__ = ["DeviceBuffer", "DeviceTensor", "PinnedBuffer", "adopt_tensor", "on_gpu"]
 
 ALIGNMENT = 16
 """Bytes that an address handed to the engines must be a multiple of: kernels load four floats."""
@@ -84,6 +84,7 @@ class DeviceTensor:
     shape, dtype : as numpy's.
     owner : what keeps the memory alive.
     stream : handle of the stream on which its contents become valid; None if they are.
+    read_only : its owner wants nobody to write there.
     """
 
     address: int
@@ -91,6 +92,7 @@ class DeviceTensor:
     dtype: np.dtype[Any]
     owner: object = None
     stream: int | None = None
+    read_only: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -101,9 +103,15 @@ class DeviceTensor:
         """Return the first ``count`` along the first axis; they share memory."""
         if not 0 <= count <= self.shape[0]:
             raise EngineRunError(f"{count} rows of {self.shape[0]} were asked for.")
-        return DeviceTensor(
-            self.address, (count, *self.shape[1:]), self.dtype, self.owner, self.stream
-        )
+        return replace(self, shape=(count, *self.shape[1:]))
+
+    def part(self, first: int, count: int) -> DeviceTensor:
+        """Return ``count`` from ``first`` on along the first axis; they share memory."""
+        if not 0 <= first <= first + count <= self.shape[0]:
+            raise EngineRunError(
+                f"rows {first} to {first + count} of {self.shape[0]} were asked for."
+            )
+        return replace(self.row(first) if count else self, shape=(count, *self.shape[1:]))
 
     def row(self, index: int) -> DeviceTensor:
         """Return one element along the first axis; it shares memory."""
@@ -111,7 +119,7 @@ class DeviceTensor:
             raise EngineRunError(f"row {index} of {self.shape[0]} was asked for.")
         rest = self.shape[1:]
         address = self.address + index * prod(rest) * self.dtype.itemsize
-        return DeviceTensor(address, rest, self.dtype, self.owner, self.stream)
+        return replace(self, address=address, shape=rest)
 
     def reshape(self, *shape: int) -> DeviceTensor:
         """Return the first elements in another shape; they share memory."""
@@ -119,27 +127,43 @@ class DeviceTensor:
             raise EngineRunError(
                 f"a tensor of shape {self.shape} has too few elements for {shape}."
             )
-        return DeviceTensor(self.address, shape, self.dtype, self.owner, self.stream)
+        return replace(self, shape=shape)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
-            "data": (self.address, False),
+            "data": (self.address, self.read_only),
             "strides": None,
             "stream": self.stream or None,
             "version": 3,
         }
 
 
+def on_gpu(array: Any) -> bool:
+    """Whether an array says that it lies on a GPU."""
+    if isinstance(array, np.ndarray):
+        return False
+    if hasattr(array, "__dlpack_device__"):
+        from recallseg.engines.device.dlpack import lies_on_gpu
+
+        return lies_on_gpu(array)
+    return hasattr(array, "__cuda_array_interface__")
+
+
 def adopt_tensor(source: Any, device: Device) -> DeviceTensor:
     """Take a caller's array on the device as it is, without a copy.
 
+    What its owner queued on it is done before whatever is queued on ``device.stream`` from now on:
+    the producer is told that stream (DLPack), or the stream that the array names is waited for
+    (``__cuda_array_interface__`` version 3). An array that names none is taken to be ready.
+
     Parameters
     ----------
-    source : anything with ``__cuda_array_interface__`` (CuPy, PyTorch, Numba, PyCUDA) or, on the
-        device, with ``__dlpack__``. It must stay alive and unchanged until the result is there.
+    source : anything on the device with ``__dlpack__`` (CuPy, PyTorch) or
+        ``__cuda_array_interface__`` (those, Numba, PyCUDA). It must stay alive and unchanged until
+        the result is there.
     device : that it must lie on.
 
     Raises
@@ -149,12 +173,12 @@ def adopt_tensor(source: Any, device: Device) -> DeviceTensor:
     """
     if isinstance(source, DeviceTensor):
         tensor = source
-    elif hasattr(source, "__cuda_array_interface__"):
-        tensor = _from_interface(source.__cuda_array_interface__, source)
     elif hasattr(source, "__dlpack__"):
         from recallseg.engines.device.dlpack import read_dlpack
 
-        tensor = read_dlpack(source, device.ordinal)
+        tensor = read_dlpack(source, device.ordinal, device.stream.handle)
+    elif hasattr(source, "__cuda_array_interface__"):
+        tensor = _from_interface(source.__cuda_array_interface__, source)
     else:
         raise InputError(
             "an array on the GPU must have __cuda_array_interface__ or __dlpack__; got "
@@ -178,6 +202,8 @@ def adopt_tensor(source: Any, device: Device) -> DeviceTensor:
             f"the array's address {tensor.address:#x} belongs to {where}, the engine runs on GPU "
             f"{device.ordinal}. It was freed, or has to be copied there first."
         )
+    if tensor.stream is not None:
+        device.wait_for(tensor.stream)
     return tensor
 
 
@@ -192,10 +218,15 @@ def _from_interface(interface: Mapping[str, Any], owner: object) -> DeviceTensor
     wanted = contiguous_strides(shape, dtype.itemsize)
     if strides is not None and prod(shape) > 1 and tuple(strides) != wanted:
         raise InputError(
-            f"a frame on the GPU must be contiguous; this one has strides {tuple(strides)}, "
+            f"an array on the GPU must be contiguous; this one has strides {tuple(strides)}, "
             f"expected {wanted}."
         )
-    return DeviceTensor(address, shape, dtype, owner, interface.get("stream"))
+    if interface.get("mask") is not None:
+        raise InputError("a masked array on the GPU cannot be taken: fill in what is masked.")
+    stream, read_only = interface.get("stream"), bool(interface["data"][1])
+    return DeviceTensor(
+        address, shape, dtype, owner, None if stream is None else int(stream), read_only
+    )
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ class PyCuda(Driver):
 
     name: ClassVar[str] = "pycuda"
     graphs: ClassVar[bool] = False
+    foreign_streams: ClassVar[bool] = False
 
     def __init__(self) -> None:
         try:
@@ -88,6 +89,11 @@ class PyCuda(Driver):
         context = self._call("retain_primary_context", of=self._call("Device", ordinal))
         return self._keep(int(context.handle), context)
 
+    def context_device(self) -> int:
+        here = self._call("get_device", of=self._api.Context).pci_bus_id()
+        count = self.device_count()
+        return next(n for n in range(count) if self._api.Device(n).pci_bus_id() == here)
+
     def set_context(self, context: int) -> None:
         current = self._call("get_current", of=self._api.Context)
         if current is None or int(current.handle) != context:
@@ -128,9 +134,7 @@ class PyCuda(Driver):
 
     def ordinal_of(self, address: int) -> int:
         self._call("mem_get_address_range", address)  # refuses what is nobody's
-        here = self._call("get_device", of=self._api.Context).pci_bus_id()
-        count = self.device_count()
-        return next(n for n in range(count) if self._api.Device(n).pci_bus_id() == here)
+        return self.context_device()
 
     def copy_in(self, address: int, host: int, size: int, stream: int) -> None:
         self._call("memcpy_htod_async", address, _bytes_at(host, size), self._kept[stream])

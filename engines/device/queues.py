@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recallseg.engines.device.driver import LEGACY_STREAM
 from recallseg.engines.device.memory import DeviceTensor
-from recallseg.engines.errors import EngineRunError, EngineUnavailableError
+from recallseg.engines.errors import EngineError, EngineRunError, EngineUnavailableError
 
 if TYPE_CHECKING:
     from recallseg.engines.device.device import Device
@@ -77,26 +78,33 @@ class Stream:
         Raises
         ------
         EngineUnavailableError
-            If the provider knows no graphs.
+            If the provider knows no graphs, or this is the default stream, which has none.
         """
         driver = self._device.driver
         if not driver.graphs:
             raise EngineUnavailableError(
                 f"provider {driver.name} knows no CUDA graphs: use cuda-bindings, or do without."
             )
+        if self.handle == LEGACY_STREAM:
+            raise EngineUnavailableError(
+                "CUDA's default stream cannot be recorded: pass a stream of your own to "
+                "open_device, or do without CUDA graphs."
+            )
         self._device.call(driver.begin_capture, self.handle)
         made: list[Graph] = []
-        done = False
         try:
             yield made
-            done = True
-        finally:
-            graph = self._device.call(driver.end_capture, self.handle)
-            executable = self._device.call(driver.instantiate, graph)
-            if done:
-                made.append(Graph(self._device, executable))
-            else:
-                self._device.call(driver.destroy_executable, executable)
+        except BaseException:
+            # What the block raised says more than that the recording is spoilt by it.
+            with suppress(EngineError):
+                self._end_capture()
+            raise
+        made.append(self._end_capture())
+
+    def _end_capture(self) -> Graph:
+        driver = self._device.driver
+        graph = self._device.call(driver.end_capture, self.handle)
+        return Graph(self._device, self._device.call(driver.instantiate, graph))
 
 
 class Event:

@@ -229,6 +229,11 @@ class DevicePixels:
                 f"memories are read {_FOUR} numbers at a time: expected a multiple of {_FOUR} per "
                 f"token and records aligned to {four} bytes."
             )
+        if target.pointer % (_FOUR * target.dtype.itemsize):
+            raise InputError(
+                f"memories are written {_FOUR} numbers at a time: expected them aligned to "
+                f"{_FOUR * target.dtype.itemsize} bytes."
+            )
         chosen.must_be((np.int64,), "places", (k,))
         chosen.must_be_contiguous()
         if 0 in target.shape:

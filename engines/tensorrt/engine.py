@@ -5,6 +5,8 @@ Nothing here was executed on a GPU yet; everything short of the GPU is tested wi
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +15,7 @@ from recallseg.engines.device import Device, DeviceTensor
 from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.durable import replace_file
 from recallseg.engines.engine import Engine, EngineOptions
-from recallseg.engines.errors import EngineRunError, PlanError
+from recallseg.engines.errors import DeviceMemoryError, EngineRunError, PlanError
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.tensorrt.building import VARIANTS
 from recallseg.engines.tensorrt.flavour import FLAVOURS
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
 __all__ = ["TensorRt", "TensorRtRtx"]
+
+
+_NO_MEMORY = re.compile(r"out ?of ?memory|cudaErrorMemoryAllocation", re.IGNORECASE)
+_SCRATCH = "device_memory_size_v2"
+"""Bytes that a context allocates when it is made; TensorRT before 10.1 does not say."""
 
 
 class TensorRt(DeviceEngine):
@@ -64,8 +71,10 @@ class TensorRt(DeviceEngine):
         self._logger = _logger(self._api, self._log)
         device.enter()
         runtime = self._api.Runtime(self._logger)
-        self._engine = runtime.deserialize_cuda_engine(plan.read())
+        plan_bytes = plan.read()
+        self._engine = runtime.deserialize_cuda_engine(plan_bytes)
         if self._engine is None:
+            self._check_memory("its plan", len(plan_bytes))
             raise PlanError(
                 f"{self.name} {self._api.__version__} does not take plan {plan.folder} "
                 f"({plan.key.version}, {plan.key.target}): {self._said()}. Build it again on this "
@@ -75,12 +84,13 @@ class TensorRt(DeviceEngine):
         if plan.key.options.get("stripped"):
             self._put_weights_back(graph)
         self._check_tensors()
+        scratch = int(getattr(self._engine, _SCRATCH, 0))
+        device.require(scratch, f"What graph '{spec.name}' works in, with {self.name},")
         self._context = self._make_context()
         if self._context is None:
+            self._check_memory("its scratch memory", scratch)
             raise EngineRunError(
-                f"graph '{spec.name}': {self.name} makes no execution context: {self._said()}. "
-                "Is there enough GPU memory? 'recallseg doctor --budget' says what is needed; "
-                "build with a smaller --max-k or --max-n."
+                f"graph '{spec.name}': {self.name} makes no execution context: {self._said()}."
             )
         self._addresses: dict[str, int] = {}
 
@@ -105,8 +115,16 @@ class TensorRt(DeviceEngine):
     def _make_context(self) -> Any:
         return self._engine.create_execution_context()
 
-    def finish_compilation(self) -> None:
-        """Keep what was compiled on the device while the engine ran; nothing for TensorRT."""
+    def _check_memory(self, what: str, nbytes: int) -> None:
+        """Raise DeviceMemoryError if that is what TensorRT complains of."""
+        self.device.probe()
+        if _NO_MEMORY.search(self._said()):
+            raise DeviceMemoryError(
+                f"graph '{self.spec.name}': the GPU has no room for {what}, "
+                f"{nbytes / 2**20:.0f} MiB; {self.device.free_memory() / 2**20:.0f} MiB are free: "
+                f"{self._said()}. Close other programs that use the GPU, or build with a smaller "
+                "--max-k or --max-n; 'recallseg doctor --budget' says what is needed."
+            )
 
     def _put_weights_back(self, graph: Path | None) -> None:
         if graph is None:
@@ -151,6 +169,7 @@ class TensorRt(DeviceEngine):
                     )
                 self._addresses[name] = tensor.address
         if not context.execute_async_v3(self.stream.handle):
+            self.device.probe()  # says so if the device is lost
             raise EngineRunError(f"graph '{self.spec.name}': {self.name} failed: {self._said()}.")
 
     def _check_profile(self, inputs: Mapping[str, DeviceTensor]) -> None:
@@ -185,13 +204,23 @@ class TensorRt(DeviceEngine):
 
 
 class TensorRtRtx(TensorRt):
-    """The same with TensorRT-RTX, which compiles kernels on the device when they are first used."""
+    """The same with TensorRT-RTX, which compiles kernels on the device when they are first used.
+
+    It does so at the first call of every set of shapes, and keeps what it compiled beside the plan
+    (where that folder can be written), so that the next process does not compile it again.
+    """
 
     name: ClassVar[str] = "tensorrt-rtx"
 
     def _make_context(self) -> Any:
         """Make a context that takes its kernels from the runtime cache, if there is one."""
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         settings = self._engine.create_runtime_config()
+        # By default it compiles in the background and uses other kernels meanwhile: those would be
+        # proven and recorded, and these would run.
+        settings.dynamic_shapes_kernel_specialization_strategy = (
+            self._api.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
         self._kernels = settings.create_runtime_cache()
         path = self._kernel_file()
         # The cache checks device, driver and version itself; refused, it fills itself anew.
@@ -199,10 +228,25 @@ class TensorRtRtx(TensorRt):
         settings.set_runtime_cache(self._kernels)
         return self._engine.create_execution_context(settings)
 
-    def finish_compilation(self) -> None:
+    def _enqueue(
+        self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
+    ) -> None:
+        super()._enqueue(inputs, outputs)
+        shapes = tuple(tensor.shape for tensor in inputs.values())
+        if shapes not in self._shapes:
+            self._shapes.add(shapes)
+            self._keep_kernels()
+
+    def _keep_kernels(self) -> None:
+        """Write the runtime cache, if it holds what the file does not.
+
+        A folder that is read-only, as one that was shipped, stays as it is.
+        """
         path = self._kernel_file()
-        with writing(path):
-            replace_file(path, bytes(memoryview(self._kernels.serialize())))
+        found = bytes(memoryview(self._kernels.serialize()))
+        if os.access(path.parent, os.W_OK) and not (path.is_file() and path.read_bytes() == found):
+            with writing(path):
+                replace_file(path, found)
 
     def _kernel_file(self) -> Path:
         device = self.device.facts

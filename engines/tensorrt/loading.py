@@ -88,8 +88,6 @@ def load_verified(
             f"engine '{kind.name}' in {precision} is not used on {device}: {refused[0].reason}. "
             "Choose another precision, or build it again: recallseg build --rebuild."
         )
-    for engine in engines.values():
-        engine.finish_compilation()
     return {graph: engines[graph] for graph in graphs}
 
 

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.budget import graph_bytes
 from recallseg.engines.composition import Composition
-from recallseg.engines.device import Device, DeviceTensor, adopt_tensor, open_device
+from recallseg.engines.device import Device, DeviceTensor, adopt_tensor, on_gpu, open_device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError, EngineUnavailableError, InputError
 from recallseg.engines.pixels import open_pixels
 from recallseg.engines.pixels.device import DevicePixels, kernel_image
 from recallseg.engines.pixels.native import DTYPES
-from recallseg.engines.registry import load_engines
+from recallseg.engines.registry import engine_class, load_engines
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
 from recallseg.runtime.postprocess import finish_masks
@@ -53,6 +54,7 @@ class DeviceQuery(Query):
     ) -> None:
         self._library, self._bundle = library, library.bundle
         self.device = device = gpu.device or open_device()
+        device.enter()
         self._stream, self._side = device.stream, device.new_stream()
         n, geometry = len(structures), self._bundle.geometry
         try:
@@ -65,10 +67,11 @@ class DeviceQuery(Query):
         annotated = sum(library.count(name) for name in structures)
         slot = MemoryCache.slot_bytes(geometry, dtype)
         slots = max(n * k, min(gpu.cache_bytes // slot, annotated))
+        weights = graph_bytes(self._bundle, graphs, engine_class(engine).variants, precision)
         device.require(
-            DeviceWorkspace.required_bytes(self._bundle, n=n, k=k)
-            + (0 if device.facts.integrated else slots * slot),
-            f"A workspace for {n} structures and k = {k}, with a cache of {slots} memories,",
+            DeviceWorkspace.required_bytes(self._bundle, n=n, k=k) + slots * slot + weights,
+            f"A workspace for {n} structures and k = {k}, with a cache of {slots} memories and "
+            f"{weights / 2**20:.0f} MiB of weights,",
         )
         streams = {"embed": self._side}
         options = EngineOptions(device=device, streams=streams, cuda_graphs=gpu.cuda_graphs)
@@ -79,6 +82,13 @@ class DeviceQuery(Query):
         self.group = self.workspace.group
         self.cache = MemoryCache(device, geometry, slots=slots, staged=n * k, dtype=dtype)
         self._places = device.allocate_pinned(8 * n * k)
+        # Every block of the kernel reads them: across the bus only where there is none.
+        address = self._places.device_address if device.facts.integrated else None
+        self._places_there = (
+            device.tensor((n * k,), np.int64)
+            if address is None
+            else DeviceTensor(address, (n * k,), np.dtype(np.int64), self._places)
+        )
         self._pixels = open_pixels()  # for percentiles, and for all of it without kernels
         self._prepared, self._embedded = device.new_event(), device.new_event()
         self._graphs: tuple[str, ...] = ()
@@ -88,9 +98,7 @@ class DeviceQuery(Query):
         self._busy = False
 
     def check(self, image: Any) -> Any:
-        if isinstance(image, np.ndarray):
-            return check_image(image)
-        if not hasattr(image, "__cuda_array_interface__") and not hasattr(image, "__dlpack__"):
+        if not on_gpu(image):
             return check_image(image)
         self.device.enter()
         tensor = adopt_tensor(image, self.device)
@@ -178,6 +186,12 @@ class DeviceQuery(Query):
         stream.copy_out(iou, w.all_iou)
         stream.copy_out(scores, w.all_scores)
         if self._kernels is None:
+            for given in out:
+                if given is not None and on_gpu(given):
+                    raise InputError(
+                        "out lies on the GPU, and the pixel kernels that would write there were "
+                        "not built (docs/native-kernels.md). Pass numpy arrays."
+                    )
             logits = w.room.pinned("logits", w.all_logits.shape, np.float32)
             stream.copy_out(logits, w.all_logits)
             stream.synchronize()
@@ -198,16 +212,18 @@ class DeviceQuery(Query):
         pointers: NDArray[np.float32],
     ) -> None:
         room, stream = self.workspace.room, self._stream
+        self._busy = True
         arrays = {"masks": masks, "memories": memories, "pointers": pointers}
-        made = {
-            name: room.on_device(f"new {name}", array.shape, np.float32)
-            for name, array in arrays.items()
-        }
+        made = {}
+        for name, array in arrays.items():  # room for the largest group: later calls take nothing
+            full = (max(self.group, len(array)), *array.shape[1:])
+            made[name] = room.on_device(f"new {name}", full, np.float32).rows(len(array))
         stream.copy_in(made["masks"], masks)
         self._composition.run("memorize", {**self.workspace.tensors, **made})
         stream.copy_out(memories, made["memories"])
         stream.copy_out(pointers, made["pointers"])
         stream.synchronize()
+        self._busy = False
 
     def logits(self) -> NDArray[np.float32]:
         return self._fetch(self.workspace.all_logits)
@@ -226,9 +242,11 @@ class DeviceQuery(Query):
             return
         first, count = self._gathered, len(slots)
         self._gathered += count
-        self._places.array.view(np.int64)[first : first + count] = slots
-        address = self._places.device_address + 8 * first
-        places = DeviceTensor(address, (count,), np.dtype(np.int64), self._places)
+        chosen = self._places.array.view(np.int64)[first : first + count]
+        chosen[:] = slots
+        places = self._places_there.part(first, count)
+        if not self.device.facts.integrated:
+            self._stream.copy_in(places, chosen)
         pixels = self._device_pixels(1, 1)
         pixels.gather(self.cache.tokens, places, target.rows(count), self._stream)
 
@@ -295,6 +313,8 @@ class DeviceQuery(Query):
                 results.append((made, array))
             else:
                 tensor = adopt_tensor(given, self.device)
+                if tensor.read_only:
+                    raise InputError("out lies in memory that its owner made read-only.")
                 results.append((tensor, tensor))
         (labels, label_map), (planes, masks) = results
         pixels = self._device_pixels(*shape)
@@ -313,11 +333,10 @@ class DeviceQuery(Query):
         return DevicePixels(self._kernels, scratch)  # type: ignore[arg-type]
 
     def _fetch(self, tensor: DeviceTensor) -> NDArray[Any]:
-        """Return a copy of a tensor on the CPU, once all that was queued there is done."""
+        """Return a copy of a tensor on the CPU, once all that our stream waits for is done."""
         array = np.empty(tensor.shape, tensor.dtype)
         if array.size:
             self.device.enter()
-            self.device.synchronize()
             self._stream.copy_out(array, tensor)
             self._stream.synchronize()
         return array

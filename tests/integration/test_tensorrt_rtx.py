@@ -48,6 +48,18 @@ def converted(demo: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return convert_bundle(demo, tmp_path_factory.mktemp("rtx") / "demo", CONVERTED)
 
 
+def test_what_the_engine_asks_of_a_context_is_there(api: Any) -> None:
+    # It is asked on a GPU only; names that do not exist would show there first.
+    assert hasattr(api.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    names = ("dynamic_shapes_kernel_specialization_strategy", "create_runtime_cache")
+    assert set(names) | {"set_runtime_cache"} <= set(dir(api.IRuntimeConfig))
+    assert {"serialize", "deserialize"} <= set(dir(api.IRuntimeCache))
+    wanted = {"create_runtime_config", "create_execution_context", "device_memory_size_v2"}
+    assert wanted <= set(dir(api.ICudaEngine))
+    calls = {"set_input_shape", "set_tensor_address", "execute_async_v3"}
+    assert calls <= set(dir(api.IExecutionContext))
+
+
 def request_for(*targets: str, precision: str = "fp32") -> BuildRequest:
     return BuildRequest(RTX, precision, Profile(), Target.parse(targets or None, RTX))
 

@@ -57,6 +57,23 @@ def test_cuda_for_every_architecture(tmp_path: Path) -> None:
     assert set(found) == wanted
 
 
+def test_cuda_for_what_an_older_compiler_knows(tmp_path: Path) -> None:
+    if importlib.util.find_spec("nanobind") is None or shutil.which("c++") is None:
+        pytest.skip("native pixel kernels cannot be built here: no nanobind or C++ compiler")
+    nvcc = tmp_path / "nvcc"  # as that of CUDA 12.6, on a Jetson
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_%s\\n' 50 75 80 86 87 89 90\n")
+    nvcc.chmod(0o755)
+    command = [
+        *("cmake", "-S", SOURCE, "-DRECALLSEG_BUILD_PIXELS=ON", f"-DRECALLSEG_NVCC={nvcc}"),
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    done = passed(*command, "-B", tmp_path / "default", cwd=tmp_path)
+    assert "CUDA kernels for 7.5;8.0;8.6;8.7;8.9;9.0\n" in done
+    named = "-DRECALLSEG_CUDA_ARCHITECTURES=8.7"
+    done = passed(*command, named, "-B", tmp_path / "named", cwd=tmp_path)
+    assert "CUDA kernels for 8.7\n" in done
+
+
 def parts(fatbin: bytes) -> list[tuple[str, int]]:
     """Kinds and compute capabilities of a fatbin's parts."""
     magic, _, header, size = struct.unpack_from("<IHHQ", fatbin)

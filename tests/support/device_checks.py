@@ -58,6 +58,8 @@ def check_facts(device: Device) -> None:
     assert device.facts.name
     assert 50 <= device.facts.capability < 200
     assert 0 < device.free_memory() <= device.facts.memory
+    assert device.primary
+    assert Device(device.driver).facts == device.facts  # in the context that is current now
 
 
 def check_copies(device: Device) -> None:
@@ -106,6 +108,11 @@ def check_streams(device: Device) -> None:
     end.synchronize()
     assert np.array_equal(found, NUMBERS)
     assert end.since(start) >= 0
+    other.copy_in(tensor, 2 * NUMBERS)
+    device.wait_for(other.handle)
+    device.stream.copy_out(found, tensor)
+    device.stream.synchronize()
+    assert np.array_equal(found, 2 * NUMBERS)
     assert device.adopt_stream(other) is other
 
 

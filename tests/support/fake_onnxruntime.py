@@ -49,6 +49,7 @@ class FakeSession:
         ((self.provider, options),) = providers
         self.graph = Path(path).stem
         self.made.append((self.graph, options, sess_options))
+        self.stream = int(options["user_compute_stream"])
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         settings.log_severity_level = 3
@@ -70,6 +71,9 @@ class FakeSession:
         self.runs.append((self.graph, entries))
         if self.failure:
             raise RuntimeError(self.failure)
+        HostGpu.driver._queue(self.stream, lambda: self._execute(binding), "run")
+
+    def _execute(self, binding: Binding) -> None:
         self.real.run_with_iobinding(binding.real)
         if self.graph == "embed" and self.factor != 1.0:
             binding.real.get_outputs()[0].numpy()[:] *= self.factor

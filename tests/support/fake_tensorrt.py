@@ -34,8 +34,8 @@ class HostGpu:
     """Of the device that was opened last: plans are queued there."""
 
     @classmethod
-    def open(cls) -> Device:
-        cls.driver = FakeDriver()
+    def open(cls, **facts: Any) -> Device:
+        cls.driver = FakeDriver(**facts)
         device = Device(cls.driver)
         device.facts = cls.facts
         return device
@@ -157,10 +157,11 @@ class Config:
 
 
 class Context:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, cache: RuntimeCache | None = None) -> None:
+        self._engine, self._cache = engine, cache
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self._last: dict[str, tuple[int, ...]] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         limits = self._engine.header["profile"].get(name)
@@ -178,6 +179,11 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         assert stream
         shapes, addresses = dict(self._shapes), dict(self._addresses)
+        if self._cache is not None:
+            self._cache.compiled.add(str(shapes))
+        if HostGpu.driver._capturing == stream and shapes != self._last:
+            return False  # shapes have to be settled by a run before they are recorded
+        self._last = shapes
         # As kernels are: run now, or recorded with these shapes and addresses.
         HostGpu.driver._queue(stream, lambda: self._execute(shapes, addresses), "execute")
         return True
@@ -209,6 +215,7 @@ class Engine:
         self.names = [v.name for v in (*self.session.get_inputs(), *self.session.get_outputs())]
 
     num_io_tensors = property(lambda self: len(self.names))
+    device_memory_size_v2 = 1 << 20
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -218,22 +225,34 @@ class Engine:
 
     def create_execution_context(self, config: RuntimeConfig | None = None) -> Context:
         assert config is None or config.cache is not None
-        return Context(self)
+        if config is not None:
+            assert config.dynamic_shapes_kernel_specialization_strategy == "EAGER"
+        return Context(self, None if config is None else config.cache)
 
 
 class RuntimeCache:
+    """Holds the shapes that kernels were compiled for."""
+
     kernels = b"kernels of " + HostGpu.facts.name.encode()
 
+    def __init__(self) -> None:
+        self.compiled: set[str] = set()
+
     def deserialize(self, blob: bytes) -> bool:
-        return blob == self.kernels
+        made, *shapes = blob.split(b"\n")
+        if made != self.kernels:
+            return False
+        self.compiled = {shape.decode() for shape in shapes}
+        return True
 
     def serialize(self) -> bytes:
-        return self.kernels
+        return b"\n".join([self.kernels, *(s.encode() for s in sorted(self.compiled))])
 
 
 class RuntimeConfig:
     def __init__(self) -> None:
         self.cache: RuntimeCache | None = None
+        self.dynamic_shapes_kernel_specialization_strategy = "LAZY"
 
     def create_runtime_cache(self) -> RuntimeCache:
         return RuntimeCache()
@@ -254,10 +273,11 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
     module.made = []
     module.spoil = lambda name, array, inputs: array
     module.tamper = lambda model: None
-    module.fail_build = ""
+    module.fail_build = module.fail_load = ""
     module.ComputeCapability = type(
         "ComputeCapability", (), {f"SM{number}": f"SM{number}" for number in (75, 80, 86, 87, 89)}
     )
+    module.DynamicShapesKernelSpecializationStrategy = type("Strategy", (), {"EAGER": "EAGER"})
     names = ["TF32", "STRIP_PLAN", "VERSION_COMPATIBLE", "REFIT"]
     module.BuilderFlag = type("BuilderFlag", (), {name: name for name in names})
     if int(version.split(".")[0]) < 11:
@@ -308,6 +328,9 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
             self._logger = logger
 
         def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+            if module.fail_load:
+                self._logger.log(Severity.ERROR, module.fail_load)
+                return None
             if plan[:8] != MAGIC:
                 self._logger.log(Severity.ERROR, "not a plan")
                 return None

@@ -15,7 +15,7 @@ from recallseg.benchmarks import latency
 from recallseg.benchmarks.commands import bench
 from recallseg.benchmarks.gpu import graphs, kernels, pieces
 from recallseg.benchmarks.gpu.goals import judge
-from recallseg.benchmarks.gpu.pieces import Outcome, Piece, run_pieces
+from recallseg.benchmarks.gpu.pieces import GpuPlan, Outcome, Piece, run_pieces
 from recallseg.benchmarks.schema import Report
 from recallseg.engines import onnxruntime_gpu
 from recallseg.engines.bundle import Bundle
@@ -89,8 +89,9 @@ def test_everything_in_one_command(session: type[FakeSession], tmp_path: Path) -
 
 def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path: Path) -> None:
     made = [Piece(name, lambda step: {"figure": 1}) for name in "abc"]
-    assert run_pieces(made, tmp_path, minutes=-1.0, step=print) == []
-    assert len(run_pieces(made[:1], tmp_path, minutes=1.0, step=print)) == 1
+    # The first one is begun in any case: a call always gets on.
+    assert [o.piece for o in run_pieces(made, tmp_path, minutes=0.5, step=print)] == ["a"]
+    assert [o.piece for o in run_pieces(made, tmp_path, minutes=0.5, step=print)] == ["a", "b"]
     assert [o.piece for o in run_pieces(made, tmp_path, minutes=1.0, step=print)] == ["a", "b", "c"]
 
 
@@ -108,11 +109,74 @@ def test_failures_are_told_from_what_cannot_run(tmp_path: Path) -> None:
             Piece("c", failing(DeviceLostError("gone"))),
             Piece("d", failing(AssertionError("must not be begun on a lost device"))),
         ],
-        tmp_path, minutes=1.0, step=print,
+        tmp_path, minutes=10.0, step=print,
     )  # fmt: skip
     assert [(o.piece, o.state, o.reason) for o in outcomes] == [
         ("a", "empty", "no TensorRT"), ("b", "failed", "wrong"), ("c", "failed", "gone"),
     ]  # fmt: skip
+
+
+def test_what_nobody_foresaw_and_what_killed_the_process(tmp_path: Path) -> None:
+    def failing(error: BaseException) -> Any:
+        def measure(step: Any) -> Any:
+            raise error
+
+        return measure
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    made = [Piece("torch", failing(OutOfMemoryError("at k = 16"))), Piece("next", lambda step: 1)]
+    outcomes = run_pieces(made, tmp_path, minutes=10.0, step=print)
+    assert [o.state for o in outcomes] == ["failed", "measured"]
+    assert outcomes[0].reason == "OutOfMemoryError: at k = 16"
+
+    with pytest.raises(KeyboardInterrupt):
+        run_pieces([Piece("mine", failing(KeyboardInterrupt()))], tmp_path, minutes=1.0, step=print)
+    assert not (tmp_path / "mine.json").exists()
+
+    def killed(step: Any) -> Any:  # what such a call leaves, before it can say anything
+        return json.loads((tmp_path / "killed.json").read_bytes())
+
+    (left,) = run_pieces([Piece("killed", killed)], tmp_path, minutes=1.0, step=print)
+    assert left.found["state"] == "failed"
+    assert "remove killed.json" in left.found["reason"]
+
+
+def test_every_piece_takes_less_than_ten_minutes_and_the_goals_come_first() -> None:
+    plan = GpuPlan(
+        bundles=(Path("tiny1024"), Path("tiny512")),
+        engines=("onnxruntime-cuda", "tensorrt", "tensorrt-rtx"),
+        precisions=("fp32", "fp16", "bf16", "mixed"),
+        baselines=("torch-cached", "torch-compile", "torch-cached-fp16", "torch-compile-fp16"),
+        tests=Path("tests"),
+    )
+    made = list(pieces.pieces_of(plan))
+    assert max(piece.minutes for piece in made) < 10.0
+    names = [piece.name for piece in made]
+    assert len(set(names)) == len(names) == 3 + 3 * 2 * (3 * 4 * 2) + 3 * 2 * 4 * 2 + 2 * 24
+    usual = [name for name in names if "-k4" in name]
+    assert names[3 : 3 + len(usual)] == usual
+
+
+def test_baselines_run_beside_the_first_engine_that_is_here(
+    session: type[FakeSession], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    options = (
+        *("--engine", "tensorrt-rtx,onnxruntime-cuda", "--precision", "fp32,int8", "--k", "1"),
+        *("--structures", "1", "--queries", "4", "--baselines", "torch-cached"),
+        *("--torch-device", "cpu", "--seconds", "0"),
+    )
+    done = run(output, *options)
+    assert done.exit_code == 0, done.output
+    found = contents(output)
+    report = Report.from_json(found["baseline-demo-torch-cached-k1-n1"]["found"])
+    assert [run.subject for run in report.runs] == [RUNTIME, "torch-cached"]
+    assert report.runs[1].quality.logit_difference is not None
+    assert report.runs[1].quality.logit_difference < 1e-2
+    refused = found["queries-demo-onnxruntime-cuda-int8-k1"]
+    assert (refused["state"], "offers fp32" in refused["reason"]) == ("empty", True)
 
 
 def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
@@ -139,10 +203,13 @@ def test_tests_are_counted(tmp_path: Path) -> None:
 
 
 def report_of(size: int, k: int, subject: str, p50: float, dice: float = 1.0) -> dict[str, Any]:
+    role, engine = "runtime", "onnxruntime-cuda"
+    if subject.startswith("torch"):
+        role, engine = "baseline", "torch"
     time = dict.fromkeys(("p90", "p95", "mean", "least", "most"), p50)
     total = {**time, "p50": p50, "p99": 1.1 * p50, "samples": [p50]}
     run = {
-        "subject": subject, "role": "runtime", "engine": "onnxruntime-cuda", "precision": "fp16",
+        "subject": subject, "role": role, "engine": engine, "precision": "fp16",
         "variant": "ort-cuda", "device": "GPU", "cuda_graph": False, "threads": 1, "k": k, "n": 1,
         "image_size": size, "rounds": [0], "stages": {"total": total}, "throughput": 1.0,
         "memory": None, "cold_start": None, "device_use": None, "energy": None, "remarks": [],
@@ -151,16 +218,12 @@ def report_of(size: int, k: int, subject: str, p50: float, dice: float = 1.0) ->
             "logit_difference": None, "dice": None,
         },
     }  # fmt: skip
-    ratio = {
-        "subject": subject, "baseline": "torch-cached", "k": k, "n": 1, "stage": "total",
-        "ratio": 4.0, "low": 3.9, "high": 4.1, "rounds": 3,
-    }  # fmt: skip
     bundle = dict.fromkeys(("name", "identity", "sam2", "dinov2", "source", "notice"), "x")
     return {
         "format": "recallseg-bench", "version": 2, "kind": "latency", "created": "", "machine": {},
         "conditions": {}, "versions": {}, "settings": {},
         "bundle": {**bundle, "image_size": size, "embed_size": 126}, "runs": [run],
-        "ratios": [ratio], "retrieval": [], "soak": [], "remarks": [],
+        "ratios": [], "retrieval": [], "soak": [], "remarks": [],
     }  # fmt: skip
 
 
@@ -170,6 +233,13 @@ def test_goals_take_the_best_precision_that_is_exact_enough() -> None:
         for k, subject, p50, dice in (
             (1, "good", 5.0, 0.999), (4, "good", 7.0, 0.999), (16, "good", 14.0, 0.999),
             (4, "wrong", 1.0, 0.9),
+        )
+    ]  # fmt: skip
+    outcomes += [
+        Outcome(f"baseline-{subject}", "measured", "", report_of(1024, 4, subject, p50, dice))
+        for subject, p50, dice in (
+            ("torch-cached", 28.0, 1.0), ("torch-cached-fp16", 15.0, 1.0),
+            ("good", 70.0, 1.0),  # the runtime beside them does not count twice
         )
     ]  # fmt: skip
     goals = {goal.name: goal for goal in judge(outcomes)}

@@ -84,3 +84,14 @@ def test_ratios_use_common_rounds_and_stages_only() -> None:
     (ratio,) = ratios("own", own, "other", other, k=4, n=1)
     assert (ratio.stage, ratio.ratio, ratio.rounds) == ("encode", 3.0, 3)
     assert ratio.low == pytest.approx(3.0)
+
+
+def test_a_slow_runtime_answers_fewer_queries_and_says_so() -> None:
+    log: list[tuple[str, int]] = []
+    slow, fast = Scripted("slow", log, ms=20), Scripted("fast", log)
+    recordings = measure([slow, fast], IMAGES, rounds=1000, seconds=1.0, most_seconds=0.1)
+    assert LEAST_ROUNDS <= len(recordings[0].rounds) <= 5
+    assert len(recordings[1].rounds) == len(recordings[0].rounds)
+    assert "of 1000 queries were asked" in slow.remarks[0]
+    measure([fast], IMAGES, rounds=3, seconds=1.0, most_seconds=60.0)
+    assert len(fast.remarks) == 1

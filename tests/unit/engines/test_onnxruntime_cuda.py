@@ -13,9 +13,13 @@ from support.fake_tensorrt import HostGpu
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
-from recallseg.engines.device import DeviceTensor
+from recallseg.engines.device import Device, DeviceTensor
+from recallseg.engines.device.fake import FakeDriver
+from recallseg.engines.device_engine import MOST_BINDINGS
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (
+    DeviceLostError,
+    DeviceMemoryError,
     EngineRunError,
     EngineUnavailableError,
     InputError,
@@ -152,6 +156,61 @@ def test_a_failing_run_says_what_failed(session: type[FakeSession], demo: Bundle
     out = np.zeros((1, demo.geometry.embedding_dim), np.float32)
     with pytest.raises(EngineRunError, match="graph 'embed': CUBLAS_STATUS"):
         engine.run({"image": image}, {"embedding": out})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA failure 2: out of memory",
+        "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 9",
+    ],
+)
+def test_too_little_memory_is_named(session: type[FakeSession], demo: Bundle, said: str) -> None:
+    engine = load_engines(demo, NAME, graphs=("embed",))["embed"]
+    session.failure = said
+    image = np.zeros((1, 3, demo.geometry.embed_size, demo.geometry.embed_size), np.float32)
+    out = np.zeros((1, demo.geometry.embedding_dim), np.float32)
+    with pytest.raises(DeviceMemoryError, match=r"MiB are free.*smaller k"):
+        engine.run({"image": image}, {"embedding": out})
+
+
+def test_a_lost_device_is_told_from_a_run_that_failed(
+    session: type[FakeSession], demo: Bundle
+) -> None:
+    device = HostGpu.open()
+    options = EngineOptions(device=device)
+    engine = load_engines(demo, NAME, options=options, graphs=("embed",))["embed"]
+    session.failure = "CUDNN_STATUS_EXECUTION_FAILED"
+    HostGpu.driver.fail("synchronize", 719)
+    image = np.zeros((1, 3, demo.geometry.embed_size, demo.geometry.embed_size), np.float32)
+    out = np.zeros((1, demo.geometry.embedding_dim), np.float32)
+    with pytest.raises(DeviceLostError, match="engine onnxruntime-cpu"):
+        engine.run({"image": image}, {"embedding": out})
+
+
+def test_a_context_that_is_not_the_primary_one_is_refused(
+    session: type[FakeSession], demo: Bundle
+) -> None:
+    driver = HostGpu.driver = FakeDriver()
+    driver.set_context(77)  # as pycuda.autoinit makes one
+    with pytest.raises(EngineUnavailableError, match=r"pycuda\.autoprimaryctx"):
+        load_engines(demo, NAME, options=EngineOptions(device=Device(driver)))
+
+
+def test_recordings_are_bounded(session: type[FakeSession], demo: Bundle) -> None:
+    device = HostGpu.open()
+    options = EngineOptions(device=device, cuda_graphs=True)
+    engine = load_engines(demo, NAME, options=options, graphs=("embed",))["embed"]
+    image = device.tensor((1, 3, demo.geometry.embed_size, demo.geometry.embed_size))
+    device.stream.fill(image)
+    session.runs.clear()
+    kept = []
+    for _ in range(MOST_BINDINGS + 2):
+        out = device.tensor((1, demo.geometry.embedding_dim))
+        engine.run({"image": image}, {"embedding": out})
+        kept.append(out)  # or the next would lie where it lay
+    numbers = [run["gpu_graph_id"] for _, run in session.runs]
+    assert numbers == [*map(str, range(1, MOST_BINDINGS + 1)), "-1", "-1"]
 
 
 def test_a_silent_fall_back_is_an_error(session: type[FakeSession], demo: Bundle) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import device_checks
 
-from recallseg.engines.device import Device, open_device
+from recallseg.engines.device import Device, DeviceTensor, adopt_tensor, on_gpu, open_device
 from recallseg.engines.device.driver import LOST, DriverError, explain
 from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.device.pycuda import pack
@@ -60,6 +60,16 @@ def test_a_lost_device_stays_lost_and_says_how_to_go_on(driver: FakeDriver, stat
     del tensor
     gc.collect()
     assert len(driver.calls) == calls  # a dead driver is left alone, also by what is given back
+
+
+def test_a_device_lost_to_another_user_is_given_back_in_silence(driver: FakeDriver) -> None:
+    first, second = Device(driver), Device(driver)
+    buffer = second.allocate(100)
+    driver.fail("synchronize", 719)
+    with pytest.raises(DeviceLostError):
+        first.synchronize()
+    buffer.close()
+    assert second.lost
 
 
 def test_what_is_given_back_is_given_back_once(driver: FakeDriver) -> None:
@@ -158,3 +168,97 @@ def test_every_status_says_how_to_mend_it(status: int) -> None:
 def test_there_is_no_other_provider() -> None:
     with pytest.raises(InputError, match="auto, cuda-bindings, pycuda"):
         open_device("opencl")  # type: ignore[arg-type]
+
+
+def test_the_context_of_another_gpu_is_refused() -> None:
+    driver = FakeDriver(devices=2)
+    driver.set_context(5)
+    with pytest.raises(InputError, match="current in this thread is on GPU 0"):
+        Device(driver, 1)
+
+
+def test_the_default_stream_has_a_name_and_cannot_be_recorded(driver: FakeDriver) -> None:
+    # 0 is what PyTorch's default stream says, and what libraries take for "none was given".
+    device = Device(driver, stream=0)
+    assert device.stream.handle == 1
+    with (
+        pytest.raises(EngineUnavailableError, match="pass a stream of your own"),
+        device.stream.capture(),
+    ):
+        pass
+    assert "begin_capture" not in driver.calls
+
+
+def test_what_spoils_a_recording_is_what_is_said(driver: FakeDriver) -> None:
+    device = Device(driver)
+    driver.fail("end_capture", 901)  # as the driver says of a recording that was spoilt
+
+    def spoil() -> None:
+        with device.stream.capture():
+            raise EngineRunError("the real reason")
+
+    with pytest.raises(EngineRunError, match="the real reason"):
+        spoil()
+
+
+def test_a_lost_device_is_told_from_a_library_that_failed(driver: FakeDriver) -> None:
+    device = Device(driver)
+    driver.fail("synchronize", 1)
+    device.probe()
+    driver.fail("synchronize", 700)
+    with pytest.raises(DeviceLostError):
+        device.probe()
+
+
+class Array:
+    """A caller's array by its interface."""
+
+    def __init__(self, tensor: DeviceTensor, **change: Any) -> None:
+        self.__cuda_array_interface__ = {**tensor.__cuda_array_interface__, **change}
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+def test_what_a_caller_queued_is_done_before_we_read(
+    foreign: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeDriver, "foreign_streams", foreign)  # PyCUDA knows its own only
+    driver = FakeDriver(deferred=True)
+    device = Device(driver)
+    theirs, tensor = device.new_stream(), device.tensor((1000,))
+    pinned = device.allocate_pinned(4000)
+    pinned.array.view(np.float32)[:] = 7.0
+    theirs.copy_in(tensor, pinned.array)
+    found = np.zeros(1000, np.float32)
+    device.stream.copy_out(found, tensor)
+    assert not (found == 7.0).any()  # nobody waited: the stand-in shows it
+    for _ in range(2):
+        adopted = adopt_tensor(Array(tensor, stream=theirs.handle), device)
+        device.stream.copy_out(found, adopted)
+        assert (found == 7.0).all()
+    assert driver.calls.count("create_event") == foreign
+
+
+def test_read_only_and_masked_arrays(driver: FakeDriver) -> None:
+    device = Device(driver)
+    tensor = device.tensor((4,))
+    assert not adopt_tensor(Array(tensor), device).read_only
+    taken = adopt_tensor(Array(tensor, data=(tensor.address, True)), device)
+    assert taken.read_only
+    assert taken.rows(2).read_only
+    assert taken.__cuda_array_interface__["data"] == (tensor.address, True)
+    with pytest.raises(InputError, match="masked"):
+        adopt_tensor(Array(tensor, mask=Array(tensor)), device)
+
+
+def test_parts_of_a_tensor_share_its_memory(driver: FakeDriver) -> None:
+    tensor = Device(driver).tensor((6, 2))
+    part = tensor.part(2, 3)
+    assert (part.address, part.shape) == (tensor.address + 16, (3, 2))
+    with pytest.raises(EngineRunError, match="rows 5 to 8 of 6"):
+        tensor.part(5, 3)
+
+
+def test_arrays_of_a_gpu_are_told_from_others() -> None:
+    assert not on_gpu(np.zeros(3))
+    assert not on_gpu([1, 2])
+    assert on_gpu(Array(DeviceTensor(256, (4,), np.dtype(np.uint8))))

@@ -180,6 +180,7 @@ def test_what_does_not_fit_is_refused_before_a_launch(
         (gather, (bank[:, :, ::2], places, memories[:, :, ::2].copy())),
         (gather, (bank[:, :, :63], places, memories[:, :, :63].copy())),
         (gather, (odd, places, memories)),
+        (gather, (bank, places, np.zeros(641, np.float32)[1:].reshape(2, 5, 64))),
         (gather, (bank, places.astype("i4"), memories)),
         (gather, (bank.astype("i1"), places, memories, np.zeros((3, 4), np.float32))),
     ):

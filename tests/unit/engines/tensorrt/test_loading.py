@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from support import fake_tensorrt
 from support.fake_tensorrt import HostGpu, RuntimeCache, make_tensorrt
 
 from recallseg import Bundle, Library, Segmenter
@@ -21,6 +22,7 @@ from recallseg.engines.device import DeviceFacts
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (
     BundleError,
+    DeviceMemoryError,
     EngineRunError,
     EngineUnavailableError,
     InputError,
@@ -32,6 +34,7 @@ from recallseg.engines.specs import GRAPHS
 from recallseg.engines.tensorrt import building, loading
 from recallseg.engines.tensorrt.builder import BuildRequest
 from recallseg.engines.tensorrt.building import build_bundle
+from recallseg.engines.tensorrt.engine import TensorRt
 from recallseg.engines.tensorrt.flavour import FLAVOURS
 from recallseg.engines.tensorrt.plans import PlanCache
 from recallseg.engines.tensorrt.profile import Profile, Range
@@ -332,6 +335,19 @@ def test_more_than_the_profile_holds_is_refused(api: Any, demo: Bundle) -> None:
         build(demo, profile=Profile(Range(1, 1, 1), Range(1, 2, 4)))
 
 
+def test_too_little_memory_is_named(
+    api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(demo)
+    api.fail_load = "Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
+    with pytest.raises(DeviceMemoryError, match=r"no room for its plan, .* MiB are free"):
+        load_engines(demo, "tensorrt")
+    api.fail_load = ""
+    monkeypatch.setattr(fake_tensorrt.Engine, "device_memory_size_v2", 4 << 30)
+    with pytest.raises(DeviceMemoryError, match=r"What graph 'embed' works in.* needs 4096 MiB"):
+        load_engines(demo, "tensorrt")
+
+
 def test_the_largest_profile_is_preferred(api: Any, demo: Bundle) -> None:
     for most in (16, 4, 8):
         build(demo, profile=Profile(k=Range(1, 3, most)))
@@ -347,8 +363,21 @@ def test_rtx_keeps_what_it_compiled(
     first = load_engines(demo, "tensorrt-rtx")
     assert not first["embed"].describe()["kernels_found"]
     file = built["embed"].plan.folder / "runtime-sm89-RTX-4090--driver-12-8"
-    assert file.read_bytes() == RuntimeCache.kernels
-    assert load_engines(demo, "tensorrt-rtx")["embed"].describe()["kernels_found"]
+    assert file.read_bytes().startswith(RuntimeCache.kernels)
+    again = load_engines(demo, "tensorrt-rtx")
+    assert again["embed"].describe()["kernels_found"]
+
+    # Kernels of shapes that the proof did not ask for are kept when they are first needed.
+    attend = again["attend"]
+    assert isinstance(attend, TensorRt)
+    kept = attend.plan.folder / file.name
+    before = kept.read_bytes()
+    tensors = {t.name: np.zeros(t.resolve(n=2, k=1), np.float32) for t in attend.spec.inputs}
+    attend.run(tensors, attend.allocate_outputs(n=2))
+    written = kept.stat().st_mtime_ns
+    assert before != kept.read_bytes()
+    attend.run(tensors, attend.allocate_outputs(n=2))
+    assert kept.stat().st_mtime_ns == written
     file.write_bytes(b"of another driver")
     assert not load_engines(demo, "tensorrt-rtx")["embed"].describe()["kernels_found"]
     monkeypatch.setattr(HostGpu, "facts", DeviceFacts("RTX 2080", 75, "12.8"))

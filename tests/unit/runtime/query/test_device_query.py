@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from support.emulated_gpu import build_emulator
 from support.fake_onnxruntime import FakeSession, install
+from support.fake_tensorrt import HostGpu
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.device import Device, DeviceTensor
@@ -65,7 +68,8 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession
 
 
 def without_kernels(**facts: Any) -> Device:
-    return Device(FakeDriver(**facts))
+    HostGpu.driver = FakeDriver(**facts)  # where sessions queue their work
+    return Device(HostGpu.driver)
 
 
 def with_kernels(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> Device:
@@ -82,7 +86,7 @@ def with_kernels(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, **facts
         return run
 
     monkeypatch.setattr(device_query, "kernel_image", lambda: " ".join(NAMES).encode())
-    return Device(FakeDriver(kernels={name: kernel(name) for name in NAMES}, **facts))
+    return without_kernels(kernels={name: kernel(name) for name in NAMES}, **facts)
 
 
 SETTINGS: Mapping[str, Any] = {"k": 3, "structures": STRUCTURES, "reach": math.inf}
@@ -116,17 +120,21 @@ def cache_of(segmenter: Segmenter) -> MemoryCache:
     return query.cache
 
 
-@pytest.mark.parametrize("integrated", [False, True])
-@pytest.mark.parametrize("cuda_graphs", [False, True])
+# Work is done as early as it may, and as late: what is reused too soon shows in one of the two.
+@pytest.mark.parametrize(
+    ("integrated", "deferred", "cuda_graphs"),
+    [(False, False, False), (False, True, True), (True, True, False), (True, False, True)],
+)
 def test_without_pixel_kernels_it_is_the_cpu_bit_by_bit(
     library: Library,
     session: type[FakeSession],
     integrated: bool,
+    deferred: bool,
     cuda_graphs: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
-    device = without_kernels(integrated=integrated)
+    device = without_kernels(integrated=integrated, deferred=deferred)
     segmenter, reference = make(library, device, cuda_graphs=cuda_graphs), on_cpu(library)
     for seed in range(10, 14):
         image, _ = picture(seed, 50 + 10 * (seed % 3))
@@ -135,18 +143,28 @@ def test_without_pixel_kernels_it_is_the_cpu_bit_by_bit(
     assert segmenter.distance(image) == reference.distance(image)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "facts"),
+    [
+        (np.uint8, {}),
+        (np.int16, {"deferred": True}),
+        (np.uint16, {"deferred": True, "integrated": True}),
+        (np.float32, {"integrated": True}),
+        (np.float64, {"deferred": True}),
+    ],
+)
 def test_with_pixel_kernels_it_is_the_native_kernels_bit_by_bit(
     library: Library,
     session: type[FakeSession],
     emulator: ctypes.CDLL,
     kernels: Any,
     dtype: Any,
+    facts: dict[str, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "recallseg.engines.pixels._native", kernels)
     monkeypatch.setenv("RECALLSEG_PIXELS", "native")
-    segmenter = make(library, with_kernels(emulator, monkeypatch))
+    segmenter = make(library, with_kernels(emulator, monkeypatch, **facts))
     image = (picture(10)[0] / 12).astype(dtype)
     for shown in (image, np.stack([image, image[::-1], image], -1)):
         same(segmenter.segment(shown), on_cpu(library).segment(shown))
@@ -226,10 +244,19 @@ def test_a_workspace_states_its_size_in_advance(
 def test_too_little_memory_is_said_before_anything_is_taken(
     library: Library, session: type[FakeSession]
 ) -> None:
-    device = without_kernels(memory=1 << 20)
-    with pytest.raises(DeviceMemoryError, match=r"2 structures and k = 3.* needs \d+ MiB"):
-        make(library, device)
-    assert device.allocations == 0
+    needed = []
+    for integrated in (False, True):  # where memory is shared the cache takes it, too
+        device = without_kernels(memory=1 << 20, integrated=integrated)
+        with pytest.raises(DeviceMemoryError, match=r"2 structures and k = 3.* needs") as raised:
+            make(library, device)
+        assert device.allocations == 0
+        [figure] = re.findall(r"needs (\d+) MiB", str(raised.value))
+        needed.append(int(figure))
+    weights = sum(
+        library.bundle.graph_file(graph, ("ort-cpu", "portable"), "fp32")[0].stat().st_size
+        for graph in ("embed", "encode", "attend", "decode")
+    )
+    assert needed[0] == needed[1] > weights >> 20
 
 
 def test_what_is_recalled_again_is_not_copied_again(
@@ -276,7 +303,8 @@ def test_memories_of_earlier_frames_are_used_and_made(
     library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
-    segmenters = make(library, without_kernels(), memories=2), on_cpu(library, memories=2)
+    device = without_kernels(deferred=True)
+    segmenters = make(library, device, memories=2), on_cpu(library, memories=2)
     temporal = [segmenter.temporal_memories() for segmenter in segmenters]
     for seed in range(10, 14):
         image, _ = picture(seed)
@@ -286,6 +314,9 @@ def test_memories_of_earlier_frames_are_used_and_made(
         )
         same(found, expected)
         assert found.temporal == expected.temporal
+    masks = device.tensor((2, *image.shape), np.bool_)
+    with pytest.raises(InputError, match="made of masks on the CPU"):
+        segmenters[0].segment(image, out=(None, masks), temporal=temporal[0])
 
 
 def test_a_lost_device_leaves_library_and_process_unharmed(
@@ -301,6 +332,37 @@ def test_a_lost_device_leaves_library_and_process_unharmed(
             segmenter.segment(image)
     assert library.digest == before
     assert on_cpu(library).segment(image).masks["disc"].any()
+
+
+STEPS = (
+    "set_context", "copy_in", "fill", "launch", "record_event", "wait_event", "copy_out",
+    "synchronize_event", "copy", "synchronize_stream",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", STEPS)
+def test_a_device_lost_in_any_step(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    call: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch)
+    segmenter = make(library, device)
+    calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
+    calls.clear()
+    segmenter.segment(picture(10)[0])
+    done = list(calls)
+    assert set(STEPS) <= set(done)
+    # In the middle of those calls, if there are several.
+    device.driver.fail(call, 719, after=done.count(call) // 2)  # type: ignore[attr-defined]
+    for _ in range(2):
+        with pytest.raises(DeviceLostError, match="engine onnxruntime-cpu"):
+            segmenter.segment(picture(11)[0])
+    del segmenter
+    gc.collect()  # nothing is given back to a dead driver, and nothing raises
+    assert device.lost
 
 
 @pytest.mark.parametrize("call", ["copy_in", "copy_out", "record_event", "copy", "wait_event"])
@@ -334,13 +396,69 @@ def test_scores_that_are_no_numbers_are_an_error(
         segmenter.segment(picture(10)[0])
 
 
+def test_an_image_is_read_when_its_owner_has_written_it(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch, deferred=True)
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    expected = segmenter.segment(image)
+    theirs, there = device.new_stream(), device.tensor(image.shape, image.dtype)
+    pinned = device.allocate_pinned(image.nbytes)
+    pinned.array[:] = image.reshape(-1).view(np.uint8)
+    theirs.copy_in(there, pinned.array)
+    same(segmenter.segment(replace(there, stream=theirs.handle)), expected)
+
+
+def test_out_that_cannot_be_written(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, _ = picture(10)
+    device = with_kernels(emulator, monkeypatch)
+    segmenter = make(library, device)
+    labels = device.tensor(image.shape, np.uint8)
+    with pytest.raises(InputError, match="read-only"):
+        segmenter.segment(image, out=(replace(labels, read_only=True), None))
+
+
+def test_out_on_the_device_needs_kernels(library: Library, session: type[FakeSession]) -> None:
+    image, _ = picture(10)
+    device = without_kernels()
+    labels = device.tensor(image.shape, np.uint8)
+    with pytest.raises(InputError, match="were not built"):
+        make(library, device).segment(image, out=(labels, None))
+
+
+def test_a_callers_buffer_that_was_freed_or_is_misaligned(
+    library: Library, session: type[FakeSession]
+) -> None:
+    device = without_kernels()
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    there = device.tensor(image.shape, image.dtype)
+    with pytest.raises(InputError, match="misaligned"):
+        segmenter.segment(replace(there, address=there.address + 1))
+    address = there.address
+    del there
+    gc.collect()
+    with pytest.raises(InputError, match="It was freed"):
+        segmenter.segment(DeviceTensor(address, image.shape, image.dtype))
+    assert segmenter.segment(image).masks["disc"].any()
+
+
 def test_engines_on_the_cpu_refuse_options_of_a_gpu(library: Library) -> None:
     with pytest.raises(InputError, match="runs on the CPU"):
         on_cpu(library, gpu=GpuOptions())
 
 
 def test_a_callers_stream_is_honoured(library: Library, session: type[FakeSession]) -> None:
-    driver = FakeDriver()
+    driver = HostGpu.driver = FakeDriver()
     theirs = Device(driver).new_stream()
     device = Device(driver, stream=theirs.handle)
     make(library, device).segment(picture(10)[0])

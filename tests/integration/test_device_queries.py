@@ -1,0 +1,107 @@
+"""Whole queries with each provider on a GPU (``-m gpu``), and, as a test of this test, on the
+stand-in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support.fake_onnxruntime import install
+from support.fake_tensorrt import HostGpu
+
+from recallseg import Bundle, GpuOptions, Library, Segmenter
+from recallseg.engines.device import Device, open_device
+from recallseg.engines.device.device import PROVIDERS
+from recallseg.engines.errors import EngineUnavailableError
+from recallseg.engines.registry import engine_class
+from recallseg.engines.verification import mask_dice
+
+ENGINE = "onnxruntime-cuda"
+QUERIES = 20
+LEAST_DICE = 0.99
+"""Of the same graphs in fp32 on CPU and GPU: pixels at a border may fall either way."""
+
+
+def picture(seed: int) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:200, :220]
+    mask = np.hypot(y - rng.uniform(80, 120), x - rng.uniform(80, 120)) < 50
+    image = 200 + 900 * mask + rng.normal(0, 60, mask.shape)
+    return image.clip(0).astype(np.uint16), mask
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    made = Library.create(tmp_path_factory.mktemp("l") / "library", Bundle.open("demo"), threads=1)
+    for seed in range(5):
+        image, mask = picture(seed)
+        made.add(image, {"disc": mask})
+    return made
+
+
+@pytest.fixture(params=["stand-in", *(pytest.param(p, marks=pytest.mark.gpu) for p in PROVIDERS)])
+def device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Device:
+    if request.param == "stand-in":
+        install(monkeypatch, tmp_path)
+        return HostGpu.open(deferred=True)
+    monkeypatch.setenv("RECALLSEG_CACHE", str(tmp_path))
+    try:
+        engine_class(ENGINE).require_library()  # type: ignore[attr-defined]
+        return open_device(request.param)
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_queries_are_those_of_the_cpu_and_take_nothing(
+    device: Device, library: Library, cuda_graphs: bool
+) -> None:
+    gpu = GpuOptions(device, cuda_graphs=cuda_graphs)
+    segmenter = Segmenter(library, k=3, engine=ENGINE, gpu=gpu)
+    reference = Segmenter(library, k=3, threads=1)
+    images = [picture(seed)[0] for seed in range(10, 13)]
+    expected = [reference.segment(image) for image in images]
+    for _ in range(3):  # as it is, recorded, replayed
+        for image, cpu in zip(images, expected, strict=True):
+            found = segmenter.segment(image)
+            assert mask_dice(found.masks["disc"], cpu.masks["disc"]) >= LEAST_DICE
+            assert found.recalled["disc"][0].key == cpu.recalled["disc"][0].key
+    allocations, free = device.allocations, device.free_memory()
+    for number in range(QUERIES):
+        segmenter.segment(images[number % len(images)])
+    assert device.allocations == allocations
+    assert device.free_memory() == free
+
+    # The same image, written to the device on a stream of the caller's, and read after it.
+    theirs, pinned = device.new_stream(), device.allocate_pinned(images[0].nbytes)
+    pinned.array[:] = images[0].reshape(-1).view(np.uint8)
+    there = device.tensor(images[0].shape, images[0].dtype)
+    theirs.copy_in(there, pinned.array)
+    interface = {**there.__cuda_array_interface__, "stream": theirs.handle}
+    array: Any = SimpleNamespace(__cuda_array_interface__=interface)
+    found = segmenter.segment(array)
+    assert mask_dice(found.masks["disc"], expected[0].masks["disc"]) >= LEAST_DICE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", PROVIDERS, indirect=True)
+def test_an_image_of_pytorch(device: Device, library: Library) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no GPU")
+    image = picture(10)[0].astype(np.float32)
+    segmenter = Segmenter(library, k=3, engine=ENGINE, gpu=GpuOptions(device))
+    expected = segmenter.segment(image)
+    work = torch.zeros((4096, 4096), device="cuda")
+    for _ in range(20):
+        work = work @ work  # the default stream is busy when the image is handed over
+    there = torch.from_numpy(image).to("cuda", non_blocking=True) + work[0, 0]
+    found = segmenter.segment(there)
+    assert mask_dice(found.masks["disc"], expected.masks["disc"]) >= LEAST_DICE

@@ -57,6 +57,7 @@ struct Work {
     first.key_mean = memory.take<float>(heads * width_step);
     first.value_middle = memory.take<float>(heads * padded_step);
     first.value_scales = memory.take<float>(heads * padded_step);
+    first.value_gains = memory.take<float>(heads * padded_step);
     flaws = memory.take<float>(heads);
     findings = memory.take<Findings>(heads * chunks);
     found_ = memory.take<float>(heads * chunks * (width_step + 2 * padded_step));
@@ -65,7 +66,8 @@ struct Work {
   Panel panel(int64_t head) const {
     return {first.keys + head * keys_step,           first.values + head * values_step,
             first.key_scales + head * scales_step,   first.key_mean + head * width_step,
-            first.value_middle + head * padded_step, first.value_scales + head * padded_step};
+            first.value_middle + head * padded_step, first.value_scales + head * padded_step,
+            first.value_gains + head * padded_step};
   }
   Rows queries(int64_t head) const {
     return rows(call.query, call.sizes.queries, call.sizes.width, head);
@@ -103,7 +105,9 @@ struct Work {
         highest = found[i].highest[c] > highest ? found[i].highest[c] : highest;
       }
       made.value_middle[c] = 0.5f * lowest + 0.5f * highest;
-      made.value_scales[c] = (0.5f * highest - 0.5f * lowest) / 127.0f;
+      const float scale = (0.5f * highest - 0.5f * lowest) / 127.0f;
+      made.value_scales[c] = scale;
+      made.value_gains[c] = scale > 1e-30f ? 1.0f / scale : 0.0f;
     }
   }
 

@@ -19,6 +19,12 @@ ATTENTION_FUNCTION uint32_t bits_of(float value) {
   return bits;
 }
 
+ATTENTION_FUNCTION float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // The nearest whole number (|value| < 2^21) in the low bits; vectorises at every level.
 ATTENTION_FUNCTION uint32_t whole_bits(float value) { return bits_of(value + 12582912.0f); }
 
@@ -76,54 +82,64 @@ ATTENTION_FUNCTION uint32_t magnitude(const float* __restrict row, int64_t n) {
 
 constexpr int kStep = 256;  // channels of a row handled at a time
 
+// A key less the mean, in 8 bits, to its place in a block.
+ATTENTION_FUNCTION float pack_key(const float* __restrict key, const float* __restrict mean,
+                                  int64_t width, int32_t* packed) {
+  alignas(64) float row[kStep];
+  alignas(64) uint32_t numbers[kStep];
+  uint32_t most = 0;
+  for (int64_t c = 0; c < width; ++c) {
+    const uint32_t bits = bits_of(key[c] - mean[c]) & 0x7FFFFFFFu;
+    most = bits > most ? bits : most;
+  }
+  const float size = from_bits(most), gain = size > 1e-30f ? 127.0f / size : 0.0f;
+  for (int64_t first = 0; first < width; first += kStep) {
+    const int64_t left = width - first, n = left < kStep ? left : kStep, whole = rounded_up(n, 4);
+    for (int64_t c = 0; c < n; ++c) row[c] = (key[first + c] - mean[first + c]) * gain;
+    for (int64_t c = n; c < whole; ++c) row[c] = 0.0f;
+    for (int64_t c = 0; c < whole; ++c)
+      numbers[c] = whole_bits(row[c]) + static_cast<uint32_t>(kOffset);
+    for (int64_t c = 0; c < whole / kGroup; ++c)
+      packed[(first / kGroup + c) * kBlock] = cell(numbers + c * kGroup, 1);
+  }
+  return size / 127.0f;
+}
+
+// As many values as a cell joins, `count` of them real; the channels beyond `width` become 0.
+ATTENTION_FUNCTION void pack_values(const float* values, int64_t stride, int count, int64_t width,
+                                    const Panel& panel, int32_t* cells) {
+  alignas(64) uint32_t numbers[kGroup * kStep];
+  for (int64_t first = 0; first < padded(width); first += kStep) {
+    const int64_t left = width - first, n = left < kStep ? left : kStep;
+    const float* __restrict middle = panel.value_middle + first;
+    const float* __restrict gains = panel.value_gains + first;
+    for (int i = 0; i < kGroup; ++i) {
+      uint32_t* __restrict row = numbers + i * kStep;
+      const float* __restrict value = values + i * stride + first;
+      for (int64_t c = i < count ? n : 0; c < padded(n); ++c) row[c] = 0;
+      if (i < count)
+        for (int64_t c = 0; c < n; ++c) row[c] = whole_bits((value[c] - middle[c]) * gains[c]);
+    }
+    for (int64_t c = 0; c < padded(n); ++c) cells[first + c] = cell(numbers + c, kStep);
+  }
+}
+
 void pack(const Sizes& sizes, Rows keys, Rows values, int64_t block, const Panel& panel) {
   const int64_t from = block * kBlock;
   const int count = static_cast<int>(sizes.keys - from < kBlock ? sizes.keys - from : kBlock);
   int32_t* packed = panel.keys + block * cells_of(sizes) * kBlock;
-  alignas(64) float row[kStep];
-  alignas(64) uint32_t numbers[kGroup * kStep];
-  for (int i = 0; i < kBlock; ++i) {
-    const float* key = keys.first + (from + i) * keys.stride;
-    float most = 0.0f;
-    if (i < count)
-      for (int64_t c = 0; c < sizes.width; ++c) {
-        const float size = __builtin_fabsf(key[c] - panel.key_mean[c]);
-        most = size > most ? size : most;
-      }
-    const float gain = most > 1e-30f ? 127.0f / most : 0.0f;
-    panel.key_scales[from + i] = most / 127.0f;
-    for (int64_t first = 0; first < sizes.width; first += kStep) {
-      const int64_t left = sizes.width - first, n = left < kStep ? left : kStep;
-      for (int64_t c = 0; c < kStep; ++c) numbers[c] = static_cast<uint32_t>(kOffset);
-      if (i < count) {
-        for (int64_t c = 0; c < n; ++c) row[c] = (key[first + c] - panel.key_mean[first + c]) * gain;
-        for (int64_t c = 0; c < n; ++c)
-          numbers[c] = whole_bits(row[c]) + static_cast<uint32_t>(kOffset);
-      }
-      const int64_t cells = rounded_up(n, 4) / kGroup;
-      for (int64_t c = 0; c < cells; ++c)
-        packed[(first / kGroup + c) * kBlock + i] = cell(numbers + c * kGroup, 1);
-    }
+  for (int i = 0; i < count; ++i)
+    panel.key_scales[from + i] = pack_key(keys.first + (from + i) * keys.stride, panel.key_mean,
+                                          sizes.width, packed + i);
+  for (int i = count; i % kLanes != 0; ++i) {  // what is read with the others, and masked
+    panel.key_scales[from + i] = 0.0f;
+    for (int64_t c = 0; c < cells_of(sizes); ++c) packed[c * kBlock + i] = 0;
   }
   const int64_t width = padded(sizes.values);
   int32_t* cells = panel.values + block * kCells * width;
-  for (int group = 0; group < kCells; ++group, cells += width)
-    for (int64_t first = 0; first < width; first += kStep) {
-      const int64_t n = width - first < kStep ? width - first : kStep;
-      const int64_t real = sizes.values - first < n ? sizes.values - first : n;
-      for (int i = 0; i < kGroup; ++i) {
-        uint32_t* numbers_of = numbers + i * kStep;
-        for (int64_t c = 0; c < n; ++c) numbers_of[c] = 0;
-        if (group * kGroup + i >= count) continue;
-        const float* value = values.first + (from + group * kGroup + i) * values.stride + first;
-        for (int64_t c = 0; c < real; ++c) {
-          const float scale = panel.value_scales[first + c];
-          const float gain = scale > 1e-30f ? 1.0f / scale : 0.0f;
-          numbers_of[c] = whole_bits((value[c] - panel.value_middle[first + c]) * gain);
-        }
-      }
-      for (int64_t c = 0; c < n; ++c) cells[first + c] = cell(numbers + c, kStep);
-    }
+  for (int i = 0; i < count; i += kGroup, cells += width)
+    pack_values(values.first + (from + i) * values.stride, values.stride, count - i, sizes.values,
+                panel, cells);
 }
 
 // Products of kRows queries with `columns` vectors of keys, as real numbers: kRows x kBlock.
@@ -254,8 +270,7 @@ void start_group(const Sizes& sizes, Rows queries, int64_t first, int64_t end, i
     }
     const float* query = queries.first + (first + r) * queries.stride;
     const uint32_t bits = magnitude(query, sizes.width);
-    float most;
-    memcpy(&most, &bits, sizeof most);
+    float most = from_bits(bits);
     if (bits >= 0x7F800000u) {
       group.flaw[r] = __builtin_nanf("");
       most = 0.0f;

@@ -32,6 +32,7 @@ struct Panel {
   float* key_mean;       // [width]
   float* value_middle;   // [padded]
   float* value_scales;   // [padded]
+  float* value_gains;    // [padded], one over the scales
 };
 
 // What `measure` finds in a chunk of tokens. `flaw` is 0, or NaN if anything is not finite.

@@ -226,13 +226,14 @@ ATTENTION_FUNCTION void soften(float* scores, int count, Group& group, Narrow* p
     const float* row = scores + r * kBlock;
     Floats most = load<Floats>(row);
     for (int v = 1; v < vectors; ++v) most = larger(most, load<Floats>(row + v * kLanes));
-    const float scale = group.scales[r], high = largest(most) * scale;
-    block_highest[r] = high;
-    const Floats top = all(kTop - high);
+    // The difference comes first: fused with it, a product could lie above the rounded largest one.
+    const float high = largest(most);
+    const Floats peak = all(high), scale = all(group.scales[r]);
+    block_highest[r] = high * group.scales[r];
     Ints sum = {};
     for (int v = 0; v < vectors; ++v) {
-      const Ints rounded =
-          to_ints(power_of_two(load<Floats>(row + v * kLanes) * all(scale) + top));
+      const Floats below = (load<Floats>(row + v * kLanes) - peak) * scale;
+      const Ints rounded = to_ints(power_of_two(below + kTop));
       sum += rounded;
       store_narrow(probabilities + r * kBlock + v * kLanes, rounded);
     }

@@ -90,7 +90,7 @@ def _quantize_products(model: ModelProto, nodes: list[str]) -> ModelProto:
 
 
 def layers(model: ModelProto, *, native: bool = False) -> list[onnx.NodeProto]:
-    """Return what can be quantised: products with a constant matrix, and attention if ``native``."""
+    """Return what can be quantised: products by constants, and attention if ``native``."""
     constants = {t.name for t in model.graph.initializer if len(t.dims) == 2}
     return [
         node

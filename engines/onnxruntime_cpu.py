@@ -11,6 +11,7 @@ import numpy as np
 
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import EngineRunError, EngineUnavailableError
+from recallseg.engines.operators import needs_operators, operators_library, require_operators
 from recallseg.engines.specs import GraphSpec
 
 __all__ = ["OnnxRuntimeCpu"]
@@ -30,7 +31,7 @@ class OnnxRuntimeCpu(Engine):
     Raises
     ------
     EngineUnavailableError
-        If ONNX Runtime is not installed.
+        If ONNX Runtime is not installed, or the graph needs native operators that were not built.
     EngineRunError
         If it refuses the graph, places it elsewhere, or the graph has other tensors than ``spec``.
     """
@@ -57,11 +58,16 @@ class OnnxRuntimeCpu(Engine):
         settings.log_severity_level = 3
         # A query runs five sessions in turn: the threads of one must not spin through the next.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
+        library = operators_library()
         try:
+            if library is not None:
+                settings.register_custom_ops_library(str(library))
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=settings, providers=[_PROVIDER]
             )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            if library is None and path.is_file() and needs_operators(path):
+                require_operators(str(path))
             raise EngineRunError(f"ONNX Runtime cannot load {path}: {error}") from error
         providers = self._session.get_providers()
         if providers != [_PROVIDER]:

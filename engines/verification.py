@@ -39,6 +39,7 @@ TOLERANCES: Mapping[str, float] = {
     "mixed": 2e-2,
     # Quantised weights and activations: judged by Dice first, this catches what is broken.
     "int8": 3e-1,
+    "int8-native": 3e-1,
     # An approximation: memory tokens averaged 2x2. Likewise judged by Dice first.
     "pooled": 3e-1,
     "int8-pooled": 3e-1,

@@ -19,12 +19,18 @@ from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import ExportError
 from recallseg.engines.golden import GoldenTensors, network_images, run_case
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
+from recallseg.engines.operators import require_operators
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verification import compare_with_golden
 from recallseg.export.emulation import EmulatedEngine
 from recallseg.export.precision import CONVERTED, convert_graph
-from recallseg.export.quantization import QUANTIZED, quantize_graph, sensitive_layers
+from recallseg.export.quantization import (
+    NATIVE,
+    QUANTIZED,
+    quantize_graph,
+    sensitive_layers,
+)
 
 __all__ = ["PRECISIONS", "convert_bundle"]
 
@@ -50,8 +56,8 @@ def convert_bundle(
     For ``fp16``, ``bf16`` and ``mixed`` the graphs of variant ``tensorrt`` are converted where the
     bundle has them, else the portable ones, and those of ``ort-cpu`` become ``ort-cuda``; they run
     on the CPU, rounding as their types do. For
-    ``int8`` and ``int8-pooled`` those of ``ort-cpu`` are, from ``fp32`` and ``pooled``; they run as
-    they will be run. ``memorize`` stays in fp32 there: memories outlive the precision of a query.
+    ``int8``, ``int8-native`` and ``int8-pooled`` those of ``ort-cpu`` are; they run as they will be
+    run. ``memorize`` stays in fp32 there: memories outlive the precision of a query.
     Each precision has to stay within its tolerance for every tensor of the golden case, and within
     the Dice tolerance for the masks.
 
@@ -67,6 +73,8 @@ def convert_bundle(
     ------
     ExportError
         If ``output`` exists, a precision is unknown, or a graph cannot be converted.
+    EngineUnavailableError
+        If a precision needs native operators that were not built.
     VerificationError
         If a precision fails its gate, naming tensor and error. Nothing is written.
     """
@@ -168,7 +176,9 @@ def _converted(
 
 
 def _check_quantizable(source: Bundle, precision: str) -> None:
-    wanted = {"int8": "fp32", "int8-pooled": "pooled"}[precision]
+    if precision in NATIVE:
+        require_operators(f"precision {precision}")
+    wanted = QUANTIZED[precision]
     if wanted not in source.precisions.get("ort-cpu", ()):
         how = " --pooled" if wanted == "pooled" else ""
         raise ExportError(
@@ -187,7 +197,7 @@ def _quantized(
     report: Report,
 ) -> Made:
     """Write all graphs in int8 but ``memorize``; return the engines by variant."""
-    variant, base = "ort-cpu", {"int8": "fp32", "int8-pooled": "pooled"}[precision]
+    variant, base, native = "ort-cpu", QUANTIZED[precision], precision in NATIVE
     exact = load_engines(source, "onnxruntime-cpu", base)
     inputs = _image_like(source, golden, exact)
     engines: dict[str, Engine] = {}
@@ -205,11 +215,11 @@ def _quantized(
         model = onnx.load(path)
         for index, node in enumerate(model.graph.node):
             node.name = node.name or f"node_{index}"
-        keep, _ = sensitive_layers(model, spec, inputs[graph])
+        keep, _ = sensitive_layers(model, spec, inputs[graph], native=native)
         kept[graph] = sorted(keep)
         report(f"quantize {graph}")
         file = _file(work, variant, precision, graph)
-        entry = _save(work, file, quantize_graph(model, keep))
+        entry = _save(work, file, quantize_graph(model, keep, native=native))
         manifest["graphs"][f"{variant}/{precision}/{graph}"] = entry
         engines[graph] = OnnxRuntimeCpu(spec, file, EngineOptions())
     manifest.setdefault("kept_in_fp32", {})[precision] = kept

@@ -4,7 +4,8 @@ Weights are quantised per output channel, symmetrically, by ONNX Runtime's own q
 Activations are quantised by their range in the very image (``DynamicQuantizeMatMul``) and not by
 one calibrated beforehand: on two cores with VNNI both took the same time (encode, SAM 2.1 tiny at
 512 px: 713 and 714 ms beside 1188 in fp32), and no scanner can then leave the range of somebody
-else's calibration images. Bias, attention, normalisation and GELU stay in fp32.
+else's calibration images. Bias, normalisation and GELU stay in fp32, and so does
+attention but in ``int8-native``, whose own operator quantises it.
 
 Which layers stay in fp32 is measured: each is quantised alone, and the worst are left out until the
 errors of the others, which are nearly independent, add up to little.
@@ -26,32 +27,53 @@ from onnx import ModelProto
 
 from recallseg.engines.engine import EngineOptions, Tensor
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
+from recallseg.engines.operators import ATTENTION, DOMAIN
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.verification import relative_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ERROR_BUDGET", "QUANTIZED", "quantize_graph", "sensitive_layers"]
+__all__ = ["ERROR_BUDGET", "NATIVE", "QUANTIZED", "quantize_graph", "sensitive_layers"]
 
-QUANTIZED = ("int8", "int8-pooled")
-"""Precisions that are made here, from ``fp32`` and ``pooled`` graphs of variant ``ort-cpu``."""
+QUANTIZED = {"int8": "fp32", "int8-native": "fp32", "int8-pooled": "pooled"}
+"""Precisions that are made here, and those of the graphs of variant ``ort-cpu`` that they are made
+from."""
+
+NATIVE = ("int8-native",)
+"""Those with the native operators: attention in 8 bits too."""
+
+_FUSED = "MultiHeadAttention"
 
 ERROR_BUDGET = 2e-2
 """Relative error of a graph's worst output that its quantised layers may add up to."""
 
 
-def quantize_graph(model: ModelProto, keep: frozenset[str] = frozenset()) -> ModelProto:
+def quantize_graph(
+    model: ModelProto, keep: frozenset[str] = frozenset(), *, native: bool = False
+) -> ModelProto:
     """Return a graph with its products by constants in int8; ``model`` is left as it is.
 
     Parameters
     ----------
     model : fp32, every node named, weights loaded.
     keep : names of nodes to leave in fp32.
+    native : whether attention becomes 8-bit too, by :mod:`recallseg.engines.operators`.
     """
+    chosen = [node for node in layers(model, native=native) if node.name not in keep]
+    made = _quantize_products(model, [n.name for n in chosen if n.op_type == "MatMul"])
+    attention = {node.name for node in chosen if node.op_type == _FUSED}
+    for node in made.graph.node:
+        if node.name in attention:
+            node.op_type, node.domain = ATTENTION, DOMAIN
+    if attention:
+        made.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return made
+
+
+def _quantize_products(model: ModelProto, nodes: list[str]) -> ModelProto:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    nodes = [node.name for node in layers(model) if node.name not in keep]
     if not nodes:
         return copy.deepcopy(model)
     with TemporaryDirectory() as folder, _quiet():
@@ -67,10 +89,15 @@ def quantize_graph(model: ModelProto, keep: frozenset[str] = frozenset()) -> Mod
         return onnx.load(path)
 
 
-def layers(model: ModelProto) -> list[onnx.NodeProto]:
-    """Return the products with a constant matrix: what can be quantised."""
+def layers(model: ModelProto, *, native: bool = False) -> list[onnx.NodeProto]:
+    """Return what can be quantised: products by constants, and attention if ``native``."""
     constants = {t.name for t in model.graph.initializer if len(t.dims) == 2}
-    return [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in constants]
+    return [
+        node
+        for node in model.graph.node
+        if (node.op_type == "MatMul" and node.input[1] in constants)
+        or (native and node.op_type == _FUSED and len(node.input) == 3)
+    ]
 
 
 def sensitive_layers(
@@ -78,6 +105,8 @@ def sensitive_layers(
     spec: GraphSpec,
     inputs: Mapping[str, Tensor],
     budget: float = ERROR_BUDGET,
+    *,
+    native: bool = False,
 ) -> tuple[frozenset[str], float]:
     """Measure which layers to leave in fp32.
 
@@ -87,6 +116,7 @@ def sensitive_layers(
     spec : the graph's tensors.
     inputs : image-like ones, by name.
     budget : see :data:`ERROR_BUDGET`.
+    native : as for :func:`quantize_graph`.
 
     Returns
     -------
@@ -95,9 +125,9 @@ def sensitive_layers(
     """
     expected = _run(model, spec, inputs)
     errors = {}
-    everything = frozenset(node.name for node in layers(model))
+    everything = frozenset(node.name for node in layers(model, native=native))
     for name in everything:
-        found = _run(quantize_graph(model, everything - {name}), spec, inputs)
+        found = _run(quantize_graph(model, everything - {name}, native=native), spec, inputs)
         errors[name] = max(relative_error(found[key], expected[key]) for key in expected)
     kept: list[str] = []
     rest = sorted(errors, key=lambda name: errors[name])

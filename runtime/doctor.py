@@ -13,6 +13,7 @@ from recallseg.engines.fake import FakeEngine
 from recallseg.engines.onnxruntime_cuda import OnnxRuntimeCuda
 from recallseg.engines.onnxruntime_gpu import load_provider
 from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt
+from recallseg.engines.operators import describe_operators
 from recallseg.engines.paths import cache_folder, shipped_bundles
 from recallseg.engines.pixels import open_pixels
 from recallseg.engines.registry import ENGINES, engine_class, load_engines
@@ -59,6 +60,7 @@ class Diagnosis:
     bundles: tuple[str, ...]
     cache: str
     pixels: str
+    operators: str
     self_tests: tuple[SelfTest, ...]
 
     @property
@@ -95,6 +97,7 @@ def diagnose(*, self_test: bool = True) -> Diagnosis:
         bundles,
         str(cache_folder()),
         _pixels(),
+        _operators(),
         tests,
     )
 
@@ -123,6 +126,14 @@ def _pixels() -> str:
     except RecallSegError as error:
         return str(error)
     return f"{found.name} ({found.detail})"
+
+
+def _operators() -> str:
+    """Whether the native operators for ONNX Runtime are here."""
+    try:
+        return describe_operators()
+    except RecallSegError as error:
+        return str(error)
 
 
 def _gpu_state(name: str) -> EngineState:

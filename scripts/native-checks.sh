@@ -43,19 +43,37 @@ run_check() {
   "${@:3}" "$work/$1-checks/checks" "$2" "$work/library" "$work/scratch"
 }
 
-# build_digest NAME COMPILER FLAGS...: the pixel kernels, with one level for all or those of x86-64.
-build_digest() {
-  local name=$1 compiler=$2 flags=("${@:3}") folder=engines/native/pixels objects=() level
-  local options=(-std=c++20 -O2 -ffp-contract=off -pthread "-I$folder")
-  for level in baseline v3 v4; do
+# build_levels NAME COMPILER FLAGS...: a source for the levels of vector units that a compiler has, and
+# what is linked with them. From the caller: program, folder, prefix, source, levels, rest.
+build_levels() {
+  local name=$1 compiler=$2 flags=("${@:3}") objects=() level
+  local options=(-std=c++20 -O2 "$contract" -pthread "-I$folder")
+  for level in baseline "${levels[@]}"; do
     case $level in
-      v*) [[ $("$compiler" -dumpmachine) == x86_64* ]] || continue
-        options+=(-DPIXELS_X86_LEVELS) flags=("${@:3}" "-march=x86-64-$level") ;;
+      baseline) ;;
+      *) [[ $("$compiler" -dumpmachine) == x86_64* ]] || continue
+        options+=("-D${prefix}_X86_LEVELS") flags=("${@:3}" "-march=x86-64-${level/vnni/v4}")
+        [[ $level != vnni ]] || flags+=(-mavx512vnni) ;;
     esac
-    objects+=("$work/$name-$level.o")
-    "$compiler" "${options[@]}" "${flags[@]}" "-DPIXELS_LEVEL=$level" -c "$folder/rows.cpp" \
-      -o "$work/$name-$level.o"
+    objects+=("$work/$name-$program-$level.o")
+    "$compiler" "${options[@]}" "${flags[@]}" "-D${prefix}_LEVEL=$level" -c "$folder/$source" \
+      -o "$work/$name-$program-$level.o"
   done
-  "$compiler" "${options[@]}" "${@:3}" "$folder"/{dispatch,order,resize}.cpp \
-    tests/integration/pixels/digest.cpp "${objects[@]}" -o "$work/$name-digest"
+  "$compiler" "${options[@]}" "${@:3}" "${rest[@]}" "${objects[@]}" -o "$work/$name-$program"
+}
+
+# build_digest NAME COMPILER FLAGS...: the pixel kernels and their digest.
+build_digest() {
+  local program=digest folder=engines/native/pixels prefix=PIXELS source=rows.cpp levels=(v3 v4)
+  local contract=-ffp-contract=off
+  local rest=("$folder"/{dispatch,order,resize}.cpp tests/integration/pixels/digest.cpp)
+  build_levels "$@"
+}
+
+# build_attention NAME COMPILER FLAGS...: attention with 8-bit products and its checks.
+build_attention() {
+  local program=attention folder=engines/native/attention prefix=ATTENTION source=kernels.cpp
+  local levels=(v3 vnni) contract=-ffp-contract=fast
+  local rest=("$folder"/{dispatch,attention}.cpp tests/integration/attention/checks.cpp)
+  build_levels "$@"
 }

@@ -13,7 +13,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.fake_bundle import make_fake_bundle
-from support.kernels import build_kernels
+from support.kernels import build_kernels, build_operators
 
 from recallseg.engines.bundle import Bundle
 
@@ -32,3 +32,22 @@ def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The native pixel kernels, built from this source."""
     return build_kernels(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="session")
+def operators_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operators for ONNX Runtime, built from this source."""
+    return build_operators(tmp_path_factory.mktemp("operators"))
+
+
+@pytest.fixture
+def native_operators(operators_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, where the engine looks for them."""
+    monkeypatch.setattr("recallseg.engines.operators._LIBRARY", operators_file)
+    return operators_file
+
+
+@pytest.fixture
+def no_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place where they were not built, whatever lies in this working tree."""
+    monkeypatch.setattr("recallseg.engines.operators._LIBRARY", tmp_path / "_operators.so")

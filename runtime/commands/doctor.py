@@ -55,6 +55,7 @@ def doctor(
         typer.echo(f"cache     {diagnosis.cache}")
         typer.echo(f"bundles   {', '.join(diagnosis.bundles) or 'none shipped'}")
         typer.echo(f"pixels    {diagnosis.pixels}")
+        typer.echo(f"operators {diagnosis.operators}")
         typer.echo("engines")
         for engine in diagnosis.engines:
             typer.echo(

@@ -38,6 +38,7 @@ def test_a_wheel_with_kernels(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", "librecallseg.so"))]
     assert bool(NVCC) == ("recallseg/engines/pixels/pixels.fatbin" in names)
+    assert "recallseg/engines/_operators.so" in names
     passed(
         *(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"),
         *("--target", tmp_path / "site", wheel),

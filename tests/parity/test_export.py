@@ -14,7 +14,8 @@ from transformers import Sam2VideoModel
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
-from recallseg.engines.errors import ExportError, ParityError
+from recallseg.engines.errors import EngineUnavailableError, ExportError, ParityError
+from recallseg.engines.operators import ATTENTION, DOMAIN
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import relative_error, verify_engines
@@ -25,7 +26,7 @@ from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import example_inputs
 from recallseg.export.ort_cpu import build_ort_cpu_graphs
 from recallseg.export.parity import PARITY_TOLERANCE, check_graph
-from recallseg.export.quantization import QUANTIZED
+from recallseg.export.quantization import NATIVE, QUANTIZED
 
 Models = tuple[Loaded, Loaded]
 
@@ -153,9 +154,10 @@ def test_pooled_without_its_variant_is_refused(models: Models, tmp_path: Path) -
 
 
 def test_int8_keeps_what_is_sensitive_and_passes_its_gate(exported: Bundle, tmp_path: Path) -> None:
-    made = convert_bundle(exported, tmp_path / "int8", QUANTIZED)
+    plain = [precision for precision in QUANTIZED if precision not in NATIVE]
+    made = convert_bundle(exported, tmp_path / "int8", plain)
     assert made.identity == exported.identity
-    for precision in QUANTIZED:
+    for precision in plain:
         engines = load_engines(made, "onnxruntime-cpu", precision)
         assert verify_engines(made, engines, precision).passed
         assert any(e["variant"] == f"ort-cpu/{precision}" for e in made.manifest["parity"])
@@ -165,6 +167,34 @@ def test_int8_keeps_what_is_sensitive_and_passes_its_gate(exported: Bundle, tmp_
         assert path.stat().st_size < 0.5 * fp32.stat().st_size
         memorize = made.manifest["graphs"][f"ort-cpu/{precision}/memorize"]
         assert memorize == made.manifest["graphs"]["portable/fp32/memorize"]
+
+
+def test_int8_native_runs_attention_by_our_operator(
+    exported: Bundle, tmp_path: Path, native_operators: Path
+) -> None:
+    made = convert_bundle(exported, tmp_path / "native", ["int8-native"])
+    assert verify_engines(
+        made, load_engines(made, "onnxruntime-cpu", "int8-native"), "int8-native"
+    ).passed
+    kinds = {
+        graph: [
+            (node.domain, node.op_type)
+            for node in onnx.load(made.graph_file(graph, ("ort-cpu",), "int8-native")[0]).graph.node
+        ]
+        for graph in ("encode", "attend")
+    }
+    kept = made.manifest["kept_in_fp32"]["int8-native"]
+    for graph, nodes in kinds.items():
+        fused = nodes.count(("com.microsoft", "MultiHeadAttention"))
+        assert fused <= len(kept[graph])
+        assert nodes.count((DOMAIN, ATTENTION)) > fused
+
+
+@pytest.mark.usefixtures("no_operators")
+def test_int8_native_is_not_made_where_it_cannot_be_run(exported: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailableError, match=r"int8-native.*wheel\.cmake=true"):
+        convert_bundle(exported, tmp_path / "native", ["int8-native"])
+    assert not (tmp_path / "native").exists()
 
 
 def test_int8_needs_the_graphs_that_it_is_made_from(models: Models, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 #include <atomic>
 
+#include "../processor.h"
 #include "rows.h"
 
 namespace pixels {
@@ -15,21 +16,7 @@ namespace {
 #if defined(PIXELS_X86_LEVELS)
 const Rows* const kAll[] = {&rows_v4, &rows_v3, &rows_baseline};
 
-bool runs_v3() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
-         __builtin_cpu_supports("movbe");
-}
-
-bool runs_v4() {
-  return runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
-}
-
 int best() {
-  __builtin_cpu_init();
   return runs_v4() ? 0 : runs_v3() ? 1 : 2;
 }
 #else

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from recallseg.engines.engine import Tensor
@@ -74,6 +75,41 @@ def test_without_an_outlier_everything_is_quantised() -> None:
     keep, _ = sensitive_layers(two_layers(1.0), SPEC, inputs())
     assert keep == frozenset()
     assert "MatMul" not in kinds(quantize_graph(two_layers(1.0)))
+
+
+def attention_between(gain: float) -> ModelProto:
+    """One attention of tokens among themselves; ``gain`` is the size of its scores."""
+    node = helper.make_node(
+        "MultiHeadAttention",
+        ["x", "x", "x"],
+        ["y"],
+        name="attention",
+        domain="com.microsoft",
+        num_heads=4,
+        scale=gain,
+    )
+    shape = [1, 16, WIDTH]
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    graph = helper.make_graph([node], "attention", tensors[:1], tensors[1:])
+    domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=domains, ir_version=9)
+
+
+@pytest.mark.usefixtures("native_operators")
+def test_attention_is_measured_like_every_layer() -> None:
+    tensors = [TensorSpec(name, "float32", (1, 16, WIDTH)) for name in "xy"]
+    spec = GraphSpec("attention", (tensors[0],), (tensors[1],))
+    x = {"x": inputs()["x"][None]}
+    model = attention_between(0.25)
+    keep, error = sensitive_layers(model, spec, x, native=True)
+    assert keep == frozenset()
+    assert 0 < error < 2e-2
+    assert [n.domain for n in quantize_graph(model, keep, native=True).graph.node] == ["recallseg"]
+    assert kinds(quantize_graph(model)) == {"MultiHeadAttention": 1}
+    keep, error = sensitive_layers(model, spec, x, budget=1e-9, native=True)
+    assert keep == {"attention"}
+    assert error == 0.0
+    assert quantize_graph(model, keep, native=True) == model
 
 
 def test_a_tighter_budget_keeps_more() -> None:

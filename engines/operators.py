@@ -1,0 +1,84 @@
+"""Native operators for ONNX Runtime's CPU provider: where they are, and what to say where not.
+
+They are built where there is a compiler (docs/native-kernels.md) and nothing stands in for them: a
+graph that has them needs them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from recallseg.engines.errors import EngineUnavailableError
+
+__all__ = [
+    "ATTENTION",
+    "DOMAIN",
+    "describe_operators",
+    "needs_operators",
+    "operators_library",
+    "require_operators",
+]
+
+DOMAIN = "recallseg"
+"""Of the operators' names."""
+
+ATTENTION = "QuantizedAttention"
+"""Attention with 8-bit products; inputs, output, ``num_heads`` and ``scale`` are those of
+``com.microsoft::MultiHeadAttention`` with three inputs."""
+
+_LIBRARY = Path(__file__).with_name("_operators.so")
+_HOW = "install recallseg with '-C wheel.cmake=true' (docs/native-kernels.md)"
+
+
+def operators_library() -> Path | None:
+    """Return the library that sessions are to register, or None where it was not built."""
+    return _LIBRARY if _LIBRARY.is_file() else None
+
+
+def require_operators(what: str) -> Path:
+    """Return the library.
+
+    Parameters
+    ----------
+    what : needs it; for the message.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If it was not built.
+    """
+    library = operators_library()
+    if library is None:
+        raise EngineUnavailableError(
+            f"{what} needs recallseg's native operators for ONNX Runtime, which were not built: "
+            f"{_HOW}, or choose another precision."
+        )
+    return library
+
+
+def needs_operators(graph: Path) -> bool:
+    """Whether a graph's file has one of the operators."""
+    return ATTENTION.encode() in graph.read_bytes()
+
+
+def describe_operators() -> str:
+    """Say whether the operators are here, and for which vector units.
+
+    Raises
+    ------
+    EngineUnavailableError
+        If the library is there and cannot be loaded.
+    """
+    library = operators_library()
+    if library is None:
+        return f"not built: for the precision int8-native, {_HOW}"
+    try:
+        level = ctypes.CDLL(str(library)).recallseg_attention_level
+    except (OSError, AttributeError) as error:
+        raise EngineUnavailableError(
+            f"the native operators cannot be loaded: {error}. Build them anew on this machine "
+            "(docs/native-kernels.md)."
+        ) from error
+    level.restype = ctypes.c_char_p
+    return f"native (vector units: {level().decode()})"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,13 @@ __all__ = [
     "build_graph",
     "extend_graph",
     "file_digests",
+    "graph_settings",
     "open_graph",
 ]
 
 EXACT_LIMIT = 4096
 """Most embeddings that are searched exactly: 4096 x 384 fp32 take 6 MB, a product some 0.2 ms."""
-CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 128, 128
+DTYPE, CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = "f16", 16, 128, 128
 OVERSAMPLING = 2
 """Candidates asked of the graph for each one wanted; re-ranked exactly."""
 QUICK_BYTES = 1 << 16
@@ -169,15 +171,18 @@ class StructureIndex:
             wanted = min(size, wanted * 4)
 
 
+def graph_settings() -> dict[str, Any]:
+    """Return what a graph on disk was built with, as values for JSON."""
+    return {"dtype": DTYPE, "connectivity": CONNECTIVITY, "expansion_add": EXPANSION_ADD}
+
+
 def build_graph(vectors: Vectors) -> Index:
-    """Return an HNSW graph over embeddings, kept in fp16."""
+    """Return an HNSW graph over embeddings."""
     graph = Index(
         ndim=vectors[1].shape[1],
         metric="cos",
-        dtype="f16",
-        connectivity=CONNECTIVITY,
-        expansion_add=EXPANSION_ADD,
         expansion_search=EXPANSION_SEARCH,
+        **graph_settings(),
     )
     extend_graph(graph, vectors)
     return graph

@@ -129,10 +129,11 @@ def retrieval(
     k: Annotated[int, typer.Option("--k", min=1, help="Neighbours to ask for.")] = 16,
     dimension: Annotated[int, typer.Option(min=1, help="Numbers of an embedding.")] = 384,
     queries: Annotated[int, typer.Option(min=1, help="Queries at every size.")] = 1000,
-    scratch: Annotated[
+    libraries: Annotated[
         Optional[Path],
         typer.Option(
-            help="Folder for temporary libraries, 3 KB an embedding.", show_default="system's"
+            help="Keep libraries there, 3 KB an embedding, and use those that are there.",
+            show_default="made anew, temporary",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -143,7 +144,7 @@ def retrieval(
     counts = parsed(_split_sizes, sizes, "--sizes")
     with steps() as step:
         report = run_retrieval(
-            counts, k=k, dimension=dimension, queries=queries, folder=scratch, step=step
+            counts, k=k, dimension=dimension, queries=queries, folder=libraries, step=step
         )
     _finish(report, output, _print_retrieval, as_json=as_json)
 
@@ -291,6 +292,14 @@ def _print_latency(report: Report) -> None:
             f"{run.subject:<28} k={run.k:<3} n={run.n:<2} p50 {total.p50:9.1f} ms  p90 "
             f"{total.p90:9.1f}  p99 {total.p99:9.1f}  ({stages})"
         )
+    least = {(run.subject, run.k): run for run in reversed(report.runs)}  # fewest structures
+    for run in report.runs:
+        one = least[run.subject, run.k]
+        if run.n > one.n:
+            typer.echo(
+                f"{run.subject} takes {run.total.p50 / one.total.p50:.2f} times as long for "
+                f"{run.n} structures as for {one.n} at k={run.k}"
+            )
     for ratio in report.ratios:
         if ratio.stage == "total":
             typer.echo(

@@ -191,11 +191,10 @@ def run_latency(bundle: Bundle, plan: LatencyPlan, step: Step = lambda what: Non
             progress=lambda key: step(f"add {key}"),
         )
         bench = _Bench(bundle, plan, library, modules, meter, known, step)
-        for n in plan.ns:
-            for k in plan.ks:
-                more, compared = bench.configuration(k, n)
-                runs += more
-                found += compared
+        for k in plan.ks:
+            more, compared = bench.configurations(k)
+            runs += more
+            found += compared
     if meter is not None:
         meter.close()
     conditions |= watch.stop()
@@ -230,38 +229,41 @@ class _Bench:
         self.modules, self.meter, self.known, self.step = modules, meter, known, step
         self.images = query_images(min(plan.queries, MOST_IMAGES), plan.side)
 
-    def configuration(self, k: int, n: int) -> tuple[list[Run], tuple[Ratio, ...]]:
-        """Measure one k and n."""
-        plan, names = self.plan, structure_names(n)
-        where = f"k = {k}, {n} structure{'' if n == 1 else 's'}"
+    def configurations(self, k: int) -> tuple[list[Run], list[Ratio]]:
+        """Measure one k with every number of structures, all in turns."""
+        plan = self.plan
         probed = {}
-        for choice in plan.measured if plan.cold_starts else ():
-            self.step(f"{where}: cold start and memory, {choice.name}")
-            probed[choice.name] = probe(
-                self.library, self.bundle.path, choice.to_json(),
-                k=k, structures=names, side=plan.side,
-            )  # fmt: skip
-        self.step(f"{where}: prepare")
-        subjects = self._subjects(k, names)
-        recordings = measure(
-            subjects,
+        for n in plan.ns if plan.cold_starts else ():
+            for choice in plan.measured:
+                self.step(f"k = {k}, n = {n}: cold start and memory, {choice.name}")
+                probed[n, choice.name] = probe(
+                    self.library, self.bundle.path, choice.to_json(),
+                    k=k, structures=structure_names(n), side=plan.side,
+                )  # fmt: skip
+        self.step(f"k = {k}: prepare")
+        subjects = {n: self._subjects(k, structure_names(n)) for n in plan.ns}
+        recorded = measure(
+            [subject for each in subjects.values() for subject in each],
             self.images,
             rounds=plan.queries,
             seconds=plan.seconds,
             most_seconds=plan.most_seconds,
             meter=self.meter,
-            progress=lambda name: self.step(f"{where}: {name}"),
+            progress=lambda name: self.step(f"k = {k}: {name}"),
         )
-        runs = [
-            self._run(subject, recording, recordings[0], k, n, probed.get(subject.name))
-            for subject, recording in zip(subjects, recordings, strict=True)
-        ]
+        runs: list[Run] = []
         compared: list[Ratio] = []
         own = len(plan.choices)
-        for subject, recording in zip(subjects[:own], recordings[:own], strict=True):
-            for baseline, other in zip(subjects[own:], recordings[own:], strict=True):
-                compared += ratios(subject.name, recording, baseline.name, other, k=k, n=n)
-        return runs, tuple(compared)
+        for n, each in subjects.items():
+            recordings, recorded = recorded[: len(each)], recorded[len(each) :]
+            runs += [
+                self._run(subject, recording, recordings[0], k, n, probed.get((n, subject.name)))
+                for subject, recording in zip(each, recordings, strict=True)
+            ]
+            for subject, recording in zip(each[:own], recordings[:own], strict=True):
+                for baseline, other in zip(each[own:], recordings[own:], strict=True):
+                    compared += ratios(subject.name, recording, baseline.name, other, k=k, n=n)
+        return runs, compared
 
     def _subjects(self, k: int, names: Sequence[str]) -> list[Subject]:
         subjects: list[Subject] = [

@@ -154,12 +154,12 @@ def _cases(native: NativePixels) -> Iterator[_Case]:
 
         return {name: by(pixels) for name, pixels in ways.items()}
 
-    def gather(bank: NDArray[np.float16]) -> dict[str, Work]:
+    def gather(bank: NDArray[Any], scales: NDArray[np.float32] | None = None) -> dict[str, Work]:
         def by(pixels: Pixels) -> Work:
             out = np.zeros(bank.shape, np.float32)
 
             def work() -> Sequence[NDArray[Any]]:
-                pixels.gather(list(bank), out)
+                pixels.gather(list(bank), out, None if scales is None else list(scales))
                 return [out]
 
             return work
@@ -194,6 +194,12 @@ def _cases(native: NativePixels) -> Iterator[_Case]:
     yield _Case(
         "16 memories 4096x64 fp16 to fp32", 3 * bank.nbytes,
         {**gather(bank), **torch.get("memories", {})},
+    )  # fmt: skip
+    coarse = rng.integers(-127, 128, bank.shape, np.int8)
+    scales = rng.uniform(0.01, 0.1, bank.shape[:2]).astype("f4")
+    yield _Case(
+        "16 memories 4096x64 int8 to fp32", 5 * coarse.nbytes + scales.nbytes,
+        gather(coarse, scales),
     )  # fmt: skip
 
 

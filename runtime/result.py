@@ -74,6 +74,7 @@ class Result:
     quality : flag and reasons.
     bundle_identity, library_digest : what made this result.
     engine, precision, k : the settings.
+    memory_format : how the library stores its memories, ``fp16`` or ``int8``.
     temporal : memories of earlier frames that were used beside the recalled ones, by structure.
     notice : what must be said of the weights, e.g. "demo model, not for clinical use".
     """
@@ -90,6 +91,7 @@ class Result:
     engine: str
     precision: str
     k: int
+    memory_format: str
     temporal: Mapping[str, int]
     notice: str
 
@@ -110,6 +112,7 @@ class Result:
             "engine": self.engine,
             "precision": self.precision,
             "k": self.k,
+            "memory_format": self.memory_format,
             "temporal": dict(self.temporal),
             "notice": self.notice,
         }

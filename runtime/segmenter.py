@@ -311,6 +311,7 @@ class Segmenter:
             engine=self.engine,
             precision=self.precision,
             k=self.k,
+            memory_format=self.library.memory_format,
             temporal=MappingProxyType(dict(zip(self.structures, earlier, strict=True))),
             notice=self.bundle.notice,
         )

@@ -90,6 +90,7 @@ class VolumeResult:
     engine: str
     precision: str
     k: int
+    memory_format: str
     notice: str
 
     @property
@@ -122,6 +123,7 @@ class VolumeResult:
             "engine": self.engine,
             "precision": self.precision,
             "k": self.k,
+            "memory_format": self.memory_format,
             "notice": self.notice,
         }
 
@@ -205,6 +207,7 @@ def segment_volume(
         result.engine,
         result.precision,
         result.k,
+        result.memory_format,
         result.notice,
     )
 

@@ -36,6 +36,13 @@ class OpenCvPixels(Pixels):
         """Bytes of two buffers on the grid of the largest image so far."""
         return self._grids.nbytes
 
+    def _ordered(self, image: NDArray[Any], ranks: Sequence[int]) -> list[float]:
+        if image.dtype not in (np.uint8, np.uint16):
+            return super()._ordered(image, ranks)
+        # Few values: counting them takes half the time of sorting pixels apart.
+        counted = np.cumsum(np.bincount(image.reshape(-1)))
+        return [float(value) for value in np.searchsorted(counted, ranks, side="right")]
+
     def _prepare(
         self, image: NDArray[Any], low: np.float32, gain: np.float32, targets: Sequence[Target]
     ) -> None:
@@ -68,8 +75,8 @@ class OpenCvPixels(Pixels):
             _resize(plane, label_map.shape, upsampled)
             np.greater(upsampled, 0, out=masks[index])
             wins = upsampled > highest
-            label_map[wins] = index + 1
-            np.copyto(highest, upsampled, where=wins)
+            np.copyto(label_map, np.uint8(index + 1), where=wins)
+            np.maximum(highest, upsampled, out=highest)
 
     def _gather(
         self,
@@ -79,7 +86,9 @@ class OpenCvPixels(Pixels):
     ) -> None:
         for index, row in enumerate(rows):
             if scales is not None:
-                np.multiply(row, scales[index][:, None], out=out[index], casting="same_kind")
+                # Copied first, which is exact: a product of two dtypes is half again as slow.
+                np.copyto(out[index], row)
+                np.multiply(out[index], scales[index][:, None], out=out[index], casting="same_kind")
             elif out.dtype == np.float32:
                 _widen(row, out[index])
             else:

@@ -64,12 +64,18 @@ def create(
             "--sources/--no-sources", help="Keep images and masks (to rebuild, calibrate)."
         ),
     ] = True,
+    memories: Annotated[
+        str,
+        typer.Option(help="How memories are stored: fp16, or int8 in about half the bytes."),
+    ] = "fp16",
 ) -> None:
     """Make an empty library."""
     from recallseg.runtime.library import Library
 
     rule = parsed(_intensity, intensity, "--intensity")
-    with Library.create(library, bundle, intensity=rule, keep_sources=sources) as made:
+    with Library.create(
+        library, bundle, intensity=rule, keep_sources=sources, memory_format=memories
+    ) as made:
         note(f"{made!r}")
         say_notice(made.bundle.notice)
 
@@ -128,6 +134,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
                     "digest": opened.digest,
                     "bundle_identity": opened.bundle_identity,
                     "intensity": opened.intensity.to_json(),
+                    "memory_format": opened.memory_format,
                     "calibrated": opened.calibration is not None,
                     "structures": structures,
                     "exemplars": [{**vars(e), "tags": dict(e.tags)} for e in exemplars],

@@ -107,6 +107,7 @@ def write_segmentation(path: Path, volume: Volume, result: VolumeResult) -> None
             parameters={
                 "k": str(result.k),
                 "precision": result.precision,
+                "memory_format": result.memory_format,
                 **({"notice": result.notice} if result.notice else {}),
             },
         )

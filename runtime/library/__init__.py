@@ -32,7 +32,7 @@ from recallseg.runtime.library.binding import (
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.changing import LibraryChanging
 from recallseg.runtime.library.database import Database
-from recallseg.runtime.library.encoding import ExemplarEncoder
+from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder
 from recallseg.runtime.library.reading import CATALOG, LOCK, MEMORIES
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
@@ -57,6 +57,7 @@ class Library(LibraryChanging):
         *,
         intensity: Intensity | None = None,
         keep_sources: bool = True,
+        memory_format: str = "fp16",
         encoder: ExemplarEncoder | None = None,
         engine: str = "onnxruntime-cpu",
         precision: str = "fp32",
@@ -71,16 +72,24 @@ class Library(LibraryChanging):
         bundle : whose encoders this library belongs to.
         intensity : rule from pixel values to 0..1, for exemplars and queries alike.
         keep_sources : store images and masks too; without them it cannot be rebuilt or calibrated.
+        memory_format : ``fp16``, or ``int8`` with a scale per token: about half the bytes, rounded
+            to 1/127 of the token's largest number.
         encoder : used instead of the bundle's own.
         engine, precision, threads : of the bundle's own encoder, which is loaded when first needed.
         shard_bytes : about how large a file of memories gets.
 
         Raises
         ------
+        InputError
+            If there is no such ``memory_format``.
         LibraryError
             If the folder holds something already.
         LibraryWriteError, LibraryLockedError, BundleError
         """
+        if memory_format not in MEMORY_FORMATS:
+            raise InputError(
+                f"memory_format must be one of {', '.join(MEMORY_FORMATS)}, got {memory_format!r}."
+            )
         folder, opened = Path(path), open_bundle(bundle)
         with writing(folder):
             if folder.exists() and not folder.is_dir():
@@ -97,7 +106,7 @@ class Library(LibraryChanging):
         try:
             _refuse_second(folder)
             settings = Settings(
-                **bundle_settings(opened),
+                **bundle_settings(opened, memory_format),
                 intensity=(intensity or Intensity()).to_json(),
                 keep_sources=keep_sources,
                 shard_bytes=shard_bytes,

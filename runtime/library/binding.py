@@ -20,14 +20,14 @@ def open_bundle(bundle: Bundle | str | Path) -> Bundle:
     return Bundle.open(bundle) if isinstance(bundle, (str, Path)) else bundle
 
 
-def bundle_settings(bundle: Bundle) -> dict[str, Any]:
+def bundle_settings(bundle: Bundle, memory_format: str) -> dict[str, Any]:
     """Return those fields of :class:`Settings` that come from the bundle."""
     return {
         "identity": bundle.identity,
         "bundle_name": bundle.name,
         "bundle_path": str(Path(bundle.path).absolute()),
         "embedding_dim": bundle.geometry.embedding_dim,
-        "layout": MemoryLayout.of(bundle.geometry),
+        "layout": MemoryLayout.of(bundle.geometry, memory_format),
     }
 
 

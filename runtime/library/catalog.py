@@ -36,7 +36,7 @@ class Catalog(CatalogQueries):
             ("INSERT INTO settings VALUES ('library', ?)", (settings.to_text(),)),
             ("INSERT INTO state VALUES (0, 1, 0, '0')", ()),
         ]
-        return cls(Database.create(path, rows))
+        return cls(Database.create(path, rows, settings.format_version))
 
     def set_note(self, name: str, value: str | None) -> None:
         """Store one text, or remove it."""

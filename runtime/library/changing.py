@@ -200,7 +200,7 @@ class LibraryChanging(LibraryReading):
         target = self.bundle if bundle is None else open_bundle(bundle)
         with self._lock:
             settings = Settings(
-                **bundle_settings(target),
+                **bundle_settings(target, self.memory_format),
                 intensity=self._settings.intensity,
                 keep_sources=True,
                 shard_bytes=self._settings.shard_bytes,

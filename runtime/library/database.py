@@ -27,7 +27,9 @@ from recallseg.engines.errors import (
 
 __all__ = ["FORMAT_VERSION", "Database"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Newest format read. 1: memories in fp16. 2: they may be int8. A library carries the lowest that
+can hold it, so that older programs open what they understand."""
 APPLICATION_ID = 0x52534547  # "RSEG"
 BUSY_SECONDS = 30.0
 """How long to wait for another process's commit or read, both of milliseconds."""
@@ -79,7 +81,9 @@ class Database:
         self._close = weakref.finalize(self, connection.close)
 
     @classmethod
-    def create(cls, path: Path, fill: Iterable[tuple[str, Sequence[Any]]]) -> Database:
+    def create(
+        cls, path: Path, fill: Iterable[tuple[str, Sequence[Any]]], version: int
+    ) -> Database:
         """Make the file with its schema and the rows of ``fill``, in one transaction."""
         database = cls(path, _connect(path, "rwc"), True)
         try:
@@ -92,7 +96,7 @@ class Database:
                 for statement, values in fill:
                     database.execute(statement, values)
                 database.execute(f"PRAGMA application_id={APPLICATION_ID}")
-                database.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+                database.execute(f"PRAGMA user_version={version}")
         except BaseException:
             database.close()
             raise

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.specs import Geometry
 
-__all__ = ["Encoded", "ExemplarEncoder", "MemoryLayout", "check_encoded"]
+__all__ = ["MEMORY_FORMATS", "Encoded", "ExemplarEncoder", "MemoryLayout", "check_encoded"]
+
+MEMORY_FORMATS = ("fp16", "int8")
 
 UNIT_TOLERANCE = 1e-3
 """How far an embedding's length may be from 1: float32 sums over a few thousand channels, with room
@@ -50,22 +52,26 @@ class ExemplarEncoder(Protocol):
 
 @dataclass(frozen=True)
 class MemoryLayout:
-    """Shape of one stored memory: T tokens of ``memory_dim``, a pointer of ``pointer_dim`` (C)."""
+    """Shape of one stored memory: T tokens of ``memory_dim``, a pointer of ``pointer_dim`` (C).
+
+    ``format`` is how a token's numbers are stored: ``fp16``, or ``int8`` with one scale per token.
+    """
 
     tokens: int
     memory_dim: int
     pointer_dim: int
+    format: str = "fp16"
 
     @classmethod
-    def of(cls, geometry: Geometry) -> MemoryLayout:
+    def of(cls, geometry: Geometry, memory_format: str) -> MemoryLayout:
         """Return the layout of a bundle's memories."""
-        return cls(geometry.tokens, geometry.memory_dim, geometry.channels)
+        return cls(geometry.tokens, geometry.memory_dim, geometry.channels, memory_format)
 
 
 def check_encoded(
     encoded: Encoded, structures: tuple[str, ...], embedding_dim: int, layout: MemoryLayout
 ) -> Encoded:
-    """Return what is stored: normalised embedding, fp16 memories, fp32 pointers.
+    """Return what can be stored: normalised embedding, memories and pointers, all float32.
 
     Raises
     ------
@@ -80,7 +86,7 @@ def check_encoded(
             f"the encoder's embedding has length {length:.6g}; expected 1. Verify the engine with "
             "'recallseg verify'."
         )
-    memories: dict[str, NDArray[np.float16]] = {}
+    memories: dict[str, NDArray[np.float32]] = {}
     pointers: dict[str, NDArray[np.float32]] = {}
     for name in structures:
         if name not in encoded.memories or name not in encoded.pointers:
@@ -93,10 +99,10 @@ def check_encoded(
         largest = float(np.abs(memory).max())
         if largest > FP16_MAX:
             raise EngineRunError(
-                f"the memory of '{name}' reaches {largest:.6g}; memories are stored in fp16, "
+                f"the memory of '{name}' reaches {largest:.6g}; memories must fit fp16, "
                 f"which ends at {FP16_MAX:.0f}. Verify the engine with 'recallseg verify'."
             )
-        memories[name] = memory.astype(np.float16)
+        memories[name] = memory
         pointers[name] = _tensor(
             f"pointer of '{name}'", encoded.pointers[name], (layout.pointer_dim,)
         )

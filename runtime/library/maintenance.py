@@ -17,6 +17,7 @@ from recallseg.runtime.library.shards import (
     ShardReader,
     ShardWriter,
     digest_record,
+    pack,
     shard_file,
 )
 from recallseg.runtime.library.sources import SourceStore
@@ -35,7 +36,7 @@ def append(
     """Write an exemplar's memories durably; return their places and digests by structure."""
     places = catalog.allocate(len(encoded.memories), writer.capacity, generation)
     written = {
-        name: (place, writer.append(place, memory, encoded.pointers[name]))
+        name: (place, writer.append(place, pack(writer.layout, memory, encoded.pointers[name])))
         for place, (name, memory) in zip(places, encoded.memories.items(), strict=True)
     }
     for shard in {place.shard for place in places}:
@@ -73,7 +74,7 @@ def compact(
             else:
                 writer.sync(target.shard)
                 target = Place(target.shard + 1, 0)
-            if writer.append(target, *reader.record(place)) != digest:
+            if writer.append(target, reader.record(place)) != digest:
                 raise LibraryError(
                     f"the memory of '{name}' of exemplar number {number} does not match its "
                     "digest. Run 'recallseg library verify', remove or rebuild what it names, "
@@ -148,7 +149,7 @@ def verify(
                 continue
             memories += 1
             try:
-                intact = digest_record(*reader.record(place)) == digest
+                intact = digest_record(reader.record(place)) == digest
             except LibraryError as error:
                 problems.append(f"memory of '{name}' of exemplar '{keys[number]}': {error}")
             else:

@@ -103,6 +103,11 @@ class LibraryReading:
         return self._settings.keep_sources
 
     @property
+    def memory_format(self) -> str:
+        """How memories are stored: ``fp16``, or ``int8`` with a scale per token."""
+        return self._settings.layout.format
+
+    @property
     def writable(self) -> bool:
         """Whether it was opened for writing."""
         return self._writer_lock is not None
@@ -281,18 +286,20 @@ class LibraryReading:
             If a shard is missing or cut off.
         """
         self._check_buffers(len(keys), memories_out, pointers_out)
-        memories = []
+        tokens, scales = [], []
         for row, key in enumerate(keys):
             try:
-                tokens, pointer = self._reader.record(self._place(key, structure, keys))
+                record = self._reader.record(self._place(key, structure, keys))
             except LibraryCorruptError:
                 if not self.refresh():
                     raise
                 # Compacted by another process since the search: the memory has moved.
-                tokens, pointer = self._reader.record(self._place(key, structure, keys))
-            memories.append(tokens)
-            pointers_out[row] = pointer
-        self._pixels.gather(memories, memories_out)
+                record = self._reader.record(self._place(key, structure, keys))
+            tokens.append(record["tokens"])
+            pointers_out[row] = record["pointer"]
+            if self.memory_format == "int8":
+                scales.append(record["scales"])
+        self._pixels.gather(tokens, memories_out, scales or None)
 
     # Inside
 

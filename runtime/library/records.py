@@ -34,9 +34,17 @@ class Settings:
     keep_sources: bool
     shard_bytes: int
 
+    @property
+    def format_version(self) -> int:
+        """The lowest version of the catalog's format that can say this; see the database."""
+        return 1 if self.layout.format == "fp16" else 2
+
     def to_text(self) -> str:
         """Return the fields as JSON text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        data = asdict(self)
+        if self.format_version == 1:
+            del data["layout"]["format"]  # which version 1 does not know
+        return json.dumps(data, sort_keys=True)
 
     @classmethod
     def from_text(cls, text: str) -> Settings:

@@ -7,6 +7,9 @@
       4096   record 0: T x memory_dim fp16 tokens, pointer_dim fp32 pointer, padding to 64 bytes
              record 1: ...
 
+A record of format version 2 (a library with int8 memories) is T x memory_dim int8 tokens, T fp32
+scales and the pointer: a number is its int8 times its token's scale.
+
 A record's slot is never used again while its shard exists, so a reader with an older view of the
 catalog never sees another exemplar's memory under a name it knows. Which slots are in use is the
 catalog's business: bytes beyond them, left by a writer that died, are overwritten by the next.
@@ -29,16 +32,22 @@ from recallseg.engines.errors import LibraryCorruptError, LibraryVersionError
 from recallseg.runtime.library.encoding import MemoryLayout
 from recallseg.runtime.library.storage import sync_directory, write_all, writing
 
-__all__ = ["DEFAULT_SHARD_BYTES", "Place", "ShardReader", "ShardWriter", "record_bytes"]
+__all__ = ["DEFAULT_SHARD_BYTES", "Place", "ShardReader", "ShardWriter", "pack", "record_bytes"]
 
 MAGIC = b"RSEGMEM\0"
-VERSION = 1
+VERSIONS = {"fp16": 1, "int8": 2}
+"""Format version of a shard, by the format of its tokens."""
+INT8_MAX = 127
 HEADER = struct.Struct("<8sIIIII")
 HEADER_BYTES = 4096
 ALIGNMENT = 64
 DEFAULT_SHARD_BYTES = 1 << 30
 """A shard is closed when the next record would pass this: large enough that a big library needs few
 open files, small enough to copy and compact."""
+
+
+Record = Any
+"""A numpy scalar or 0-d array of :func:`record_type`, whose fields go by their names."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +60,27 @@ class Place:
 
 def record_type(layout: MemoryLayout) -> np.dtype[Any]:
     """Return the structured dtype of one record, padding included."""
-    tokens = layout.tokens * layout.memory_dim * 2
-    pointer_at = -(-tokens // 4) * 4
-    used = pointer_at + layout.pointer_dim * 4
+    number = "<f2" if layout.format == "fp16" else "i1"
+    fields = {"tokens": np.dtype((number, (layout.tokens, layout.memory_dim)))}
+    if layout.format == "int8":
+        fields["scales"] = np.dtype(("<f4", (layout.tokens,)))
+    fields["pointer"] = np.dtype(("<f4", (layout.pointer_dim,)))
+    offsets, end = [], 0
+    for field in fields.values():
+        offsets.append(_rounded_up(end, 4))
+        end = offsets[-1] + field.itemsize
     return np.dtype(
         {
-            "names": ["tokens", "pointer"],
-            "formats": [
-                ("<f2", (layout.tokens, layout.memory_dim)),
-                ("<f4", (layout.pointer_dim,)),
-            ],
-            "offsets": [0, pointer_at],
-            "itemsize": -(-used // ALIGNMENT) * ALIGNMENT,
+            "names": [*fields],
+            "formats": [*fields.values()],
+            "offsets": offsets,
+            "itemsize": _rounded_up(end, ALIGNMENT),
         }
     )
+
+
+def _rounded_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def record_bytes(layout: MemoryLayout) -> int:
@@ -72,10 +88,30 @@ def record_bytes(layout: MemoryLayout) -> int:
     return record_type(layout).itemsize
 
 
-def digest_record(tokens: NDArray[Any], pointer: NDArray[Any]) -> bytes:
-    """Return the SHA-256 of a record's tokens and pointer, padding left out."""
-    state = hashlib.sha256(np.ascontiguousarray(tokens, "<f2").data)
-    state.update(np.ascontiguousarray(pointer, "<f4").data)
+def pack(layout: MemoryLayout, tokens: NDArray[Any], pointer: NDArray[Any]) -> Record:
+    """Return a record of tokens T x memory_dim and pointer C, floats rounded as stored.
+
+    int8: each number is rounded to the nearest of 255 steps of its token's scale, which is the
+    token's largest magnitude / 127. So it is off by half a scale at most.
+    """
+    record = np.zeros((), record_type(layout))
+    record["pointer"] = pointer
+    if layout.format == "fp16":
+        record["tokens"] = tokens
+        return record
+    scales = np.abs(tokens).max(axis=1).astype(np.float32) / np.float32(INT8_MAX)
+    # A token so small that its scale is subnormal may divide to more than 127.
+    steps = np.divide(tokens, scales[:, None], out=np.zeros_like(tokens), where=scales[:, None] > 0)
+    record["tokens"] = np.clip(np.rint(steps), -INT8_MAX, INT8_MAX)
+    record["scales"] = scales
+    return record
+
+
+def digest_record(record: Record) -> bytes:
+    """Return the SHA-256 of a record's fields, padding left out."""
+    state = hashlib.sha256()
+    for name in record.dtype.names or ():
+        state.update(np.ascontiguousarray(record[name]).data)
     return state.digest()
 
 
@@ -88,8 +124,8 @@ class ShardReader:
         self._type = record_type(layout)
         self._maps: dict[int, NDArray[Any]] = {}
 
-    def record(self, place: Place) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-        """Return views of the tokens (T x memory_dim) and the pointer at ``place``.
+    def record(self, place: Place) -> Record:
+        """Return a view of what lies at ``place``: tokens T x memory_dim, pointer C, int8's scales.
 
         Raises
         ------
@@ -109,8 +145,8 @@ class ShardReader:
                     f"{len(records)} memories, number {place.slot} is wanted. Restore it, or "
                     "rebuild the library with 'recallseg library rebuild'."
                 )
-        record = records[place.slot]
-        return record["tokens"], record["pointer"]
+        record: Record = records[place.slot]
+        return record
 
     def _map(self, shard: int) -> NDArray[Any]:
         path = shard_file(self._folder, shard)
@@ -137,18 +173,15 @@ class ShardWriter:
         self, folder: Path, layout: MemoryLayout, shard_bytes: int = DEFAULT_SHARD_BYTES
     ) -> None:
         self._folder = folder
-        self._layout = layout
+        self.layout = layout
         self._type = record_type(layout)
         self.capacity = max(1, (shard_bytes - HEADER_BYTES) // self._type.itemsize)
 
-    def append(self, place: Place, tokens: NDArray[Any], pointer: NDArray[Any]) -> bytes:
+    def append(self, place: Place, record: Record) -> bytes:
         """Write a record at ``place`` and return its digest. :meth:`sync` makes it durable.
 
         Slot 0 begins a new shard, replacing what a writer that died may have left under its number.
         """
-        record = np.zeros((), self._type)
-        record["tokens"] = tokens
-        record["pointer"] = pointer
         path = shard_file(self._folder, place.shard)
         with writing(path):
             if place.slot == 0:
@@ -160,7 +193,7 @@ class ShardWriter:
                 )
             finally:
                 os.close(descriptor)
-        return digest_record(record["tokens"], record["pointer"])
+        return digest_record(record)
 
     def sync(self, shard: int) -> None:
         """Return when everything appended to ``shard`` survives a power loss."""
@@ -175,10 +208,10 @@ class ShardWriter:
     def _begin(self, path: Path) -> None:
         header = HEADER.pack(
             MAGIC,
-            VERSION,
-            self._layout.tokens,
-            self._layout.memory_dim,
-            self._layout.pointer_dim,
+            VERSIONS[self.layout.format],
+            self.layout.tokens,
+            self.layout.memory_dim,
+            self.layout.pointer_dim,
             self._type.itemsize,
         )
         path.parent.mkdir(exist_ok=True)
@@ -195,21 +228,28 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 
 def _check_header(path: Path, header: bytes, layout: MemoryLayout) -> None:
-    expected = (layout.tokens, layout.memory_dim, layout.pointer_dim, record_bytes(layout))
+    expected = (
+        VERSIONS[layout.format],
+        layout.tokens,
+        layout.memory_dim,
+        layout.pointer_dim,
+        record_bytes(layout),
+    )
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise LibraryCorruptError(
             f"{path} is not a shard of memories. Restore it, or rebuild the library with "
             "'recallseg library rebuild'."
         )
-    _, version, *found = HEADER.unpack(header)
-    if version > VERSION:
+    _, *found = HEADER.unpack(header)
+    newest = max(VERSIONS.values())
+    if found[0] > newest:
         raise LibraryVersionError(
-            f"{path} has shard format {version}; this RecallSeg reads up to {VERSION}. Update "
+            f"{path} has shard format {found[0]}; this RecallSeg reads up to {newest}. Update "
             "RecallSeg."
         )
     if tuple(found) != expected:
         raise LibraryCorruptError(
-            f"{path} has layout {tuple(found)}, the catalog says {expected} (tokens, memory_dim, "
-            "pointer, bytes per record). Restore it, or rebuild the library with 'recallseg "
-            "library rebuild'."
+            f"{path} has layout {tuple(found)}, the catalog says {expected} (format, tokens, "
+            "memory_dim, pointer, bytes per record). Restore it, or rebuild the library with "
+            "'recallseg library rebuild'."
         )

@@ -49,6 +49,7 @@ class Settings:
     bundle_identity: str
     library: str
     library_digest: str
+    memory_format: str
     exemplars: int
     engine: str
     precision: str
@@ -74,6 +75,7 @@ class Settings:
             bundle_identity=bundle.identity,
             library=str(library.path),
             library_digest=library.digest,
+            memory_format=library.memory_format,
             exemplars=len(library),
             engine=engine,
             precision=precision,
@@ -246,7 +248,8 @@ def _provenance(settings: Settings, evaluation: Evaluation) -> str:
         "Bundle": settings.bundle,
         "Weights": settings.weights,
         "Bundle identity": settings.bundle_identity,
-        "Library": f"{settings.library} ({plural(settings.exemplars, 'exemplar')})",
+        "Library": f"{settings.library} ({plural(settings.exemplars, 'exemplar')}, "
+        f"memories in {settings.memory_format})",
         "Library digest": settings.library_digest,
         "Engine": f"{settings.engine}, {settings.precision}, "
         f"{settings.threads or machine.get('usable_cores')} threads",

@@ -57,7 +57,7 @@ def write_annotated_series(folder: Path) -> None:
     volume = read_dicom(folder)
     result = VolumeResult(
         labels, {"disc": 1, "core": 2}, Slicing.of(volume), (), 0, {}, 0.0, "0" * 64, "0" * 64,
-        "fake", "fp32", 1, "",
+        "fake", "fp32", 1, "fp16", "",
     )  # fmt: skip
     write_segmentation(folder / "seg.dcm", volume, result)
 

@@ -26,13 +26,19 @@ NUMBERS = st.integers(0, 30)
 class LibraryMachine(RuleBasedStateMachine):
     """The model: key -> (number, structures shown, structures absent)."""
 
+    memory_format = "fp16"
+
     def __init__(self) -> None:
         super().__init__()
         parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(dir=parent))
         path = self.folder / "library"
         self.writer = Library.create(
-            path, StubBundle(), encoder=HashEncoder(), shard_bytes=4096 + 5 * 320
+            path,
+            StubBundle(),
+            encoder=HashEncoder(),
+            shard_bytes=4096 + 5 * 320,
+            memory_format=self.memory_format,
         )
         self.reader = Library.open(path)
         self.model: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {}
@@ -118,7 +124,12 @@ class LibraryMachine(RuleBasedStateMachine):
         for row, key in enumerate(keys):
             image, mask = draw(self.model[key][0])
             encoded = HashEncoder().encode(image, {structure: mask})
-            assert np.allclose(memories[row], encoded.memories[structure], rtol=2**-10, atol=1e-6)
+            wanted = encoded.memories[structure]
+            if library.memory_format == "int8":
+                half = np.abs(wanted).max(axis=1, keepdims=True) / 254
+                assert (np.abs(memories[row] - wanted) <= half * 1.001).all()
+            else:
+                assert np.allclose(memories[row], wanted, rtol=2**-10, atol=1e-6)
             assert np.array_equal(pointers[row], encoded.pointers[structure])
 
     @invariant()
@@ -160,6 +171,19 @@ LibraryMachine.TestCase.settings = settings(
 
 class TestSmall(LibraryMachine.TestCase):  # type: ignore[misc, name-defined]
     """Searched exactly."""
+
+
+class Int8Machine(LibraryMachine):
+    """The same with memories in int8."""
+
+    memory_format = "int8"
+
+
+Int8Machine.TestCase.settings = LibraryMachine.TestCase.settings
+
+
+class TestInt8(Int8Machine.TestCase):  # type: ignore[misc, name-defined]
+    """Memories in int8."""
 
 
 class TestGraph(LibraryMachine.TestCase):  # type: ignore[misc, name-defined]

@@ -86,6 +86,17 @@ def test_page_is_there_and_self_contained(measured: Path) -> None:
     assert "http" not in page
 
 
+def test_numbers_of_structures_are_compared(fake_bundle: Bundle, tmp_path: Path) -> None:
+    arguments = [
+        "latency", str(fake_bundle.path), "--engine", "fake", "--k", "1", "--structures", "1,3",
+        "--queries", "2", "--query-size", "32", "--threads", "1", "--output", str(tmp_path),
+    ]  # fmt: skip
+    found = CliRunner().invoke(bench, arguments)
+    assert found.exit_code == 0, found.output
+    assert [(run.k, run.n) for run in Report.load(tmp_path).runs] == [(1, 1), (1, 3)]
+    assert "times as long for 3 structures as for 1 at k=1" in found.stdout
+
+
 def test_json_on_stdout(fake_bundle: Bundle, tmp_path: Path) -> None:
     arguments = [
         "latency", str(fake_bundle.path), "--engine", "fake", "--k", "1", "--queries", "1",

@@ -24,7 +24,7 @@ def test_every_way_is_measured(
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "pixels.json").read_text())
     ways = {(row["work"], row["way"]) for row in record["measured"]}
-    assert len({work for work, _ in ways}) == 6
+    assert len({work for work, _ in ways}) == 7
     for work in {work for work, _ in ways}:
         assert {(work, "native"), (work, "opencv"), (work, "copy")} <= ways
     for row in record["measured"]:

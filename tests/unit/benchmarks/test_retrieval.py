@@ -9,7 +9,8 @@ import pytest
 
 from recallseg.benchmarks.embeddings import SLICES, VOLUMES, draw_library, draw_queries
 from recallseg.benchmarks.page import render_page
-from recallseg.benchmarks.retrieval import _nearest, run_retrieval
+from recallseg.benchmarks.retrieval import run_retrieval
+from recallseg.benchmarks.search_libraries import nearest
 from recallseg.engines.errors import InputError
 from recallseg.runtime.library import index, retrieval
 
@@ -41,13 +42,13 @@ def test_known_patients_are_nearer_than_new_ones() -> None:
 
 
 def test_true_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recallseg.benchmarks import retrieval as module
+    from recallseg.benchmarks import search_libraries as module
 
     monkeypatch.setattr(module, "_BLOCK", 7)
     rng = np.random.default_rng(0)
     vectors, queries = rng.normal(size=(50, 8)).astype("f4"), rng.normal(size=(5, 8)).astype("f4")
     expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :4]
-    np.testing.assert_array_equal(np.sort(_nearest(vectors, queries, 4)), np.sort(expected))
+    np.testing.assert_array_equal(np.sort(nearest(vectors, queries, 4)), np.sort(expected))
 
 
 def test_exact_and_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,8 +65,28 @@ def test_exact_and_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert graph.index_bytes > 400 * 16 * 2
     assert len(graph.search.samples) == len(graph.index.samples) == 20
     assert graph.open_s > 0
-    assert not list(tmp_path.iterdir())
     assert "recall" in render_page(report)
+    kept = sorted((tmp_path / "400x16").iterdir())
+    assert [item.name for item in kept] == ["built.json", "library", "nearest-20x4.npy"]
+
+
+def test_a_kept_library_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for holder in (index, retrieval):
+        monkeypatch.setattr(holder, "EXACT_LIMIT", 200)
+    (first,) = run_retrieval([400], k=4, dimension=16, queries=20, folder=tmp_path).retrieval
+    catalog = tmp_path / "400x16" / "library" / "library.sqlite"
+    before = catalog.stat().st_mtime_ns
+    (again,) = run_retrieval([400], k=3, dimension=16, queries=9, folder=tmp_path).retrieval
+    assert (again.fill_s, again.build_s) == (first.fill_s, first.build_s)
+    assert again.recall > 0.9
+    assert catalog.stat().st_mtime_ns == before
+    monkeypatch.setattr(index, "CONNECTIVITY", 8)  # another graph: only that is built anew
+    (other,) = run_retrieval([400], k=4, dimension=16, queries=20, folder=tmp_path).retrieval
+    assert other.fill_s == first.fill_s
+    assert other.build_s != first.build_s
+    (tmp_path / "400x16" / "built.json").unlink()  # interrupted while it was filled
+    (anew,) = run_retrieval([400], k=4, dimension=16, queries=20, folder=tmp_path).retrieval
+    assert anew.recall > 0.9
 
 
 def test_sizes_below_k_are_refused() -> None:

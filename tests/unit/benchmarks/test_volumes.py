@@ -32,7 +32,7 @@ def make_result(case: VolumeCase, label_map: np.ndarray) -> VolumeResult:
     slices = tuple(range(8))
     slicing = Slicing.of(case.volume)
     return VolumeResult(
-        label_map, {"box": 1}, slicing, slices, 0, {}, 1500.0, "b", "l", "e", "p", 2, ""
+        label_map, {"box": 1}, slicing, slices, 0, {}, 1500.0, "b", "l", "e", "p", 2, "fp16", ""
     )  # type: ignore[arg-type]
 
 

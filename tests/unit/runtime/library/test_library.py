@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +60,33 @@ def test_an_exemplar_comes_back_as_it_was_added(library: Library) -> None:
         library.gather([key], "wall", memories, pointers)
         assert np.array_equal(memories[0], expected.memories["wall"].astype(np.float16))
         assert np.array_equal(pointers[0], expected.pointers["wall"])
+
+
+def test_memories_in_int8_stay_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fp16, int8"):
+        create(tmp_path / "other", memory_format="int4")
+    sizes, versions, found = {}, {}, {}
+    for name in ("fp16", "int8"):
+        library = create(tmp_path / name, memory_format=name)
+        key = add(library, 1)
+        assert library.memory_format == Library.open(library.path).memory_format == name
+        library.rebuild(StubBundle(identity="cd" * 32), encoder=HashEncoder())
+        library.compact()
+        assert library.memory_format == name
+        assert library.verify().ok
+        memories, pointers = buffers(1)
+        library.gather([key], "nucleus", memories, pointers)
+        found[name] = memories
+        library.close()
+        sizes[name] = sum(file.stat().st_size for file in (library.path / "memories").glob("*"))
+        catalog = sqlite3.connect(library.path / "library.sqlite")
+        versions[name] = catalog.execute("PRAGMA user_version").fetchone()[0]
+        (text,) = catalog.execute("SELECT value FROM settings WHERE name = 'library'").fetchone()
+        assert ("format" in json.loads(text)["layout"]) == (name == "int8")
+        catalog.close()
+    assert versions == {"fp16": 1, "int8": 2}  # older programs open what they understand
+    assert sizes["int8"] < sizes["fp16"]
+    assert 0 < np.abs(found["int8"] - found["fp16"]).max() < np.abs(found["fp16"]).max() / 250
 
 
 def test_other_processes_and_later_ones_see_the_same(library: Library) -> None:

@@ -143,6 +143,23 @@ def test_without_pixel_kernels_it_is_the_cpu_bit_by_bit(
     assert segmenter.distance(image) == reference.distance(image)
 
 
+def test_memories_in_int8_are_the_same_on_the_device(
+    session: type[FakeSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    with Library.create(
+        tmp_path / "library", Bundle.open("demo"), threads=1, memory_format="int8"
+    ) as library:
+        for seed in range(4):
+            library.add(*picture(seed))
+        found, expected = (
+            segmenter.segment(picture(10)[0])
+            for segmenter in (make(library, without_kernels()), on_cpu(library))
+        )
+    same(found, expected)
+    assert found.memory_format == expected.to_json()["memory_format"] == "int8"
+
+
 @pytest.mark.parametrize(
     ("dtype", "facts"),
     [

@@ -52,9 +52,9 @@ def _likeness(
     """Draw positions and how alike subjects are: independent, similar, or neighbouring slices."""
     device = generator.device
     draw = torch.rand(tasks, 5, generator=generator, device=device)
-    # What is recalled is near: in half of the tasks subjects lie as close along the body as the
+    # What is recalled is near: in a third of the tasks subjects lie as close along the body as the
     # slices of one volume, so that place tells more than looks.
-    near = draw[:, 4:5] < 1 / 2
+    near = draw[:, 4:5] < 1 / 3
     spread = torch.where(near, 0.03 + 0.12 * draw[:, 0:1], 0.15 + 0.85 * draw[:, 0:1])
     positions = torch.rand(tasks, subjects, generator=generator, device=device)
     positions = 0.5 + spread * (positions - 0.5)

@@ -21,7 +21,15 @@ __all__ = ["PRESETS", "Budget", "Line", "Preset", "graph_bytes", "largest_k", "m
 
 STRIDE = 16  # of SAM 2's features
 _FLOAT = 4
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "mixed": 2, "int8": 2, "int8-native": 2}
+_BYTES = {
+    "fp32": 4,
+    "fp32-native": 4,
+    "fp16": 2,
+    "bf16": 2,
+    "mixed": 2,
+    "int8": 2,
+    "int8-native": 2,
+}
 
 STEM_WIDTH = 576
 """Widest layer at stride 4 of any SAM 2: four times the 144 channels of Hiera-L."""

@@ -14,6 +14,9 @@ from recallseg.engines.errors import EngineUnavailableError
 __all__ = [
     "ATTENTION",
     "DOMAIN",
+    "LINEAR",
+    "QUANTIZED_ATTENTION",
+    "STRIPE",
     "describe_operators",
     "needs_operators",
     "operators_library",
@@ -23,10 +26,22 @@ __all__ = [
 DOMAIN = "recallseg"
 """Of the operators' names."""
 
-ATTENTION = "QuantizedAttention"
-"""Attention with 8-bit products; inputs, output, ``num_heads`` and ``scale`` are those of
+ATTENTION = "Attention"
+"""Attention in fp32; inputs, output, ``num_heads`` and ``scale`` are those of
 ``com.microsoft::MultiHeadAttention`` with three inputs."""
 
+QUANTIZED_ATTENTION = "QuantizedAttention"
+"""The same with 8-bit products."""
+
+LINEAR = "Linear"
+"""``...xW`` input, ``PxWx16`` weights, ``Px16`` bias -> ``...xN``: weights and bias in P stripes of
+:data:`STRIPE` columns, the last one filled up with 0. Attributes ``columns`` = N and
+``activation``: 0 none, 1 GELU, 2 ReLU."""
+
+STRIPE = 16
+
+# A node's field 7, its domain, as it is written to a file: onnx itself is not a runtime dependency.
+_MARK = b"\x3a" + bytes([len(DOMAIN)]) + DOMAIN.encode()
 _LIBRARY = Path(__file__).with_name("_operators.so")
 _HOW = "install recallseg with '-C wheel.cmake=true' (docs/native-kernels.md)"
 
@@ -59,7 +74,7 @@ def require_operators(what: str) -> Path:
 
 def needs_operators(graph: Path) -> bool:
     """Whether a graph's file has one of the operators."""
-    return ATTENTION.encode() in graph.read_bytes()
+    return _MARK in graph.read_bytes()
 
 
 def describe_operators() -> str:
@@ -72,9 +87,9 @@ def describe_operators() -> str:
     """
     library = operators_library()
     if library is None:
-        return f"not built: for the precision int8-native, {_HOW}"
+        return f"not built: for the precisions fp32-native and int8-native, {_HOW}"
     try:
-        level = ctypes.CDLL(str(library)).recallseg_attention_level
+        level = ctypes.CDLL(str(library)).recallseg_operators_level
     except (OSError, AttributeError) as error:
         raise EngineUnavailableError(
             f"the native operators cannot be loaded: {error}. Build them anew on this machine "

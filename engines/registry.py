@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINES", "PRECISIONS", "engine_class", "load_engines"]
 
-PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "int8-native", "pooled", "int8-pooled")
+PRECISIONS = (
+    "fp32",
+    "fp32-native",
+    "fp16",
+    "bf16",
+    "mixed",
+    "int8",
+    "int8-native",
+    "pooled",
+    "int8-pooled",
+)
 
 ENGINES: dict[str, tuple[str, str]] = {
     "onnxruntime-cpu": ("recallseg.engines.onnxruntime_cpu", "OnnxRuntimeCpu"),

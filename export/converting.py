@@ -24,17 +24,21 @@ from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verification import compare_with_golden
 from recallseg.export.emulation import EmulatedEngine
+from recallseg.export.native import use_native_operators
 from recallseg.export.precision import CONVERTED, convert_graph
 from recallseg.export.quantization import (
-    NATIVE,
     QUANTIZED,
+    QUANTIZED_NATIVE,
     quantize_graph,
     sensitive_layers,
 )
 
 __all__ = ["PRECISIONS", "convert_bundle"]
 
-PRECISIONS = (*CONVERTED, *QUANTIZED)
+EXACT_NATIVE = "fp32-native"
+"""fp32 by the native operators."""
+
+PRECISIONS = (EXACT_NATIVE, *CONVERTED, *QUANTIZED)
 """Precisions that a bundle can be given after its export."""
 
 Report = Callable[[str], None]
@@ -55,9 +59,9 @@ def convert_bundle(
 
     For ``fp16``, ``bf16`` and ``mixed`` the graphs of variant ``tensorrt`` are converted where the
     bundle has them, else the portable ones, and those of ``ort-cpu`` become ``ort-cuda``; they run
-    on the CPU, rounding as their types do. For
-    ``int8``, ``int8-native`` and ``int8-pooled`` those of ``ort-cpu`` are; they run as they will be
-    run. ``memorize`` stays in fp32 there: memories outlive the precision of a query.
+    on the CPU, rounding as their types do. For ``fp32-native``, ``int8``, ``int8-native`` and
+    ``int8-pooled`` those of ``ort-cpu`` are; they run as they will be run. ``memorize`` stays as it
+    is there: memories outlive the precision of a query.
     Each precision has to stay within its tolerance for every tensor of the golden case, and within
     the Dice tolerance for the masks.
 
@@ -86,8 +90,8 @@ def convert_bundle(
     if output.exists() and not overwrite:
         raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
     for precision in precisions:
-        if precision in QUANTIZED:
-            _check_quantizable(source, precision)
+        if precision not in CONVERTED:
+            _check_for_cpu(source, precision)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(f".{output.name}.{os.getpid()}")
     try:
@@ -96,7 +100,7 @@ def convert_bundle(
         golden = GoldenTensors.load(source.golden_file)
         measured = list(manifest.get("parity", []))
         for precision in precisions:
-            make = _quantized if precision in QUANTIZED else _converted
+            make = _converted if precision in CONVERTED else _made_for_cpu
             for variant, engines in make(source, work, manifest, golden, precision, report).items():
                 report(f"compare {variant} in {precision} with fp32")
                 key = f"{variant}/{precision}"
@@ -175,10 +179,10 @@ def _converted(
     return made
 
 
-def _check_quantizable(source: Bundle, precision: str) -> None:
-    if precision in NATIVE:
+def _check_for_cpu(source: Bundle, precision: str) -> None:
+    if precision == EXACT_NATIVE or precision in QUANTIZED_NATIVE:
         require_operators(f"precision {precision}")
-    wanted = QUANTIZED[precision]
+    wanted = QUANTIZED.get(precision, "fp32")
     if wanted not in source.precisions.get("ort-cpu", ()):
         how = " --pooled" if wanted == "pooled" else ""
         raise ExportError(
@@ -188,7 +192,7 @@ def _check_quantizable(source: Bundle, precision: str) -> None:
         )
 
 
-def _quantized(
+def _made_for_cpu(
     source: Bundle,
     work: Path,
     manifest: dict[str, Any],
@@ -196,8 +200,12 @@ def _quantized(
     precision: str,
     report: Report,
 ) -> Made:
-    """Write all graphs in int8 but ``memorize``; return the engines by variant."""
-    variant, base, native = "ort-cpu", QUANTIZED[precision], precision in NATIVE
+    """Write all graphs for the CPU but ``memorize``; return the engines by variant."""
+    variant, base, native = (
+        "ort-cpu",
+        QUANTIZED.get(precision, "fp32"),
+        precision in QUANTIZED_NATIVE,
+    )
     exact = load_engines(source, "onnxruntime-cpu", base)
     inputs = _image_like(source, golden, exact)
     engines: dict[str, Engine] = {}
@@ -211,18 +219,23 @@ def _quantized(
             ]
             engines[graph] = exact[graph]
             continue
-        report(f"measure the layers of {graph}")
         model = onnx.load(path)
         for index, node in enumerate(model.graph.node):
             node.name = node.name or f"node_{index}"
-        keep, _ = sensitive_layers(model, spec, inputs[graph], native=native)
-        kept[graph] = sorted(keep)
-        report(f"quantize {graph}")
+        if precision == EXACT_NATIVE:
+            report(f"rewrite {graph}")
+            made = use_native_operators(model)
+        else:
+            report(f"measure the layers of {graph}")
+            keep, _ = sensitive_layers(model, spec, inputs[graph], native=native)
+            kept[graph] = sorted(keep)
+            report(f"quantize {graph}")
+            made = quantize_graph(model, keep, native=native)
         file = _file(work, variant, precision, graph)
-        entry = _save(work, file, quantize_graph(model, keep, native=native))
-        manifest["graphs"][f"{variant}/{precision}/{graph}"] = entry
+        manifest["graphs"][f"{variant}/{precision}/{graph}"] = _save(work, file, made)
         engines[graph] = OnnxRuntimeCpu(spec, file, EngineOptions())
-    manifest.setdefault("kept_in_fp32", {})[precision] = kept
+    if kept:
+        manifest.setdefault("kept_in_fp32", {})[precision] = kept
     return {variant: engines}
 
 

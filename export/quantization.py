@@ -27,23 +27,22 @@ from onnx import ModelProto
 
 from recallseg.engines.engine import EngineOptions, Tensor
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
-from recallseg.engines.operators import ATTENTION, DOMAIN
+from recallseg.engines.operators import DOMAIN, QUANTIZED_ATTENTION
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.verification import relative_error
+from recallseg.export.native import FUSED_ATTENTION, declare_domain, use_native_operators
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ERROR_BUDGET", "NATIVE", "QUANTIZED", "quantize_graph", "sensitive_layers"]
+__all__ = ["ERROR_BUDGET", "QUANTIZED", "QUANTIZED_NATIVE", "quantize_graph", "sensitive_layers"]
 
 QUANTIZED = {"int8": "fp32", "int8-native": "fp32", "int8-pooled": "pooled"}
 """Precisions that are made here, and those of the graphs of variant ``ort-cpu`` that they are made
 from."""
 
-NATIVE = ("int8-native",)
-"""Those with the native operators: attention in 8 bits too."""
-
-_FUSED = "MultiHeadAttention"
+QUANTIZED_NATIVE = ("int8-native",)
+"""Those with the native operators: attention in 8 bits too, and what stays in fp32 by them."""
 
 ERROR_BUDGET = 2e-2
 """Relative error of a graph's worst output that its quantised layers may add up to."""
@@ -58,17 +57,16 @@ def quantize_graph(
     ----------
     model : fp32, every node named, weights loaded.
     keep : names of nodes to leave in fp32.
-    native : whether attention becomes 8-bit too, by :mod:`recallseg.engines.operators`.
+    native : whether attention becomes 8-bit too, and the rest runs by the native operators.
     """
     chosen = [node for node in layers(model, native=native) if node.name not in keep]
     made = _quantize_products(model, [n.name for n in chosen if n.op_type == "MatMul"])
-    attention = {node.name for node in chosen if node.op_type == _FUSED}
+    attention = {node.name for node in chosen if node.op_type == FUSED_ATTENTION}
     for node in made.graph.node:
         if node.name in attention:
-            node.op_type, node.domain = ATTENTION, DOMAIN
-    if attention:
-        made.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    return made
+            node.op_type, node.domain = QUANTIZED_ATTENTION, DOMAIN
+    declare_domain(made)
+    return use_native_operators(made) if native else made
 
 
 def _quantize_products(model: ModelProto, nodes: list[str]) -> ModelProto:
@@ -96,7 +94,7 @@ def layers(model: ModelProto, *, native: bool = False) -> list[onnx.NodeProto]:
         node
         for node in model.graph.node
         if (node.op_type == "MatMul" and node.input[1] in constants)
-        or (native and node.op_type == _FUSED and len(node.input) == 3)
+        or (native and node.op_type == FUSED_ATTENTION and len(node.input) == 3)
     ]
 
 

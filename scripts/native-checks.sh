@@ -43,10 +43,10 @@ run_check() {
   "${@:3}" "$work/$1-checks/checks" "$2" "$work/library" "$work/scratch"
 }
 
-# build_levels NAME COMPILER FLAGS...: a source for the levels of vector units that a compiler has, and
-# what is linked with them. From the caller: program, folder, prefix, source, levels, rest.
+# build_levels NAME COMPILER FLAGS...: sources for the levels of vector units that a compiler has, and
+# what is linked with them. From the caller: program, folder, prefix, sources, levels, rest.
 build_levels() {
-  local name=$1 compiler=$2 flags=("${@:3}") objects=() level
+  local name=$1 compiler=$2 flags=("${@:3}") objects=() level source
   local options=(-std=c++20 -O2 "$contract" -pthread "-I$folder")
   for level in baseline "${levels[@]}"; do
     case $level in
@@ -55,25 +55,28 @@ build_levels() {
         options+=("-D${prefix}_X86_LEVELS") flags=("${@:3}" "-march=x86-64-${level/vnni/v4}")
         [[ $level != vnni ]] || flags+=(-mavx512vnni) ;;
     esac
-    objects+=("$work/$name-$program-$level.o")
-    "$compiler" "${options[@]}" "${flags[@]}" "-D${prefix}_LEVEL=$level" -c "$folder/$source" \
-      -o "$work/$name-$program-$level.o"
+    for source in "${sources[@]}"; do
+      objects+=("$work/$name-$source-$level.o")
+      "$compiler" "${options[@]}" "${flags[@]}" "-D${prefix}_LEVEL=$level" -c "$folder/$source.cpp" \
+        -o "$work/$name-$source-$level.o"
+    done
   done
   "$compiler" "${options[@]}" "${@:3}" "${rest[@]}" "${objects[@]}" -o "$work/$name-$program"
 }
 
 # build_digest NAME COMPILER FLAGS...: the pixel kernels and their digest.
 build_digest() {
-  local program=digest folder=engines/native/pixels prefix=PIXELS source=rows.cpp levels=(v3 v4)
+  local program=digest folder=engines/native/pixels prefix=PIXELS sources=(rows) levels=(v3 v4)
   local contract=-ffp-contract=off
   local rest=("$folder"/{dispatch,order,resize}.cpp tests/integration/pixels/digest.cpp)
   build_levels "$@"
 }
 
-# build_attention NAME COMPILER FLAGS...: attention with 8-bit products and its checks.
-build_attention() {
-  local program=attention folder=engines/native/attention prefix=ATTENTION source=kernels.cpp
-  local levels=(v3 vnni) contract=-ffp-contract=fast
-  local rest=("$folder"/{dispatch,attention}.cpp tests/integration/attention/checks.cpp)
+# build_operators NAME COMPILER FLAGS...: the operators' kernels and their checks.
+build_operators() {
+  local program=operators folder=engines/native/operators prefix=OPERATORS
+  local sources=(exact_kernels quantized_kernels) levels=(v3 vnni) contract=-ffp-contract=fast
+  local rest=("$folder"/{dispatch,exact,quantized_attention}.cpp
+    tests/integration/operators/checks.cpp)
   build_levels "$@"
 }

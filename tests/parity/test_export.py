@@ -15,7 +15,7 @@ from transformers import Sam2VideoModel
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineUnavailableError, ExportError, ParityError
-from recallseg.engines.operators import ATTENTION, DOMAIN
+from recallseg.engines.operators import ATTENTION, DOMAIN, LINEAR, QUANTIZED_ATTENTION
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import relative_error, verify_engines
@@ -26,7 +26,7 @@ from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import example_inputs
 from recallseg.export.ort_cpu import build_ort_cpu_graphs
 from recallseg.export.parity import PARITY_TOLERANCE, check_graph
-from recallseg.export.quantization import NATIVE, QUANTIZED
+from recallseg.export.quantization import QUANTIZED, QUANTIZED_NATIVE
 
 Models = tuple[Loaded, Loaded]
 
@@ -154,7 +154,7 @@ def test_pooled_without_its_variant_is_refused(models: Models, tmp_path: Path) -
 
 
 def test_int8_keeps_what_is_sensitive_and_passes_its_gate(exported: Bundle, tmp_path: Path) -> None:
-    plain = [precision for precision in QUANTIZED if precision not in NATIVE]
+    plain = [precision for precision in QUANTIZED if precision not in QUANTIZED_NATIVE]
     made = convert_bundle(exported, tmp_path / "int8", plain)
     assert made.identity == exported.identity
     for precision in plain:
@@ -169,31 +169,51 @@ def test_int8_keeps_what_is_sensitive_and_passes_its_gate(exported: Bundle, tmp_
         assert memorize == made.manifest["graphs"]["portable/fp32/memorize"]
 
 
-def test_int8_native_runs_attention_by_our_operator(
-    exported: Bundle, tmp_path: Path, native_operators: Path
-) -> None:
+def _nodes(bundle: Bundle, precision: str, graph: str) -> list[tuple[str, str]]:
+    model = onnx.load(bundle.graph_file(graph, ("ort-cpu",), precision)[0])
+    return [(node.domain, node.op_type) for node in model.graph.node]
+
+
+FUSED = ("com.microsoft", "MultiHeadAttention")
+
+
+@pytest.mark.usefixtures("native_operators")
+def test_int8_native_runs_attention_by_our_operator(exported: Bundle, tmp_path: Path) -> None:
     made = convert_bundle(exported, tmp_path / "native", ["int8-native"])
-    assert verify_engines(
-        made, load_engines(made, "onnxruntime-cpu", "int8-native"), "int8-native"
-    ).passed
-    kinds = {
-        graph: [
-            (node.domain, node.op_type)
-            for node in onnx.load(made.graph_file(graph, ("ort-cpu",), "int8-native")[0]).graph.node
-        ]
-        for graph in ("encode", "attend")
-    }
+    engines = load_engines(made, "onnxruntime-cpu", "int8-native")
+    assert verify_engines(made, engines, "int8-native").passed
     kept = made.manifest["kept_in_fp32"]["int8-native"]
-    for graph, nodes in kinds.items():
-        fused = nodes.count(("com.microsoft", "MultiHeadAttention"))
-        assert fused <= len(kept[graph])
-        assert nodes.count((DOMAIN, ATTENTION)) > fused
+    for graph in ("encode", "attend"):
+        nodes = _nodes(made, "int8-native", graph)
+        exact = nodes.count((DOMAIN, ATTENTION))
+        assert exact + nodes.count((DOMAIN, LINEAR)) == len(kept[graph])
+        assert nodes.count((DOMAIN, QUANTIZED_ATTENTION)) > exact
+        assert FUSED not in nodes
+
+
+@pytest.mark.usefixtures("native_operators")
+def test_fp32_native_is_fp32_by_other_operators(exported: Bundle, tmp_path: Path) -> None:
+    made = convert_bundle(exported, tmp_path / "native", ["fp32-native"])
+    engines = load_engines(made, "onnxruntime-cpu", "fp32-native")
+    result = verify_engines(made, engines, "fp32-native")
+    assert result.passed
+    assert max(check.error for check in result.checks) < 2e-5
+    for graph in ("embed", "encode", "attend"):
+        before, after = _nodes(made, "fp32", graph), _nodes(made, "fp32-native", graph)
+        assert after.count((DOMAIN, ATTENTION)) == before.count(FUSED) > 0
+        assert after.count((DOMAIN, LINEAR)) == before.count(("", "MatMul")) > 0
+        assert not {FUSED, ("", "MatMul"), ("", "Gelu")} & set(after)
+    memorize = made.manifest["graphs"]["ort-cpu/fp32-native/memorize"]
+    assert memorize == made.manifest["graphs"]["portable/fp32/memorize"]
 
 
 @pytest.mark.usefixtures("no_operators")
-def test_int8_native_is_not_made_where_it_cannot_be_run(exported: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(EngineUnavailableError, match=r"int8-native.*wheel\.cmake=true"):
-        convert_bundle(exported, tmp_path / "native", ["int8-native"])
+@pytest.mark.parametrize("precision", ["fp32-native", "int8-native"])
+def test_what_is_native_is_not_made_where_it_cannot_be_run(
+    exported: Bundle, tmp_path: Path, precision: str
+) -> None:
+    with pytest.raises(EngineUnavailableError, match=rf"{precision}.*wheel\.cmake=true"):
+        convert_bundle(exported, tmp_path / "native", [precision])
     assert not (tmp_path / "native").exists()
 
 

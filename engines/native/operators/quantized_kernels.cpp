@@ -1,10 +1,10 @@
-// Compiled several times, each with ATTENTION_LEVEL and the matching -march: no templates of the
+// Compiled several times, each with OPERATORS_LEVEL and the matching -march: no templates of the
 // standard library here, whose code the linker would share between levels.
-#include "kernels.h"
+#include "quantized_kernels.h"
 
 #include "lanes.h"
 
-namespace attention {
+namespace operators {
 namespace {
 
 constexpr int kCells = kBlock / kGroup;  // of a block of keys, for one row of probabilities
@@ -13,23 +13,23 @@ constexpr float kNone = -3.0e38f;
 constexpr float kTop = 7.994353437f;
 constexpr float kLog2E = 1.442695041f;
 
-ATTENTION_FUNCTION uint32_t bits_of(float value) {
+INLINED uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-ATTENTION_FUNCTION float from_bits(uint32_t bits) {
+INLINED float from_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
 }
 
 // The nearest whole number (|value| < 2^21) in the low bits; vectorises at every level.
-ATTENTION_FUNCTION uint32_t whole_bits(float value) { return bits_of(value + 12582912.0f); }
+INLINED uint32_t whole_bits(float value) { return bits_of(value + 12582912.0f); }
 
 // Neighbours `step` apart joined to a cell.
-ATTENTION_FUNCTION int32_t cell(const uint32_t* numbers, int64_t step) {
+INLINED int32_t cell(const uint32_t* numbers, int64_t step) {
   constexpr int kBits = 32 / kGroup;
   constexpr uint32_t kMask = (1u << kBits) - 1;
   uint32_t joined = 0;
@@ -71,7 +71,7 @@ void measure(const Sizes& sizes, Rows keys, Rows values, int64_t from, int64_t t
 }
 
 // The largest magnitude, as bits: above every number if one is not finite.
-ATTENTION_FUNCTION uint32_t magnitude(const float* __restrict row, int64_t n) {
+INLINED uint32_t magnitude(const float* __restrict row, int64_t n) {
   uint32_t most = 0;
   for (int64_t c = 0; c < n; ++c) {
     const uint32_t bits = bits_of(row[c]) & 0x7FFFFFFFu;
@@ -83,7 +83,7 @@ ATTENTION_FUNCTION uint32_t magnitude(const float* __restrict row, int64_t n) {
 constexpr int kStep = 256;  // channels of a row handled at a time
 
 // A key less the mean, in 8 bits, to its place in a block.
-ATTENTION_FUNCTION float pack_key(const float* __restrict key, const float* __restrict mean,
+INLINED float pack_key(const float* __restrict key, const float* __restrict mean,
                                   int64_t width, int32_t* packed) {
   alignas(64) float row[kStep];
   alignas(64) uint32_t numbers[kStep];
@@ -106,7 +106,7 @@ ATTENTION_FUNCTION float pack_key(const float* __restrict key, const float* __re
 }
 
 // As many values as a cell joins, `count` of them real; the channels beyond `width` become 0.
-ATTENTION_FUNCTION void pack_values(const float* values, int64_t stride, int count, int64_t width,
+INLINED void pack_values(const float* values, int64_t stride, int count, int64_t width,
                                     const Panel& panel, int32_t* cells) {
   alignas(64) uint32_t numbers[kGroup * kStep];
   for (int64_t first = 0; first < padded(width); first += kStep) {
@@ -144,7 +144,7 @@ void pack(const Sizes& sizes, Rows keys, Rows values, int64_t block, const Panel
 
 // Products of kRows queries with `columns` vectors of keys, as real numbers: kRows x kBlock.
 template <int columns>
-ATTENTION_FUNCTION void multiply_keys(const int32_t* keys, const int32_t* queries, int64_t cells,
+INLINED void multiply_keys(const int32_t* keys, const int32_t* queries, int64_t cells,
                                       const int32_t* start, const float* scales, float* scores) {
   Ints sums[kRows][columns];
 #pragma GCC unroll 8
@@ -178,7 +178,7 @@ struct Update {
 };
 
 template <int columns>
-ATTENTION_FUNCTION void multiply_values(const int32_t* probabilities, int cells,
+INLINED void multiply_values(const int32_t* probabilities, int cells,
                                         const int32_t* values, int64_t width, const Update& update,
                                         float* sums_so_far, int64_t stride) {
   Ints sums[kRows][columns] = {};
@@ -213,7 +213,7 @@ struct Group {
 };
 
 // Scores of kRows queries to probabilities of 8 bits, their sums and the block's place among all.
-ATTENTION_FUNCTION void soften(float* scores, int count, Group& group, Narrow* probabilities,
+INLINED void soften(float* scores, int count, Group& group, Narrow* probabilities,
                                Update& update, float* totals, int64_t stride) {
   const int vectors = (count + kLanes - 1) / kLanes;
   if (count < kBlock)
@@ -357,13 +357,7 @@ void attend(const Sizes& sizes, Rows queries, int64_t from, int64_t to, const Pa
 
 }  // namespace
 
-#define ATTENTION_JOIN(a, b) a##b
-#define ATTENTION_NAME(level) ATTENTION_JOIN(level_, level)
-#define ATTENTION_TEXT_OF(level) #level
-#define ATTENTION_TEXT(level) ATTENTION_TEXT_OF(level)
+extern const QuantizedKernels OF_THIS_LEVEL(quantized);
+const QuantizedKernels OF_THIS_LEVEL(quantized) = {kGroup, measure, pack, attend};
 
-extern const Level ATTENTION_NAME(ATTENTION_LEVEL);
-const Level ATTENTION_NAME(ATTENTION_LEVEL) = {ATTENTION_TEXT(ATTENTION_LEVEL), kGroup, measure,
-                                               pack, attend};
-
-}  // namespace attention
+}  // namespace operators

@@ -8,20 +8,13 @@
 // the rounding of exponentials only.
 #pragma once
 
-#include <stdint.h>
+#include "calls.h"
 
-namespace attention {
+namespace operators {
 
 constexpr int kBlock = 64;  // keys that share a maximum
-constexpr int kRows = 6;    // queries in registers at a time
 constexpr int kTile = 96;   // queries of a task
 constexpr int kChunk = 512; // tokens of a task of `measure`
-
-// One head of one batch; rows are `stride` floats apart.
-struct Rows {
-  const float* first;
-  int64_t stride;
-};
 
 // A head's keys and values as integers, in the order in which the products want them. A cell is four
 // bytes: as many neighbours along the summed axis as the level multiplies at once.
@@ -43,21 +36,10 @@ struct Findings {
   float flaw;
 };
 
-// Sizes of a head. `width` and `values` are channels of a key and of a value.
-struct Sizes {
-  int64_t queries;
-  int64_t keys;
-  int64_t width;
-  int64_t values;
-  float scale;
-};
-
-constexpr int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 constexpr int64_t blocks(const Sizes& sizes) { return (sizes.keys + kBlock - 1) / kBlock; }
 constexpr int64_t padded(int64_t channels) { return rounded_up(channels, 16); }
 
-struct Level {
-  const char* name;
+struct QuantizedKernels {
   int group;
   // What lies in tokens from..to.
   void (*measure)(const Sizes&, Rows keys, Rows values, int64_t from, int64_t to, Findings*);
@@ -77,17 +59,4 @@ constexpr int64_t attend_bytes(const Sizes& sizes) {
   return sums + queries + 64;
 }
 
-// The best that this processor can run, unless a lower one was chosen.
-const Level& level();
-
-struct Levels {
-  const Level* const* first;
-  int count;
-};
-// Every level that this processor can run, best first.
-Levels levels();
-
-// For tests: no other call may be in flight.
-void choose(const Level& chosen);
-
-}  // namespace attention
+}  // namespace operators

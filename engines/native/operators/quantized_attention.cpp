@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "quantized_attention.h"
 
 #include <atomic>
 #include <cmath>
@@ -6,7 +6,10 @@
 #include <memory>
 #include <new>
 
-namespace attention {
+#include "dispatch.h"
+#include "quantized_kernels.h"
+
+namespace operators {
 namespace {
 
 // With as many heads as this, a head is the task of one thread; what it packs stays in its cache.
@@ -29,8 +32,8 @@ class Memory {
 };
 
 struct Work {
-  const Call& call;
-  const Level& level;
+  const AttentionCall& call;
+  const QuantizedKernels& kernels;
   int64_t chunks;
   int64_t tiles;
   Panel first;  // of the first head; the others follow at these distances
@@ -39,15 +42,15 @@ struct Work {
   float* flaws;        // of each head
   std::atomic<bool> failed{false};
 
-  Work(const Call& made, Memory& memory)
+  Work(const AttentionCall& made, Memory& memory)
       : call(made),
-        level(attention::level()),
+        kernels(*level().quantized),
         chunks((made.sizes.keys + kChunk - 1) / kChunk),
         tiles((made.sizes.queries + kTile - 1) / kTile) {
     const Sizes& sizes = call.sizes;
     const int64_t heads = call.batch * call.heads, n = blocks(sizes);
-    keys_step = n * kBlock * (rounded_up(sizes.width, 4) / level.group);
-    values_step = n * kBlock / level.group * padded(sizes.values);
+    keys_step = n * kBlock * (rounded_up(sizes.width, 4) / kernels.group);
+    values_step = n * kBlock / kernels.group * padded(sizes.values);
     scales_step = n * kBlock;
     width_step = rounded_up(sizes.width, 16);
     padded_step = padded(sizes.values);
@@ -70,18 +73,20 @@ struct Work {
             first.value_gains + head * padded_step};
   }
   Rows queries(int64_t head) const {
-    return rows(call.query, call.sizes.queries, call.sizes.width, head);
+    return rows_of(call.query, call, call.sizes.queries, call.sizes.width, head);
   }
-  Rows keys(int64_t head) const { return rows(call.key, call.sizes.keys, call.sizes.width, head); }
+  Rows keys(int64_t head) const {
+    return rows_of(call.key, call, call.sizes.keys, call.sizes.width, head);
+  }
   Rows values(int64_t head) const {
-    return rows(call.value, call.sizes.keys, call.sizes.values, head);
+    return rows_of(call.value, call, call.sizes.keys, call.sizes.values, head);
   }
 
   void measure(int64_t head, int64_t chunk) {
     const int64_t index = head * chunks + chunk, end = (chunk + 1) * kChunk;
     float* place = found_ + index * (width_step + 2 * padded_step);
     findings[index] = {place, place + width_step, place + width_step + padded_step, 0.0f};
-    level.measure(call.sizes, keys(head), values(head), chunk * kChunk,
+    kernels.measure(call.sizes, keys(head), values(head), chunk * kChunk,
                   end < call.sizes.keys ? end : call.sizes.keys, findings + index);
   }
 
@@ -113,7 +118,7 @@ struct Work {
 
   void pack(int64_t head, int64_t block) {
     if (std::isnan(flaws[head])) return;  // means and scales are not numbers
-    level.pack(call.sizes, keys(head), values(head), block, panel(head));
+    kernels.pack(call.sizes, keys(head), values(head), block, panel(head));
   }
 
   void attend(int64_t head, int64_t tile) {
@@ -138,16 +143,10 @@ struct Work {
     void* aligned = own.get();
     size_t space = bytes;
     std::align(64, bytes - 64, aligned, space);
-    level.attend(sizes, queries(head), from, to, panel(head), output, stride, aligned);
+    kernels.attend(sizes, queries(head), from, to, panel(head), output, stride, aligned);
   }
 
  private:
-  Rows rows(const float* tensor, int64_t tokens, int64_t channels, int64_t head) const {
-    const int64_t stride = call.heads * channels;
-    return {tensor + (head / call.heads) * tokens * stride + (head % call.heads) * channels,
-            stride};
-  }
-
   float* found_;
 };
 
@@ -155,13 +154,13 @@ Work& work_of(void* state) { return *static_cast<Work*>(state); }
 
 }  // namespace
 
-size_t scratch_bytes(const Call& call) {
+size_t scratch_bytes(const AttentionCall& call) {
   Memory memory(nullptr);
   const Work work(call, memory);
   return memory.used();
 }
 
-bool attend(const Call& call, void* scratch, Pool run, void* pool) {
+bool attend_quantized(const AttentionCall& call, void* scratch, Pool run, void* pool) {
   Memory memory(scratch);
   Work work(call, memory);
   const auto heads = static_cast<size_t>(call.batch * call.heads);
@@ -192,4 +191,4 @@ bool attend(const Call& call, void* scratch, Pool run, void* pool) {
   return !work.failed;
 }
 
-}  // namespace attention
+}  // namespace operators

@@ -1,33 +1,39 @@
+#include "dispatch.h"
+
 #include <atomic>
 
 #include "../processor.h"
-#include "kernels.h"
 
-namespace attention {
+namespace operators {
 
-extern const Level level_baseline;
-#if defined(ATTENTION_X86_LEVELS)
-extern const Level level_v3;
-extern const Level level_vnni;
+#define DECLARE(level)                             \
+  extern const QuantizedKernels quantized_##level; \
+  extern const ExactKernels exact_##level
+#define LEVEL(level) {#level, &quantized_##level, &exact_##level}
+
+DECLARE(baseline);
+#if defined(OPERATORS_X86_LEVELS)
+DECLARE(v3);
+DECLARE(vnni);
 #endif
 
 namespace {
 
-#if defined(ATTENTION_X86_LEVELS)
-const Level* const kAll[] = {&level_vnni, &level_v3, &level_baseline};
+#if defined(OPERATORS_X86_LEVELS)
+const Level kAll[] = {LEVEL(vnni), LEVEL(v3), LEVEL(baseline)};
 
 int best() {
   if (runs_v4() && __builtin_cpu_supports("avx512vnni")) return 0;
   return runs_v3() ? 1 : 2;
 }
 #else
-const Level* const kAll[] = {&level_baseline};
+const Level kAll[] = {LEVEL(baseline)};
 
 int best() { return 0; }
 #endif
 
 std::atomic<const Level*>& chosen() {
-  static std::atomic<const Level*> found{kAll[best()]};
+  static std::atomic<const Level*> found{&kAll[best()]};
   return found;
 }
 
@@ -42,4 +48,4 @@ Levels levels() {
 
 void choose(const Level& wanted) { chosen().store(&wanted, std::memory_order_relaxed); }
 
-}  // namespace attention
+}  // namespace operators

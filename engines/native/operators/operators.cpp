@@ -1,0 +1,244 @@
+// The operators of domain `recallseg` for ONNX Runtime's CPU provider, and how it is told of them.
+//
+// Attention, QuantizedAttention: inputs, output, `num_heads` and `scale` are those of
+// `com.microsoft::MultiHeadAttention` with three inputs.
+// Linear: input [...][width], weights [stripes][width][16], bias [stripes][16]; attributes `columns`
+// and `activation` (an Activation). Output [...][columns].
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "dispatch.h"
+#include "exact.h"
+#include "quantized_attention.h"
+#include "session.h"
+
+namespace operators {
+namespace {
+
+struct AttentionKernel {
+  ort::Api api;
+  int64_t heads = 0;
+  float scale = 0.0f;  // 0: one over the root of a head's width
+
+  explicit AttentionKernel(const ort::Api& made) : api(made) {}
+
+  Status* configure(const char* name, const ort::KernelInfo* info) {
+    RETURN_IF_FAILED(api.attribute(info, "num_heads", &heads));
+    if (heads < 1) return invalid(api, name, "num_heads must be at least 1");
+    if (Status* missing = api.attribute(info, "scale", &scale); missing != nullptr) {
+      api.release(missing);  // it has a default
+      scale = 0.0f;
+    }
+    if (!(scale >= 0.0f) || std::isinf(scale))
+      return invalid(api, name, "scale must be a positive number");
+    return nullptr;
+  }
+
+  // Reads the inputs and makes the output; nothing is left to do if that is empty.
+  Status* prepare(const char* name, ort::KernelContext* context, AttentionCall& call) const {
+    Shape q, k, v;
+    RETURN_IF_FAILED(read_input(api, context, 0, call.query, q));
+    RETURN_IF_FAILED(read_input(api, context, 1, call.key, k));
+    RETURN_IF_FAILED(read_input(api, context, 2, call.value, v));
+    if (q.size() != 3 || k.size() != 3 || v.size() != 3 || q[0] != k[0] || q[0] != v[0] ||
+        k[1] != v[1] || q[2] != k[2] || q[2] % heads != 0 || v[2] % heads != 0 || k[1] < 1 ||
+        q[2] < 1 || v[2] < 1)
+      return invalid(api, name, "expected query BxSxE, key BxLxE, value BxLxF with L, E, F > 0 and "
+                                "E and F multiples of num_heads = " + std::to_string(heads) +
+                                    "; got " + text(q) + ", " + text(k) + ", " + text(v));
+    RETURN_IF_FAILED(make_output(api, context, {q[0], q[1], v[2]}, call.output));
+    const int64_t width = q[2] / heads;
+    const float root = 1.0f / std::sqrt(static_cast<float>(width));
+    call.batch = q[0];
+    call.heads = heads;
+    call.sizes = {q[1], k[1], width, v[2] / heads, scale > 0.0f ? scale : root};
+    return nullptr;
+  }
+};
+
+struct Attention : AttentionKernel {
+  static constexpr const char* kName = "Attention";
+  using AttentionKernel::AttentionKernel;
+
+  Status* create(const ort::KernelInfo* info) { return configure(kName, info); }
+
+  Status* compute(ort::KernelContext* context) const {
+    AttentionCall call{};
+    RETURN_IF_FAILED(prepare(kName, context, call));
+    Session session{api, context};
+    const bool done = attend_exact(call, run, &session);
+    if (session.failure != nullptr) return session.failure;
+    return done ? nullptr : no_memory(api, kName);
+  }
+};
+
+struct QuantizedAttention : AttentionKernel {
+  static constexpr const char* kName = "QuantizedAttention";
+  std::shared_ptr<ort::MemoryInfo> memory;
+  using AttentionKernel::AttentionKernel;
+
+  Status* create(const ort::KernelInfo* info) {
+    RETURN_IF_FAILED(configure(kName, info));
+    ort::MemoryInfo* made = nullptr;
+    RETURN_IF_FAILED(api.cpu_memory(ort::kArena, ort::kDefaultMemory, &made));
+    memory.reset(made, [api = api](ort::MemoryInfo* held) { api.release(held); });
+    return nullptr;
+  }
+
+  Status* compute(ort::KernelContext* context) const {
+    AttentionCall call{};
+    RETURN_IF_FAILED(prepare(kName, context, call));
+    if (call.sizes.width > 65536)
+      return invalid(api, kName, "a head wider than 65536: sums would not fit into 32 bits");
+    if (call.batch == 0 || call.sizes.queries == 0) return nullptr;
+    Held<ort::Allocator> allocator(api);
+    RETURN_IF_FAILED(api.allocator(context, memory.get(), allocator.place()));
+    void* scratch = nullptr;
+    const size_t bytes = scratch_bytes(call) + 64;
+    RETURN_IF_FAILED(api.allocate(allocator.get(), bytes, &scratch));
+    if (scratch == nullptr) return no_memory(api, kName);
+    void* aligned = scratch;
+    size_t space = bytes;
+    std::align(64, bytes - 64, aligned, space);
+    Session session{api, context};
+    const bool done = attend_quantized(call, aligned, run, &session);
+    RETURN_IF_FAILED(api.free(allocator.get(), scratch));
+    if (session.failure != nullptr) return session.failure;
+    return done ? nullptr : no_memory(api, kName);
+  }
+};
+
+struct Linear {
+  static constexpr const char* kName = "Linear";
+  ort::Api api;
+  int64_t columns = 0, activation = 0;
+
+  explicit Linear(const ort::Api& made) : api(made) {}
+
+  Status* create(const ort::KernelInfo* info) {
+    RETURN_IF_FAILED(api.attribute(info, "columns", &columns));
+    if (columns < 1) return invalid(api, kName, "columns must be at least 1");
+    RETURN_IF_FAILED(api.attribute(info, "activation", &activation));
+    if (activation < 0 || activation > 2)
+      return invalid(api, kName, "activation must be 0 (none), 1 (gelu) or 2 (relu)");
+    return nullptr;
+  }
+
+  Status* compute(ort::KernelContext* context) const {
+    LinearCall call{};
+    Shape x, w, b;
+    RETURN_IF_FAILED(read_input(api, context, 0, call.input, x));
+    RETURN_IF_FAILED(read_input(api, context, 1, call.weights, w));
+    RETURN_IF_FAILED(read_input(api, context, 2, call.bias, b));
+    const Shape bias = {rounded_up(columns, kStripe) / kStripe, kStripe};
+    if (x.empty() || b != bias || w != Shape{bias[0], x.back(), kStripe})
+      return invalid(api, kName, "expected input ...xW, weights " + std::to_string(bias[0]) +
+                                     "xWx16 and bias " + text(bias) + " for " +
+                                     std::to_string(columns) + " columns; got " + text(x) + ", " +
+                                     text(w) + ", " + text(b));
+    call.width = x.back();
+    call.rows = 1;
+    for (size_t i = 0; i + 1 < x.size(); ++i) call.rows *= x[i];
+    call.columns = columns;
+    call.activation = static_cast<Activation>(activation);
+    x.back() = columns;
+    RETURN_IF_FAILED(make_output(api, context, x, call.output));
+    Session session{api, context};
+    apply_linear(call, run, &session);
+    return session.failure;
+  }
+};
+
+// No exception may pass into ONNX Runtime.
+template <class Function>
+Status* guarded(const ort::Api& api, const char* name, const Function& function) {
+  try {
+    return function();
+  } catch (...) {
+    return no_memory(api, name);
+  }
+}
+
+constexpr int kRequired = 0;
+
+// `Kernel` has a name, is made from the interface, and has `create` and `compute`.
+template <class Kernel>
+ort::Operator describe() {
+  ort::Operator op{};
+  op.version = ort::kVersion;
+  op.name = [](const ort::Operator*) { return Kernel::kName; };
+  op.provider = [](const ort::Operator*) { return "CPUExecutionProvider"; };
+  op.input_type = [](const ort::Operator*, size_t) { return ort::kFloat; };
+  op.inputs = [](const ort::Operator*) { return size_t{3}; };
+  op.output_type = [](const ort::Operator*, size_t) { return ort::kFloat; };
+  op.outputs = [](const ort::Operator*) { return size_t{1}; };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.input_kind = [](const ort::Operator*, size_t) { return kRequired; };
+  op.output_kind = [](const ort::Operator*, size_t) { return kRequired; };
+  op.input_memory = [](const ort::Operator*, size_t) { return ort::kDefaultMemory; };
+  op.variadic_inputs = [](const ort::Operator*) { return 1; };
+  op.variadic_inputs_alike = [](const ort::Operator*) { return 1; };
+  op.variadic_outputs = [](const ort::Operator*) { return 1; };
+  op.variadic_outputs_alike = [](const ort::Operator*) { return 1; };
+  op.create = [](const ort::Operator*, const void* table, const ort::KernelInfo* info,
+                 void** made) {
+    const ort::Api api(table);
+    return guarded(api, Kernel::kName, [&]() -> Status* {
+      auto kernel = std::make_unique<Kernel>(api);
+      RETURN_IF_FAILED(kernel->create(info));
+      *made = kernel.release();
+      return nullptr;
+    });
+  };
+  op.compute = [](void* made, ort::KernelContext* context) {
+    const auto& kernel = *static_cast<const Kernel*>(made);
+    return guarded(kernel.api, Kernel::kName, [&] { return kernel.compute(context); });
+  };
+  op.first_version = [](const ort::Operator*) { return 1; };
+  op.last_version = [](const ort::Operator*) { return std::numeric_limits<int>::max(); };
+  return op;
+}
+
+// One for the life of the process: every session that was told of it may still use it.
+struct Registered {
+  ort::Operator all[3] = {describe<Attention>(), describe<QuantizedAttention>(),
+                          describe<Linear>()};
+  ort::Domain* domain = nullptr;
+  Status* failure;
+
+  explicit Registered(const ort::Api& api) : failure(api.create_domain("recallseg", &domain)) {
+    for (const ort::Operator& op : all)
+      if (failure == nullptr) failure = api.add_operator(domain, &op);
+  }
+};
+
+}  // namespace
+}  // namespace operators
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Called by ONNX Runtime when a session is told of this library.
+EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  const void* table = base->table(ort::kVersion);
+  if (table == nullptr) {
+    const ort::Api oldest(base->table(1));
+    return oldest.create_status(ort::kFailed,
+                                "recallseg's operators need ONNX Runtime 1.17 or later");
+  }
+  const ort::Api api(table);
+  static const operators::Registered registered(api);
+  if (registered.failure != nullptr)
+    return api.create_status(ort::kFailed, "recallseg's operators could not be registered");
+  return api.add_domain(options, registered.domain);
+}
+
+// The chosen level of vector units, for reports.
+EXPORTED const char* recallseg_operators_level() { return operators::level().name; }
+
+// For tests: how many levels run here, and the choice of one, best first.
+EXPORTED int recallseg_operators_levels() { return operators::levels().count; }
+EXPORTED void recallseg_operators_choose(int index) {
+  operators::choose(operators::levels().first[index]);
+}

@@ -5,6 +5,9 @@ the others are to be ranked by how much their structures overlap with its own an
 are in the volume, which is what the library asks of an embedding: the nearest exemplar should be
 the most useful one. No image is annotated by hand for this, but it is supervised all the same: the
 generator knows the masks and the positions of what it drew.
+
+That is for bodies. Where there is no place to learn, as in pictures of cells, it is likeness that
+makes an exemplar useful, and the start knows it: there its ranking is to be kept.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from recallseg.export.graphs import Embed
 __all__ = [
     "EmbedderTrainer",
     "held_out_regret",
+    "keeping_loss",
     "neighbour_loss",
     "overlap",
     "ranking_gain",
@@ -142,7 +146,23 @@ def neighbour_loss(
     distance = (positions[:, :, None] - positions[:, None]).abs()
     scores = [alike / temperature, *(-distance / reach for reach in REACHES)]
     targets = [score.masked_fill(same, -math.inf).softmax(dim=-1) for score in scores]
-    target = torch.stack(targets).mean(dim=0)
+    return _ranking_loss(embeddings, torch.stack(targets).mean(dim=0), temperature)
+
+
+def keeping_loss(embeddings: Tensor, before: Tensor, *, temperature: float) -> Tensor:
+    """Cross-entropy between the ranking by embedding and that by another, ``T x M x D`` both.
+
+    After Li and Hoiem, "Learning without Forgetting" (arXiv 1606.09282).
+    """
+    same = torch.eye(before.shape[1], dtype=torch.bool, device=before.device)
+    similar = before @ before.transpose(1, 2) / temperature
+    target = similar.masked_fill(same, -math.inf).softmax(dim=-1)
+    return _ranking_loss(embeddings, target, temperature)
+
+
+def _ranking_loss(embeddings: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy to ``target``, ``T x M x M`` with rows that sum to 1 beside the diagonal."""
+    same = torch.eye(target.shape[1], dtype=torch.bool, device=target.device)
     similar = embeddings @ embeddings.transpose(1, 2) / temperature
     logs = similar.masked_fill(same, -math.inf).log_softmax(dim=-1)
     return -(target * logs.masked_fill(same, 0.0)).sum(dim=-1).mean()
@@ -213,6 +233,7 @@ class EmbedderTrainer:
         start_as_thumbnail(self.model)
         self.model.to(self.device)  # type: ignore[arg-type]
         freeze_thumbnail(self.model)
+        self.start = copy.deepcopy(self.model).requires_grad_(False)
         self.size = int(recipe["dinov2"]["image_size"])
         self.average = copy.deepcopy(self.model)
         self.best = copy.deepcopy(self.model)
@@ -254,8 +275,19 @@ class EmbedderTrainer:
             token = self.model(images.flatten(0, 1)).pooler_output
         embeddings = F.normalize(token.float(), dim=-1).view(*images.shape[:2], -1)
         positions = torch.cat([task.positions for task in tasks])
-        temperature = float(self.settings["temperature"])
-        ranking = neighbour_loss(embeddings, alike, positions, temperature=temperature)
+        ranking = torch.stack(
+            [
+                neighbour_loss(
+                    embeddings[i : i + 1],
+                    alike[i : i + 1],
+                    positions[i : i + 1],
+                    temperature=float(self.settings["temperature"]),
+                )
+                if task.families[0] in BODIES
+                else self._keeping(embeddings[i : i + 1], task)
+                for i, task in enumerate(tasks)
+            ]
+        ).mean()
         ranking.backward()
         norm = apply_step(self.optimizers, self.rate(), clip=1.0)
         self.step += 1
@@ -269,6 +301,13 @@ class EmbedderTrainer:
             "best_regret": self.best_regret,
             "step_s": time.monotonic() - started,
         }
+
+    def _keeping(self, embeddings: Tensor, task: TaskBatch) -> Tensor:
+        with torch.no_grad(), fast_arithmetic(self.device):
+            token = self.start(task.images[0]).pooler_output
+        before = F.normalize(token.float(), dim=-1)[None]
+        temperature = float(self.settings["keeping_temperature"])
+        return keeping_loss(embeddings, before, temperature=temperature)
 
     @torch.no_grad()
     def _update_average(self) -> None:

@@ -14,6 +14,7 @@ from recallseg.export.demo_model.checkpoints import save_weights
 from recallseg.export.demo_model.embedder_start import start_as_thumbnail
 from recallseg.export.demo_model.embedder_training import (
     EmbedderTrainer,
+    keeping_loss,
     neighbour_loss,
     overlap,
     ranking_gain,
@@ -154,6 +155,15 @@ def test_neighbour_loss_is_least_when_similarity_follows_overlap() -> None:
     assert good < neighbour_loss(mixed, alike, positions, temperature=0.1)
     assert ranking_gain(embeddings, alike) == pytest.approx(1.0)
     assert ranking_gain(mixed, alike) < 0.0
+
+
+def test_keeping_loss_is_least_when_the_ranking_stays() -> None:
+    angle = torch.tensor([[0.0, 0.2, 1.2, 1.4]])
+    before = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    kept = keeping_loss(before, before, temperature=0.1)
+    turned = torch.stack([-angle.sin(), angle.cos()], dim=-1)
+    torch.testing.assert_close(keeping_loss(turned, before, temperature=0.1), kept)
+    assert kept < keeping_loss(before[:, [0, 2, 1, 3]], before, temperature=0.1)
 
 
 def test_overlap_compares_slices_beyond_what_they_share() -> None:

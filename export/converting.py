@@ -207,7 +207,8 @@ def _made_for_cpu(
         precision in QUANTIZED_NATIVE,
     )
     exact = load_engines(source, "onnxruntime-cpu", base)
-    inputs = _image_like(source, golden, exact)
+    measured = precision in QUANTIZED
+    inputs = _image_like(source, golden, exact) if measured else {}
     engines: dict[str, Engine] = {}
     kept: dict[str, list[str]] = {}
     for graph in GRAPHS:
@@ -222,15 +223,15 @@ def _made_for_cpu(
         model = onnx.load(path)
         for index, node in enumerate(model.graph.node):
             node.name = node.name or f"node_{index}"
-        if precision == EXACT_NATIVE:
-            report(f"rewrite {graph}")
-            made = use_native_operators(model)
-        else:
+        if measured:
             report(f"measure the layers of {graph}")
             keep, _ = sensitive_layers(model, spec, inputs[graph], native=native)
             kept[graph] = sorted(keep)
             report(f"quantize {graph}")
             made = quantize_graph(model, keep, native=native)
+        else:
+            report(f"rewrite {graph}")
+            made = use_native_operators(model)
         file = _file(work, variant, precision, graph)
         manifest["graphs"][f"{variant}/{precision}/{graph}"] = _save(work, file, made)
         engines[graph] = OnnxRuntimeCpu(spec, file, EngineOptions())

@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from recallseg.engines.operators import ATTENTION, DOMAIN, LINEAR, STRIPE
 
-__all__ = ["FUSED_ATTENTION", "declare_domain", "stripe_weights", "use_native_operators"]
+__all__ = ["FUSED_ATTENTION", "stripe_weights", "use_native_operators"]
 
 FUSED_ATTENTION = "MultiHeadAttention"
 """ONNX Runtime's operator for which both of ours stand in."""
@@ -53,11 +53,11 @@ def use_native_operators(model: ModelProto) -> ModelProto:
         elif node.op_type == "MatMul":
             graph.fuse(node)
     graph.write()
-    declare_domain(made)
+    _declare_domain(made)
     return made
 
 
-def declare_domain(model: ModelProto) -> None:
+def _declare_domain(model: ModelProto) -> None:
     """Import the operators' domain where a node is of it, in place."""
     used = any(node.domain == DOMAIN for node in model.graph.node)
     if used and all(entry.domain != DOMAIN for entry in model.opset_import):

@@ -30,7 +30,7 @@ from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.operators import DOMAIN, QUANTIZED_ATTENTION
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.verification import relative_error
-from recallseg.export.native import FUSED_ATTENTION, declare_domain, use_native_operators
+from recallseg.export.native import FUSED_ATTENTION, use_native_operators
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,6 @@ def quantize_graph(
     for node in made.graph.node:
         if node.name in attention:
             node.op_type, node.domain = QUANTIZED_ATTENTION, DOMAIN
-    declare_domain(made)
     return use_native_operators(made) if native else made
 
 

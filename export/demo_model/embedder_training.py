@@ -271,9 +271,7 @@ class EmbedderTrainer:
         tasks = self.draw()
         images = torch.cat([task.images for task in tasks])
         alike = overlap(torch.cat([task.masks for task in tasks]))
-        with fast_arithmetic(self.device):
-            token = self.model(images.flatten(0, 1)).pooler_output
-        embeddings = F.normalize(token.float(), dim=-1).view(*images.shape[:2], -1)
+        embeddings = self._embed(self.model, images)
         positions = torch.cat([task.positions for task in tasks])
         ranking = torch.stack(
             [
@@ -302,10 +300,15 @@ class EmbedderTrainer:
             "step_s": time.monotonic() - started,
         }
 
+    def _embed(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Embed images ``T x M x ...``: ``T x M x D`` of unit length."""
+        with fast_arithmetic(self.device):
+            token = model(images.flatten(0, 1)).pooler_output
+        return F.normalize(token.float(), dim=-1).view(*images.shape[:2], -1)
+
     def _keeping(self, embeddings: Tensor, task: TaskBatch) -> Tensor:
-        with torch.no_grad(), fast_arithmetic(self.device):
-            token = self.start(task.images[0]).pooler_output
-        before = F.normalize(token.float(), dim=-1)[None]
+        with torch.no_grad():
+            before = self._embed(self.start, task.images)
         temperature = float(self.settings["keeping_temperature"])
         return keeping_loss(embeddings, before, temperature=temperature)
 

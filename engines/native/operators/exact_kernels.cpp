@@ -7,8 +7,6 @@
 namespace operators {
 namespace {
 
-constexpr float kLog2E = 1.442695041f;
-
 // Where vector `column` of a row lies, whose stripes of kStripe columns are `distance` floats apart.
 INLINED const float* stripe(const float* row, int column, int64_t distance) {
   return row + column * kLanes / kStripe * distance + column * kLanes % kStripe;
@@ -211,7 +209,7 @@ void attend(const AttentionCall& call, int64_t head, int64_t from, int64_t to, f
   const int64_t rows = rounded_up(count, kRows);
   for (int64_t i = 0; i < rows * width; ++i) at.sums[i] = 0.0f;
   for (int64_t i = 0; i < kQueries; ++i) {
-    at.highest[i] = -3.0e38f;
+    at.highest[i] = kNone;
     at.totals[i] = at.keep[i] = 0.0f;
   }
 

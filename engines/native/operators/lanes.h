@@ -65,6 +65,9 @@ constexpr int kWide = 4;
 constexpr int kWide = 2;
 #endif
 
+constexpr float kLog2E = 1.442695041f;
+constexpr float kNone = -3.0e38f;  // a score below all others
+
 // 2^x for x from -1e30 to 100, to a relative 4e-6; exact for whole numbers. Below 2^-120 it may be 0.
 template <class Vector>
 INLINED Vector power_of_fraction(Vector f) {

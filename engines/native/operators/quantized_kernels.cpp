@@ -8,10 +8,8 @@ namespace operators {
 namespace {
 
 constexpr int kCells = kBlock / kGroup;  // of a block of keys, for one row of probabilities
-constexpr float kNone = -3.0e38f;
 // The largest probability of a row and block becomes 255 = 2^this.
 constexpr float kTop = 7.994353437f;
-constexpr float kLog2E = 1.442695041f;
 
 INLINED uint32_t bits_of(float value) {
   uint32_t bits;

@@ -23,7 +23,7 @@ from recallseg.benchmarks.schema import Distribution
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError, RecallSegError
 from recallseg.runtime.library import Library
-from recallseg.runtime.segmenter import Segmenter
+from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["CLibrary", "Overhead", "capi", "measure_overhead"]
 

@@ -17,8 +17,7 @@ from recallseg.benchmarks.gpu.commands import gpu
 from recallseg.benchmarks.pixels import pixels
 from recallseg.benchmarks.streams import stream
 from recallseg.benchmarks.volumes import volumes
-from recallseg.engines.errors import InputError
-from recallseg.runtime.commands.common import (
+from recallseg.commands.common import (
     EngineOption,
     JsonOption,
     PrecisionOption,
@@ -30,6 +29,7 @@ from recallseg.runtime.commands.common import (
     split_list,
     split_numbers,
 )
+from recallseg.engines.errors import InputError
 
 if TYPE_CHECKING:
     from recallseg.benchmarks.compare import Change

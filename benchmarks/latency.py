@@ -45,7 +45,7 @@ from recallseg.engines.errors import InputError
 from recallseg.engines.registry import load_engines
 from recallseg.engines.verification import TOLERANCES, relative_error, verify_engines
 from recallseg.runtime.library import Library
-from recallseg.runtime.machine import describe_machine, package_versions
+from recallseg.runtime.reports.machine import describe_machine, package_versions
 
 if TYPE_CHECKING:
     from torch import nn

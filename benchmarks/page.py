@@ -23,8 +23,8 @@ from recallseg.benchmarks.page_parts import (
 )
 from recallseg.benchmarks.plots import Range, curve, range_plot
 from recallseg.benchmarks.schema import Report, RetrievalRun, SoakRun
-from recallseg.runtime.report import STYLE
-from recallseg.runtime.report.pictures import colour
+from recallseg.runtime.reports.page import STYLE
+from recallseg.runtime.reports.pictures import colour
 
 __all__ = ["GOALS", "render_page"]
 

@@ -18,8 +18,8 @@ from recallseg.benchmarks.page_parts import (
 )
 from recallseg.benchmarks.plots import Bar, Range, range_plot, stacked_bars
 from recallseg.benchmarks.schema import Ratio, Report, Run
-from recallseg.runtime.report import STAGES
-from recallseg.runtime.report.pictures import colour
+from recallseg.runtime.reports.page import STAGES
+from recallseg.runtime.reports.pictures import colour
 
 __all__ = ["latency_body"]
 

@@ -27,7 +27,7 @@ from recallseg.engines.errors import EngineUnavailableError, RecallSegError
 from recallseg.engines.pixels import Pixels, native_kernels
 from recallseg.engines.pixels.native import NativePixels
 from recallseg.engines.pixels.opencv import OpenCvPixels
-from recallseg.runtime.machine import describe_machine, package_versions
+from recallseg.runtime.reports.machine import describe_machine, package_versions
 
 __all__ = ["Measured", "measure_pixels", "pixels"]
 

@@ -30,7 +30,7 @@ from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.index import EXACT_LIMIT, graph_settings
 from recallseg.runtime.library.reading import CATALOG, INDEX
 from recallseg.runtime.library.retrieval import Retrieval
-from recallseg.runtime.machine import describe_machine, package_versions
+from recallseg.runtime.reports.machine import describe_machine, package_versions
 
 __all__ = ["run_retrieval"]
 

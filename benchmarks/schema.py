@@ -16,9 +16,9 @@ fields that a reader does not know are an error, so that a figure is never dropp
     ├── retrieval: RetrievalRun ...    one library size (bench retrieval)
     └── soak: SoakRun ...              (bench soak)
 
-Stage names are those of :class:`recallseg.runtime.result.Result`: prepare, embed, search, encode,
-gather, attend, decode, finish; baselines that encode exemplars anew add ``memorize``. ``total`` is
-measured around the whole query by the harness, for everything it measures alike.
+Stage names are those of :class:`recallseg.runtime.segmenting.result.Result`: prepare, embed,
+search, encode, gather, attend, decode, finish; baselines that encode exemplars anew add
+``memorize``. ``total`` is measured around the whole query by the harness, for everything alike.
 """
 
 from __future__ import annotations

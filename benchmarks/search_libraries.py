@@ -35,7 +35,7 @@ from recallseg.runtime.library.reading import CATALOG, INDEX
 from recallseg.runtime.library.records import NewExemplar, Settings
 from recallseg.runtime.library.retrieval import Retrieval
 from recallseg.runtime.library.shards import Place
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["STRUCTURE", "SearchLibrary", "Step", "nearest", "prepare"]
 

@@ -18,8 +18,8 @@ from recallseg.benchmarks.subjects import RuntimeChoice
 from recallseg.benchmarks.workload import DESCRIPTION, query_images
 from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.runtime.library import Library
-from recallseg.runtime.machine import describe_machine, package_versions
-from recallseg.runtime.segmenter import Segmenter
+from recallseg.runtime.reports.machine import describe_machine, package_versions
+from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["run_soak"]
 

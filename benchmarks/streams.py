@@ -20,9 +20,7 @@ from recallseg.benchmarks.workload import (
     query_images,
     structure_names,
 )
-from recallseg.engines.bundle import Bundle
-from recallseg.engines.errors import InputError
-from recallseg.runtime.commands.common import (
+from recallseg.commands.common import (
     EngineOption,
     JsonOption,
     PrecisionOption,
@@ -35,10 +33,12 @@ from recallseg.runtime.commands.common import (
     split_list,
     split_numbers,
 )
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.errors import InputError
 from recallseg.runtime.library import Library
-from recallseg.runtime.machine import describe_machine, package_versions
-from recallseg.runtime.segmenter import Segmenter
-from recallseg.runtime.stream import Frame, Stream
+from recallseg.runtime.reports.machine import describe_machine, package_versions
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.services.stream import Frame, Stream
 
 __all__ = ["StreamRun", "replay", "stream"]
 

@@ -33,9 +33,9 @@ from recallseg.export.checkpoints.architectures import DINOV2_ALIASES, SAM2_ALIA
 from recallseg.export.graphs import build_graphs
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
-from recallseg.runtime.postprocess import finish_masks
-from recallseg.runtime.preprocess import prepare_image, prepare_mask
-from recallseg.runtime.workspace import Workspace
+from recallseg.runtime.model.postprocess import finish_masks
+from recallseg.runtime.model.preprocess import prepare_image, prepare_mask
+from recallseg.runtime.model.workspace import Workspace
 
 __all__ = ["TorchBaseline", "load_modules"]
 

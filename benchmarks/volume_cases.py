@@ -21,10 +21,10 @@ from recallseg.benchmarks.accuracy.brains import (
 from recallseg.benchmarks.accuracy.dataset import MOST_ANNOTATED
 from recallseg.benchmarks.accuracy.radiology import LICENCE, LUNG_WINDOW, PYRADIOMICS, SOURCE
 from recallseg.engines.errors import InputError
-from recallseg.runtime.demo import BRAIN_THRESHOLD, LEAST_AREA, TISSUE_THRESHOLD
 from recallseg.runtime.formats.nrrd import read_nrrd
 from recallseg.runtime.formats.volume import Volume
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.reports.demo import BRAIN_THRESHOLD, LEAST_AREA, TISSUE_THRESHOLD
 
 __all__ = ["VOLUMES", "VolumeCase", "load_cases"]
 

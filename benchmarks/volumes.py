@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from recallseg.benchmarks.machine import describe_conditions
 from recallseg.benchmarks.volume_cases import VolumeCase, load_cases
-from recallseg.engines.bundle import Bundle
-from recallseg.engines.verification import mask_dice
-from recallseg.runtime.commands.common import (
+from recallseg.commands.common import (
     EngineOption,
     JsonOption,
     PrecisionOption,
@@ -34,12 +32,14 @@ from recallseg.runtime.commands.common import (
     say_notice,
     split_list,
 )
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.verification import mask_dice
 from recallseg.runtime.formats.volume import Slicing
 from recallseg.runtime.library import Library
-from recallseg.runtime.machine import describe_machine, package_versions
-from recallseg.runtime.segmenter import Segmenter
-from recallseg.runtime.volume_outputs import write_preview
-from recallseg.runtime.volumes import VolumeResult, segment_volume
+from recallseg.runtime.reports.machine import describe_machine, package_versions
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.volumes.outputs import write_preview
+from recallseg.runtime.volumes.slices import VolumeResult, segment_volume
 
 __all__ = ["Outcome", "judge", "volumes"]
 

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from recallseg.benchmarks.accuracy.archives import Distribution, read_files
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate
-from recallseg.runtime.demo import (
+from recallseg.runtime.formats.pairs import Annotated
+from recallseg.runtime.reports.demo import (
     BRAIN_THRESHOLD,
     LEAST_AREA,
     MARGIN,
     STRUCTURES,
     TISSUE_THRESHOLD,
 )
-from recallseg.runtime.formats.pairs import Annotated
 
 __all__ = [
     "deep_grey",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from recallseg.runtime.commands.common import (
+from recallseg.commands.common import (
     EngineOption,
     JsonOption,
     PrecisionOption,

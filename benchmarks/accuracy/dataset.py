@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.runtime.formats.pairs import Annotated
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["MOST_ANNOTATED", "Dataset", "annotate", "spread", "tiles"]
 

@@ -16,11 +16,11 @@ from recallseg.benchmarks.accuracy.dataset import MOST_ANNOTATED, Dataset, sprea
 from recallseg.benchmarks.accuracy.recall import COUNTS, RandomLibrary, fill, member_tag
 from recallseg.benchmarks.accuracy.unet import UNetSettings, train_unet
 from recallseg.engines.bundle import Bundle
-from recallseg.runtime.evaluation.metrics import compare_masks
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
-from recallseg.runtime.recall import REACH
-from recallseg.runtime.segmenter import Segmenter
+from recallseg.runtime.reports.metrics import compare_masks
+from recallseg.runtime.segmenting.reach import REACH
+from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["KS", "REFERENCE_K", "Case", "Outcome", "Plan", "Training", "count_steps", "measure"]
 

@@ -30,8 +30,8 @@ from recallseg.benchmarks.accuracy.tables import (
     targets,
 )
 from recallseg.runtime.formats.pairs import Annotated
-from recallseg.runtime.report import STYLE
-from recallseg.runtime.report.pictures import Thumbnail, colour, legend
+from recallseg.runtime.reports.page import STYLE
+from recallseg.runtime.reports.pictures import Thumbnail, colour, legend
 
 __all__ = ["render_page"]
 

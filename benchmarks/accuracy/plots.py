@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from recallseg.runtime.report.pictures import colour
+from recallseg.runtime.reports.pictures import colour
 
 __all__ = ["Line", "line_plot"]
 

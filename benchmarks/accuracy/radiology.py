@@ -13,7 +13,7 @@ from recallseg.benchmarks.accuracy.archives import Distribution, read_files
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate, spread
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import Annotated
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = [
     "LICENCE",

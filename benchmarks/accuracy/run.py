@@ -19,7 +19,7 @@ from recallseg.benchmarks.accuracy.unet import UNetSettings
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import Annotated
-from recallseg.runtime.machine import describe_machine, package_versions
+from recallseg.runtime.reports.machine import describe_machine, package_versions
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Accuracy", "run_accuracy"]
 

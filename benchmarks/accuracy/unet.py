@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.runtime.formats.pairs import Annotated
-from recallseg.runtime.preprocess import scale_intensities
+from recallseg.runtime.model.preprocess import scale_intensities
 
 if TYPE_CHECKING:
     import torch
 
-    from recallseg.runtime.preprocess import Intensity
+    from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["TrainedUNet", "UNetSettings", "train_unet"]
 

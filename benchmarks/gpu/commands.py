@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from recallseg.runtime.commands.common import note, parsed, split_list, split_numbers
+from recallseg.commands.common import note, parsed, split_list, split_numbers
 
 __all__ = ["gpu"]
 

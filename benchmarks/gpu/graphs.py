@@ -17,7 +17,7 @@ from recallseg.engines.device import DeviceTensor, open_device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import BundleError, EngineUnavailableError
 from recallseg.engines.registry import load_engines
-from recallseg.runtime.query.device_workspace import DeviceWorkspace
+from recallseg.runtime.model.device_workspace import DeviceWorkspace
 
 __all__ = ["measure_graphs"]
 

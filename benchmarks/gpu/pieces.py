@@ -29,8 +29,8 @@ from recallseg.engines.errors import (
     RecallSegError,
 )
 from recallseg.engines.registry import engine_class
-from recallseg.runtime.doctor import diagnose
-from recallseg.runtime.machine import describe_machine, package_versions
+from recallseg.runtime.reports.machine import describe_machine, package_versions
+from recallseg.runtime.services.doctor import diagnose
 
 __all__ = ["GpuPlan", "Outcome", "Piece", "pieces_of", "run_pieces"]
 

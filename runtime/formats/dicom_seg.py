@@ -12,7 +12,7 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.dicom import SEGMENTATION, damaged_is_input_error, is_dicom
 from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.volume import Volume
-from recallseg.runtime.volumes import VolumeResult
+from recallseg.runtime.volumes.slices import VolumeResult
 
 __all__ = ["is_segmentation", "read_segmentation", "write_segmentation"]
 

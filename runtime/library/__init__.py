@@ -37,7 +37,7 @@ from recallseg.runtime.library.reading import CATALOG, LOCK, MEMORIES
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
 from recallseg.runtime.library.storage import WriterLock, writing
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["Library"]
 

@@ -10,7 +10,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import BundleError, LibraryMismatchError
 from recallseg.runtime.library.encoding import ExemplarEncoder, MemoryLayout
 from recallseg.runtime.library.records import Settings
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["accept_bundle", "bundle_settings", "encoder_maker", "find_bundle", "open_bundle"]
 
@@ -38,7 +38,7 @@ def encoder_maker(
 
     def make(bundle: Bundle, intensity: Intensity) -> ExemplarEncoder:
         # Readers need no engine, and loading one takes a second.
-        from recallseg.runtime.encoder import BundleEncoder
+        from recallseg.runtime.model.encoder import BundleEncoder
 
         return BundleEncoder(bundle, intensity, engine=engine, precision=precision, threads=threads)
 

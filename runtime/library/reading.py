@@ -29,7 +29,7 @@ from recallseg.runtime.library.retrieval import Retrieval
 from recallseg.runtime.library.shards import Place, ShardReader, ShardWriter
 from recallseg.runtime.library.sources import SourceStore
 from recallseg.runtime.library.storage import WriterLock
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["CATALOG", "INDEX", "LOCK", "MEMORIES", "SOURCES", "LibraryReading"]
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from recallseg.engines.device import open_device
     from recallseg.engines.errors import RecallSegError
     from recallseg.runtime.library import Library
-    from recallseg.runtime.query import GpuOptions
-    from recallseg.runtime.result import Result
-    from recallseg.runtime.segmenter import Segmenter
-    from recallseg.runtime.stream import Frame, Stream
+    from recallseg.runtime.model.query import GpuOptions
+    from recallseg.runtime.segmenting.result import Result
+    from recallseg.runtime.segmenting.segmenter import Segmenter
+    from recallseg.runtime.services.stream import Frame, Stream
 
 __version__ = "0.1.0"
 
@@ -41,12 +41,12 @@ _HOMES = {
     "Bundle": "recallseg.engines.bundle",
     "RecallSegError": "recallseg.engines.errors",
     "open_device": "recallseg.engines.device",
-    "GpuOptions": "recallseg.runtime.query",
+    "GpuOptions": "recallseg.runtime.model.query",
     "Library": "recallseg.runtime.library",
-    "Result": "recallseg.runtime.result",
-    "Frame": "recallseg.runtime.stream",
-    "Segmenter": "recallseg.runtime.segmenter",
-    "Stream": "recallseg.runtime.stream",
+    "Result": "recallseg.runtime.segmenting.result",
+    "Frame": "recallseg.runtime.services.stream",
+    "Segmenter": "recallseg.runtime.segmenting.segmenter",
+    "Stream": "recallseg.runtime.services.stream",
 }
 
 

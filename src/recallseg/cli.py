@@ -17,18 +17,18 @@ import typer
 from typer.core import TyperGroup
 
 from recallseg import __version__
+from recallseg.commands.audit import app as audit_app
+from recallseg.commands.build import build
+from recallseg.commands.cache import app as cache_app
+from recallseg.commands.demo import demo
+from recallseg.commands.doctor import doctor
+from recallseg.commands.evaluate import evaluate
+from recallseg.commands.importing import import_
+from recallseg.commands.library import app as library_app
+from recallseg.commands.segment import segment
+from recallseg.commands.verify import verify
+from recallseg.commands.watch import watch
 from recallseg.engines.errors import RecallSegError
-from recallseg.runtime.commands.audit import app as audit_app
-from recallseg.runtime.commands.build import build
-from recallseg.runtime.commands.cache import app as cache_app
-from recallseg.runtime.commands.demo import demo
-from recallseg.runtime.commands.doctor import doctor
-from recallseg.runtime.commands.evaluate import evaluate
-from recallseg.runtime.commands.importing import import_
-from recallseg.runtime.commands.library import app as library_app
-from recallseg.runtime.commands.segment import segment
-from recallseg.runtime.commands.verify import verify
-from recallseg.runtime.commands.watch import watch
 
 __all__ = ["app", "main"]
 
@@ -191,7 +191,7 @@ _mount_lazily(
 )
 _mount_lazily(
     "sbom",
-    "recallseg.runtime.commands.sbom",
+    "recallseg.commands.sbom",
     "sbom",
     "Write a bill of materials of all that is installed and linked (extra 'sbom').",
 )

@@ -13,7 +13,7 @@ from time import perf_counter
 
 from fuzz.campaign import PIXELS, ROOM, Findings, damaged_file, run_campaign
 from fuzz.mutations import FORMATS, good_files
-from recallseg.runtime.commands.common import progress_bar
+from recallseg.commands.common import progress_bar
 
 
 def main() -> int:

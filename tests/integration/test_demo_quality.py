@@ -9,7 +9,7 @@ import pytest
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.registry import load_engines
 from recallseg.engines.verification import mask_dice, verify_engines
-from recallseg.runtime.demo import STRUCTURES, fill_library, load_slices
+from recallseg.runtime.reports.demo import STRUCTURES, fill_library, load_slices
 
 FLOORS = {"brain": 0.90, "grey matter": 0.60, "white matter": 0.60}
 """What the shipped weights reach (see the model card), less a margin for other processors."""

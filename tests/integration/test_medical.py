@@ -26,8 +26,8 @@ from recallseg.runtime.formats.dicom import read_dicom
 from recallseg.runtime.formats.dicom_seg import read_segmentation, write_segmentation
 from recallseg.runtime.formats.nrrd import read_seg_nrrd, write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
-from recallseg.runtime.segmenter import Segmenter
-from recallseg.runtime.volumes import clean_up, segment_volume
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.volumes.slices import clean_up, segment_volume
 
 SHAPE = (6, 64, 48)
 

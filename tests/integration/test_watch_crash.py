@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from recallseg import Bundle, Library
-from recallseg.runtime.audit import verify_audit_log
+from recallseg.runtime.services.audit import verify_audit_log
 
 IMAGES = 24
 KILLS = 10

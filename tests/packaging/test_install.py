@@ -18,7 +18,7 @@ sys.path += {SITE!r}  # numpy and the like; its .pth files, and so recallseg, ar
 import recallseg
 for room in ("engines", "runtime", "export", "benchmarks"):
     importlib.import_module("recallseg." + room)
-import recallseg.engines.specs, recallseg.runtime.result
+import recallseg.engines.specs, recallseg.runtime.segmenting.result
 print(recallseg.__version__, recallseg.engines.specs.__file__)
 """
 

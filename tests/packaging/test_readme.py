@@ -17,7 +17,7 @@ from support.pictures import disc, write_pairs
 from recallseg.runtime.formats.dicom import read_dicom
 from recallseg.runtime.formats.dicom_seg import write_segmentation
 from recallseg.runtime.formats.volume import Slicing
-from recallseg.runtime.volumes import VolumeResult
+from recallseg.runtime.volumes.slices import VolumeResult
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"<!-- run -->\n```(\w+)\n(.*?)```", re.DOTALL)

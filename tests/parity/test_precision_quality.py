@@ -21,7 +21,7 @@ from recallseg.export.emulation import EmulatedEngine
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import export_graph
 from recallseg.export.precision import convert_graph
-from recallseg.runtime.demo import STRUCTURES, fill_library, load_slices
+from recallseg.runtime.reports.demo import STRUCTURES, fill_library, load_slices
 
 LOSS = 0.005
 """Most Dice that a precision may cost on average over structures and slices."""

@@ -16,8 +16,8 @@ from support.native import SOURCE, Installed, passed, run
 
 from recallseg import Library, __version__
 from recallseg.benchmarks.capi import CLibrary, measure_overhead
-from recallseg.runtime.demo import load_slices
-from recallseg.runtime.embedding import INTERFACE, STATUS
+from recallseg.runtime.reports.demo import load_slices
+from recallseg.runtime.services.c_interface import INTERFACE, STATUS
 
 MOST_OVERHEAD_MS = 0.5
 CHECKS = ("no_python", "hostile", "layouts", "deadline", "threads", "memory", "forked", "signals")

@@ -14,7 +14,7 @@ from recallseg.benchmarks.accuracy.archives import Distribution, read_files
 from recallseg.benchmarks.accuracy.datasets import load_datasets
 from recallseg.benchmarks.accuracy.radiology import read_nrrd
 from recallseg.engines.errors import InputError
-from recallseg.runtime.demo import load_slices
+from recallseg.runtime.reports.demo import load_slices
 
 CONTENT = b"pixels"
 

@@ -8,8 +8,8 @@ import pytest
 
 from recallseg.benchmarks.accuracy.dataset import annotate
 from recallseg.benchmarks.accuracy.unet import UNetSettings, train_unet
-from recallseg.runtime.evaluation.metrics import compare_masks
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.reports.metrics import compare_masks
 
 
 def square(name: str, top: int, left: int):

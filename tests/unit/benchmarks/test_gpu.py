@@ -25,7 +25,7 @@ from recallseg.engines.errors import (
     EngineUnavailableError,
     InputError,
 )
-from recallseg.runtime.query import device as device_query
+from recallseg.runtime.model import device as device_query
 
 RUNTIME = "onnxruntime-cuda fp32"
 

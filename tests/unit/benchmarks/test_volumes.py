@@ -14,8 +14,8 @@ from recallseg.benchmarks.volume_cases import VolumeCase, load_cases
 from recallseg.benchmarks.volumes import judge
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.volume import Slicing, Volume
-from recallseg.runtime.preprocess import Intensity
-from recallseg.runtime.volumes import VolumeResult
+from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.volumes.slices import VolumeResult
 
 
 def make_case() -> VolumeCase:

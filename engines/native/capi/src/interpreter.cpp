@@ -17,7 +17,7 @@
 namespace capi {
 namespace {
 
-constexpr long long kInterface = 1;  // INTERFACE of recallseg.runtime.embedding
+constexpr long long kInterface = 1;  // INTERFACE of recallseg.runtime.services.c_interface
 
 struct Info {
   std::string python_version, python_library, python, prefix, package_version, package_folder;
@@ -103,7 +103,7 @@ void import_package(const std::string& site_packages) {
     throw Error(RECALLSEG_E_ABI, "the Python package recallseg has version " +
                                      text_of(version.get()) + ", librecallseg " +
                                      RECALLSEG_VERSION + ": install both from one release");
-  Ref module = checked(python.PyImport_ImportModule("recallseg.runtime.embedding"));
+  Ref module = checked(python.PyImport_ImportModule("recallseg.runtime.services.c_interface"));
   const Ref number = checked(python.PyObject_GetAttrString(module.get(), "INTERFACE"));
   if (python.PyLong_AsLongLong(number.get()) != kInterface)
     throw Error(RECALLSEG_E_ABI,

@@ -8,7 +8,7 @@ namespace capi {
 // Throws E_FORKED or E_STATE unless recallseg_init has succeeded in this process.
 void require_ready();
 
-// The module recallseg.runtime.embedding; null before it is imported.
+// The module recallseg.runtime.services.c_interface; null before it is imported.
 const Ref& embedding();
 
 }  // namespace capi

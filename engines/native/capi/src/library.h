@@ -29,7 +29,7 @@ class Segmenter final : public Object {
   ~Segmenter() override;  // takes the GIL
 
   const std::shared_ptr<Library> library;
-  Ref object;  // recallseg.runtime.embedding.Query
+  Ref object;  // recallseg.runtime.services.c_interface.Query
   std::vector<std::string> structures;
 };
 

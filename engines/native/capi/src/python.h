@@ -121,7 +121,7 @@ Ref tuple_of_each(std::size_t count, Make&& make) {
   return result;
 }
 
-// Call a function of recallseg.runtime.embedding.
+// Call a function of recallseg.runtime.services.c_interface.
 Ref call_with(const char* function, const Ref& arguments);
 
 template <typename... Values>

@@ -22,7 +22,7 @@ class Stream final : public Object {
   const std::shared_ptr<Segmenter> segmenter;
   const recallseg_frame_callback callback;
   void* const user;
-  Ref object;  // recallseg.runtime.stream.Stream
+  Ref object;  // recallseg.runtime.services.stream.Stream
 };
 
 recallseg_frame read_frame(Reader& reader, std::string& message, recallseg_result** result) {

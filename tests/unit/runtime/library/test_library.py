@@ -28,7 +28,7 @@ from recallseg.engines.errors import (
 )
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.encoding import Encoded
-from recallseg.runtime.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity
 
 
 @pytest.fixture

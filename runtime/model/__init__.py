@@ -1,0 +1,1 @@
+"""The networks of one bundle and the buffers they work in: an image in, masks out."""

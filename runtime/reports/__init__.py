@@ -1,0 +1,1 @@
+"""Evaluation, metrics, and the pages that show them."""

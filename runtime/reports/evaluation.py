@@ -1,0 +1,295 @@
+"""Segment images whose masks are known and compare: one row per image, structure and k.
+
+A query that is itself an exemplar would be compared with its own mask: it is found, said, and kept
+out of every summary.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.pairs import Annotated, Missing, Pair, read_pair
+from recallseg.runtime.reports.metrics import compare_masks
+from recallseg.runtime.segmenting.result import Result
+
+if TYPE_CHECKING:
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.segmenting.segmenter import Segmenter
+
+__all__ = ["Case", "Evaluation", "Illustration", "PairSequence", "Timing", "evaluate"]
+
+SAME_IMAGE = 1e-4
+"""Cosine distance up to which a query is compared with its nearest exemplar pixel by pixel. An
+image embeds to within the engine's rounding of itself: 1e-6 in fp32, under 1e-4 in fp16."""
+ILLUSTRATED = 40
+"""Most images shown in a report: half of them with the lowest Dice, half with the highest."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image, structure and k.
+
+    ``hd95`` is in mm (pixels if the spacing is unknown), volumes in its square; ``iou_estimate``,
+    ``object_score`` and ``nearest_distance`` are the model's own (see ``Score``); ``recalled`` are
+    keys, nearest first; ``leaked``: the image is an exemplar of the library.
+    """
+
+    case: str
+    structure: str
+    k: int
+    dice: float
+    iou: float
+    hd95: float
+    reference_volume: float
+    predicted_volume: float
+    latency_ms: float
+    quality: str
+    nearest_distance: float
+    iou_estimate: float
+    object_score: float
+    recalled: tuple[str, ...]
+    leaked: bool
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds by stage of one query."""
+
+    case: str
+    k: int
+    stages: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """What a report shows of one image: pixels, reference and result. ``dice`` is the mean over
+    structures.
+    """
+
+    annotated: Annotated
+    result: Result
+    cases: Mapping[str, Case]
+    dice: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that an evaluation found.
+
+    Attributes
+    ----------
+    structures, ks : in the order asked for.
+    cases, timings : one per image, structure and k; one per image and k.
+    failures : name and message of images that could not be evaluated.
+    leaked : names of images that are exemplars of the library.
+    illustrations : for the largest k, lowest Dice first.
+    workspace_bytes : what the segmenter set aside, by k.
+    spacing : mm along rows and columns, or None for pixels.
+    """
+
+    structures: tuple[str, ...]
+    ks: tuple[int, ...]
+    cases: tuple[Case, ...] = field(repr=False)
+    timings: tuple[Timing, ...] = field(repr=False)
+    failures: Mapping[str, str]
+    leaked: tuple[str, ...]
+    illustrations: tuple[Illustration, ...] = field(repr=False)
+    workspace_bytes: Mapping[int, int]
+    spacing: tuple[float, float] | None
+
+
+class PairSequence(Sequence[Annotated]):
+    """Pairs of a folder, each read when it is asked for: a folder may be larger than memory."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], labels: Mapping[int, str], missing: Missing = "absent"
+    ) -> None:
+        self._pairs, self._labels, self._missing = pairs, labels, missing
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def name(self, index: int) -> str:
+        """Return a pair's name without reading it."""
+        return self._pairs[index].name
+
+    def __getitem__(self, index: int) -> Annotated:  # type: ignore[override]  # no slices
+        return read_pair(self._pairs[index], self._labels, self._missing)
+
+
+def evaluate(
+    library: Library,
+    images: Sequence[Annotated],
+    structures: Sequence[str],
+    ks: Sequence[int],
+    make_segmenter: Callable[[int], Segmenter],
+    *,
+    spacing: tuple[float, float] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Segment every image with every k and compare with its masks.
+
+    Parameters
+    ----------
+    library : where exemplars come from.
+    images : annotated images; one that raises InputError when it is read is recorded as failed.
+    structures : which to compare; the library must know each.
+    ks : how many exemplars to recall.
+    make_segmenter : gives a segmenter of the library for one k and these structures.
+    spacing : pixel size in mm along rows and columns.
+    progress : called after each image and k with the image's name.
+
+    Raises
+    ------
+    InputError
+        If a structure is unknown, there is nothing to do, or no image at all could be evaluated.
+    """
+    check_structures(library, structures)
+    if not ks or not len(images):
+        raise InputError("there is nothing to evaluate: no image, or no k.")
+    cases: list[Case] = []
+    timings: list[Timing] = []
+    failures: dict[str, str] = {}
+    leaked: dict[str, None] = {}
+    workspace: dict[int, int] = {}
+    shown = _Shortlist(ILLUSTRATED)
+    for k in ks:
+        segmenter = make_segmenter(k)
+        workspace[k] = int(segmenter.workspace.nbytes)
+        warm = False
+        for index in range(len(images)):
+            name = _name(images, index)
+            try:
+                annotated = images[index]
+                if not warm:  # the first query pays for lazy initialisation, not for segmentation
+                    segmenter.segment(annotated.image)
+                    warm = True
+                result = segmenter.segment(annotated.image)
+            except InputError as error:
+                failures[name] = str(error)
+            else:
+                same = _is_exemplar(library, annotated, result)
+                rows = _compare(annotated, result, structures, k, same, spacing)
+                cases.extend(rows)
+                timings.append(Timing(annotated.name, k, result.timings))
+                if same:
+                    leaked[annotated.name] = None
+                elif rows and k == max(ks):
+                    dice = float(np.mean([row.dice for row in rows]))
+                    by_structure = {row.structure: row for row in rows}
+                    shown.offer(Illustration(annotated, result, by_structure, dice))
+            if progress is not None:
+                progress(name)
+    if not cases:
+        why = next(iter(failures.values()), "no image says anything of these structures")
+        raise InputError(f"no image could be evaluated. The first reason: {why}")
+    return Evaluation(
+        tuple(structures),
+        tuple(ks),
+        tuple(cases),
+        tuple(timings),
+        failures,
+        tuple(leaked),
+        shown.sorted(),
+        workspace,
+        spacing,
+    )
+
+
+def check_structures(library: Library, structures: Sequence[str]) -> None:
+    """Raise InputError unless the library knows every one of ``structures``."""
+    known = tuple(library.structures)
+    unknown = [name for name in structures if name not in known]
+    if unknown:
+        raise InputError(
+            f"the library has no exemplar of '{unknown[0]}'; it knows "
+            f"{', '.join(known) or 'nothing'}."
+        )
+
+
+def _name(images: Sequence[Annotated], index: int) -> str:
+    return images.name(index) if isinstance(images, PairSequence) else images[index].name
+
+
+def _is_exemplar(library: Library, annotated: Annotated, result: Result) -> bool:
+    """Whether the nearest exemplar is the same image: pixel by pixel where those are kept."""
+    nearest = min(
+        (found[0] for found in result.recalled.values() if found),
+        key=lambda recalled: recalled.distance,
+        default=None,
+    )
+    if nearest is None or nearest.distance > SAME_IMAGE:
+        return False
+    if not library.get(nearest.key).has_source:
+        return True
+    source, _ = library.source(nearest.key)
+    return bool(np.array_equal(source, annotated.image))
+
+
+def _compare(
+    annotated: Annotated,
+    result: Result,
+    structures: Sequence[str],
+    k: int,
+    leaked: bool,
+    spacing: tuple[float, float] | None,
+) -> list[Case]:
+    rows = []
+    for structure in structures:
+        reference = annotated.masks.get(structure)
+        if reference is None:
+            if structure not in annotated.absent:
+                continue  # nobody looked for it here: there is nothing to compare with
+            reference = np.zeros(annotated.image.shape[:2], np.bool_)
+        agreement = compare_masks(result.masks[structure], reference, spacing)
+        score = result.scores[structure]
+        rows.append(
+            Case(
+                case=annotated.name,
+                structure=structure,
+                k=k,
+                dice=agreement.dice,
+                iou=agreement.iou,
+                hd95=agreement.hd95,
+                reference_volume=agreement.reference_volume,
+                predicted_volume=agreement.predicted_volume,
+                latency_ms=result.timings.get("total", math.nan),
+                quality=result.quality.flag,
+                nearest_distance=score.distance,
+                iou_estimate=score.iou,
+                object_score=score.object_score,
+                recalled=tuple(recalled.key for recalled in result.recalled[structure]),
+                leaked=leaked,
+            )
+        )
+    return rows
+
+
+class _Shortlist:
+    """Keeps the lowest and the highest Dice, so that memory does not grow with the folder."""
+
+    def __init__(self, size: int) -> None:
+        self._half = max(1, size // 2)
+        self._count = 0
+        self._lowest: list[tuple[float, int, Illustration]] = []
+        self._highest: list[tuple[float, int, Illustration]] = []
+
+    def offer(self, illustration: Illustration) -> None:
+        self._count += 1
+        for heap, sign in ((self._lowest, -1.0), (self._highest, 1.0)):
+            entry = (sign * illustration.dice, self._count, illustration)
+            if len(heap) < self._half:
+                heapq.heappush(heap, entry)
+            else:
+                heapq.heappushpop(heap, entry)
+
+    def sorted(self) -> tuple[Illustration, ...]:
+        kept = {count: illustration for _, count, illustration in self._lowest + self._highest}
+        return tuple(sorted(kept.values(), key=lambda illustration: illustration.dice))

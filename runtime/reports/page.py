@@ -1,0 +1,270 @@
+"""The page that an evaluation or the demo leaves: one HTML file, no scripts, nothing to fetch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.reports.evaluation import Evaluation
+from recallseg.runtime.reports.format import milliseconds, number, plural, quartiles, spent
+from recallseg.runtime.reports.gallery import Gallery, Source
+from recallseg.runtime.reports.machine import describe_machine, package_versions
+from recallseg.runtime.reports.pictures import colour, legend
+from recallseg.runtime.reports.plot import dice_plot
+from recallseg.runtime.reports.summary import StructureSummary, latency, summarise
+
+if TYPE_CHECKING:
+    from recallseg.runtime.library import Library
+
+__all__ = ["Settings", "render_report"]
+
+STYLE = Path(__file__).parent / "templates" / "report.css"
+STAGES = {
+    "prepare": "prepare image",
+    "embed": "embed (DINOv2)",
+    "search": "search library",
+    "encode": "encode (SAM 2)",
+    "gather": "gather memories",
+    "attend": "attend to memories",
+    "decode": "decode masks",
+    "finish": "finish masks",
+    "total": "total",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was run, on what: the head of every report and summary."""
+
+    title: str
+    notice: str
+    bundle: str
+    weights: str
+    bundle_identity: str
+    library: str
+    library_digest: str
+    memory_format: str
+    exemplars: int
+    engine: str
+    precision: str
+    threads: int | None
+    intensity: Intensity
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    finished: str
+
+    @classmethod
+    def of(
+        cls, library: Library, title: str, engine: str, precision: str, threads: int | None
+    ) -> Settings:
+        """Collect the settings of a run that ends now."""
+        bundle = library.bundle
+        g = bundle.geometry
+        return cls(
+            title=title,
+            notice=bundle.notice,
+            bundle=f"{bundle.name} ({g.image_size} px, {g.embed_size} px to embed)",
+            weights=f"{bundle.sam2.architecture} ({bundle.sam2.source}), "
+            f"{bundle.dinov2.architecture} ({bundle.dinov2.source})",
+            bundle_identity=bundle.identity,
+            library=str(library.path),
+            library_digest=library.digest,
+            memory_format=library.memory_format,
+            exemplars=len(library),
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            intensity=library.intensity,
+            machine=describe_machine(),
+            versions=package_versions(),
+            finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            **vars(self),
+            "intensity": self.intensity.to_json(),
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+        }
+
+
+def render_report(evaluation: Evaluation, settings: Settings, source: Source) -> str:
+    """Return the page.
+
+    Parameters
+    ----------
+    source : gives an exemplar's image and masks by key, or None if they were not kept.
+    """
+    summaries = summarise(evaluation)
+    body = "".join(
+        (
+            _head(settings, evaluation),
+            _figures(evaluation, summaries),
+            _summary(evaluation, summaries),
+            _charts(evaluation),
+            _remarks(evaluation),
+            Gallery(evaluation, settings.intensity, source).render(),
+            _provenance(settings, evaluation),
+        )
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(settings.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
+        f"</head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def _head(settings: Settings, evaluation: Evaluation) -> str:
+    names = len({timing.case for timing in evaluation.timings})
+    facts = (
+        plural(names, "image"),
+        f"{plural(settings.exemplars, 'exemplar')} in the library",
+        f"k = {', '.join(map(str, evaluation.ks))}",
+        f"{settings.engine}, {settings.precision}",
+        str(settings.machine.get("processor", "")),
+    )
+    notice = f'<p class="notice">{escape(settings.notice)}</p>' if settings.notice else ""
+    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
+    return (
+        f'<header><p class="brand">RecallSeg</p><h1>{escape(settings.title)}</h1>'
+        f'<ul class="facts">{items}</ul>{notice}</header>'
+    )
+
+
+def _figures(evaluation: Evaluation, summaries: tuple[StructureSummary, ...]) -> str:
+    """Return the few numbers that one looks for first, at the largest k."""
+    k = max(evaluation.ks)
+    cards = [
+        (f"Dice, {s.structure}", number(s.dice["median"], 3), quartiles(s.dice, 3), colour(i))
+        for i, s in enumerate(s for s in summaries if s.k == k)
+    ]
+    total = latency(evaluation)[k].get("total", {})
+    fastest = milliseconds(total.get("p50", math.nan)), milliseconds(total.get("p90", math.nan))
+    cards.append(("Latency per image", fastest[0], f"90 % under {fastest[1]}", "var(--faint)"))
+    html = "".join(
+        f'<div class="figure" style="--c:{fill}"><span>{escape(label)}</span><b>{value}</b>'
+        f"<small>{escape(note)}</small></div>"
+        for label, value, note, fill in cards
+    )
+    return f'<section class="figures">{html}</section><p class="caption">Medians at k = {k}.</p>'
+
+
+def _summary(evaluation: Evaluation, summaries: tuple[StructureSummary, ...]) -> str:
+    unit = "mm" if evaluation.spacing else "px"
+    rows = []
+    for s in summaries:
+        fill = colour(evaluation.structures.index(s.structure))
+        swatch = f'<i class="swatch" style="background:{fill}"></i>'
+        cells = (
+            str(s.present),
+            f"<b>{number(s.dice['median'], 3)}</b> <small>{quartiles(s.dice, 3)}</small>",
+            number(s.dice["mean"], 3),
+            number(s.dice["worst"], 3),
+            f"{number(s.iou['median'], 3)} <small>{quartiles(s.iou, 3)}</small>",
+            f"{number(s.hd95['median'], 1)} <small>{quartiles(s.hd95, 1)}</small>",
+            str(s.missed),
+            f"{s.false_positives} of {s.absent}" if s.absent else "-",
+            str(s.flagged),
+        )
+        rows.append(
+            f'<tr><th scope="row">{swatch}{escape(s.structure)}</th><td>{s.k}</td>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "</tr>"
+        )
+    titles = (
+        "Structure", "k", "Images", "Dice", "mean", "worst", "IoU", f"HD95 ({unit})", "Missed",
+        "False positives", "Flagged",
+    )  # fmt: skip
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    return (
+        '<section><h2>Agreement with the reference</h2><div class="scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<p class="caption">Median [quartiles] over the images that show the structure. Missed: it '
+        "is there, the mask is empty. False positives: it is absent, the mask is not empty. "
+        "Flagged: the quality flag says that a person should look.</p></section>"
+    )
+
+
+def _charts(evaluation: Evaluation) -> str:
+    values: dict[tuple[int, str], list[float]] = {}
+    for k in evaluation.ks:
+        for name in evaluation.structures:
+            values[k, name] = [
+                row.dice
+                for row in evaluation.cases
+                if (row.k, row.structure) == (k, name)
+                and not row.leaked
+                and row.reference_volume > 0
+            ]
+    by_k = latency(evaluation)
+    stages = dict.fromkeys(stage for stages in by_k.values() for stage in stages)
+    head = "".join(f'<th scope="col">k = {k}</th>' for k in by_k)
+    rows = "".join(
+        f'<tr class="{"total" if stage == "total" else ""}"><th scope="row">'
+        f"{escape(STAGES.get(stage, stage))}</th>"
+        + "".join(f"<td>{spent(by_k[k].get(stage))}</td>" for k in by_k)
+        + "</tr>"
+        for stage in stages
+    )
+    return (
+        '<section class="columns"><div><h2>Dice by k</h2>'
+        f"{legend(evaluation.structures, lines=False)}"
+        f'<div class="scroll">{dice_plot(values)}</div></div>'
+        '<div><h2>Latency by stage</h2><div class="scroll"><table class="narrow"><thead><tr>'
+        f'<th scope="col">Stage</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        '<p class="caption">Median in milliseconds, 90th percentile in small print; the first '
+        "image is run once before the clock counts.</p></div></section>"
+    )
+
+
+def _remarks(evaluation: Evaluation) -> str:
+    parts = []
+    if evaluation.leaked:
+        names = ", ".join(map(escape, evaluation.leaked[:20]))
+        parts.append(
+            f"<p><b>{plural(len(evaluation.leaked), 'image')} left out of every number:</b> the "
+            f"same pixels are in the library, so its own mask was recalled ({names}).</p>"
+        )
+    for name, why in evaluation.failures.items():
+        parts.append(f"<p><b>{escape(name)} could not be evaluated:</b> {escape(why)}</p>")
+    return f'<section class="remarks">{"".join(parts)}</section>' if parts else ""
+
+
+def _provenance(settings: Settings, evaluation: Evaluation) -> str:
+    machine = settings.machine
+    memory = machine.get("memory_bytes")
+    intensity = settings.intensity
+    rows = {
+        "Bundle": settings.bundle,
+        "Weights": settings.weights,
+        "Bundle identity": settings.bundle_identity,
+        "Library": f"{settings.library} ({plural(settings.exemplars, 'exemplar')}, "
+        f"memories in {settings.memory_format})",
+        "Library digest": settings.library_digest,
+        "Engine": f"{settings.engine}, {settings.precision}, "
+        f"{settings.threads or machine.get('usable_cores')} threads",
+        "Intensities": f"{intensity.mode} {intensity.low:g} to {intensity.high:g}",
+        "Workspace": ", ".join(
+            f"{size / 2**20:.0f} MiB at k = {k}" for k, size in evaluation.workspace_bytes.items()
+        ),
+        "Machine": f"{machine.get('processor')}, {machine.get('usable_cores')} of "
+        f"{machine.get('cores')} cores, {memory / 2**30 if memory else math.nan:.1f} GiB",
+        "System": f"{machine.get('system')}, {machine.get('architecture')}, "
+        f"Python {machine.get('python')}",
+        "Packages": ", ".join(f"{name} {version}" for name, version in settings.versions.items()),
+        "Finished": settings.finished,
+    }
+    items = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items()
+    )
+    return f'<section class="provenance"><h2>What made these results</h2><dl>{items}</dl></section>'

@@ -1,0 +1,179 @@
+"""An evaluation in numbers and files: summary, ``cases.csv``, ``summary.json``, ``report.html``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recallseg.runtime.formats.images import write_atomically
+from recallseg.runtime.reports.evaluation import Case, Evaluation
+
+if TYPE_CHECKING:
+    from recallseg.runtime.reports.page import Settings
+
+__all__ = ["StructureSummary", "latency", "summarise", "to_csv", "write_evaluation"]
+
+SCHEMA = "recallseg-evaluation/1"
+WORST = 5
+
+
+@dataclass(frozen=True)
+class StructureSummary:
+    """One structure at one k, leaked images left out.
+
+    Dice, IoU and HD95 are over images that show the structure: where it is absent, a correct empty
+    mask would count as 1 and flatter the rest; those are counted instead.
+
+    Attributes
+    ----------
+    present, absent : images that show the structure, and that are known not to.
+    dice, iou, hd95 : ``median, q1, q3, mean, worst``; NaN without values. HD95
+        leaves out the missed ones.
+    missed : images that show the structure, but the predicted mask is empty.
+    false_positives : images without the structure whose predicted mask is not empty.
+    flagged : images whose quality flag is ``suspect``.
+    worst : (image, Dice), lowest first.
+    """
+
+    structure: str
+    k: int
+    present: int
+    absent: int
+    dice: dict[str, float]
+    iou: dict[str, float]
+    hd95: dict[str, float]
+    missed: int
+    false_positives: int
+    flagged: int
+    worst: tuple[tuple[str, float], ...]
+
+
+def summarise(evaluation: Evaluation) -> tuple[StructureSummary, ...]:
+    """Summarise by structure and k, in the order asked for."""
+    summaries = []
+    for structure in evaluation.structures:
+        for k in evaluation.ks:
+            rows = [
+                row
+                for row in evaluation.cases
+                if row.structure == structure and row.k == k and not row.leaked
+            ]
+            present = sorted((r for r in rows if r.reference_volume > 0), key=lambda row: row.dice)
+            absent = [row for row in rows if row.reference_volume == 0]
+            summaries.append(
+                StructureSummary(
+                    structure=structure,
+                    k=k,
+                    present=len(present),
+                    absent=len(absent),
+                    dice=_spread([row.dice for row in present], worst=min),
+                    iou=_spread([row.iou for row in present], worst=min),
+                    hd95=_spread([row.hd95 for row in present], worst=max),
+                    missed=sum(row.predicted_volume == 0 for row in present),
+                    false_positives=sum(row.predicted_volume > 0 for row in absent),
+                    flagged=sum(row.quality == "suspect" for row in rows),
+                    worst=tuple((row.case, row.dice) for row in present[:WORST]),
+                )
+            )
+    return tuple(summaries)
+
+
+def latency(evaluation: Evaluation) -> dict[int, dict[str, dict[str, float]]]:
+    """Return p50, p90 and p99 in ms by k and stage, ``total`` last."""
+    result: dict[int, dict[str, dict[str, float]]] = {}
+    for k in evaluation.ks:
+        stages: dict[str, list[float]] = {}
+        for timing in evaluation.timings:
+            if timing.k == k:
+                for stage, ms in timing.stages.items():
+                    stages.setdefault(stage, []).append(ms)
+        result[k] = {
+            stage: {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
+            for stage, values in stages.items()
+        }
+    return result
+
+
+def to_csv(cases: Sequence[Case]) -> str:
+    """Return the rows as CSV (RFC 4180 quoting, LF line ends); HD95 is empty where undefined."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [field.name for field in fields(Case)]
+    writer.writerow(names)
+    for case in cases:
+        writer.writerow([_cell(getattr(case, name)) for name in names])
+    return text.getvalue()
+
+
+def to_json(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
+    """Return the summary as JSON values; undefined numbers are null."""
+    document = {
+        "schema": SCHEMA,
+        "notice": settings.notice,
+        "settings": settings.to_json(),
+        "unit": "mm" if evaluation.spacing else "pixels",
+        "structures": [
+            {**vars(s), "worst": [{"case": case, "dice": dice} for case, dice in s.worst]}
+            for s in summarise(evaluation)
+        ],
+        "latency_ms": {str(k): stages for k, stages in latency(evaluation).items()},
+        "workspace_bytes": {str(k): size for k, size in evaluation.workspace_bytes.items()},
+        "leaked": list(evaluation.leaked),
+        "failures": dict(evaluation.failures),
+    }
+    cleaned: dict[str, Any] = _without_nan(document)
+    return cleaned
+
+
+def write_evaluation(evaluation: Evaluation, settings: Settings, page: str, output: Path) -> None:
+    """Write ``cases.csv``, ``summary.json`` and ``report.html`` into ``output``, each in full.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "cases.csv", to_csv(evaluation.cases).encode())
+    summary = json.dumps(
+        to_json(evaluation, settings), indent=1, allow_nan=False, ensure_ascii=False
+    )
+    write_atomically(output / "summary.json", summary.encode())
+    write_atomically(output / "report.html", page.encode())
+
+
+def _spread(values: Sequence[float], worst: Any) -> dict[str, float]:
+    finite = [value for value in values if not math.isnan(value)]
+    if not finite:
+        return dict.fromkeys(("median", "q1", "q3", "mean", "worst"), math.nan)
+    q1, median, q3 = (float(q) for q in np.percentile(finite, [25, 50, 75]))
+    mean = float(np.mean(finite))
+    return {"median": median, "q1": q1, "q3": q3, "mean": mean, "worst": float(worst(finite))}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,1 @@
+"""Whatever waits for others: streams, watched folders, the C library; outputs and records."""

@@ -1,0 +1,396 @@
+"""What librecallseg calls: the runtime with nothing but numbers, text, tuples and memory.
+
+The C library (``engines/native/capi``) holds the objects that these functions return, looks into
+none of them, and calls one function for each of its own. ``INTERFACE`` is the number that both must
+have: raise it, there too, whenever a signature here changes.
+
+Pixels come as :data:`Pixels` and are wrapped, not copied; the C library takes its memory back when
+a call is over, so nothing here may keep an array.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+import recallseg
+from recallseg.engines import errors
+from recallseg.runtime.library import Library
+from recallseg.runtime.segmenting.reach import REACH
+from recallseg.runtime.segmenting.result import Recalled, Result
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.services.stream import Frame, Stream
+
+__all__ = [
+    "INTERFACE",
+    "Pixels",
+    "add",
+    "close_library",
+    "close_stream",
+    "count_frames",
+    "create_library",
+    "describe",
+    "drain_stream",
+    "library_facts",
+    "open_library",
+    "open_segmenter",
+    "open_stream",
+    "pause_stream",
+    "push_frame",
+    "release",
+    "restart_stream",
+    "resume_stream",
+    "segment",
+    "set_log",
+    "status_of",
+    "warm_up",
+]
+
+INTERFACE = 1
+
+Pixels = tuple[memoryview, str, tuple[int, ...], tuple[int, ...], int]
+"""Memory from lowest to past highest byte, dtype, shape, strides, offset of pixel (0, 0)."""
+
+Names = tuple[str, ...]
+Tags = tuple[tuple[str, str], ...]
+
+STATUS: dict[type[BaseException], int] = {
+    errors.InputError: 7,
+    errors.BundleError: 8,
+    errors.EngineUnavailableError: 9,
+    errors.EngineError: 10,
+    errors.DeadlineError: 11,
+    errors.LibraryError: 12,
+    errors.LibraryNotFoundError: 13,
+    errors.LibraryCorruptError: 14,
+    errors.LibraryVersionError: 15,
+    errors.LibraryMismatchError: 16,
+    errors.LibraryLockedError: 17,
+    errors.LibraryWriteError: 18,
+    MemoryError: 19,
+}
+"""``RECALLSEG_E_*`` of recallseg.h, by the nearest class."""
+INTERNAL = 99
+
+QUALITY = {"uncalibrated": 0, "ok": 1, "suspect": 2}
+
+log = logging.getLogger("recallseg.embedding")
+# A host without a callback has not asked for lines on its stderr.
+logging.getLogger("recallseg").addHandler(logging.NullHandler())
+
+
+def describe() -> Names:
+    """Return Python's version, executable and prefix, the package's version and folder."""
+    folder = str(Path(recallseg.__file__).parent)
+    return platform.python_version(), sys.executable, sys.prefix, recallseg.__version__, folder
+
+
+def status_of(error: BaseException) -> tuple[int, str]:
+    """Return the status that an exception becomes, and its message."""
+    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), INTERNAL)
+    known = isinstance(error, errors.RecallSegError)
+    return status, str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def release(*views: memoryview) -> None:
+    """Give memory back; raises BufferError if something still holds an array over it."""
+    for view in views:
+        try:
+            view.release()
+        except BufferError:  # a reference cycle, as an exception's traceback makes them
+            gc.collect()
+            view.release()
+
+
+class _Handler(logging.Handler):
+    def __init__(self, emit: Callable[[int, str, str], None]) -> None:
+        super().__init__()
+        self._pass_on = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._pass_on(record.levelno, record.name, record.getMessage())
+        except Exception:  # as every handler must: logging never stops a query
+            self.handleError(record)
+
+
+_handlers: list[_Handler] = []
+
+
+def set_log(emit: Callable[[int, str, str], None] | None, level: int) -> None:
+    """Send what RecallSeg logs to ``emit`` (level, logger, message), instead of any earlier one."""
+    logger = logging.getLogger("recallseg")
+    while _handlers:
+        logger.removeHandler(_handlers.pop())
+    if emit is not None:
+        handler = _Handler(emit)
+        _handlers.append(handler)
+        logger.addHandler(handler)
+    logger.setLevel(level if emit is not None else logging.NOTSET)
+
+
+def open_library(
+    folder: str, bundle: str | None, writable: bool, engine: str, precision: str, threads: int
+) -> Library:
+    """Open a library."""
+    library = Library.open(
+        folder,
+        bundle,
+        mode="write" if writable else "read",
+        engine=engine,
+        precision=precision,
+        threads=threads or None,
+    )
+    log.info("opened %r", library)
+    return library
+
+
+def create_library(
+    folder: str, bundle: str | None, writable: bool, engine: str, precision: str, threads: int
+) -> Library:
+    """Make an empty library, open for writing whatever ``writable`` says."""
+    if bundle is None:
+        raise errors.InputError("a new library needs a bundle: its folder, or the name of one.")
+    return Library.create(
+        folder, bundle, engine=engine, precision=precision, threads=threads or None
+    )
+
+
+def library_facts(library: Library) -> tuple[bool, int, int, str, str, str, str]:
+    """Return writable, exemplars, structures; bundle's name and identity, digest, notice."""
+    bundle = library.bundle
+    return (
+        library.writable,
+        len(library),
+        len(library.structures),
+        bundle.name,
+        library.bundle_identity,
+        library.digest,
+        bundle.notice,
+    )
+
+
+def close_library(library: Library) -> None:
+    """Close a library that nothing uses any more; nobody is left to be told but the log."""
+    try:
+        library.close()
+    except (errors.RecallSegError, OSError) as error:
+        log.error("%r was not closed well: %s", library, error)
+
+
+def add(
+    library: Library,
+    image: Pixels,
+    masks: Sequence[tuple[str, Pixels]],
+    absent: Names,
+    tags: Tags,
+    key: str | None,
+) -> str:
+    """Add an exemplar and return its key."""
+    _refuse_repeats([name for name, _ in masks], "mask of")
+    _refuse_repeats([name for name, _ in tags], "tag")
+    return library.add(
+        _array(image),
+        {name: _array(mask) for name, mask in masks},
+        absent=absent,
+        tags=dict(tags),
+        key=key,
+    )
+
+
+class Query:
+    """A segmenter, and the tags of the exemplars that it has recalled so far."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter = segmenter
+        self._tags: dict[str, Tags] = {}
+        self._digest = ""
+
+    def tags(self, recalled: Recalled, digest: str) -> Tags:
+        """Return an exemplar's tags, from memory while the library stays what it is."""
+        if digest != self._digest:
+            self._tags, self._digest = {}, digest
+        if recalled.key not in self._tags:
+            try:
+                found = self.segmenter.library.get(recalled.key).tags
+            except errors.InputError:  # removed by another process since it was recalled
+                return ()
+            self._tags[recalled.key] = tuple(found.items())
+        return self._tags[recalled.key]
+
+
+def open_segmenter(
+    library: Library,
+    k: int,
+    structures: Names | None,
+    engine: str,
+    precision: str,
+    threads: int,
+    memories: int,
+    tags: Tags,
+    reach: float,
+) -> tuple[Query, Names]:
+    """Return what :func:`segment` takes, and the structures in the order of their labels.
+
+    A ``reach`` of 0 stands for the default.
+    """
+    _refuse_repeats([name for name, _ in tags], "tag")
+    segmenter = Segmenter(
+        library,
+        k=k,
+        structures=structures,
+        engine=engine,
+        precision=precision,
+        threads=threads or None,
+        tags=dict(tags),
+        memories=memories,
+        reach=reach or REACH,
+    )
+    if segmenter.bundle.notice:
+        log.warning("%s", segmenter.bundle.notice)
+    log.info("opened %r", segmenter)
+    return Query(segmenter), segmenter.structures
+
+
+def warm_up(query: Query, runs: int) -> None:
+    """Run on a blank image."""
+    query.segmenter.warm_up(runs)
+
+
+def segment(
+    query: Query,
+    image: Pixels,
+    label_map: Optional[Pixels],
+    masks: Optional[Pixels],
+    deadline_ms: float | None,
+    pixel_area: float,
+    wanted: bool,
+) -> tuple[Any, ...] | None:
+    """Segment an image into caller-owned memory.
+
+    Parameters
+    ----------
+    label_map, masks : rows x columns, and structures x rows x columns, of bytes.
+    pixel_area : in square millimetres, NaN if unknown.
+    wanted : whether the caller reads :func:`record`; otherwise None is returned.
+    """
+    result = query.segmenter.segment(
+        _array(image),
+        deadline_ms=deadline_ms,
+        out=(
+            None if label_map is None else _array(label_map),
+            None if masks is None else _array(masks).view(np.bool_),
+        ),
+    )
+    return record(query, result, pixel_area) if wanted else None
+
+
+def record(query: Query, result: Result, pixel_area: float) -> tuple[Any, ...]:
+    """Return all of a result but its pixels, as the C library's ``read_result`` takes it apart."""
+    return (
+        QUALITY[result.quality.flag],
+        result.bundle_identity,
+        result.library_digest,
+        result.engine,
+        result.precision,
+        result.notice,
+        result.k,
+        tuple(result.timings.items()),
+        tuple(_structure(query, result, name, pixel_area) for name in result.masks),
+    )
+
+
+def _structure(query: Query, result: Result, name: str, pixel_area: float) -> tuple[Any, ...]:
+    score, pixels = result.scores[name], int(np.count_nonzero(result.masks[name]))
+    return (
+        name,
+        result.labels[name],
+        score.present,
+        score.iou,
+        score.object_score,
+        score.distance,
+        pixels,
+        pixels * pixel_area,
+        result.quality.reasons.get(name, ()),
+        tuple(
+            (r.key, 1.0 - r.distance, r.absent, query.tags(r, result.library_digest))
+            for r in result.recalled[name]
+        ),
+    )
+
+
+def open_stream(
+    query: Query, emit: Callable[..., None], deadline_ms: float | None, queue: int
+) -> Stream:
+    """Return a stream whose frames go to ``emit``, as the C library's ``read_frame`` takes them."""
+
+    def on_result(frame: Frame) -> None:
+        if frame.result is None:
+            status, message = status_of(frame.error or RuntimeError("a frame without a result"))
+            emit(frame.number, frame.waited_ms, frame.latency_ms, status, message)
+            return
+        label_map = frame.result.label_map
+        emit(
+            *(frame.number, frame.waited_ms, frame.latency_ms, 0, ""),
+            record(query, frame.result, float("nan")),
+            *(label_map.ctypes.data, *label_map.shape),
+        )
+
+    return Stream(query.segmenter, on_result, deadline_ms=deadline_ms, queue=queue)
+
+
+def push_frame(stream: Stream, image: Pixels) -> int:
+    """Hand over a frame, which the stream copies; return its number."""
+    return stream.push(_array(image))
+
+
+def pause_stream(stream: Stream) -> None:
+    """Ignore what is pushed."""
+    stream.pause()
+
+
+def resume_stream(stream: Stream) -> None:
+    """Take frames again."""
+    stream.resume()
+
+
+def restart_stream(stream: Stream) -> None:
+    """Forget the frames so far."""
+    stream.restart()
+
+
+def drain_stream(stream: Stream, timeout_s: float) -> bool:
+    """Wait until nothing waits; False if that took too long."""
+    return stream.drain(timeout_s)
+
+
+def count_frames(stream: Stream) -> tuple[int, ...]:
+    """Return pushed, segmented, dropped, late, failed, ignored."""
+    s = stream.statistics
+    return s.pushed, s.segmented, s.dropped, s.late, s.failed, s.ignored
+
+
+def close_stream(stream: Stream) -> None:
+    """Stop a stream."""
+    stream.close()
+
+
+def _array(pixels: Pixels) -> NDArray[Any]:
+    """Wrap memory; it is writeable if the view is."""
+    view, dtype, shape, strides, offset = pixels
+    array: NDArray[Any] = np.ndarray(shape, np.dtype(dtype), view, offset, strides)
+    return array
+
+
+def _refuse_repeats(names: Sequence[str], what: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise errors.InputError(f"the {what} '{name}' is given twice.")

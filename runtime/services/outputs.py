@@ -1,0 +1,84 @@
+"""Where results go: names of output files, and writing them so that none is ever half there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from recallseg.runtime.formats.images import write_atomically, write_label_map
+from recallseg.runtime.segmenting.result import Result
+
+__all__ = [
+    "MASK_SUFFIX",
+    "PREVIEW_SUFFIXES",
+    "VOLUME_SUFFIXES",
+    "mask_file",
+    "output_base",
+    "record_file",
+    "volume_files",
+    "write_result",
+]
+
+MASK_SUFFIX = ".mask"
+VOLUME_SUFFIXES = {"dicom": ".seg.dcm", "nifti": ".mask.nii.gz", "nrrd": ".seg.nrrd"}
+PREVIEW_SUFFIXES = (".preview.png", ".preview.html")
+
+
+def output_base(output: Path, relative: Path) -> Path:
+    """Return the path, less its suffix, that the outputs of an image get below ``output``.
+
+    ``relative`` is the image's path in the folder that it came from; nothing in it leads out of
+    ``output``.
+    """
+    return output.joinpath(*map(_safe, relative.parts[:-1]), _safe(relative.stem))
+
+
+def mask_file(base: Path) -> Path:
+    """Return where the label map goes."""
+    return base.with_name(f"{base.name}{MASK_SUFFIX}.png")
+
+
+def record_file(base: Path) -> Path:
+    """Return where the record goes; if it is there, the result is complete."""
+    return base.with_name(f"{base.name}.json")
+
+
+def volume_files(base: Path) -> list[Path]:
+    """Return every file that segmenting a volume may write."""
+    suffixes = (*VOLUME_SUFFIXES.values(), *PREVIEW_SUFFIXES)
+    return [mask_file(base), record_file(base), *(base.with_name(base.name + s) for s in suffixes)]
+
+
+def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:
+    """Write label map and record, the record last; return the record.
+
+    Parameters
+    ----------
+    image : name of the image's file.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written.
+    """
+    from recallseg import __version__
+
+    record = {
+        "image": image,
+        "mask": mask_file(base).name,
+        "recallseg": __version__,
+        **result.to_json(),
+    }
+    base.parent.mkdir(parents=True, exist_ok=True)
+    write_label_map(mask_file(base), result.label_map)
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    write_atomically(record_file(base), text.encode())
+    return record
+
+
+def _safe(name: str) -> str:
+    """Return a file name without anything that a shell or another system trips over."""
+    cleaned = re.sub(r"[^\w.()+=@ -]", "_", name).strip(" .")
+    return cleaned or "_"

@@ -1,0 +1,207 @@
+"""Segments every image, volume and series that arrives in a folder, once: the simplest integration.
+
+There is no state but the outputs. An item is done when its record is there, which is written last;
+so whatever dies at whatever moment, the next run goes on where that one was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from types import TracebackType
+from typing import Any
+
+from recallseg.engines.errors import InputError, LibraryLockedError
+from recallseg.runtime.formats.dicom import read_dicom
+from recallseg.runtime.formats.images import read_image, write_atomically
+from recallseg.runtime.formats.reading import read_volume
+from recallseg.runtime.library.storage import WriterLock
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.inbox import Inbox, Item
+from recallseg.runtime.services.outputs import output_base, record_file, write_result
+from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files
+
+__all__ = ["Arrival", "Watcher"]
+
+LOCK = ".recallseg-watch.lock"
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What became of one item: a ``record`` as in NAME.json, or why there is none.
+
+    ``path`` is its file, or the folder that a series lies in; ``name`` as in ``Item``.
+    """
+
+    path: Path
+    name: str
+    record: dict[str, Any] | None
+    error: str | None
+
+
+class Watcher:
+    """Watches one folder and those below it.
+
+    An item has arrived when nothing of it has changed for ``settle_s``; what counts as one, see
+    :class:`recallseg.runtime.services.inbox.Inbox`. A series to which slices are added after it was
+    segmented is segmented again, whole. What cannot be segmented leaves NAME.error.json, and is
+    tried again when a file of it changes.
+
+    Parameters
+    ----------
+    segmenter : what segments.
+    source, output : folders; neither may lie in the other. Only one watcher may write to an output.
+    settle_s : seconds without a change.
+    volumes : how volumes are treated.
+    audit : log in which every segmentation is recorded.
+
+    Raises
+    ------
+    InputError
+        If ``source`` is no folder, the folders overlap, or another process watches into ``output``.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        source: Path,
+        output: Path,
+        *,
+        settle_s: float = 2.0,
+        volumes: VolumeSettings | None = None,
+        audit: AuditLog | None = None,
+    ) -> None:
+        if not source.is_dir():
+            raise InputError(f"{source} is not a folder. Make it before it is watched.")
+        here, there = source.resolve(), output.resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise InputError(
+                f"{source} and {output} lie in each other, so results would be taken for images. "
+                "Choose two folders apart."
+            )
+        if not settle_s >= 0:
+            raise InputError(f"seconds to settle must be 0 or more, got {settle_s}.")
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = WriterLock(output / LOCK)
+        except LibraryLockedError as error:
+            raise InputError(
+                f"another process already watches into {output}. Stop it, or choose another folder."
+            ) from error
+        self._segmenter = segmenter
+        self._output = output
+        self._inbox = Inbox(source, settle_s)
+        self._volumes = volumes or VolumeSettings()
+        self._audit = audit
+
+    def run(self, stop: Event, *, once: bool = False, poll_s: float = 0.5) -> Iterator[Arrival]:
+        """Segment what arrives, and yield what became of it, until ``stop`` is set.
+
+        Parameters
+        ----------
+        stop : looked at between items; the one in work is finished.
+        once : end when all that is there now is done.
+        poll_s : seconds between two looks at the folder.
+
+        Raises
+        ------
+        OSError, EngineError, LibraryError, AuditError
+            What concerns more than one item ends the watch; what was done stays done.
+        """
+        while not stop.is_set():
+            arrived, unsettled = self._inbox.look(self._is_done)
+            for item in arrived:
+                if stop.is_set():
+                    return
+                yield self._segment(item)
+            if once and not arrived and not unsettled:
+                return
+            if not arrived:
+                stop.wait(poll_s)
+
+    def close(self) -> None:
+        """Let another process watch into the output folder."""
+        self._lock.release()
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _is_done(self, item: Item) -> bool:
+        base = self._base(item)
+        record = _read_record(record_file(base))
+        if record is not None and record.get("image") == item.name:
+            return int(record.get("files", 1)) >= len(item.files)
+        failure = _read_record(_failure_file(base, item))
+        return failure is not None and tuple(failure.get("files", ())) == item.signature
+
+    def _segment(self, item: Item) -> Arrival:
+        base = self._base(item)
+        try:
+            other = _read_record(record_file(base))
+            if other is not None and other.get("image") != item.name:
+                raise InputError(
+                    f"{item.path}: {record_file(base)} is of {other.get('image')}. Rename one."
+                )
+            record = self._write(item, base)
+        except InputError as error:
+            base.parent.mkdir(parents=True, exist_ok=True)
+            failure = {"image": item.name, "files": list(item.signature), "error": str(error)}
+            write_atomically(
+                _failure_file(base, item),
+                json.dumps(failure, indent=1, ensure_ascii=False).encode(),
+            )
+            return Arrival(item.path, item.name, None, str(error))
+        _failure_file(base, item).unlink(missing_ok=True)
+        return Arrival(item.path, item.name, record, None)
+
+    def _write(self, item: Item, base: Path) -> dict[str, Any]:
+        """Segment an item and write what was found; return the record."""
+        if item.kind == "image":
+            image = read_image(item.path)
+            result = self._segmenter.segment(image)
+            if self._audit is not None:
+                self._audit.record(image, result.label_map, result.to_json())
+            return write_result(base, result, item.name)
+        if item.kind == "dicom":
+            volume = read_dicom(item.files, voi=self._volumes.voi)
+        else:
+            volume = read_volume(item.path, kind=item.kind)
+        _, record = segment_to_files(
+            self._segmenter,
+            volume,
+            base,
+            self._volumes,
+            kind=item.kind,
+            source=item.name,
+            log=self._audit,
+            extra={"files": len(item.files)},
+        )
+        return record
+
+    def _base(self, item: Item) -> Path:
+        return output_base(self._output, item.relative)
+
+
+def _failure_file(base: Path, item: Item) -> Path:
+    return base.with_name(f"{base.name}{item.suffix}.error.json")
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Return a record that was written here, or None; what is no record counts as not there."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None

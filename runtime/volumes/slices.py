@@ -1,0 +1,262 @@
+"""A volume is segmented slice by slice: each slice recalls its own exemplars.
+
+With *propagation* a slice also attends to the memories of the slices beside it, as SAM 2 does with
+the frames of a video (arXiv 2408.00714): from the slice most like the library, both ways. The
+retrieval paper (arXiv 2408.08813) treats slices alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.volume import Slicing, Volume
+from recallseg.runtime.segmenting.result import Recalled, Result, Score
+from recallseg.runtime.segmenting.segmenter import Segmenter
+
+__all__ = ["CleanUp", "SliceRecord", "VolumeResult", "clean_up", "segment_volume"]
+
+
+@dataclass(frozen=True)
+class SliceRecord:
+    """What is known of one slice; ``index`` counts along the slicing axis, ``pixels`` by structure.
+
+    ``temporal`` are the memories of other slices that were used; the rest is as in ``Result``.
+    """
+
+    index: int
+    pixels: Mapping[str, int]
+    scores: Mapping[str, Score]
+    recalled: Mapping[str, tuple[Recalled, ...]]
+    temporal: Mapping[str, int]
+    flag: str
+    reasons: Mapping[str, tuple[str, ...]]
+    milliseconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "index": self.index,
+            "pixels": dict(self.pixels),
+            "scores": {name: vars(score) for name, score in self.scores.items()},
+            "recalled": {name: [r.key for r in found] for name, found in self.recalled.items()},
+            "temporal": dict(self.temporal),
+            "quality": {
+                "flag": self.flag,
+                "reasons": {name: list(why) for name, why in self.reasons.items()},
+            },
+            "milliseconds": round(self.milliseconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class CleanUp:
+    """What :func:`clean_up` changed of one structure, in voxels."""
+
+    parts_removed: int
+    voxels_removed: int
+    voxels_filled: int
+
+
+@dataclass(frozen=True)
+class VolumeResult:
+    """Segmentation of one volume.
+
+    Attributes
+    ----------
+    label_map : uint8 IxJxK on the volume's own grid; 0 is background, ``labels`` names the rest.
+    slicing : how it was cut.
+    slices : in the order of their index.
+    propagated : memories of other slices that a slice could use; 0: each was segmented alone.
+    cleaned : by structure; empty if nothing was asked for.
+    milliseconds : from the first slice to the last.
+    """
+
+    label_map: NDArray[np.uint8]
+    labels: Mapping[str, int]
+    slicing: Slicing
+    slices: tuple[SliceRecord, ...]
+    propagated: int
+    cleaned: Mapping[str, CleanUp]
+    milliseconds: float
+    bundle_identity: str
+    library_digest: str
+    engine: str
+    precision: str
+    k: int
+    memory_format: str
+    notice: str
+
+    @property
+    def flags(self) -> dict[str, int]:
+        """How many slices have each quality flag."""
+        flags = [s.flag for s in self.slices]
+        return {flag: flags.count(flag) for flag in sorted(set(flags))}
+
+    def to_json(self, volume: Volume) -> dict[str, Any]:
+        """Return everything but the voxels; volumes in millilitres where the spacing is known."""
+        voxel_ml = float(np.prod(volume.spacing)) / 1000
+        voxels = {name: int((self.label_map == v).sum()) for name, v in self.labels.items()}
+        return {
+            "labels": dict(self.labels),
+            "voxels": voxels,
+            "millilitres": None
+            if volume.frame == "image"
+            else {name: round(count * voxel_ml, 3) for name, count in voxels.items()},
+            "shape": list(volume.shape),
+            "spacing_mm": None if volume.frame == "image" else list(volume.spacing),
+            "frame": volume.frame,
+            "plane": self.slicing.plane,
+            "propagated": self.propagated,
+            "cleaned": {name: vars(change) for name, change in self.cleaned.items()},
+            "quality": {"flags": self.flags},
+            "timings_ms": {"total": round(self.milliseconds, 3)},
+            "slices": [s.to_json() for s in self.slices],
+            "bundle_identity": self.bundle_identity,
+            "library_digest": self.library_digest,
+            "engine": self.engine,
+            "precision": self.precision,
+            "k": self.k,
+            "memory_format": self.memory_format,
+            "notice": self.notice,
+        }
+
+    def to_audit(self, volume: Volume) -> dict[str, Any]:
+        """Return what an audit log keeps: ``to_json``, exemplars of all slices as one list."""
+        fields = self.to_json(volume)
+        slices = fields.pop("slices")
+        keys = {key for s in slices for found in s["recalled"].values() for key in found}
+        return fields | {"recalled": sorted(keys)}
+
+    def __repr__(self) -> str:
+        found = ", ".join(
+            f"{n}: {int((self.label_map == v).sum())}" for n, v in self.labels.items()
+        )
+        notice = f", {self.notice}" if self.notice else ""
+        return (
+            f"VolumeResult({found} voxels in {len(self.slices)} {self.slicing.plane} slices; "
+            f"{self.flags}, k={self.k}, {self.milliseconds / 1e3:.1f} s{notice})"
+        )
+
+
+def segment_volume(
+    segmenter: Segmenter,
+    volume: Volume,
+    *,
+    plane: str | None = None,
+    on_slice: Callable[[NDArray[Any], Result], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> VolumeResult:
+    """Segment every slice of a volume.
+
+    Parameters
+    ----------
+    segmenter : with ``memories`` above 0, masks are propagated from slice to slice.
+    plane : see :meth:`Slicing.of`.
+    on_slice : is given each slice, upright, with its result.
+    progress : is told of each slice that is done.
+
+    Raises
+    ------
+    InputError
+        For a plane that the volume does not have, or NaN voxels.
+    EngineRunError
+        If an engine fails.
+    """
+    slicing = Slicing.of(volume, plane)
+    label_map = np.zeros(volume.shape, np.uint8)
+    records: dict[int, SliceRecord] = {}
+    result: Result | None = None
+    begin = perf_counter()
+    for index, result in _results(segmenter, volume, slicing):
+        if index in records:
+            continue
+        slicing.view(label_map, index)[:] = result.label_map
+        records[index] = SliceRecord(
+            index,
+            {name: int(mask.sum()) for name, mask in result.masks.items()},
+            result.scores,
+            result.recalled,
+            result.temporal,
+            result.quality.flag,
+            result.quality.reasons,
+            result.timings["total"],
+        )
+        if on_slice is not None:
+            on_slice(slicing.view(volume.array, index), result)
+        if progress is not None:
+            progress(f"slice {index}")
+    if result is None:
+        raise InputError("the volume has no slices.")
+    return VolumeResult(
+        label_map,
+        result.labels,
+        slicing,
+        tuple(records[index] for index in sorted(records)),
+        segmenter.memories,
+        {},
+        (perf_counter() - begin) * 1e3,
+        result.bundle_identity,
+        result.library_digest,
+        result.engine,
+        result.precision,
+        result.k,
+        result.memory_format,
+        result.notice,
+    )
+
+
+def clean_up(
+    result: VolumeResult, *, largest: bool = False, fill_holes: bool = False
+) -> VolumeResult:
+    """Keep the largest part of each structure, or fill what it encloses, and say what changed.
+
+    Parts touch by faces. Only background is filled: another structure inside stays.
+    """
+    from scipy import ndimage
+
+    label_map = result.label_map.copy()
+    changes: dict[str, CleanUp] = {}
+    for name, value in result.labels.items():
+        mask = label_map == value
+        removed = filled = parts = 0
+        if largest and mask.any():
+            components, count = ndimage.label(mask)
+            sizes = np.bincount(components.ravel())[1:]
+            stray = mask & (components != 1 + int(sizes.argmax()))
+            parts, removed = count - 1, int(stray.sum())
+            label_map[stray] = 0
+            mask &= ~stray
+        if fill_holes and mask.any():
+            holes = ndimage.binary_fill_holes(mask) & (label_map == 0)
+            filled = int(holes.sum())
+            label_map[holes] = value
+        changes[name] = CleanUp(parts, removed, filled)
+    return replace(result, label_map=label_map, cleaned=changes)
+
+
+def _results(
+    segmenter: Segmenter, volume: Volume, slicing: Slicing
+) -> Iterator[tuple[int, Result]]:
+    """Yield slices with their results; the one that propagation starts from comes twice."""
+    count = slicing.count(volume)
+
+    def picture(index: int) -> NDArray[Any]:
+        return slicing.view(volume.array, index)
+
+    if not segmenter.memories or count == 1:
+        for index in range(count):
+            yield index, segmenter.segment(picture(index))
+        return
+    start = min(range(count), key=lambda index: segmenter.distance(picture(index)))
+    temporal = segmenter.temporal_memories()
+    for way in (range(start, count), range(start, -1, -1)):
+        temporal.clear()
+        for index in way:
+            yield index, segmenter.segment(picture(index), temporal=temporal)

@@ -1,0 +1,103 @@
+"""``recallseg demo``: annotate 16 real MR slices, segment those between them, leave a page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recallseg.commands.common import (
+    EngineOption,
+    JsonOption,
+    PrecisionOption,
+    ThreadsOption,
+    note,
+    progress_bar,
+    say_notice,
+)
+from recallseg.commands.evaluate import finish
+from recallseg.engines.errors import InputError
+
+__all__ = ["demo"]
+
+MARKER = "demo.json"
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the page and the library.")] = Path(
+        "demo-output"
+    ),
+    k: Annotated[int, typer.Option("--k", min=1, max=15, help="Exemplars to recall.")] = 8,
+    bundle: Annotated[
+        str, typer.Option(help="Folder of a bundle, or the name of a shipped one.")
+    ] = "demo",
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate/--no-calibrate", help="Leave one out, for the quality flag."),
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Annotate 16 slices of a real MR brain, segment those midway between them, compare."""
+    from recallseg.engines.bundle import Bundle
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.reports.demo import SPACING, STRUCTURES, fill_library, load_slices
+    from recallseg.runtime.reports.evaluation import evaluate
+    from recallseg.runtime.reports.page import Settings
+    from recallseg.runtime.segmenting.segmenter import Segmenter
+
+    opened = Bundle.open(bundle)
+    say_notice(opened.notice)
+    slices = load_slices()
+    note(
+        f"MNI152 T1 template: {len(slices.exemplars)} axial slices annotated, "
+        f"{slices.gap:.1f} mm apart; {len(slices.queries)} midway between them to segment"
+    )
+    folder = _fresh_library_folder(output)
+    with Library.create(
+        folder, opened, engine=engine, precision=precision, threads=threads
+    ) as library:
+        with progress_bar("Annotating", len(slices.exemplars)) as step:
+            fill_library(library, slices, step)
+
+        def make(k: int) -> Segmenter:
+            return Segmenter(
+                library,
+                k=k,
+                structures=STRUCTURES,
+                engine=engine,
+                precision=precision,
+                threads=threads,
+            )
+
+        if calibrate:
+            with progress_bar("Calibrating", len(library)) as step:
+                make(k).calibrate(lambda done, total: step(""))
+        with progress_bar("Segmenting", len(slices.queries)) as step:
+            evaluation = evaluate(
+                library, slices.queries, STRUCTURES, [k], make, spacing=SPACING, progress=step
+            )
+        settings = Settings.of(
+            library, "Demo: MNI152 brain, slice by slice", engine, precision, threads
+        )
+        finish(evaluation, settings, library, output, as_json=as_json)
+    say_notice(opened.notice)
+
+
+def _fresh_library_folder(output: Path) -> Path:
+    """Return an empty place for the library: an earlier demo's is removed, others are refused."""
+    output.mkdir(parents=True, exist_ok=True)
+    folder, marker = output / "library", output / MARKER
+    if folder.exists():
+        if not marker.is_file():
+            raise InputError(
+                f"{folder} exists and was not made by the demo. Choose another --output."
+            )
+        shutil.rmtree(folder)
+    marker.write_text(json.dumps({"made_by": "recallseg demo"}), encoding="utf-8")
+    return folder

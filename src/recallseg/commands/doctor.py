@@ -1,0 +1,133 @@
+"""``recallseg doctor``: whether it can run here, and if not, what is missing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from recallseg.commands.common import JsonOption, emit_json
+
+__all__ = ["doctor"]
+
+
+def doctor(
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test/--no-self-test", help="Run the shipped bundles' golden cases."),
+    ] = True,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Say how much memory k, n and S need, and stop.")
+    ] = False,
+    bundle: Annotated[
+        str, typer.Option("--bundle", help="For --budget: folder or shipped name.")
+    ] = "demo",
+    precision: Annotated[str, typer.Option("--precision", help="For --budget.")] = "mixed",
+    gib: Annotated[
+        Optional[float],
+        typer.Option(
+            "--memory", min=0.1, help="For --budget: GiB to fit in.", show_default="this machine's"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine has, which engines can run, and what is missing."""
+    if budget:
+        _show_budget(bundle, precision, gib, as_json)
+        return
+    from recallseg.runtime.services.doctor import diagnose
+
+    diagnosis = diagnose(self_test=self_test)
+    if as_json:
+        emit_json(diagnosis.to_json())
+    else:
+        machine = diagnosis.machine
+        size = machine["memory_bytes"]
+        installed = f"{size / 2**30:.1f} GiB memory" if size else "memory unknown"
+        typer.echo(f"machine   {machine['processor']} ({machine['architecture']})")
+        typer.echo(
+            f"          {machine['usable_cores']} of {machine['cores']} cores usable, "
+            f"{installed}, {machine['system']}"
+        )
+        typer.echo(f"python    {machine['python']}")
+        versions = ", ".join(f"{name} {version}" for name, version in diagnosis.packages.items())
+        typer.echo(f"packages  {versions or 'none of those that matter'}")
+        typer.echo(f"cache     {diagnosis.cache}")
+        typer.echo(f"bundles   {', '.join(diagnosis.bundles) or 'none shipped'}")
+        typer.echo(f"pixels    {diagnosis.pixels}")
+        typer.echo(f"operators {diagnosis.operators}")
+        typer.echo("engines")
+        for engine in diagnosis.engines:
+            typer.echo(
+                f"  {'yes' if engine.available else 'no ':<4}{engine.name:<22}{engine.detail}"
+            )
+        for test in diagnosis.self_tests:
+            word = "passed" if test.passed else "FAILED"
+            typer.echo(
+                f"self test {word}: bundle {test.bundle}, {test.engine}, {test.seconds:.1f} s: "
+                f"{test.detail}"
+            )
+        typer.echo(
+            "ready" if diagnosis.healthy else "NOT READY: no engine can run, or a test failed"
+        )
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+def _show_budget(source: str, precision: str, gib: float | None, as_json: bool) -> None:
+    from recallseg.engines.budget import PRESETS, largest_k, memory_budget
+    from recallseg.engines.bundle import Bundle
+    from recallseg.runtime.reports.machine import describe_machine
+
+    opened = Bundle.open(source)
+    limit = int(gib * 2**30) if gib else int(describe_machine()["memory_bytes"] or 0)
+    sizes = sorted({opened.geometry.image_size, 512, 768, 1024})
+    settings = [(side, n, k) for side in sizes for n in (1, 2, 4) for k in (1, 4, 8, 16)]
+    budgets = [
+        memory_budget(opened, k=k, n=n, precision=precision, image_size=side)
+        for side, n, k in settings
+    ]
+    largest = {
+        side: {
+            n: largest_k(opened, limit, n=n, precision=precision, image_size=side)
+            for n in (1, 2, 4)
+        }
+        for side in sizes
+    }
+    if as_json:
+        emit_json(
+            {
+                "bundle": opened.name,
+                "limit": limit,
+                "measured": False,
+                "budgets": [b.to_json() for b in budgets],
+                "largest_k": largest,
+                "presets": {name: vars(preset) for name, preset in PRESETS.items()},
+            }
+        )
+        return
+    typer.echo(f"memory for {opened.name} in {precision}, CPU and GPU sharing it, in MiB")
+    typer.echo("computed from sizes, not measured on a GPU\n")
+    typer.echo(
+        "    S   n   k   fused  not fused   of which  weights  buffers  activations   scores"
+    )
+    for b in budgets:
+        sizes_of = {line.name: line.size >> 20 for line in b.lines}
+        held = sizes_of["inputs and outputs of the engines"] + sizes_of["the same for the CPU"]
+        mark = "" if b.worst <= limit else "  fits if fused" if b.total <= limit else "  too large"
+        parts = f"{sizes_of['weights']:>9}{held:>9}{sizes_of['activations']:>13}{b.scores >> 20:>9}"
+        typer.echo(
+            f"{b.image_size:>5} {b.n:>3} {b.k:>3} {b.total >> 20:>7} {b.worst >> 20:>10}{'':11}"
+            f"{parts}{mark}"
+        )
+    typer.echo(
+        f"\nlargest k in {limit / 2**30:.1f} GiB, if attention is not fused (0: does not fit)"
+    )
+    for side, by_n in largest.items():
+        typer.echo(f"  S={side:<5}" + "   ".join(f"n={n}: {k}" for n, k in by_n.items()))
+    typer.echo("\npresets")
+    for preset in PRESETS.values():
+        typer.echo(
+            f"  {preset.name:<12} S={preset.image_size} k={preset.k} n={preset.n} "
+            f"{preset.precision}, in {preset.memory >> 30} GiB"
+        )

@@ -1,0 +1,198 @@
+"""``recallseg evaluate``: segment annotated images, compare, leave a page."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from recallseg.commands.common import (
+    EngineOption,
+    JsonOption,
+    LibraryArgument,
+    PrecisionOption,
+    ReachOption,
+    ThreadsOption,
+    emit_json,
+    note,
+    parsed,
+    progress_bar,
+    say_notice,
+    split_list,
+    split_numbers,
+)
+from recallseg.commands.library import LabelsOption, MissingOption, parse_missing
+from recallseg.engines.errors import InputError
+from recallseg.runtime.segmenting.reach import REACH
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.reports.evaluation import Evaluation
+    from recallseg.runtime.reports.page import Settings
+
+__all__ = ["evaluate", "finish", "print_tables"]
+
+
+def evaluate(
+    library: LibraryArgument,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="NAME.png with NAME.mask.png.")],
+    labels: LabelsOption,
+    output: Annotated[Path, typer.Option(help="Folder for cases.csv, summary.json, report.html.")],
+    k: Annotated[str, typer.Option("--k", help="How many exemplars to recall, e.g. 1,4,16.")] = "4",
+    reach: ReachOption = REACH,
+    structures: Annotated[
+        Optional[str], typer.Option(help="Which of the labelled structures.", show_default="all")
+    ] = None,
+    missing: MissingOption = "absent",
+    spacing: Annotated[
+        Optional[str],
+        typer.Option(help="Pixel size in mm, rows,columns: distances then are in mm."),
+    ] = None,
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment images whose masks are known, and compare."""
+    from recallseg.runtime.formats.pairs import find_pairs, parse_labels
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.reports.evaluation import PairSequence, check_structures
+    from recallseg.runtime.reports.evaluation import evaluate as run
+    from recallseg.runtime.reports.page import Settings
+    from recallseg.runtime.segmenting.segmenter import Segmenter
+
+    by_label = parsed(parse_labels, labels, "--labels")
+    ks = parsed(split_numbers, k, "--k")
+    size = None if spacing is None else parsed(_spacing, spacing, "--spacing")
+    unlooked = parsed(parse_missing, missing, "--missing")
+    chosen = list(by_label.values())
+    if structures is not None:
+        chosen = parsed(split_list, structures, "--structures")
+        unlabelled = [name for name in chosen if name not in by_label.values()]
+        if unlabelled:
+            raise typer.BadParameter(
+                f"--labels has no '{unlabelled[0]}'.", param_hint="--structures"
+            )
+    found = find_pairs(folder)
+    with Library.open(library) as opened:
+        check_structures(opened, chosen)
+        say_notice(opened.bundle.notice)
+
+        def make(k: int) -> Segmenter:
+            return Segmenter(
+                opened,
+                k=k,
+                structures=chosen,
+                reach=reach,
+                engine=engine,
+                precision=precision,
+                threads=threads,
+            )
+
+        with progress_bar("Evaluating", len(found.pairs) * len(ks)) as step:
+            evaluation = run(
+                opened,
+                PairSequence(found.pairs, by_label, unlooked),
+                chosen,
+                ks,
+                make,
+                spacing=size,
+                progress=step,
+            )
+        settings = Settings.of(
+            opened, f"Evaluation of {folder.resolve().name}", engine, precision, threads
+        )
+        finish(evaluation, settings, opened, output, as_json=as_json)
+    if found.unlabelled:
+        note(f"{len(found.unlabelled)} images have no label map and were left out")
+    if evaluation.failures:
+        raise typer.Exit(1)
+
+
+def finish(
+    evaluation: Evaluation, settings: Settings, library: Library, output: Path, *, as_json: bool
+) -> None:
+    """Write the files, and print what they say in short."""
+    from recallseg.runtime.reports.page import render_report
+    from recallseg.runtime.reports.summary import to_json, write_evaluation
+
+    def source(key: str) -> tuple[NDArray[np.generic], Mapping[str, NDArray[np.bool_]]] | None:
+        return library.source(key) if library.get(key).has_source else None
+
+    write_evaluation(evaluation, settings, render_report(evaluation, settings, source), output)
+    if as_json:
+        emit_json(to_json(evaluation, settings))
+    else:
+        print_tables(evaluation)
+        typer.echo(f"page: {output / 'report.html'}")
+    if evaluation.leaked:
+        note(
+            f"{len(evaluation.leaked)} images are exemplars of this library and left out of "
+            f"every number: {', '.join(evaluation.leaked[:5])}"
+        )
+    for name, why in evaluation.failures.items():
+        note(f"failed: {name}: {why}")
+
+
+def print_tables(evaluation: Evaluation) -> None:
+    """Print agreement by structure and k, then latency by stage, on stdout."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from recallseg.runtime.reports.summary import latency, summarise
+
+    console = Console()
+    unit = "mm" if evaluation.spacing else "px"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("structure", overflow="fold")
+    for title in ("k", "n", "Dice", "quartiles", "worst", f"HD95 {unit}", "missed", "false+"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for s in summarise(evaluation):
+        table.add_row(
+            s.structure,
+            str(s.k),
+            str(s.present),
+            _number(s.dice["median"], 3),
+            f"{_number(s.dice['q1'], 3)}-{_number(s.dice['q3'], 3)}",
+            _number(s.dice["worst"], 3),
+            _number(s.hd95["median"], 1),
+            str(s.missed),
+            f"{s.false_positives}/{s.absent}",
+        )
+    console.print("Agreement with the reference, medians over the images that show the structure")
+    console.print(table)
+    by_k = latency(evaluation)
+    stages = dict.fromkeys(stage for values in by_k.values() for stage in values)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    for k in by_k:
+        table.add_column(f"k = {k}", justify="right", no_wrap=True)
+        table.add_column("90 %", justify="right", no_wrap=True, style="dim")
+    for stage in stages:
+        cells = [by_k[k].get(stage, {}) for k in by_k]
+        row = [f"{cell[p]:.1f}" if cell else "-" for cell in cells for p in ("p50", "p90")]
+        table.add_row(stage, *row, style="bold" if stage == "total" else None)
+    console.print("Latency in ms, median and 90th percentile")
+    console.print(table)
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _spacing(text: str) -> tuple[float, float]:
+    try:
+        rows, columns = (float(part) for part in text.split(","))
+    except ValueError:
+        rows = columns = math.nan
+    if not (0 < rows < math.inf and 0 < columns < math.inf):
+        raise InputError(f"spacing must be two positive numbers like 0.7,0.7, got '{text}'.")
+    return rows, columns

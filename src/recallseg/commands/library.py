@@ -1,0 +1,303 @@
+"""``recallseg library ...``: make a library, fill it, look at it, keep it healthy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import typer
+
+from recallseg.commands.common import (
+    EngineOption,
+    JsonOption,
+    LibraryArgument,
+    PrecisionOption,
+    ReachOption,
+    ThreadsOption,
+    emit_json,
+    note,
+    parsed,
+    progress_bar,
+    say_notice,
+    split_tags,
+)
+from recallseg.engines.errors import InputError
+from recallseg.runtime.segmenting.reach import REACH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from recallseg.runtime.model.preprocess import Intensity
+
+__all__ = ["LabelsOption", "MissingOption", "TagOption", "app", "parse_missing", "parse_tags"]
+
+app = typer.Typer(no_args_is_help=True, help="Make, fill, inspect and repair a library.")
+
+LabelsOption = Annotated[
+    str, typer.Option("--labels", help="Structures by label value, e.g. 1=liver,2=spleen.")
+]
+TagOption = Annotated[
+    Optional[list[str]], typer.Option("--tag", help="name=value; may be given again.")
+]
+MissingOption = Annotated[
+    str,
+    typer.Option(
+        "--missing", help="A structure without a pixel is 'absent', or 'unknown': nobody looked."
+    ),
+]
+
+
+@app.command()
+def create(
+    library: LibraryArgument,
+    bundle: Annotated[str, typer.Option(help="Folder of a bundle, or the name of a shipped one.")],
+    intensity: Annotated[
+        str,
+        typer.Option(
+            help="How pixel values are scaled: percentile:1:99, window:LOW:HIGH (e.g. Hounsfield "
+            "units), or range."
+        ),
+    ] = "percentile:1:99",
+    sources: Annotated[
+        bool,
+        typer.Option(
+            "--sources/--no-sources", help="Keep images and masks (to rebuild, calibrate)."
+        ),
+    ] = True,
+    memories: Annotated[
+        str,
+        typer.Option(help="How memories are stored: fp16, or int8 in about half the bytes."),
+    ] = "fp16",
+) -> None:
+    """Make an empty library."""
+    from recallseg.runtime.library import Library
+
+    rule = parsed(_intensity, intensity, "--intensity")
+    with Library.create(
+        library, bundle, intensity=rule, keep_sources=sources, memory_format=memories
+    ) as made:
+        note(f"{made!r}")
+        say_notice(made.bundle.notice)
+
+
+@app.command()
+def add(
+    library: LibraryArgument,
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    labels: LabelsOption,
+    mask: Annotated[
+        Optional[Path],
+        typer.Option(help="Label map.", show_default="NAME.mask.png beside NAME.png"),
+    ] = None,
+    missing: MissingOption = "absent",
+    tag: TagOption = None,
+    key: Annotated[
+        Optional[str], typer.Option(help="Name of the exemplar.", show_default="from its content")
+    ] = None,
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+) -> None:
+    """Add one annotated image; prints its key."""
+    from recallseg.runtime.formats.pairs import Pair, parse_labels, read_pair
+    from recallseg.runtime.library import Library
+
+    names = parsed(parse_labels, labels, "--labels")
+    tags = parse_tags(tag)
+    pair = Pair(image.stem, image, mask or image.with_name(f"{image.stem}.mask.png"))
+    annotated = read_pair(pair, names, parsed(parse_missing, missing, "--missing"))
+    with Library.open(
+        library, mode="write", engine=engine, precision=precision, threads=threads
+    ) as opened:
+        typer.echo(
+            opened.add(
+                annotated.image, annotated.masks, absent=annotated.absent, tags=tags, key=key
+            )
+        )
+
+
+@app.command("list")
+def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
+    """List exemplars and structures."""
+    from recallseg.runtime.library import Library
+
+    with Library.open(library) as opened:
+        exemplars = list(opened)
+        structures = {
+            name: {"present": opened.count(name), "absent": opened.count(name, absent=True)}
+            for name in opened.structures
+        }
+        if as_json:
+            emit_json(
+                {
+                    "path": str(opened.path),
+                    "digest": opened.digest,
+                    "bundle_identity": opened.bundle_identity,
+                    "intensity": opened.intensity.to_json(),
+                    "memory_format": opened.memory_format,
+                    "calibrated": opened.calibration is not None,
+                    "structures": structures,
+                    "exemplars": [{**vars(e), "tags": dict(e.tags)} for e in exemplars],
+                }
+            )
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("key", "size", "structures", "absent", "tags", "added", box=None)
+        for e in exemplars:
+            tags = " ".join(f"{name}={value}" for name, value in e.tags.items())
+            size = f"{e.height}x{e.width}"
+            table.add_row(
+                e.key, size, ", ".join(e.structures), ", ".join(e.absent), tags, e.created
+            )
+        console = Console(markup=False)
+        console.print(table)
+        console.print(
+            f"{len(exemplars)} exemplars; "
+            + ", ".join(
+                f"{name} {number['present']} (absent in {number['absent']})"
+                for name, number in structures.items()
+            )
+        )
+
+
+@app.command()
+def remove(
+    library: LibraryArgument,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Exemplars to remove.")],
+    compact: Annotated[bool, typer.Option("--compact", help="Then free their disk space.")] = False,
+) -> None:
+    """Remove exemplars."""
+    from recallseg.runtime.library import Library
+
+    with Library.open(library, mode="write") as opened:
+        for key in keys:
+            opened.get(key)  # all of them are there, or none is removed
+        for key in keys:
+            opened.remove(key)
+        freed = f", {opened.compact()} bytes freed" if compact else ""
+        note(f"{len(keys)} removed{freed}; {len(opened)} left")
+
+
+@app.command()
+def verify(library: LibraryArgument, as_json: JsonOption = False) -> None:
+    """Compare everything stored with its digests."""
+    from recallseg.runtime.library import Library
+
+    with Library.open(library) as opened, progress_bar("Verifying", len(opened)) as step:
+        report = opened.verify(_counted(step))
+    if as_json:
+        emit_json({**vars(report), "ok": report.ok})
+    else:
+        typer.echo(
+            f"{report.exemplars} exemplars, {report.memories} memories, {report.sources} sources, "
+            f"{report.indexes} indexes: {'all is well' if report.ok else 'damaged'}"
+        )
+        for problem in report.problems:
+            typer.echo(f"  {problem}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rebuild(
+    library: LibraryArgument,
+    bundle: Annotated[
+        Optional[str], typer.Option(help="What it shall belong to.", show_default="its own bundle")
+    ] = None,
+    index_only: Annotated[
+        bool, typer.Option("--index-only", help="Only the search index.")
+    ] = False,
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+) -> None:
+    """Encode every exemplar anew from its stored image, for instance for another bundle."""
+    from recallseg.runtime.library import Library
+
+    if index_only and bundle is not None:
+        raise typer.BadParameter("--index-only and --bundle exclude each other.")
+    with Library.open(
+        library, mode="write", engine=engine, precision=precision, threads=threads
+    ) as opened:
+        if index_only:
+            opened.rebuild_index()
+        else:
+            with progress_bar("Rebuilding", len(opened)) as step:
+                opened.rebuild(bundle, progress=_counted(step))
+        note(f"{opened!r}")
+
+
+@app.command()
+def calibrate(
+    library: LibraryArgument,
+    k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    reach: ReachOption = REACH,
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment every exemplar from the others, and store what is normal (for the quality flag)."""
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.segmenting.segmenter import Segmenter
+
+    with Library.open(library, mode="write") as opened:
+        say_notice(opened.bundle.notice)
+        segmenter = Segmenter(
+            opened, k=k, reach=reach, engine=engine, precision=precision, threads=threads
+        )
+        with progress_bar("Calibrating", len(opened)) as step:
+            thresholds = segmenter.calibrate(_counted(step))
+    if as_json:
+        emit_json({name: value.to_json() for name, value in thresholds.items()})
+        return
+    for name, value in thresholds.items():
+        dice = "not segmented" if value.dice is None else f"median Dice {value.dice:.3f}"
+        typer.echo(
+            f"{name}: {value.exemplars} left out in turn, {dice}; usual distance up to "
+            f"{_limit(value.distance)}, IoU estimate from {_limit(value.iou)}"
+        )
+
+
+def _limit(value: float | None) -> str:
+    return "(too few)" if value is None else f"{value:.3f}"
+
+
+def _counted(step: Callable[[str], None]) -> Callable[[int, int], None]:
+    return lambda done, total: step("")
+
+
+def parse_missing(text: str) -> Literal["absent", "unknown"]:
+    """Parse ``--missing``; raises InputError for anything but absent and unknown."""
+    if text == "absent" or text == "unknown":
+        return "absent" if text == "absent" else "unknown"
+    raise InputError(f"'{text}' must be 'absent' or 'unknown'.")
+
+
+def parse_tags(items: list[str] | None) -> dict[str, str]:
+    """Parse ``--tag`` options; other syntax is a usage error."""
+    try:
+        return split_tags(items)
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint="--tag") from error
+
+
+def _intensity(text: str) -> Intensity:
+    from recallseg.runtime.model.preprocess import Intensity
+
+    mode, *ends = text.split(":")
+    if mode not in ("percentile", "window", "range") or len(ends) not in (0, 2):
+        raise InputError(
+            f"intensities must read like percentile:1:99, window:-160:240 or range, got '{text}'."
+        )
+    if mode == "window" and not ends:
+        raise InputError("a window needs its ends, e.g. window:-160:240.")
+    try:
+        low, high = (float(end) for end in ends) if ends else (1.0, 99.0)
+    except ValueError:
+        raise InputError(f"'{text}' must end in two numbers.") from None
+    if mode == "percentile":
+        return Intensity("percentile", low, high)
+    return Intensity("window", low, high) if mode == "window" else Intensity("range")

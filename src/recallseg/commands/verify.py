@@ -1,0 +1,65 @@
+"""``recallseg verify``: whether an engine reproduces the bundle's golden tensors here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from recallseg.commands.common import (
+    EngineOption,
+    JsonOption,
+    PrecisionOption,
+    ThreadsOption,
+    emit_json,
+    say_notice,
+)
+
+__all__ = ["verify"]
+
+
+def verify(
+    bundle: Annotated[
+        str,
+        typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or the name of a shipped one."),
+    ],
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an engine with a bundle's golden tensors, on this machine."""
+    from recallseg.engines.bundle import Bundle
+    from recallseg.engines.engine import EngineOptions
+    from recallseg.engines.registry import load_engines
+    from recallseg.engines.verification import verify_engines
+
+    opened = Bundle.open(bundle)
+    say_notice(opened.notice)
+    engines = load_engines(opened, engine, precision, options=EngineOptions(threads))
+    result = verify_engines(opened, engines, precision, strict=False)
+    if as_json:
+        checks = [{**vars(check), "passed": check.passed} for check in result.checks]
+        emit_json(
+            {
+                "bundle": opened.name,
+                "identity": opened.identity,
+                "engine": result.engine,
+                "precision": result.precision,
+                "passed": result.passed,
+                "checks": [
+                    {**c, "error": c["error"] if c["error"] < 1e308 else None} for c in checks
+                ],
+            }
+        )
+    else:
+        typer.echo(repr(opened))
+        for check in result.checks:
+            word = "ok" if check.passed else "WRONG"
+            typer.echo(f"  {check.tensor:<17} {check.error:.1e} of {check.tolerance:.0e}  {word}")
+        typer.echo(
+            f"{engine} in {precision} "
+            f"{'reproduces' if result.passed else 'DOES NOT reproduce'} the golden tensors"
+        )
+    if not result.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,113 @@
+"""``recallseg watch``: segment whatever arrives in a folder."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from threading import Event
+from typing import Annotated, Optional
+
+import typer
+
+from recallseg.commands.common import (
+    AuditOption,
+    CleanUpOption,
+    EngineOption,
+    JsonOption,
+    PlaneOption,
+    PrecisionOption,
+    PreviewOption,
+    PropagateOption,
+    ReachOption,
+    ThreadsOption,
+    VoiOption,
+    note,
+    parsed,
+    say_notice,
+    split_clean_ups,
+    split_list,
+)
+from recallseg.runtime.segmenting.reach import REACH
+
+__all__ = ["watch"]
+
+
+def watch(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Folder in which images arrive.")],
+    library: Annotated[Path, typer.Option(help="Folder of the library.")],
+    output: Annotated[Path, typer.Option(help="Folder for segmentations and their NAME.json.")],
+    k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    reach: ReachOption = REACH,
+    structures: Annotated[
+        Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
+    ] = None,
+    engine: EngineOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = None,
+    settle: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds without a change until a file or series is complete."),
+    ] = 2.0,
+    plane: PlaneOption = None,
+    propagate: PropagateOption = 0,
+    clean_up: CleanUpOption = None,
+    preview: PreviewOption = False,
+    voi: VoiOption = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="End when all that is there is done.")
+    ] = False,
+    audit: AuditOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment every image, volume and DICOM series that arrives in a folder, once.
+
+    Stop it with Ctrl-C or SIGTERM; after a restart it goes on where it was. Exit status 1 if
+    something could not be segmented.
+    """
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.segmenting.segmenter import Segmenter
+    from recallseg.runtime.services.audit import AuditLog
+    from recallseg.runtime.services.watching import Watcher
+    from recallseg.runtime.volumes.outputs import VolumeSettings
+
+    names = None if structures is None else parsed(split_list, structures, "--structures")
+    wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
+    volumes = VolumeSettings(plane, "largest" in wanted, "holes" in wanted, preview, voi)
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    failed = False
+    with Library.open(library) as opened:
+        segmenter = Segmenter(
+            opened,
+            k=k,
+            structures=names,
+            reach=reach,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            memories=propagate,
+        )
+        log = None if audit is None else AuditLog(audit)
+        with Watcher(
+            segmenter, source, output, settle_s=settle, volumes=volumes, audit=log
+        ) as watcher:
+            say_notice(segmenter.bundle.notice)
+            segmenter.warm_up()
+            if not as_json:
+                note(f"watching {source}")
+            for arrival in watcher.run(stop, once=once):
+                failed |= arrival.record is None
+                if as_json:
+                    answer = arrival.record or {"image": arrival.name, "error": arrival.error}
+                    typer.echo(json.dumps(answer, ensure_ascii=False))
+                elif arrival.record is None:
+                    note(f"failed: {arrival.error}")
+                else:
+                    total = arrival.record["timings_ms"]["total"]
+                    quality = arrival.record["quality"]
+                    flag = quality.get("flag") or f"slices {quality['flags']}"
+                    typer.echo(f"{arrival.name}  {flag}, {total:.0f} ms")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,63 @@
+"""Import: resumable, idempotent, and one bad file loses nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.pictures import LABELS, write_pairs
+
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.pairs import find_pairs, parse_labels
+from recallseg.runtime.library import Library
+from recallseg.runtime.library.importing import import_pairs
+
+POSITIONS = [0.1, 0.3, 0.5, 0.7]
+NAMES = [f"disc-{position:.2f}" for position in POSITIONS]
+
+
+def test_interrupted_then_resumed(fake_bundle: Bundle, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", POSITIONS)
+    pairs, labels = find_pairs(tmp_path / "pairs").pairs, parse_labels(LABELS)
+
+    def interrupt(name: str) -> None:
+        if name == NAMES[1]:
+            raise KeyboardInterrupt
+
+    with (
+        Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        import_pairs(library, pairs, labels, progress=interrupt)
+    with Library.open(tmp_path / "lib", mode="write", engine="fake") as library:
+        assert len(library) == 2
+        report = import_pairs(library, pairs, labels, tags={"modality": "MR"})
+        assert report.skipped == tuple(NAMES[:2])
+        assert list(report.added.values()) == NAMES[2:]
+        assert library.get(NAMES[3]).tags == {"modality": "MR"}
+        assert import_pairs(library, pairs, labels).skipped == tuple(NAMES)
+        assert len(library) == 4
+
+
+def test_other_masks_for_a_name_that_is_there(fake_bundle: Bundle, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", POSITIONS[:1])
+    pairs = find_pairs(tmp_path / "pairs").pairs
+    with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
+        import_pairs(library, pairs, {1: "disc", 2: "core"})
+        report = import_pairs(library, pairs, {1: "ring", 2: "core"})
+        assert len(library) == 2
+        assert report.added[NAMES[0]] != NAMES[0]
+
+
+def test_a_bad_file(fake_bundle: Bundle, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", POSITIONS)
+    (tmp_path / "pairs" / f"{NAMES[1]}.png").write_bytes(b"no image")
+    pairs, labels = find_pairs(tmp_path / "pairs").pairs, parse_labels(LABELS)
+    with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
+        with pytest.raises(InputError, match=NAMES[1]):
+            import_pairs(library, pairs, labels, strict=True)
+        assert len(library) == 1
+        report = import_pairs(library, pairs, labels)
+        assert list(report.failed) == [NAMES[1]]
+        assert len(library) == 3

@@ -1,0 +1,496 @@
+"""A query on a device gives what the CPU gives, allocates nothing, and says what went wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support.emulated_gpu import build_emulator
+from support.fake_onnxruntime import FakeSession, install
+from support.fake_tensorrt import HostGpu
+
+from recallseg import Bundle, Library, Segmenter
+from recallseg.engines.device import Device, DeviceTensor
+from recallseg.engines.device.fake import FakeDriver
+from recallseg.engines.errors import (
+    DeviceLostError,
+    DeviceMemoryError,
+    EngineRunError,
+    InputError,
+)
+from recallseg.runtime.model.device import DeviceQuery
+from recallseg.runtime.model.memory_cache import MemoryCache
+from recallseg.runtime.model.query import GpuOptions
+from recallseg.runtime.model import device as device_query
+
+NAMES = ("recallseg_spans", "recallseg_prepare", "recallseg_finish", "recallseg_gather_half")
+STRUCTURES = ("disc", "core")
+
+
+def picture(seed: int, side: int = 60) -> tuple[NDArray[np.uint16], dict[str, NDArray[np.bool_]]]:
+    """A noisy disc with a bright core, and the masks of both."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, : side + 7]
+    centre = rng.uniform(0.4, 0.6, 2) * side
+    distance = np.hypot(y - centre[0], x - centre[1])
+    masks = {"disc": distance < side / 4, "core": distance < side / 9}
+    image = 200 + 900 * masks["disc"] + 900 * masks["core"] + rng.normal(0, 60, x.shape)
+    return image.clip(0).astype(np.uint16), masks
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    made = Library.create(tmp_path_factory.mktemp("l") / "library", Bundle.open("demo"), threads=1)
+    for seed in range(6):
+        image, masks = picture(seed)
+        made.add(image, masks)
+    return made
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build_emulator(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession]:
+    return install(monkeypatch, tmp_path)
+
+
+def without_kernels(**facts: Any) -> Device:
+    HostGpu.driver = FakeDriver(**facts)  # where sessions queue their work
+    return Device(HostGpu.driver)
+
+
+def with_kernels(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> Device:
+    """A device that runs the CUDA source of the pixel kernels."""
+
+    def kernel(name: str) -> Any:
+        def run(grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any]) -> None:
+            places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+            three = ctypes.c_uint32 * 3
+            assert emulator.emulate(
+                name.encode(), three(*grid), three(*block), len(arguments), places
+            )
+
+        return run
+
+    monkeypatch.setattr(device_query, "kernel_image", lambda: " ".join(NAMES).encode())
+    return without_kernels(kernels={name: kernel(name) for name in NAMES}, **facts)
+
+
+SETTINGS: Mapping[str, Any] = {"k": 3, "structures": STRUCTURES, "reach": math.inf}
+"""Three memories a structure in every query, so that copies can be counted."""
+
+
+def make(library: Library, device: Device, **settings: Any) -> Segmenter:
+    gpu = {name: settings.pop(name) for name in ("cache_bytes", "cuda_graphs") if name in settings}
+    return Segmenter(
+        library,
+        **{**SETTINGS, "engine": "onnxruntime-cuda", **settings},
+        gpu=GpuOptions(device=device, **gpu),
+    )
+
+
+def on_cpu(library: Library, **settings: Any) -> Segmenter:
+    return Segmenter(library, **{**SETTINGS, "threads": 1, **settings})
+
+
+def same(found: Any, expected: Any) -> None:
+    np.testing.assert_array_equal(found.label_map, expected.label_map)
+    for name in STRUCTURES:
+        np.testing.assert_array_equal(found.masks[name], expected.masks[name])
+        assert found.scores[name] == expected.scores[name]
+    assert found.recalled == expected.recalled
+
+
+def cache_of(segmenter: Segmenter) -> MemoryCache:
+    query = segmenter._query
+    assert isinstance(query, DeviceQuery)
+    return query.cache
+
+
+# Work is done as early as it may, and as late: what is reused too soon shows in one of the two.
+@pytest.mark.parametrize(
+    ("integrated", "deferred", "cuda_graphs"),
+    [(False, False, False), (False, True, True), (True, True, False), (True, False, True)],
+)
+def test_without_pixel_kernels_it_is_the_cpu_bit_by_bit(
+    library: Library,
+    session: type[FakeSession],
+    integrated: bool,
+    deferred: bool,
+    cuda_graphs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    device = without_kernels(integrated=integrated, deferred=deferred)
+    segmenter, reference = make(library, device, cuda_graphs=cuda_graphs), on_cpu(library)
+    for seed in range(10, 14):
+        image, _ = picture(seed, 50 + 10 * (seed % 3))
+        same(segmenter.segment(image), reference.segment(image))
+    np.testing.assert_array_equal(segmenter.logits(), reference.logits())
+    assert segmenter.distance(image) == reference.distance(image)
+
+
+def test_memories_in_int8_are_the_same_on_the_device(
+    session: type[FakeSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    with Library.create(
+        tmp_path / "library", Bundle.open("demo"), threads=1, memory_format="int8"
+    ) as library:
+        for seed in range(4):
+            library.add(*picture(seed))
+        found, expected = (
+            segmenter.segment(picture(10)[0])
+            for segmenter in (make(library, without_kernels()), on_cpu(library))
+        )
+    same(found, expected)
+    assert found.memory_format == expected.to_json()["memory_format"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "facts"),
+    [
+        (np.uint8, {}),
+        (np.int16, {"deferred": True}),
+        (np.uint16, {"deferred": True, "integrated": True}),
+        (np.float32, {"integrated": True}),
+        (np.float64, {"deferred": True}),
+    ],
+)
+def test_with_pixel_kernels_it_is_the_native_kernels_bit_by_bit(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    kernels: Any,
+    dtype: Any,
+    facts: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "recallseg.engines.pixels._native", kernels)
+    monkeypatch.setenv("RECALLSEG_PIXELS", "native")
+    segmenter = make(library, with_kernels(emulator, monkeypatch, **facts))
+    image = (picture(10)[0] / 12).astype(dtype)
+    for shown in (image, np.stack([image, image[::-1], image], -1)):
+        same(segmenter.segment(shown), on_cpu(library).segment(shown))
+
+
+def test_arrays_on_the_device_are_taken_and_filled_where_they_lie(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch)
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    expected = segmenter.segment(image)
+    there = device.tensor(image.shape, image.dtype)
+    device.stream.copy_in(there, image)
+    same(segmenter.segment(there), expected)
+
+    labels = device.tensor(image.shape, np.uint8)
+    masks = device.tensor((2, *image.shape), np.bool_)
+    result = segmenter.segment(there, out=(labels, masks))
+    assert isinstance(result.masks["core"], DeviceTensor)
+    found = np.empty(image.shape, np.bool_)
+    device.stream.copy_out(found, result.masks["core"])
+    np.testing.assert_array_equal(found, expected.masks["core"])
+    mixed = segmenter.segment(there, out=(None, masks))
+    np.testing.assert_array_equal(mixed.label_map, expected.label_map)
+    with pytest.raises(InputError, match="out must have shape"):
+        segmenter.segment(there, out=(masks, None))
+    with pytest.raises(InputError, match="must be HxW or HxWx3"):
+        segmenter.segment(device.tensor((2, 3, 4), np.uint8))
+
+
+def test_an_array_on_the_device_without_kernels_is_fetched(
+    library: Library, session: type[FakeSession]
+) -> None:
+    device = without_kernels()
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    there = device.tensor(image.shape, image.dtype)
+    device.stream.copy_in(there, image)
+    same(segmenter.segment(there), segmenter.segment(image))
+
+
+@pytest.mark.parametrize("kernels_built", [False, True])
+def test_nothing_is_allocated_in_steady_state(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    kernels_built: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch) if kernels_built else without_kernels()
+    segmenter = make(library, device)
+    segmenter.segment(picture(10)[0])
+    before = device.allocations, segmenter.workspace.nbytes
+    calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
+    calls.clear()
+    for seed in range(11, 15):
+        segmenter.segment(picture(seed)[0])
+    assert (device.allocations, segmenter.workspace.nbytes) == before
+    assert not {"allocate", "allocate_pinned", "create_event", "create_stream"} & set(calls)
+    # One wait for the embedding, one for the result.
+    waits = sum(name.startswith("synchronize") for name in calls)
+    assert waits == 2 * 4
+
+
+def test_a_workspace_states_its_size_in_advance(
+    library: Library, session: type[FakeSession]
+) -> None:
+    segmenter = make(library, without_kernels(), k=4)
+    required = type(segmenter.workspace).required_bytes(library.bundle, n=2, k=4)
+    assert segmenter.workspace.nbytes == required
+
+
+def test_too_little_memory_is_said_before_anything_is_taken(
+    library: Library, session: type[FakeSession]
+) -> None:
+    needed = []
+    for integrated in (False, True):  # where memory is shared the cache takes it, too
+        device = without_kernels(memory=1 << 20, integrated=integrated)
+        with pytest.raises(DeviceMemoryError, match=r"2 structures and k = 3.* needs") as raised:
+            make(library, device)
+        assert device.allocations == 0
+        [figure] = re.findall(r"needs (\d+) MiB", str(raised.value))
+        needed.append(int(figure))
+    weights = sum(
+        library.bundle.graph_file(graph, ("ort-cpu", "portable"), "fp32")[0].stat().st_size
+        for graph in ("embed", "encode", "attend", "decode")
+    )
+    assert needed[0] == needed[1] > weights >> 20
+
+
+def test_what_is_recalled_again_is_not_copied_again(
+    library: Library, session: type[FakeSession]
+) -> None:
+    segmenter = make(library, without_kernels())
+    image, _ = picture(10)
+    segmenter.segment(image)
+    cache = cache_of(segmenter)
+    assert (cache.hits, cache.misses) == (0, 6)
+    segmenter.segment(image)
+    assert (cache.hits, cache.misses) == (6, 6)
+
+
+def test_a_small_cache_forgets_the_least_recently_used(
+    library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    segmenter, reference = make(library, without_kernels(), cache_bytes=0), on_cpu(library)
+    cache = cache_of(segmenter)
+    assert cache.slots == 6  # what one query needs is never less
+    for seed in range(6):
+        image, _ = picture(seed)
+        same(segmenter.segment(image), reference.segment(image))
+    assert cache.misses > 6
+
+
+def test_a_changed_library_empties_the_cache(tmp_path: Path, session: type[FakeSession]) -> None:
+    library = Library.create(tmp_path / "library", Bundle.open("demo"), threads=1)
+    for seed in range(3):
+        image, masks = picture(seed)
+        library.add(image, masks, key=str(seed))
+    segmenter = make(library, without_kernels())
+    segmenter.segment(image)
+    library.remove("2")
+    other, masks = picture(9)
+    library.add(other, masks, key="2")
+    found = segmenter.segment(other)
+    assert cache_of(segmenter).misses == 12
+    same(found, make(library, without_kernels()).segment(other))
+
+
+def test_memories_of_earlier_frames_are_used_and_made(
+    library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    device = without_kernels(deferred=True)
+    segmenters = make(library, device, memories=2), on_cpu(library, memories=2)
+    temporal = [segmenter.temporal_memories() for segmenter in segmenters]
+    for seed in range(10, 14):
+        image, _ = picture(seed)
+        found, expected = (
+            segmenter.segment(image, temporal=memories)
+            for segmenter, memories in zip(segmenters, temporal, strict=True)
+        )
+        same(found, expected)
+        assert found.temporal == expected.temporal
+    masks = device.tensor((2, *image.shape), np.bool_)
+    with pytest.raises(InputError, match="made of masks on the CPU"):
+        segmenters[0].segment(image, out=(None, masks), temporal=temporal[0])
+
+
+def test_a_lost_device_leaves_library_and_process_unharmed(
+    library: Library, session: type[FakeSession]
+) -> None:
+    device = without_kernels()
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    before = library.digest
+    device.driver.fail("copy_in", 719)  # type: ignore[attr-defined]
+    for _ in range(2):
+        with pytest.raises(DeviceLostError, match="engine onnxruntime-cpu"):
+            segmenter.segment(image)
+    assert library.digest == before
+    assert on_cpu(library).segment(image).masks["disc"].any()
+
+
+STEPS = (
+    "set_context", "copy_in", "fill", "launch", "record_event", "wait_event", "copy_out",
+    "synchronize_event", "copy", "synchronize_stream",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", STEPS)
+def test_a_device_lost_in_any_step(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    call: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch)
+    segmenter = make(library, device)
+    calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
+    calls.clear()
+    segmenter.segment(picture(10)[0])
+    done = list(calls)
+    assert set(STEPS) <= set(done)
+    # In the middle of those calls, if there are several.
+    device.driver.fail(call, 719, after=done.count(call) // 2)  # type: ignore[attr-defined]
+    for _ in range(2):
+        with pytest.raises(DeviceLostError, match="engine onnxruntime-cpu"):
+            segmenter.segment(picture(11)[0])
+    del segmenter
+    gc.collect()  # nothing is given back to a dead driver, and nothing raises
+    assert device.lost
+
+
+@pytest.mark.parametrize("call", ["copy_in", "copy_out", "record_event", "copy", "wait_event"])
+def test_after_a_passing_failure_the_next_query_is_right(
+    library: Library, session: type[FakeSession], call: str
+) -> None:
+    device = without_kernels()
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    expected = segmenter.segment(image)
+    device.driver.fail(call, 1)  # type: ignore[attr-defined]
+    with pytest.raises(EngineRunError, match="injected"):
+        segmenter.segment(picture(11)[0])
+    same(segmenter.segment(image), expected)
+
+
+def test_scores_that_are_no_numbers_are_an_error(
+    library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = make(library, without_kernels())
+    tensors = segmenter.workspace.tensors
+    run = segmenter._query._composition.run  # type: ignore[attr-defined]
+
+    def spoilt(graph: str, names: Any) -> None:
+        run(graph, names)
+        if graph == "decode":
+            segmenter._query._stream.fill(tensors["iou"], 0xFF)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(segmenter._query._composition, "run", spoilt)  # type: ignore[attr-defined]
+    with pytest.raises(EngineRunError, match="not finite"):
+        segmenter.segment(picture(10)[0])
+
+
+def test_an_image_is_read_when_its_owner_has_written_it(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch, deferred=True)
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    expected = segmenter.segment(image)
+    theirs, there = device.new_stream(), device.tensor(image.shape, image.dtype)
+    pinned = device.allocate_pinned(image.nbytes)
+    pinned.array[:] = image.reshape(-1).view(np.uint8)
+    theirs.copy_in(there, pinned.array)
+    same(segmenter.segment(replace(there, stream=theirs.handle)), expected)
+
+
+def test_out_that_cannot_be_written(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, _ = picture(10)
+    device = with_kernels(emulator, monkeypatch)
+    segmenter = make(library, device)
+    labels = device.tensor(image.shape, np.uint8)
+    with pytest.raises(InputError, match="read-only"):
+        segmenter.segment(image, out=(replace(labels, read_only=True), None))
+
+
+def test_out_on_the_device_needs_kernels(library: Library, session: type[FakeSession]) -> None:
+    image, _ = picture(10)
+    device = without_kernels()
+    labels = device.tensor(image.shape, np.uint8)
+    with pytest.raises(InputError, match="were not built"):
+        make(library, device).segment(image, out=(labels, None))
+
+
+def test_a_callers_buffer_that_was_freed_or_is_misaligned(
+    library: Library, session: type[FakeSession]
+) -> None:
+    device = without_kernels()
+    segmenter = make(library, device)
+    image, _ = picture(10)
+    there = device.tensor(image.shape, image.dtype)
+    with pytest.raises(InputError, match="misaligned"):
+        segmenter.segment(replace(there, address=there.address + 1))
+    address = there.address
+    del there
+    gc.collect()
+    with pytest.raises(InputError, match="It was freed"):
+        segmenter.segment(DeviceTensor(address, image.shape, image.dtype))
+    assert segmenter.segment(image).masks["disc"].any()
+
+
+def test_engines_on_the_cpu_refuse_options_of_a_gpu(library: Library) -> None:
+    with pytest.raises(InputError, match="runs on the CPU"):
+        on_cpu(library, gpu=GpuOptions())
+
+
+def test_a_callers_stream_is_honoured(library: Library, session: type[FakeSession]) -> None:
+    driver = HostGpu.driver = FakeDriver()
+    theirs = Device(driver).new_stream()
+    device = Device(driver, stream=theirs.handle)
+    make(library, device).segment(picture(10)[0])
+    streams = {
+        options["user_compute_stream"] for name, options, _ in session.made if name != "embed"
+    }
+    assert streams == {str(theirs.handle)}
+
+
+def test_structures_beyond_one_call_are_done_in_groups(
+    library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    bundle = library.bundle
+    monkeypatch.setattr(bundle, "geometry", replace(bundle.geometry, max_n=1))
+    segmenter = make(library, without_kernels())
+    assert segmenter.workspace.group == 1
+    same(segmenter.segment(picture(10)[0]), on_cpu(library).segment(picture(10)[0]))

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recallseg.engines.device import Device, open_device
+from recallseg.engines.device.fake import FakeDriver
+from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.runtime.model import frames
+from recallseg.runtime.model.frames import copy_frame
+
+PICTURE = np.arange(60, dtype=np.uint16).reshape(6, 10)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Device:
+    stand_in = Device(FakeDriver())
+    monkeypatch.setattr(frames, "_device", lambda: stand_in)
+    return stand_in
+
+
+def on_device(cuda: Device, array: np.ndarray, **more: Any) -> Any:
+    tensor = cuda.tensor(array.shape, array.dtype)
+    cuda.stream.copy_in(tensor, array)
+    return SimpleNamespace(
+        __cuda_array_interface__={**tensor.__cuda_array_interface__, **more}, kept=tensor
+    )
+
+
+@pytest.mark.parametrize("strides", [None, PICTURE.strides])
+def test_a_frame_comes_from_the_gpu(cuda: Device, strides: object) -> None:
+    image = on_device(cuda, PICTURE, strides=strides)
+    found = copy_frame(image)
+    assert found.dtype == np.uint16
+    assert np.array_equal(found, PICTURE)
+
+
+def test_a_frame_that_is_not_contiguous_is_refused(cuda: Device) -> None:
+    with pytest.raises(InputError, match="contiguous"):
+        copy_frame(on_device(cuda, PICTURE, strides=(40, 2)))
+
+
+def test_a_frame_on_a_gpu_that_is_not_there() -> None:
+    try:
+        open_device()
+    except EngineUnavailableError:
+        image = SimpleNamespace(
+            __cuda_array_interface__={"shape": (2, 2), "typestr": "|u1", "data": (64, True)}
+        )
+        with pytest.raises(EngineUnavailableError, match="driver"):
+            copy_frame(image)
+    else:
+        pytest.skip("there is a GPU")
+
+
+def test_a_copy_is_a_copy() -> None:
+    found = copy_frame(PICTURE)
+    assert found is not PICTURE
+    assert not np.shares_memory(found, PICTURE)
+
+
+@pytest.mark.gpu
+def test_a_frame_of_pytorch_on_the_gpu() -> None:
+    import torch
+
+    image = torch.from_numpy(PICTURE.astype(np.int32)).cuda() + 1
+    assert np.array_equal(copy_frame(image), PICTURE + 1)

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+import pytest
+
+from recallseg.runtime.segmenting.calibration import MOST_LEFT_OUT, conformal_upper, nearest_other
+
+
+def vectors(count: int) -> np.ndarray:
+    drawn = np.random.default_rng(3).normal(size=(count, 24)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def test_the_nearest_other_is_not_the_exemplar_itself() -> None:
+    embeddings = vectors(300)
+    distances = 1.0 - embeddings.astype(np.float64) @ embeddings.T.astype(np.float64)
+    np.fill_diagonal(distances, np.inf)
+    assert nearest_other(embeddings) == pytest.approx(distances.min(axis=1), abs=1e-5)
+
+
+def test_a_large_library_costs_no_square() -> None:
+    embeddings = vectors(40 * MOST_LEFT_OUT)
+    start = perf_counter()
+    found = nearest_other(embeddings)
+    assert perf_counter() - start < 30  # all pairs would be 40 times as many
+    assert len(found) == MOST_LEFT_OUT
+    few, many = conformal_upper(found), conformal_upper(nearest_other(embeddings[::20]))
+    assert few is not None
+    assert many is not None
+    assert few < many  # more exemplars, nearer neighbours

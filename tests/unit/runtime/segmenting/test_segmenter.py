@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recallseg import Bundle, Library, Segmenter
+from recallseg.engines.errors import DeadlineError, InputError
+from recallseg.runtime.model.workspace import Workspace
+
+SIZE = 64
+
+
+def picture(position: int, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A bright square at ``position`` (0 to 3), and its mask."""
+    image = np.full((SIZE, SIZE), 20, np.uint8)
+    mask = np.zeros((SIZE, SIZE), bool)
+    top, left = divmod(position, 2)
+    mask[32 * top : 32 * top + 32, 32 * left : 32 * left + 32] = True
+    image[mask] = 200 + position
+    return (np.repeat(image[..., None], 3, axis=2) if colour else image), mask
+
+
+def assert_alike(found: np.ndarray, expected: np.ndarray) -> None:
+    """Interpolation rounds the corners of a square by a pixel."""
+    assert (found != expected).mean() < 0.002
+
+
+@pytest.fixture
+def library(tmp_path: Path, fake_bundle: Bundle) -> Library:
+    """Exemplars of four positions; the last says that there is no "stain"."""
+    made = Library.create(tmp_path / "library", fake_bundle, engine="fake")
+    for position in range(4):
+        image, mask = picture(position)
+        masks = {"square": mask} if position == 3 else {"square": mask, "stain": mask}
+        made.add(image, masks, absent=("stain",) if position == 3 else ())
+    return made
+
+
+def make(library: Library, **settings: object) -> Segmenter:
+    return Segmenter(library, **{"k": 1, "engine": "fake", **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_the_nearest_exemplar_decides(library: Library, position: int) -> None:
+    image, mask = picture(position)
+    result = make(library).segment(image)
+    assert_alike(result.masks["square"], mask)
+    assert result.recalled["square"][0].distance < 1e-3
+
+
+def test_exemplars_out_of_reach_are_not_recalled(library: Library) -> None:
+    image, _ = picture(1)
+    everything = make(library, k=4, structures=["square"], reach=math.inf).segment(image)
+    assert len(everything.recalled["square"]) == 4
+    near = make(library, k=4, structures=["square"]).segment(image)
+    assert near.recalled["square"] == everything.recalled["square"][:1]
+    assert near.k == 4
+
+
+def test_warming_up_recalls_k_whatever_is_within_reach(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = make(library, k=4, structures=["square"])
+    counts: list[int] = []
+    attend = segmenter._query.recall
+
+    def recall(wanted: Any, k: int, temporal: Any) -> None:
+        counts.append(k)
+        attend(wanted, k, temporal)
+
+    monkeypatch.setattr(segmenter._query, "recall", recall)
+    segmenter.warm_up(runs=2)
+    assert counts == [4, 4]
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.99, -1.0, math.nan])
+def test_a_reach_below_one_would_leave_nothing(library: Library, reach: float) -> None:
+    with pytest.raises(InputError, match="reach must be at least 1"):
+        make(library, reach=reach)
+
+
+def test_label_values_follow_the_order_asked_for(library: Library) -> None:
+    image, mask = picture(0)
+    result = make(library, structures=["stain", "square"]).segment(image)
+    assert dict(result.labels) == {"stain": 1, "square": 2}
+    assert set(np.unique(result.label_map)) <= {0, 1, 2}
+    assert_alike(result.label_map > 0, mask)
+
+
+def test_a_structure_that_the_nearest_exemplars_lack_is_absent(library: Library) -> None:
+    result = make(library).segment(picture(3)[0])
+    assert result.masks["square"].any()
+    assert not result.masks["stain"].any()
+    assert not result.scores["stain"].present
+    assert result.recalled["stain"][0].absent
+    assert "stain" not in result.quality.reasons  # the library's own evidence is no surprise
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (50, 120), (301, 17)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32, np.float64])
+def test_masks_are_on_the_querys_own_grid(
+    library: Library, shape: tuple[int, int], dtype: type
+) -> None:
+    image = np.random.default_rng(0).uniform(0, 250, shape).astype(dtype)
+    result = make(library).segment(image)
+    assert result.label_map.shape == shape
+    assert all(mask.shape == shape and mask.dtype == bool for mask in result.masks.values())
+
+
+def test_colour_and_grey_images_mix(library: Library) -> None:
+    image, mask = picture(1, colour=True)
+    assert_alike(make(library).segment(image).masks["square"], mask)
+
+
+def test_a_result_belongs_to_the_caller(library: Library) -> None:
+    segmenter = make(library)
+    first = segmenter.segment(picture(0)[0])
+    before = first.label_map.copy(), first.masks["square"].copy()
+    segmenter.segment(picture(2)[0])
+    np.testing.assert_array_equal(first.label_map, before[0])
+    np.testing.assert_array_equal(first.masks["square"], before[1])
+
+
+def test_a_result_says_where_it_came_from(library: Library, fake_bundle: Bundle) -> None:
+    result = make(library).segment(picture(0)[0])
+    assert result.bundle_identity == fake_bundle.identity
+    assert result.library_digest == library.digest
+    assert "RANDOM" in result.notice
+    assert result.timings["total"] >= result.timings["embed"] > 0
+    written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert written["labels"] == {"square": 1, "stain": 2}
+    assert "quality" in repr(result)
+
+
+def test_calibration_is_stored_and_ends_when_the_library_changes(library: Library) -> None:
+    segmenter = make(library, structures=["square"])
+    assert segmenter.segment(picture(0)[0]).quality.flag == "uncalibrated"
+    seen: list[tuple[int, int]] = []
+    thresholds = segmenter.calibrate(lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (4, 4)
+    assert thresholds["square"].exemplars == 4
+    assert make(library, structures=["square"]).segment(picture(0)[0]).quality.flag == "ok"
+    noise = np.random.default_rng(0).integers(0, 255, (SIZE, SIZE), np.uint8)
+    library.add(noise, {"square": picture(0)[1]})
+    assert segmenter.segment(picture(0)[0]).quality.flag == "uncalibrated"
+
+
+def test_a_query_unlike_the_library_is_flagged(tmp_path: Path, fake_bundle: Bundle) -> None:
+    library = Library.create(tmp_path / "library", fake_bundle, engine="fake")
+    rng = np.random.default_rng(0)
+    image, mask = picture(0)
+    images = [image + rng.normal(0, 3, image.shape) for _ in range(21)]
+    for exemplar in images[:-1]:
+        library.add(exemplar, {"square": mask})
+    segmenter = make(library)
+    segmenter.calibrate()
+    alike, unlike = images[-1], picture(3)[0]
+    assert segmenter.segment(alike).quality.flag == "ok"
+    quality = segmenter.segment(unlike).quality
+    assert quality.flag == "suspect"
+    assert "unlike the library" in quality.reasons["square"][0]
+
+
+def test_leaving_one_out_never_recalls_the_exemplar_itself(library: Library) -> None:
+    segmenter = make(library, structures=["square"], k=4)
+    thresholds = segmenter.calibrate()
+    dice = thresholds["square"].dice
+    assert dice is not None
+    assert dice < 0.1  # four squares in four places: the others cannot tell
+
+
+def test_more_structures_than_one_call_takes(tmp_path: Path) -> None:
+    from support.fake_bundle import make_fake_bundle
+
+    bundle = make_fake_bundle(tmp_path / "bundle", max_n=2)
+    library = Library.create(tmp_path / "library", bundle, engine="fake")
+    image, mask = picture(0)
+    names = [f"structure {i}" for i in range(5)]
+    library.add(image, dict.fromkeys(names, mask))
+    segmenter = make(library)
+    assert segmenter.workspace.group == 2
+    result = segmenter.segment(image)
+    for name in names:
+        assert_alike(result.masks[name], mask)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"k": 0}, "k must be"),
+        ({"k": -1}, "k must be"),
+        ({"k": 33}, "k must be"),
+        ({"k": 5}, "only 4 exemplars"),
+        ({"structures": ["liver"]}, "square, stain"),
+        ({"structures": []}, "empty"),
+        ({"structures": "square"}, "list of names"),
+        ({"structures": ["square", "square"]}, "distinct"),
+        ({"engine": "cuda"}, "no engine 'cuda'"),
+        ({"precision": "fp64"}, "no precision"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    library: Library, settings: dict[str, object], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        make(library, **settings)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((0, 4)),
+        np.zeros((4,)),
+        np.zeros((4, 4, 4)),
+        np.full((4, 4), np.nan),
+        np.full((4, 4), np.inf, np.float32),
+        np.zeros((4, 4), complex),
+        np.zeros((4, 4), "U1"),
+        "image.png",
+    ],
+)
+def test_wrong_images_are_refused(library: Library, image: np.ndarray) -> None:
+    with pytest.raises(InputError):
+        make(library).segment(image)
+
+
+def test_an_empty_library_cannot_segment(tmp_path: Path, fake_bundle: Bundle) -> None:
+    library = Library.create(tmp_path / "library", fake_bundle, engine="fake")
+    with pytest.raises(InputError, match="empty"):
+        make(library)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 4), (5, 2)])
+def test_a_workspace_states_its_size_in_advance(
+    fake_bundle: Bundle, n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    geometry = fake_bundle.geometry
+    workspace = Workspace(geometry, fake_bundle.memory, n=n, k=k)
+    assert workspace.nbytes == Workspace.required_bytes(geometry, n=n, k=k)
+    logits, masks = np.zeros((n, 64, 64), np.float32), np.zeros((n, 100, 200), np.bool_)
+    workspace.pixels.finish(logits, [True] * n, np.zeros((100, 200), np.uint8), masks)
+    assert workspace.nbytes == Workspace.required_bytes(geometry, n=n, k=k) + 8 * 100 * 200
+
+
+def test_native_kernels_change_no_result(
+    library: Library, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "recallseg.engines.pixels._native", kernels)
+    segmenters = []
+    for choice in ("opencv", "native"):
+        monkeypatch.setenv("RECALLSEG_PIXELS", choice)
+        segmenters.append(make(library))
+    assert [s.workspace.pixels.name for s in segmenters] == ["opencv", "native"]
+    image = np.random.default_rng(0).integers(0, 4000, (90, 51)).astype(np.uint16)
+    expected, found = (segmenter.segment(image) for segmenter in segmenters)
+    assert np.array_equal(found.label_map, expected.label_map)
+    assert [r.key for r in found.recalled["square"]] == [r.key for r in expected.recalled["square"]]
+    first, second = (segmenter.workspace for segmenter in segmenters)
+    np.testing.assert_allclose(first.embedding, second.embedding, atol=1e-6)
+    np.testing.assert_array_equal(first.recall.memories, second.recall.memories)
+
+
+def test_views_of_a_workspace_are_contiguous(fake_bundle: Bundle) -> None:
+    workspace = Workspace(fake_bundle.geometry, fake_bundle.memory, n=4, k=8)
+    for n, k in ((1, 8), (3, 2), (4, 8)):
+        recall = workspace.recall_for(n, k)
+        assert recall.memories.shape[:2] == (n, k)
+        assert all(array.flags.c_contiguous for array in vars(recall).values())
+        assert np.shares_memory(recall.memories, workspace.recall.memories)
+        assert (recall.pointer_time == np.float32(fake_bundle.memory.pointer_time)).all()
+
+
+def test_a_missed_deadline_is_an_error_and_the_next_query_works(library: Library) -> None:
+    segmenter = make(library)
+    image, mask = picture(1)
+    with pytest.raises(DeadlineError, match="not done in 0 ms"):
+        segmenter.segment(image, deadline_ms=0.0)
+    assert_alike(segmenter.segment(image, deadline_ms=60_000.0).masks["square"], mask)
+
+
+def test_waiting_for_another_call_ends_at_the_deadline(library: Library) -> None:
+    segmenter = make(library)
+    with segmenter._lock, pytest.raises(DeadlineError, match="waiting for another call"):
+        segmenter.segment(picture(0)[0], deadline_ms=5.0)
+    segmenter.segment(picture(0)[0], deadline_ms=60_000.0)
+
+
+def test_results_are_written_where_the_caller_wants_them(library: Library) -> None:
+    segmenter = make(library, structures=["square", "stain"])
+    image, _ = picture(0)
+    expected = segmenter.segment(image)
+    label_map = np.full((SIZE, 2 * SIZE), 9, np.uint8)[:, ::2]
+    planes = np.ones((2, SIZE, SIZE), np.bool_)
+    result = segmenter.segment(image, out=(label_map, planes))
+    assert result.label_map is label_map
+    np.testing.assert_array_equal(label_map, expected.label_map)
+    for plane, mask in zip(planes, expected.masks.values(), strict=True):
+        np.testing.assert_array_equal(plane, mask)
+    with pytest.raises(InputError, match="out must have shape"):
+        segmenter.segment(image, out=(np.zeros((3, 3), np.uint8), None))

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime.services.sbom import make_sbom, needed_libraries
+
+try:
+    distribution("recallseg")
+except PackageNotFoundError:
+    pytest.skip("recallseg is run from its source, not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def bill() -> str:
+    return make_sbom(("cpu",), [Path(sys.executable)])
+
+
+def test_it_follows_the_schema(bill: str) -> None:
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bill) is None
+    broken = bill.replace('"bomFormat": "CycloneDX"', '"bomFormat": "other"')
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(broken) is not None
+
+
+def test_it_lists_what_is_installed_and_nothing_else(bill: str) -> None:
+    data = json.loads(bill)
+    assert data["metadata"]["component"]["name"] == "recallseg"
+    components = {c["name"]: c for c in data["components"]}
+    for name in ("numpy", "usearch", "typer", "onnxruntime", "opencv-python-headless"):
+        assert components[name]["version"] == version(name)
+        assert components[name]["licenses"]
+    assert "torch" not in components  # belongs to another extra
+    assert components["CPython"]["version"] == "{}.{}.{}".format(*sys.version_info[:3])
+    dependencies = {d["ref"]: d.get("dependsOn", []) for d in data["dependencies"]}
+    (root,) = (ref for ref in dependencies if ref.startswith("pkg:pypi/recallseg@"))
+    assert f"pkg:pypi/numpy@{version('numpy')}" in dependencies[root]
+
+
+def test_linked_libraries_are_those_that_readelf_tells(tmp_path: Path) -> None:
+    told = subprocess.run(
+        ["readelf", "-d", sys.executable], capture_output=True, text=True, check=True
+    ).stdout
+    assert list(needed_libraries(Path(sys.executable))) == re.findall(r"NEEDED.*\[(.+)\]", told)
+    (tmp_path / "not.so").write_bytes(b"\x7fELF\x02\x01")
+    (tmp_path / "text.so").write_text("text")
+    for name in ("not.so", "text.so"):
+        with pytest.raises(InputError, match="ELF"):
+            needed_libraries(tmp_path / name)
+
+
+def test_an_unknown_extra_is_refused() -> None:
+    with pytest.raises(InputError, match="no extra 'steam'"):
+        make_sbom(("steam",))

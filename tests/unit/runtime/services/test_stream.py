@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recallseg import Bundle, Frame, Library, Segmenter, Stream
+from recallseg.engines.errors import DeadlineError, InputError
+from recallseg.runtime.services.latency import LatencyHistogram
+
+SIZE = 64
+
+
+def picture(top: int) -> tuple[np.ndarray, np.ndarray]:
+    """A bright band of 16 rows, and its mask."""
+    image, mask = np.full((SIZE, SIZE), 20, np.uint8), np.zeros((SIZE, SIZE), bool)
+    mask[top : top + 16] = True
+    image[mask] = 200
+    return image, mask
+
+
+@pytest.fixture
+def library(tmp_path: Path, fake_bundle: Bundle) -> Library:
+    made = Library.create(tmp_path / "library", fake_bundle, engine="fake")
+    for top in (0, 32):
+        image, mask = picture(top)
+        made.add(image, {"band": mask})
+    return made
+
+
+@pytest.fixture
+def segmenter(library: Library) -> Segmenter:
+    return Segmenter(library, k=1, engine="fake", memories=2)
+
+
+class Held:
+    """A callback that holds the stream until it is let go."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.begun, self.go = Event(), Event()
+
+    def __call__(self, frame: Frame) -> None:
+        self.frames.append(frame)
+        self.begun.set()
+        assert self.go.wait(10)
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    callback = Held()
+    yield callback
+    callback.go.set()
+
+
+def total(stream: Stream) -> int:
+    s = stream.statistics
+    return s.segmented + s.dropped + s.late + s.failed + s.ignored
+
+
+def test_frames_come_back_in_order_with_their_masks(segmenter: Segmenter) -> None:
+    frames: list[Frame] = []
+    with Stream(segmenter, frames.append, queue=8) as stream:
+        for top in (0, 32, 0):
+            stream.push(picture(top)[0])
+        assert stream.drain(10)
+    assert [frame.number for frame in frames] == [0, 1, 2]
+    assert all(frame.error is None and frame.latency_ms >= frame.waited_ms for frame in frames)
+    assert frames[0].result is not None
+    assert np.array_equal(frames[0].result.masks["band"], picture(0)[1])
+    assert stream.statistics.latency["count"] == stream.statistics.segmented == 3
+
+
+def test_a_slow_callback_costs_frames_and_they_are_counted(
+    segmenter: Segmenter, held: Held
+) -> None:
+    with Stream(segmenter, held, queue=2) as stream:
+        stream.push(picture(0)[0])
+        assert held.begun.wait(10)
+        for _ in range(5):
+            stream.push(picture(0)[0])
+        assert stream.statistics.dropped == 3
+        held.go.set()
+        assert stream.drain(10)
+    assert [frame.number for frame in held.frames] == [0, 4, 5]
+    assert total(stream) == stream.statistics.pushed == 6
+
+
+def test_a_frame_that_waited_too_long_is_late(segmenter: Segmenter, held: Held) -> None:
+    frames: list[Frame] = []
+
+    def callback(frame: Frame) -> None:
+        frames.append(frame)
+        if frame.number == 0:
+            held(frame)
+
+    with Stream(segmenter, callback, deadline_ms=200) as stream:
+        stream.push(picture(0)[0])
+        assert held.begun.wait(10)
+        stream.push(picture(0)[0])
+        Event().wait(0.3)
+        held.go.set()
+        assert stream.drain(10)
+    assert isinstance(frames[1].error, DeadlineError)
+    assert frames[1].waited_ms > 200
+    assert stream.statistics.late == 1
+
+
+def test_a_deadline_counts_from_the_push(segmenter: Segmenter, monkeypatch: Any) -> None:
+    left: list[float | None] = []
+    real = segmenter.segment
+
+    def spied(image: Any, *, deadline_ms: float | None, **more: Any) -> Any:
+        left.append(deadline_ms)
+        return real(image, deadline_ms=deadline_ms, **more)
+
+    monkeypatch.setattr(segmenter, "segment", spied)
+    frames: list[Frame] = []
+    with Stream(segmenter, frames.append, deadline_ms=5000) as stream:
+        stream.push(picture(0)[0])
+        assert stream.drain(10)
+    assert left[0] == pytest.approx(5000 - frames[0].waited_ms, abs=50)
+
+
+def test_pausing_ignores_frames_and_forgets_the_sequence(segmenter: Segmenter) -> None:
+    frames: list[Frame] = []
+    with Stream(segmenter, frames.append, queue=4) as stream:
+        for _ in range(2):
+            stream.push(picture(0)[0])
+            assert stream.drain(10)
+        stream.pause()
+        stream.push(picture(0)[0])
+        stream.resume()
+        stream.push(picture(0)[0])
+        assert stream.drain(10)
+    assert stream.statistics.ignored == 1
+    used = [frame.result.temporal["band"] for frame in frames if frame.result is not None]
+    assert used == [0, 1, 0]
+
+
+def test_the_ring_forgets_the_oldest(segmenter: Segmenter) -> None:
+    frames: list[Frame] = []
+    with Stream(segmenter, frames.append, queue=8) as stream:
+        for _ in range(4):
+            stream.push(picture(0)[0])
+        assert stream.drain(10)
+    assert [f.result.temporal["band"] for f in frames if f.result is not None] == [0, 1, 2, 2]
+
+
+def test_a_wrong_frame_is_reported_and_the_next_one_works(segmenter: Segmenter) -> None:
+    frames: list[Frame] = []
+    with Stream(segmenter, frames.append, queue=2) as stream:
+        stream.push(np.zeros((4, 4, 4, 4), np.uint8))
+        stream.push(picture(0)[0])
+        assert stream.drain(10)
+    assert isinstance(frames[0].error, InputError)
+    assert frames[1].error is None
+    assert stream.statistics.failed == 1
+
+
+def test_a_callback_that_raises_ends_the_stream_and_the_caller_is_told(
+    segmenter: Segmenter,
+) -> None:
+    def callback(frame: Frame) -> None:
+        raise RuntimeError("display is gone")
+
+    stream = Stream(segmenter, callback)
+    stream.push(picture(0)[0])
+    with pytest.raises(RuntimeError, match="display is gone"):
+        stream.drain(10)
+    with pytest.raises(RuntimeError, match="display is gone"):
+        stream.push(picture(0)[0])
+    with pytest.raises(RuntimeError, match="display is gone"):
+        stream.close()
+
+
+def test_closing_drops_what_waits(segmenter: Segmenter, held: Held) -> None:
+    stream = Stream(segmenter, held, queue=3)
+    for _ in range(3):
+        stream.push(picture(0)[0])
+    assert held.begun.wait(10)
+    held.go.set()
+    stream.close()
+    stream.close()
+    assert total(stream) == 3
+    with pytest.raises(InputError, match="closed"):
+        stream.push(picture(0)[0])
+
+
+def test_a_stream_may_be_closed_from_its_callback(segmenter: Segmenter) -> None:
+    done = Event()
+
+    def callback(frame: Frame) -> None:
+        stream.close()
+        done.set()
+
+    stream = Stream(segmenter, callback)
+    stream.push(picture(0)[0])
+    assert done.wait(10)
+    stream.close()
+
+
+def test_frames_are_copied_and_dlpack_is_taken(segmenter: Segmenter, held: Held) -> None:
+    class Foreign:
+        def __init__(self, array: np.ndarray) -> None:
+            self.array = array
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.array.__dlpack__()
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return self.array.__dlpack_device__()
+
+    image = picture(0)[0]
+    with Stream(segmenter, held, queue=4) as stream:
+        stream.push(image)
+        assert held.begun.wait(10)
+        stream.push(image)
+        stream.push(Foreign(image.copy()))
+        image[:] = 0
+        held.go.set()
+        assert stream.drain(10)
+    for frame in held.frames:
+        assert frame.result is not None
+        assert np.array_equal(frame.result.masks["band"], picture(0)[1])
+
+
+def test_wrong_settings_and_frames_are_refused(segmenter: Segmenter, library: Library) -> None:
+    with pytest.raises(InputError, match="queue"):
+        Stream(segmenter, print, queue=0)
+    with pytest.raises(InputError, match="deadline"):
+        Stream(segmenter, print, deadline_ms=0)
+    with Stream(segmenter, print) as stream, pytest.raises(InputError, match="__dlpack__"):
+        stream.push("frame")
+    with pytest.raises(InputError, match="memories"):
+        Segmenter(library, k=1, engine="fake").temporal_memories()
+    with pytest.raises(InputError, match="0 to"):
+        Segmenter(library, k=1, engine="fake", memories=32)
+    other = Segmenter(library, k=1, engine="fake", memories=1).temporal_memories()
+    with pytest.raises(InputError, match="its own"):
+        segmenter.segment(picture(0)[0], temporal=other)
+
+
+def test_what_is_suspect_or_absent_is_not_remembered(segmenter: Segmenter) -> None:
+    temporal = segmenter.temporal_memories()
+    segmenter.segment(np.zeros((SIZE, SIZE), np.uint8), temporal=temporal)
+    remembered = temporal.count(0)
+    result = segmenter.segment(picture(0)[0], temporal=temporal)
+    assert result.scores["band"].present
+    assert temporal.count(0) == remembered + 1
+    temporal.clear()
+    assert temporal.count(0) == 0
+
+
+def test_a_histogram_is_right_to_five_percent() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.lognormal(3, 1, 5000)
+    histogram = LatencyHistogram()
+    assert histogram.to_json()["p50"] is None
+    for value in values:
+        histogram.record(float(value))
+    for percent in (50, 90, 99):
+        assert histogram.percentile(percent) == pytest.approx(
+            np.percentile(values, percent), rel=0.06
+        )
+    histogram.record(1e9)
+    assert histogram.percentile(100) == histogram.largest == 1e9

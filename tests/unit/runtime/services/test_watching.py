@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from threading import Event
+
+import cv2
+import nibabel
+import numpy as np
+import pytest
+from support.dicom_series import write_series
+
+from recallseg import Bundle, Library, Segmenter
+from recallseg.engines.errors import InputError
+from recallseg.runtime.services.audit import AuditLog, verify_audit_log
+from recallseg.runtime.services.watching import Arrival, Watcher
+from recallseg.runtime.volumes.outputs import VolumeSettings
+
+
+@pytest.fixture
+def segmenter(tmp_path: Path, fake_bundle: Bundle) -> Segmenter:
+    library = Library.create(tmp_path / "library", fake_bundle, engine="fake")
+    library.add(picture(0), {"half": picture(0) > 100})
+    return Segmenter(library, k=1, engine="fake")
+
+
+def picture(value: int) -> np.ndarray:
+    image = np.full((64, 64), 30 + value, np.uint8)
+    image[:32] = 200
+    return image
+
+
+@pytest.fixture
+def inbox(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    (folder / "ward 7").mkdir(parents=True)
+    cv2.imwrite(str(folder / "a.png"), picture(1))
+    cv2.imwrite(str(folder / "ward 7" / "b.png"), picture(2))
+    return folder
+
+
+def watch(segmenter: Segmenter, inbox: Path, **settings: object) -> list[Arrival]:
+    with Watcher(
+        segmenter,
+        inbox,
+        inbox.parent / "out",
+        **{"settle_s": 0.0, **settings},  # type: ignore[arg-type]
+    ) as watcher:
+        return list(watcher.run(Event(), once=True, poll_s=0.01))
+
+
+def test_each_image_is_segmented_once(segmenter: Segmenter, inbox: Path, tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    arrivals = watch(segmenter, inbox, audit=log)
+    assert [arrival.path.name for arrival in arrivals] == ["a.png", "b.png"]
+    out = tmp_path / "out"
+    assert json.loads((out / "ward 7" / "b.json").read_text())["image"] == "b.png"
+    mask = cv2.imread(str(out / "a.mask.png"), cv2.IMREAD_UNCHANGED)
+    assert (mask[:30] == 1).all()
+    assert watch(segmenter, inbox, audit=log) == []
+    assert verify_audit_log(log.path).entries == 2
+
+
+def test_a_file_that_is_still_written_is_waited_for(segmenter: Segmenter, inbox: Path) -> None:
+    whole = (inbox / "a.png").read_bytes()
+    (inbox / "c.png").write_bytes(whole[:40])
+    stop = Event()
+    with Watcher(segmenter, inbox, inbox.parent / "out", settle_s=0.3) as watcher:
+        seen = []
+        for arrival in watcher.run(stop, once=True, poll_s=0.02):
+            seen.append(arrival)
+            if len(seen) == 1:
+                with (inbox / "c.png").open("ab") as file:
+                    file.write(whole[40:])
+    assert sorted(arrival.path.name for arrival in seen if arrival.record) == [
+        "a.png",
+        "b.png",
+        "c.png",
+    ]
+
+
+def test_what_cannot_be_read_is_reported_once_and_tried_again_when_it_changes(
+    segmenter: Segmenter, inbox: Path
+) -> None:
+    (inbox / "broken.png").write_bytes(b"not a picture")
+    failures = [a for a in watch(segmenter, inbox) if a.record is None]
+    assert [a.path.name for a in failures] == ["broken.png"]
+    report = inbox.parent / "out" / "broken.png.error.json"
+    assert "broken.png" in json.loads(report.read_text())["error"]
+    assert watch(segmenter, inbox) == []
+    cv2.imwrite(str(inbox / "broken.png"), picture(3))
+    assert [a.record is not None for a in watch(segmenter, inbox)] == [True]
+    assert not report.exists()
+
+
+def test_two_images_of_one_name_do_not_replace_each_other(
+    segmenter: Segmenter, inbox: Path
+) -> None:
+    cv2.imwrite(str(inbox / "a.bmp"), picture(4))
+    arrivals = {a.path.name: a for a in watch(segmenter, inbox)}
+    assert sum(a.record is not None for a in arrivals.values()) == 2
+    failed = next(a for a in arrivals.values() if a.record is None)
+    assert "Rename one" in str(failed.error)
+
+
+def test_results_hidden_files_and_masks_are_passed_over(segmenter: Segmenter, inbox: Path) -> None:
+    for name in (".hidden.png", "a.mask.png", "notes.txt"):
+        (inbox / name).write_bytes(b"x")
+    assert len(watch(segmenter, inbox)) == 2
+
+
+def test_wrong_folders_are_refused(segmenter: Segmenter, inbox: Path) -> None:
+    with pytest.raises(InputError, match="not a folder"):
+        Watcher(segmenter, inbox / "none", inbox.parent / "out")
+    with pytest.raises(InputError, match="apart"):
+        Watcher(segmenter, inbox, inbox / "out")
+    with pytest.raises(InputError, match="settle"):
+        Watcher(segmenter, inbox, inbox.parent / "out", settle_s=-1)
+    with (
+        Watcher(segmenter, inbox, inbox.parent / "out"),
+        pytest.raises(InputError, match="another process"),
+    ):
+        Watcher(segmenter, inbox, inbox.parent / "out")
+
+
+def test_a_stopped_watch_ends(segmenter: Segmenter, inbox: Path) -> None:
+    stop = Event()
+    with Watcher(segmenter, inbox, inbox.parent / "out", settle_s=0.0) as watcher:
+        for _ in watcher.run(stop, poll_s=0.01):
+            stop.set()
+    assert len(list((inbox.parent / "out").rglob("*.mask.png"))) == 1
+
+
+def send(folder: Path, count: int, **attributes: object) -> list[Path]:
+    """A series as a receiver stores it: files without a suffix, beside whatever else there is."""
+    array = np.stack([picture(i).astype(np.uint16) for i in range(count)])
+    made = write_series(folder.parent / "made", array, **attributes)
+    folder.mkdir(exist_ok=True)
+    return [
+        path.rename(folder / f"{attributes.get('SeriesNumber', 1)}.{path.stem}") for path in made
+    ]
+
+
+def test_a_series_is_one_item(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    send(inbox, 3, SeriesNumber=4)
+    send(inbox, 2, SeriesNumber=5)
+    log = AuditLog(tmp_path / "audit.jsonl")
+    arrivals = watch(segmenter, inbox, audit=log)
+    assert [a.name[:5] for a in arrivals] == ["MR-4-", "MR-5-"]
+    assert [a.record["files"] for a in arrivals if a.record] == [3, 2]
+    assert len(list((tmp_path / "out").glob("MR-*.seg.dcm"))) == 2
+    assert watch(segmenter, inbox, audit=log) == []
+    assert verify_audit_log(log.path).entries == 2
+
+
+def test_slices_that_come_late_make_the_series_anew(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    held = [path.rename(tmp_path / path.name) for path in send(inbox, 4)[2:]]
+    assert [a.record["files"] for a in watch(segmenter, inbox) if a.record] == [2]
+    for path in held:
+        path.rename(inbox / path.name)
+    assert [a.record["shape"][0] for a in watch(segmenter, inbox) if a.record] == [4]
+    assert watch(segmenter, inbox) == []
+    held[0] = (inbox / held[0].name).rename(held[0])  # a cleaner takes files away: nothing to do
+    assert watch(segmenter, inbox) == []
+
+
+def test_a_broken_slice_is_reported_for_its_series(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    whole = send(inbox, 3)[1].read_bytes()
+    slice_1 = sorted(inbox.iterdir())[1]
+    slice_1.write_bytes(whole[:-50])
+    (inbox / "torn.dcm").write_bytes(b"half a head")
+    failed = watch(segmenter, inbox)
+    assert {a.record for a in failed} == {None}
+    assert watch(segmenter, inbox) == []
+    slice_1.write_bytes(whole)
+    assert [a.record["files"] for a in watch(segmenter, inbox) if a.record] == [3]
+    assert [p.name for p in (tmp_path / "out").glob("*.error.json")] == ["torn.dcm.error.json"]
+
+
+def test_volumes_and_segmentations(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    volume = np.stack([picture(i) for i in range(3)], axis=-1)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([1, 1, 3, 1.0])), inbox / "scan.nii.gz")
+    settings = VolumeSettings(largest=True, preview=True)
+    (arrival,) = watch(segmenter, inbox, volumes=settings)
+    assert arrival.record is not None
+    assert arrival.record["mask"] == "scan.mask.nii.gz"
+    assert "half" in arrival.record["cleaned"]
+    assert (tmp_path / "out" / "scan.preview.html").is_file()
+    (tmp_path / "out" / "scan.mask.nii.gz").rename(inbox / "scan.mask.nii.gz")
+    assert watch(segmenter, inbox) == []
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_no_header_leads_out_of_the_output(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    send(inbox, 2, Modality="../../OUT")
+    assert [a.record is not None for a in watch(segmenter, inbox)] == [True]
+    written = {path.resolve() for path in tmp_path.rglob("*.seg.dcm")}
+    assert len(written) == 1
+    assert all(path.is_relative_to((tmp_path / "out").resolve()) for path in written)
+    assert not list(tmp_path.parent.glob("OUT*"))

@@ -177,7 +177,7 @@ def soak(
     from recallseg.engines.bundle import Bundle
     from recallseg.engines.onnxruntime_cpu import usable_cores
     from recallseg.runtime.library import Library
-    from recallseg.runtime.library.reading import CATALOG
+    from recallseg.runtime.library.store import CATALOG
 
     used = threads or usable_cores()
     choice = RuntimeChoice(engine, precision, used)

@@ -28,8 +28,8 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.index import EXACT_LIMIT, graph_settings
-from recallseg.runtime.library.reading import CATALOG, INDEX
 from recallseg.runtime.library.retrieval import Retrieval
+from recallseg.runtime.library.store import CATALOG, INDEX
 from recallseg.runtime.reports.machine import describe_machine, package_versions
 
 __all__ = ["run_retrieval"]

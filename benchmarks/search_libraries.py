@@ -31,10 +31,10 @@ from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.encoding import MemoryLayout
 from recallseg.runtime.library.index import graph_settings
-from recallseg.runtime.library.reading import CATALOG, INDEX
 from recallseg.runtime.library.records import NewExemplar, Settings
 from recallseg.runtime.library.retrieval import Retrieval
 from recallseg.runtime.library.shards import Place
+from recallseg.runtime.library.store import CATALOG, INDEX
 from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["STRUCTURE", "SearchLibrary", "Step", "nearest", "prepare"]

@@ -10,9 +10,57 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import BundleError, LibraryMismatchError
 from recallseg.runtime.library.encoding import ExemplarEncoder, MemoryLayout
 from recallseg.runtime.library.records import Settings
+from recallseg.runtime.library.store import Store
 from recallseg.runtime.model.preprocess import Intensity
 
-__all__ = ["accept_bundle", "bundle_settings", "encoder_maker", "find_bundle", "open_bundle"]
+__all__ = ["Binding", "accept_bundle", "bundle_settings", "encoder_maker", "open_bundle"]
+
+EncoderMaker = Callable[[Bundle, Intensity], ExemplarEncoder]
+
+
+class Binding:
+    """The bundle that a library belongs to and its encoder, each opened when first needed.
+
+    Parameters
+    ----------
+    store : the library.
+    bundle : None for the one that made the library, to be looked for.
+    encoder : used instead of the bundle's own.
+    make : makes a bundle's own encoder.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        bundle: Bundle | None,
+        encoder: ExemplarEncoder | None,
+        make: EncoderMaker,
+    ) -> None:
+        self._store = store
+        self._bundle = bundle
+        self._encoder = encoder
+        self._make = make
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle; raises BundleError or LibraryMismatchError if it is gone."""
+        if self._bundle is None:
+            self._bundle = _find_bundle(self._store.settings, self._store.path)
+        return self._bundle
+
+    def encoder(self) -> ExemplarEncoder:
+        """Return the encoder, made if it has to be; call with the store's lock held."""
+        if self._encoder is None:
+            self._encoder = self.make_encoder(self.bundle)
+        return self._encoder
+
+    def make_encoder(self, bundle: Bundle) -> ExemplarEncoder:
+        """Return ``bundle``'s own encoder for the library's intensity rule."""
+        return self._make(bundle, Intensity.from_json(self._store.settings.intensity))
+
+    def change(self, bundle: Bundle, encoder: ExemplarEncoder) -> None:
+        """Belong to another bundle, for which the library has been encoded anew."""
+        self._bundle, self._encoder = bundle, encoder
 
 
 def open_bundle(bundle: Bundle | str | Path) -> Bundle:
@@ -31,9 +79,7 @@ def bundle_settings(bundle: Bundle, memory_format: str) -> dict[str, Any]:
     }
 
 
-def encoder_maker(
-    engine: str, precision: str, threads: int | None
-) -> Callable[[Bundle, Intensity], ExemplarEncoder]:
+def encoder_maker(engine: str, precision: str, threads: int | None) -> EncoderMaker:
     """Return what makes a bundle's own encoder when it is first needed."""
 
     def make(bundle: Bundle, intensity: Intensity) -> ExemplarEncoder:
@@ -45,7 +91,7 @@ def encoder_maker(
     return make
 
 
-def find_bundle(settings: Settings, library: Path) -> Bundle:
+def _find_bundle(settings: Settings, library: Path) -> Bundle:
     """Open the bundle that made the library, at its old place or else by its name."""
     try:
         bundle = Bundle.open(settings.bundle_path)

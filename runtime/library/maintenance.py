@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import LibraryError
+from recallseg.runtime.library.binding import Binding, bundle_settings, open_bundle
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
 from recallseg.runtime.library.exemplar import LibraryReport
 from recallseg.runtime.library.records import Settings
-from recallseg.runtime.library.retrieval import Retrieval
 from recallseg.runtime.library.shards import (
     Place,
     ShardReader,
@@ -22,8 +23,9 @@ from recallseg.runtime.library.shards import (
 )
 from recallseg.runtime.library.sources import SourceStore
 from recallseg.runtime.library.storage import sync_directory, writing
+from recallseg.runtime.library.store import Store
 
-__all__ = ["append", "compact", "encode_all", "reclaim", "verify"]
+__all__ = ["append", "compact", "rebuild", "rebuild_index", "reclaim", "verify"]
 
 _PAGE = 256
 
@@ -44,24 +46,35 @@ def append(
     return written
 
 
-def reclaim(catalog: Catalog, sources: SourceStore, memories: Path) -> None:
+def reclaim(store: Store) -> None:
     """Delete what a writer that died left behind: files that the catalog does not name."""
+    catalog, memories = store.catalog, store.memories
     with writing(memories):
         if memories.is_dir():
             named = {shard_file(memories, shard).name for shard in catalog.shards()}
             for path in memories.iterdir():
                 if path.name not in named:
                     path.unlink()
-        sources.remove(catalog.next_number())
+        store.sources.remove(catalog.next_number())
         removed = catalog.last_removed()
         if removed is not None:
-            sources.remove(removed)
+            store.sources.remove(removed)
 
 
-def compact(
+def compact(store: Store) -> int:
+    """Copy the memories in use to new shards and delete the others; return the bytes freed."""
+    store.check_writable("compact")
+    with store.lock:
+        freed = _compact(
+            store.catalog, store.reader, store.writer, store.memories, store.state.generation
+        )
+        store.see_own()
+        return freed
+
+
+def _compact(
     catalog: Catalog, reader: ShardReader, writer: ShardWriter, memories: Path, generation: int
 ) -> int:
-    """Copy the memories in use to new shards and delete the others; return the bytes freed."""
     before = _shard_bytes(memories)
     moves: list[tuple[Place, Place]] = []
     after, target = 0, None
@@ -95,7 +108,49 @@ def compact(
     return before - _shard_bytes(memories)
 
 
-def encode_all(
+def rebuild(
+    store: Store,
+    binding: Binding,
+    bundle: Bundle | str | Path | None,
+    encoder: ExemplarEncoder | None,
+    progress: Progress | None,
+) -> None:
+    """Encode every exemplar anew for a bundle, None for the one that it belongs to."""
+    store.check_writable("rebuild")
+    if not store.settings.keep_sources:
+        raise LibraryError(
+            f"the library {store.path} did not keep its images, so they cannot be encoded "
+            "anew. Make a new library and add them."
+        )
+    target = binding.bundle if bundle is None else open_bundle(bundle)
+    with store.lock:
+        settings = Settings(
+            **bundle_settings(target, store.settings.layout.format),
+            intensity=store.settings.intensity,
+            keep_sources=True,
+            shard_bytes=store.settings.shard_bytes,
+        )
+        if encoder is None and bundle is not None:
+            encoder = binding.make_encoder(target)
+        encoder = encoder or binding.encoder()
+        writer = ShardWriter(store.memories, settings.layout, settings.shard_bytes)
+        _encode_all(
+            store.catalog, store.sources, writer, settings, encoder, progress or _no_progress
+        )
+        binding.change(target, encoder)
+        store.load()
+        reclaim(store)
+        store.retrieval.rebuild()
+
+
+def rebuild_index(store: Store) -> None:
+    """Build the search indexes anew."""
+    store.check_writable("rebuild the index")
+    with store.lock:
+        store.retrieval.rebuild()
+
+
+def _encode_all(
     catalog: Catalog,
     sources: SourceStore,
     writer: ShardWriter,
@@ -125,15 +180,15 @@ def encode_all(
     catalog.switch(generation, settings)
 
 
-def verify(
-    catalog: Catalog,
-    sources: SourceStore,
-    reader: ShardReader,
-    retrieval: Retrieval,
-    settings: Settings,
-    progress: Progress,
-) -> LibraryReport:
+def verify(store: Store, progress: Progress | None) -> LibraryReport:
     """Compare everything with its digest. Changes nothing."""
+    store.refresh()
+    with store.lock:
+        return _verify(store, progress or _no_progress)
+
+
+def _verify(store: Store, progress: Progress) -> LibraryReport:
+    catalog, sources, reader = store.catalog, store.sources, store.reader
     problems = [
         f"catalog: {row[0]}"
         for row in catalog.database.execute("PRAGMA integrity_check")
@@ -143,7 +198,7 @@ def verify(
     memories, kept, seen, total, after = 0, 0, 0, 0, 0
     while page := catalog.exemplars(after, _PAGE):
         keys = {number: exemplar.key for number, exemplar in page}
-        problems += catalog.check_rows(page, settings.embedding_dim)
+        problems += catalog.check_rows(page, store.settings.embedding_dim)
         for number, name, place, digest in catalog.memories(after, _PAGE):
             if number not in keys:
                 continue
@@ -173,7 +228,7 @@ def verify(
         problems.append(
             f"catalog: {seen} exemplars found, whose digests do not add up to the library's"
         )
-    indexes, found = retrieval.check()
+    indexes, found = store.retrieval.check()
     return LibraryReport(seen, memories, kept, indexes, tuple(problems + found))
 
 
@@ -195,3 +250,7 @@ def _begin_generation(catalog: Catalog, settings: Settings) -> int:
 
 def _shard_bytes(memories: Path) -> int:
     return sum(path.stat().st_size for path in memories.glob("*.shard"))
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Tell nobody."""

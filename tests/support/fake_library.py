@@ -73,8 +73,8 @@ def draw(
 
 
 def create(path: Path, **options: object) -> Library:
-    """Make a library with the encoder above."""
-    return Library.create(path, StubBundle(), encoder=HashEncoder(), **options)  # type: ignore[arg-type]
+    """Make a library, with the encoder above unless told otherwise."""
+    return Library.create(path, StubBundle(), **{"encoder": HashEncoder(), **options})  # type: ignore[arg-type]
 
 
 def add(library: Library, number: int, **options: object) -> str:

@@ -315,12 +315,12 @@ def test_bad_recall(library: Library) -> None:
         (lambda e: replace(e, pointers={"nucleus": np.zeros(3, np.float32)}), r"shape \(16,\)"),
     ],
 )
-def test_an_encoder_that_is_wrong_is_noticed(library: Library, wrong, message) -> None:  # type: ignore[no-untyped-def]
+def test_an_encoder_that_is_wrong_is_noticed(tmp_path: Path, wrong, message) -> None:  # type: ignore[no-untyped-def]
     class Wrong(HashEncoder):
         def encode(self, image, masks) -> Encoded:  # type: ignore[no-untyped-def]
             return wrong(super().encode(image, masks))  # type: ignore[no-any-return]
 
-    library._encoder = Wrong()
+    library = create(tmp_path / "library", encoder=Wrong())
     with pytest.raises(EngineRunError, match=message):
         add(library, 1)
     assert len(library) == 0

@@ -28,10 +28,10 @@ from recallseg.engines.errors import (
     EngineRunError,
     InputError,
 )
+from recallseg.runtime.model import device as device_query
 from recallseg.runtime.model.device import DeviceQuery
 from recallseg.runtime.model.memory_cache import MemoryCache
 from recallseg.runtime.model.query import GpuOptions
-from recallseg.runtime.model import device as device_query
 
 NAMES = ("recallseg_spans", "recallseg_prepare", "recallseg_finish", "recallseg_gather_half")
 STRUCTURES = ("disc", "core")

@@ -1,0 +1,464 @@
+"""The library as its users see it; the work lies in the modules that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.errors import InputError
+from recallseg.engines.pixels import open_pixels
+from recallseg.runtime.checks import check_image
+from recallseg.runtime.library import calibrations, changing, maintenance, recalling
+from recallseg.runtime.library.binding import (
+    Binding,
+    accept_bundle,
+    bundle_settings,
+    encoder_maker,
+    open_bundle,
+)
+from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder
+from recallseg.runtime.library.exemplar import Exemplar, LibraryReport, Match
+from recallseg.runtime.library.queries import unknown_key
+from recallseg.runtime.library.records import Settings
+from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
+from recallseg.runtime.library.store import Store
+from recallseg.runtime.model.preprocess import Intensity
+
+__all__ = ["Library"]
+
+_PAGE = 256
+
+Progress = Callable[[int, int], None]
+
+
+class Library:
+    """An open library. Make one with :meth:`create` or :meth:`open`; close it, or use ``with``.
+
+    Any number of processes may read while one writes. Every method sees what others have committed.
+    One object may be shared between threads.
+    """
+
+    def __init__(self, store: Store, binding: Binding) -> None:
+        self._store = store
+        self._binding = binding
+        self._pixels = open_pixels()
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        bundle: Bundle | str | Path,
+        *,
+        intensity: Intensity | None = None,
+        keep_sources: bool = True,
+        memory_format: str = "fp16",
+        encoder: ExemplarEncoder | None = None,
+        engine: str = "onnxruntime-cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> Library:
+        """Make an empty library in a new or empty folder, open for writing.
+
+        Parameters
+        ----------
+        path : folder.
+        bundle : whose encoders this library belongs to.
+        intensity : rule from pixel values to 0..1, for exemplars and queries alike.
+        keep_sources : store images and masks too; without them it cannot be rebuilt or calibrated.
+        memory_format : ``fp16``, or ``int8`` with a scale per token: about half the bytes, rounded
+            to 1/127 of the token's largest number.
+        encoder : used instead of the bundle's own.
+        engine, precision, threads : of the bundle's own encoder, which is loaded when first needed.
+        shard_bytes : about how large a file of memories gets.
+
+        Raises
+        ------
+        InputError
+            If there is no such ``memory_format``.
+        LibraryError
+            If the folder holds something already.
+        LibraryWriteError, LibraryLockedError, BundleError
+        """
+        if memory_format not in MEMORY_FORMATS:
+            raise InputError(
+                f"memory_format must be one of {', '.join(MEMORY_FORMATS)}, got {memory_format!r}."
+            )
+        opened = open_bundle(bundle)
+        settings = Settings(
+            **bundle_settings(opened, memory_format),
+            intensity=(intensity or Intensity()).to_json(),
+            keep_sources=keep_sources,
+            shard_bytes=shard_bytes,
+        )
+        store = Store.create(Path(path), settings)
+        maker = encoder_maker(engine, precision, threads)
+        return cls(store, Binding(store, opened, encoder, maker))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        bundle: Bundle | str | Path | None = None,
+        *,
+        mode: Literal["read", "write"] = "read",
+        encoder: ExemplarEncoder | None = None,
+        engine: str = "onnxruntime-cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+    ) -> Library:
+        """Open a library.
+
+        Parameters
+        ----------
+        path : folder.
+        bundle : None for the one it was made with, which is looked for when it is first needed, at
+            its old place and then by its name.
+        mode : ``write`` to add, remove, rebuild or calibrate; one process at a time.
+        encoder, engine, precision, threads : as for :meth:`create`.
+
+        Raises
+        ------
+        LibraryNotFoundError, LibraryVersionError, LibraryCorruptError
+            If there is none, a newer RecallSeg wrote it, or it is damaged.
+        LibraryMismatchError
+            If it was made with another bundle.
+        LibraryLockedError, LibraryWriteError
+            If another process is writing, or the folder cannot be written; with ``write`` only.
+        """
+        store = Store.open(Path(path), mode)
+        try:
+            opened = None
+            if bundle is not None:
+                opened = accept_bundle(open_bundle(bundle), store.settings, store.path)
+            if store.writable:
+                maintenance.reclaim(store)
+        except BaseException:
+            store.abandon()
+            raise
+        maker = encoder_maker(engine, precision, threads)
+        return cls(store, Binding(store, opened, encoder, maker))
+
+    # Life
+
+    def close(self) -> None:
+        """Save worn search indexes, close the files, let others write. Harmless if repeated."""
+        self._store.close()
+
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"Library({str(self.path)!r}, {self._store.state.exemplars} exemplars of "
+            f"{', '.join(self._store.structures) or 'nothing'}, digest {self.digest[:12]})"
+        )
+
+    # What it is
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self._store.path
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle it belongs to; raises BundleError or LibraryMismatchError if it is gone."""
+        return self._binding.bundle
+
+    @property
+    def bundle_identity(self) -> str:
+        """Identity of the bundle that it belongs to, known without opening that."""
+        return self._store.settings.identity
+
+    @property
+    def intensity(self) -> Intensity:
+        """The rule from pixel values to 0..1 for exemplars and queries."""
+        return Intensity.from_json(self._store.settings.intensity)
+
+    @property
+    def keeps_sources(self) -> bool:
+        """Whether images and masks are stored."""
+        return self._store.settings.keep_sources
+
+    @property
+    def memory_format(self) -> str:
+        """How memories are stored: ``fp16``, or ``int8`` with a scale per token."""
+        return self._store.settings.layout.format
+
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        return self._store.writable
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """Structures that at least one exemplar shows, in order of first addition."""
+        self.refresh()
+        return tuple(row.name for row in self._store.structures.values() if row.present)
+
+    @property
+    def digest(self) -> str:
+        """Digest over exemplars and intensity rule, as of the last call: hex.
+
+        Equal for equal annotations under equal keys and tags, in whatever order they were added.
+        """
+        return self._store.digest
+
+    def count(self, structure: str, *, absent: bool = False) -> int:
+        """Return how many exemplars show a structure, or say that it is absent."""
+        self.refresh()
+        row = self._store.structures.get(structure)
+        return 0 if row is None else row.absent if absent else row.present
+
+    def __len__(self) -> int:
+        self.refresh()
+        return self._store.state.exemplars
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._store.catalog.number(key) is not None
+
+    def __iter__(self) -> Iterator[Exemplar]:
+        """Yield exemplars in order of addition; changes made meanwhile may be seen or not."""
+        catalog, after = self._store.catalog, 0
+        while True:
+            with catalog.database.snapshot():
+                page = catalog.exemplars(after, _PAGE)
+            if not page:
+                return
+            yield from (exemplar for _, exemplar in page)
+            after = page[-1][0]
+
+    def get(self, key: str) -> Exemplar:
+        """Return one exemplar; raises InputError if there is no such key."""
+        exemplar = self._store.catalog.exemplar(key)
+        if exemplar is None:
+            raise unknown_key(key)
+        return exemplar
+
+    def source(self, key: str) -> tuple[NDArray[Any], dict[str, NDArray[np.bool_]]]:
+        """Return image and masks as they were added.
+
+        Raises
+        ------
+        InputError
+            If there is no such key, or sources were not kept.
+        LibraryCorruptError
+            If the stored file is missing or damaged.
+        """
+        store = self._store
+        number = store.number(key)
+        digest = store.catalog.source_digest(number)
+        if digest is None:
+            raise InputError(f"the library {self.path} did not keep the image of exemplar '{key}'.")
+        return store.sources.read(number, digest, key)
+
+    def embeddings(
+        self, structure: str, *, absent: bool = False
+    ) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+        """Return keys and embeddings (N x D, unit length) of the exemplars that show a structure.
+
+        ``absent`` asks for those instead that say it is absent.
+        """
+        self.refresh()
+        row, catalog = self._store.structure(structure), self._store.catalog
+        with catalog.database.snapshot():
+            numbers, vectors = catalog.embeddings(row.id, not absent)
+            return tuple(catalog.keys(numbers.tolist())), vectors
+
+    # Recall
+
+    def refresh(self) -> bool:
+        """See what other processes have committed; return whether there was anything.
+
+        Every method does so by itself. Costs some ten microseconds when there is nothing new.
+
+        Raises
+        ------
+        LibraryMismatchError
+            If it has been rebuilt for another bundle since it was opened.
+        """
+        return self._store.refresh()
+
+    def search(
+        self,
+        embedding: NDArray[np.float32],
+        structure: str,
+        k: int,
+        *,
+        tags: Mapping[str, str] | None = None,
+    ) -> list[Match]:
+        """Return the k nearest exemplars that show a structure, nearest first.
+
+        Between them stand, with ``absent`` set, exemplars that say the structure is absent and are
+        nearer than the last of the k (at most k of these).
+
+        Parameters
+        ----------
+        embedding : D float, of any length but 0.
+        structure : as it was named when added.
+        k : 1 to :meth:`count` of the structure.
+        tags : only exemplars that have all of these.
+
+        Raises
+        ------
+        InputError
+            For an unknown structure, a k that is 0 or more than there is, or an unusable embedding.
+        """
+        return recalling.search(self._store, embedding, structure, k, tags)
+
+    def gather(
+        self,
+        keys: Sequence[str],
+        structure: str,
+        memories_out: NDArray[Any],
+        pointers_out: NDArray[np.float32],
+    ) -> None:
+        """Copy memories of exemplars, from memory-mapped files, into the caller's buffers.
+
+        Parameters
+        ----------
+        keys : k exemplars that show ``structure``, as :meth:`search` names them.
+        memories_out : k x T x memory_dim, float32 or float16, C-contiguous.
+        pointers_out : k x C float32.
+
+        Raises
+        ------
+        InputError
+            For a key or structure without a memory, or buffers of another shape or dtype.
+        LibraryCorruptError
+            If a shard is missing or cut off.
+        """
+        recalling.gather(self._store, self._pixels, keys, structure, memories_out, pointers_out)
+
+    # Change
+
+    def add(
+        self,
+        image: NDArray[Any],
+        masks: Mapping[str, NDArray[Any]],
+        *,
+        absent: tuple[str, ...] = (),
+        tags: Mapping[str, str] | None = None,
+        key: str | None = None,
+    ) -> str:
+        """Add an annotated image and return its key. It is stored in full or not at all.
+
+        Parameters
+        ----------
+        image : HxW grey or HxWx3 RGB, integer or floating.
+        masks : structure -> mask HxW, boolean or of 0 and 1, not empty.
+        absent : structures that the image is known not to show.
+        tags : e.g. ``{"modality": "MR"}``, for filtered search.
+        key : name of the exemplar; by default the first 32 hex digits of the content's SHA-256, so
+            that adding the same image and masks again is noticed.
+
+        Raises
+        ------
+        InputError
+            For unusable images, masks, names or tags, or a key that is there already.
+        LibraryWriteError
+            If the library is open for reading only, or the disk is full; nothing stored is lost.
+        EngineRunError
+            If the encoder fails or gives wrong tensors.
+        """
+        encoder = self._binding.encoder
+        return changing.add(self._store, encoder, image, masks, absent, tags, key)
+
+    def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the embedding (D, unit length) that an image would be stored with.
+
+        Raises
+        ------
+        InputError
+            For an unusable image.
+        EngineRunError
+            If the encoder fails.
+        """
+        with self._store.lock:
+            return self._binding.encoder().embed(check_image(image))
+
+    def remove(self, key: str) -> None:
+        """Remove an exemplar; the space of its memories is freed by :meth:`compact`.
+
+        Raises
+        ------
+        InputError
+            If there is no such key.
+        LibraryWriteError
+            If the library is open for reading only or cannot be written.
+        """
+        changing.remove(self._store, key)
+
+    def compact(self) -> int:
+        """Write the memories in use to new shards, delete the old ones, return the bytes freed."""
+        return maintenance.compact(self._store)
+
+    def rebuild(
+        self,
+        bundle: Bundle | str | Path | None = None,
+        *,
+        encoder: ExemplarEncoder | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Encode every exemplar anew from its source, for another bundle or the same.
+
+        Until the one commit at the end the library is what it was. When interrupted, the next call
+        for the same bundle goes on where this one was. Other processes must open it again.
+
+        Parameters
+        ----------
+        bundle : what it shall belong to; None for its own.
+        encoder : used instead of the bundle's own.
+        progress : told how many exemplars are done, of how many.
+
+        Raises
+        ------
+        LibraryError
+            If sources were not kept.
+        LibraryCorruptError
+            If a source is damaged; remove that exemplar to go on.
+        LibraryWriteError, EngineRunError
+        """
+        maintenance.rebuild(self._store, self._binding, bundle, encoder, progress)
+
+    def rebuild_index(self) -> None:
+        """Build the search indexes anew."""
+        maintenance.rebuild_index(self._store)
+
+    def verify(self, progress: Progress | None = None) -> LibraryReport:
+        """Compare everything stored with its digest, and report what is wrong. Reads every byte."""
+        return maintenance.verify(self._store, progress)
+
+    # Calibration
+
+    def store_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """Store what was learnt from the exemplars as they are now (JSON values).
+
+        Raises
+        ------
+        InputError
+            If it is not JSON.
+        LibraryWriteError
+            If the library is open for reading only or cannot be written.
+        """
+        calibrations.write_calibration(self._store, calibration)
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The stored calibration, or None if there is none for the exemplars as they are now."""
+        return calibrations.read_calibration(self._store)

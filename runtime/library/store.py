@@ -1,0 +1,207 @@
+"""An open library's files, and the state of them that this process has seen."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Literal
+
+from recallseg.engines.digest import digest_json
+from recallseg.engines.errors import (
+    InputError,
+    LibraryError,
+    LibraryMismatchError,
+    LibraryNotFoundError,
+    LibraryWriteError,
+)
+from recallseg.runtime.library.catalog import Catalog
+from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.queries import unknown_key
+from recallseg.runtime.library.records import Settings, StructureRow
+from recallseg.runtime.library.retrieval import Retrieval
+from recallseg.runtime.library.shards import Place, ShardReader, ShardWriter
+from recallseg.runtime.library.sources import SourceStore
+from recallseg.runtime.library.storage import WriterLock, writing
+
+__all__ = ["CATALOG", "INDEX", "LOCK", "MEMORIES", "SOURCES", "Store"]
+
+CATALOG, LOCK, MEMORIES, SOURCES, INDEX = (
+    "library.sqlite",
+    "writer.lock",
+    "memories",
+    "sources",
+    "index",
+)
+
+
+class Store:
+    """Everything of a library that is on the disk; what works on it takes ``lock`` meanwhile.
+
+    Attributes
+    ----------
+    path : the library's folder.
+    catalog, sources, reader, writer, retrieval : its files.
+    settings, state, structures : what the catalog said when it was last looked at.
+    places : structure -> key -> place of the memory, as far as they have been asked for.
+    lock : held by one thread at a time; may be taken again by the same.
+    """
+
+    def __init__(self, path: Path, catalog: Catalog, writer_lock: WriterLock | None) -> None:
+        self.path = path
+        self.catalog = catalog
+        self.lock = threading.RLock()
+        self.sources = SourceStore(path / SOURCES)
+        self._writer_lock = writer_lock
+        self.load()
+
+    @classmethod
+    def create(cls, folder: Path, settings: Settings) -> Store:
+        """Make an empty library in a new or empty folder, open for writing."""
+        with writing(folder):
+            if folder.exists() and not folder.is_dir():
+                raise LibraryError(f"{folder} is a file; a library needs a folder of its own.")
+            folder.mkdir(parents=True, exist_ok=True)
+            # An interrupted creation leaves an empty catalog, its journal and the lock.
+            left = {item.name for item in folder.iterdir()} - {LOCK, CATALOG, CATALOG + "-journal"}
+        if left:
+            raise LibraryError(
+                f"{folder} is not empty: it holds '{sorted(left)[0]}'. Open the library there, or "
+                "choose another folder."
+            )
+        lock = WriterLock(folder / LOCK)
+        try:
+            _refuse_second(folder)
+            return cls(folder, Catalog.create(folder / CATALOG, settings), lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def open(cls, folder: Path, mode: Literal["read", "write"]) -> Store:
+        """Open a library's folder."""
+        if mode not in ("read", "write"):
+            raise InputError(f"mode must be 'read' or 'write', got {mode!r}.")
+        database = Database.open(folder / CATALOG, writable=mode == "write")
+        lock = None
+        try:
+            lock = WriterLock(folder / LOCK) if mode == "write" else None
+            return cls(folder, Catalog(database), lock)
+        except BaseException:
+            database.close()
+            if lock is not None:
+                lock.release()
+            raise
+
+    def load(self) -> None:
+        """Read everything as it is now; after opening, and when it was encoded anew."""
+        self.settings = self.catalog.settings()
+        self.state = self.catalog.state()
+        self._version = self.catalog.version()
+        self.structures = {row.name: row for row in self.catalog.structures()}
+        self.places: dict[str, dict[str, Place]] = {}
+        self.reader = ShardReader(self.memories, self.settings.layout)
+        self.writer = ShardWriter(self.memories, self.settings.layout, self.settings.shard_bytes)
+        self.retrieval = Retrieval(self.catalog, self.path / INDEX, self.settings.embedding_dim)
+
+    def close(self) -> None:
+        """Save worn search indexes, close the files, let others write. Harmless if repeated."""
+        with self.lock:
+            try:
+                if self.writable and self.catalog.database.is_open:
+                    self.retrieval.save_worn()
+            finally:
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files and let others write, whatever is unsaved."""
+        self.catalog.database.close()
+        if self._writer_lock is not None:
+            self._writer_lock.release()
+
+    @property
+    def memories(self) -> Path:
+        """The folder of the shards."""
+        return self.path / MEMORIES
+
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        return self._writer_lock is not None
+
+    @property
+    def digest(self) -> str:
+        """Digest over exemplars and intensity rule, in the state seen: hex."""
+        return digest_json(
+            [dict(self.settings.intensity), self.state.exemplars, f"{self.state.digest_sum:x}"]
+        )
+
+    def refresh(self) -> bool:
+        """See what other processes have committed; return whether there was anything."""
+        with self.lock:
+            version = self.catalog.version()
+            if version == self._version:
+                return False
+            with self.catalog.database.snapshot():
+                return self._see(version)
+
+    def see_newest(self) -> None:
+        """See the newest state; call within a snapshot, whose state it is."""
+        self._see(self.catalog.version())
+
+    def see_own(self) -> None:
+        """Take in what this object itself has just committed."""
+        with self.catalog.database.snapshot():
+            self._see(self._version)
+
+    def _see(self, version: int) -> bool:
+        """Read the state that belongs to ``version``; call within a snapshot."""
+        state = self.catalog.state()
+        self._version = version
+        if state == self.state:
+            return False
+        settings = self.catalog.settings()
+        if settings.identity != self.settings.identity:
+            raise LibraryMismatchError(
+                f"the library {self.path} has been rebuilt for bundle '{settings.bundle_name}' "
+                "since it was opened. Open it again."
+            )
+        self.places.clear()
+        self.structures = {row.name: row for row in self.catalog.structures()}
+        self.retrieval.refresh(state)
+        self.state = state
+        return True
+
+    def structure(self, name: str) -> StructureRow:
+        """Return a structure's row; raises InputError if no exemplar names it."""
+        row = self.structures.get(name)
+        if row is None:
+            known = ", ".join(self.structures) or "none yet"
+            raise InputError(f"no exemplar is annotated for '{name}'; the library knows: {known}.")
+        return row
+
+    def number(self, key: str) -> int:
+        """Return an exemplar's number; raises InputError if there is no such key."""
+        number = self.catalog.number(key)
+        if number is None:
+            raise unknown_key(key)
+        return number
+
+    def check_writable(self, what: str) -> None:
+        """Raise LibraryWriteError if it was opened for reading."""
+        if not self.writable:
+            raise LibraryWriteError(
+                f"cannot {what}: the library {self.path} is open for reading. Open it with "
+                "mode='write'."
+            )
+
+
+def _refuse_second(folder: Path) -> None:
+    """Raise LibraryError if there is a library; what an interrupted creation left may stay."""
+    if (folder / CATALOG).exists():
+        try:
+            Database.open(folder / CATALOG, writable=True).close()
+        except LibraryNotFoundError:
+            return
+        raise LibraryError(
+            f"there is a library in {folder} already. Open it, or choose another folder."
+        )

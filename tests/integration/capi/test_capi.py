@@ -129,14 +129,16 @@ def test_a_package_of_another_version_or_interface_is_refused(
         "RECALLSEG_SITE_PACKAGES": str(tmp_path),
     }
     package = tmp_path / "recallseg"
-    (package / "runtime").mkdir(parents=True)
+    room = package / "runtime" / "services"
+    room.mkdir(parents=True)
     (package / "__init__.py").write_text("__version__ = '99.0'")
     status, message = start(capi, fake_library, **env)
     assert status == 3
     assert "99.0" in message
     (package / "__init__.py").write_text(f"__version__ = {__version__!r}")
-    (package / "runtime" / "__init__.py").touch()
-    (package / "runtime" / "embedding.py").write_text(f"INTERFACE = {INTERFACE + 1}")
+    for folder in (room.parent, room):
+        (folder / "__init__.py").touch()
+    (room / "c_interface.py").write_text(f"INTERFACE = {INTERFACE + 1}")
     status, message = start(capi, fake_library, **env)
     assert status == 3
     assert "interface" in message

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
-from recallseg.engines.errors import EngineRunError, EngineUnavailableError
+from recallseg.engines.errors import EngineRunError
+from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.operators import needs_operators, operators_library, require_operators
 from recallseg.engines.specs import GraphSpec
 
@@ -31,7 +32,8 @@ class OnnxRuntimeCpu(Engine):
     Raises
     ------
     EngineUnavailableError
-        If ONNX Runtime is not installed, or the graph needs native operators that were not built.
+        If ONNX Runtime is not installed or cannot be loaded, or the graph needs native
+        operators that were not built.
     EngineRunError
         If it refuses the graph, places it elsewhere, or the graph has other tensors than ``spec``.
     """
@@ -45,13 +47,7 @@ class OnnxRuntimeCpu(Engine):
         super().__init__(spec, path, options)
         if path is None:
             raise EngineRunError(f"graph '{spec.name}': ONNX Runtime needs a .onnx file, got none.")
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise EngineUnavailableError(
-                "engine 'onnxruntime-cpu' needs the package onnxruntime, which is not installed: "
-                "pip install 'recallseg[cpu]'."
-            ) from error
+        onnxruntime = import_onnxruntime(wanted_by=f"engine '{self.name}'")
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.options.threads or usable_cores()
         settings.inter_op_num_threads = 1

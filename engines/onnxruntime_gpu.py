@@ -29,6 +29,7 @@ from recallseg.engines.errors import (
     InputError,
     VerificationError,
 )
+from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.paths import cache_folder
 from recallseg.engines.proof import prove
 from recallseg.engines.specs import GRAPHS, GraphSpec
@@ -266,13 +267,7 @@ def worst(verdicts: Mapping[str, Verdict]) -> Verdict:
 
 def load_provider(provider: str, engine: str) -> Any:
     """Return the module onnxruntime; EngineUnavailableError if it lacks this provider."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineUnavailableError(
-            f"engine '{engine}' needs the package onnxruntime-gpu, which is not installed: "
-            "pip install 'recallseg[gpu]'."
-        ) from error
+    onnxruntime = import_onnxruntime(wanted_by=f"engine '{engine}'", extra="gpu")
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise EngineUnavailableError(

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
-import onnxruntime
 
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import EngineRunError
+from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.onnxruntime_cpu import usable_cores
 from recallseg.engines.specs import GraphSpec
 from recallseg.export.precision import emulate
@@ -34,6 +34,7 @@ class EmulatedEngine(Engine):
         super().__init__(spec, path, options)
         if path is None:
             raise EngineRunError(f"graph '{spec.name}': emulation needs a .onnx file, got none.")
+        onnxruntime = import_onnxruntime(wanted_by="the emulation of a precision", extra="export")
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.options.threads or usable_cores()
         settings.log_severity_level = 3

@@ -30,6 +30,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from recallseg.engines.errors import ExportError, InputError
+from recallseg.engines.imports import import_onnxruntime
 
 __all__ = ["CONVERTED", "convert_graph", "emulate"]
 
@@ -70,12 +71,8 @@ def convert_graph(model: ModelProto, precision: str, graph: str) -> ModelProto:
     """
     if precision not in CONVERTED:
         raise InputError(f"graphs are converted to {', '.join(CONVERTED)}, not '{precision}'.")
-    from onnxruntime.transformers.float16 import (
-        DEFAULT_OP_BLOCK_LIST,
-        convert_float_to_float16,
-    )
-
-    keep_types = [*DEFAULT_OP_BLOCK_LIST, *_ALWAYS]
+    float16 = import_onnxruntime("transformers.float16", wanted_by="convert", extra="export")
+    keep_types = [*float16.DEFAULT_OP_BLOCK_LIST, *_ALWAYS]
     if precision == "bf16":
         keep_types += _NO_BF16
     elif precision == "mixed":
@@ -86,7 +83,7 @@ def convert_graph(model: ModelProto, precision: str, graph: str) -> ModelProto:
     for index, node in enumerate(work.graph.node):
         node.name = node.name or f"node_{index}"  # what is kept is kept by name
     keep_nodes = list(attention_products(work)) if precision == "mixed" else []
-    converted: ModelProto = convert_float_to_float16(
+    converted: ModelProto = float16.convert_float_to_float16(
         work, keep_io_types=True, op_block_list=keep_types, node_block_list=keep_nodes
     )
     _join_fp32(converted)

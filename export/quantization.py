@@ -26,6 +26,7 @@ import onnx
 from onnx import ModelProto
 
 from recallseg.engines.engine import EngineOptions, Tensor
+from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.operators import DOMAIN, QUANTIZED_ATTENTION
 from recallseg.engines.specs import GraphSpec
@@ -69,19 +70,18 @@ def quantize_graph(
 
 
 def _quantize_products(model: ModelProto, nodes: list[str]) -> ModelProto:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+    quantization = import_onnxruntime("quantization", wanted_by="precision int8", extra="export")
     if not nodes:
         return copy.deepcopy(model)
     with TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "graph.onnx"
-        quantize_dynamic(
+        quantization.quantize_dynamic(
             copy.deepcopy(model),
             path,
             op_types_to_quantize=["MatMul"],
             nodes_to_quantize=nodes,
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
         )
         return onnx.load(path)
 

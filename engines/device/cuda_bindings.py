@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from recallseg.engines.device.driver import Driver, DriverError
 from recallseg.engines.errors import EngineUnavailableError
+from recallseg.engines.imports import import_needed
 
 __all__ = ["CudaBindings"]
 
@@ -27,14 +28,12 @@ class CudaBindings(Driver):
     name: ClassVar[str] = "cuda-bindings"
 
     def __init__(self) -> None:
-        try:
-            from cuda.bindings import driver
-        except ImportError as error:
-            raise EngineUnavailableError(
-                f"the package cuda-bindings is not installed ({error}): pip install "
-                "'recallseg[cuda]', of the major version that the driver supports."
-            ) from error
-        self._api: Any = driver
+        self._api: Any = import_needed(
+            "cuda.bindings.driver",
+            "device provider 'cuda-bindings'",
+            "pip install 'recallseg[cuda]', of the major version that the driver supports",
+            "cuda-bindings",
+        )
         self._call("cuInit", 0)
 
     def _call(self, name: str, *arguments: Any) -> Any:

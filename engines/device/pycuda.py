@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from recallseg.engines.device.driver import Driver, DriverError
-from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.errors import InputError
+from recallseg.engines.imports import import_needed
 
 __all__ = ["PyCuda"]
 
@@ -39,17 +40,15 @@ class PyCuda(Driver):
     foreign_streams: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        try:
-            with warnings.catch_warnings():
-                # It warns and then raises: the error says both.
-                warnings.simplefilter("ignore", UserWarning)
-                import pycuda.driver as api
-        except ImportError as error:
-            raise EngineUnavailableError(
-                f"PyCUDA cannot be imported: {error}. Install the NVIDIA driver and "
-                "'recallseg[pycuda]' (docs/gpu.md), or choose engine onnxruntime-cpu."
-            ) from error
-        self._api: Any = api
+        with warnings.catch_warnings():
+            # It warns and then raises: the error says both.
+            warnings.simplefilter("ignore", UserWarning)
+            self._api: Any = import_needed(
+                "pycuda.driver",
+                "device provider 'pycuda'",
+                "pip install 'recallseg[pycuda]' beside the NVIDIA driver (docs/gpu.md), or choose "
+                "engine onnxruntime-cpu",
+            )
         self._kept: dict[int, Any] = {}
         self._pushed = 0
         self._statuses = _statuses_by_words()

@@ -21,11 +21,11 @@ Precision lives in the graph in both: nothing is cast by a builder flag.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.imports import import_needed
 
 __all__ = ["FLAVOURS", "Flavour", "flavour_named"]
 
@@ -62,13 +62,8 @@ class Flavour:
         EngineUnavailableError
             If it is not installed, cannot be loaded, or is too old.
         """
-        try:
-            api = [importlib.import_module(module) for module in self.modules][-1]
-        except (ImportError, OSError) as error:
-            raise EngineUnavailableError(
-                f"engine '{self.name}' needs the module {self.modules[-1]}, which cannot be "
-                f"imported: {error}. {self.install}."
-            ) from error
+        wanted_by = f"engine '{self.name}'"
+        api = [import_needed(module, wanted_by, self.install) for module in self.modules][-1]
         if not self.is_rtx and version_of(api) < OLDEST:
             raise EngineUnavailableError(
                 f"engine '{self.name}' needs TensorRT {OLDEST[0]}.{OLDEST[1]} or newer, this is "
@@ -99,7 +94,7 @@ FLAVOURS = {
         Flavour(
             "tensorrt",
             ("tensorrt",),
-            "On a Jetson it comes with JetPack (apt install python3-libnvinfer); elsewhere "
+            "on a Jetson it comes with JetPack (apt install python3-libnvinfer); elsewhere "
             "pip install 'recallseg[tensorrt]'",
         ),
         Flavour(

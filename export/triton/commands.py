@@ -31,5 +31,7 @@ def export_triton_command(
     typer.echo(str(folder))
     for path in sorted(folder.iterdir()):
         typer.echo(f"  {path.name}")
+    quiet = "ORT_DISABLE_TELEMETRY=1 " if engine == "onnxruntime" else ""
+    typer.echo(f"start it with: {quiet}tritonserver --model-repository={folder.absolute()}")
     if opened.notice:
         typer.echo(opened.notice, err=True)

@@ -9,6 +9,7 @@ where they left it, on the GPU if they ran there.
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,13 @@ class TritonPythonModel:
         self.pointer_time = float(parameters["pointer_time"]["string_value"])
         self.object_pointers = parameters["object_pointers"]["string_value"] == "true"
         self.notice = parameters["notice"]["string_value"]
+        reports = parameters["engine"]["string_value"] == "onnxruntime"
+        if reports and os.environ.get("ORT_DISABLE_TELEMETRY", "").lower() not in ("1", "true"):
+            # The server has loaded it by now: this process cannot switch it off for the server.
+            pb_utils.Logger.log_warn(
+                "this server may run an ONNX Runtime that reports to its maker (from version 1.32 "
+                "on): start tritonserver with ORT_DISABLE_TELEMETRY=1 in its environment"
+            )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request; one that fails does not take the others with it."""

@@ -93,18 +93,19 @@ def export_triton(
                 folder.parent.name, kind, spec.inputs, spec.outputs, notes, device
             )
             (folder.parent / "config.pbtxt").write_text(text, encoding="utf-8")
-        _write_composition(bundle, work / prefix, prefix)
+        _write_composition(bundle, work / prefix, prefix, engine)
         work.rename(output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return output
 
 
-def _write_composition(bundle: Bundle, folder: Path, prefix: str) -> None:
+def _write_composition(bundle: Bundle, folder: Path, prefix: str, engine: str) -> None:
     image, *_ = bundle.specs["encode"].inputs
     _, *recalled = (t for t in bundle.specs["attend"].inputs if t.name != "pointer_time")
     parameters = {
         "prefix": prefix,
+        "engine": engine,
         "pointer_time": repr(bundle.memory.pointer_time),
         "object_pointers": str(bundle.memory.object_pointers).lower(),
         "bundle": bundle.identity,

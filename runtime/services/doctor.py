@@ -10,6 +10,8 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import open_device
 from recallseg.engines.errors import RecallSegError
 from recallseg.engines.fake import FakeEngine
+from recallseg.engines.imports import import_onnxruntime
+from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.onnxruntime_cuda import OnnxRuntimeCuda
 from recallseg.engines.onnxruntime_gpu import load_provider
 from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt
@@ -26,8 +28,6 @@ __all__ = ["Diagnosis", "EngineState", "SelfTest", "diagnose"]
 
 _PROVIDERS = {kind.name: kind.provider for kind in (OnnxRuntimeCuda, OnnxRuntimeTensorRt)}
 """Engines of ONNX Runtime that need a GPU, and the provider of each."""
-REQUIRED = {"onnxruntime-cpu": "onnxruntime"}
-"""The package that an engine needs, by engine."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def diagnose(*, self_test: bool = True) -> Diagnosis:
     """
     engines = tuple(_state(name) for name in ENGINES)
     # What runs compiled plans is verified when they are built or loaded, not here.
-    runnable = [e.name for e in engines if e.available and e.name in REQUIRED]
+    runnable = [e.name for e in engines if e.available and e.name == OnnxRuntimeCpu.name]
     bundles = shipped_bundles()
     tests = (
         tuple(_test(bundle, name) for bundle in bundles for name in runnable) if self_test else ()
@@ -109,14 +109,13 @@ def _state(name: str) -> EngineState:
         return EngineState(name, False, str(error))
     if name in (*FLAVOURS, *_PROVIDERS):
         return _gpu_state(name)
-    package = REQUIRED.get(name)
-    if package is None:
-        return EngineState(name, True, "for tests: no networks, no meaning")
-    try:
-        module = __import__(package)
-    except ImportError as error:
-        return EngineState(name, False, f"{error}; pip install 'recallseg[cpu]'")
-    return EngineState(name, True, f"{package} {module.__version__}")
+    if name == OnnxRuntimeCpu.name:
+        try:
+            module = import_onnxruntime(wanted_by=f"engine '{name}'")
+        except (RecallSegError, MemoryError) as error:
+            return EngineState(name, False, str(error))
+        return EngineState(name, True, f"onnxruntime {module.__version__}")
+    return EngineState(name, True, "for tests: no networks, no meaning")
 
 
 def _pixels() -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from recallseg.engines.imports import disable_telemetry
+
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
     from recallseg.engines.device import open_device
@@ -48,6 +50,9 @@ _HOMES = {
     "Segmenter": "recallseg.runtime.segmenting.segmenter",
     "Stream": "recallseg.runtime.services.stream",
 }
+
+# Before anything here, or in the program after this line, can import ONNX Runtime.
+disable_telemetry()
 
 
 def __getattr__(name: str) -> Any:

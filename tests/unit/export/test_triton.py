@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,6 +168,8 @@ def stub_server(repository: Path) -> Any:
     module.Tensor, module.InferenceRequest, module.InferenceResponse = Tensor, Request, Response
     module.get_input_tensor_by_name = module.get_output_tensor_by_name = by_name
     module.TritonModelException, module.TritonError = TritonModelException, Failure
+    module.said = []
+    module.Logger = SimpleNamespace(log_warn=module.said.append)
     return module
 
 
@@ -187,7 +189,21 @@ def server(repository: Path, schema: Any, monkeypatch: pytest.MonkeyPatch) -> tu
     config = read(schema, repository, "recallseg")
     text = json_format.MessageToJson(config, preserving_proto_field_name=True)
     model.initialize({"model_config": json.dumps(json.loads(text))})
+    model.config = text
     return model, utilities
+
+
+def test_a_server_whose_onnxruntime_may_report_to_its_maker_is_told(
+    server: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, utilities = server
+    assert utilities.said == []  # importing recallseg switched it off here
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    model.initialize({"model_config": model.config})
+    assert "start tritonserver with ORT_DISABLE_TELEMETRY=1" in utilities.said[0]
+    plans = model.config.replace('"string_value": "onnxruntime"', '"string_value": "tensorrt"')
+    model.initialize({"model_config": plans})
+    assert len(utilities.said) == 1
 
 
 def test_the_composition_gives_what_ours_gives(server: tuple[Any, Any], demo: Bundle) -> None:

@@ -11,7 +11,6 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,11 @@ from recallseg.runtime.formats.guards import check_finite, check_size
 from recallseg.runtime.formats.volume import Volume
 
 __all__ = [
-    "SeriesLabel",
     "damaged_is_input_error",
     "find_series",
     "is_dicom",
     "read_datasets",
     "read_dicom",
-    "read_series_label",
 ]
 
 DECODERS = {
@@ -48,15 +45,6 @@ SAME_ORIENTATION = 1e-3  # of direction cosines
 EVEN_GAPS = 0.02  # of the gap: rounding of positions in the header
 STRAIGHT = 0.02  # of the gap that slices may shift within their plane
 MAX_FILES = 20_000
-
-
-@dataclass(frozen=True)
-class SeriesLabel:
-    """Which series a file belongs to: SeriesInstanceUID, Modality, SeriesNumber (0: unknown)."""
-
-    uid: str
-    modality: str
-    number: int
 
 
 def is_dicom(path: Path) -> bool:
@@ -101,27 +89,6 @@ def read_datasets(paths: Sequence[Path]) -> list[Any]:
     if len(instances) < len(datasets):
         raise InputError(f"{paths[0].parent} holds the same image twice. Remove the copies.")
     return datasets
-
-
-def read_series_label(path: Path) -> SeriesLabel | None:
-    """Return which series a file belongs to; None for what is no image (SEG, reports, plans).
-
-    Raises
-    ------
-    InputError
-        If it is no DICOM file, or damaged.
-    """
-    import pydicom
-
-    with damaged_is_input_error(path):
-        if not is_dicom(path):
-            raise InputError(f"{path} is no DICOM file: it does not begin as one.")
-        wanted = ["SOPClassUID", "SeriesInstanceUID", "Modality", "SeriesNumber", "Rows"]
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=wanted)
-        if header.get("SOPClassUID") == SEGMENTATION or "Rows" not in header:
-            return None
-        uid = str(header.get("SeriesInstanceUID", ""))
-        return SeriesLabel(uid, _text(header, "Modality"), int(header.get("SeriesNumber") or 0))
 
 
 def read_dicom(path: Path | Sequence[Path], *, voi: bool = False) -> Volume:

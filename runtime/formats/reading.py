@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +14,10 @@ from recallseg.runtime.formats.nifti import read_nifti
 from recallseg.runtime.formats.nrrd import read_nrrd
 from recallseg.runtime.formats.volume import Volume
 
-__all__ = ["FORMATS", "is_volume", "read_volume", "volume_format", "volume_stem"]
+if TYPE_CHECKING:
+    from recallseg.runtime.formats.finding import Item
+
+__all__ = ["FORMATS", "is_volume", "read_item", "read_volume", "volume_format", "volume_stem"]
 
 FORMATS = ("dicom", "nifti", "nrrd", "image")
 _SUFFIXES = {
@@ -94,3 +98,10 @@ def read_volume(path: str | Path, *, kind: str | None = None, voi: bool = False)
         f"{path} is of no known format; expected DICOM, .nii, .nii.gz, .nrrd, "
         f"{', '.join(IMAGE_SUFFIXES)}. Say which with --format."
     )
+
+
+def read_item(item: Item, *, voi: bool = False) -> Volume:
+    """Read what :mod:`recallseg.runtime.formats.finding` found; the rest as :func:`read_volume`."""
+    if item.kind == "dicom":
+        return read_dicom(item.files if len(item.files) > 1 else item.files[0], voi=voi)
+    return read_volume(item.path, kind=item.kind, voi=voi)

@@ -73,6 +73,13 @@ class Volume:
         object.__setattr__(self, "affine", affine)
         object.__setattr__(self, "tags", MappingProxyType(dict(self.tags)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tags": dict(self.tags)}  # its read-only view cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in {**state, "tags": MappingProxyType(state["tags"])}.items():
+            object.__setattr__(self, name, value)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """I, J, K."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from recallseg.runtime.formats.finding import MASK_SUFFIX
 from recallseg.runtime.formats.images import write_atomically, write_label_map
+from recallseg.runtime.json_text import json_text
 from recallseg.runtime.segmenting.result import Result
 
 __all__ = [
@@ -21,18 +24,21 @@ __all__ = [
     "write_result",
 ]
 
-MASK_SUFFIX = ".mask"
 VOLUME_SUFFIXES = {"dicom": ".seg.dcm", "nifti": ".mask.nii.gz", "nrrd": ".seg.nrrd"}
 PREVIEW_SUFFIXES = (".preview.png", ".preview.html")
+MOST_BYTES = 200
+"""Of a name: systems take 255, and suffixes and a temporary name still come."""
 
 
 def output_base(output: Path, relative: Path) -> Path:
     """Return the path, less its suffix, that the outputs of an image get below ``output``.
 
-    ``relative`` is the image's path in the folder that it came from; nothing in it leads out of
-    ``output``.
+    Parameters
+    ----------
+    relative : the image's path in the folder that it came from, less the suffix of its format.
+        Nothing in it leads out of ``output``, and two that differ never give the same path.
     """
-    return output.joinpath(*map(_safe, relative.parts[:-1]), _safe(relative.stem))
+    return output.joinpath(*map(_safe, relative.parts))
 
 
 def mask_file(base: Path) -> Path:
@@ -73,12 +79,19 @@ def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:
     }
     base.parent.mkdir(parents=True, exist_ok=True)
     write_label_map(mask_file(base), result.label_map)
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    write_atomically(record_file(base), text.encode())
+    write_atomically(record_file(base), json_text(record).encode())
     return record
 
 
 def _safe(name: str) -> str:
-    """Return a file name without anything that a shell or another system trips over."""
-    cleaned = re.sub(r"[^\w.()+=@ -]", "_", name).strip(" .")
-    return cleaned or "_"
+    """Return a file name without anything that a shell or another system trips over.
+
+    A name that had to be changed gets the digest of the whole, so that no other becomes the same.
+    Bytes that are no UTF-8 (lone surrogates, PEP 383) stay: the file is found under its own name.
+    """
+    cleaned = re.sub(r"[^\w.()+=@ \udc80-\udcff-]", "_", name).strip(" .")
+    if cleaned == name and len(os.fsencode(name)) <= MOST_BYTES:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()
+    kept = os.fsencode(cleaned)[: MOST_BYTES - len(digest) - 1].decode(errors="ignore")
+    return f"{kept}-{digest}" if kept else digest

@@ -7,6 +7,7 @@ so whatever dies at whatever moment, the next run goes on where that one was.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +15,27 @@ from threading import Event
 from types import TracebackType
 from typing import Any
 
+from numpy.typing import NDArray
+
 from recallseg.engines.errors import InputError, LibraryLockedError
-from recallseg.runtime.formats.dicom import read_dicom
-from recallseg.runtime.formats.images import read_image, write_atomically
-from recallseg.runtime.formats.reading import read_volume
+from recallseg.runtime.formats.finding import Item, PassedOver
+from recallseg.runtime.formats.images import write_atomically
+from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.library.storage import WriterLock
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.inbox import Inbox, Item
+from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
+from recallseg.runtime.services.inbox import Inbox
 from recallseg.runtime.services.outputs import output_base, record_file, write_result
 from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files
 
 __all__ = ["Arrival", "Watcher"]
 
 LOCK = ".recallseg-watch.lock"
+ASKED_AGAIN = 5
+"""Times that an item is segmented while another process changes the library under it."""
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of write_atomically
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Watcher:
     settle_s : seconds without a change.
     volumes : how volumes are treated.
     audit : log in which every segmentation is recorded.
+    limits : what one item may take while it is decoded.
 
     Raises
     ------
@@ -74,6 +83,7 @@ class Watcher:
         settle_s: float = 2.0,
         volumes: VolumeSettings | None = None,
         audit: AuditLog | None = None,
+        limits: DecodingLimits | None = None,
     ) -> None:
         if not source.is_dir():
             raise InputError(f"{source} is not a folder. Make it before it is watched.")
@@ -97,13 +107,18 @@ class Watcher:
         self._inbox = Inbox(source, settle_s)
         self._volumes = volumes or VolumeSettings()
         self._audit = audit
+        self._decoder = IsolatedDecoder(limits)
+        for left in output.rglob(".*.tmp"):  # of a watch that was killed; the lock says it is ours
+            if _TEMPORARY.fullmatch(left.name):
+                left.unlink(missing_ok=True)
 
     def run(self, stop: Event, *, once: bool = False, poll_s: float = 0.5) -> Iterator[Arrival]:
         """Segment what arrives, and yield what became of it, until ``stop`` is set.
 
         Parameters
         ----------
-        stop : looked at between items; the one in work is finished.
+        stop : looked at between items and while one is decoded; one that is being segmented is
+            finished.
         once : end when all that is there now is done.
         poll_s : seconds between two looks at the folder.
 
@@ -115,16 +130,23 @@ class Watcher:
         while not stop.is_set():
             arrived, unsettled = self._inbox.look(self._is_done)
             for item in arrived:
-                if stop.is_set():
+                arrival = None if stop.is_set() else self._segment(item, stop)
+                if arrival is None:
                     return
-                yield self._segment(item)
+                yield arrival
             if once and not arrived and not unsettled:
                 return
             if not arrived:
                 stop.wait(poll_s)
 
+    @property
+    def passed(self) -> tuple[PassedOver, ...]:
+        """What the last look at the folder passed over, with reasons."""
+        return self._inbox.passed
+
     def close(self) -> None:
         """Let another process watch into the output folder."""
+        self._decoder.close()
         self._lock.release()
 
     def __enter__(self) -> Watcher:
@@ -146,7 +168,8 @@ class Watcher:
         failure = _read_record(_failure_file(base, item))
         return failure is not None and tuple(failure.get("files", ())) == item.signature
 
-    def _segment(self, item: Item) -> Arrival:
+    def _segment(self, item: Item, stop: Event) -> Arrival | None:
+        """Return what became of an item; None if it was not begun because of ``stop``."""
         base = self._base(item)
         try:
             other = _read_record(record_file(base))
@@ -154,33 +177,45 @@ class Watcher:
                 raise InputError(
                     f"{item.path}: {record_file(base)} is of {other.get('image')}. Rename one."
                 )
-            record = self._write(item, base)
-        except InputError as error:
-            base.parent.mkdir(parents=True, exist_ok=True)
-            failure = {"image": item.name, "files": list(item.signature), "error": str(error)}
-            write_atomically(
-                _failure_file(base, item),
-                json.dumps(failure, indent=1, ensure_ascii=False).encode(),
-            )
-            return Arrival(item.path, item.name, None, str(error))
+            image = self._decoder.read(item, voi=self._volumes.voi, stop=stop.is_set)
+            if image is None:
+                return None
+            record = self._write(item, image, base)
+        except (InputError, MemoryError) as error:
+            return self._set_aside(item, base, str(error) or "it needs more memory than there is")
         _failure_file(base, item).unlink(missing_ok=True)
         return Arrival(item.path, item.name, record, None)
 
-    def _write(self, item: Item, base: Path) -> dict[str, Any]:
-        """Segment an item and write what was found; return the record."""
-        if item.kind == "image":
-            image = read_image(item.path)
+    def _set_aside(self, item: Item, base: Path, why: str) -> Arrival:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        failure = {"image": item.name, "files": list(item.signature), "error": why}
+        write_atomically(_failure_file(base, item), json_text(failure).encode())
+        return Arrival(item.path, item.name, None, printable(why))
+
+    def _write(self, item: Item, image: NDArray[Any] | Volume, base: Path) -> dict[str, Any]:
+        """Segment an item and write what was found; return the record.
+
+        Another process may remove an exemplar between its being found and being read: then the
+        item is no worse than before, and is asked again.
+        """
+        for attempt in range(ASKED_AGAIN):
+            library = self._segmenter.library.digest
+            try:
+                return self._write_once(item, image, base)
+            except InputError:
+                if attempt == ASKED_AGAIN - 1 or self._segmenter.library.digest == library:
+                    raise
+        raise AssertionError("not reached")
+
+    def _write_once(self, item: Item, image: NDArray[Any] | Volume, base: Path) -> dict[str, Any]:
+        if not isinstance(image, Volume):
             result = self._segmenter.segment(image)
             if self._audit is not None:
                 self._audit.record(image, result.label_map, result.to_json())
             return write_result(base, result, item.name)
-        if item.kind == "dicom":
-            volume = read_dicom(item.files, voi=self._volumes.voi)
-        else:
-            volume = read_volume(item.path, kind=item.kind)
         _, record = segment_to_files(
             self._segmenter,
-            volume,
+            image,
             base,
             self._volumes,
             kind=item.kind,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from recallseg.runtime.formats.images import write_atomically, write_label_map
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.reports.volume_page import contact_sheet, render_volume_page
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
@@ -140,8 +140,7 @@ def write_volume_result(
         **result.to_json(volume),
         **(extra or {}),
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    write_atomically(record_file(base), text.encode())
+    write_atomically(record_file(base), json_text(record).encode())
     return record
 
 
@@ -160,5 +159,5 @@ def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Lib
     base.parent.mkdir(parents=True, exist_ok=True)
     sheet, page = (base.with_name(base.name + suffix) for suffix in PREVIEW_SUFFIXES)
     write_atomically(sheet, contact_sheet(volume, result, library.intensity))
-    text = render_volume_page(volume, result, library.intensity, source, base.name)
+    text = render_volume_page(volume, result, library.intensity, source, printable(base.name))
     write_atomically(page, text.encode())

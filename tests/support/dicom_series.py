@@ -14,6 +14,7 @@ ORIENTATIONS = {
     "coronal": (1.0, 0.0, 0.0, 0.0, 0.0, -1.0),
     "sagittal": (0.0, 1.0, 0.0, 0.0, 0.0, -1.0),
 }
+DX = "1.2.840.10008.5.1.4.1.1.1.1"
 
 
 def write_series(
@@ -78,3 +79,28 @@ def make_slice(plane: np.ndarray, **fields: Any) -> FileDataset:
         else:
             setattr(dataset, name, value)
     return dataset
+
+
+def write_object(path: Path, sop_class: str, **fields: Any) -> Path:
+    """Write a DICOM object that is no image."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = sop_class
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    dataset = FileDataset("", Dataset(), file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
+    dataset.SeriesInstanceUID = generate_uid()
+    for name, value in fields.items():
+        setattr(dataset, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_picture(path: Path, series: str, plane: np.ndarray, **fields: Any) -> Path:
+    """Write a DICOM picture without a place in the patient."""
+    made = {"SOPClassUID": DX, "SeriesInstanceUID": series, **fields}
+    dataset = make_slice(plane, **made)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+    return path

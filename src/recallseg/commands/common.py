@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 
 from recallseg.engines.errors import InputError
+
+if TYPE_CHECKING:
+    from recallseg.runtime.formats.finding import PassedOver
 
 __all__ = [
     "AuditOption",
@@ -23,6 +25,7 @@ __all__ = [
     "PreviewOption",
     "PropagateOption",
     "ReachOption",
+    "StrictOption",
     "ThreadsOption",
     "VoiOption",
     "emit_json",
@@ -34,6 +37,7 @@ __all__ = [
     "split_list",
     "split_numbers",
     "split_tags",
+    "tell_passed",
 ]
 
 T = TypeVar("T")
@@ -87,6 +91,9 @@ PreviewOption = Annotated[
 ]
 VoiOption = Annotated[
     bool, typer.Option("--voi", help="Apply a DICOM file's own window, as a screen does.")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Exit with status 1 if any file was passed over.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
@@ -143,12 +150,25 @@ def split_tags(items: list[str] | None) -> dict[str, str]:
 
 def note(message: str) -> None:
     """Say something to a person, on stderr: stdout belongs to the answer."""
-    typer.echo(message, err=True)
+    from recallseg.runtime.json_text import printable
+
+    typer.echo(printable(message), err=True)
+
+
+def tell_passed(passed: Sequence[PassedOver]) -> None:
+    """Say which files were not taken, one line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for each in passed:
+        by_reason.setdefault(each.reason, []).append(str(each.path))
+    for reason, paths in by_reason.items():
+        note(f"passed over, {reason}: {', '.join(paths)}")
 
 
 def emit_json(value: Any) -> None:
     """Print a JSON value on stdout."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    from recallseg.runtime.json_text import json_text
+
+    typer.echo(json_text(value))
 
 
 def say_notice(notice: str) -> None:

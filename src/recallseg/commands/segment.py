@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -20,6 +19,7 @@ from recallseg.commands.common import (
     PreviewOption,
     PropagateOption,
     ReachOption,
+    StrictOption,
     ThreadsOption,
     VoiOption,
     emit_json,
@@ -29,25 +29,19 @@ from recallseg.commands.common import (
     say_notice,
     split_clean_ups,
     split_list,
+    tell_passed,
 )
 from recallseg.engines.errors import InputError
+from recallseg.runtime.json_text import printable
 from recallseg.runtime.segmenting.reach import REACH
 
 if TYPE_CHECKING:
+    from recallseg.runtime.formats.finding import Finding, Item
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.audit import AuditLog
     from recallseg.runtime.volumes.outputs import VolumeSettings
 
 __all__ = ["segment"]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """An image or a volume, and the path, less its suffix, that its outputs get."""
-
-    path: Path
-    base: Path
-    kind: str  # as volume_format() says; "image" is a plain one
 
 
 def segment(
@@ -78,10 +72,12 @@ def segment(
     preview: PreviewOption = False,
     voi: VoiOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    strict: StrictOption = False,
     audit: AuditOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images, and volumes slice by slice, by recalling the library's exemplars."""
+    from recallseg.runtime.formats.finding import find_inputs
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.audit import AuditLog
@@ -90,7 +86,8 @@ def segment(
     names = None if structures is None else parsed(split_list, structures, "--structures")
     wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
     settings = VolumeSettings(plane, "largest" in wanted, "holes" in wanted, preview, voi)
-    jobs = _jobs(paths, output, kind)
+    found = find_inputs(paths, kind)
+    jobs = _jobs(found, paths, output)
     if not overwrite:
         _refuse_existing(jobs)
     log = None if audit is None else AuditLog(audit)
@@ -109,112 +106,105 @@ def segment(
         )
         say_notice(segmenter.bundle.notice)
         with progress_bar("Segmenting", len(jobs)) as step:
-            for job in jobs:
+            for item, base in jobs:
                 try:
-                    if job.kind == "image":
-                        record, line = _segment_image(segmenter, job, log)
+                    if item.kind == "image":
+                        record, line = _segment_image(segmenter, item, base, log)
                     else:
-                        record, line = _segment_volume(segmenter, job, settings, log)
-                except InputError as error:
-                    failed[str(job.path)] = str(error)
+                        record, line = _segment_volume(segmenter, item, base, settings, log)
+                except (InputError, MemoryError) as error:
+                    failed[str(item.path)] = str(error) or "it needs more memory than there is"
                 else:
                     records.append(record)
                     if not as_json:
-                        typer.echo(line)
-                step(job.path.name)
+                        typer.echo(printable(line))
+                step(printable(item.name))
     if as_json:
-        emit_json({"results": records, "failed": failed})
+        passed = {str(each.path): each.reason for each in found.passed}
+        emit_json({"results": records, "failed": failed, "passed_over": passed})
     for path_text, why in failed.items():
         note(f"failed: {path_text}: {why}")
-    if failed:
+    tell_passed(found.passed)
+    if failed or (strict and found.passed):
         raise typer.Exit(1)
 
 
 def _segment_image(
-    segmenter: Segmenter, job: _Job, log: AuditLog | None
+    segmenter: Segmenter, item: Item, base: Path, log: AuditLog | None
 ) -> tuple[dict[str, Any], str]:
     from recallseg.runtime.formats.images import read_image
     from recallseg.runtime.services.outputs import mask_file, write_result
 
-    image = read_image(job.path)
+    image = read_image(item.path)
     result = segmenter.segment(image)
     if log is not None:
         log.record(image, result.label_map, result.to_json())
-    return write_result(job.base, result, job.path.name), f"{mask_file(job.base)}  {result!r}"
+    return write_result(base, result, item.name), f"{mask_file(base)}  {result!r}"
 
 
 def _segment_volume(
-    segmenter: Segmenter, job: _Job, settings: VolumeSettings, log: AuditLog | None
+    segmenter: Segmenter, item: Item, base: Path, settings: VolumeSettings, log: AuditLog | None
 ) -> tuple[dict[str, Any], str]:
-    from recallseg.runtime.formats.reading import read_volume
+    from recallseg.runtime.formats.reading import read_item
     from recallseg.runtime.formats.volume import Slicing
     from recallseg.runtime.volumes.outputs import segment_to_files
 
-    volume = read_volume(job.path, kind=job.kind, voi=settings.voi)
+    volume = read_item(item, voi=settings.voi)
     slices = Slicing.of(volume, settings.plane).count(volume)
-    with progress_bar(job.path.name, slices) as step:
+    with progress_bar(printable(item.name), slices) as step:
         result, record = segment_to_files(
             segmenter,
             volume,
-            job.base,
+            base,
             settings,
-            kind=job.kind,
-            source=job.path.name,
+            kind=item.kind,
+            source=item.name,
             log=log,
             progress=step,
         )
     target = record["mask"] or "nothing found"
-    return record, f"{job.base.parent / target}  {result!r}"
+    return record, f"{base.parent / target}  {result!r}"
 
 
-def _jobs(paths: Sequence[Path], output: Path, kind: str | None) -> list[_Job]:
-    """Return what to segment.
+def _jobs(found: Finding, paths: Sequence[Path], output: Path) -> list[tuple[Item, Path]]:
+    """Return what to segment, each with the path, less its suffix, that its outputs get.
 
     Raises
     ------
     InputError
-        If a path is not there, a folder has no image, or two outputs would have the same name.
+        If there is nothing, or two outputs would have the same name.
     """
-    from recallseg.runtime.formats.reading import volume_format, volume_stem
-    from recallseg.runtime.services.inbox import kind_in_folder
     from recallseg.runtime.services.outputs import output_base
 
-    def job(path: Path, relative: Path, found: str | None) -> _Job:
-        stem = relative.with_name(f"{volume_stem(path)}.x")  # the suffix goes, dots before it stay
-        return _Job(path, output_base(output, stem), found or "image")
-
-    jobs: list[_Job] = []
-    for path in paths:
-        found = kind or (volume_format(path) if path.exists() else None)
-        if found is not None or not path.is_dir():
-            jobs.append(job(path, Path(path.name), found))
-            continue
-        inside = [(file, kind_in_folder(file, path)) for file in sorted(path.rglob("*"))]
-        files = [(file, inner) for file, inner in inside if inner is not None]
-        if not files:
-            raise InputError(
-                f"there is no image in {path} (label maps NAME.mask.png do not count)."
+    if not found.items:
+        why = "".join(f"\n  {each.path}: {each.reason}" for each in found.passed[:20])
+        more = f"\n  and {len(found.passed) - 20} more" if len(found.passed) > 20 else ""
+        raise InputError(
+            printable(
+                f"there is no image in {', '.join(map(str, paths))}; nothing was written."
+                + (f" Passed over:{why}{more}" if why else "")
             )
-        jobs += [job(file, file.relative_to(path), inner) for file, inner in files]
+        )
+    jobs = [(item, output_base(output, item.relative)) for item in found.items]
     taken: dict[str, Path] = {}
-    for each in jobs:
-        other = taken.setdefault(str(each.base).casefold(), each.path)
-        if other is not each.path:
+    for item, base in jobs:
+        other = taken.setdefault(str(base).casefold(), item.path)
+        if other is not item.path:
             raise InputError(
-                f"{other} and {each.path} would both be written to {each.base}. Rename one, or "
-                "segment them into different folders."
+                f"{printable(other)} and {printable(item.path)} would both be written to "
+                f"{printable(base)}. Rename one, or segment them into different folders."
             )
     return jobs
 
 
-def _refuse_existing(jobs: Sequence[_Job]) -> None:
+def _refuse_existing(jobs: Sequence[tuple[Item, Path]]) -> None:
     from recallseg.runtime.services.outputs import mask_file, record_file, volume_files
 
-    for job in jobs:
-        plain = [mask_file(job.base), record_file(job.base)]
-        for target in plain if job.kind == "image" else volume_files(job.base):
+    for item, base in jobs:
+        plain = [mask_file(base), record_file(base)]
+        for target in plain if item.kind == "image" else volume_files(base):
             if target.exists():
                 raise InputError(
-                    f"{target} exists already; nothing was written. Choose another --output, or "
-                    "give --overwrite."
+                    f"{printable(target)} exists already; nothing was written. Choose another "
+                    "--output, or give --overwrite."
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from threading import Event
@@ -27,7 +26,9 @@ from recallseg.commands.common import (
     say_notice,
     split_clean_ups,
     split_list,
+    tell_passed,
 )
+from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.segmenting.reach import REACH
 
 __all__ = ["watch"]
@@ -101,13 +102,15 @@ def watch(
                 failed |= arrival.record is None
                 if as_json:
                     answer = arrival.record or {"image": arrival.name, "error": arrival.error}
-                    typer.echo(json.dumps(answer, ensure_ascii=False))
+                    typer.echo(json_text(answer, indent=None))
                 elif arrival.record is None:
                     note(f"failed: {arrival.error}")
                 else:
                     total = arrival.record["timings_ms"]["total"]
                     quality = arrival.record["quality"]
                     flag = quality.get("flag") or f"slices {quality['flags']}"
-                    typer.echo(f"{arrival.name}  {flag}, {total:.0f} ms")
+                    typer.echo(printable(f"{arrival.name}  {flag}, {total:.0f} ms"))
+            if not as_json:
+                tell_passed(watcher.passed)
     if failed:
         raise typer.Exit(1)

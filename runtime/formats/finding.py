@@ -1,0 +1,505 @@
+"""What is in a folder: one finder for everything that takes one (segment, watch, import, evaluate).
+
+Names, file types and DICOM headers decide; no pixel is decoded. DICOM files are put together by
+their SeriesInstanceUID, and taken apart where a series holds several images: every multi-frame
+object, and every picture without a place in the patient (views of a radiograph or mammogram, clips
+and stills of an ultrasound), is an image of its own. Whatever is not taken is named with a reason.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.dicom import damaged_is_input_error, is_dicom
+from recallseg.runtime.formats.images import is_image
+from recallseg.runtime.formats.reading import FORMATS, volume_stem
+from recallseg.runtime.json_text import printable
+
+__all__ = [
+    "MASK_SUFFIX",
+    "DicomHeader",
+    "Finding",
+    "Headers",
+    "Item",
+    "PassedOver",
+    "Signature",
+    "find_in_folder",
+    "find_inputs",
+    "is_mask",
+]
+
+MASK_SUFFIX = ".mask"
+MOST_FILES = 1_000_000
+"""Files in one folder and below; more is taken for a mistake (a whole disk, a loop)."""
+
+Signature = tuple[int, int, int]  # files, bytes, nanoseconds of the last change
+
+_SLICES = frozenset(
+    f"1.2.840.10008.5.1.4.1.1.{kind}"
+    for kind in ("2", "4", "128", "20")  # CT, MR, PET, NM
+)
+"""Classes whose single files are slices of a stack even where a header lost its position."""
+_SEGMENTATIONS = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation (SEG)",
+    "1.2.840.10008.5.1.4.1.1.66.7": "a segmentation (label map SEG)",
+    "1.2.840.10008.5.1.4.1.1.66.5": "a segmentation of surfaces",
+    "1.2.840.10008.5.1.4.1.1.481.3": "a segmentation (RT structure set)",
+}
+_NO_IMAGES = {
+    "1.2.840.10008.5.1.4.1.1.481.2": "a dose distribution (RT Dose)",
+    "1.2.840.10008.5.1.4.1.1.4.2": "MR spectra",
+    "1.2.840.10008.5.1.4.1.1.30": "a parametric map",
+}
+"""Objects with rows and columns whose pixels are no picture of a patient."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture, volume, or image of a DICOM series.
+
+    Attributes
+    ----------
+    path : its file, or the folder that the files of a series lie in.
+    files : all of its files.
+    kind : one of :data:`recallseg.runtime.formats.reading.FORMATS`.
+    name : of the file; of DICOM, unless a folder was named by a person, its modality, series number
+        and the whole SHA-256 of its UID, which tells it from every other and leads to no patient.
+    relative : the path below the folder that names its outputs; no suffix of a format is left.
+    suffix : of the file's name, as its format is written; empty for DICOM.
+    signature : changes whenever a file does.
+    series : SeriesInstanceUID; empty for other formats.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    kind: str
+    name: str
+    relative: Path
+    suffix: str
+    signature: Signature
+    series: str = ""
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A file or folder that is not taken, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class DicomHeader:
+    """What decides about a DICOM file; empty strings and 0 where it does not say."""
+
+    sop_class: str
+    instance: str
+    series: str
+    modality: str
+    number: int
+    has_rows: bool
+    frames: int
+    placed: bool
+    refers_to: tuple[str, ...]  # SeriesInstanceUIDs of what a segmentation was drawn on
+
+
+Headers = MutableMapping[Path, tuple[Signature, "DicomHeader | str"]]
+"""Headers read before, by path: who looks again and again reads only what changed. A text is why
+there is none."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What there is to segment, the segmentations beside it, and what is neither.
+
+    ``masks`` are label maps and segmentations of every format; of DICOM ones ``drawn_on`` says the
+    series by path.
+    """
+
+    items: tuple[Item, ...]
+    masks: tuple[Path, ...]
+    passed: tuple[PassedOver, ...]
+    drawn_on: dict[Path, tuple[str, ...]]
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file's name says that it is a label map or segmentation, not an image."""
+    name = path.name.lower()
+    stem = volume_stem(path).lower()
+    return (
+        stem.endswith(MASK_SUFFIX)
+        or (f"{MASK_SUFFIX}." in stem and is_image(path))
+        or name.endswith((".seg.nrrd", ".seg.dcm"))
+    )
+
+
+def find_in_folder(
+    folder: Path,
+    *,
+    links: bool = True,
+    by_folder: bool = True,
+    headers: Headers | None = None,
+) -> Finding:
+    """Look into a folder and all below it.
+
+    Parameters
+    ----------
+    links : follow symbolic links, as one expects of a folder that a person names; an inbox, in
+        which anybody may leave one, does not.
+    by_folder : name a DICOM image that has a folder to itself after that folder, for people. Else
+        by its identity, which stays when others arrive beside it.
+    headers : DICOM headers read before; brought up to date.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder, or more than ``MOST_FILES`` files are in it.
+    ModuleNotFoundError
+        If there is DICOM and the extra ``medical`` is not installed.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {printable(folder)}.")
+    passed: list[PassedOver] = []
+    found = _Sorted(folder, passed, {} if headers is None else headers)
+    for path, status in _walk(folder, links, passed):
+        found.take(path, (1, status.st_size, status.st_mtime_ns))
+    return found.finish(by_folder)
+
+
+def find_inputs(paths: Sequence[Path], kind: str | None = None) -> Finding:
+    """Return what a person named: files as they are, folders by what is in them.
+
+    DICOM files of one series that are named one by one (``scan/*.dcm``) are one image.
+
+    Parameters
+    ----------
+    kind : one of :data:`FORMATS`: files are taken for that, and of folders only those that are.
+
+    Raises
+    ------
+    InputError
+        As :func:`find_in_folder`; for an unknown ``kind``; if there is nothing to take.
+    """
+    if kind is not None and kind not in FORMATS:
+        raise InputError(f"there is no format '{kind}'; choose {', '.join(FORMATS)}.")
+    items: list[Item] = []
+    masks: list[Path] = []
+    passed: list[PassedOver] = []
+    drawn_on: dict[Path, tuple[str, ...]] = {}
+    loose: dict[Path, _Sorted] = {}
+    for path in paths:
+        if path.is_dir():
+            part = find_in_folder(path)
+            if kind is not None:
+                others = [each for each in part.items if each.kind != kind]
+                passed += [PassedOver(e.path, f"{e.kind}, not {kind}") for e in others]
+                part = replace(part, items=tuple(e for e in part.items if e.kind == kind))
+            items += part.items
+            masks += part.masks
+            passed += part.passed
+            drawn_on |= part.drawn_on
+        elif kind is not None or not path.exists():
+            items.append(_file(path, path.parent, kind or "image", _signature(path)))
+        else:
+            group = loose.setdefault(path.parent, _Sorted(path.parent, passed, {}, named=True))
+            group.take(path, _signature(path))
+    for group in loose.values():
+        part = group.finish(by_folder=True)
+        items += part.items
+        masks += part.masks
+        drawn_on |= part.drawn_on
+    return Finding(tuple(items), tuple(masks), tuple(passed), drawn_on)
+
+
+class _Sorted:
+    """Sorts files into images, segmentations and what is passed over."""
+
+    def __init__(
+        self, folder: Path, passed: list[PassedOver], headers: Headers, *, named: bool = False
+    ) -> None:
+        self._folder = folder
+        self._passed = passed
+        self._headers = headers
+        self._current: dict[Path, tuple[Signature, DicomHeader | str]] = {}
+        self._named = named  # one by one: then an unreadable or unknown file is an error of its own
+        self._items: list[Item] = []
+        self._masks: list[Path] = []
+        self._drawn_on: dict[Path, tuple[str, ...]] = {}
+        self._series: dict[str, dict[Path, list[_File]]] = defaultdict(lambda: defaultdict(list))
+
+    def take(self, path: Path, signature: Signature) -> None:
+        kind = _kind_by_name(path)
+        if path.name == "DICOMDIR":
+            self._pass(path, "an index of DICOM files; the files themselves are read")
+        elif kind in ("nifti", "nrrd", "image"):
+            if is_mask(path):
+                self._masks.append(path)
+                self._pass(path, "a label map or segmentation, not an image")
+            else:
+                self._items.append(_file(path, self._folder, kind, signature))
+        elif kind == "dicom" or is_dicom(path):
+            self._dicom(path, signature)
+        elif self._named:
+            self._items.append(_file(path, self._folder, "image", signature))  # its reader says why
+        else:
+            self._pass(path, "of no format that is read" if signature[1] else "an empty file")
+
+    def finish(self, by_folder: bool) -> Finding:
+        images = [each for uid, found in self._series.items() for each in self._split(uid, found)]
+        alone: dict[Path, int] = defaultdict(int)
+        for each in images:
+            alone[each.folder] += 1
+        taken = {item.relative for item in self._items}
+        for each in images:
+            item = each.item(self._folder)
+            relative = each.folder.relative_to(self._folder)
+            if by_folder and (not self._named or len(each.files) > 1) and alone[each.folder] == 1:
+                name = relative.name or each.folder.resolve().name or "folder"
+                named = relative.with_name(name) if relative.name else Path(name)
+                if named not in taken:
+                    item = replace(item, name=name, relative=named)
+            elif by_folder and len(each.files) == 1:
+                file = each.files[0].path
+                stem = file.relative_to(self._folder).with_name(volume_stem(file))
+                if stem not in taken:
+                    item = replace(item, name=file.name, relative=stem)
+            taken.add(item.relative)
+            self._items.append(item)
+        self._headers.clear()
+        self._headers.update(self._current)
+        items = sorted(self._items, key=lambda item: os.fsencode(item.relative))
+        return Finding(tuple(items), tuple(self._masks), tuple(self._passed), self._drawn_on)
+
+    def _dicom(self, path: Path, signature: Signature) -> None:
+        if path not in self._headers or self._headers[path][0] != signature:
+            self._headers[path] = (signature, _read_header(path))
+        self._current[path] = self._headers[path]
+        header = self._headers[path][1]
+        if isinstance(header, str):  # says that it is DICOM, and cannot be read: that is reported
+            self._items.append(_file(path, self._folder, "dicom", signature))
+        elif header.sop_class in _SEGMENTATIONS:
+            self._masks.append(path)
+            self._drawn_on[path] = header.refers_to
+            self._pass(path, f"{_SEGMENTATIONS[header.sop_class]}, not an image")
+        elif (why := _why_no_image(header)) is not None:
+            self._pass(path, f"{why}, not an image")
+        else:
+            file = _File(path, signature, header)
+            self._series[header.series or header.instance][path.parent].append(file)
+
+    def _split(self, uid: str, folders: dict[Path, list[_File]]) -> Iterator[_Image]:
+        """Yield the images of a series."""
+        stacks: dict[Path, list[_File]] = {}
+        for folder, files in folders.items():
+            stack: list[_File] = []
+            for file in self._without_copies(files):
+                header = file.header
+                slice_of_stack = header.placed or header.sop_class in _SLICES
+                if header.frames > 1 or not slice_of_stack:
+                    yield _Image(folder, (file,), header.instance or str(file.path))
+                else:
+                    stack.append(file)
+            if stack:
+                stacks[folder] = stack
+        instances = [file.header.instance for stack in stacks.values() for file in stack]
+        if len(stacks) > 1 and len(set(instances)) == len(instances):  # parts, and not copies
+            together = Path(os.path.commonpath(stacks))
+            stacks = {together: [file for stack in stacks.values() for file in stack]}
+        for folder, stack in stacks.items():
+            yield _Image(folder, tuple(stack), uid)
+
+    def _without_copies(self, files: Iterable[_File]) -> list[_File]:
+        """Leave out files that are another one byte for byte; those that only claim to be stay."""
+        kept: dict[str, _File] = {}
+        result: list[_File] = []
+        for file in files:
+            first = kept.setdefault(file.header.instance, file)
+            if first is not file and first.signature[1] == file.signature[1]:
+                try:
+                    same = filecmp.cmp(first.path, file.path, shallow=False)
+                except OSError:
+                    same = False
+                if same:
+                    self._pass(file.path, f"a copy of {printable(first.path.name)}")
+                    continue
+            result.append(file)
+        return result
+
+    def _pass(self, path: Path, reason: str) -> None:
+        self._passed.append(PassedOver(path, reason))
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    signature: Signature
+    header: DicomHeader
+
+
+@dataclass(frozen=True)
+class _Image:
+    """The files of one image, their folder, and the UID that tells it from others."""
+
+    folder: Path
+    files: tuple[_File, ...]
+    uid: str
+
+    def item(self, root: Path) -> Item:
+        header = self.files[0].header
+        digest = hashlib.sha256(os.fsencode(self.uid)).hexdigest()
+        name = f"{header.modality or 'DICOM'}-{header.number}-{digest}"
+        signature = (
+            len(self.files),
+            sum(file.signature[1] for file in self.files),
+            max(file.signature[2] for file in self.files),
+        )
+        return Item(
+            self.files[0].path if len(self.files) == 1 else self.folder,
+            tuple(file.path for file in self.files),
+            "dicom",
+            name,
+            self.folder.relative_to(root) / name,
+            "",
+            signature,
+            header.series,
+        )
+
+
+def _walk(
+    root: Path, links: bool, passed: list[PassedOver]
+) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield regular files in the order of their names; say of everything else why not."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [root]
+    count = 0
+    while waiting:
+        folder = waiting.pop()
+        try:
+            about = folder.stat()
+            if (about.st_dev, about.st_ino) in seen:
+                passed.append(PassedOver(folder, "a folder that was looked into by another way"))
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            passed.append(PassedOver(folder, f"cannot be looked into: {error.strerror}"))
+            continue
+        below: list[Path] = []
+        for entry in entries:
+            path = folder / entry.name
+            count += 1
+            if count > MOST_FILES:
+                raise InputError(
+                    f"{printable(root)} holds more than {MOST_FILES} files. Name a folder below it."
+                )
+            if entry.name.startswith("."):
+                passed.append(PassedOver(path, "hidden"))
+                continue
+            if entry.is_symlink() and not links:
+                passed.append(PassedOver(path, "a symbolic link, which is not followed here"))
+                continue
+            try:
+                status = entry.stat(follow_symlinks=links)
+            except FileNotFoundError:
+                if entry.is_symlink():
+                    passed.append(PassedOver(path, "a symbolic link to nothing"))
+                continue  # or taken away while we looked
+            except OSError as error:
+                passed.append(PassedOver(path, f"cannot be looked at: {error.strerror}"))
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                below.append(path)
+            elif stat.S_ISREG(status.st_mode):
+                yield path, status
+            else:
+                passed.append(PassedOver(path, "no regular file (pipe, socket or device)"))
+        waiting += reversed(below)
+
+
+def _kind_by_name(path: Path) -> str | None:
+    name = path.name.lower()
+    if name.endswith((".nii", ".nii.gz")):
+        return "nifti"
+    if name.endswith(".nrrd"):
+        return "nrrd"
+    if name.endswith((".dcm", ".dicom")):
+        return "dicom"
+    return "image" if is_image(path) else None
+
+
+def _file(path: Path, folder: Path, kind: str, signature: Signature) -> Item:
+    stem = volume_stem(path) or path.name
+    relative = path.relative_to(folder).with_name(stem) if path.name else Path("folder")
+    return Item(path, (path,), kind, path.name, relative, path.name[len(stem) :].lower(), signature)
+
+
+def _signature(path: Path) -> Signature:
+    try:
+        status = path.stat()
+    except OSError:
+        return (1, 0, 0)
+    return (1, status.st_size, status.st_mtime_ns)
+
+
+def _read_header(path: Path) -> DicomHeader | str:
+    """Return what decides about a file, or why it cannot be read."""
+    import pydicom
+
+    wanted = [
+        *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber"),
+        *("Rows", "NumberOfFrames", "ImagePositionPatient", "ReferencedSeriesSequence"),
+        "ReferencedFrameOfReferenceSequence",
+    ]
+    try:
+        with damaged_is_input_error(path):
+            if not is_dicom(path):
+                return f"{path} is no DICOM file: it does not begin as one."
+            header = pydicom.dcmread(
+                path, stop_before_pixels=True, specific_tags=wanted, force=True
+            )
+            # "IS" may hold what is no number: a series number only names, so that is no fault.
+            number = str(header.get("SeriesNumber", "") or "")
+            frames = str(header.get("NumberOfFrames", "") or "1")
+            return DicomHeader(
+                str(header.get("SOPClassUID", "")),
+                str(header.get("SOPInstanceUID", "")),
+                str(header.get("SeriesInstanceUID", "")),
+                "".join(c for c in str(header.get("Modality", "") or "") if c.isalnum())[:16],
+                int(number) if number.isascii() and number.isdecimal() else 0,
+                bool(header.get("Rows")),
+                int(frames) if frames.isascii() and frames.isdecimal() else 1,
+                bool(header.get("ImagePositionPatient")),
+                tuple(_series_referred_to(header)),
+            )
+    except InputError as error:
+        return str(error)
+
+
+def _series_referred_to(header: object) -> Iterator[str]:
+    """Yield the SeriesInstanceUIDs that a segmentation or structure set names, at any depth."""
+    from pydicom.dataset import Dataset
+
+    assert isinstance(header, Dataset)
+    own = header.get("SeriesInstanceUID")
+    for element in header.iterall():
+        if element.keyword == "SeriesInstanceUID" and element.value not in (None, "", own):
+            yield str(element.value)
+
+
+def _why_no_image(header: DicomHeader) -> str | None:
+    from pydicom.uid import UID
+
+    if header.sop_class in _NO_IMAGES:
+        return _NO_IMAGES[header.sop_class]
+    if header.has_rows:
+        return None
+    name = UID(header.sop_class).name if header.sop_class else "DICOM of no stated kind"
+    return name.removesuffix(" Storage")

@@ -1,0 +1,239 @@
+"""Files of strangers are decoded in a process of their own, within limits of memory and time.
+
+A decoder that hangs, crashes or asks for more memory than there is takes that process with it and
+nothing else: the file is set aside with the reason, and the next one gets a new process. This
+guards against accidents of size and time, and against crashes. It is no sandbox: the process runs
+as the same user, and what it sends back is trusted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import resource
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.finding import Item
+from recallseg.runtime.formats.guards import MAX_BYTES
+from recallseg.runtime.formats.images import read_image
+from recallseg.runtime.formats.reading import read_item
+from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.json_text import printable
+
+__all__ = ["DecodingLimits", "IsolatedDecoder"]
+
+LOOK_S = 0.2  # between two looks at whether to stop
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def _default_memory() -> int:
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(whole, 2 * 2**30 + 3 * MAX_BYTES)
+
+
+@dataclass(frozen=True)
+class DecodingLimits:
+    """What one item may take.
+
+    Attributes
+    ----------
+    file_bytes : all its files together.
+    memory_bytes : address space of the process that decodes it.
+    seconds, seconds_per_mb : time; the second for each 10^6 bytes of its files.
+    """
+
+    file_bytes: int = MAX_BYTES
+    memory_bytes: int = 0
+    seconds: float = 60.0
+    seconds_per_mb: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.memory_bytes:
+            object.__setattr__(self, "memory_bytes", _default_memory())
+
+    def time_for(self, item: Item) -> float:
+        """Return the seconds that an item may take."""
+        return self.seconds + self.seconds_per_mb * item.signature[1] / 1e6
+
+
+class IsolatedDecoder:
+    """Reads items one after the other in a process that is started when it is first needed."""
+
+    def __init__(self, limits: DecodingLimits | None = None) -> None:
+        self._limits = limits or DecodingLimits()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._link: Connection[Any, Any] | None = None
+
+    def read(
+        self, item: Item, *, voi: bool = False, stop: Callable[[], bool] = lambda: False
+    ) -> NDArray[Any] | Volume | None:
+        """Return an image HxW or HxWx3, or a volume; None if ``stop`` said so meanwhile.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read, is no regular file any more, or breaks a limit.
+        """
+        size = item.signature[1]
+        if size > self._limits.file_bytes:
+            raise InputError(
+                f"{printable(item.path)} has {size} bytes; at most {self._limits.file_bytes} are "
+                "read here."
+            )
+        link = self._started()
+        until = monotonic() + self._limits.time_for(item)
+        try:
+            link.send((item, voi))
+            while not link.poll(LOOK_S):
+                if stop():
+                    self.close()
+                    return None
+                if monotonic() > until:
+                    self.close()
+                    raise InputError(
+                        f"{printable(item.path)} was not decoded within "
+                        f"{self._limits.time_for(item):.0f} s: it is damaged, or made to hang."
+                    )
+            found = _receive(link)
+        except (EOFError, OSError) as error:
+            status = self._process.wait() if self._process is not None else None
+            self.close()
+            raise InputError(
+                f"{printable(item.path)} ended the process that decoded it ({_ended(status)}): it "
+                "is damaged, or made to do so."
+            ) from error
+        if isinstance(found, str):
+            raise InputError(found)
+        assert found is None or isinstance(found, np.ndarray | Volume)
+        return found
+
+    def close(self) -> None:
+        """End the process. Harmless if repeated; the next item gets a new one."""
+        if self._link is not None:
+            self._link.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._link = self._process = None
+
+    def __enter__(self) -> IsolatedDecoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _started(self) -> Connection[Any, Any]:
+        if self._link is not None and self._process is not None and self._process.poll() is None:
+            return self._link
+        self.close()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            command = [
+                *(sys.executable, "-m", __spec__.name if __spec__ else __name__),
+                *(str(theirs.fileno()), str(self._limits.memory_bytes), str(os.getpid())),
+            ]
+            paths = os.pathsep.join(path for path in sys.path if path)
+            self._process = subprocess.Popen(  # noqa: S603  # this Python, this module
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": paths},
+            )
+            self._link = Connection(ours.detach())
+        return self._link
+
+
+def _ended(status: int | None) -> str:
+    if status is not None and status < 0:
+        return signal.Signals(-status).name
+    return f"status {status}"
+
+
+def _send(link: Connection[Any, Any], value: Any) -> None:
+    """Send a value; arrays go as they lie in memory, not through a copy."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    raw = [buffer.raw() for buffer in buffers]
+    link.send((head, [part.nbytes for part in raw]))
+    for part in raw:
+        if part.nbytes:
+            link.send_bytes(part)
+
+
+def _receive(link: Connection[Any, Any]) -> Any:
+    head, sizes = link.recv()
+    buffers = [bytearray(size) for size in sizes]
+    for buffer in buffers:
+        if buffer:
+            link.recv_bytes_into(buffer)
+    return pickle.loads(head, buffers=buffers)  # noqa: S301  # of our own process, see above
+
+
+def _read(item: Item, voi: bool) -> NDArray[Any] | Volume | str:
+    for path in item.files:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return f"{printable(path)} is no regular file any more."
+    if item.kind == "image":
+        return read_image(item.path)
+    return read_item(item, voi=voi)
+
+
+def _serve(link: Connection[Any, Any]) -> None:
+    while True:
+        try:
+            item, voi = link.recv()
+        except EOFError:
+            return
+        found: Any
+        try:
+            found = _read(item, voi)
+        except InputError as error:
+            found = printable(error)
+        except MemoryError:
+            found = f"{printable(item.path)} needs more memory than an item may take."
+        except Exception as error:  # of a decoder, whatever it may be; it is told, never kept
+            kind = type(error).__name__
+            found = f"{printable(item.path)} cannot be read: {kind}: {printable(error)}"
+        try:
+            _send(link, found)
+        except MemoryError:
+            _send(link, f"{printable(item.path)} needs more memory than an item may take.")
+        except BrokenPipeError:
+            return  # it was not waited for
+
+
+def _main(descriptor: int, memory: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the watcher's to hear
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before that
+            return
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _serve(Connection(descriptor))
+
+
+if __name__ == "__main__":
+    _main(*map(int, sys.argv[1:4]))

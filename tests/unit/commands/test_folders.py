@@ -1,0 +1,149 @@
+"""Folders as people have them, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from pydicom.uid import generate_uid
+from support.dicom_series import write_object, write_picture, write_series
+from support.pictures import LABELS, disc, write_pairs
+from typer.testing import CliRunner
+
+from recallseg import cli
+from recallseg.engines.bundle import Bundle
+
+SR = "1.2.840.10008.5.1.4.1.1.88.33"
+
+
+def call(*arguments: object, status: int = 0, cwd: Path | None = None) -> Any:
+    here = Path.cwd()
+    os.chdir(cwd or here)
+    try:
+        result = CliRunner().invoke(cli.app, [*map(str, arguments), "--engine", "fake"])
+    finally:
+        os.chdir(here)
+    if result.exit_code != status:
+        raise AssertionError(f"status {result.exit_code}: {result.output}") from result.exception
+    return result
+
+
+@pytest.fixture
+def library(fake_bundle: Bundle, tmp_path: Path) -> Path:
+    write_pairs(tmp_path / "pairs", [0.0, 0.5, 1.0])
+    folder = tmp_path / "lib"
+    arguments = ["library", "create", str(folder), "--bundle", str(fake_bundle.path)]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    call("library", "import", folder, tmp_path / "pairs", "--labels", LABELS)
+    return folder
+
+
+def planes(count: int = 3) -> np.ndarray:
+    shown = [disc(0.3 + 0.1 * i).image.astype(np.uint16) for i in range(count)]
+    return np.stack(shown)
+
+
+def records(out: Path) -> dict[str, Any]:
+    found = (path for path in out.rglob("*.json") if not path.name.endswith(".error.json"))
+    return {str(p.relative_to(out).with_suffix("")): json.loads(p.read_bytes()) for p in found}
+
+
+def test_a_dot_is_the_folder(library: Path, tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", planes())
+    call("segment", library, ".", "--output", "../out", "--k", 1, cwd=tmp_path / "ct")
+    (record,) = records(tmp_path / "out").values()
+    assert list(records(tmp_path / "out")) == ["ct"]
+    assert record["image"] == "ct"
+    assert record["shape"] == [3, 64, 64]
+    named = tmp_path / "ct" / ".." / "ct"
+    call("segment", library, named, "--output", tmp_path / "again", "--k", 1)
+    assert list(records(tmp_path / "again")) == ["ct"]
+
+
+def test_a_report_and_a_thumbnail_beside_a_series(library: Path, tmp_path: Path) -> None:
+    write_series(tmp_path / "scan", planes())
+    write_object(tmp_path / "scan" / "SR.dcm", SR)
+    cv2.imwrite(str(tmp_path / "scan" / "thumbnail.jpg"), disc(0.4).image)
+    told = call("segment", library, tmp_path / "scan", "--output", tmp_path / "out", "--k", 1)
+    assert sorted(records(tmp_path / "out")) == ["scan", "thumbnail"]
+    assert "passed over, Comprehensive SR, not an image" in told.output
+    found = call(
+        "segment", library, tmp_path / "scan", "--output", tmp_path / "strict", "--k", 1,
+        "--strict", "--json", status=1,
+    )  # fmt: skip
+    answer = json.loads(found.stdout)
+    assert len(answer["results"]) == 2
+    assert list(answer["passed_over"]) == [str(tmp_path / "scan" / "SR.dcm")]
+
+
+def test_nothing_but_a_report_is_an_error_that_says_so(library: Path, tmp_path: Path) -> None:
+    report = write_object(tmp_path / "scan" / "SR.dcm", SR)
+    for path in (report, report.parent):
+        told = call("segment", library, path, "--output", tmp_path / "out", status=1)
+        assert "no image in" in told.output
+        assert "Comprehensive SR" in told.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["segment", "watch"])
+def test_views_of_one_series(library: Path, tmp_path: Path, command: str) -> None:
+    series = generate_uid()
+    for i in range(2):
+        write_picture(tmp_path / "in" / f"v{i}.dcm", series, planes(2)[i], Modality="DX")
+    out = tmp_path / "out"
+    if command == "segment":
+        call("segment", library, tmp_path / "in", "--output", out, "--k", 1)
+        assert sorted(records(out)) == ["v0", "v1"]
+    else:
+        call("watch", tmp_path / "in", "--library", library, "--output", out, "--k", 1,
+             "--once", "--settle", 0)  # fmt: skip
+    assert [record["shape"] for record in records(out).values()] == [[1, 64, 64]] * 2
+    masks = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in sorted(out.rglob("*.mask.png"))]
+    assert len(masks) == 2
+    assert all(mask.shape == (64, 64) for mask in masks)
+
+
+NAMES = [b"r\xf6ntgen", b"\xff", "日本".encode(), b"line\nbreak", b"a'b\"c;d", b"x" * 240]
+
+
+def test_file_names_of_any_bytes(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate([*NAMES, b"z"]):
+        cv2.imwrite(str(tmp_path / "one.png"), disc(0.1 * i).image)
+        shutil.move(tmp_path / "one.png", tmp_path / "in" / os.fsdecode(name + b".png"))
+    for output, command in (("out", "segment"), ("out2", "watch")):
+        arguments = {
+            "segment": ["segment", library, tmp_path / "in"],
+            "watch": ["watch", tmp_path / "in", "--library", library, "--once", "--settle", 0],
+        }[command]
+        environment = {**os.environ, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
+        done = subprocess.run(
+            [sys.executable, "-m", "recallseg", *map(str, arguments), "--output",
+             str(tmp_path / output), "--k", "1", "--engine", "fake"],
+            capture_output=True, env=environment, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        done.stdout.decode(), done.stderr.decode()  # both are UTF-8
+        found = {os.fsencode(record["image"]) for record in records(tmp_path / output).values()}
+        assert found == {name + b".png" for name in [*NAMES, b"z"]}
+    assert (tmp_path / "out" / os.fsdecode(b"r\xf6ntgen.mask.png")).is_file()
+
+
+def test_names_that_are_cleaned_alike_keep_apart(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(["a;b", "a_b", "a:b", "a|b", " a_b"]):
+        cv2.imwrite(str(tmp_path / "in" / f"{name}.png"), disc(0.1 * i).image)
+    call("segment", library, tmp_path / "in", "--output", tmp_path / "out", "--k", 1)
+    found = records(tmp_path / "out")
+    assert sorted(r["image"] for r in found.values()) == sorted(
+        ["a;b.png", "a_b.png", "a:b.png", "a|b.png", " a_b.png"]
+    )
+    assert found["a_b"]["image"] == "a_b.png"

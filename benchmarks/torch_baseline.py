@@ -231,7 +231,7 @@ class TorchBaseline:
         pointers = np.zeros((1, g.channels), np.float32)
         for name in self._structures:
             for key in self._keys[name]:
-                library.gather([key], name, memories, pointers)
+                library.gather(library.memories([key], name), memories, pointers)
                 self._cached[key, name] = (
                     self._placed(memories[0].copy()),
                     self._placed(pointers[0].copy()),

@@ -50,7 +50,7 @@ class Outcome:
 
     Attributes
     ----------
-    k : exemplars recalled: what was asked for, or all if fewer show the structure.
+    k : most exemplars recalled.
     memories : of other slices that a slice could use; 0: slice by slice.
     dice : of all voxels of these slices at once.
     slice_dice, least_slice_dice : mean and least over the slices that show the structure.
@@ -178,7 +178,7 @@ def _measure(
             with Library.open(Path(folder, "library")) as library:
                 segmenter = Segmenter(
                     library,
-                    k=min(k, *(library.count(name) for name in case.masks)),
+                    k=k,
                     structures=list(case.masks),
                     engine=engine,
                     precision=precision,

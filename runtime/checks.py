@@ -1,4 +1,4 @@
-"""Checks of what callers hand in: images, masks, structure names, tags, keys."""
+"""Checks of what callers hand in: images, masks, names, tags, keys, numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 
-__all__ = ["check_annotation", "check_image", "check_key", "check_mask", "check_name", "check_tags"]
+__all__ = [
+    "check_annotation",
+    "check_count",
+    "check_image",
+    "check_key",
+    "check_mask",
+    "check_name",
+    "check_number",
+    "check_tags",
+]
 
 MAX_NAME = 64
 MAX_KEY = 256
@@ -170,6 +179,41 @@ def check_key(key: Any) -> str:
             f"{str(key)[:80]!r} ({type(key).__name__})."
         )
     return key
+
+
+def check_count(value: Any, what: str, least: int, most: int | None = None) -> int:
+    """Return a whole number within limits.
+
+    Raises
+    ------
+    InputError
+        If it is not one (a truth value, text or 4.0 are not), or lies outside.
+    """
+    span = f"from {least}" if most is None else f"from {least} to {most}"
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise InputError(
+            f"{what} must be a whole number {span}, got {value!r} ({type(value).__name__})."
+        )
+    if value < least or (most is not None and value > most):
+        raise InputError(f"{what} must be a whole number {span}, got {value}.")
+    return int(value)
+
+
+def check_number(value: Any, what: str, least: float, unit: str = "") -> float:
+    """Return a number of at least ``least``; infinite is one.
+
+    Raises
+    ------
+    InputError
+        If it is not one (a truth value, text or NaN are not), or is less.
+    """
+    kinds = (int, float, np.integer, np.floating)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kinds) or not value >= least:
+        kind = "" if isinstance(value, kinds) else f" ({type(value).__name__})"
+        raise InputError(
+            f"{what} must be a number of at least {least:g}{unit}, got {value!r}{kind}."
+        )
+    return float(value)
 
 
 def check_tags(tags: Mapping[str, str] | None) -> dict[str, str]:

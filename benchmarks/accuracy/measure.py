@@ -200,51 +200,56 @@ class _Run:
         foreign: bool = False,
     ) -> Iterator[tuple[Case, NDArray[np.bool_]]]:
         """Yield a case and its mask for every query and structure with an exemplar."""
-        for used, structures in self._groups(method, k, annotated).items():
-            segmenter = Segmenter(
-                self._library,
-                k=used,
-                structures=structures,
-                reach=math.inf if method == RANDOM else REACH,
-                engine=self._plan.engine,
-                precision=self._plan.precision,
-                threads=self._plan.threads,
-                tags=member_tag(annotated),
-            )
-            for query in queries:
-                result = segmenter.segment(query.image)
-                for name in structures:
-                    score = result.scores[name]
-                    case = _case(
-                        self._dataset,
-                        query,
-                        name,
-                        result.masks[name],
-                        method,
-                        k=k,
-                        used=used,
-                        annotated=annotated,
-                        draw=draw,
-                        object_score=score.object_score,
-                        nearest=score.distance,
-                        foreign=foreign,
-                    )
-                    if case is not None:
-                        yield case, result.masks[name]
-                self._step(query.name)
+        structures = self._structures(method, k, annotated)
+        if not structures:
+            return
+        segmenter = Segmenter(
+            self._library,
+            k=k,
+            structures=structures,
+            reach=math.inf if method == RANDOM else REACH,
+            engine=self._plan.engine,
+            precision=self._plan.precision,
+            threads=self._plan.threads,
+            tags=member_tag(annotated),
+        )
+        for query in queries:
+            result = segmenter.segment(query.image)
+            for name in structures:
+                score = result.scores[name]
+                case = _case(
+                    self._dataset,
+                    query,
+                    name,
+                    result.masks[name],
+                    method,
+                    k=k,
+                    used=min(k, result.available[name]),
+                    annotated=annotated,
+                    draw=draw,
+                    object_score=score.object_score,
+                    nearest=score.distance,
+                    foreign=foreign,
+                )
+                if case is not None:
+                    yield case, result.masks[name]
+            self._step(query.name)
 
-    def _groups(self, method: str, k: int, annotated: int) -> dict[int, list[str]]:
-        """Return structures by the exemplars that can be used: k, or as many as show them.
+    def _structures(self, method: str, k: int, annotated: int) -> list[str]:
+        """Return the structures with an exemplar.
 
-        Where all are used there is nothing to draw at random.
+        Where all of them are recalled there is nothing to draw at random.
         """
         members = self._dataset.annotated(annotated)
-        groups: dict[int, list[str]] = {}
-        for name in self._dataset.structures:
-            showing = sum(name in member.masks for member in members)
-            if showing and not (method == RANDOM and k >= showing):
-                groups.setdefault(min(k, showing), []).append(name)
-        return groups
+        showing = {
+            name: sum(name in member.masks for member in members)
+            for name in self._dataset.structures
+        }
+        return [
+            name
+            for name, count in showing.items()
+            if count and not (method == RANDOM and k >= count)
+        ]
 
 
 def _case(

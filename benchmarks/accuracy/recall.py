@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from recallseg.benchmarks.accuracy.dataset import Dataset
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.library.exemplar import Recollection
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
@@ -37,32 +38,27 @@ class RandomLibrary(Library):
         """Open a library for reading."""
         return cast(RandomLibrary, cls.open(path, bundle))
 
-    def search(
+    def recall(
         self,
         embedding: NDArray[np.float32],
-        structure: str,
+        structures: Sequence[str],
         k: int,
         *,
         tags: Mapping[str, str] | None = None,
-    ) -> list[Match]:
-        """Return ``k`` exemplars that show a structure, chosen at random."""
-        everything = super().search(
-            embedding, structure, self._available(structure, tags), tags=tags
+        without: str | None = None,
+    ) -> Recollection:
+        """Return ``k`` exemplars that show each structure, chosen at random; all if fewer do."""
+        everything = super().recall(
+            embedding, structures, max(1, len(self)), tags=tags, without=without
         )
-        showing = [match for match in everything if not match.absent]
         query = zlib.crc32(np.ascontiguousarray(embedding).tobytes())
-        draw = np.random.default_rng([self.seed, query, zlib.crc32(structure.encode())])
-        chosen = draw.choice(len(showing), size=k, replace=False)
-        return [showing[int(i)] for i in chosen]
-
-    def _available(self, structure: str, tags: Mapping[str, str] | None) -> int:
-        if not tags:
-            return self.count(structure)
-        wanted = set(tags.items())
-        return sum(
-            structure in exemplar.structures and wanted <= set(exemplar.tags.items())
-            for exemplar in self
-        )
+        found = {}
+        for name, one in everything.found.items():
+            showing = [match for match in one.matches if not match.absent]
+            draw = np.random.default_rng([self.seed, query, zlib.crc32(name.encode())])
+            chosen = draw.choice(len(showing), size=min(k, len(showing)), replace=False)
+            found[name] = replace(one, matches=tuple(showing[int(i)] for i in chosen))
+        return replace(everything, found=found)
 
 
 def member_tag(count: int) -> dict[str, str]:

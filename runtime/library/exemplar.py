@@ -1,11 +1,12 @@
-"""What a library tells about its exemplars, its matches and its health."""
+"""What a library tells about its exemplars, what it recalls, and its health."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["Exemplar", "LibraryReport", "Match"]
+__all__ = ["Exemplar", "Found", "LibraryReport", "Match", "Recollection", "StoredMemory"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,47 @@ class Match:
     key: str
     distance: float
     absent: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMemory:
+    """A memory where it lies: it can be read whatever becomes of the library in the meantime.
+
+    Attributes
+    ----------
+    key, structure : of what exemplar, and of what it shows.
+    digest : SHA-256 of the stored tokens and pointer: equal for equal memories, in any library.
+    record : a view of a memory-mapped file, see :mod:`recallseg.runtime.library.shards`.
+    """
+
+    key: str
+    structure: str
+    digest: bytes
+    record: Any = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What there is to recall of one structure.
+
+    Attributes
+    ----------
+    matches : at most k exemplars that show it, and nearer ones that lack it; nearest first.
+    memories : of those of ``matches`` that show it, by key.
+    available : how many exemplars there were to choose from.
+    """
+
+    matches: tuple[Match, ...]
+    memories: Mapping[str, StoredMemory]
+    available: int
+
+
+@dataclass(frozen=True, eq=False)
+class Recollection:
+    """What one query recalls, of one state of the library: its digest then, and by structure."""
+
+    digest: str
+    found: Mapping[str, Found]
 
 
 @dataclass(frozen=True)

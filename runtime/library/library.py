@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.errors import InputError
+from recallseg.engines.errors import InputError, LibraryCorruptError
 from recallseg.engines.pixels import open_pixels
-from recallseg.runtime.checks import check_image
+from recallseg.runtime.checks import check_image, check_tags
 from recallseg.runtime.library import calibrations, changing, maintenance, recalling
 from recallseg.runtime.library.binding import (
     Binding,
@@ -23,7 +23,13 @@ from recallseg.runtime.library.binding import (
     open_bundle,
 )
 from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder
-from recallseg.runtime.library.exemplar import Exemplar, LibraryReport, Match
+from recallseg.runtime.library.exemplar import (
+    Exemplar,
+    LibraryReport,
+    Match,
+    Recollection,
+    StoredMemory,
+)
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
@@ -219,11 +225,23 @@ class Library:
         """
         return self._store.digest
 
-    def count(self, structure: str, *, absent: bool = False) -> int:
-        """Return how many exemplars show a structure, or say that it is absent."""
+    def count(
+        self, structure: str, *, absent: bool = False, tags: Mapping[str, str] | None = None
+    ) -> int:
+        """Return how many exemplars show a structure, or say that it is absent.
+
+        Parameters
+        ----------
+        tags : count only exemplars that have all of these.
+        """
+        wanted = check_tags(tags)
         self.refresh()
         row = self._store.structures.get(structure)
-        return 0 if row is None else row.absent if absent else row.present
+        if row is None:
+            return 0
+        if wanted:
+            return len(self._store.catalog.numbers(row.id, not absent, wanted))
+        return row.absent if absent else row.present
 
     def __len__(self) -> int:
         self.refresh()
@@ -264,8 +282,14 @@ class Library:
         number = store.number(key)
         digest = store.catalog.source_digest(number)
         if digest is None:
+            store.number(key)
             raise InputError(f"the library {self.path} did not keep the image of exemplar '{key}'.")
-        return store.sources.read(number, digest, key)
+        try:
+            return store.sources.read(number, digest, key)
+        except LibraryCorruptError:
+            if store.catalog.number(key) != number:  # removed by another process meanwhile
+                raise unknown_key(key) from None
+            raise
 
     def embeddings(
         self, structure: str, *, absent: bool = False
@@ -302,29 +326,70 @@ class Library:
         *,
         tags: Mapping[str, str] | None = None,
     ) -> list[Match]:
-        """Return the k nearest exemplars that show a structure, nearest first.
+        """Return the k nearest exemplars that show a structure, nearest first; all if fewer do.
 
         Between them stand, with ``absent`` set, exemplars that say the structure is absent and are
-        nearer than the last of the k (at most k of these).
+        nearer than the last of these: at most as many. Where none shows it, the k nearest of those
+        that lack it are all there is.
 
         Parameters
         ----------
         embedding : D float, of any length but 0.
         structure : as it was named when added.
-        k : 1 to :meth:`count` of the structure.
+        k : at least 1.
         tags : only exemplars that have all of these.
 
         Raises
         ------
         InputError
-            For an unknown structure, a k that is 0 or more than there is, or an unusable embedding.
+            For an unknown structure, a k that is no whole number from 1, or an unusable embedding.
         """
-        return recalling.search(self._store, embedding, structure, k, tags)
+        return [*self.recall(embedding, (structure,), k, tags=tags).found[structure].matches]
+
+    def recall(
+        self,
+        embedding: NDArray[np.float32],
+        structures: Sequence[str],
+        k: int,
+        *,
+        tags: Mapping[str, str] | None = None,
+        without: str | None = None,
+    ) -> Recollection:
+        """Return what :meth:`search` finds for each structure, with memories, of one state.
+
+        Whatever other processes remove, compact or encode anew after this call, what it returned
+        can be gathered.
+
+        Parameters
+        ----------
+        embedding, k, tags : as for :meth:`search`.
+        structures : as they were named when added.
+        without : key of an exemplar that is passed over.
+
+        Raises
+        ------
+        InputError
+            As :meth:`search`.
+        LibraryCorruptError
+            If a shard is missing or cut off.
+        """
+        return recalling.recall(self._store, embedding, structures, k, tags, without)
+
+    def memories(self, keys: Sequence[str], structure: str) -> list[StoredMemory]:
+        """Return the memories of a structure of these exemplars.
+
+        Raises
+        ------
+        InputError
+            For a key or structure without a memory.
+        LibraryCorruptError
+            If a shard is missing or cut off.
+        """
+        return recalling.memories(self._store, keys, structure)
 
     def gather(
         self,
-        keys: Sequence[str],
-        structure: str,
+        memories: Sequence[StoredMemory],
         memories_out: NDArray[Any],
         pointers_out: NDArray[np.float32],
     ) -> None:
@@ -332,18 +397,16 @@ class Library:
 
         Parameters
         ----------
-        keys : k exemplars that show ``structure``, as :meth:`search` names them.
+        memories : k of them, as :meth:`recall` or :meth:`memories` gave them.
         memories_out : k x T x memory_dim, float32 or float16, C-contiguous.
         pointers_out : k x C float32.
 
         Raises
         ------
         InputError
-            For a key or structure without a memory, or buffers of another shape or dtype.
-        LibraryCorruptError
-            If a shard is missing or cut off.
+            For buffers of another shape or dtype.
         """
-        recalling.gather(self._store, self._pixels, keys, structure, memories_out, pointers_out)
+        recalling.gather(self._store, self._pixels, memories, memories_out, pointers_out)
 
     # Change
 

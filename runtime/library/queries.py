@@ -134,15 +134,20 @@ class CatalogQueries:
         )
         return self._matrix(rows)
 
-    def found(self, numbers: Sequence[int], structure: int) -> dict[int, tuple[str, Place | None]]:
-        """Return key and place of memory (None where the structure is absent) by number."""
+    def found(
+        self, numbers: Sequence[int], structure: int
+    ) -> dict[int, tuple[str, tuple[Place, bytes] | None]]:
+        """Return key, and place and digest of memory (None where it is absent), by number."""
         rows = self._in_batches(
-            "SELECT x.id, x.key, m.shard, m.slot FROM exemplars x LEFT JOIN memories m ON "
-            "m.generation = (SELECT generation FROM state) AND m.exemplar = x.id AND m.structure "
-            f"= {int(structure)} WHERE x.id IN ({{}})",
+            "SELECT x.id, x.key, m.shard, m.slot, m.digest FROM exemplars x LEFT JOIN memories m "
+            "ON m.generation = (SELECT generation FROM state) AND m.exemplar = x.id AND "
+            f"m.structure = {int(structure)} WHERE x.id IN ({{}})",
             [int(number) for number in numbers],
         )
-        return {row[0]: (row[1], None if row[2] is None else Place(row[2], row[3])) for row in rows}
+        return {
+            number: (key, None if shard is None else (Place(shard, slot), digest))
+            for number, key, shard, slot, digest in rows
+        }
 
     def keys(self, numbers: Sequence[int]) -> list[str]:
         """Return the keys of exemplars, in the order of ``numbers``."""
@@ -150,15 +155,15 @@ class CatalogQueries:
         keys = dict(self._in_batches("SELECT id, key FROM exemplars WHERE id IN ({})", wanted))
         return [keys[number] for number in wanted]
 
-    def places(self, keys: Sequence[str], structure: int) -> dict[str, Place]:
-        """Return where the memories of a structure lie, for those of ``keys`` that have one."""
+    def places(self, keys: Sequence[str], structure: int) -> dict[str, tuple[Place, bytes]]:
+        """Return places and digests of a structure's memories, for those of ``keys`` that have."""
         rows = self._in_batches(
-            "SELECT x.key, m.shard, m.slot FROM exemplars x JOIN memories m ON m.generation = "
-            "(SELECT generation FROM state) AND m.exemplar = x.id AND m.structure = "
-            f"{int(structure)} WHERE x.key IN ({{}})",
+            "SELECT x.key, m.shard, m.slot, m.digest FROM exemplars x JOIN memories m ON "
+            "m.generation = (SELECT generation FROM state) AND m.exemplar = x.id AND m.structure "
+            f"= {int(structure)} WHERE x.key IN ({{}})",
             list(keys),
         )
-        return {key: Place(shard, slot) for key, shard, slot in rows}
+        return {key: (Place(shard, slot), digest) for key, shard, slot, digest in rows}
 
     def memories(self, after: int, limit: int) -> list[tuple[int, str, Place, bytes]]:
         """Return (exemplar, structure, place, digest) of exemplars above ``after``."""

@@ -2,92 +2,117 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import InputError, LibraryCorruptError
+from recallseg.engines.errors import InputError
 from recallseg.engines.pixels import Pixels
-from recallseg.runtime.checks import check_tags
+from recallseg.runtime.checks import check_count, check_tags
 from recallseg.runtime.library.encoding import MemoryLayout
-from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.library.exemplar import Found, Match, Recollection, StoredMemory
+from recallseg.runtime.library.records import StructureRow
 from recallseg.runtime.library.shards import Place
 from recallseg.runtime.library.store import Store
 
-__all__ = ["gather", "search"]
+__all__ = ["gather", "memories", "recall"]
 
 
-def search(
+def recall(
     store: Store,
     embedding: NDArray[np.float32],
-    structure: str,
+    structures: Sequence[str],
     k: int,
     tags: Mapping[str, str] | None,
-) -> list[Match]:
-    """Return the k nearest exemplars; see :meth:`recallseg.runtime.library.Library.search`."""
+    without: str | None = None,
+) -> Recollection:
+    """Search, and hold what was found; see :meth:`recallseg.runtime.library.Library.recall`."""
     with store.lock:
         vector = _unit(embedding, store.settings.embedding_dim)
-        wanted = check_tags(tags)
+        wanted, most = check_tags(tags), check_count(k, "k", 1)
         store.refresh()
-        row = store.structure(structure)
-        retrieval = store.retrieval
-        retrieval.prepare(row.id)
+        rows = [store.structure(name) for name in structures]
+        for row in rows:
+            store.retrieval.prepare(row.id)
         with store.catalog.database.snapshot():
             store.see_newest()
-            available = retrieval.size(row.id, True, wanted)
-            if (
-                isinstance(k, bool)
-                or not isinstance(k, (int, np.integer))
-                or not 1 <= k <= available
-            ):
-                tagged = f" with tags {wanted}" if wanted else ""
-                raise InputError(
-                    f"k = {k}, but {available} exemplars show '{structure}'{tagged}. Choose k "
-                    "from 1 to that number, or annotate more images."
-                )
-            numbers, distances = retrieval.search(vector, row.id, True, int(k), wanted)
-            without, farther = retrieval.search(vector, row.id, False, int(k), wanted)
-            nearer = farther <= distances[-1]
-            both = [*zip(distances.tolist(), numbers.tolist(), strict=True)]
-            both += zip(farther[nearer].tolist(), without[nearer].tolist(), strict=True)
-            found = store.catalog.found([number for _, number in both], row.id)
-        places = store.places.setdefault(structure, {})
-        matches = []
-        for distance, number in sorted(both):
-            key, place = found[number]
-            if place is not None:
-                places[key] = place
-            matches.append(Match(key, distance, place is None))
-        return matches
+            left_out = None if without is None else store.catalog.number(without)
+            return Recollection(
+                store.digest,
+                {row.name: _find(store, vector, row, most, wanted, left_out) for row in rows},
+            )
+
+
+def memories(store: Store, keys: Sequence[str], structure: str) -> list[StoredMemory]:
+    """Return memories by key; see :meth:`recallseg.runtime.library.Library.memories`."""
+    with store.lock:
+        store.refresh()
+        row = store.structure(structure)
+        with store.catalog.database.snapshot():
+            places = store.catalog.places(keys, row.id)
+            for key in keys:
+                if key not in places:
+                    store.number(key)
+                    raise InputError(
+                        f"exemplar '{key}' has no mask of '{structure}', so no memory of it."
+                    )
+            return [_stored(store, key, structure, *places[key]) for key in keys]
 
 
 def gather(
     store: Store,
     pixels: Pixels,
-    keys: Sequence[str],
-    structure: str,
+    memories: Sequence[StoredMemory],
     memories_out: NDArray[Any],
     pointers_out: NDArray[np.float32],
 ) -> None:
     """Copy memories out; see :meth:`recallseg.runtime.library.Library.gather`."""
     layout = store.settings.layout
-    _check_buffers(layout, len(keys), memories_out, pointers_out)
-    tokens, scales = [], []
-    for row, key in enumerate(keys):
-        try:
-            record = store.reader.record(_place(store, key, structure, keys))
-        except LibraryCorruptError:
-            if not store.refresh():
-                raise
-            # Compacted by another process since the search: the memory has moved.
-            record = store.reader.record(_place(store, key, structure, keys))
-        tokens.append(record["tokens"])
+    _check_buffers(layout, len(memories), memories_out, pointers_out)
+    records = [memory.record for memory in memories]
+    for row, record in enumerate(records):
         pointers_out[row] = record["pointer"]
-        if layout.format == "int8":
-            scales.append(record["scales"])
-    pixels.gather(tokens, memories_out, scales or None)
+    scales = [record["scales"] for record in records] if layout.format == "int8" else None
+    pixels.gather([record["tokens"] for record in records], memories_out, scales or None)
+
+
+def _find(
+    store: Store,
+    vector: NDArray[np.float32],
+    row: StructureRow,
+    k: int,
+    tags: Mapping[str, str],
+    left_out: int | None,
+) -> Found:
+    """Search for one structure, within a snapshot; ``left_out`` is an exemplar's number."""
+    retrieval = store.retrieval
+
+    def nearest(present: bool, most: int) -> list[tuple[float, int]]:
+        wanted = min(most + (left_out is not None), retrieval.size(row.id, present, tags))
+        numbers, distances = retrieval.search(vector, row.id, present, wanted, tags)
+        both = zip(distances.tolist(), numbers.tolist(), strict=True)
+        return [pair for pair in both if pair[1] != left_out][:most]
+
+    shown = nearest(True, k)
+    farthest = shown[-1][0] if shown else math.inf
+    lacking = nearest(False, len(shown) or k)
+    both = shown + [pair for pair in lacking if pair[0] <= farthest]
+    found = store.catalog.found([number for _, number in both], row.id)
+    matches, held = [], {}
+    for distance, number in sorted(both):
+        key, place = found[number]
+        if place is not None:
+            held[key] = _stored(store, key, row.name, *place)
+        matches.append(Match(key, distance, place is None))
+    return Found(tuple(matches), held, retrieval.size(row.id, True, tags))
+
+
+def _stored(store: Store, key: str, structure: str, place: Place, digest: bytes) -> StoredMemory:
+    """Return a memory, its file mapped; within a snapshot, which keeps writers from it."""
+    return StoredMemory(key, structure, digest, store.reader.record(place))
 
 
 def _unit(embedding: NDArray[np.float32], size: int) -> NDArray[np.float32]:
@@ -102,21 +127,6 @@ def _unit(embedding: NDArray[np.float32], size: int) -> NDArray[np.float32]:
         raise InputError(f"the embedding has length {length}; expected a finite one above 0.")
     unit: NDArray[np.float32] = vector / np.float32(length)
     return unit
-
-
-def _place(store: Store, key: str, structure: str, keys: Sequence[str]) -> Place:
-    place = store.places.get(structure, {}).get(key)
-    if place is not None:
-        return place
-    with store.lock:
-        store.refresh()
-        row = store.structure(structure)
-        places = store.places.setdefault(structure, {})
-        places.update(store.catalog.places(keys, row.id))
-        if key not in places:
-            store.number(key)
-            raise InputError(f"exemplar '{key}' has no mask of '{structure}', so no memory of it.")
-        return places[key]
 
 
 def _check_buffers(

@@ -19,7 +19,7 @@ from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings, StructureRow
 from recallseg.runtime.library.retrieval import Retrieval
-from recallseg.runtime.library.shards import Place, ShardReader, ShardWriter
+from recallseg.runtime.library.shards import ShardReader, ShardWriter
 from recallseg.runtime.library.sources import SourceStore
 from recallseg.runtime.library.storage import WriterLock, writing
 
@@ -42,7 +42,6 @@ class Store:
     path : the library's folder.
     catalog, sources, reader, writer, retrieval : its files.
     settings, state, structures : what the catalog said when it was last looked at.
-    places : structure -> key -> place of the memory, as far as they have been asked for.
     lock : held by one thread at a time; may be taken again by the same.
     """
 
@@ -98,7 +97,6 @@ class Store:
         self.state = self.catalog.state()
         self._version = self.catalog.version()
         self.structures = {row.name: row for row in self.catalog.structures()}
-        self.places: dict[str, dict[str, Place]] = {}
         self.reader = ShardReader(self.memories, self.settings.layout)
         self.writer = ShardWriter(self.memories, self.settings.layout, self.settings.shard_bytes)
         self.retrieval = Retrieval(self.catalog, self.path / INDEX, self.settings.embedding_dim)
@@ -165,7 +163,6 @@ class Store:
                 f"the library {self.path} has been rebuilt for bundle '{settings.bundle_name}' "
                 "since it was opened. Open it again."
             )
-        self.places.clear()
         self.structures = {row.name: row for row in self.catalog.structures()}
         self.retrieval.refresh(state)
         self.state = state

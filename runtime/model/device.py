@@ -158,15 +158,15 @@ class DeviceQuery(Query):
         w, n = self.workspace, len(wanted)
         self._members, self._size = [one.position for one in wanted], (n, k)
         memories, pointers = w.view("memories", n, k), w.tensors.get("pointers")
-        for row, (position, structure, keys) in enumerate(wanted):
-            slots = self.cache.fetch(self._library, structure, keys, self._stream)
+        for row, (position, stored) in enumerate(wanted):
+            slots = self.cache.fetch(self._library, stored, self._stream)
             self._gather(slots, memories.row(row))
             if pointers is not None:
                 target = pointers.reshape(n, k, pointers.shape[2]).row(row)
                 for place, slot in enumerate(slots):
                     self._stream.copy(target.row(place), self.cache.pointers.row(slot))
             if temporal is not None:
-                self._gather_temporal(temporal, position, row, len(keys))
+                self._gather_temporal(temporal, position, row, len(stored))
 
     def attend(self) -> None:
         self._composition.run("attend", self._tensors())

@@ -77,11 +77,12 @@ class HostQuery(Query):
         w, n = self.workspace, len(wanted)
         self._members = [one.position for one in wanted]
         self._recall, self._prediction = w.recall_for(n, k), w.prediction_for(n)
-        for row, (position, structure, keys) in enumerate(wanted):
+        for row, (position, stored) in enumerate(wanted):
             memories, pointers = self._recall.memories[row], self._recall.pointers[row]
-            self._library.gather(keys, structure, memories[: len(keys)], pointers[: len(keys)])
+            count = len(stored)
+            self._library.gather(stored, memories[:count], pointers[:count])
             if temporal is not None:
-                temporal.gather(position, memories[len(keys) :], pointers[len(keys) :])
+                temporal.gather(position, memories[count:], pointers[count:])
 
     def attend(self) -> None:
         self._composition.attend(self.workspace.features, self._recall, self._prediction)

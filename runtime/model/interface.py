@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.device import Device
+from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.frame_memories import TemporalMemories
 
 __all__ = ["Finished", "GpuOptions", "Query", "Wanted"]
@@ -35,11 +36,10 @@ class GpuOptions:
 
 
 class Wanted(NamedTuple):
-    """One structure's part in a call of ``attend``: its position, its name, and exemplars."""
+    """One structure's part in a call of ``attend``: its position, and exemplars' memories."""
 
     position: int
-    structure: str
-    keys: list[str]
+    memories: Sequence[StoredMemory]
 
 
 class Finished(NamedTuple):

@@ -12,6 +12,7 @@ from recallseg.engines.device import Device, DeviceTensor, Stream
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.specs import Geometry
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.exemplar import StoredMemory
 
 __all__ = ["MemoryCache"]
 
@@ -40,9 +41,8 @@ class MemoryCache:
     ) -> None:
         g = geometry
         self.slots, self.hits, self.misses = slots, 0, 0
-        self._places: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._places: OrderedDict[bytes, int] = OrderedDict()  # slots by the memories' digests
         self._pinned: set[int] = set()  # slots that work queued for the present query reads
-        self._digest = ""
         self._row = 0
         shapes = (g.tokens, g.memory_dim), (g.channels,)
         kinds = np.dtype(dtype), np.dtype(np.float32)
@@ -74,7 +74,7 @@ class MemoryCache:
         self._row = 0
 
     def fetch(
-        self, library: Library, structure: str, keys: Sequence[str], stream: Stream
+        self, library: Library, memories: Sequence[StoredMemory], stream: Stream
     ) -> list[int]:
         """Return the slots of exemplars' memories; copies of those that were not there are queued.
 
@@ -82,48 +82,42 @@ class MemoryCache:
         ------
         EngineRunError
             If the present query recalls more than the cache holds.
-        InputError, LibraryCorruptError
-            As :meth:`Library.gather`; the cache stays as it was.
         """
-        if library.digest != self._digest:  # a key may mean another memory now
-            self._places.clear()
-            self._digest = library.digest
         found = []
-        for key in keys:
-            name = (structure, key)
-            slot = self._places.get(name)
+        for memory in memories:
+            slot = self._places.get(memory.digest)
             if slot is None:
                 self.misses += 1
-                slot = self._load(library, structure, key, stream)
-                self._places[name] = slot
+                slot = self._load(library, memory, stream)
+                self._places[memory.digest] = slot
             else:
                 self.hits += 1
-                self._places.move_to_end(name)
+                self._places.move_to_end(memory.digest)
             self._pinned.add(slot)
             found.append(slot)
         return found
 
-    def _load(self, library: Library, structure: str, key: str, stream: Stream) -> int:
-        name, slot = self._free_slot()
+    def _load(self, library: Library, memory: StoredMemory, stream: Stream) -> int:
+        evicted, slot = self._free_slot()
         row = slot if self._shared else self._row
         tokens, pointers = (part[row : row + 1] for part in self._host)
-        if name is not None:
-            del self._places[name]
-        library.gather([key], structure, tokens, pointers)
+        if evicted is not None:
+            del self._places[evicted]
+        library.gather([memory], tokens, pointers)
         if not self._shared:
             self._row += 1
             stream.copy_in(self.tokens.row(slot), tokens[0])
             stream.copy_in(self.pointers.row(slot), pointers[0])
         return slot
 
-    def _free_slot(self) -> tuple[tuple[str, str] | None, int]:
-        """Return a slot, and the name of the memory that has to make room for it."""
+    def _free_slot(self) -> tuple[bytes | None, int]:
+        """Return a slot, and the digest of the memory that has to make room for it."""
         used = set(self._places.values()) | self._pinned
         if len(used) < self.slots:
             return None, next(slot for slot in range(self.slots) if slot not in used)
-        for name, slot in self._places.items():
+        for digest, slot in self._places.items():
             if slot not in self._pinned:
-                return name, slot
+                return digest, slot
         raise EngineRunError(
             f"one query recalls more memories than the {self.slots} that the cache on the GPU "
             "holds. Make the segmenter with larger cache_bytes."

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.reach import SAME
-from recallseg.runtime.segmenting.result import Recalled
 
 __all__ = ["ABSENT_SCORE", "DOUBTFUL_SHARE", "LEAST_SHARE", "presence_share"]
 
@@ -24,7 +24,7 @@ DOUBTFUL_SHARE = 1 / 2
 """Of the votes, below which a structure that is segmented nevertheless is suspect."""
 
 
-def presence_share(recalled: Sequence[Recalled]) -> float:
+def presence_share(recalled: Sequence[Match]) -> float:
     """Return the share (0..1) of the votes of those exemplars that show the structure.
 
     Parameters

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from recallseg.runtime.segmenting.result import Recalled
+    from recallseg.runtime.library.exemplar import Match
 
 __all__ = ["REACH", "SAME", "within_reach"]
 
@@ -22,7 +22,7 @@ SAME = 1e-6
 """Distance of an image from itself, as rounding leaves it."""
 
 
-def within_reach(recalled: Sequence[Recalled], reach: float) -> tuple[Recalled, ...]:
+def within_reach(recalled: Sequence[Match], reach: float) -> tuple[Match, ...]:
     """Return those at most ``reach`` times as far as the nearest one that shows the structure.
 
     Parameters

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Quality", "Recalled", "Result", "Score"]
+from recallseg.runtime.library.exemplar import Match
 
-
-@dataclass(frozen=True)
-class Recalled:
-    """One recalled exemplar. ``distance`` is the cosine distance (0..2) of its embedding to the
-    query's; ``absent`` says that the exemplar was annotated as *not* showing the structure, so it
-    counts as evidence but gives no memory.
-    """
-
-    key: str
-    distance: float
-    absent: bool
+__all__ = ["Quality", "Result", "Score"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,7 @@ class Score:
     ----------
     iou : the decoder's own estimate of the mask's intersection over union, 0..1.
     object_score : logit that the structure is in the image; below 0 the mask is left empty.
-    distance : cosine distance to the nearest exemplar with the structure.
+    distance : cosine distance to the nearest exemplar with the structure; NaN if none is left.
     presence : share of the recalled exemplars that show the structure, by nearness, 0..1; see
         :mod:`recallseg.runtime.segmenting.presence`.
     present : whether a mask was given.
@@ -43,6 +34,11 @@ class Score:
     distance: float
     presence: float
     present: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields; a distance that there is none of is None."""
+        fields = asdict(self)
+        return fields | {"distance": None if math.isnan(self.distance) else self.distance}
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,10 @@ class Result:
     label_map : uint8 HxW; 0 is background, ``labels`` names the rest. Where masks overlap, the
         structure with the highest logit has the pixel.
     labels : label value by structure, in the order in which structures were asked for.
-    scores, recalled : by structure; recalled exemplars nearest first.
+    scores : by structure.
+    recalled : by structure, nearest first: at most k exemplars that show it give their memories,
+        nearer ones that lack it count as evidence only.
+    available : by structure, how many exemplars show it (and carry the tags asked for).
     timings : milliseconds by stage (``prepare, embed, search, encode, gather, attend, decode,
         finish, total``; ``memorize`` where memories of this frame were made).
     quality : flag and reasons.
@@ -83,7 +82,8 @@ class Result:
     label_map: NDArray[np.uint8]
     labels: Mapping[str, int]
     scores: Mapping[str, Score]
-    recalled: Mapping[str, tuple[Recalled, ...]]
+    recalled: Mapping[str, tuple[Match, ...]]
+    available: Mapping[str, int]
     timings: Mapping[str, float]
     quality: Quality
     bundle_identity: str
@@ -99,8 +99,15 @@ class Result:
         """Return everything but the pixels, for ``NAME.json`` beside a mask."""
         return {
             "labels": dict(self.labels),
-            "scores": {name: vars(score) for name, score in self.scores.items()},
+            "scores": {name: score.to_json() for name, score in self.scores.items()},
             "recalled": {name: [vars(r) for r in found] for name, found in self.recalled.items()},
+            "exemplars": {
+                name: {
+                    "recalled": sum(not match.absent for match in found),
+                    "available": self.available[name],
+                }
+                for name, found in self.recalled.items()
+            },
             "pixels": {name: int(mask.sum()) for name, mask in self.masks.items()},
             "timings_ms": {name: round(ms, 3) for name, ms in self.timings.items()},
             "quality": {

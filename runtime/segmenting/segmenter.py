@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from recallseg.engines.device import Device, on_gpu
 from recallseg.engines.errors import InputError
 from recallseg.engines.verification import mask_dice
+from recallseg.runtime.checks import check_count, check_number, check_tags
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import TemporalMemories
 from recallseg.runtime.model.query import GpuOptions, Wanted, open_query
 from recallseg.runtime.segmenting.calibration import (
@@ -31,7 +34,7 @@ from recallseg.runtime.segmenting.presence import (
     presence_share,
 )
 from recallseg.runtime.segmenting.reach import REACH, within_reach
-from recallseg.runtime.segmenting.result import Quality, Recalled, Result, Score
+from recallseg.runtime.segmenting.result import Quality, Result, Score
 from recallseg.runtime.segmenting.timings import Timings
 
 __all__ = ["Segmenter"]
@@ -49,9 +52,9 @@ class Segmenter:
     Parameters
     ----------
     library : a :class:`Library` or its folder.
-    k : exemplars to recall for each structure; at most as many as are annotated for it.
-    structures : what to segment, in the order of the label values; None means all that the library
-        knows.
+    k : exemplars to recall for each structure at most: all, where fewer show it.
+    structures : what to segment, in the order of the label values; None means all that exemplars
+        with these ``tags`` show.
     engine, precision : see INTERFACES "Names".
     threads : CPU threads; None means all cores that this process may use.
     tags : recall only exemplars that carry all of these tags.
@@ -64,8 +67,8 @@ class Segmenter:
     Raises
     ------
     InputError
-        For an unknown structure, k = 0 or more than there is, a reach below 1, or an unknown
-        engine or precision.
+        For an unknown structure, k = 0 or more than the bundle allows, a reach below 1, tags that
+        no exemplar carries, or an unknown engine or precision.
     EngineUnavailableError, EngineRunError, DeviceMemoryError, BundleError, LibraryError
     """
 
@@ -85,16 +88,19 @@ class Segmenter:
     ) -> None:
         self.library = library if isinstance(library, Library) else Library.open(library)
         self.bundle = self.library.bundle
-        self.k, self.memories, self.reach = k, memories, reach
+        most = self.bundle.geometry.max_k
+        self.k = check_count(k, "k", 1, most)
+        beside = f"memories of earlier frames beside k = {self.k}"
+        self.memories = check_count(memories, beside, 0, most - self.k)
+        self.reach = check_number(reach, "reach", 1, " (times the nearest distance)")
         self.engine, self.precision = engine, precision
+        self.tags = MappingProxyType(check_tags(tags))
         self.structures = self._check_structures(structures)
         self.labels = MappingProxyType({name: i + 1 for i, name in enumerate(self.structures)})
-        self._tags = dict(tags or {})
-        self._check_k()
         self._query = open_query(
             self.library,
             self.structures,
-            k=k + memories,
+            k=self.k + self.memories,
             engine=engine,
             precision=precision,
             graphs=("embed", "encode", *(("memorize",) if memories else ()), "attend", "decode"),
@@ -152,6 +158,8 @@ class Segmenter:
         DeadlineError
             If it took too long.
         """
+        if deadline_ms is not None:
+            check_number(deadline_ms, "deadline_ms", 0, " ms, or None for no limit")
         timings = Timings(deadline_ms)
         if temporal is not None:
             self._check_temporal(temporal)
@@ -188,7 +196,8 @@ class Segmenter:
         with self._lock:
             self._query.prepare(self._query.check(image), "embed")
             embedding = self._query.embed()
-            return min(_nearest(self._search(embedding, n, None)) for n in self.structures)
+            recalled = self.library.recall(embedding, self.structures, 1, tags=self.tags)
+            return min(_nearest(found.matches) for found in recalled.found.values())
 
     def logits(self) -> NDArray[np.float32]:
         """Return the mask logits of the last query, nx(S/4)x(S/4); those of absent ones are old."""
@@ -199,7 +208,8 @@ class Segmenter:
     def warm_up(self, runs: int = 2) -> None:
         """Run on a blank image, so that the first real query is as fast as the next.
 
-        On a GPU a query is prepared, or recorded, for each number of memories that may come.
+        On a GPU a query is prepared, or recorded, for each number of memories that may come, also
+        for those that the library has no exemplars for yet.
         """
         side = self.bundle.geometry.image_size
         blank = np.zeros((side, side), np.uint8)
@@ -208,7 +218,7 @@ class Segmenter:
             image = self._query.check(blank)
             for exemplars in range(1 if every else self.k, self.k + 1):
                 for _ in range(runs):
-                    self._segment(image, Timings(), excluded=None, exemplars=exemplars)
+                    self._segment(image, Timings(), exemplars=exemplars)
 
     def calibrate(self, progress: Progress | None = None) -> Mapping[str, Thresholds]:
         """Segment every exemplar from the others, and store what is normal in the library.
@@ -259,12 +269,15 @@ class Segmenter:
         image: Any,
         timings: Timings,
         *,
-        excluded: str | None,
+        excluded: str | None = None,
         out: tuple[Any, Any] = (None, None),
         temporal: TemporalMemories | None = None,
         exemplars: int | None = None,
     ) -> Result:
-        """Run a query; with ``exemplars`` it recalls exactly so many, to warm up."""
+        """Run a query, without the exemplar of the key ``excluded``.
+
+        With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up.
+        """
         query = self._query
         earlier = [
             0 if temporal is None else temporal.count(i) for i in range(len(self.structures))
@@ -274,14 +287,19 @@ class Segmenter:
         with timings("embed"):
             embedding = query.embed()
         with timings("search"):
+            recollection = self.library.recall(
+                embedding, self.structures, self.k, tags=self.tags, without=excluded
+            )
             recalled = {
-                name: self._search(embedding, name, excluded, exemplars) for name in self.structures
+                name: within_reach(found.matches, self.reach)
+                for name, found in recollection.found.items()
             }
+            memories = self._memories(recollection, recalled, exemplars)
         with timings("encode"):
             query.encode()
-        for k, members in self._groups(recalled, earlier):
+        for k, members in self._groups(memories, earlier):
             with timings("gather"):
-                query.recall([self._wanted(i, recalled) for i in members], k, temporal)
+                query.recall([Wanted(i, memories[i]) for i in members], k, temporal)
             with timings("attend"):
                 query.attend()
             with timings("decode"):
@@ -299,7 +317,8 @@ class Segmenter:
             )
             for i, name in enumerate(self.structures)
         }
-        quality = self._judge(scores, recalled)
+        available = {name: found.available for name, found in recollection.found.items()}
+        quality = self._judge(scores, recalled, available)
         if temporal is not None:
             with timings("memorize"):
                 trusted = {
@@ -317,7 +336,8 @@ class Segmenter:
             timings=timings.finished(),
             quality=quality,
             bundle_identity=self.bundle.identity,
-            library_digest=self.library.digest,
+            library_digest=recollection.digest,
+            available=MappingProxyType(available),
             engine=self.engine,
             precision=self.precision,
             k=self.k,
@@ -326,52 +346,48 @@ class Segmenter:
             notice=self.bundle.notice,
         )
 
-    def _wanted(self, index: int, recalled: Mapping[str, tuple[Recalled, ...]]) -> Wanted:
-        name = self.structures[index]
-        return Wanted(index, name, [r.key for r in recalled[name] if not r.absent])
-
-    def _search(
+    def _memories(
         self,
-        embedding: NDArray[np.float32],
-        structure: str,
-        excluded: str | None,
-        exemplars: int | None = None,
-    ) -> tuple[Recalled, ...]:
-        """Return the k nearest exemplars that show a structure, and nearer ones that lack it.
+        recollection: Recollection,
+        recalled: Mapping[str, tuple[Match, ...]],
+        exemplars: int | None,
+    ) -> list[list[StoredMemory]]:
+        """Return the memories to attend to, by position of the structure.
 
-        Those out of reach are left out; with ``exemplars`` so many that show it are all there is.
+        None for a structure that is absent by the evidence of the nearest exemplars.
         """
-        wanted = self.k if excluded is None else min(self.k + 1, self.library.count(structure))
-        recalled: list[Recalled] = []
-        shown = 0
-        tags = self._tags or None
-        for match in self.library.search(embedding, structure, wanted, tags=tags):
-            if match.key != excluded and shown < self.k:
-                recalled.append(Recalled(match.key, match.distance, match.absent))
-                shown += not match.absent
-        if exemplars is not None:
-            return tuple([r for r in recalled if not r.absent][:exemplars])
-        return within_reach(recalled, self.reach)
+        memories: list[list[StoredMemory]] = []
+        for name, matches in recalled.items():
+            known = recollection.found[name].memories
+            if exemplars is not None:
+                memories.append([*islice(cycle(known.values()), exemplars)])
+            elif presence_share(matches) >= LEAST_SHARE:
+                memories.append([known[match.key] for match in matches if not match.absent])
+            else:
+                memories.append([])
+        return memories
 
     def _groups(
-        self, recalled: Mapping[str, tuple[Recalled, ...]], earlier: Sequence[int]
+        self, memories: Sequence[Sequence[StoredMemory]], earlier: Sequence[int]
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (memories, structures by position): those with equal counts share a call.
 
-        ``earlier`` are the temporal memories of each structure. A structure that is absent by the
-        evidence of the nearest exemplars is left out.
+        ``earlier`` are the temporal memories of each structure. One without a memory of an exemplar
+        is left out.
         """
         by_count: dict[int, list[int]] = {}
-        for index, name in enumerate(self.structures):
-            if presence_share(recalled[name]) >= LEAST_SHARE:
-                count = sum(not r.absent for r in recalled[name]) + earlier[index]
-                by_count.setdefault(count, []).append(index)
+        for index, own in enumerate(memories):
+            if own:
+                by_count.setdefault(len(own) + earlier[index], []).append(index)
         for count, members in sorted(by_count.items()):
             for start in range(0, len(members), self._query.group):
                 yield count, members[start : start + self._query.group]
 
     def _judge(
-        self, scores: Mapping[str, Score], recalled: Mapping[str, tuple[Recalled, ...]]
+        self,
+        scores: Mapping[str, Score],
+        recalled: Mapping[str, tuple[Match, ...]],
+        available: Mapping[str, int],
     ) -> Quality:
         thresholds = self._current_thresholds()
         reasons: dict[str, tuple[str, ...]] = {}
@@ -379,6 +395,8 @@ class Segmenter:
         for name, score in scores.items():
             limits, found = thresholds[name], []
             calibrated &= limits.iou is not None
+            if not available[name]:
+                found.append("no exemplar that shows it is left in the library")
             if (
                 limits.distance is not None
                 and recalled[name]
@@ -426,41 +444,56 @@ class Segmenter:
         known = self.library.structures
         if isinstance(structures, str):
             raise InputError(f"structures must be a list of names, got the string '{structures}'.")
-        chosen = tuple(known if structures is None else structures)
+        if not known:
+            raise InputError("the library is empty: add annotated images before segmenting.")
+        chosen = tuple(self._carried(known) if structures is None else structures)
+        if not chosen:
+            raise InputError(
+                "structures is empty: name what to segment, or leave it out (None) for all of "
+                f"{', '.join(known)}."
+            )
         unknown = [name for name in chosen if name not in known]
         if unknown:
             raise InputError(
-                f"the library has no exemplar of '{unknown[0]}'; it knows "
-                f"{', '.join(known) or 'nothing'}. Annotate one, or ask for another structure."
+                f"the library has no exemplar of '{unknown[0]}'; it knows {', '.join(known)}. "
+                "Annotate one, or ask for another structure."
             )
-        if not chosen:
-            raise InputError("the library is empty: add annotated images before segmenting.")
         if len(set(chosen)) < len(chosen) or len(chosen) > MOST_STRUCTURES:
             raise InputError(
                 f"structures must be distinct and at most {MOST_STRUCTURES}, got {len(chosen)}."
             )
+        carried = self._carried(chosen)
+        if len(carried) < len(chosen):
+            missing = next(name for name in chosen if name not in carried)
+            raise InputError(
+                f"no exemplar that shows '{missing}' carries the tags {dict(self.tags)}. Ask for "
+                "other tags or structures, or tag an exemplar."
+            )
         return chosen
 
-    def _check_k(self) -> None:
-        most = self.bundle.geometry.max_k
-        if not 1 <= self.k <= most:
-            raise InputError(f"k must be 1 to {most} for this bundle, got {self.k}.")
-        if not self.reach >= 1:
-            raise InputError(
-                f"reach must be at least 1 (times the nearest distance), got {self.reach}."
-            )
-        if not 0 <= self.memories <= most - self.k:
-            raise InputError(
-                f"memories of earlier frames must be 0 to {most - self.k} beside k = {self.k} for "
-                f"this bundle, got {self.memories}."
-            )
-        for name in self.structures:
-            annotated = self.library.count(name)
-            if self.k > annotated:
+    def _carried(self, structures: Sequence[str]) -> list[str]:
+        """Return those of ``structures`` that exemplars with our tags show.
+
+        Raises
+        ------
+        InputError
+            If there is none at all.
+        """
+        if not self.tags:
+            return list(structures)
+        carried = [name for name in structures if self.library.count(name, tags=self.tags)]
+        if carried:
+            return carried
+        for name, value in self.tags.items():
+            if not any(self.library.count(one, tags={name: value}) for one in structures):
                 raise InputError(
-                    f"k = {self.k}, but only {annotated} exemplars are annotated for '{name}'. "
-                    "Use a smaller k, or annotate more images."
+                    f"no exemplar of {', '.join(structures)} carries the tag {name}={value}; "
+                    "'recallseg library list' shows the tags of each."
                 )
+        raise InputError(
+            f"no exemplar of {', '.join(structures)} carries all of the tags {dict(self.tags)}; "
+            "'recallseg library list' shows the tags of each."
+        )
 
     def _check_temporal(self, temporal: TemporalMemories) -> None:
         wanted = (len(self.structures), self.memories)
@@ -478,7 +511,7 @@ class Segmenter:
         )
 
 
-def _nearest(recalled: Sequence[Recalled]) -> float:
+def _nearest(recalled: Sequence[Match]) -> float:
     """Distance to the nearest exemplar with the structure; to the nearest at all if none has it."""
     distances = [r.distance for r in recalled if not r.absent] or [r.distance for r in recalled]
     return min(distances, default=float("nan"))

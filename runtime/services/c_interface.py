@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 import recallseg
 from recallseg.engines import errors
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.reach import REACH
-from recallseg.runtime.segmenting.result import Recalled, Result
+from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.stream import Frame, Stream
 
@@ -214,7 +215,7 @@ class Query:
         self._tags: dict[str, Tags] = {}
         self._digest = ""
 
-    def tags(self, recalled: Recalled, digest: str) -> Tags:
+    def tags(self, recalled: Match, digest: str) -> Tags:
         """Return an exemplar's tags, from memory while the library stays what it is."""
         if digest != self._digest:
             self._tags, self._digest = {}, digest

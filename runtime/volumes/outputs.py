@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.dicom_seg import write_segmentation
 from recallseg.runtime.formats.images import write_atomically, write_label_map
 from recallseg.runtime.formats.nifti import write_nifti
@@ -154,7 +155,10 @@ def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Lib
     """
 
     def source(key: str) -> tuple[NDArray[Any], dict[str, NDArray[np.bool_]]] | None:
-        return library.source(key) if library.keeps_sources else None
+        try:
+            return library.source(key) if library.keeps_sources else None
+        except InputError:  # removed by another process since it was recalled
+            return None
 
     base.parent.mkdir(parents=True, exist_ok=True)
     sheet, page = (base.with_name(base.name + suffix) for suffix in PREVIEW_SUFFIXES)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.volume import Slicing, Volume
-from recallseg.runtime.segmenting.result import Recalled, Result, Score
+from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.segmenting.result import Result, Score
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["CleanUp", "SliceRecord", "VolumeResult", "clean_up", "segment_volume"]
@@ -33,7 +34,7 @@ class SliceRecord:
     index: int
     pixels: Mapping[str, int]
     scores: Mapping[str, Score]
-    recalled: Mapping[str, tuple[Recalled, ...]]
+    recalled: Mapping[str, tuple[Match, ...]]
     temporal: Mapping[str, int]
     flag: str
     reasons: Mapping[str, tuple[str, ...]]
@@ -44,7 +45,7 @@ class SliceRecord:
         return {
             "index": self.index,
             "pixels": dict(self.pixels),
-            "scores": {name: vars(score) for name, score in self.scores.items()},
+            "scores": {name: score.to_json() for name, score in self.scores.items()},
             "recalled": {name: [r.key for r in found] for name, found in self.recalled.items()},
             "temporal": dict(self.temporal),
             "quality": {

@@ -137,7 +137,7 @@ class Crashes:
         memories = np.zeros((1, GEOMETRY.tokens, GEOMETRY.memory_dim), np.float32)
         pointers = np.zeros((1, GEOMETRY.channels), np.float32)
         for name in exemplar.structures:
-            library.gather([key], name, memories, pointers)
+            library.gather(library.memories([key], name), memories, pointers)
             assert np.allclose(memories[0], expected.memories[name], rtol=2**-10, atol=1e-6)
             assert np.array_equal(pointers[0], expected.pointers[name])
         best = library.search(expected.embedding, "nucleus", 1)[-1]

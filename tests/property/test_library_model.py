@@ -120,7 +120,7 @@ class LibraryMachine(RuleBasedStateMachine):
     def gather(self, library: Library, keys: list[str], structure: str) -> None:
         memories = np.empty((len(keys), GEOMETRY.tokens, GEOMETRY.memory_dim), np.float32)
         pointers = np.empty((len(keys), GEOMETRY.channels), np.float32)
-        library.gather(keys, structure, memories, pointers)
+        library.gather(library.memories(keys, structure), memories, pointers)
         for row, key in enumerate(keys):
             image, mask = draw(self.model[key][0])
             encoded = HashEncoder().encode(image, {structure: mask})

@@ -45,7 +45,7 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="NAME.png with NAME.mask.png.")],
     labels: LabelsOption,
     output: Annotated[Path, typer.Option(help="Folder for cases.csv, summary.json, report.html.")],
-    k: Annotated[str, typer.Option("--k", help="How many exemplars to recall, e.g. 1,4,16.")] = "4",
+    k: Annotated[str, typer.Option("--k", help="Most exemplars to recall, e.g. 1,4,16.")] = "4",
     reach: ReachOption = REACH,
     structures: Annotated[
         Optional[str], typer.Option(help="Which of the labelled structures.", show_default="all")

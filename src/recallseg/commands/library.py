@@ -232,7 +232,7 @@ def rebuild(
 @app.command()
 def calibrate(
     library: LibraryArgument,
-    k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4,
     reach: ReachOption = REACH,
     engine: EngineOption = "onnxruntime-cpu",
     precision: PrecisionOption = "fp32",

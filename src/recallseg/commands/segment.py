@@ -54,7 +54,7 @@ def segment(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for NAME.mask.png and NAME.json.")],
-    k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4,
     reach: ReachOption = REACH,
     structures: Annotated[
         Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")

@@ -38,7 +38,7 @@ def watch(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Folder in which images arrive.")],
     library: Annotated[Path, typer.Option(help="Folder of the library.")],
     output: Annotated[Path, typer.Option(help="Folder for segmentations and their NAME.json.")],
-    k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
+    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4,
     reach: ReachOption = REACH,
     structures: Annotated[
         Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")

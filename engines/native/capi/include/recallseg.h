@@ -226,7 +226,7 @@ RECALLSEG_API recallseg_status recallseg_library_add(recallseg_library *library,
 
 typedef struct recallseg_segmenter_options {
   uint32_t struct_size;
-  int32_t k;                     /* exemplars to recall for each structure; 0: 4 */
+  int32_t k;                     /* exemplars to recall for each structure at most; 0: 4 */
   const char *const *structures; /* in the order of the label values; null: all */
   size_t structure_count;
   const char *engine;    /* null: "onnxruntime-cpu" */

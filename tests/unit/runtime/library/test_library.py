@@ -28,6 +28,7 @@ from recallseg.engines.errors import (
 )
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.encoding import Encoded
+from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.model.preprocess import Intensity
 
 
@@ -57,7 +58,7 @@ def test_an_exemplar_comes_back_as_it_was_added(library: Library) -> None:
     expected = HashEncoder().encode(colour, {"nucleus": mask, "wall": ~mask})
     for dtype in (np.float32, np.float16):
         memories, pointers = buffers(1, dtype)
-        library.gather([key], "wall", memories, pointers)
+        library.gather(library.memories([key], "wall"), memories, pointers)
         assert np.array_equal(memories[0], expected.memories["wall"].astype(np.float16))
         assert np.array_equal(pointers[0], expected.pointers["wall"])
 
@@ -75,7 +76,7 @@ def test_memories_in_int8_stay_so(tmp_path: Path) -> None:
         assert library.memory_format == name
         assert library.verify().ok
         memories, pointers = buffers(1)
-        library.gather([key], "nucleus", memories, pointers)
+        library.gather(library.memories([key], "nucleus"), memories, pointers)
         found[name] = memories
         library.close()
         sizes[name] = sum(file.stat().st_size for file in (library.path / "memories").glob("*"))
@@ -124,7 +125,7 @@ def test_search_puts_absent_ones_between(library: Library) -> None:
     assert [m.absent for m in found] == [int(m.key) % 3 == 0 for m in found]
     assert absent  # otherwise this shows nothing
     with pytest.raises(InputError, match="no mask of 'nucleus'"):
-        library.gather(["0"], "nucleus", *buffers(1))
+        library.memories(["0"], "nucleus")
 
 
 def test_tags_filter(library: Library) -> None:
@@ -132,8 +133,11 @@ def test_tags_filter(library: Library) -> None:
         add(library, n, tags={"modality": "MR" if n % 2 else "CT", "view": "a"}, key=str(n))
     found = library.search(embedding(0), "nucleus", 5, tags={"modality": "MR", "view": "a"})
     assert {m.key for m in found} == {"1", "3", "5", "7", "9"}
-    with pytest.raises(InputError, match="k = 6, but 5 exemplars show 'nucleus' with tags"):
-        library.search(embedding(0), "nucleus", 6, tags={"modality": "MR"})
+    assert len(library.search(embedding(0), "nucleus", 6, tags={"modality": "MR"})) == 5
+    assert library.search(embedding(0), "nucleus", 6, tags={"modality": "PET"}) == []
+    assert library.count("nucleus", tags={"modality": "MR", "view": "a"}) == 5
+    assert library.count("nucleus", tags={"modality": "MR", "view": "b"}) == 0
+    assert library.count("nucleus", tags={"modality": "MR"}, absent=True) == 0
 
 
 def test_digest_names_content_not_history(tmp_path: Path) -> None:
@@ -183,7 +187,7 @@ def test_compacting_frees_what_was_removed_and_readers_follow(tmp_path: Path) ->
     assert library.compact() > 0
     assert len(list((library.path / "memories").iterdir())) == 1
     memories, pointers = buffers(1)
-    reader.gather([before[0].key], "nucleus", memories, pointers)
+    reader.gather(reader.memories([before[0].key], "nucleus"), memories, pointers)
     assert np.array_equal(
         pointers[0], HashEncoder().encode(draw(5)[0], {"nucleus": draw(5)[1]}).pointers["nucleus"]
     )
@@ -278,12 +282,50 @@ def test_the_same_again_is_refused(library: Library) -> None:
     assert add(library, 1) == key
 
 
-@pytest.mark.parametrize("k", [0, -1, 4, True, 1.5])
+@pytest.mark.parametrize("k", [0, -1, True, 1.5, "4", None])
 def test_bad_k(library: Library, k: object) -> None:
     for n in range(3):
         add(library, n)
-    with pytest.raises(InputError, match="but 3 exemplars show 'nucleus'"):
+    with pytest.raises(InputError, match=f"k must be a whole number from 1, got {k!r}"):
         library.search(embedding(0), "nucleus", k)  # type: ignore[arg-type]
+
+
+def test_k_is_the_most_that_is_recalled(library: Library) -> None:
+    for n in range(3):
+        add(library, n)
+    image, mask = draw(7)
+    library.add(image, {"wall": mask}, absent=("nucleus",), key="lacks it")
+    library.add(draw(8)[0], {}, absent=("wall",), key="farther")
+    found = library.recall(embedding(7), ["nucleus", "wall"], 9).found
+    assert sum(not match.absent for match in found["nucleus"].matches) == 3
+    assert found["nucleus"].matches[0] == Match(
+        "lacks it", found["nucleus"].matches[0].distance, True
+    )
+    assert found["nucleus"].available == 3
+    assert [match.key for match in found["wall"].matches] == ["lacks it"]  # as with k = 1
+    without = library.recall(embedding(7), ["wall"], 9, without="lacks it").found["wall"]
+    assert [(match.key, match.absent) for match in without.matches] == [("farther", True)]
+    assert without.memories == {}
+
+
+def test_what_was_recalled_can_be_read_whatever_happens_then(tmp_path: Path) -> None:
+    library = create(tmp_path / "library", shard_bytes=4096 + 3 * 320)
+    keys = [add(library, n, key=str(n)) for n in range(8)]
+    reader = Library.open(library.path)
+    recalled = reader.recall(embedding(5), ["nucleus"], 8)
+    assert recalled.digest == reader.digest
+    for key in keys:
+        library.remove(key)
+    library.compact()
+    add(library, 9, key="9")  # where memories lay before, as far as that can be
+    library.rebuild(StubBundle(), encoder=HashEncoder())
+    assert len(reader) == 1
+    memories, pointers = buffers(8)
+    reader.gather([*recalled.found["nucleus"].memories.values()], memories, pointers)
+    for row, key in enumerate(recalled.found["nucleus"].memories):
+        image, mask = draw(int(key))
+        wanted = HashEncoder().encode(image, {"nucleus": mask})
+        assert np.array_equal(pointers[row], wanted.pointers["nucleus"])
 
 
 def test_bad_recall(library: Library) -> None:
@@ -292,13 +334,14 @@ def test_bad_recall(library: Library) -> None:
     with pytest.raises(InputError, match=r"no exemplar is annotated for 'wall'.*nucleus"):
         library.search(embedding(1), "wall", 1)
     with pytest.raises(InputError, match="annotated for 'wall'"):
-        library.gather([key], "wall", memories, pointers)
+        library.memories([key], "wall")
     with pytest.raises(InputError, match="no exemplar 'nobody'"):
-        library.gather(["nobody"], "nucleus", memories, pointers)
+        library.memories(["nobody"], "nucleus")
+    found = library.memories([key], "nucleus")
     with pytest.raises(InputError, match="memories_out must be"):
-        library.gather([key], "nucleus", memories[:, 1:], pointers)
+        library.gather(found, memories[:, 1:], pointers)
     with pytest.raises(InputError, match="pointers_out must be"):
-        library.gather([key], "nucleus", memories, pointers.astype(np.float64))
+        library.gather(found, memories, pointers.astype(np.float64))
     with pytest.raises(InputError, match="length 0"):
         library.search(np.zeros(24, np.float32), "nucleus", 1)
     with pytest.raises(InputError, match="24 numbers"):

@@ -111,16 +111,16 @@ def test_damage_is_found(library: Library) -> None:
     library.close()
     shard.write_bytes(shard.read_bytes()[: 4096 + 2 * 320 - 1])
     reader = Library.open(library.path)
-    reader.gather(keys[:1], "nucleus", *buffers(1))
+    reader.gather(reader.memories(keys[:1], "nucleus"), *buffers(1))
     with pytest.raises(LibraryCorruptError, match="cut off"):
-        reader.gather(keys[2:], "nucleus", *buffers(1))
+        reader.memories(keys[2:], "nucleus")
     damage(shard, 0)
     with pytest.raises(LibraryCorruptError, match="not a shard"):
-        Library.open(library.path).gather(keys[:1], "nucleus", *buffers(1))
+        Library.open(library.path).memories(keys[:1], "nucleus")
     damage(shard, 0)
     damage(shard, 8)
     with pytest.raises(LibraryVersionError, match="shard format"):
-        Library.open(library.path).gather(keys[:1], "nucleus", *buffers(1))
+        Library.open(library.path).memories(keys[:1], "nucleus")
 
 
 def test_a_damaged_catalog_is_found(library: Library) -> None:
@@ -282,8 +282,8 @@ def test_threads_may_share_a_library(library: Library) -> None:
     add(library, 0, key="0")
 
     def read(n: int) -> None:
-        match = reader.search(embedding(0), "nucleus", 1)[0]
-        reader.gather([match.key], "nucleus", *buffers(1))
+        found = reader.recall(embedding(0), ["nucleus"], 1).found["nucleus"]
+        reader.gather([*found.memories.values()], *buffers(1))
 
     with ThreadPoolExecutor(4) as pool:
         readings = pool.map(read, range(200))

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.presence import LEAST_SHARE, presence_share
-from recallseg.runtime.segmenting.result import Recalled
 
 
-def recalled(*votes: tuple[float, bool]) -> list[Recalled]:
+def recalled(*votes: tuple[float, bool]) -> list[Match]:
     """Exemplars at a distance, and whether each shows the structure."""
-    return [Recalled(f"e{i}", distance, not shown) for i, (distance, shown) in enumerate(votes)]
+    return [Match(f"e{i}", distance, not shown) for i, (distance, shown) in enumerate(votes)]
 
 
 def test_the_nearest_decide_and_not_the_most() -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -81,8 +83,140 @@ def test_warming_up_recalls_k_whatever_is_within_reach(
 
 @pytest.mark.parametrize("reach", [0.0, 0.99, -1.0, math.nan])
 def test_a_reach_below_one_would_leave_nothing(library: Library, reach: float) -> None:
-    with pytest.raises(InputError, match="reach must be at least 1"):
+    with pytest.raises(InputError, match="reach must be a number of at least 1"):
         make(library, reach=reach)
+
+
+@pytest.fixture
+def small(tmp_path: Path, fake_bundle: Bundle) -> Library:
+    """One exemplar of a rare structure, on the first of four pictures; all show a common one."""
+    made = Library.create(tmp_path / "small", fake_bundle, engine="fake")
+    for position in range(4):
+        image, mask = picture(position)
+        masks = {"common": mask} if position else {"common": mask, "rare": mask}
+        made.add(image, masks, key=str(position), tags={"scanner": "AB"[position % 2]})
+    return made
+
+
+def test_k_is_at_most(small: Library) -> None:
+    image, mask = picture(0)
+    result = make(small, k=8, reach=math.inf).segment(image)
+    assert [match.key for match in result.recalled["rare"]] == ["0"]
+    assert len(result.recalled["common"]) == 4
+    assert_alike(result.masks["rare"], mask)
+    assert result.k == 8
+    assert result.to_json()["exemplars"] == {
+        "common": {"recalled": 4, "available": 4},
+        "rare": {"recalled": 1, "available": 1},
+    }
+    near = make(small, k=8).segment(image)  # three are out of reach
+    assert near.to_json()["exemplars"]["common"] == {"recalled": 1, "available": 4}
+
+
+def test_one_exemplar_is_enough_for_the_defaults(tmp_path: Path, fake_bundle: Bundle) -> None:
+    image, mask = picture(2)
+    with Library.create(tmp_path / "one", fake_bundle, engine="fake") as library:
+        library.add(image, {"square": mask})
+        segmenter = Segmenter(library, engine="fake")
+        segmenter.warm_up()
+        assert_alike(segmenter.segment(image).masks["square"], mask)
+
+
+def test_tags_choose_exemplars_and_with_them_structures(small: Library) -> None:
+    image, _ = picture(0)
+    result = make(small, k=4, tags={"scanner": "B"}, reach=math.inf).segment(image)
+    assert {match.key for match in result.recalled["common"]} == {"1", "3"}
+    assert dict(result.available) == {"common": 2}  # no exemplar of this scanner shows a rare one
+    with pytest.raises(InputError, match="shows 'rare' carries the tags"):
+        make(small, structures=["common", "rare"], tags={"scanner": "B"})
+    small.add(picture(1)[0][::-1], {"common": picture(1)[1]}, tags={"view": "axial"})
+    with pytest.raises(InputError, match="carries all of the tags"):
+        make(small, tags={"view": "axial", "scanner": "A"})
+    with pytest.raises(InputError, match="carries the tag scanner=C"):
+        make(small, tags={"view": "axial", "scanner": "C"})
+
+
+def test_a_structure_that_loses_its_last_exemplar_is_suspect(small: Library) -> None:
+    segmenter = make(small, k=4)
+    small.remove("0")
+    result = segmenter.segment(picture(0)[0])
+    assert not result.masks["rare"].any()
+    assert result.quality.flag == "suspect"
+    assert "no exemplar that shows it is left" in result.quality.reasons["rare"][0]
+    written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert written["scores"]["rare"]["distance"] is None
+    small.add(*[picture(0)[0], {"rare": picture(0)[1]}])
+    assert segmenter.segment(picture(0)[0]).masks["rare"].any()
+
+
+def test_warming_up_covers_exemplars_that_are_yet_to_come(
+    small: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = make(small, k=6, structures=["rare"])
+    counts: list[int] = []
+    recall = segmenter._query.recall
+
+    def watched(wanted: Any, k: int, temporal: Any) -> None:
+        counts.append(k)
+        recall(wanted, k, temporal)
+
+    monkeypatch.setattr(segmenter._query, "recall", watched)
+    segmenter.warm_up(runs=1)
+    assert counts == [6]
+
+
+REMOVER = """
+import sys
+from pathlib import Path
+from time import sleep
+import numpy as np
+from recallseg import Library
+folder, ready = map(Path, sys.argv[1:])
+pixels, mask = np.full((64, 64), 90, np.uint8), np.zeros((64, 64), bool)
+pixels[:32, :32], mask[:32, :32] = 200, True
+with Library.open(folder, mode="write", engine="fake") as library:
+    for turn in range(100000):
+        library.add(pixels + turn % 40, {"square": mask, "stain": mask}, key="comes and goes")
+        ready.touch()
+        sleep(turn % 3 / 50)
+        library.remove("comes and goes")
+        if turn % 5 == 0:
+            library.compact()
+"""
+
+
+def test_an_exemplar_removed_by_another_process_stops_no_query(
+    library: Library, tmp_path: Path
+) -> None:
+    library.close()
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-c", REMOVER, str(library.path), str(ready)]
+    other = subprocess.Popen(command)
+    try:
+        reader = Library.open(library.path)
+        segmenter = make(reader, k=8, reach=math.inf)
+        while not ready.exists():
+            assert other.poll() is None
+            sleep(0.01)
+        seen: set[tuple[str, int]] = set()
+        start = monotonic()
+        while (waited := monotonic() - start) < 3 or (
+            len({n for _, n in seen}) < 2 and waited < 60
+        ):
+            result = segmenter.segment(picture(0)[0])
+            for name, found in result.recalled.items():
+                comes = any(match.key == "comes and goes" for match in found)
+                # one state: the digest, what there is and what was recalled belong together
+                assert result.available[name] == {"square": 4, "stain": 3}[name] + comes
+            keys = {m.key for m in result.recalled["square"]} & {"comes and goes"}
+            seen.add((result.library_digest, len(keys)))
+        assert other.poll() is None
+        assert {count for _, count in seen} == {0, 1}  # otherwise this shows nothing
+        with_it = {digest for digest, count in seen if count}
+        assert with_it.isdisjoint(digest for digest, count in seen if not count)
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_label_values_follow_the_order_asked_for(library: Library) -> None:
@@ -193,12 +327,20 @@ def test_more_structures_than_one_call_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"k": 0}, "k must be"),
+        ({"k": 0}, "k must be a whole number from 1 to 32, got 0"),
         ({"k": -1}, "k must be"),
-        ({"k": 33}, "k must be"),
-        ({"k": 5}, "only 4 exemplars"),
+        ({"k": 33}, "from 1 to 32, got 33"),
+        ({"k": True}, r"k must be a whole number from 1 to 32, got True \(bool\)"),
+        ({"k": "4"}, r"got '4' \(str\)"),
+        ({"k": 4.0}, r"got 4.0 \(float\)"),
+        ({"memories": 33}, "memories of earlier frames beside k = 1 must be .* from 0 to 31"),
+        ({"memories": -1}, "from 0 to 31, got -1"),
+        ({"memories": True}, "got True"),
+        ({"reach": "3"}, r"reach must be a number of at least 1 .*got '3' \(str\)"),
+        ({"tags": {"scanner": "A"}}, "no exemplar of square, stain carries the tag scanner=A"),
+        ({"tags": "scanner"}, "tags must map"),
         ({"structures": ["liver"]}, "square, stain"),
-        ({"structures": []}, "empty"),
+        ({"structures": []}, "structures is empty: .* square, stain"),
         ({"structures": "square"}, "list of names"),
         ({"structures": ["square", "square"]}, "distinct"),
         ({"engine": "cuda"}, "no engine 'cuda'"),
@@ -283,6 +425,9 @@ def test_a_missed_deadline_is_an_error_and_the_next_query_works(library: Library
     image, mask = picture(1)
     with pytest.raises(DeadlineError, match="not done in 0 ms"):
         segmenter.segment(image, deadline_ms=0.0)
+    for wrong in (-1, math.nan, True, "5"):
+        with pytest.raises(InputError, match="deadline_ms must be a number of at least 0 ms"):
+            segmenter.segment(image, deadline_ms=wrong)  # type: ignore[arg-type]
     assert_alike(segmenter.segment(image, deadline_ms=60_000.0).masks["square"], mask)
 
 

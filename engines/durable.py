@@ -8,9 +8,10 @@ from pathlib import Path
 __all__ = ["replace_file", "sync_folder", "write_file"]
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write a new file and wait until the disk has it; OSError as the system gives it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, mode)
     try:
         view = memoryview(data)
         while view.nbytes:
@@ -20,11 +21,11 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace ``path``: a reader sees all old bytes or all new ones."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_file(temporary, data)
+        write_file(temporary, data, mode=mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

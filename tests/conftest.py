@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ from support.fake_bundle import make_fake_bundle
 from support.kernels import build_kernels, build_operators
 
 from recallseg.engines.bundle import Bundle
+
+# What a user built and named is not what tests build and name.
+_OWN = tempfile.TemporaryDirectory(prefix="recallseg-own-")
+os.environ["RECALLSEG_STATE"] = f"{_OWN.name}/state"
+os.environ["RECALLSEG_CACHE"] = f"{_OWN.name}/cache"
 
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("recallseg", deadline=None)

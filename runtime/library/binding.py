@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.errors import BundleError, LibraryMismatchError
+from recallseg.engines.errors import BundleError, LibraryCorruptError, LibraryMismatchError
+from recallseg.engines.paths import SHIPPED, shipped_bundles
 from recallseg.runtime.library.encoding import ExemplarEncoder, MemoryLayout
+from recallseg.runtime.library.own import known_bundles, remember_bundle
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.store import Store
 from recallseg.runtime.model.preprocess import Intensity
@@ -69,7 +71,8 @@ def open_bundle(bundle: Bundle | str | Path) -> Bundle:
 
 
 def bundle_settings(bundle: Bundle, memory_format: str) -> dict[str, Any]:
-    """Return those fields of :class:`Settings` that come from the bundle."""
+    """Return those fields of :class:`Settings` that come from the bundle, and note its place."""
+    remember_bundle(bundle.identity, Path(bundle.path))
     return {
         "identity": bundle.identity,
         "bundle_name": bundle.name,
@@ -92,12 +95,25 @@ def encoder_maker(engine: str, precision: str, threads: int | None) -> EncoderMa
 
 
 def _find_bundle(settings: Settings, library: Path) -> Bundle:
-    """Open the bundle that made the library, at its old place or else by its name."""
-    try:
-        bundle = Bundle.open(settings.bundle_path)
-    except BundleError:  # moved, or a shipped one of another installation
-        bundle = Bundle.open(settings.bundle_name)
-    return accept_bundle(bundle, settings, library)
+    """Open the bundle that made the library: a shipped one, or where this user had it.
+
+    The place in the catalog is what the sender says, so it is told and not opened.
+    """
+    if settings.bundle_name in shipped_bundles():
+        shipped = Bundle.open(SHIPPED / settings.bundle_name)
+        if shipped.identity == settings.identity:
+            return shipped
+    for place in known_bundles(settings.identity):
+        try:
+            return accept_bundle(Bundle.open(place), settings, library)
+        except (BundleError, LibraryMismatchError):
+            continue  # moved, or another one lies there now
+    raise BundleError(
+        f"the library {library} was made with bundle '{settings.bundle_name}' (identity "
+        f"{settings.identity[:12]}), which is not where this user had it, if ever; the library "
+        f"says that it lay in {settings.bundle_path!r}. Name it once: 'recallseg verify FOLDER', "
+        "or Library.open(..., bundle=FOLDER)."
+    )
 
 
 def accept_bundle(bundle: Bundle, settings: Settings, library: Path) -> Bundle:
@@ -113,4 +129,14 @@ def accept_bundle(bundle: Bundle, settings: Settings, library: Path) -> Bundle:
             f"{settings.identity[:12]}), not with '{bundle.name}' ({bundle.identity[:12]}). Open "
             f"it with the former, {mend}."
         )
+    if (settings.embedding_dim, settings.layout) != (
+        bundle.geometry.embedding_dim,
+        MemoryLayout.of(bundle.geometry, settings.layout.format),
+    ):
+        raise LibraryCorruptError(
+            f"the library {library} states other sizes than bundle '{bundle.name}', which made it: "
+            f"embeddings of {settings.embedding_dim} numbers, memories {settings.layout}. Restore "
+            "it from a backup, or ask for it anew from who made it."
+        )
+    remember_bundle(bundle.identity, Path(bundle.path))
     return bundle

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,12 @@ from recallseg.engines.errors import (
     LibraryVersionError,
     LibraryWriteError,
 )
+from recallseg.runtime.library.catalog_file import (
+    check_catalog_file,
+    check_schema,
+    create_catalog_file,
+)
+from recallseg.runtime.library.storage import writing
 
 __all__ = ["FORMAT_VERSION", "Database"]
 
@@ -33,6 +40,11 @@ can hold it, so that older programs open what they understand."""
 APPLICATION_ID = 0x52534547  # "RSEG"
 BUSY_SECONDS = 30.0
 """How long to wait for another process's commit or read, both of milliseconds."""
+MOST_BYTES_OF_VALUE = 2**26
+"""No text or embedding of ours comes near; SQLite itself would take a gigabyte."""
+_STEPS, _STEPS_PER_BYTE, _STEPS_PER_LOOK = 2_000_000, 4, 100_000
+"""How much work one statement may be. A crafted file can hold more rows than atoms, by pages that
+are each other's children; a statement over an honest one takes less than a step per byte."""
 
 _SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -78,6 +90,8 @@ class Database:
         self.writable = writable
         self._connection = connection
         self._lock = threading.RLock()
+        self._effort = _Effort(path)
+        connection.set_progress_handler(self._effort.look, _STEPS_PER_LOOK)
         self._close = weakref.finalize(self, connection.close)
 
     @classmethod
@@ -85,7 +99,9 @@ class Database:
         cls, path: Path, fill: Iterable[tuple[str, Sequence[Any]]], version: int
     ) -> Database:
         """Make the file with its schema and the rows of ``fill``, in one transaction."""
-        database = cls(path, _connect(path, "rwc"), True)
+        with writing(path):
+            create_catalog_file(path)
+        database = cls(path, _connect(path, "rw"), True)
         try:
             database.execute("PRAGMA page_size=8192")
             database._prepare()
@@ -113,9 +129,18 @@ class Database:
         LibraryVersionError
             If the format is newer.
         LibraryCorruptError
-            If it is no SQLite file, or another program's.
+            If it is no SQLite file, another program's, or asks SQLite for what ours never does.
         """
-        if not path.is_file() or path.stat().st_size == 0:
+        try:
+            check_catalog_file(path)
+            empty = path.stat().st_size == 0
+        except (FileNotFoundError, NotADirectoryError):
+            empty = True
+        except OSError as error:
+            raise LibraryWriteError(
+                f"cannot open {path}: {error.strerror}. Check the folder's permissions."
+            ) from error
+        if empty:
             raise LibraryNotFoundError(
                 f"there is no library in {path.parent}: {path.name} is missing or empty. Make one "
                 "with 'recallseg library create'."
@@ -129,13 +154,11 @@ class Database:
             )
         database = cls(path, _connect(path, "rw" if may_write else "ro"), writable)
         try:
+            database._distrust()
             application = database.value("PRAGMA application_id")
             version = database.value("PRAGMA user_version")
-            if (
-                application == 0
-                and version == 0
-                and not database.value("SELECT count(*) FROM sqlite_master")
-            ):
+            objects = database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
+            if application == 0 and version == 0 and not objects:
                 raise LibraryNotFoundError(
                     f"the library in {path.parent} was never finished. Make it again with "
                     "'recallseg library create'."
@@ -147,6 +170,7 @@ class Database:
                     f"the library in {path.parent} has format {version}; this RecallSeg reads up "
                     f"to {FORMAT_VERSION}. Update RecallSeg."
                 )
+            check_schema(path, objects, _SCHEMA)
             database._prepare()
         except BaseException:
             database.close()
@@ -167,6 +191,7 @@ class Database:
         """Run one statement and return all its rows."""
         with self._lock, self._explained():
             self._check_open()
+            self._effort.steps = 0
             return self._connection.execute(statement, values).fetchall()
 
     def execute_many(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
@@ -219,6 +244,15 @@ class Database:
         if not self.is_open:
             raise LibraryError(f"the library in {self.path.parent} has been closed. Open it again.")
 
+    def _distrust(self) -> None:
+        """Have SQLite do nothing that a schema asks for, and check what it reads."""
+        self.execute("PRAGMA trusted_schema=OFF")
+        self.execute("PRAGMA cell_size_check=ON")
+        self.execute("PRAGMA mmap_size=0")
+        if sys.version_info >= (3, 11):  # earlier, only what the file holds is the limit
+            self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_BYTES_OF_VALUE)
+            self._connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+
     def _prepare(self) -> None:
         if self.writable:
             self.execute("PRAGMA journal_mode=DELETE")
@@ -250,6 +284,8 @@ class Database:
                 f"cannot write {self.path}: {text}. Free some disk space or check the "
                 "permissions. What was stored before is unharmed."
             )
+        if "interrupted" in text:
+            return self._corrupt("it holds more rows than a file of its size can")
         if "unable to open" in text:
             return LibraryWriteError(
                 f"cannot open {self.path}: {text}. If its last write was interrupted, open it "
@@ -257,11 +293,24 @@ class Database:
             )
         return self._corrupt(error)
 
-    def _corrupt(self, error: Exception) -> LibraryCorruptError:
+    def _corrupt(self, error: Exception | str) -> LibraryCorruptError:
         return LibraryCorruptError(
             f"the catalog {self.path} is damaged: {error}. Restore it from a backup; sources and "
             "memories beside it may be intact."
         )
+
+
+class _Effort:
+    """Stops a statement that takes more steps than a file of this size can need."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.steps = 0
+
+    def look(self) -> int:
+        """Return 1 to stop; called by SQLite every ``_STEPS_PER_LOOK`` steps."""
+        self.steps += _STEPS_PER_LOOK
+        return self.steps > _STEPS + _STEPS_PER_BYTE * self._path.stat().st_size
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

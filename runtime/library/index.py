@@ -9,6 +9,7 @@ them in int8, only proposes candidates.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from usearch.index import Index
 
+from recallseg.engines.inside import open_inside
+
 __all__ = [
     "EXACT_LIMIT",
     "StructureIndex",
+    "Vectors",
     "build_graph",
     "extend_graph",
     "file_digests",
@@ -231,9 +235,9 @@ def file_digests(path: Path, whole: bool) -> tuple[bytes, bytes]:
     An index of a million embeddings has most of a gigabyte: reading it all would cost more than
     opening it. Samples of 64 KiB, with the file's start and end, find what copying and disks break.
     """
-    size = path.stat().st_size
-    quick = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
+    with os.fdopen(open_inside(path.parents[1], f"{path.parent.name}/{path.name}"), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        quick = hashlib.sha256(str(size).encode())
         step = max(QUICK_BYTES, (size - QUICK_BYTES) // QUICK_SAMPLES)
         for offset in [*range(0, size, step), max(0, size - QUICK_BYTES)]:
             file.seek(offset)

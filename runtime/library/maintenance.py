@@ -8,6 +8,7 @@ from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import LibraryError
+from recallseg.engines.inside import list_inside, remove_inside, sync_inside
 from recallseg.runtime.library.binding import Binding, bundle_settings, open_bundle
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
@@ -18,11 +19,12 @@ from recallseg.runtime.library.shards import (
     ShardReader,
     ShardWriter,
     digest_record,
+    is_shard,
     pack,
     shard_file,
 )
 from recallseg.runtime.library.sources import SourceStore
-from recallseg.runtime.library.storage import sync_directory, writing
+from recallseg.runtime.library.storage import writing
 from recallseg.runtime.library.store import Store
 
 __all__ = ["append", "compact", "rebuild", "rebuild_index", "reclaim", "verify"]
@@ -50,11 +52,7 @@ def reclaim(store: Store) -> None:
     """Delete what a writer that died left behind: files that the catalog does not name."""
     catalog, memories = store.catalog, store.memories
     with writing(memories):
-        if memories.is_dir():
-            named = {shard_file(memories, shard).name for shard in catalog.shards()}
-            for path in memories.iterdir():
-                if path.name not in named:
-                    path.unlink()
+        _remove_unnamed(memories, catalog)
         store.sources.remove(catalog.next_number())
         removed = catalog.last_removed()
         if removed is not None:
@@ -99,12 +97,7 @@ def _compact(
         writer.sync(target.shard)
     catalog.move(moves, generation)
     with writing(memories):
-        named = {shard_file(memories, shard).name for shard in catalog.shards()}
-        for path in memories.iterdir() if memories.is_dir() else ():
-            if path.name not in named:
-                path.unlink()
-        if memories.is_dir():
-            sync_directory(memories)
+        _remove_unnamed(memories, catalog)
     return before - _shard_bytes(memories)
 
 
@@ -248,8 +241,20 @@ def _begin_generation(catalog: Catalog, settings: Settings) -> int:
     return int(generation)
 
 
+def _remove_unnamed(memories: Path, catalog: Catalog) -> None:
+    """Delete shards that the catalog does not name; what is no shard is not ours to delete."""
+    named = {shard_file(memories, shard).name for shard in catalog.shards()}
+    names = list_inside(memories.parent, memories.name)
+    for name in names:
+        if is_shard(name) and name not in named:
+            remove_inside(memories.parent, f"{memories.name}/{name}")
+    if names:
+        sync_inside(memories.parent, memories.name)
+
+
 def _shard_bytes(memories: Path) -> int:
-    return sum(path.stat().st_size for path in memories.glob("*.shard"))
+    names = list_inside(memories.parent, memories.name)
+    return sum((memories / name).lstat().st_size for name in names if is_shard(name))
 
 
 def _no_progress(done: int, total: int) -> None:

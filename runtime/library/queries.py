@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError, LibraryCorruptError
+from recallseg.runtime.checks import check_key, check_name, check_tags
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.exemplar import Exemplar
 from recallseg.runtime.library.records import (
@@ -22,9 +24,12 @@ from recallseg.runtime.library.records import (
     exemplar_digest,
 )
 from recallseg.runtime.library.shards import Place
+from recallseg.runtime.library.values import binary, integer, text, timestamp
 
 __all__ = ["CatalogQueries", "unknown_key"]
 
+UNIT_TOLERANCE = 1e-2
+"""An embedding is stored with length 1; also one rounded to fp16 is within this."""
 _BATCH = 400  # below SQLite's oldest limit of 999 variables per statement
 
 
@@ -33,17 +38,22 @@ class CatalogQueries:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._dimension: int | None = None
 
     # State
 
     def settings(self) -> Settings:
         """Return what the library was made with."""
-        return Settings.from_text(self.note("library") or "")
+        settings = Settings.from_text(self.note("library") or "")
+        self._dimension = settings.embedding_dim
+        return settings
 
     def note(self, name: str) -> str | None:
         """Return one stored text, or None."""
         rows = self.database.execute("SELECT value FROM settings WHERE name = ?", (name,))
-        return str(rows[0][0]) if rows else None
+        if rows and not isinstance(rows[0][0], str):
+            raise LibraryCorruptError(f"the catalog is damaged: its note '{name}' is no text.")
+        return rows[0][0] if rows else None
 
     def version(self) -> int:
         """Return a number that differs after any commit by another connection; very fast."""
@@ -59,30 +69,48 @@ class CatalogQueries:
                 f"the catalog {self.database.path} has {len(rows)} state rows, not 1."
             )
         revision, generation, exemplars, total = rows[0]
-        return State(revision, generation, exemplars, int(total, 16))
+        try:
+            digest_sum = int(total, 16) if len(total) <= 64 else -1
+        except (TypeError, ValueError):
+            digest_sum = -1
+        return State(
+            integer(revision, "the library's revision"),
+            integer(generation, "the library's generation", 1),
+            integer(exemplars, "the number of exemplars"),
+            integer(digest_sum, "the sum of the exemplars' digests", 0, 2**256),
+        )
 
     def structures(self) -> tuple[StructureRow, ...]:
         """Return all structures ever named, in order of first addition."""
         rows = self.database.execute("SELECT id, name, present, absent FROM structures ORDER BY id")
-        return tuple(StructureRow(*row) for row in rows)
+        return tuple(
+            StructureRow(
+                integer(number, "a structure's number", 1),
+                text(name, "a structure's name", check_name),
+                integer(present, f"how many exemplars show '{name}'"),
+                integer(absent, f"how many exemplars lack '{name}'"),
+            )
+            for number, name, present, absent in rows
+        )
 
     # Exemplars
 
     def next_number(self) -> int:
         """Return the number that the next exemplar gets."""
         rows = self.database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'exemplars'")
-        return int(rows[0][0]) + 1 if rows else 1
+        return integer(rows[0][0], "the last exemplar's number") + 1 if rows else 1
 
     def number(self, key: str) -> int | None:
         """Return an exemplar's number, or None if there is no such key."""
         rows = self.database.execute("SELECT id FROM exemplars WHERE key = ?", (key,))
-        return int(rows[0][0]) if rows else None
+        return integer(rows[0][0], "an exemplar's number", 1) if rows else None
 
     def exemplars(self, after: int = 0, limit: int = -1) -> list[tuple[int, Exemplar]]:
         """Return exemplars with numbers above ``after``, in order of addition."""
         rows = self.database.execute(
             _EXEMPLARS + " WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
         )
+        _check_ascending([after, *(row[0] for row in rows)])
         return [self._exemplar(row) for row in rows]
 
     def exemplar(self, key: str) -> Exemplar | None:
@@ -94,7 +122,8 @@ class CatalogQueries:
     def source_digest(self, number: int) -> bytes | None:
         """Return the SHA-256 of an exemplar's source file, or None if it was not kept."""
         rows = self.database.execute("SELECT source FROM exemplars WHERE id = ?", (number,))
-        return rows[0][0] if rows else None
+        source = rows[0][0] if rows else None
+        return None if source is None else binary(source, "the digest of a source", 32)
 
     def numbers(self, structure: int, present: bool, tags: Mapping[str, str]) -> NDArray[np.int64]:
         """Return the sorted numbers of a structure's exemplars that have all ``tags``."""
@@ -108,6 +137,7 @@ class CatalogQueries:
             "ORDER BY a.exemplar",
             (*values, structure, int(present)),
         )
+        _check_ascending([row[0] for row in rows])
         return np.array([row[0] for row in rows], np.int64)
 
     def embeddings(
@@ -145,7 +175,12 @@ class CatalogQueries:
             [int(number) for number in numbers],
         )
         return {
-            number: (key, None if shard is None else (Place(shard, slot), digest))
+            number: (
+                text(key, "an exemplar's key", check_key),
+                None
+                if shard is None
+                else (Place(shard, slot), binary(digest, "the digest of a memory", 32)),
+            )
             for number, key, shard, slot, digest in rows
         }
 
@@ -153,7 +188,10 @@ class CatalogQueries:
         """Return the keys of exemplars, in the order of ``numbers``."""
         wanted = [int(number) for number in numbers]
         keys = dict(self._in_batches("SELECT id, key FROM exemplars WHERE id IN ({})", wanted))
-        return [keys[number] for number in wanted]
+        lost = [number for number in wanted if number not in keys]
+        if lost:
+            raise LibraryCorruptError(f"the catalog is damaged: it has no exemplar {lost[0]}.")
+        return [text(keys[number], "an exemplar's key", check_key) for number in wanted]
 
     def places(self, keys: Sequence[str], structure: int) -> dict[str, tuple[Place, bytes]]:
         """Return places and digests of a structure's memories, for those of ``keys`` that have."""
@@ -163,7 +201,10 @@ class CatalogQueries:
             f"= {int(structure)} WHERE x.key IN ({{}})",
             list(keys),
         )
-        return {key: (Place(shard, slot), digest) for key, shard, slot, digest in rows}
+        return {
+            key: (Place(shard, slot), binary(digest, "the digest of a memory", 32))
+            for key, shard, slot, digest in rows
+        }
 
     def memories(self, after: int, limit: int) -> list[tuple[int, str, Place, bytes]]:
         """Return (exemplar, structure, place, digest) of exemplars above ``after``."""
@@ -174,20 +215,30 @@ class CatalogQueries:
             "?) ORDER BY m.exemplar",
             (after, limit),
         )
-        return [(row[0], row[1], Place(row[2], row[3]), row[4]) for row in rows]
+        _check_ascending([after, *(row[0] for row in rows)], strictly=False)
+        return [
+            (
+                integer(row[0], "an exemplar's number", 1),
+                text(row[1], "a structure's name", check_name),
+                Place(row[2], row[3]),
+                binary(row[4], "the digest of a memory", 32),
+            )
+            for row in rows
+        ]
 
     def removals(self, revision: int) -> list[int]:
         """Return the numbers of exemplars that were removed after ``revision``."""
         rows = self.database.execute(
             "SELECT exemplar FROM removals WHERE revision > ?", (revision,)
         )
-        return [row[0] for row in rows]
+        return [integer(row[0], "an exemplar's number", 1) for row in rows]
 
     # Verification
 
     def exemplar_digest(self, number: int) -> bytes:
         """Return the recorded digest of what was annotated."""
-        return bytes(self.database.value("SELECT digest FROM exemplars WHERE id = ?", (number,)))
+        value = self.database.value("SELECT digest FROM exemplars WHERE id = ?", (number,))
+        return binary(value, "the digest of an exemplar", 32)
 
     def check_rows(self, page: Sequence[tuple[int, Exemplar]], embedding_dim: int) -> list[str]:
         """Return what is wrong with exemplars' rows: digests, embeddings, memories."""
@@ -204,7 +255,11 @@ class CatalogQueries:
                 "FROM state) AND exemplar = ?",
                 (number,),
             )
-            if len(rows) != 1 or len(rows[0][0]) != 4 * embedding_dim:
+            if (
+                len(rows) != 1
+                or not isinstance(rows[0][0], bytes)
+                or len(rows[0][0]) != 4 * embedding_dim
+            ):
                 problems.append(
                     f"exemplar '{exemplar.key}' has no embedding of {embedding_dim} numbers"
                 )
@@ -233,12 +288,23 @@ class CatalogQueries:
             "structure = ? AND present = ?",
             (structure, int(present)),
         )
-        return StoredIndex(*rows[0]) if rows else None
+        if not rows:
+            return None
+        revision, last, count, file, size, quick, digest = rows[0]
+        return StoredIndex(
+            integer(revision, "the revision of an index"),
+            integer(last, "the last exemplar of an index"),
+            integer(count, "the size of an index"),
+            text(file, "the file of an index", check_key),
+            integer(size, "the size of an index"),
+            binary(quick, "the digest of an index", 32),
+            binary(digest, "the digest of an index", 32),
+        )
 
     def stored_indexes(self) -> list[tuple[int, bool]]:
         """Return structure and presence of every recorded index file."""
         rows = self.database.execute("SELECT structure, present FROM indexes")
-        return [(row[0], bool(row[1])) for row in rows]
+        return [(integer(row[0], "a structure's number", 1), bool(row[1])) for row in rows]
 
     def not_encoded(self, generation: int, limit: int) -> list[tuple[int, Exemplar]]:
         """Return exemplars that have no encoding of ``generation`` yet."""
@@ -261,12 +327,39 @@ class CatalogQueries:
 
     def shards(self) -> dict[int, int]:
         """Return the slots written in every shard, whatever its generation."""
-        return dict(self.database.execute("SELECT id, slots FROM shards"))
+        return {
+            integer(shard, "the number of a shard", 1): integer(slots, "the slots of a shard")
+            for shard, slots in self.database.execute("SELECT id, slots FROM shards")
+        }
+
+    def misplaced(self) -> int:
+        """Return how many memories lie outside of their shard's slots, or where another lies."""
+        return integer(
+            self.database.value(
+                "SELECT (SELECT count(*) FROM memories m LEFT JOIN shards s ON s.id = m.shard AND "
+                "s.generation = m.generation WHERE s.id IS NULL OR m.slot >= s.slots) + (SELECT "
+                "count(*) - count(DISTINCT shard || ':' || slot) FROM memories)"
+            ),
+            "the number of misplaced memories",
+        )
+
+    def check_room(self) -> None:
+        """Raise LibraryCorruptError if the next memory would be written over another."""
+        rows = self.database.execute(
+            "SELECT id, slots, (SELECT max(slot) FROM memories WHERE shard = id) FROM shards ORDER "
+            "BY id DESC LIMIT 1"
+        )
+        for shard, slots, last in rows:
+            if last is not None and integer(last, "the slot of a memory") >= slots:
+                raise LibraryCorruptError(
+                    f"the catalog is damaged: shard {shard} has {slots} slots, and a memory in "
+                    f"slot {last}. Restore the library from a backup."
+                )
 
     def last_removed(self) -> int | None:
         """Return the number of the exemplar that was removed last."""
         rows = self.database.execute("SELECT exemplar FROM removals ORDER BY revision DESC LIMIT 1")
-        return int(rows[0][0]) if rows else None
+        return integer(rows[0][0], "an exemplar's number", 1) if rows else None
 
     def _in_batches(self, statement: str, values: Sequence[Any]) -> list[Any]:
         rows = []
@@ -276,39 +369,55 @@ class CatalogQueries:
         return rows
 
     def _matrix(self, rows: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        _check_ascending([row[0] for row in rows])
         numbers = np.array([row[0] for row in rows], np.int64)
-        size = len(rows[0][1]) // 4 if rows else 0
-        data = b"".join(row[1] for row in rows)
-        if len(data) != len(rows) * size * 4:
+        size = self.settings().embedding_dim if self._dimension is None else self._dimension
+        if any(type(row[1]) is not bytes or len(row[1]) != size * 4 for row in rows):
             raise LibraryCorruptError(
-                "the library's embeddings differ in length; run 'recallseg library verify'."
+                f"the library has embeddings that are not {size} numbers; run 'recallseg library "
+                "verify'."
             )
-        return numbers, np.frombuffer(data, "<f4").reshape(len(rows), size).astype(
-            np.float32, copy=False
-        )
+        data = b"".join(row[1] for row in rows)
+        vectors = np.frombuffer(data, "<f4").reshape(len(rows), size)
+        lengths = np.einsum("ij,ij->i", vectors, vectors)
+        if not (np.abs(lengths - 1) <= 2 * UNIT_TOLERANCE).all():  # nor is NaN
+            raise LibraryCorruptError(
+                "the library has embeddings that are not of length 1; run 'recallseg library "
+                "verify'."
+            )
+        return numbers, vectors.astype(np.float32, copy=False)
 
     def _exemplar(self, row: Sequence[Any]) -> tuple[int, Exemplar]:
         number, key, content, height, width, created, has_source = row
+        integer(number, "an exemplar's number", 1)
+        text(key, "an exemplar's key", check_key)
+        what = f"exemplar '{key}'"
+        text(content, f"the content digest of {what}", check_key)
         names: dict[int, list[str]] = {0: [], 1: []}
         for present, name in self.database.execute(
             "SELECT a.present, s.name FROM annotations a JOIN structures s ON s.id = a.structure "
             "WHERE a.exemplar = ? ORDER BY s.id",
             (number,),
         ):
-            names[present].append(name)
+            shown = integer(present, f"a flag of {what}", 0, 1)
+            names[shown].append(text(name, "a structure's name", check_name))
         tags = dict(
             self.database.execute(
                 "SELECT name, value FROM tags WHERE exemplar = ? ORDER BY name", (number,)
             )
         )
+        try:
+            check_tags(tags)
+        except InputError as error:
+            raise LibraryCorruptError(f"the catalog is damaged: {what}: {error}") from error
         exemplar = Exemplar(
             key,
             tuple(names[1]),
             tuple(names[0]),
             tags,
-            height,
-            width,
-            created,
+            integer(height, f"the height of {what}", 1),
+            integer(width, f"the width of {what}", 1),
+            timestamp(created, f"the time of {what}"),
             content,
             bool(has_source),
         )
@@ -316,6 +425,16 @@ class CatalogQueries:
 
 
 _EXEMPLARS = "SELECT id, key, content, height, width, created, source IS NOT NULL FROM exemplars"
+
+
+def _check_ascending(numbers: Sequence[Any], *, strictly: bool = True) -> None:
+    """Raise LibraryCorruptError unless numbers ascend: a damaged table repeats rows for ever."""
+    if any(type(number) is not int for number in numbers) or any(
+        a > b or (strictly and a == b) for a, b in pairwise(numbers)
+    ):
+        raise LibraryCorruptError(
+            "the catalog is damaged: its rows are not in order. Restore it from a backup."
+        )
 
 
 def unknown_key(key: str) -> InputError:

@@ -12,10 +12,16 @@ from numpy.typing import NDArray
 
 from recallseg.engines.digest import digest_json
 from recallseg.engines.errors import LibraryCorruptError
-from recallseg.runtime.library.encoding import MemoryLayout
+from recallseg.runtime.checks import check_key
+from recallseg.runtime.library.encoding import MEMORY_FORMATS, MemoryLayout
 from recallseg.runtime.library.shards import Place
+from recallseg.runtime.library.values import hex_digest, integer, text
+from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["NewExemplar", "Settings", "State", "StoredIndex", "StructureRow", "exemplar_digest"]
+
+LARGEST_SIZE, LARGEST_MEMORY = 2**20, 2**28
+"""Of an embedding, or one axis of a memory; and numbers in a memory (at 1024 px: 4096 x 64)."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,29 @@ class Settings:
         """Rebuild from :meth:`to_text`; raises LibraryCorruptError for other fields."""
         try:
             data = json.loads(text)
-            return cls(**{**data, "layout": MemoryLayout(**data["layout"])})
-        except (ValueError, KeyError, TypeError) as error:
+            settings = cls(**{**data, "layout": MemoryLayout(**data["layout"])})
+            settings._check()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LibraryCorruptError(f"the library's settings are damaged: {error!r}.") from error
+        return settings
+
+    def _check(self) -> None:
+        """Raise LibraryCorruptError, ValueError or TypeError for what no library was made with."""
+        layout = self.layout
+        sizes = (layout.tokens, layout.memory_dim, layout.pointer_dim, self.embedding_dim)
+        for size in sizes:
+            integer(size, "a size of embeddings or memories", 1, LARGEST_SIZE)
+        integer(layout.tokens * layout.memory_dim, "the size of a memory", 1, LARGEST_MEMORY)
+        integer(self.shard_bytes, "the size of a shard", 1)
+        hex_digest(self.identity, "the identity of its bundle")
+        text(self.bundle_name, "the name of its bundle", check_key)
+        if (
+            layout.format not in MEMORY_FORMATS
+            or not isinstance(self.bundle_path, str)
+            or not isinstance(self.keep_sources, bool)
+        ):
+            raise ValueError("memory format, bundle's path or keep_sources")
+        Intensity.from_json(self.intensity)
 
 
 @dataclass(frozen=True)

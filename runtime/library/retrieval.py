@@ -1,34 +1,57 @@
 """Search indexes of a library: loaded when first used, kept up to date, saved by the writer.
 
 Every structure has two, over the exemplars that show it and over those that say it is absent. All
-are derived from the catalog; a missing, stale or damaged file costs time and nothing else.
+are derived from the catalog; a missing, stale or damaged file costs time and nothing else. So does
+one that was not built here: native code maps it, and crafted ones crash that, so only what this
+user built is opened (``own``). A reader's own go to the user's cache.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from usearch.index import Index
 
+from recallseg.engines.durable import replace_file
+from recallseg.engines.inside import (
+    list_inside,
+    make_folder_inside,
+    open_inside,
+    read_inside,
+    remove_inside,
+    replace_inside,
+)
+from recallseg.engines.paths import cache_folder
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.index import (
     EXACT_LIMIT,
     StructureIndex,
+    Vectors,
     build_graph,
     extend_graph,
     file_digests,
+    graph_settings,
     open_graph,
 )
+from recallseg.runtime.library.own import forget_index, knows_index, remember_index
 from recallseg.runtime.library.records import State, StoredIndex
-from recallseg.runtime.library.storage import sync_directory, writing
+from recallseg.runtime.library.storage import writing
 
 __all__ = ["Retrieval"]
 
 Slot = tuple[int, bool]
+
+_TEMPORARY = "new.tmp"
+_CACHED = "indexes"
+_NAME = re.compile(r"[0-9]+-(present|absent)-[0-9]+-[0-9]+-[0-9]+\.usearch")
 
 
 class Retrieval:
@@ -106,17 +129,15 @@ class Retrieval:
 
     def clean(self) -> None:
         """Delete index files that the catalog does not name."""
-        if not self._folder.is_dir():
-            return
         named = {
             stored.file
             for slot in self._catalog.stored_indexes()
             if (stored := self._catalog.stored_index(*slot)) is not None
         }
         with writing(self._folder):
-            for path in self._folder.iterdir():
-                if path.name not in named:
-                    path.unlink()
+            for name in list_inside(self._folder.parent, self._folder.name):
+                if (_NAME.fullmatch(name) or name == _TEMPORARY) and name not in named:
+                    remove_inside(self._folder.parent, f"{self._folder.name}/{name}")
 
     def check(self) -> tuple[int, list[str]]:
         """Compare every index file with its digest; return how many there are and what is wrong."""
@@ -126,10 +147,16 @@ class Retrieval:
             stored = self._catalog.stored_index(*slot)
             if stored is None:
                 continue
-            path = self._folder / stored.file
-            if not path.is_file() or file_digests(path, whole=True)[1] != stored.digest:
+            try:
+                intact = bool(_NAME.fullmatch(stored.file)) and (
+                    file_digests(self._folder / stored.file, whole=True)[1] == stored.digest
+                )
+            except OSError:
+                intact = False
+            if not intact:
                 problems.append(
-                    f"search index {path} is missing or damaged; it is built anew when next "
+                    f"search index {self._folder / stored.file!s} is missing or damaged; it is "
+                    "built anew when next "
                     "needed, or by 'recallseg library rebuild --index-only'."
                 )
         return len(slots), problems
@@ -163,13 +190,24 @@ class Retrieval:
             self._indexes[slot] = index
 
     def _open(self, stored: StoredIndex | None, *, view: bool) -> Index | None:
-        if stored is None:
+        if stored is None or not _NAME.fullmatch(stored.file):
             return None
-        path = self._folder / stored.file
-        if not path.is_file() or path.stat().st_size != stored.size:
+        return self._open_own(self._folder / stored.file, stored, view=view)
+
+    def _open_own(self, path: Path, stored: StoredIndex, *, view: bool) -> Index | None:
+        """Open a graph if this user built it and it is what it was; None otherwise."""
+        try:
+            found = _stat(path)
+            own = knows_index(stored.digest, found)
+            if own is False or found.st_size != stored.size:
+                return None
+            quick, digest = file_digests(path, whole=own is None)
+        except OSError:
             return None
-        if file_digests(path, whole=False)[0] != stored.quick:
+        if quick != stored.quick or (own is None and digest != stored.digest):
             return None
+        if own is None:
+            remember_index(stored.digest, found)
         return open_graph(path, self._dimension, stored.count, view=view)
 
     def _build(self, slot: Slot) -> None:
@@ -178,8 +216,11 @@ class Retrieval:
             numbers, vectors = self._catalog.embeddings(*slot)
         index = StructureIndex(self._dimension, self._catalog.embeddings_of)
         if len(numbers) > EXACT_LIMIT:
-            graph = build_graph((numbers, vectors))
-            self._save(slot, graph, revision, int(numbers[-1]))
+            if self._catalog.database.writable:
+                graph = build_graph((numbers, vectors))
+                self._save(slot, graph, revision, int(numbers[-1]))
+            else:
+                graph = self._cached((numbers, vectors))
             index = StructureIndex(
                 self._dimension, self._catalog.embeddings_of, graph, int(numbers[-1])
             )
@@ -205,20 +246,65 @@ class Retrieval:
         structure, present = slot
         kind = "present" if present else "absent"
         name = f"{structure}-{kind}-{self._state.generation}-{revision}-{last}.usearch"
-        path, temporary = self._folder / name, self._folder / "new.tmp"
+        path = self._folder / name
         with writing(path):
-            self._folder.mkdir(exist_ok=True)
-            try:
-                graph.save(str(temporary))
-            except RuntimeError as error:  # what USearch raises when a write fails
-                raise OSError(None, str(error)) from error
-            descriptor = os.open(temporary, os.O_RDWR)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            quick, digest = file_digests(temporary, whole=True)
-            os.replace(temporary, path)
-            sync_directory(self._folder)
-        stored = StoredIndex(revision, last, len(graph), name, path.stat().st_size, quick, digest)
+            quick, digest = _write(graph, self._folder, name)
+            size = path.stat().st_size
+        before = self._catalog.stored_index(*slot)
+        stored = StoredIndex(revision, last, len(graph), name, size, quick, digest)
         self._catalog.store_index(structure, present, stored)
+        if before is not None and before.digest != digest:
+            forget_index(before.digest)
+
+    def _cached(self, vectors: Vectors) -> Index:
+        """Return a graph from the user's cache, where it goes if the library cannot be written."""
+        key = hashlib.sha256(json.dumps(graph_settings(), sort_keys=True).encode())
+        for array in vectors:
+            key.update(np.ascontiguousarray(array).data)
+        folder, name = cache_folder() / _CACHED, key.hexdigest()
+        try:
+            note = json.loads(read_inside(folder.parent, f"{_CACHED}/{name}.json", 2**16))
+            stored = StoredIndex(
+                0, 0, len(vectors[0]), name, note["bytes"], *map(bytes.fromhex, note["digests"])
+            )
+            graph = self._open_own(folder / name, stored, view=True)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            graph = None
+        if graph is None:
+            graph = build_graph(vectors)
+            with suppress(OSError):  # a cache that cannot be written is one that is not there
+                folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                digests = [digest.hex() for digest in _write(graph, folder, name)]
+                note = {"bytes": (folder / name).stat().st_size, "digests": digests}
+                replace_file(folder / f"{name}.json", json.dumps(note).encode(), mode=0o600)
+        return graph
+
+
+def _write(graph: Index, folder: Path, name: str) -> tuple[bytes, bytes]:
+    """Save a graph durably, note that it was built here, and return the file's digests."""
+    root, temporary = folder.parent, f"{folder.name}/{_TEMPORARY}"
+    make_folder_inside(root, folder.name)
+    remove_inside(root, temporary)
+    # USearch opens it by its path: what is there by then is this new, ordinary file.
+    os.close(open_inside(root, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    try:
+        graph.save(str(root / temporary))
+    except RuntimeError as error:  # what USearch raises when a write fails
+        raise OSError(None, str(error)) from error
+    descriptor = open_inside(root, temporary, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    quick, digest = file_digests(root / temporary, whole=True)
+    replace_inside(root, temporary, f"{folder.name}/{name}")
+    remember_index(digest, _stat(folder / name))
+    return quick, digest
+
+
+def _stat(path: Path) -> os.stat_result:
+    descriptor = open_inside(path.parents[1], f"{path.parent.name}/{path.name}")
+    try:
+        return os.fstat(descriptor)
+    finally:
+        os.close(descriptor)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import LibraryCorruptError, LibraryVersionError
+from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, sync_inside
 from recallseg.runtime.library.encoding import MemoryLayout
-from recallseg.runtime.library.storage import sync_directory, write_all, writing
+from recallseg.runtime.library.storage import write_all, writing
+from recallseg.runtime.library.values import integer
 
 __all__ = ["DEFAULT_SHARD_BYTES", "Place", "ShardReader", "ShardWriter", "pack", "record_bytes"]
 
@@ -56,6 +59,10 @@ class Place:
 
     shard: int
     slot: int
+
+    def __post_init__(self) -> None:
+        integer(self.shard, "the number of a shard", 1)
+        integer(self.slot, "the slot of a memory")
 
 
 def record_type(layout: MemoryLayout) -> np.dtype[Any]:
@@ -151,7 +158,7 @@ class ShardReader:
     def _map(self, shard: int) -> NDArray[Any]:
         path = shard_file(self._folder, shard)
         try:
-            with path.open("rb") as file:
+            with os.fdopen(_open(path), "rb") as file:
                 header = file.read(HEADER.size)
                 size = os.fstat(file.fileno()).st_size
                 _check_header(path, header, self._layout)
@@ -186,7 +193,7 @@ class ShardWriter:
         with writing(path):
             if place.slot == 0:
                 self._begin(path)
-            descriptor = os.open(path, os.O_WRONLY)
+            descriptor = _open(path, os.O_WRONLY)
             try:
                 write_all(
                     descriptor, record.tobytes(), HEADER_BYTES + place.slot * self._type.itemsize
@@ -199,7 +206,7 @@ class ShardWriter:
         """Return when everything appended to ``shard`` survives a power loss."""
         path = shard_file(self._folder, shard)
         with writing(path):
-            descriptor = os.open(path, os.O_WRONLY)
+            descriptor = _open(path, os.O_WRONLY)
             try:
                 os.fsync(descriptor)
             finally:
@@ -214,12 +221,22 @@ class ShardWriter:
             self.layout.pointer_dim,
             self._type.itemsize,
         )
-        path.parent.mkdir(exist_ok=True)
+        root, folder = path.parents[1], path.parent.name
+        make_folder_inside(root, folder)
         # A new file, not the old one emptied: somebody may have it mapped.
-        path.unlink(missing_ok=True)
-        with path.open("xb") as file:
+        remove_inside(root, f"{folder}/{path.name}")
+        with os.fdopen(_open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(header.ljust(HEADER_BYTES, b"\0"))
-        sync_directory(path.parent)
+        sync_inside(root, folder)
+
+
+def _open(path: Path, flags: int = os.O_RDONLY) -> int:
+    return open_inside(path.parents[1], f"{path.parent.name}/{path.name}", flags)
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file's name is one that :func:`shard_file` gives."""
+    return re.fullmatch(r"[0-9]{6,19}\.shard", name) is not None
 
 
 def shard_file(folder: Path, shard: int) -> Path:

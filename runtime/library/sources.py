@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.archives import read_arrays
 from recallseg.engines.errors import LibraryCorruptError
+from recallseg.engines.inside import read_inside, remove_inside
+from recallseg.engines.limits import max_bytes
+from recallseg.runtime.checks import check_image, check_name
 from recallseg.runtime.library.storage import write_durably
 
 __all__ = ["SourceStore", "content_digest"]
@@ -68,7 +70,7 @@ class SourceStore:
         }
         archive = io.BytesIO()
         np.savez_compressed(archive, image=image, names=np.array(json.dumps(names)), **arrays)
-        write_durably(self.file(number), archive.getbuffer())
+        write_durably(self._folder.parent, self._name(number), archive.getbuffer())
         return hashlib.sha256(archive.getbuffer()).digest()
 
     def read(
@@ -83,31 +85,36 @@ class SourceStore:
         """
         path = self.file(number)
         try:
-            data = path.read_bytes()
+            data = read_inside(self._folder.parent, self._name(number), max_bytes())
         except OSError as error:
             raise _corrupt(path, key, error.strerror or str(error)) from error
         if hashlib.sha256(data).digest() != digest:
             raise _corrupt(path, key, "its SHA-256 is not the one recorded")
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                image = archive["image"]
-                names = json.loads(str(archive["names"]))
-                count = image.shape[0] * image.shape[1]
-                masks = {
-                    name: np.unpackbits(archive[f"mask{i}"], count=count)
-                    .astype(bool)
-                    .reshape(image.shape[:2])
-                    for i, name in enumerate(names)
-                }
-        except (ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = read_arrays(data)
+            image = check_image(arrays["image"])
+            masks = {
+                check_name(name): _mask(arrays[f"mask{i}"], image.shape[:2])
+                for i, name in enumerate(json.loads(str(arrays["names"])))
+            }
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _corrupt(path, key, str(error)) from error
         return image, masks
 
     def remove(self, number: int) -> None:
         """Delete an exemplar's source if it is there."""
-        self.file(number).unlink(missing_ok=True)
-        temporary = self.file(number)
-        temporary.with_name(temporary.name + ".tmp").unlink(missing_ok=True)
+        for name in (self._name(number), self._name(number) + ".tmp"):
+            remove_inside(self._folder.parent, name)
+
+    def _name(self, number: int) -> str:
+        return self.file(number).relative_to(self._folder.parent).as_posix()
+
+
+def _mask(packed: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    count = shape[0] * shape[1]
+    if packed.dtype != np.uint8 or packed.shape != (-(-count // 8),):
+        raise ValueError(f"a mask of {packed.shape} {packed.dtype} for an image of {shape}")
+    return np.unpackbits(packed, count=count).astype(bool).reshape(shape)
 
 
 def _corrupt(path: Path, key: str, why: str) -> LibraryCorruptError:

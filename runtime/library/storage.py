@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recallseg.engines.errors import LibraryLockedError, LibraryWriteError
+from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, replace_inside
 
-__all__ = ["WriterLock", "sync_directory", "write_all", "write_durably", "writing"]
+__all__ = ["WriterLock", "write_all", "write_durably", "writing"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -44,37 +45,28 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def sync_directory(folder: Path) -> None:
-    """Make new, renamed and removed names in ``folder`` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Replace ``path`` by ``data``: readers see all old bytes or all new ones, also after a crash.
+def write_durably(root: Path, name: str, data: bytes | memoryview) -> None:
+    """Replace a file in ``root``: readers see all old bytes or all new ones, also after a crash.
 
     Raises
     ------
     LibraryWriteError
-        If the folder cannot be written; ``path`` is then what it was.
+        If the folder cannot be written, or it leads elsewhere; the file is then what it was.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    temporary = name + ".tmp"
+    with writing(root / name):
+        make_folder_inside(root, name.rpartition("/")[0])
+        remove_inside(root, temporary)
+        descriptor = open_inside(root, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             write_all(descriptor, data, 0)
             os.fsync(descriptor)
         except OSError:
-            temporary.unlink(missing_ok=True)  # a full disk needs the space
+            remove_inside(root, temporary)  # a full disk needs the space
             raise
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
-        sync_directory(path.parent)
+        replace_inside(root, temporary, name)
 
 
 class WriterLock:
@@ -92,7 +84,7 @@ class WriterLock:
 
     def __init__(self, path: Path) -> None:
         with writing(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_inside(path.parent, path.name, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

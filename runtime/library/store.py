@@ -59,7 +59,7 @@ class Store:
         with writing(folder):
             if folder.exists() and not folder.is_dir():
                 raise LibraryError(f"{folder} is a file; a library needs a folder of its own.")
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # patients' images
             # An interrupted creation leaves an empty catalog, its journal and the lock.
             left = {item.name for item in folder.iterdir()} - {LOCK, CATALOG, CATALOG + "-journal"}
         if left:

@@ -27,7 +27,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "write": (os, "pwrite"),
     "fsync": (os, "fsync"),
     "rename": (os, "replace"),
-    "unlink": (Path, "unlink"),
+    "unlink": (os, "unlink"),
     "statement": (database.Database, "execute"),
     "append": (shards.ShardWriter, "append"),
     "begin-shard": (shards.ShardWriter, "_begin"),

@@ -1,0 +1,180 @@
+"""Files of a folder that may come from a stranger: by name, inside of it, and never by a link.
+
+A library or a bundle is passed on like a document. A link in it would lead reads to other people's
+files, and writes and deletions to the user's own. So every part of a name is opened from the folder
+before it (``openat`` with ``O_NOFOLLOW``), what is read or written is a regular file, and what is
+written has no second name. The folder's own path is the user's choice, and may be a link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = [
+    "ForeignFileError",
+    "list_inside",
+    "make_folder_inside",
+    "open_folder_inside",
+    "open_inside",
+    "read_inside",
+    "remove_inside",
+    "replace_inside",
+    "sync_inside",
+]
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a FIFO must not wait for its writer
+_WRITING = os.O_WRONLY | os.O_RDWR
+
+
+class ForeignFileError(OSError):
+    """A link, a device, a pipe or a file with a second name, where a file of ours should be."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(
+            errno.ELOOP,
+            f"{what}. Files of a library or bundle are ordinary files inside its folder: "
+            "put the file itself there",
+            str(path),
+        )
+
+
+@contextmanager
+def open_folder_inside(root: Path, name: str = "") -> Iterator[int]:
+    """Open a folder by its name inside ``root`` (``""`` is ``root`` itself), as a descriptor.
+
+    Raises
+    ------
+    ForeignFileError
+        If a part of the name is a link or no folder.
+    OSError
+        As the system gives it.
+    """
+    descriptor = os.open(root, _DIRECTORY)
+    try:
+        for part in _parts(root, name):
+            try:
+                inner = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                    raise ForeignFileError(
+                        root / name, f"'{part}' is a link or no folder"
+                    ) from None
+                raise
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_inside(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file by its name inside ``root`` and return its descriptor.
+
+    A new file (``O_CREAT``) gets the permissions of ``root``, so that what belongs to one user
+    stays that user's, and a library that is shared on purpose stays shared.
+
+    Raises
+    ------
+    ForeignFileError
+        If the file or a folder on the way is a link, it is no regular file, or it is to be written
+        and has a second name (hard link).
+    OSError
+        As the system gives it.
+    """
+    folder, _, last = name.rpartition("/")
+    with open_folder_inside(root, folder) as parent:
+        (last,) = _parts(root, last)
+        mode = root.stat().st_mode & 0o666 if flags & os.O_CREAT else 0
+        try:
+            descriptor = os.open(last, flags & ~os.O_TRUNC | _FILE, mode, dir_fd=parent)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise ForeignFileError(root / name, "it is a link or no file") from None
+            raise
+    found = os.fstat(descriptor)
+    what = ""
+    if not stat.S_ISREG(found.st_mode):
+        what = "it is not a file"
+    elif flags & _WRITING and found.st_nlink > 1:
+        what = f"it has {found.st_nlink} names (hard links)"
+    if what:
+        os.close(descriptor)
+        raise ForeignFileError(root / name, what)
+    if flags & os.O_TRUNC:
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def read_inside(root: Path, name: str, limit: int) -> bytes:
+    """Return a file's bytes; OSError (``EFBIG``) if there are more than ``limit``."""
+    with os.fdopen(open_inside(root, name), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(
+                errno.EFBIG, f"it has {size} bytes; at most {limit} are read", str(root / name)
+            )
+        return file.read(size)
+
+
+def replace_inside(root: Path, old: str, new: str) -> None:
+    """Give a file another name, in place of what has that name, durably."""
+    before, _, source = old.rpartition("/")
+    after, _, target = new.rpartition("/")
+    with open_folder_inside(root, before) as here, open_folder_inside(root, after) as there:
+        os.replace(source, target, src_dir_fd=here, dst_dir_fd=there)
+        os.fsync(there)
+
+
+def remove_inside(root: Path, name: str) -> None:
+    """Remove a file if it is there: a link itself, never what it names."""
+    folder, _, last = name.rpartition("/")
+    try:
+        with open_folder_inside(root, folder) as parent:
+            os.unlink(last, dir_fd=parent)
+    except FileNotFoundError:
+        return
+
+
+def make_folder_inside(root: Path, name: str) -> None:
+    """Make a folder with the permissions of ``root``, and those above it, where there is none."""
+    mode = root.stat().st_mode & 0o777
+    done = ""
+    for part in _parts(root, name):
+        with open_folder_inside(root, done) as parent:
+            try:
+                os.mkdir(part, mode, dir_fd=parent)
+            except FileExistsError:
+                pass
+            else:
+                os.fsync(parent)
+        done = f"{done}/{part}".lstrip("/")
+    with open_folder_inside(root, name):
+        """What was there is a folder too."""
+
+
+def list_inside(root: Path, name: str = "") -> list[str]:
+    """Return the names in a folder, sorted; none if there is no such folder."""
+    try:
+        with open_folder_inside(root, name) as descriptor:
+            return sorted(os.listdir(descriptor))
+    except FileNotFoundError:
+        return []
+
+
+def sync_inside(root: Path, name: str = "") -> None:
+    """Make new, renamed and removed names in a folder survive a power loss."""
+    with open_folder_inside(root, name) as descriptor:
+        os.fsync(descriptor)
+
+
+def _parts(root: Path, name: str) -> list[str]:
+    parts = name.split("/") if name else []
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise ForeignFileError(root / "...", f"{name!r} is no name inside {root}")
+    return parts

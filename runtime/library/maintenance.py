@@ -52,6 +52,7 @@ def reclaim(store: Store) -> None:
     """Delete what a writer that died left behind: files that the catalog does not name."""
     catalog, memories = store.catalog, store.memories
     with writing(memories):
+        catalog.check_room()
         _remove_unnamed(memories, catalog)
         store.sources.remove(catalog.next_number())
         removed = catalog.last_removed()
@@ -220,6 +221,10 @@ def _verify(store: Store, progress: Progress) -> LibraryReport:
     if seen != state.exemplars or total % (1 << 256) != state.digest_sum:
         problems.append(
             f"catalog: {seen} exemplars found, whose digests do not add up to the library's"
+        )
+    if misplaced := store.catalog.misplaced():
+        problems.append(
+            f"catalog: {misplaced} memories lie outside of their shard or where another lies"
         )
     indexes, found = store.retrieval.check()
     return LibraryReport(seen, memories, kept, indexes, tuple(problems + found))

@@ -33,11 +33,14 @@ def verify(
     from recallseg.engines.engine import EngineOptions
     from recallseg.engines.registry import load_engines
     from recallseg.engines.verification import verify_engines
+    from recallseg.runtime.library.own import remember_bundle
 
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
     engines = load_engines(opened, engine, precision, options=EngineOptions(threads))
     result = verify_engines(opened, engines, precision, strict=False)
+    if result.passed:
+        remember_bundle(opened.identity, opened.path)
     if as_json:
         checks = [{**vars(check), "passed": check.passed} for check in result.checks]
         emit_json(

@@ -448,6 +448,8 @@ def test_files_belong_to_whom_the_folder_belongs(tmp_path: Path) -> None:
         "UPDATE memories SET slot = 9223372036854775807",
         "UPDATE memories SET slot = 'x'",
         "UPDATE memories SET shard = -4",
+        "UPDATE memories SET slot = 0",
+        "UPDATE shards SET slots = 1",
         "UPDATE state SET revision = 'x'",
         "UPDATE state SET exemplars = -1",
         "UPDATE state SET exemplars = 4611686018427387904",

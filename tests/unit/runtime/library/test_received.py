@@ -491,7 +491,9 @@ def test_values_that_no_library_has(library: Path, statement: str) -> None:
                     lambda lib: lib.search(embedding(1), "nucleus", 2),
                     lambda lib: lib.calibration,
                     lambda lib: lib.intensity,
-                    lambda lib: lib.gather([next(iter(lib)).key], "nucleus", *_buffers()),
+                    lambda lib: lib.gather(
+                        lib.memories([next(iter(lib)).key], "nucleus"), *_buffers()
+                    ),
                     lambda lib: lib.embeddings("nucleus"),
                     lambda lib: found_problems(lib),
                 ):

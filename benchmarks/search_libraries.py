@@ -165,7 +165,8 @@ def _fill(path: Path, vectors: NDArray[np.float32], progress: Callable[[int], No
                     tags={},
                     absent=(),
                     embedding=vector,
-                    memories={STRUCTURE: (Place(1, number - 1), b"")},
+                    memories={STRUCTURE: (Place(1, number - 1), bytes(32))},
+                    origin=None,
                 )
             )
             if number % _REPORT_EVERY == 0:

@@ -60,6 +60,8 @@ class Engine(ABC):
     """Graph variants that this engine accepts, best first."""
     place: ClassVar[Literal["host", "device"]] = "host"
     """Where the tensors lie that it takes without a copy."""
+    graph_digest: str = ""
+    """Digest of the graph that was loaded, see :meth:`Bundle.graph_digest`; "" outside a bundle."""
 
     def __init__(
         self, spec: GraphSpec, path: Path | None = None, options: EngineOptions | None = None
@@ -83,8 +85,9 @@ class Engine(ABC):
         """
         engines: dict[str, Engine] = {}
         for graph in graphs:
-            path, _ = bundle.graph_file(graph, variants or cls.variants, precision)
+            path, variant = bundle.graph_file(graph, variants or cls.variants, precision)
             engines[graph] = cls(bundle.specs[graph], path, options)
+            engines[graph].graph_digest = bundle.graph_digest(graph, variant, precision)
         return engines
 
     def run(self, inputs: Mapping[str, AnyTensor], outputs: Mapping[str, AnyTensor]) -> None:

@@ -162,8 +162,9 @@ class OnnxRuntimeGpu(DeviceEngine):
         folder = cache_folder() / cls.name / subject[:32]
 
         def make(wanted: tuple[str, ...], *, proving: bool = False) -> dict[str, OnnxRuntimeGpu]:
-            return {
-                graph: cls(
+            made = {}
+            for graph in wanted:
+                made[graph] = cls(
                     bundle.specs[graph],
                     files[graph][0],
                     options,
@@ -171,8 +172,8 @@ class OnnxRuntimeGpu(DeviceEngine):
                     folder=folder / graph,
                     proving=proving,
                 )
-                for graph in wanted
-            }
+                made[graph].graph_digest = digests[graph]
+            return made
 
         # Beside what was compiled, so that whoever removes that removes what was said of it.
         record = Verdicts(folder / "state.json", subject)

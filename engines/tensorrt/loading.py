@@ -55,6 +55,7 @@ def load_verified(
         for graph in wanted:
             path, _ = bundle.graph_file(graph, VARIANTS, precision)
             made[graph] = kind(bundle.specs[graph], plans[graph], gpu, path, options)
+            made[graph].graph_digest = plans[graph].key.graph_digest
         return made
 
     known = {

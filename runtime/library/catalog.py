@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.encoding import Origin
+from recallseg.runtime.library.origins import origins_note
 from recallseg.runtime.library.queries import CatalogQueries
 from recallseg.runtime.library.records import NewExemplar, Settings, State, StoredIndex
 from recallseg.runtime.library.shards import Place
@@ -93,7 +95,7 @@ class Catalog(CatalogQueries):
                     )
             rows = [(new.number, name, value) for name, value in new.tags.items()]
             db.execute_many("INSERT INTO tags VALUES (?, ?, ?)", rows)
-            self.add_encoding(new.number, state.generation, new.embedding, new.memories)
+            self.add_encoding(new.number, state.generation, new.embedding, new.memories, new.origin)
             self._advance(state, 1, int.from_bytes(new.digest, "big"))
 
     def add_encoding(
@@ -102,9 +104,15 @@ class Catalog(CatalogQueries):
         generation: int,
         embedding: NDArray[np.float32],
         memories: Mapping[str, tuple[Place, bytes]],
+        origin: Origin | None,
     ) -> None:
         """Record embedding and memories of an exemplar for a generation, within a transaction."""
         db = self.database
+        if origin is not None:
+            self.set_note(
+                origins_note(generation),
+                self.origins(generation).with_one(number, origin).to_text(),
+            )
         blob = np.ascontiguousarray(embedding, "<f4").tobytes()
         db.execute(
             "INSERT INTO encodings VALUES (?, ?, ?, ?)",
@@ -169,6 +177,7 @@ class Catalog(CatalogQueries):
             self.set_note("library", settings.to_text())
             self.set_note("calibration", None)
             self.set_note("rebuild", None)
+            self.set_note(origins_note(self.state().generation), None)
             for table in ("encodings", "memories", "shards"):
                 db.execute(f"DELETE FROM {table} WHERE generation <> ?", (generation,))
             db.execute("DELETE FROM indexes")
@@ -179,6 +188,7 @@ class Catalog(CatalogQueries):
         """Forget the encodings of an unfinished generation, within a transaction."""
         for table in ("encodings", "memories", "shards"):
             self.database.execute(f"DELETE FROM {table} WHERE generation = ?", (generation,))
+        self.set_note(origins_note(generation), None)
 
     def move(self, moves: Sequence[tuple[Place, Place]], generation: int) -> None:
         """Give memories new places in new shards and forget the old shards, in one commit."""

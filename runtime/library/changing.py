@@ -74,6 +74,7 @@ def add(
                     absent=missing,
                     embedding=encoded.embedding,
                     memories=memories,
+                    origin=encoded.origin,
                 )
             )
         except LibraryWriteError:

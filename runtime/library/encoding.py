@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import EngineRunError
+from recallseg.engines.errors import EngineRunError, LibraryCorruptError
 from recallseg.engines.specs import Geometry
+from recallseg.runtime.checks import check_key
+from recallseg.runtime.library.values import hex_digest, text
 
-__all__ = ["MEMORY_FORMATS", "Encoded", "ExemplarEncoder", "MemoryLayout", "check_encoded"]
+__all__ = [
+    "MEMORY_FORMATS",
+    "Encoded",
+    "ExemplarEncoder",
+    "MemoryLayout",
+    "Origin",
+    "check_encoded",
+]
 
 MEMORY_FORMATS = ("fp16", "int8")
 
@@ -20,6 +29,42 @@ UNIT_TOLERANCE = 1e-3
 """How far an embedding's length may be from 1: float32 sums over a few thousand channels, with room
 for engines of lower precision. The library divides by the length that it finds."""
 FP16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made the embedding and the memories of an exemplar.
+
+    Attributes
+    ----------
+    engine, precision : that ran the graphs.
+    graphs : digests of those that ran, by name; see :meth:`recallseg.Bundle.graph_digest`.
+    version : of RecallSeg.
+    """
+
+    engine: str
+    precision: str
+    graphs: Mapping[str, str]
+    version: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Origin:
+        """Rebuild from :meth:`to_json`; raises LibraryCorruptError for anything else."""
+        texts = ("engine", "precision", "version")
+        if not isinstance(data, dict) or {*data} != {*texts, "graphs"}:
+            raise LibraryCorruptError("the library's record of how memories were made is damaged.")
+        if not isinstance(data["graphs"], dict):
+            raise LibraryCorruptError("the library's record of how memories were made is damaged.")
+        graphs = {
+            text(name, "a graph's name", check_key): hex_digest(digest, "a graph's digest")
+            for name, digest in data["graphs"].items()
+        }
+        engine, precision, version = (text(data[name], name, check_key) for name in texts)
+        return cls(engine, precision, graphs, version)
 
 
 @dataclass(frozen=True)
@@ -31,11 +76,13 @@ class Encoded:
     embedding : D float32, unit length.
     memories : structure -> T x memory_dim float32.
     pointers : structure -> C float32.
+    origin : what made them; None where that is not known.
     """
 
     embedding: NDArray[np.float32]
     memories: Mapping[str, NDArray[Any]]
     pointers: Mapping[str, NDArray[Any]]
+    origin: Origin | None = None
 
 
 class ExemplarEncoder(Protocol):
@@ -106,7 +153,7 @@ def check_encoded(
         pointers[name] = _tensor(
             f"pointer of '{name}'", encoded.pointers[name], (layout.pointer_dim,)
         )
-    return Encoded(embedding / np.float32(length), memories, pointers)
+    return Encoded(embedding / np.float32(length), memories, pointers, encoded.origin)
 
 
 def _tensor(what: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from recallseg.runtime.library.encoding import Origin
+
 __all__ = ["Exemplar", "Found", "LibraryReport", "Match", "Recollection", "StoredMemory"]
 
 
@@ -45,11 +47,13 @@ class Match:
     key : exemplar.
     distance : cosine distance of the embeddings, 0 (same direction) to 2.
     absent : whether the exemplar says that the structure is absent; it then has no memory of it.
+    memory : SHA-256 of its memory, hex; empty where the structure is absent.
     """
 
     key: str
     distance: float
     absent: bool = False
+    memory: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +91,17 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Recollection:
-    """What one query recalls, of one state of the library: its digest then, and by structure."""
+    """What one query recalls, of one state of the library.
+
+    Attributes
+    ----------
+    digest : the library's, then.
+    origins : what made its memories, and of how many exemplars; None where that is not recorded.
+    found : by structure.
+    """
 
     digest: str
+    origins: tuple[tuple[Origin | None, int], ...]
     found: Mapping[str, Found]
 
 

@@ -22,7 +22,7 @@ from recallseg.runtime.library.binding import (
     encoder_maker,
     open_bundle,
 )
-from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder
+from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder, Origin
 from recallseg.runtime.library.exemplar import (
     Exemplar,
     LibraryReport,
@@ -225,6 +225,14 @@ class Library:
         """
         return self._store.digest
 
+    @property
+    def origins(self) -> tuple[tuple[Origin | None, int], ...]:
+        """What made its memories, and of how many exemplars; None where that is not recorded."""
+        self.refresh()
+        with self._store.lock, self._store.catalog.database.snapshot():
+            self._store.see_newest()
+            return self._store.origins()
+
     def count(
         self, structure: str, *, absent: bool = False, tags: Mapping[str, str] | None = None
     ) -> int:
@@ -344,7 +352,8 @@ class Library:
         InputError
             For an unknown structure, a k that is no whole number from 1, or an unusable embedding.
         """
-        return [*self.recall(embedding, (structure,), k, tags=tags).found[structure].matches]
+        found = recalling.recall(self._store, embedding, (structure,), k, tags, hold=False).found
+        return [*found[structure].matches]
 
     def recall(
         self,

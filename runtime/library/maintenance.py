@@ -168,7 +168,9 @@ def _encode_all(
             )
             memories = append(catalog, writer, encoded, generation)
             with catalog.database.transaction():
-                catalog.add_encoding(number, generation, encoded.embedding, memories)
+                catalog.add_encoding(
+                    number, generation, encoded.embedding, memories, encoded.origin
+                )
             done += 1
     progress(done, total)
     catalog.switch(generation, settings)

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError, LibraryCorruptError
 from recallseg.runtime.checks import check_key, check_name, check_tags
 from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.encoding import Origin
 from recallseg.runtime.library.exemplar import Exemplar
+from recallseg.runtime.library.origins import Origins, origins_note
 from recallseg.runtime.library.records import (
     Settings,
     State,
@@ -79,6 +81,22 @@ class CatalogQueries:
             integer(exemplars, "the number of exemplars"),
             integer(digest_sum, "the sum of the exemplars' digests", 0, 2**256),
         )
+
+    def origins(self, generation: int) -> Origins:
+        """Return how the memories of a generation were made, as far as that was recorded."""
+        return Origins.from_text(self.note(origins_note(generation)))
+
+    def count_origins(self, generation: int) -> list[tuple[Origin | None, int]]:
+        """Return each origin of memories with the number of exemplars, unrecorded ones last."""
+        known = self.origins(generation)
+        counts = [0] * len(known.origins)
+        for span in known.spans:
+            counts[span.origin] += self.database.value(
+                "SELECT count(*) FROM exemplars WHERE id BETWEEN ? AND ?", (span.first, span.last)
+            )
+        total = self.database.value("SELECT count(*) FROM exemplars")
+        found: list[tuple[Origin | None, int]] = [*zip(known.origins, counts, strict=True)]
+        return [pair for pair in [*found, (None, total - sum(counts))] if pair[1]]
 
     def structures(self) -> tuple[StructureRow, ...]:
         """Return all structures ever named, in order of first addition."""

@@ -28,8 +28,13 @@ def recall(
     k: int,
     tags: Mapping[str, str] | None,
     without: str | None = None,
+    *,
+    hold: bool = True,
 ) -> Recollection:
-    """Search, and hold what was found; see :meth:`recallseg.runtime.library.Library.recall`."""
+    """Search; see :meth:`recallseg.runtime.library.Library.recall`.
+
+    Without ``hold`` no memory is looked at, and none returned.
+    """
     with store.lock:
         vector = _unit(embedding, store.settings.embedding_dim)
         wanted, most = check_tags(tags), check_count(k, "k", 1)
@@ -42,7 +47,11 @@ def recall(
             left_out = None if without is None else store.catalog.number(without)
             return Recollection(
                 store.digest,
-                {row.name: _find(store, vector, row, most, wanted, left_out) for row in rows},
+                store.origins(),
+                {
+                    row.name: _find(store, vector, row, most, wanted, left_out, hold=hold)
+                    for row in rows
+                },
             )
 
 
@@ -86,6 +95,8 @@ def _find(
     k: int,
     tags: Mapping[str, str],
     left_out: int | None,
+    *,
+    hold: bool,
 ) -> Found:
     """Search for one structure, within a snapshot; ``left_out`` is an exemplar's number."""
     retrieval = store.retrieval
@@ -104,9 +115,10 @@ def _find(
     matches, held = [], {}
     for distance, number in sorted(both):
         key, place = found[number]
-        if place is not None:
+        if hold and place is not None:
             held[key] = _stored(store, key, row.name, *place)
-        matches.append(Match(key, distance, place is None))
+        memory = "" if place is None else place[1].hex()
+        matches.append(Match(key, distance, place is None, memory))
     return Found(tuple(matches), held, retrieval.size(row.id, True, tags))
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from recallseg.engines.digest import digest_json
 from recallseg.engines.errors import LibraryCorruptError
 from recallseg.runtime.checks import check_key
-from recallseg.runtime.library.encoding import MEMORY_FORMATS, MemoryLayout
+from recallseg.runtime.library.encoding import MEMORY_FORMATS, MemoryLayout, Origin
 from recallseg.runtime.library.shards import Place
 from recallseg.runtime.library.values import hex_digest, integer, text
 from recallseg.runtime.model.preprocess import Intensity
@@ -133,6 +133,7 @@ class NewExemplar:
     absent: tuple[str, ...]
     embedding: NDArray[np.float32]
     memories: Mapping[str, tuple[Place, bytes]]
+    origin: Origin | None
 
     @property
     def digest(self) -> bytes:

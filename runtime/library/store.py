@@ -16,6 +16,7 @@ from recallseg.engines.errors import (
 )
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.encoding import Origin
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings, StructureRow
 from recallseg.runtime.library.retrieval import Retrieval
@@ -97,6 +98,7 @@ class Store:
         self.state = self.catalog.state()
         self._version = self.catalog.version()
         self.structures = {row.name: row for row in self.catalog.structures()}
+        self._origins: tuple[tuple[Origin | None, int], ...] | None = None
         self.reader = ShardReader(self.memories, self.settings.layout)
         self.writer = ShardWriter(self.memories, self.settings.layout, self.settings.shard_bytes)
         self.retrieval = Retrieval(self.catalog, self.path / INDEX, self.settings.embedding_dim)
@@ -133,6 +135,12 @@ class Store:
             [dict(self.settings.intensity), self.state.exemplars, f"{self.state.digest_sum:x}"]
         )
 
+    def origins(self) -> tuple[tuple[Origin | None, int], ...]:
+        """Return what made the memories, and of how many exemplars; call within a snapshot."""
+        if self._origins is None:
+            self._origins = tuple(self.catalog.count_origins(self.state.generation))
+        return self._origins
+
     def refresh(self) -> bool:
         """See what other processes have committed; return whether there was anything."""
         with self.lock:
@@ -165,6 +173,7 @@ class Store:
             )
         self.structures = {row.name: row for row in self.catalog.structures()}
         self.retrieval.refresh(state)
+        self._origins = None
         self.state = state
         return True
 

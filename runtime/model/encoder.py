@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg import __version__
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition, Features
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.pixels import open_pixels
 from recallseg.engines.registry import load_engines
-from recallseg.runtime.library.encoding import Encoded
+from recallseg.runtime.library.encoding import Encoded, Origin
 from recallseg.runtime.model.preprocess import Intensity, prepare_image, prepare_mask
 
 __all__ = ["BundleEncoder"]
@@ -51,6 +52,8 @@ class BundleEncoder:
                 graphs=("embed", "encode", "memorize"),
             )
         )
+        digests = self._composition.graph_digests
+        self._origin = Origin(engine, precision, digests, __version__)
         g = bundle.geometry
         self._embed_image = np.zeros((1, 3, g.embed_size, g.embed_size), np.float32)
         self._encode_image = np.zeros((1, 3, g.image_size, g.image_size), np.float32)
@@ -77,7 +80,7 @@ class BundleEncoder:
             tokens, vectors = self._memorize([masks[name] for name in group])
             memories.update(zip(group, tokens, strict=True))
             pointers.update(zip(group, vectors, strict=True))
-        return Encoded(embedding, memories, pointers)
+        return Encoded(embedding, memories, pointers, self._origin)
 
     def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Return the embedding, D of unit length, of an image HxW or HxWx3."""

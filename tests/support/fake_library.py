@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.specs import Geometry
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.encoding import Encoded
+from recallseg.runtime.library.encoding import Encoded, Origin
 
 GEOMETRY = Geometry(
     image_size=64,
@@ -40,9 +40,12 @@ class StubBundle:
 class HashEncoder:
     """Random tensors seeded by pixels and structure name: what was added can be computed again."""
 
-    def __init__(self, geometry: Geometry = GEOMETRY, salt: str = "") -> None:
+    def __init__(
+        self, geometry: Geometry = GEOMETRY, salt: str = "", origin: Origin | None = None
+    ) -> None:
         self.geometry = geometry
         self.salt = salt
+        self.origin = origin
 
     def encode(self, image: NDArray[Any], masks: Mapping[str, NDArray[np.bool_]]) -> Encoded:
         g = self.geometry
@@ -51,6 +54,7 @@ class HashEncoder:
             embedding / np.linalg.norm(embedding),
             {name: self._random(image, name, (g.tokens, g.memory_dim)) for name in masks},
             {name: self._random(image, name, (g.channels,)) for name in masks},
+            self.origin,
         )
 
     def _random(

@@ -156,7 +156,9 @@ def test_random_recall_is_repeatable_distinct_and_within_the_set(
     with library:
 
         def keys(k: int, **tags):
-            return [match.key for match in library.search(query, "disc", k, **tags)]
+            found = library.recall(query, ["disc"], k, **tags).found["disc"]
+            assert set(found.memories) >= {match.key for match in found.matches}
+            return [match.key for match in found.matches]
 
         first = keys(6)
         assert first == keys(6)

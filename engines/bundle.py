@@ -13,15 +13,18 @@ The manifest is the contract between export and runtime: neither imports the oth
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recallseg.engines.digest import digest_file, digest_json
+from recallseg.engines.digest import digest_json, digest_stream
 from recallseg.engines.errors import BundleError
+from recallseg.engines.graph_check import check_graph
+from recallseg.engines.inside import open_inside
+from recallseg.engines.manifest import MANIFEST, read_manifest
 from recallseg.engines.paths import SHIPPED, shipped_bundles
 from recallseg.engines.specs import GRAPHS, Geometry, GraphSpec, graph_specs
 
@@ -165,22 +168,24 @@ class Bundle:
         if isinstance(source, Bundle):
             return source
         path = Path(source)
-        if not path.exists() and str(source) in shipped_bundles():
-            path = SHIPPED / str(source)
-        file = path / "manifest.json"
-        if not file.is_file():
+        file = path / MANIFEST
+        if str(source) in shipped_bundles():
+            shipped = SHIPPED / str(source)
+            if isinstance(source, str) and os.path.lexists(file):
+                raise BundleError(
+                    f"'{source}' is the shipped bundle {shipped} and the folder {path.absolute()} "
+                    f"too. Say which: './{source}', or the path of the shipped one."
+                )
+            if not path.exists() or isinstance(source, str):
+                path, file = shipped, shipped / MANIFEST
+        if not os.path.lexists(file):
             names = ", ".join(shipped_bundles())
             raise BundleError(
                 f"no bundle at '{source}': {file} does not exist. Give a folder made by "
                 f"'recallseg export'{f', or one of: {names}' if names else ''}."
             )
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BundleError(
-                f"the manifest {file} cannot be read: {error}. Export it again."
-            ) from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = read_manifest(path)
+        if manifest.get("format") != FORMAT:
             raise BundleError(f"{file} is not the manifest of a RecallSeg bundle.")
         version = manifest.get("version")
         if version != FORMAT_VERSION:
@@ -218,19 +223,23 @@ class Bundle:
     def graph_file(self, graph: str, variants: Sequence[str], precision: str) -> tuple[Path, str]:
         """Return path and variant of the first of ``variants`` that has ``graph`` in ``precision``.
 
-        The file is read once to compare it with its digest.
+        The file is read once to compare it with its digest, and looked at: see ``graph_check``.
 
         Raises
         ------
         BundleError
-            If no variant has it, or the file is missing or was changed.
+            If no variant has it, the file is missing or was changed, or the graph is more than a
+            network of tensors.
         """
         if graph not in GRAPHS:
             raise BundleError(f"there is no graph '{graph}'; the graphs are {', '.join(GRAPHS)}.")
         for variant in variants:
             entry = self._graphs.get(f"{variant}/{precision}/{graph}")
             if entry is not None:
-                return self._checked(entry), variant
+                path = self._checked(entry)
+                data = entry.get("data")
+                check_graph(path, None if data is None else self.path / str(data["file"]))
+                return path, variant
         raise BundleError(
             f"bundle {self.name} has no graph '{graph}' in precision '{precision}' for "
             f"{' or '.join(variants)}; it has {self.precisions}. Choose one of these."
@@ -253,16 +262,19 @@ class Bundle:
         return self._checked(self._golden)
 
     def _checked(self, entry: Mapping[str, Any]) -> Path:
-        path = self.path / str(entry["file"])
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(
-                f"the manifest of bundle {self.path} names a file outside of it: {path}."
-            )
-        if not path.is_file():
-            raise BundleError(f"bundle {self.name} lacks {entry['file']}. Export or copy it again.")
+        name = str(entry["file"])
+        path = self.path / name
         if "data" in entry:  # weights beyond 2 GiB lie in a file of their own
             self._checked(entry["data"])
-        digest = digest_file(path)
+        try:
+            with os.fdopen(open_inside(self.path, name), "rb") as file:
+                digest = digest_stream(file)
+        except FileNotFoundError:
+            raise BundleError(
+                f"bundle {self.name} lacks {name}. Export or copy it again."
+            ) from None
+        except OSError as error:
+            raise BundleError(f"{path} of bundle {self.name}: {error.strerror}.") from error
         if digest != entry["sha256"]:
             raise BundleError(
                 f"{path} was changed or damaged: SHA-256 {digest[:12]}, the manifest states "

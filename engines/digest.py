@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-__all__ = ["digest_file", "digest_json"]
+__all__ = ["digest_file", "digest_json", "digest_stream"]
 
 
 def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as lower-case hex."""
-    state = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
+        return digest_stream(file)
+
+
+def digest_stream(file: BinaryIO) -> str:
+    """Return the SHA-256 of what is left to read, as lower-case hex."""
+    state = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        state.update(chunk)
     return state.hexdigest()
 
 

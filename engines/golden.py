@@ -7,8 +7,7 @@ checkpoints. Engines run in sequence, each on the output of the one before, as t
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.archives import read_arrays
 from recallseg.engines.bundle import MemorySemantics, Normalisation
 from recallseg.engines.composition import Composition, Features, Prediction, Recall
 from recallseg.engines.engine import Tensor
 from recallseg.engines.errors import BundleError
+from recallseg.engines.inside import read_inside
+from recallseg.engines.limits import max_bytes
 from recallseg.engines.specs import Geometry
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
 
 CASE_SIDE = 256
 """Side of the stored images: enough structure for a network, small enough for a repository."""
+_LARGEST = 4096
 SAMPLE = 8192
 """Elements kept of each large tensor; an error that spares all of them by chance is no error."""
 
@@ -83,18 +86,45 @@ class GoldenTensors:
     def load(cls, path: Path) -> GoldenTensors:
         """Read the file; raises BundleError if it cannot be read."""
         try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                names = [key[6:] for key in file.files if key.startswith("value.")]
-                shape = tuple(int(size) for size in file["expected_shape"])
-                count = int(np.prod(shape))
-                return cls(
-                    GoldenCase(file["images"], file["masks"]),
-                    {name: file[f"value.{name}"] for name in names},
-                    {name: file[f"index.{name}"].astype(np.int64) for name in names},
-                    np.unpackbits(file["expected_masks"], count=count).reshape(shape).astype(bool),
-                )
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            file = read_arrays(read_inside(path.parent, path.name, max_bytes()))
+            names = [key[6:] for key in file if key.startswith("value.")]
+            shape = tuple(int(size) for size in file["expected_shape"])
+            count = math.prod(shape)
+            if len(shape) != 3 or count > 8 * file["expected_masks"].size:
+                raise ValueError(f"masks of shape {shape}")
+            return cls(
+                GoldenCase(*_case(file["images"], file["masks"])),
+                {name: _numbers(file[f"value.{name}"], np.floating) for name in names},
+                {
+                    name: _numbers(file[f"index.{name}"], np.integer).astype(np.int64)
+                    for name in names
+                },
+                np.unpackbits(file["expected_masks"], count=count).reshape(shape).astype(bool),
+            )
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise BundleError(f"golden tensors {path} cannot be read: {error}.") from error
+
+
+def _case(images: NDArray[Any], masks: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return images and masks if they are what :class:`GoldenCase` says; ValueError otherwise."""
+    if (
+        images.dtype != np.uint8
+        or masks.dtype != np.uint8
+        or images.ndim != 4
+        or masks.ndim != 4
+        or images.shape[3] != 3
+        or images.shape[0] != masks.shape[0] + 1
+        or 0 in (*images.shape, *masks.shape)
+        or max(*images.shape, *masks.shape) > _LARGEST
+    ):
+        raise ValueError(f"images {images.shape} {images.dtype}, masks {masks.shape} {masks.dtype}")
+    return images, masks
+
+
+def _numbers(array: NDArray[Any], kind: Any) -> NDArray[Any]:
+    if array.ndim != 1 or not np.issubdtype(array.dtype, kind):
+        raise ValueError(f"a sample of {array.dtype} with shape {array.shape}")
+    return array
 
 
 def make_case(seed: int, k: int = 3, n: int = 2) -> GoldenCase:

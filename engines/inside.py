@@ -87,9 +87,8 @@ def open_inside(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
     OSError
         As the system gives it.
     """
-    folder, _, last = name.rpartition("/")
-    with open_folder_inside(root, folder) as parent:
-        (last,) = _parts(root, last)
+    *folders, last = _parts(root, name or ".")
+    with open_folder_inside(root, "/".join(folders)) as parent:
         mode = root.stat().st_mode & 0o666 if flags & os.O_CREAT else 0
         try:
             descriptor = os.open(last, flags & ~os.O_TRUNC | _FILE, mode, dir_fd=parent)
@@ -176,5 +175,5 @@ def sync_inside(root: Path, name: str = "") -> None:
 def _parts(root: Path, name: str) -> list[str]:
     parts = name.split("/") if name else []
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise ForeignFileError(root / "...", f"{name!r} is no name inside {root}")
+        raise ForeignFileError(root / "...", f"{name!r} leads outside of it")
     return parts

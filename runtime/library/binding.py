@@ -99,11 +99,10 @@ def _find_bundle(settings: Settings, library: Path) -> Bundle:
 
     The place in the catalog is what the sender says, so it is told and not opened.
     """
+    places = known_bundles(settings.identity)
     if settings.bundle_name in shipped_bundles():
-        shipped = Bundle.open(SHIPPED / settings.bundle_name)
-        if shipped.identity == settings.identity:
-            return shipped
-    for place in known_bundles(settings.identity):
+        places.append(str(SHIPPED / settings.bundle_name))
+    for place in places:
         try:
             return accept_bundle(Bundle.open(place), settings, library)
         except (BundleError, LibraryMismatchError):
@@ -138,5 +137,5 @@ def accept_bundle(bundle: Bundle, settings: Settings, library: Path) -> Bundle:
             f"embeddings of {settings.embedding_dim} numbers, memories {settings.layout}. Restore "
             "it from a backup, or ask for it anew from who made it."
         )
-    remember_bundle(bundle.identity, Path(bundle.path))
+    remember_bundle(settings.identity, Path(bundle.path))
     return bundle

@@ -41,6 +41,11 @@ def fake_geometry(image_size: int = 64, *, max_k: int = 32, max_n: int = 16) -> 
     )
 
 
+def empty_graph(producer: str) -> bytes:
+    """Return an ONNX model without a node: fields 2 (producer's name) and 7 (graph)."""
+    return b"\x12" + bytes([len(producer)]) + producer.encode() + b"\x3a\0"
+
+
 def make_fake_bundle(
     path: Path,
     image_size: int = 64,
@@ -74,7 +79,7 @@ def make_fake_bundle(
     for graph in GRAPHS:
         file = Path("graphs", "portable", "fp32", f"{graph}.onnx")
         (path / file).parent.mkdir(parents=True, exist_ok=True)
-        (path / file).write_bytes(f"no graph: the fake engine never reads {graph}".encode())
+        (path / file).write_bytes(empty_graph(f"the fake engine never reads {graph}"))
         graphs[f"portable/fp32/{graph}"] = {
             "file": file.as_posix(),
             "sha256": digest_file(path / file),

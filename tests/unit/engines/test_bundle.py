@@ -58,7 +58,7 @@ def test_changed_external_weights_are_refused(folder: Path) -> None:
 
 
 def test_a_manifest_cannot_name_files_outside_the_bundle(folder: Path) -> None:
-    rewrite(folder, golden={"file": "../../secret", "sha256": ""})
+    rewrite(folder, golden={"file": "../../secret", "sha256": "0" * 64})
     with pytest.raises(BundleError, match="outside"):
         _ = Bundle.open(folder).golden_file
 

@@ -1,0 +1,229 @@
+"""What an ONNX graph may be, looked at before any runtime parses it.
+
+A graph is a program. Runtimes read files that it names (before 1.24, ONNX Runtime also followed
+``../`` and absolute paths; some operators name files of their own), and run loops without end. So a
+graph is read here first, without its weights: only operators from a list, none with a graph inside,
+no functions (which can nest and double), no tensor larger than its file, and weights beside the
+graph only in the one file that the manifest names.
+
+The format is that of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto) in
+Protocol Buffers' wire format (https://protobuf.dev/programming-guides/encoding).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from recallseg.engines.errors import BundleError
+
+__all__ = ["OPERATORS", "check_graph"]
+
+_STANDARD = """
+    Abs Acos Add And ArgMax ArgMin Asin Atan Attention AveragePool BatchNormalization BitShift
+    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu CenterCropPad Clip Compress
+    Concat Constant ConstantOfShape Conv ConvInteger ConvTranspose Cos Cosh CumSum DepthToSpace
+    DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand EyeLike
+    Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool Greater
+    GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Hardmax Identity
+    InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax
+    LpNormalization MatMul MatMulInteger Max MaxPool Mean MeanVarianceNormalization Min Mish Mod
+    Mul Neg NonZero Not OneHot Or PRelu Pad Pow QLinearConv QLinearMatMul QuantizeLinear
+    RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax
+    ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RotaryEmbedding
+    Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax Softplus
+    Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK
+    Transpose Trilu Unsqueeze Upsample Where Xor
+"""
+_MICROSOFT = """
+    Attention BiasAdd BiasGelu BiasSoftmax BiasSplitGelu DequantizeLinear DynamicQuantizeMatMul
+    FastGelu FusedConv FusedGemm FusedMatMul Gelu GroupNorm GroupQueryAttention MatMulBnb4
+    MatMulInteger16 MatMulIntegerToFloat MatMulNBits MultiHeadAttention NhwcConv NhwcMaxPool
+    PackedMultiHeadAttention QAttention QGemm QLinearAdd QLinearAveragePool QLinearConcat
+    QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearReduceMean QLinearSigmoid
+    QLinearSoftmax QLinearWhere QuantizeLinear QuickGelu RotaryEmbedding SkipGroupNorm
+    SkipLayerNormalization SkipSimplifiedLayerNormalization SimplifiedLayerNormalization
+"""
+OPERATORS = {
+    "": frozenset(_STANDARD.split()),
+    "ai.onnx": frozenset(_STANDARD.split()),
+    "com.microsoft": frozenset(_MICROSOFT.split()),
+    "recallseg": frozenset(("Linear", "Attention", "QuantizedAttention")),
+}
+"""Operators by domain: what a network of tensors needs. Left out is what branches and repeats
+(``If``, ``Loop``, ``Scan``, sequences), decodes text and images, or names files (``EPContext``)."""
+
+_MOST_FIELDS = 20_000_000
+_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 8, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64,
+         14: 64, 15: 128, 16: 16}  # fmt: skip
+"""Bits of one element by ``TensorProto.DataType``; the newer, smaller ones have at least 2."""
+_EXTERNAL = 1
+
+
+def check_graph(path: Path, data: Path | None) -> None:
+    """Refuse a graph that is more than a network of tensors.
+
+    Parameters
+    ----------
+    path : the ``.onnx`` file.
+    data : the file beside it with its weights, where the manifest names one.
+
+    Raises
+    ------
+    BundleError
+        Saying what the graph asks for.
+    """
+    if data is not None and data.parent != path.parent:
+        raise BundleError(f"{data} must lie beside the graph {path.name}, whose weights it holds.")
+    size = path.stat().st_size
+    if not size:
+        raise BundleError(f"the graph {path} is empty. Restore it or export the bundle again.")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        _Check(path, content, data).model(0, size)
+
+
+class _Check:
+    """One walk through a file; positions are those of the file."""
+
+    def __init__(self, path: Path, content: mmap.mmap, data: Path | None) -> None:
+        self._path = path
+        self._content = content
+        self._data = data
+        self._data_bytes = data.stat().st_size if data is not None else 0
+        self._bits = 8 * (len(content) + self._data_bytes)
+        self._fields = 0
+
+    def model(self, start: int, end: int) -> None:
+        graphs = 0
+        for number, at, stop in self._parts(start, end):
+            if number == 7:  # graph
+                graphs += 1
+                self._graph(at, stop)
+            elif number in (20, 25):  # training_info, functions
+                raise self._refused("holds functions or training steps")
+        if graphs != 1:
+            raise self._refused(f"holds {graphs} graphs, not 1")
+
+    def _graph(self, start: int, end: int) -> None:
+        for number, at, stop in self._parts(start, end):
+            if number == 1:  # node
+                self._node(at, stop)
+            elif number == 5:  # initializer
+                self._tensor(at, stop)
+            elif number == 15:  # sparse_initializer
+                self._sparse(at, stop)
+
+    def _node(self, start: int, end: int) -> None:
+        operator, domain, attributes = "", "", []
+        for number, at, stop in self._parts(start, end):
+            if number == 4:
+                operator = self._text(at, stop)
+            elif number == 7:
+                domain = self._text(at, stop)
+            elif number == 5:
+                attributes.append((at, stop))
+        if operator not in OPERATORS.get(domain, ()):
+            name = f"{domain}::{operator}" if domain else operator
+            raise self._refused(f"has the operator {name!a}, which no graph of ours needs")
+        for at, stop in attributes:
+            for number, inner, inner_stop in self._parts(at, stop):
+                if number in (6, 11):  # g, graphs
+                    raise self._refused(f"has a graph inside of an operator {operator}")
+                if number in (5, 10):  # t, tensors
+                    self._tensor(inner, inner_stop)
+                elif number in (22, 23):  # sparse_tensor, sparse_tensors
+                    self._sparse(inner, inner_stop)
+
+    def _sparse(self, start: int, end: int) -> None:
+        for number, at, stop in self._parts(start, end):
+            if number in (1, 2):  # values, indices
+                self._tensor(at, stop)
+
+    def _tensor(self, start: int, end: int) -> None:
+        dims: list[int] = []
+        kind, location = 0, 0
+        entries: dict[str, str] = {}
+        for number, at, stop in self._parts(start, end):
+            if number == 1:  # dims
+                dims += self._numbers(at, stop)
+            elif number == 2:  # data_type
+                kind = self._numbers(at, stop)[0]
+            elif number == 13:  # external_data
+                pair = {n: self._text(a, s) for n, a, s in self._parts(at, stop)}
+                entries[pair.get(1, "")] = pair.get(2, "")
+            elif number == 14:  # data_location
+                location = self._numbers(at, stop)[0]
+        if any(not 0 <= size < 2**40 for size in dims) or (
+            math.prod(dims) * _BITS.get(kind, 2) > self._bits
+        ):
+            raise self._refused(f"declares a constant of {dims}, more than its files hold")
+        if entries or location:
+            self._external(entries, location)
+
+    def _external(self, entries: dict[str, str], location: int) -> None:
+        name = entries.get("location", "")
+        try:
+            offset, length = (int(entries.get(key) or 0) for key in ("offset", "length"))
+        except ValueError:
+            offset, length = -1, -1
+        if location != _EXTERNAL or self._data is None or name != self._data.name:
+            allowed = f"only {self._data.name!r}" if self._data is not None else "none"
+            raise self._refused(f"asks for weights in the file {name!a}; the manifest {allowed}")
+        if offset < 0 or length < 0 or offset + length > self._data_bytes:
+            raise self._refused(f"asks for weights beyond the end of {name}")
+
+    def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield each field's number and where its value lies."""
+        position = start
+        while position < end:
+            self._fields += 1
+            if self._fields > _MOST_FIELDS:
+                raise self._refused("has more parts than any network")
+            key, position = self._varint(position, end)
+            number, wire = key >> 3, key & 7
+            if wire == 0:
+                begin = position
+                _, position = self._varint(position, end)
+            elif wire in (1, 5):
+                begin, position = position, position + (8 if wire == 1 else 4)
+            elif wire == 2:
+                length, begin = self._varint(position, end)
+                position = begin + length
+            else:
+                raise self._refused("is no Protocol Buffers message")
+            if position > end:
+                raise self._refused("is cut off")
+            yield number, begin, position
+
+    def _numbers(self, start: int, end: int) -> list[int]:
+        """Return whole numbers, one or packed ones."""
+        found, position = [], start
+        while position < end:
+            value, position = self._varint(position, end)
+            found.append(value - 2**64 if value >= 2**63 else value)
+            if len(found) > 64:
+                raise self._refused("has a tensor of too many axes")
+        return found or [0]
+
+    def _varint(self, position: int, end: int) -> tuple[int, int]:
+        value = shift = 0
+        while position < end and shift < 70:
+            byte = self._content[position]
+            value |= (byte & 0x7F) << shift
+            position, shift = position + 1, shift + 7
+            if byte < 0x80:
+                return value & (2**64 - 1), position
+        raise self._refused("is cut off or no Protocol Buffers message")
+
+    def _text(self, start: int, end: int) -> str:
+        if end - start > 4096:
+            raise self._refused("has a name of more than 4096 bytes")
+        return self._content[start:end].decode("utf-8", "backslashreplace")
+
+    def _refused(self, why: str) -> BundleError:
+        return BundleError(
+            f"the graph {self._path} is not opened: it {why}. Export the bundle again, or ask for "
+            "it anew from who made it."
+        )

@@ -13,6 +13,7 @@
     │   ├── PlanError                a compiled plan is missing, damaged, foreign or cannot be kept
     │   └── VerificationError        an engine did not reproduce the bundle's golden tensors
     ├── AuditError            the audit log was changed, or cannot be written
+    ├── OutputError           a result cannot be written in its format
     ├── DeadlineError         not done in time; what was done so far is thrown away
     ├── LibraryError
     │   ├── LibraryNotFoundError     no library in that folder
@@ -47,6 +48,7 @@ __all__ = [
     "LibraryNotFoundError",
     "LibraryVersionError",
     "LibraryWriteError",
+    "OutputError",
     "ParityError",
     "PlanError",
     "RecallSegError",
@@ -96,6 +98,10 @@ class VerificationError(EngineError):
 
 class AuditError(RecallSegError):
     """The audit log was changed, or cannot be written or read."""
+
+
+class OutputError(RecallSegError):
+    """A result cannot be written in its format; the input is not at fault."""
 
 
 class DeadlineError(RecallSegError):

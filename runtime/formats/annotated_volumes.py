@@ -5,8 +5,9 @@ A segmentation is a DICOM SEG drawn on the series, a NIfTI label map, or 3D Slic
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.checks import MAX_NAME
 from recallseg.runtime.formats.dicom_seg import is_segmentation, read_segmentation
+from recallseg.runtime.formats.lattice import check_overlap, resample
 from recallseg.runtime.formats.nifti import read_nifti
 from recallseg.runtime.formats.nrrd import read_nrrd, read_seg_nrrd
 from recallseg.runtime.formats.pairs import Annotated, Missing
 from recallseg.runtime.formats.reading import read_volume, volume_format, volume_stem
 from recallseg.runtime.formats.volume import Slicing, Volume
 
-__all__ = ["SliceChoice", "annotated_slices", "find_segmentation", "read_annotated_volume"]
+__all__ = [
+    "SliceChoice",
+    "annotated_slices",
+    "find_segmentation",
+    "read_annotated_volume",
+    "structure_name",
+]
 
 SEGMENTATIONS = (".mask.nii.gz", ".mask.nii", ".seg.nrrd", ".seg.dcm", ".mask.nrrd")
-SAME_PLACE = 0.01
-"""Largest distance between the corners of two grids that count as one, in voxels."""
-
 Embed = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
@@ -72,49 +78,68 @@ def find_segmentation(path: Path) -> Path | None:
 
 
 def read_annotated_volume(
-    path: Path, segmentation: Path, labels: Mapping[int, str] | None, *, voi: bool = False
+    path: Path,
+    segmentation: Path,
+    labels: Mapping[int, str] | None,
+    *,
+    voi: bool = False,
+    time: int | None = None,
+    stack: str | None = None,
+    resampled: bool = False,
+    by_number: bool = False,
 ) -> tuple[Volume, dict[str, NDArray[np.bool_]]]:
     """Read a volume and the masks that were drawn on it.
+
+    Positions decide where masks belong, of every format. A mask on the image's own lattice, however
+    its axes run and whatever part of the image it covers, comes voxel for voxel.
 
     Parameters
     ----------
     labels : structure by label value, for label maps; segments that carry names need none.
+    voi, time, stack : see :func:`recallseg.runtime.formats.reading.read_volume`.
+    resampled : take masks on another lattice too, each voxel from the nearest; the volume's tags
+        and notes then say so.
+    by_number : of segments with one name, make structures of their own (``Lesion 1``); else they
+        are united.
 
     Returns
     -------
-    volume, masks : boolean IxJxK on the volume's grid, by structure.
+    volume : its ``notes`` say what had to be decided for the masks too.
+    masks : boolean IxJxK on the volume's grid, by structure; they may overlap.
 
     Raises
     ------
     InputError
-        If either cannot be read, or they are on different grids.
+        If either cannot be read, or they are on different lattices.
     """
-    volume = read_volume(path, voi=voi)
+    volume = read_volume(path, voi=voi, time=time, stack=stack)
     if segmentation.is_file() and is_segmentation(segmentation):
-        if volume_format(path) != "dicom":
-            raise InputError(f"{segmentation} is a DICOM SEG: give the DICOM series it refers to.")
-        return volume, read_segmentation(segmentation, volume)
-    if segmentation.name.lower().endswith(".seg.nrrd"):
-        grid, masks = read_seg_nrrd(segmentation)
-        _check_grid(path, volume, segmentation, grid)
-        return volume, masks
-    if labels is None:
-        raise InputError(f"{segmentation} is a label map: say what its values mean with --labels.")
+        drawn = read_segmentation(segmentation, volume, resampled=resampled)
+        named, notes = _named(segmentation, drawn.labels, by_number)
+        masks = {
+            name: np.logical_or.reduce([drawn.masks[number] for number in numbers])
+            for name, numbers in named.items()
+        }
+        return _with_notes(volume, (*drawn.notes, *notes), drawn.resampled), masks
     kind = volume_format(segmentation)
-    if kind not in ("nifti", "nrrd"):
+    if segmentation.name.lower().endswith(".seg.nrrd"):
+        grid, segments = read_seg_nrrd(segmentation)
+        named, notes = _named(segmentation, {n: s[0] for n, s in enumerate(segments, 1)}, by_number)
+        masks = {
+            name: np.logical_or.reduce([segments[number - 1][1] for number in numbers])
+            for name, numbers in named.items()
+        }
+    elif kind not in ("nifti", "nrrd"):
         raise InputError(f"{segmentation} is no segmentation of a volume: SEG, NIfTI or NRRD.")
-    grid = read_nifti(segmentation) if kind == "nifti" else read_nrrd(segmentation)
-    _check_grid(path, volume, segmentation, grid)
-    if grid.array.ndim != 3 or not (np.rint(grid.array) == grid.array).all():
-        raise InputError(f"{segmentation} is no label map: its values are not whole numbers.")
-    known = {0, *labels}
-    unknown = sorted(set(np.unique(grid.array).astype(int).tolist()) - known)
-    if unknown:
-        raise InputError(
-            f"{segmentation} has label {unknown[0]}, which --labels does not name. Name it, or "
-            "remove it from the file."
+    elif labels is None:
+        raise InputError(f"{segmentation} is a label map: say what its values mean with --labels.")
+    else:
+        grid = (
+            read_nifti(segmentation, anywhere=True) if kind == "nifti" else read_nrrd(segmentation)
         )
-    return volume, {name: grid.array == value for value, name in labels.items()}
+        masks, notes = _labelled(segmentation, grid, labels), ()
+    placed, more, other_grid = _placed(path, volume, segmentation, grid, masks, resampled)
+    return _with_notes(volume, (*notes, *more), other_grid), placed
 
 
 def annotated_slices(
@@ -187,21 +212,97 @@ def _farthest(
     return sorted(candidates[i] for i in taken)
 
 
-def _check_grid(path: Path, volume: Volume, segmentation: Path, grid: Volume) -> None:
-    if grid.shape != volume.shape:
+def _labelled(
+    segmentation: Path, grid: Volume, labels: Mapping[int, str]
+) -> dict[str, NDArray[np.bool_]]:
+    """Split a label map into structures."""
+    if grid.array.ndim != 3 or not (np.rint(grid.array) == grid.array).all():
+        raise InputError(f"{segmentation} is no label map: its values are not whole numbers.")
+    known = {0, *labels}
+    unknown = sorted(set(np.unique(grid.array).astype(int).tolist()) - known)
+    if unknown:
         raise InputError(
-            f"{segmentation} is {grid.shape}, {path} is {volume.shape}: they are on different "
-            "grids. Resample the segmentation to the image first."
+            f"{segmentation} has label {unknown[0]}, which --labels does not name. Name it, or "
+            "remove it from the file."
         )
+    return {name: grid.array == value for value, name in labels.items()}
+
+
+def _placed(
+    path: Path,
+    volume: Volume,
+    segmentation: Path,
+    grid: Volume,
+    masks: Mapping[str, NDArray[np.bool_]],
+    resampled: bool,
+) -> tuple[dict[str, NDArray[np.bool_]], tuple[str, ...], bool]:
+    """Put masks on the volume's grid; return them, what is to be said, and whether resampled."""
     if volume.frame == "image" or grid.frame == "image":
-        raise InputError(f"{path} or {segmentation} does not say how the patient lay.")
-    corners = np.vstack(
-        [np.diag(volume.shape), np.zeros((1, 3))]
-    ).T  # four of the eight, as columns
-    apart = (volume.affine_in("RAS") - grid.affine_in("RAS")) @ np.vstack([corners, np.ones(4)])
-    off = float(np.linalg.norm(apart[:3], axis=0).max())
-    if off > SAME_PLACE * min(volume.spacing):
+        if volume.frame == grid.frame and volume.shape == grid.shape:
+            return dict(masks), (), False
+        missing = path if volume.frame == "image" else segmentation
         raise InputError(
-            f"{segmentation} lies {off:.2f} mm away from {path}: they are on different grids. "
-            "Resample the segmentation to the image first."
+            f"{missing} does not say how the patient lay, so a mask cannot be laid on the image. "
+            "Save both with their orientation."
         )
+    onto = volume.lattice
+    try:
+        placement = grid.lattice.relate(onto)
+    except InputError as error:
+        if not resampled:
+            raise InputError(
+                f"{segmentation} and {path} are on different grids: {error}. Give --resample to "
+                "take each voxel from the nearest, or resample the segmentation first."
+            ) from error
+        moved = {name: resample(mask, grid.lattice, onto) for name, mask in masks.items()}
+        notes = check_overlap(segmentation, path, masks, moved, 0)
+        said = f"{segmentation.name} was resampled to the image by the nearest neighbour: {error}"
+        return moved, (said, *notes), True
+    moved, outside = {}, 0
+    for name, mask in masks.items():
+        moved[name] = np.zeros(onto.shape, bool)
+        outside += placement.put(mask, moved[name])
+    return moved, check_overlap(segmentation, path, masks, moved, outside), False
+
+
+def _named(
+    segmentation: Path, labels: Mapping[int, str], by_number: bool
+) -> tuple[dict[str, list[int]], tuple[str, ...]]:
+    """Return the segments' numbers by structure, and which names had to be changed."""
+    notes = []
+    named: dict[str, list[int]] = {}
+    written: dict[str, str] = {}
+    for number, label in labels.items():
+        name = structure_name(label) or f"segment {number}"
+        several = list(labels.values()).count(label) > 1
+        if by_number and several:
+            name = f"{name[: MAX_NAME - 6]} {number}"
+        if written.setdefault(name, label) != label:  # two labels that differ in what was changed
+            name = f"{name[: MAX_NAME - 6]} {number}"
+            written[name] = label
+        if name != label and not (by_number and several):
+            notes.append(f"{segmentation.name}: segment {number} '{label}' is called '{name}'")
+        named.setdefault(name, []).append(number)
+    for name, numbers in named.items():
+        if len(numbers) > 1:
+            notes.append(
+                f"{segmentation.name}: segments {', '.join(map(str, numbers))} are one structure, "
+                f"'{name}' (--segments by-number keeps them apart)"
+            )
+    return named, tuple(notes)
+
+
+def structure_name(label: str) -> str:
+    """Return a name that :func:`recallseg.runtime.checks.check_name` takes; empty if none is left.
+
+    ``GTV/primary`` becomes ``GTV-primary``.
+    """
+    text = unicodedata.normalize("NFC", label)
+    text = "".join(c if c.isprintable() else " " for c in text)
+    text = text.replace("/", "-").replace("\\", "-")
+    return " ".join(text.split()).lstrip(".").strip()[:MAX_NAME].strip()
+
+
+def _with_notes(volume: Volume, notes: tuple[str, ...], resampled: bool) -> Volume:
+    tags = {**volume.tags, "mask": "resampled"} if resampled else volume.tags
+    return replace(volume, notes=(*volume.notes, *notes), tags=tags)

@@ -1,16 +1,20 @@
-"""DICOM images: a series of slices, a multi-frame object, or a single picture. Frame: LPS.
+"""DICOM images: a series of slices, multi-frame objects, or a single picture. Frame: LPS.
 
-Geometry follows PS3.3 C.7.6.2 (image plane): slices are ordered by their position along the normal,
-never by instance number. Values go through the modality LUT (PS3.3 C.11.1), and through the VOI LUT
-or window (C.11.2) if asked; MONOCHROME1 is inverted.
+Geometry follows PS3.3 C.7.6.2 (image plane) and C.7.6.16 (functional groups): images are ordered by
+their position along the normal, never by the order in which they are stored. Values go through the
+modality LUT (C.11.1), and through the VOI LUT or window (C.11.2) if asked.
 """
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +22,86 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.codestreams import stated_size
-from recallseg.runtime.formats.guards import check_finite, check_size
+from recallseg.runtime.formats import guards
+from recallseg.runtime.formats.dicom_pixels import (
+    check_pixels,
+    stored_frames,
+    values_of,
+    window_of,
+)
+from recallseg.runtime.formats.dicom_planes import Plane, choose, item, numbers, place, planes_of
 from recallseg.runtime.formats.volume import Volume
 
 __all__ = [
+    "DicomSource",
+    "count_dicom",
     "damaged_is_input_error",
     "find_series",
     "is_dicom",
-    "read_datasets",
+    "object_kind",
+    "open_dicom",
     "read_dicom",
 ]
 
-DECODERS = {
-    "1.2.840.10008.1.2.5": "pydicom",  # RLE
-    "1.2.840.10008.1.2.4.80": "pyjpegls",
-    "1.2.840.10008.1.2.4.81": "pyjpegls",
-    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000, by OpenJPEG
-    "1.2.840.10008.1.2.4.91": "pylibjpeg",
-}
-"""By transfer syntax, the decoder that refuses damaged data; others were seen to take the process
-down. GDCM is left with the JPEGs that only it decodes."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
-SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
-SAME_ORIENTATION = 1e-3  # of direction cosines
-EVEN_GAPS = 0.02  # of the gap: rounding of positions in the header
-STRAIGHT = 0.02  # of the gap that slices may shift within their plane
+SEGMENTATIONS = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "segmentation (SEG)",
+    "1.2.840.10008.5.1.4.1.1.66.5": "surface segmentation",
+    "1.2.840.10008.5.1.4.1.1.66.7": "label map segmentation (SEG)",
+    "1.2.840.10008.5.1.4.1.1.66.8": "height map segmentation",
+}
+OTHERS = {"1.2.840.10008.5.1.4.1.1.481.2": "dose distribution (RTDOSE)"}
+"""Objects with pixels that are not images of a patient."""
 MAX_FILES = 20_000
+_PREAMBLE = 128
+_VALUE_REPRESENTATIONS = frozenset(
+    b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR "
+    b"US UT UV".split()
+)
+
+
+@dataclass(frozen=True)
+class DicomSource:
+    """What a SEG must repeat of the images it is drawn on.
+
+    Attributes
+    ----------
+    header : of the first image, without its pixels.
+    planes : every image, in the order of the volume's first axis.
+    reference : frame of reference UID; one of our own making where the file has none.
+    """
+
+    header: Any = field(repr=False)
+    planes: tuple[Plane, ...]
+    reference: str
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file begins as a DICOM file does (PS3.10: 128 bytes, then ``DICM``)."""
+    """Whether a file begins as a DICOM file does (PS3.10: 128 bytes, then ``DICM``), or, without
+    that preamble, as a data set of the groups that all images begin with.
+    """
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            head = file.read(_PREAMBLE + 4)
     except OSError:
         return False
+    if head[_PREAMBLE:] == b"DICM":
+        return True
+    return _begins_as_data_set(head) and _has_sop_class(path)
+
+
+def object_kind(dataset: Any) -> str:
+    """Return ``image``, or what else a DICOM object is, in words for people."""
+    uid = str(dataset.get("SOPClassUID", ""))
+    found = SEGMENTATIONS.get(uid) or OTHERS.get(uid)
+    if found is not None:
+        return found
+    if "Rows" in dataset and "Columns" in dataset:
+        return "image"
+    from pydicom.uid import UID
+
+    name = UID(uid).name.removesuffix(" Storage")
+    return name if name and name != uid else "object without pixels"
 
 
 def find_series(folder: Path) -> list[Path]:
@@ -67,197 +115,271 @@ def find_series(folder: Path) -> list[Path]:
     return files
 
 
-def read_datasets(paths: Sequence[Path]) -> list[Any]:
-    """Read DICOM files of one series, pixels undecoded.
+def open_dicom(path: Path, *, pixels: bool = False, only: list[str] | None = None) -> Any:
+    """Return a file's data set: its header, or all of it, pixels undecoded.
+
+    Files without preamble or file meta information are taken for uncompressed, deflated ones are
+    unpacked within :data:`recallseg.runtime.formats.guards.MAX_BYTES`.
+
+    Parameters
+    ----------
+    pixels : read them too.
+    only : names of the attributes to read.
 
     Raises
     ------
     InputError
-        If there are none, one is damaged, or they are of several series.
+        If it is no DICOM file, or unpacks to too much. Damage raises what pydicom raises.
     """
-    if not paths:
-        raise InputError("there are no DICOM files: the series has no slices.")
-    datasets = [d for d in (_read_file(path) for path in paths) if d is not None]
-    if not datasets:
-        raise InputError(f"{paths[0]} is a segmentation (SEG), not an image.")
-    series = {str(d.get("SeriesInstanceUID", "")) for d in datasets}
-    if len(series) > 1:
-        raise InputError(
-            f"{paths[0].parent} holds {len(series)} series; expected one. Give each a folder."
+    import pydicom
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if not is_dicom(path):
+        raise InputError(f"{path} is no DICOM file: it does not begin as one.")
+    options: dict[str, Any] = {"stop_before_pixels": not pixels, "specific_tags": only}
+    with path.open("rb") as file:
+        whole = file.read(_PREAMBLE + 4)[_PREAMBLE:] == b"DICM"
+    if whole and str(read_file_meta_info(path).get("TransferSyntaxUID", "")) == DEFLATED:
+        return pydicom.dcmread(io.BytesIO(_inflated(path)), **options)
+    dataset = pydicom.dcmread(path, force=not whole, **options)
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit = dataset.original_encoding[0]
+        dataset.file_meta.TransferSyntaxUID = (
+            ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
         )
-    instances = {str(d.get("SOPInstanceUID", "")) for d in datasets}
-    if len(instances) < len(datasets):
-        raise InputError(f"{paths[0].parent} holds the same image twice. Remove the copies.")
-    return datasets
+    return dataset
 
 
-def read_dicom(path: Path | Sequence[Path], *, voi: bool = False) -> Volume:
+def read_dicom(
+    path: Path | Sequence[Path],
+    *,
+    voi: bool = False,
+    time: int | None = None,
+    stack: str | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Volume:
     """Read a file, a folder with one series, or the files of one.
 
     Parameters
     ----------
     voi : apply the file's own VOI LUT or window; values are then what a screen would show.
+    time, stack : which of several volumes; see
+        :func:`recallseg.runtime.formats.dicom_planes.choose`.
+    progress : is told of each image that is read.
 
     Returns
     -------
     Volume
-        A series or multi-frame image with positions: axes slice, row, column, slices in the order
-        of their positions. A picture without: one or more frames, frame ``image``.
+        Of images with positions: axes slice, row, column, slices in the order of their positions.
+        A picture without: one or more frames, frame ``image``. Padding (PixelPaddingValue) has the
+        lowest value of what was measured.
 
     Raises
     ------
     InputError
-        If a file is damaged, unsupported, too large or has no pixels; for several series, slices
-        of several orientations or sizes, two at one position, uneven gaps (one is missing), gantry
-        tilt, or a missing spacing.
+        If a file is damaged, unsupported, too large or has no pixels; for several series, stacks or
+        volumes and none chosen, uneven gaps (one is missing), gantry tilt, or a missing spacing.
     """
-    if isinstance(path, Path):
-        files: Sequence[Path] = find_series(path) if path.is_dir() else [path]
-    else:
-        files, path = path, path[0].parent
+    files, path = _files(path)
     with damaged_is_input_error(path):
-        datasets = read_datasets(files)
-        if len(datasets) == 1 and int(datasets[0].get("NumberOfFrames", 1) or 1) > 1:
-            return _multi_frame(datasets[0], path, voi)
-        if len(datasets) == 1 and "ImageOrientationPatient" not in datasets[0]:
-            return _picture(datasets[0], path, voi)
-        return _series(datasets, path, voi)
-
-
-def _read_file(path: Path) -> Any:
-    """Return a dataset, or None for a SEG, which may lie beside the images it was drawn on."""
-    import pydicom
-    from pydicom.filereader import read_file_meta_info
-
-    with damaged_is_input_error(path):
-        if not is_dicom(path):
-            raise InputError(f"{path} is no DICOM file: it does not begin as one.")
-        syntax = str(read_file_meta_info(path).get("TransferSyntaxUID", ""))
-        if syntax == DEFLATED:
-            raise InputError(f"{path} is deflated, which is not read. Store it another way.")
-        dataset = pydicom.dcmread(path)
-        if dataset.get("SOPClassUID") == SEGMENTATION:
-            return None
-        if "PixelData" not in dataset:
-            raise InputError(
-                f"{path} has no pixels: it is no image, or was cut off. Send or copy it again."
-            )
-        return dataset
-
-
-def _series(datasets: list[Any], path: Path, voi: bool) -> Volume:
-    first = datasets[0]
-    for name in ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"):
-        values = {str(d.get(name)) for d in datasets}
-        if len(values) > 1:
-            raise InputError(f"{path}: slices differ in {name}: {', '.join(sorted(values))}.")
-    for dataset in datasets:
-        for name in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing"):
-            if dataset.get(name) is None:
+        paths, headers, notes = _headers(files, path)
+        planes = [
+            plane
+            for number, header in enumerate(headers)
+            for plane in planes_of(header, number, path)
+        ]
+        for name in ("SamplesPerPixel", "PhotometricInterpretation"):
+            values = {str(header.get(name)) for header in headers}
+            if len(values) > 1:
+                raise InputError(f"{path}: slices differ in {name}: {', '.join(sorted(values))}.")
+        placed = [plane for plane in planes if plane.where is not None]
+        acquired: int | None = 0
+        if not placed:
+            affine = _picture_affine(headers, planes, path)
+        else:
+            if len(placed) < len(planes):
                 raise InputError(
-                    f"{path}: a slice has no {name}, so its place is unknown. Export the original "
-                    "series, not a derived one."
+                    f"{path}: a slice has no ImagePositionPatient, so its place is unknown. Export "
+                    "the original series, not a derived one."
                 )
-    orientations = np.array([_numbers(d.ImageOrientationPatient, 6, path) for d in datasets])
-    spacings = np.array([_numbers(d.PixelSpacing, 2, path) for d in datasets])
-    positions = np.array([_numbers(d.ImagePositionPatient, 3, path) for d in datasets])
-    if np.abs(orientations - orientations[0]).max() > SAME_ORIENTATION:
-        raise InputError(f"{path}: slices have several orientations. Give each stack a folder.")
-    if np.abs(spacings - spacings[0]).max() > 1e-3 * spacings[0].max():
-        raise InputError(f"{path}: slices differ in pixel spacing.")
-    affine, order = _place(path, orientations[0], spacings[0], positions, _thickness(first))
-    datasets = [datasets[i] for i in order]
-    _check_pixels(path, first, len(datasets))
-    array = np.stack([_pixels(d, voi) for d in datasets])
-    check_finite(path, array)
-    return Volume(
-        array, affine, "LPS", _text(first, "Modality"), _window(first), _tags(first), datasets
-    )
-
-
-def _multi_frame(dataset: Any, path: Path, voi: bool) -> Volume:
-    frames = int(dataset.NumberOfFrames)
-    _check_pixels(path, dataset, frames)
-    shared = _item(dataset, "SharedFunctionalGroupsSequence")
-    groups = dataset.get("PerFrameFunctionalGroupsSequence")
-    if groups is None:
-        return _picture(dataset, path, voi)
-    if len(groups) != frames:
-        raise InputError(f"{path} has {frames} frames and places for {len(groups)}: it is damaged.")
-
-    def find(group: Any, sequence: str, name: str, count: int) -> list[float]:
-        item = _item(group, sequence) or _item(shared, sequence)
-        if item is None or item.get(name) is None:
-            raise InputError(f"{path}: a frame has no {name}, so its place is unknown.")
-        return _numbers(item.get(name), count, path)
-
-    orientations = np.array(
-        [find(g, "PlaneOrientationSequence", "ImageOrientationPatient", 6) for g in groups]
-    )
-    positions = np.array(
-        [find(g, "PlanePositionSequence", "ImagePositionPatient", 3) for g in groups]
-    )
-    spacing = np.array(find(groups[0], "PixelMeasuresSequence", "PixelSpacing", 2))
-    if np.abs(orientations - orientations[0]).max() > SAME_ORIENTATION:
-        raise InputError(f"{path}: frames have several orientations.")
-    measures = _item(groups[0], "PixelMeasuresSequence") or _item(shared, "PixelMeasuresSequence")
-    affine, order = _place(path, orientations[0], spacing, positions, _thickness(measures))
-    array = _pixels(dataset, voi)
-    if array.shape[0] != frames:
-        raise InputError(f"{path} has {array.shape[0]} frames of pixels, {frames} are declared.")
-    scaled = []
-    for index in order:
-        lut = _item(groups[index], "PixelValueTransformationSequence") or _item(
-            shared, "PixelValueTransformationSequence"
+            planes, _, chosen = choose(planes, path, stack=stack, time=time)
+            affine, order, rounded = place(planes, path)
+            planes = [planes[i] for i in order]
+            notes += [*chosen, *rounded]
+            if _text(headers[planes[0].file], "MRAcquisitionType") == "3D":
+                acquired = None
+        first = planes[0]
+        header = headers[first.file]
+        array, padded = _pixels(paths, headers, planes, path, voi, progress)
+        if padded:
+            notes.append(f"{padded} pixels are padding and have the lowest value of the others")
+        guards.check_finite(path, array)
+        patient = first.where is not None and first.where.patient
+        if first.where is not None and not patient:
+            affine = np.diag([*np.linalg.norm(affine[:3, :3], axis=0), 1.0])
+        reference = next((plane.reference for plane in planes if plane.reference), "")
+        if patient and not reference:
+            reference = _own_reference(header)
+            notes.append("it has no frame of reference UID; one is made from its series'")
+        source = DicomSource(_own_header(header), _bare(planes), reference)
+        return Volume(
+            array,
+            affine,
+            "LPS" if patient else "image",
+            _text(header, "Modality"),
+            None if voi else window_of(header, first),
+            _tags(header, first),
+            source,
+            tuple(notes),
+            acquired,
         )
-        plane = array[index]
-        if lut is not None and not voi:
-            slope, intercept = float(lut.RescaleSlope), float(lut.RescaleIntercept)
-            if (slope, intercept) != (1.0, 0.0):
-                plane = plane * np.float32(slope) + np.float32(intercept)
-        scaled.append(plane)
-    array = np.stack(scaled)
-    check_finite(path, array)
-    return Volume(
-        array,
-        affine,
-        "LPS",
-        _text(dataset, "Modality"),
-        _window(dataset),
-        _tags(dataset),
-        [dataset],
-    )
 
 
-def _picture(dataset: Any, path: Path, voi: bool) -> Volume:
-    """Read an image without a place in the patient: radiograph, ultrasound, photograph."""
-    frames = int(dataset.get("NumberOfFrames", 1) or 1)
-    _check_pixels(path, dataset, frames)
-    array = _pixels(dataset, voi)
-    if frames == 1:
-        array = array[None]
-    check_finite(path, array)
-    rows, columns = _picture_spacing(dataset, path)
-    affine = np.diag([1.0, rows, columns, 1.0])
-    return Volume(
-        array,
-        affine,
-        "image",
-        _text(dataset, "Modality"),
-        _window(dataset),
-        _tags(dataset),
-        [dataset],
-    )
+def count_dicom(path: Path | Sequence[Path], stack: str | None = None) -> int:
+    """Return how many volumes lie at one place; raises InputError as :func:`read_dicom`."""
+    files, path = _files(path)
+    with damaged_is_input_error(path):
+        _, headers, _ = _headers(files, path)
+        planes = [plane for number, h in enumerate(headers) for plane in planes_of(h, number, path)]
+        if any(plane.where is None for plane in planes):
+            return 1
+        return choose(planes, path, stack=stack, time=1)[1]
 
 
-def _picture_spacing(dataset: Any, path: Path) -> tuple[float, float]:
+def _files(path: Path | Sequence[Path]) -> tuple[Sequence[Path], Path]:
+    if isinstance(path, Path):
+        return (find_series(path) if path.is_dir() else [path]), path
+    return path, path[0].parent
+
+
+def _headers(files: Sequence[Path], path: Path) -> tuple[list[Path], list[Any], list[str]]:
+    """Return the images among the files of one series, and what was passed over."""
+    if not files:
+        raise InputError("there are no DICOM files: the series has no slices.")
+    paths, headers = [], []
+    others: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        with damaged_is_input_error(file):
+            header = open_dicom(file)
+            kind = object_kind(header)
+        if kind == "image":
+            paths.append(file)
+            headers.append(header)
+        else:
+            others[kind].append(file.name)
+    if not headers:
+        kind = next(iter(others))
+        raise InputError(
+            f"{files[0] if len(files) == 1 else path} has no pixels of an image: it is a {kind}, "
+            "not an image."
+        )
+    notes = [
+        f"passed over: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} "
+        f"({kind})"
+        for kind, names in others.items()
+    ]
+    series = {str(header.get("SeriesInstanceUID", "")) for header in headers}
+    if len(series) > 1:
+        raise InputError(f"{path} holds {len(series)} series; expected one. Give each a folder.")
+    instances = {str(header.get("SOPInstanceUID", "")) for header in headers}
+    if len(instances) < len(headers):
+        raise InputError(f"{path} holds the same image twice. Remove the copies.")
+    return paths, headers, notes
+
+
+def _pixels(
+    paths: Sequence[Path],
+    headers: Sequence[Any],
+    planes: Sequence[Plane],
+    path: Path,
+    voi: bool,
+    progress: Callable[[str], None],
+) -> tuple[NDArray[Any], int]:
+    """Decode every plane into one array, one file in memory at a time; return it and how many of
+    its pixels are padding.
+    """
+    array: NDArray[Any] | None = None
+    padding: dict[int, NDArray[np.uint8]] = {}
+    lowest: list[float] = []
+    wanted: dict[int, dict[int, int]] = defaultdict(dict)
+    for index, plane in enumerate(planes):
+        wanted[plane.file][plane.frame] = index
+    for file, frames in wanted.items():
+        check_pixels(path, headers[file], len(planes))
+        with damaged_is_input_error(paths[file]):
+            dataset = open_dicom(paths[file], pixels=True)
+            numbers_of = sorted(frames)
+            done = 0
+            for number, stored in zip(numbers_of, stored_frames(dataset, numbers_of), strict=False):
+                index = frames[number]
+                values, padded = values_of(stored, dataset, planes[index], voi=voi)
+                array = _room(path, array, values, len(planes))
+                array[index] = values
+                if padded is not None:
+                    padding[index] = np.packbits(padded)
+                    values = values[~padded]
+                if values.ndim < 3 and values.size:
+                    lowest.append(values.min())
+                done += 1
+                progress(f"image {index}")
+            if done != len(frames):
+                raise InputError(
+                    f"{paths[file]} has {done} frames of pixels, {len(frames)} are declared."
+                )
+    assert array is not None
+    count = 0
+    for index, bits in padding.items() if lowest else ():
+        where = (
+            np.unpackbits(bits, count=array[index].size).astype(bool).reshape(array[index].shape)
+        )
+        array[index][where] = min(lowest)
+        count += int(where.sum())
+    return array, count
+
+
+def _room(path: Path, array: NDArray[Any] | None, values: NDArray[Any], count: int) -> NDArray[Any]:
+    """Return an array for all planes that ``values`` fit in, the others' values kept."""
+    if array is None:
+        guards.check_size(path, [count, *values.shape], values.dtype)
+        return np.zeros((count, *values.shape), values.dtype)
+    if array.shape[1:] != values.shape:
+        raise InputError(f"{path}: slices are {array.shape[1:]} and {values.shape} pixels.")
+    if array.dtype == values.dtype:
+        return array
+    both = np.result_type(array, values)
+    both = np.dtype(np.float32) if both == np.float64 else both
+    guards.check_size(path, array.shape, both)
+    return array.astype(both, copy=False)
+
+
+def _picture_affine(
+    headers: Sequence[Any], planes: Sequence[Plane], path: Path
+) -> NDArray[np.float64]:
+    """Return the affine of images without a place in the patient: radiograph, ultrasound."""
+    if len(headers) > 1:
+        raise InputError(
+            f"{path} holds {len(headers)} pictures: a slice has no ImageOrientationPatient, so "
+            "they are no volume. Give them one by one, or export the original series."
+        )
+    rows, columns = _picture_spacing(headers[0], planes[0], path)
+    return np.diag([1.0, rows, columns, 1.0])
+
+
+def _picture_spacing(dataset: Any, plane: Plane, path: Path) -> tuple[float, float]:
     """Return mm between rows and columns; 1 (pixel) where the file states none."""
-    for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
-        if dataset.get(name) is not None:
-            rows, columns = _numbers(dataset.get(name), 2, path)
+    stated: list[Any] = [plane.spacing]
+    shared = item(dataset, "SharedFunctionalGroupsSequence")
+    properties = item(shared, "FramePixelDataPropertiesSequence")
+    for holder in (dataset, properties):
+        for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+            stated.append(None if holder is None else holder.get(name))
+    for value in stated:
+        if value:
+            rows, columns = numbers(value, 2, path)
             if rows > 0 and columns > 0:
                 return rows, columns
-    region = _item(dataset, "SequenceOfUltrasoundRegions")
+    region = item(dataset, "SequenceOfUltrasoundRegions")
     centimetres = 3  # PS3.3 C.8.5.5.1.15: physical units of both directions
     if (
         region is not None
@@ -270,161 +392,99 @@ def _picture_spacing(dataset: Any, path: Path) -> tuple[float, float]:
     return 1.0, 1.0
 
 
-def _place(
-    path: Path,
-    orientation: NDArray[np.float64],
-    spacing: NDArray[np.float64],
-    positions: NDArray[np.float64],
-    thickness: float | None,
-) -> tuple[NDArray[np.float64], list[int]]:
-    """Return the affine of (slice, row, column), and the slices in the order of their positions."""
-    along_row, along_column = orientation[:3], orientation[3:]  # steps of column, and of row, index
-    lengths = np.linalg.norm(along_row), np.linalg.norm(along_column)
-    if max(abs(length - 1) for length in lengths) > 1e-2 or abs(along_row @ along_column) > 1e-2:
+def _bare(planes: Sequence[Plane]) -> tuple[Plane, ...]:
+    """Return the planes without the headers that they were read from, which are big."""
+    return tuple(replace(plane, modality=None, voi=None, anatomy=None) for plane in planes)
+
+
+def _own_header(header: Any) -> Any:
+    """Return a header without what is said of each frame, which a writer takes from the planes."""
+    from pydicom.dataset import Dataset
+
+    own = Dataset()
+    for element in header:
+        if element.keyword != "PerFrameFunctionalGroupsSequence":
+            own.add(element)
+    return own
+
+
+def _own_reference(header: Any) -> str:
+    """Return a frame of reference UID: always the same one for the same series."""
+    from pydicom.uid import generate_uid
+
+    series = header.get("SeriesInstanceUID") or header.get("SOPInstanceUID") or ""
+    return str(generate_uid(entropy_srcs=["recallseg frame of reference", str(series)]))
+
+
+def _begins_as_data_set(head: bytes) -> bool:
+    """Whether bytes begin with an element of group 2 or 8 whose representation or length fits."""
+    if len(head) < 16:
+        return False
+    group, element = struct.unpack_from("<HH", head)
+    if group not in (0x0002, 0x0008) or element > 0x0100:
+        return False
+    if head[4:6] in _VALUE_REPRESENTATIONS:
+        return True
+    (length,) = struct.unpack_from("<I", head, 4)
+    return int(length) <= 128 and length % 2 == 0
+
+
+def _has_sop_class(path: Path) -> bool:
+    import pydicom
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = pydicom.dcmread(
+                path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID"]
+            )
+            return str(header.get("SOPClassUID", "")).startswith("1.2.840.10008.")
+    except Exception:  # it is none; whatever made pydicom stumble
+        return False
+
+
+def _inflated(path: Path) -> bytes:
+    """Return a deflated file (PS3.5 A.5) as an uncompressed one of explicit VR."""
+    import pydicom
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filewriter import write_file_meta_info
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    with path.open("rb") as file:
+        meta = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
+        file.seek(_PREAMBLE + 4)
+        file.seek(12 + int(meta.FileMetaInformationGroupLength), io.SEEK_CUR)
+        engine = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = engine.decompress(file.read(), guards.MAX_BYTES)
+    if engine.unconsumed_tail:
         raise InputError(
-            f"{path}: ImageOrientationPatient is not two unit vectors at right angles."
+            f"{path} unpacks to more than {guards.MAX_BYTES / 2**30:.0f} GiB. Store it another way."
         )
-    if (spacing <= 0).any():
-        raise InputError(f"{path}: its pixel spacing is {spacing.tolist()}; expected more than 0.")
-    normal = np.cross(along_row, along_column)
-    distances = positions @ normal
-    order = [int(i) for i in np.argsort(distances, kind="stable")]
-    placed = positions[order]
-    if len(order) > 1:
-        gaps = np.diff(distances[order])
-        gap = float(np.median(gaps))
-        if gaps.min() < 1e-3:
-            raise InputError(
-                f"{path}: two slices lie at one position. It may hold several time points or "
-                "echoes: give each a folder."
-            )
-        if np.abs(gaps - gap).max() > EVEN_GAPS * gap:
-            raise InputError(
-                f"{path}: gaps between slices range from {gaps.min():.3f} to {gaps.max():.3f} mm. "
-                "A slice is missing, or several stacks are mixed."
-            )
-        step = (placed[-1] - placed[0]) / (len(order) - 1)
-        if np.linalg.norm(step - normal * (step @ normal)) > STRAIGHT * gap:
-            raise InputError(
-                f"{path}: slices are shifted against each other (gantry tilt). Resample the "
-                "series without tilt first."
-            )
-    else:
-        step = normal * (thickness or 1.0)
-    affine = np.eye(4)
-    affine[:3, 0] = step
-    affine[:3, 1] = along_column * spacing[0]
-    affine[:3, 2] = along_row * spacing[1]
-    affine[:3, 3] = placed[0]
-    return affine, order
+    if not engine.eof:
+        raise InputError(f"{path} is cut off: its deflated data has no end. Copy it again.")
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    stream = DicomBytesIO()
+    stream.write(b"\0" * _PREAMBLE + b"DICM")
+    write_file_meta_info(stream, meta)
+    return bytes(stream.getvalue()) + data
 
 
-def _check_frames(dataset: Any) -> None:
-    """See compressed frames of another size than the header's before they are decoded."""
-    from pydicom.encaps import generate_frames
-
-    if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-        return
-    wanted = (int(dataset.Rows), int(dataset.Columns))
-    count = int(dataset.get("NumberOfFrames", 1) or 1)
-    for frame in generate_frames(dataset.PixelData, number_of_frames=count):
-        size = stated_size(frame)
-        if size not in (None, wanted):
-            raise InputError(
-                f"an image states {wanted[0]} x {wanted[1]} pixels, its compressed data "
-                f"{size[0]} x {size[1]}. The file is damaged; send or export it again."
-            )
-
-
-def _pixels(dataset: Any, voi: bool) -> NDArray[Any]:
-    """Decode the pixels of one dataset: HxW, HxWx3, or either with frames before."""
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
-
-    kind = str(dataset.get("PhotometricInterpretation", ""))
-    _check_frames(dataset)
-    decoder = DECODERS.get(str(dataset.file_meta.get("TransferSyntaxUID", "")), "")
-    array: NDArray[Any] = pixel_array(dataset, decoding_plugin=decoder)
-    if kind == "PALETTE COLOR":
-        array = apply_color_lut(array, dataset)
-        return (array >> 8).astype(np.uint8) if array.dtype == np.uint16 else array
-    if int(dataset.get("SamplesPerPixel", 1)) > 1:
-        return array
-    array = apply_modality_lut(array, dataset)
-    if voi:
-        array = apply_voi_lut(array, dataset)
-    if kind == "MONOCHROME1":
-        array = array.max() + array.min() - array
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype == np.float64:
-        whole = np.rint(array)
-        fits = np.abs(array).max(initial=0) < 2**15
-        array = (
-            whole.astype(np.int16) if fits and (whole == array).all() else array.astype(np.float32)
-        )
-    return array
-
-
-def _check_pixels(path: Path, dataset: Any, images: int) -> None:
-    samples = int(dataset.get("SamplesPerPixel", 1) or 1)
-    if samples not in (1, 3):
-        raise InputError(f"{path} has {samples} samples a pixel; expected 1 or 3.")
-    shape = [images, int(dataset.Rows), int(dataset.Columns), samples]
-    check_size(path, shape, np.dtype(np.float64))
-    if int(dataset.get("BitsAllocated", 0) or 0) not in (1, 8, 16, 32):
-        raise InputError(f"{path} has {dataset.get('BitsAllocated')} bits a pixel.")
-
-
-def _tags(dataset: Any) -> dict[str, str]:
+def _tags(dataset: Any, plane: Plane) -> dict[str, str]:
     """Return what helps to choose exemplars; nothing of it says who the patient is."""
-    names = {
-        "modality": "Modality",
-        "body_part": "BodyPartExamined",
-        "view": "ViewPosition",
-        "laterality": "ImageLaterality",
+    found = {
+        "modality": _text(dataset, "Modality"),
+        "body_part": _text(dataset, "BodyPartExamined"),
+        "view": _text(dataset, "ViewPosition"),
+        "laterality": _text(plane.anatomy, "FrameLaterality")
+        or _text(dataset, "ImageLaterality")
+        or _text(dataset, "Laterality"),
     }
-    found = {tag: _text(dataset, name) for tag, name in names.items()}
     return {tag: value for tag, value in found.items() if value}
 
 
 def _text(dataset: Any, name: str) -> str:
     value = str(dataset.get(name, "") or "").strip()
     return "".join(c for c in value if c.isalnum() or c in " _-.")[:64].strip()
-
-
-def _window(dataset: Any) -> tuple[float, float] | None:
-    centre, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
-    if centre is None or width is None:
-        return None
-    first = [
-        v[0] if hasattr(v, "__len__") and not isinstance(v, str) and len(v) else v
-        for v in (centre, width)
-    ]
-    try:
-        found = float(first[0]), float(first[1])
-    except (TypeError, ValueError):
-        return None
-    return found if found[1] > 0 else None
-
-
-def _thickness(dataset: Any) -> float | None:
-    for name in ("SpacingBetweenSlices", "SliceThickness"):
-        value = None if dataset is None else dataset.get(name)
-        if value is not None and float(value) > 0:
-            return float(value)
-    return None
-
-
-def _item(dataset: Any, name: str) -> Any:
-    """Return the first item of a sequence, or None."""
-    sequence = None if dataset is None else dataset.get(name)
-    return sequence[0] if sequence else None
-
-
-def _numbers(values: Any, count: int, path: Path) -> list[float]:
-    found = [float(v) for v in values]
-    if len(found) != count or not np.isfinite(found).all():
-        raise InputError(f"{path}: expected {count} numbers, got {found}. The header is damaged.")
-    return found
 
 
 @contextmanager
@@ -434,8 +494,10 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # about values outside the standard; pixels decide
             yield
-    except InputError:
-        raise
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error
     except ModuleNotFoundError:
         raise
     except MemoryError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,38 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.guards import check_finite, check_size
 from recallseg.runtime.formats.images import write_atomically
+from recallseg.runtime.formats.lattice import SAME_PLACE
 from recallseg.runtime.formats.volume import Volume
 
-__all__ = ["read_nifti", "write_nifti"]
+__all__ = ["count_nifti", "read_nifti", "write_nifti"]
 
 _MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # of unknown, metre, mm, micron
+_INTENT_RGB = 2003  # NIFTI_INTENT_RGB_VECTOR
+_PLACE = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+)
+"""Fields of the header that say where voxels lie, beside ``pixdim`` and the unit."""
 _RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
-def read_nifti(path: Path) -> Volume:
+def read_nifti(path: Path, *, time: int | None = None, anywhere: bool = False) -> Volume:
     """Read a volume; a stored slope and intercept are applied.
+
+    Colours are what the datatype (RGB24) or the intent (RGB vector) says; any other fourth axis
+    counts volumes.
+
+    Parameters
+    ----------
+    time : which of several volumes, from 1.
+    anywhere : take a file that does not say how the patient lay too, with frame ``image``.
 
     Raises
     ------
     InputError
-        If it is damaged, cut off or too large, has several time points, NaN voxels, complex
-        numbers, or does not say how the patient lay.
+        If it is damaged, cut off or too large, has several volumes and none was chosen, NaN voxels,
+        complex numbers or vectors, or does not say how the patient lay.
     """
     import nibabel
     from nibabel.filebasedimages import ImageFileError
@@ -43,10 +60,12 @@ def read_nifti(path: Path) -> Volume:
             header = image.header
             shape = tuple(int(size) for size in image.shape)
             dtype = header.get_data_dtype()
-            check_size(path, shape, np.dtype(np.float64) if dtype != _RGB else dtype)
-            affine = _affine(header, path)
+            affine, notes = _affine(header, path, anywhere)
+            wanted = _wanted(path, header, shape, time)
+            each = (*shape[:3], 3) if _is_rgb_vector(header, shape) else shape[:3]
+            check_size(path, each, np.dtype(np.float64) if dtype != _RGB else dtype)
             _check_length(path, header, shape, dtype)
-            array = np.asanyarray(image.dataobj)
+            array = np.asanyarray(image.dataobj[wanted])
     except (ImageFileError, HeaderDataError) as error:
         raise InputError(f"{path} is no NIfTI file, or damaged: {error}") from error
     except (
@@ -64,8 +83,6 @@ def read_nifti(path: Path) -> Volume:
         raise InputError(
             f"{path} cannot be read: {error}. It is cut off or damaged; export or copy it again."
         ) from error
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
     if array.dtype == _RGB:
         array = np.stack([array[name] for name in "RGB"], axis=-1)
     if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
@@ -74,13 +91,31 @@ def read_nifti(path: Path) -> Volume:
         )
     check_finite(path, array)
     array = np.asarray(array, array.dtype.newbyteorder("="))
-    return Volume(array, affine, "RAS", origin=header)
+    if time is not None and (count := _volumes(header, shape)) > 1:
+        notes = (*notes, f"volume {time} of {count}")
+    placed = affine is not None
+    if affine is None:
+        affine = np.diag([*np.abs(header["pixdim"][1:4].astype(np.float64)), 1.0])
+        affine[affine.diagonal() == 0, affine.diagonal() == 0] = 1.0
+    return Volume(array, affine, "RAS" if placed else "image", origin=header, notes=notes)
+
+
+def count_nifti(path: Path) -> int:
+    """Return how many volumes a file holds; raises InputError if it cannot be read."""
+    import nibabel
+
+    try:
+        image: Any = nibabel.load(path, mmap=False)
+        return _volumes(image.header, tuple(int(size) for size in image.shape))
+    except Exception as error:  # of every kind that nibabel has
+        raise InputError(f"{path} is no NIfTI file, or damaged: {error}") from error
 
 
 def write_nifti(path: Path, label_map: NDArray[np.uint8], like: Volume) -> None:
     """Write a label map IxJxK on the grid of ``like``: in full, or not at all.
 
-    A volume without a patient frame is written with pixel spacing only (no s-form, no q-form).
+    Of a NIfTI source, both its qform and its sform are kept, each with its code, whichever of them
+    a reader prefers. A volume without a patient frame is written with pixel spacing only.
 
     Raises
     ------
@@ -89,26 +124,70 @@ def write_nifti(path: Path, label_map: NDArray[np.uint8], like: Volume) -> None:
     """
     import nibabel
 
+    kind: Any = nibabel.Nifti1Image
+    if isinstance(like.origin, nibabel.Nifti2Header) or max(label_map.shape) > 32767:
+        kind = nibabel.Nifti2Image
     if like.frame == "image":
-        image: Any = nibabel.Nifti1Image(label_map, like.affine)
+        image = kind(label_map, like.affine)
         image.header.set_sform(like.affine, code=0)
         image.header.set_qform(like.affine, code=0)
         image.header.set_zooms(like.spacing)
     else:
-        image = nibabel.Nifti1Image(label_map, like.affine_in("RAS"))
-        if like.origin is not None and hasattr(like.origin, "get_sform"):
-            _, code = like.origin.get_sform(coded=True)
-            _, other = like.origin.get_qform(coded=True)
-            image.header["sform_code"] = code or other
-            image.header.set_qform(like.affine_in("RAS"), code=other or code)
+        image = kind(label_map, like.affine_in("RAS"))
     image.header.set_xyzt_units("mm")
+    if like.frame != "image" and isinstance(like.origin, nibabel.Nifti1Header):
+        source, header = like.origin, image.header  # nibabel.Nifti2Header is a Nifti1Header too
+        for field in _PLACE:
+            header[field] = source[field]
+        header["pixdim"][:4] = source["pixdim"][:4]
+        header["xyzt_units"] = int(source["xyzt_units"]) % 8 or 2  # unknown is read as mm
     data = image.to_bytes()
     write_atomically(path, gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
 
 
-def _affine(header: Any, path: Path) -> NDArray[np.float64]:
+def _is_rgb_vector(header: Any, shape: tuple[int, ...]) -> bool:
+    return int(header["intent_code"]) == _INTENT_RGB and len(shape) == 5 and shape[4] == 3
+
+
+def _volumes(header: Any, shape: tuple[int, ...]) -> int:
+    further = shape[3:4] if _is_rgb_vector(header, shape) else shape[3:]
+    return int(np.prod(further, dtype=object)) if further else 1
+
+
+def _wanted(
+    path: Path, header: Any, shape: tuple[int, ...], time: int | None
+) -> tuple[int | slice, ...]:
+    """Return the index of the volume to read."""
+    if len(shape) < 3:
+        raise InputError(f"{path} has {len(shape)} dimensions; expected a volume of three.")
+    vector = _is_rgb_vector(header, shape)
+    if not vector and len(shape) >= 5 and shape[4] > 1:
+        raise InputError(
+            f"{path} holds {shape[4]} numbers for each voxel (its shape is {shape}): vectors or "
+            "matrices, no image."
+        )
+    count = _volumes(header, shape)
+    if count > 1 and time is None:
+        raise InputError(
+            f"{path} is a series of {count} volumes (its shape is {shape}). Say which with --time "
+            f"1 to {count}, or --time all."
+        )
+    if time is not None and not 1 <= time <= count:
+        raise InputError(f"{path} has {count} volumes, there is no number {time}.")
+    further = np.unravel_index((time or 1) - 1, shape[3:4] if vector else shape[3:] or (1,), "F")
+    index = [int(i) for i in further][: len(shape) - 3]
+    whole = slice(None)
+    return (whole, whole, whole, *index, *((whole,) if vector else ()))
+
+
+def _affine(
+    header: Any, path: Path, anywhere: bool
+) -> tuple[NDArray[np.float64] | None, tuple[str, ...]]:
+    """Return the affine in mm, or None without one, and what had to be decided."""
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if sform <= 0 and qform <= 0:
+        if anywhere:
+            return None, ()
         raise InputError(
             f"{path} does not say how the patient lay (its sform_code and qform_code are 0), so "
             "left and right are unknown. Export it with orientation, or set one of them."
@@ -117,8 +196,21 @@ def _affine(header: Any, path: Path) -> NDArray[np.float64]:
     if unit not in _MILLIMETRES:
         raise InputError(f"{path} states lengths in the unknown unit {unit}. Export it again.")
     affine = np.array(header.get_best_affine(), np.float64)
+    notes: tuple[str, ...] = ()
+    if sform > 0 and qform > 0:
+        shape = (*(max(1, int(size)) for size in header["dim"][1:4]),)
+        corners = np.array([(*corner, 1) for corner in product(*[(0, n - 1) for n in shape])]).T
+        other = np.array(header.get_qform(), np.float64)
+        apart = float(np.linalg.norm(((affine - other) @ corners)[:3], axis=0).max())
+        size = float(np.linalg.norm(affine[:3, :3], axis=0).min())
+        if apart > SAME_PLACE * size:
+            millimetres = apart * _MILLIMETRES[unit]
+            notes = (
+                f"its sform and qform lie up to {millimetres:.4g} mm apart; the sform is taken, "
+                "and both are kept in what is written",
+            )
     affine[:3] *= _MILLIMETRES[unit]
-    return affine
+    return affine, notes
 
 
 def _check_length(path: Path, header: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

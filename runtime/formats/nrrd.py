@@ -14,11 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.concepts import Concept
 from recallseg.runtime.formats.guards import check_finite, check_size, expand
 from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.volume import Frame, Volume
 
-__all__ = ["read_nrrd", "read_seg_nrrd", "write_seg_nrrd"]
+__all__ = ["count_nrrd", "read_nrrd", "read_seg_nrrd", "write_seg_nrrd"]
+
+_COLOURS = {"rgb-color", "3-color"}
+_VECTORS = {
+    *("vector", "covariant-vector", "normal", "point", "2-vector", "3-vector", "4-vector"),
+    *("3-gradient", "3-normal", "quaternion", "complex", "hsv-color", "xyz-color", "4-color"),
+    *("rgba-color", "2d-symmetric-matrix", "2d-matrix", "3d-symmetric-matrix", "3d-matrix"),
+    *("2d-masked-symmetric-matrix", "2d-masked-matrix"),
+    *("3d-masked-symmetric-matrix", "3d-masked-matrix"),
+}
+"""Kinds of axes (teem's NRRD format, section 5.2) whose numbers belong to one voxel."""
 
 _SPACES: dict[str, tuple[Frame, tuple[float, float, float]]] = {
     "left-posterior-superior": ("LPS", (1.0, 1.0, 1.0)),
@@ -41,63 +52,128 @@ _TYPES = {
 }  # fmt: skip
 
 
-def read_nrrd(path: Path) -> Volume:
-    """Read a volume, grey or RGB.
+def read_nrrd(path: Path, *, time: int | None = None) -> Volume:
+    """Read a volume, grey or RGB: colours are an axis whose kind says so, never one of length 3.
+
+    Parameters
+    ----------
+    time : which of several volumes along an axis of kind list or time, from 1.
 
     Raises
     ------
     InputError
-        If it is damaged, cut off, too large, detached from its pixels, of another encoding, or
-        without space or directions.
+        If it is damaged, cut off, too large, detached from its pixels, of another encoding, without
+        space or directions, or has several volumes and none was chosen.
     """
-    array, header, colours = _read(path)
+    array, header, extra = _read(path)
     frame, affine = _geometry(path, header)
-    if colours is not None:
-        array = np.moveaxis(array, colours, -1)
-    if array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3):
-        check_finite(path, array)
-        return Volume(np.ascontiguousarray(array), affine, frame, origin=header)
-    raise InputError(f"{path} has the shape {array.shape}; expected one volume, grey or RGB.")
+    notes: tuple[str, ...] = ()
+    if extra is not None:
+        kind, count = _kind(header, extra), array.shape[extra]
+        if kind in _COLOURS and count == 3:
+            array = np.moveaxis(array, extra, -1)
+        elif kind in _VECTORS and count > 1:
+            raise InputError(
+                f"{path} holds {count} numbers for each voxel (an axis of kind '{kind}'): vectors "
+                "or matrices, no image. If they are colours, say so: kinds RGB-color."
+            )
+        else:
+            if count > 1 and time is None:
+                raise InputError(
+                    f"{path} is a series of {count} volumes (an axis of kind '{kind}'). Say which "
+                    f"with --time 1 to {count}, or --time all."
+                )
+            if time is not None and not 1 <= time <= count:
+                raise InputError(f"{path} has {count} volumes, there is no number {time}.")
+            array = np.take(array, (time or 1) - 1, axis=extra)
+            notes = (f"volume {time} of {count}",) if count > 1 else ()
+    elif time not in (None, 1):
+        raise InputError(f"{path} has 1 volume, there is no number {time}.")
+    check_finite(path, array)
+    return Volume(np.ascontiguousarray(array), affine, frame, origin=header, notes=notes)
 
 
-def read_seg_nrrd(path: Path) -> tuple[Volume, dict[str, NDArray[np.bool_]]]:
-    """Read a segmentation.
+def count_nrrd(path: Path) -> int:
+    """Return how many volumes a file holds; raises InputError if it cannot be read."""
+    import nrrd
+
+    try:
+        with path.open("rb") as file:
+            header = nrrd.read_header(file)
+        sizes = [int(size) for size in header["sizes"]]
+        extra = _extra_axis(path, header, sizes)
+    except InputError:
+        raise
+    except Exception as error:  # of every kind that pynrrd has
+        raise InputError(f"{path} is no NRRD file, or damaged: {error}.") from error
+    if extra is None or _kind(header, extra) in _COLOURS | _VECTORS:
+        return 1
+    return sizes[extra]
+
+
+def read_seg_nrrd(path: Path) -> tuple[Volume, list[tuple[str, NDArray[np.bool_]]]]:
+    """Read a segmentation: of 3 axes, of layers (3D Slicer 4.11 on), or of one component for each
+    segment (before).
 
     Returns
     -------
-    volume : its grid, with the first layer's labels.
-    masks : boolean IxJxK by segment name.
+    volume : its grid, with the first layer's labels. 3D Slicer saves the box around the segments
+        only, so it may be smaller than the image's.
+    segments : name and boolean IxJxK, in the file's order; names may repeat, masks may overlap.
 
     Raises
     ------
     InputError
-        As :func:`read_nrrd`, or if it has no segments or two of one name.
+        As :func:`read_nrrd`, or if it has no segments, or more than it has layers for.
     """
-    array, header, layers = _read(path)
+    array, header, axis = _read(path)
     frame, affine = _geometry(path, header)
-    array = array[None] if layers is None else np.moveaxis(array, layers, 0)
-    masks: dict[str, NDArray[np.bool_]] = {}
-    number = 0
-    while (name := header.get(f"Segment{number}_Name")) is not None:
+    array = array[None] if axis is None else np.moveaxis(array, axis, 0)
+    names: list[str] = []
+    while (name := header.get(f"Segment{len(names)}_Name")) is not None:
+        names.append(str(name))
+    if not names:
+        raise InputError(f"{path} has no segments: it is no .seg.nrrd of 3D Slicer's kind.")
+    layered = any(f"Segment{n}_Layer" in header for n in range(len(names)))
+    if not layered and len(array) > 1 and len(array) != len(names):
+        raise InputError(
+            f"{path} has {len(names)} segments, {len(array)} components and does not say which "
+            "belongs to which. Save it with 3D Slicer 4.11 or later."
+        )
+    segments = []
+    for number, name in enumerate(names):
+        own = number if not layered and len(array) > 1 else 0  # a component for each segment
+        valued = layered or f"Segment{number}_LabelValue" in header or len(array) == 1
         try:
-            layer = int(header.get(f"Segment{number}_Layer", 0))
+            layer = int(header.get(f"Segment{number}_Layer", own))
             value = int(header.get(f"Segment{number}_LabelValue", 1))
-            mask = array[layer] == value
+            if layer < 0:
+                raise ValueError(f"layer {layer}")
+            mask = array[layer] == value if valued else array[layer] != 0
         except (ValueError, IndexError) as error:
             raise InputError(f"{path}: segment {number} ({name}) is damaged: {error}.") from error
-        if str(name) in masks:
-            raise InputError(f"{path} has two segments named '{name}'. Rename one of them.")
-        masks[str(name)] = mask
-        number += 1
-    if not masks:
-        raise InputError(f"{path} has no segments: it is no .seg.nrrd of 3D Slicer's kind.")
-    return Volume(np.ascontiguousarray(array[0]), affine, frame, origin=header), masks
+        segments.append((name, mask))
+    if not layered and len(array) == 1 and len(names) > 1 and not _has_values(header, len(names)):
+        raise InputError(
+            f"{path} has {len(names)} segments in one layer and no label values: which voxel is "
+            "whose cannot be told. Save it anew with 3D Slicer."
+        )
+    return Volume(np.ascontiguousarray(array[0]), affine, frame, origin=header), segments
 
 
 def write_seg_nrrd(
-    path: Path, label_map: NDArray[np.uint8], like: Volume, labels: Mapping[str, int]
+    path: Path,
+    masks: Mapping[str, NDArray[np.bool_]],
+    like: Volume,
+    concepts: Mapping[str, Concept] | None = None,
 ) -> None:
-    """Write a label map IxJxK as segments on the grid of ``like``: in full, or not at all.
+    """Write masks IxJxK as segments on the grid of ``like``: in full, or not at all.
+
+    Masks that overlap get layers of their own, as 3D Slicer writes them.
+
+    Parameters
+    ----------
+    concepts : coded meaning and colour by structure; see :mod:`recallseg.runtime.formats.concepts`.
 
     Raises
     ------
@@ -109,33 +185,58 @@ def write_seg_nrrd(
     import nrrd
 
     affine = like.affine_in("LPS")
+    layers: list[NDArray[np.uint8]] = []
+    fields: dict[str, Any] = {}
+    for number, (name, mask) in enumerate(masks.items()):
+        at = next((n for n, layer in enumerate(layers) if not layer[mask].any()), len(layers))
+        if at == len(layers):
+            layers.append(np.zeros(like.shape, np.uint8))
+        layers[at][mask] = number + 1
+        extents = []
+        for axis in range(3):
+            inside = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
+            extents.append(f"{inside[0]} {inside[-1]}" if inside.size else "0 -1")
+        fields |= {
+            f"Segment{number}_ID": f"Segment_{number + 1}",
+            f"Segment{number}_Name": name,
+            f"Segment{number}_LabelValue": str(number + 1),
+            f"Segment{number}_Layer": str(at),
+            f"Segment{number}_Extent": " ".join(extents),
+        }
+        concept = (concepts or {}).get(name)
+        if concept is not None:
+            red, green, blue = (f"{value / 255:.6g}" for value in concept.colour)
+            fields[f"Segment{number}_Color"] = f"{red} {green} {blue}"
+            fields[f"Segment{number}_Tags"] = f"TerminologyEntry:{concept.terminology()}|"
+    several = len(layers) > 1
+    array = np.stack(layers) if several else layers[0]
     header: dict[str, Any] = {
         "type": "uint8",
-        "dimension": 3,
+        "dimension": array.ndim,
         "space": "left-posterior-superior",
-        "sizes": np.array(label_map.shape),
-        "space directions": affine[:3, :3].T,
+        "sizes": np.array(array.shape),
+        "space directions": np.vstack([*[[np.nan] * 3] * several, affine[:3, :3].T]),
         "space origin": affine[:3, 3],
-        "kinds": ["domain", "domain", "domain"],
+        "kinds": [*["list"] * several, "domain", "domain", "domain"],
         "encoding": "gzip",
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+        **fields,
     }
-    for number, (name, value) in enumerate(labels.items()):
-        inside = np.nonzero(label_map == value)
-        extent = (
-            " ".join(f"{axis.min()} {axis.max()}" for axis in inside)
-            if inside[0].size
-            else "0 -1 0 -1 0 -1"
-        )
-        header |= {
-            f"Segment{number}_ID": f"Segment_{value}",
-            f"Segment{number}_Name": name,
-            f"Segment{number}_LabelValue": str(value),
-            f"Segment{number}_Layer": "0",
-            f"Segment{number}_Extent": extent,
-        }
     stream = io.BytesIO()
-    nrrd.write(stream, np.asfortranarray(label_map), header, compression_level=6)
+    nrrd.write(stream, np.asfortranarray(array), header, compression_level=6)
     write_atomically(path, stream.getvalue())
+
+
+def _kind(header: Mapping[str, Any], axis: int) -> str:
+    kinds = header.get("kinds")
+    kind = str(kinds[axis]) if kinds is not None and axis < len(kinds) else "???"
+    return kind.lower()
+
+
+def _has_values(header: Mapping[str, Any], count: int) -> bool:
+    return all(f"Segment{number}_LabelValue" in header for number in range(count))
 
 
 def _read(path: Path) -> tuple[NDArray[Any], dict[str, Any], int | None]:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom import find_series, is_dicom, read_dicom
+from recallseg.runtime.formats.dicom import count_dicom, find_series, is_dicom, read_dicom
 from recallseg.runtime.formats.images import IMAGE_SUFFIXES, is_image, read_image
-from recallseg.runtime.formats.nifti import read_nifti
-from recallseg.runtime.formats.nrrd import read_nrrd
+from recallseg.runtime.formats.nifti import count_nifti, read_nifti
+from recallseg.runtime.formats.nrrd import count_nrrd, read_nrrd
 from recallseg.runtime.formats.volume import Volume
 
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import Item
 
-__all__ = ["FORMATS", "is_volume", "read_item", "read_volume", "volume_format", "volume_stem"]
+__all__ = [
+    "FORMATS",
+    "count_item",
+    "count_volumes",
+    "is_volume",
+    "read_item",
+    "read_volume",
+    "volume_format",
+    "volume_stem",
+]
 
 FORMATS = ("dicom", "nifti", "nrrd", "image")
 _SUFFIXES = {
@@ -62,13 +72,23 @@ def volume_stem(path: Path) -> str:
     return name if path.is_dir() else path.stem
 
 
-def read_volume(path: str | Path, *, kind: str | None = None, voi: bool = False) -> Volume:
+def read_volume(
+    path: str | Path,
+    *,
+    kind: str | None = None,
+    voi: bool = False,
+    time: int | None = None,
+    stack: str | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Volume:
     """Read a DICOM series or file, NIfTI, NRRD, or a plain image (as one slice, frame ``image``).
 
     Parameters
     ----------
     kind : one of :data:`FORMATS` where the name does not tell.
-    voi : see :func:`read_dicom`.
+    time : which of several volumes at one place (time points, echoes, b values), from 1.
+    stack : which of several stacks of a DICOM series, by number from 1 or by StackID.
+    voi, progress : see :func:`read_dicom`.
 
     Raises
     ------
@@ -78,19 +98,63 @@ def read_volume(path: str | Path, *, kind: str | None = None, voi: bool = False)
         If the extra ``medical`` is not installed.
     """
     path = Path(path)
+    kind = _kind(path, kind)
+    if kind == "dicom":
+        return read_dicom(path, voi=voi, time=time, stack=stack, progress=progress)
+    if stack is not None:
+        raise InputError(f"{path} has no stacks to choose from: it is no DICOM.")
+    if kind == "nifti":
+        return read_nifti(path, time=time)
+    if kind == "nrrd":
+        return read_nrrd(path, time=time)
+    if time not in (None, 1):
+        raise InputError(f"{path} is one image, there is no number {time}.")
+    return Volume(read_image(path)[None], np.eye(4), "image")
+
+
+def count_volumes(path: str | Path, *, kind: str | None = None, stack: str | None = None) -> int:
+    """Return how many volumes lie at one place (``time`` of :func:`read_volume` counts them)."""
+    path = Path(path)
+    kind = _kind(path, kind)
+    if kind == "dicom":
+        return count_dicom(path, stack)
+    return {"nifti": count_nifti, "nrrd": count_nrrd}.get(kind, lambda _: 1)(path)
+
+
+def read_item(
+    item: Item,
+    *,
+    voi: bool = False,
+    time: int | None = None,
+    stack: str | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Volume:
+    """Read what :mod:`recallseg.runtime.formats.finding` found; the rest as :func:`read_volume`."""
+    if item.kind == "dicom":
+        return read_dicom(_files(item), voi=voi, time=time, stack=stack, progress=progress)
+    return read_volume(item.path, kind=item.kind, voi=voi, time=time, stack=stack)
+
+
+def count_item(item: Item, stack: str | None = None) -> int:
+    """Return how many volumes an item holds at one place, as :func:`count_volumes`."""
+    if item.kind == "dicom":
+        return count_dicom(_files(item), stack)
+    return count_volumes(item.path, kind=item.kind)
+
+
+def _files(item: Item) -> Path | tuple[Path, ...]:
+    return item.files if len(item.files) > 1 else item.files[0]
+
+
+def _kind(path: Path, kind: str | None) -> str:
+    """Return the format of a file or folder that is there; raises InputError otherwise."""
     if not path.exists():
         raise InputError(f"there is no file {path}.")
     if kind is not None and kind not in FORMATS:
         raise InputError(f"there is no format '{kind}'; choose {', '.join(FORMATS)}.")
     kind = kind or volume_format(path)
-    if kind == "dicom":
-        return read_dicom(path, voi=voi)
-    if kind == "nifti":
-        return read_nifti(path)
-    if kind == "nrrd":
-        return read_nrrd(path)
-    if kind == "image":
-        return Volume(read_image(path)[None], np.eye(4), "image")
+    if kind is not None:
+        return kind
     if path.is_dir():
         found = len(find_series(path))
         raise InputError(f"{path} is no DICOM series: it holds {found} DICOM files among others.")
@@ -98,10 +162,3 @@ def read_volume(path: str | Path, *, kind: str | None = None, voi: bool = False)
         f"{path} is of no known format; expected DICOM, .nii, .nii.gz, .nrrd, "
         f"{', '.join(IMAGE_SUFFIXES)}. Say which with --format."
     )
-
-
-def read_item(item: Item, *, voi: bool = False) -> Volume:
-    """Read what :mod:`recallseg.runtime.formats.finding` found; the rest as :func:`read_volume`."""
-    if item.kind == "dicom":
-        return read_dicom(item.files if len(item.files) > 1 else item.files[0], voi=voi)
-    return read_volume(item.path, kind=item.kind, voi=voi)

@@ -7,7 +7,7 @@ networks and puts masks back where they belong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.lattice import Lattice
 
 __all__ = ["PLANES", "Frame", "Slicing", "Volume"]
 
@@ -42,7 +43,10 @@ class Volume:
     modality : DICOM's code (``MR``, ``CT``, ``US``, ...), or empty.
     window : centre and width that the file asks for, in the array's unit, or None.
     tags : what may be stored with an exemplar; never anything that identifies a patient.
-    origin : what a writer needs of the source, e.g. DICOM datasets; for its module only.
+    origin : what a writer needs of the source, e.g. its header; for its module only.
+    notes : what had to be decided while reading, in sentences for the record and for people.
+    acquired : the axis across the planes that the file stores as images of their own (DICOM); None
+        where it does not tell, or a three-dimensional acquisition has no such planes.
     """
 
     array: NDArray[Any]
@@ -52,6 +56,8 @@ class Volume:
     window: tuple[float, float] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     origin: Any = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
+    acquired: int | None = None
 
     def __post_init__(self) -> None:
         array, affine = self.array, np.asarray(self.affine, np.float64)
@@ -108,6 +114,11 @@ class Volume:
         turned: NDArray[np.float64] = flip @ self.affine
         return turned
 
+    @property
+    def lattice(self) -> Lattice:
+        """The voxel centres in the patient; raises InputError if there is no patient frame."""
+        return Lattice(self.affine_in("LPS"), self.shape)
+
     def __repr__(self) -> str:
         size = "x".join(map(str, self.array.shape))
         spacing = " x ".join(f"{s:.3g}" for s in self.spacing)
@@ -144,12 +155,14 @@ class Slicing:
         Parameters
         ----------
         plane : ``axial``, ``coronal`` or ``sagittal``: the volume's own axis nearest to that
-            direction. None: along the axis whose spacing is clearly the coarsest, else axial.
+            direction. None: one slice is cut as what it is; several along the axis whose spacing
+            is clearly the coarsest, else as the file stores its planes, else axial.
 
         Raises
         ------
         InputError
-            For another name, or a plane asked of an image without a patient.
+            For another name, a plane asked of an image without a patient, or one that a single
+            slice does not have.
         """
         if plane is not None and plane not in PLANES:
             raise InputError(f"there is no plane '{plane}'; choose {', '.join(PLANES)}.")
@@ -162,20 +175,28 @@ class Slicing:
         affine = volume.affine_in("LPS")[:3, :3]
         directions = affine / np.linalg.norm(affine, axis=0)
         along = _nearest_axes(directions)  # patient axis of each voxel axis
-        if plane is None:
+        single = _only_slice(volume)
+        if plane is not None:
+            axis = along.index(PLANES[plane])
+            if single not in (None, axis):
+                raise InputError(
+                    f"this is a single {_plane_name(along[single or 0])} slice; it has no {plane} "
+                    "plane. Leave the plane out."
+                )
+        elif single is not None:
+            axis = single
+        else:
             order = np.argsort(volume.spacing)
             coarsest, next_one = volume.spacing[order[2]], volume.spacing[order[1]]
-            axis = int(order[2]) if coarsest >= COARSER * next_one else along.index(2)
-        else:
-            axis = along.index(PLANES[plane])
+            stored = along.index(2) if volume.acquired is None else volume.acquired
+            axis = int(order[2]) if coarsest >= COARSER * next_one else stored
         patient = along[axis]
         # On screen (LPS): rows go back (y) or down (-z), columns go left (x) or back (y).
         down, right = {2: (1, 0), 1: (2, 0), 0: (2, 1)}[patient]
         rows, columns = along.index(down), along.index(right)
         flip_rows = (directions[down, rows] < 0) != (down == 2)
         flip_columns = directions[right, columns] < 0
-        name = next(name for name, number in PLANES.items() if number == patient)
-        return cls(axis, rows, columns, bool(flip_rows), bool(flip_columns), name)
+        return cls(axis, rows, columns, bool(flip_rows), bool(flip_columns), _plane_name(patient))
 
     def count(self, volume: Volume) -> int:
         """Return how many slices there are."""
@@ -195,9 +216,33 @@ class Slicing:
             plane = plane[:, ::-1]
         return plane
 
+    def places(self, volume: Volume) -> Callable[[int], NDArray[np.int64]]:
+        """Return what gives, for a slice, the flat index IxJxK of each of its pixels, HxW."""
+        steps = np.array([volume.shape[1] * volume.shape[2], volume.shape[2], 1])
+        shape = [1 if axis == self.axis else size for axis, size in enumerate(volume.shape)]
+        plane = sum(
+            np.arange(size, dtype=np.int64).reshape([-1 if a == axis else 1 for a in range(3)])
+            * steps[axis]
+            for axis, size in enumerate(shape)
+        )
+        first = self.view(np.asarray(plane), 0)
+        return lambda index: first + index * int(steps[self.axis])
+
     def spacing(self, volume: Volume) -> tuple[float, float]:
         """Return the millimetres between rows and between columns of a slice."""
         return volume.spacing[self.rows], volume.spacing[self.columns]
+
+
+def _plane_name(patient: int) -> str:
+    return next(name for name, number in PLANES.items() if number == patient)
+
+
+def _only_slice(volume: Volume) -> int | None:
+    """Return the axis across the one slice that a volume has; None if it has several."""
+    thin = [axis for axis, size in enumerate(volume.shape) if size == 1]
+    if volume.acquired in thin:
+        return volume.acquired
+    return thin[0] if len(thin) == 1 else None
 
 
 def _nearest_axes(directions: NDArray[np.float64]) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import InputError, LibraryLockedError
+from recallseg.engines.errors import InputError, LibraryLockedError, OutputError
 from recallseg.runtime.formats.finding import Item, PassedOver
 from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.volume import Volume

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom_seg import write_segmentation
+from recallseg.engines.errors import InputError, OutputError
+from recallseg.runtime.formats.concepts import Concept, concepts_for
+from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation, write_segmentation
 from recallseg.runtime.formats.images import write_atomically, write_label_map
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
@@ -31,7 +34,13 @@ from recallseg.runtime.volumes.slices import VolumeResult, clean_up, segment_vol
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
 
-__all__ = ["VolumeSettings", "segment_to_files", "write_preview", "write_volume_result"]
+__all__ = [
+    "VolumeSettings",
+    "check_output",
+    "segment_to_files",
+    "write_preview",
+    "write_volume_result",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class VolumeSettings:
     largest, fill_holes : see :func:`recallseg.runtime.volumes.slices.clean_up`.
     preview : whether to leave pictures.
     voi : see :func:`recallseg.runtime.formats.dicom.read_dicom`.
+    concepts : coded meaning by structure, beyond the built-in table; see
+        :mod:`recallseg.runtime.formats.concepts`.
     """
 
     plane: str | None = None
@@ -51,6 +62,7 @@ class VolumeSettings:
     fill_holes: bool = False
     preview: bool = False
     voi: bool = False
+    concepts: Mapping[str, Concept] = field(default_factory=dict)
 
 
 def segment_to_files(
@@ -75,9 +87,11 @@ def segment_to_files(
 
     Raises
     ------
-    InputError, EngineRunError, AuditError, OSError
-        As :func:`segment_volume` and :func:`write_volume_result` say.
+    InputError, OutputError, EngineRunError, AuditError, OSError
+        As :func:`check_output`, :func:`segment_volume` and :func:`write_volume_result` say; what
+        an output needs is checked before the first slice is segmented.
     """
+    check_output(base, volume, kind, segmenter.structures, settings.concepts)
     result = segment_volume(segmenter, volume, plane=settings.plane, progress=progress)
     if settings.largest or settings.fill_holes:
         result = clean_up(result, largest=settings.largest, fill_holes=settings.fill_holes)
@@ -85,7 +99,42 @@ def segment_to_files(
         log.record(volume.array, result.label_map, result.to_audit(volume))
     if settings.preview:
         write_preview(base, volume, result, segmenter.library)
-    return result, write_volume_result(base, volume, kind, result, source, extra)
+    record = write_volume_result(base, volume, kind, result, source, extra, settings.concepts)
+    return result, record
+
+
+def check_output(
+    base: Path,
+    volume: Volume,
+    kind: str,
+    structures: Sequence[str],
+    concepts: Mapping[str, Concept] | None = None,
+) -> None:
+    """See before the work whether a volume's segmentation can be written.
+
+    Raises
+    ------
+    InputError
+        If a DICOM source lacks what a SEG must repeat of it.
+    OutputError
+        If the folder cannot be written or has too little room, or the format cannot hold it.
+    """
+    folder = base.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp"):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"{printable(folder)} cannot be written: {error.strerror}.") from error
+    needed = len(structures) * volume.array[..., :1].size // 8 + 2**20  # a bit each; headers
+    if free < needed:
+        raise OutputError(
+            f"{printable(folder)} has {free / 1e6:.0f} MB left; the segmentation may take "
+            f"{needed / 1e6:.0f} MB. Make room, or choose another --output."
+        )
+    if kind == "dicom" and volume.frame != "image":
+        check_segmentation(volume, structures, Algorithm("0", {}), concepts)
 
 
 def write_volume_result(
@@ -95,6 +144,7 @@ def write_volume_result(
     result: VolumeResult,
     source: str,
     extra: Mapping[str, Any] | None = None,
+    concepts: Mapping[str, Concept] | None = None,
 ) -> dict[str, Any]:
     """Write the segmentation and its record, the record last; return the record.
 
@@ -106,11 +156,14 @@ def write_volume_result(
     kind : as :func:`recallseg.runtime.formats.reading.volume_format` says.
     source : name of the volume's file or folder.
     extra : more fields for the record.
+    concepts : see :class:`VolumeSettings`.
 
     Raises
     ------
     InputError
         If a DICOM source lacks what a SEG must repeat of it.
+    OutputError
+        If a SEG cannot be made.
     OSError
         If the folder cannot be written.
     """
@@ -123,14 +176,25 @@ def write_volume_result(
     else:
         target = base.with_name(base.name + VOLUME_SUFFIXES[kind])
     written: str | None = target.name
+    known = concepts_for(result.labels, concepts)
+    notes = list(volume.notes)
+    if target.suffix in (".nrrd", ".dcm"):
+        plain = [name for name, concept in known.items() if not concept.known]
+        if plain:
+            notes.append(f"no code is known of {', '.join(plain)}: written as tissue (--codes)")
+    elif any(map(len, result.shared.values())):
+        count = sum(map(len, result.shared.values()))
+        notes.append(
+            f"structures overlap in {count} voxels; this format holds one a voxel, the surest"
+        )
     if target.suffix == ".png":
         write_label_map(target, result.label_map[0])
     elif target.suffix == ".gz":
         write_nifti(target, result.label_map, volume)
     elif target.suffix == ".nrrd":
-        write_seg_nrrd(target, result.label_map, volume, result.labels)
+        write_seg_nrrd(target, result.masks, volume, known)
     elif result.label_map.any():
-        write_segmentation(target, volume, result)
+        write_segmentation(target, result.masks, volume, _algorithm(result), known)
     else:
         target.unlink(missing_ok=True)  # of an earlier run
         written = None
@@ -139,10 +203,26 @@ def write_volume_result(
         "mask": written,
         "recallseg": __version__,
         **result.to_json(volume),
+        "notes": notes,
         **(extra or {}),
     }
     write_atomically(record_file(base), json_text(record).encode())
     return record
+
+
+def _algorithm(result: VolumeResult) -> Algorithm:
+    """Return what a SEG says of how it was made."""
+    return Algorithm(
+        f"bundle {result.bundle_identity[:16]}, library {result.library_digest[:16]}",
+        {
+            "k": str(result.k),
+            "precision": result.precision,
+            "memory_format": result.memory_format,
+            **({"notice": result.notice} if result.notice else {}),
+        },
+        result.bundle_identity[:16],
+        result.notice,
+    )
 
 
 def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Library) -> None:

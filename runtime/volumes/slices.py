@@ -7,8 +7,9 @@ retrieval paper (arXiv 2408.08813) treats slices alone.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -72,6 +73,9 @@ class VolumeResult:
     Attributes
     ----------
     label_map : uint8 IxJxK on the volume's own grid; 0 is background, ``labels`` names the rest.
+        Where structures overlap, the one with the highest logit has the voxel.
+    shared : by structure, flat indices (int64) of its voxels that another one has in
+        ``label_map``; see :meth:`mask`.
     slicing : how it was cut.
     slices : in the order of their index.
     propagated : memories of other slices that a slice could use; 0: each was segmented alone.
@@ -93,6 +97,19 @@ class VolumeResult:
     k: int
     memory_format: str
     notice: str
+    shared: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    def mask(self, name: str) -> NDArray[np.bool_]:
+        """Return the boolean mask IxJxK of a structure, with what it shares with others."""
+        mask: NDArray[np.bool_] = np.ascontiguousarray(self.label_map == self.labels[name])
+        if name in self.shared:
+            mask.reshape(-1)[self.shared[name]] = True  # a view of it
+        return mask
+
+    @property
+    def masks(self) -> Mapping[str, NDArray[np.bool_]]:
+        """Masks by structure, each made when it is asked for: all at once may not fit."""
+        return _Masks(self)
 
     @property
     def flags(self) -> dict[str, int]:
@@ -102,8 +119,12 @@ class VolumeResult:
 
     def to_json(self, volume: Volume) -> dict[str, Any]:
         """Return everything but the voxels; volumes in millilitres where the spacing is known."""
-        voxel_ml = float(np.prod(volume.spacing)) / 1000
-        voxels = {name: int((self.label_map == v).sum()) for name, v in self.labels.items()}
+        voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+        counts = np.bincount(self.label_map.ravel(), minlength=256)
+        voxels = {
+            name: int(counts[value]) + len(self.shared.get(name, ()))
+            for name, value in self.labels.items()
+        }
         return {
             "labels": dict(self.labels),
             "voxels": voxels,
@@ -136,9 +157,7 @@ class VolumeResult:
         return fields | {"recalled": sorted(keys)}
 
     def __repr__(self) -> str:
-        found = ", ".join(
-            f"{n}: {int((self.label_map == v).sum())}" for n, v in self.labels.items()
-        )
+        found = ", ".join(f"{name}: {int(self.mask(name).sum())}" for name in self.labels)
         notice = f", {self.notice}" if self.notice else ""
         return (
             f"VolumeResult({found} voxels in {len(self.slices)} {self.slicing.plane} slices; "
@@ -172,6 +191,8 @@ def segment_volume(
     """
     slicing = Slicing.of(volume, plane)
     label_map = np.zeros(volume.shape, np.uint8)
+    shared: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
+    places = slicing.places(volume)
     records: dict[int, SliceRecord] = {}
     result: Result | None = None
     begin = perf_counter()
@@ -179,6 +200,10 @@ def segment_volume(
         if index in records:
             continue
         slicing.view(label_map, index)[:] = result.label_map
+        for name, mask in result.masks.items():
+            lost = mask & (result.label_map != result.labels[name])
+            if lost.any():
+                shared[name].append(places(index)[lost])
         records[index] = SliceRecord(
             index,
             {name: int(mask.sum()) for name, mask in result.masks.items()},
@@ -210,6 +235,7 @@ def segment_volume(
         result.k,
         result.memory_format,
         result.notice,
+        {name: np.concatenate(parts) for name, parts in shared.items()},
     )
 
 
@@ -223,23 +249,47 @@ def clean_up(
     from scipy import ndimage
 
     label_map = result.label_map.copy()
+    shared = dict(result.shared)
     changes: dict[str, CleanUp] = {}
     for name, value in result.labels.items():
-        mask = label_map == value
+        mask = result.mask(name)
         removed = filled = parts = 0
         if largest and mask.any():
             components, count = ndimage.label(mask)
             sizes = np.bincount(components.ravel())[1:]
             stray = mask & (components != 1 + int(sizes.argmax()))
             parts, removed = count - 1, int(stray.sum())
-            label_map[stray] = 0
+            label_map[stray & (label_map == value)] = 0
+            if name in shared:
+                shared[name] = shared[name][~stray.ravel()[shared[name]]]
             mask &= ~stray
         if fill_holes and mask.any():
-            holes = ndimage.binary_fill_holes(mask) & (label_map == 0)
+            holes = ndimage.binary_fill_holes(mask) & (result.label_map == 0)
             filled = int(holes.sum())
             label_map[holes] = value
         changes[name] = CleanUp(parts, removed, filled)
-    return replace(result, label_map=label_map, cleaned=changes)
+    for name, value in result.labels.items():  # a voxel that its first structure lost has another
+        if name in shared:
+            free = shared[name][label_map.ravel()[shared[name]] == 0]
+            label_map.ravel()[free] = value
+            shared[name] = shared[name][label_map.ravel()[shared[name]] != value]
+    return replace(result, label_map=label_map, shared=shared, cleaned=changes)
+
+
+class _Masks(Mapping[str, NDArray[np.bool_]]):
+    """The masks of a result, made when they are asked for."""
+
+    def __init__(self, result: VolumeResult) -> None:
+        self._result = result
+
+    def __getitem__(self, name: str) -> NDArray[np.bool_]:
+        return self._result.mask(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._result.labels)
+
+    def __len__(self) -> int:
+        return len(self._result.labels)
 
 
 def _results(

@@ -23,7 +23,7 @@ from recallseg.runtime.formats.annotated_volumes import (
     read_annotated_volume,
 )
 from recallseg.runtime.formats.dicom import read_dicom
-from recallseg.runtime.formats.dicom_seg import read_segmentation, write_segmentation
+from recallseg.runtime.formats.dicom_seg import Algorithm, read_segmentation, write_segmentation
 from recallseg.runtime.formats.nrrd import read_seg_nrrd, write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.segmenting.segmenter import Segmenter
@@ -78,7 +78,7 @@ def test_dicom_to_seg_and_back(tmp_path: Path, library: Path, plane: str) -> Non
         record["voxels"]["bar"] * 3 * 0.8 * 0.9 / 1000, abs=1e-3
     )
     segmentation = highdicom.seg.segread(out / "series.seg.dcm")
-    found = read_segmentation(out / "series.seg.dcm", read_dicom(tmp_path / "series"))["bar"]
+    found = read_annotated_volume(tmp_path / "series", out / "series.seg.dcm", None)[1]["bar"]
     assert (found != mask).mean() < 0.01
     assert not found[0].any()
     assert not found[5].any()
@@ -118,9 +118,9 @@ def test_nothing_found_gives_no_seg(tmp_path: Path, library: Path) -> None:
     volume = read_dicom(tmp_path / "series")
     with Library.open(library) as opened:
         result = segment_volume(Segmenter(opened, k=1, engine="fake"), volume)
-    empty = type(result)(**{**vars(result), "label_map": np.zeros_like(result.label_map)})
+    empty = {name: np.zeros(volume.shape, bool) for name in result.labels}
     with pytest.raises(InputError, match="no empty SEG"):
-        write_segmentation(tmp_path / "x.dcm", volume, empty)
+        write_segmentation(tmp_path / "x.dcm", empty, volume, Algorithm("1", {}))
     assert not (tmp_path / "x.dcm").exists()
 
 
@@ -176,10 +176,8 @@ def test_exemplars_from_nifti_and_slicer(tmp_path: Path, library: Path) -> None:
     nifti(folder / "b.nii", array + 100)
     image = nibabel.load(folder / "b.nii")
     like = Volume(np.asanyarray(image.dataobj), image.affine, "RAS")
-    write_seg_nrrd(
-        folder / "b.seg.nrrd", mask.astype(np.uint8).transpose(2, 1, 0), like, {"bar": 1}
-    )
-    assert read_seg_nrrd(folder / "b.seg.nrrd")[1].keys() == {"bar"}
+    write_seg_nrrd(folder / "b.seg.nrrd", {"bar": mask.transpose(2, 1, 0)}, like)
+    assert [name for name, _ in read_seg_nrrd(folder / "b.seg.nrrd")[1]] == ["bar"]
     answer = json.loads(
         run(
             *("library", "import", library, folder, "--engine", "fake", "--json"),
@@ -221,9 +219,14 @@ def test_a_segmentation_on_another_grid_is_refused(tmp_path: Path) -> None:
     moved[0, 3] += 1
     labels = mask.astype(np.uint8).transpose(2, 1, 0)
     nibabel.save(nibabel.Nifti1Image(labels, moved), tmp_path / "moved.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(labels[1:], image.affine), tmp_path / "cut.nii.gz")
+    scale = np.diag([1.5, 1.0, 1.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(labels, image.affine @ scale), tmp_path / "wide.nii.gz")
     nibabel.save(nibabel.Nifti1Image(labels * 3, image.affine), tmp_path / "three.nii.gz")
-    for name, message in {"moved": "1.00 mm", "cut": "different grids", "three": "label 3"}.items():
+    for name, message in {
+        "moved": "0.10 mm beside",
+        "wide": "0.9 x 0.8 x 3",
+        "three": "label 3",
+    }.items():
         with pytest.raises(InputError, match=message):
             read_annotated_volume(tmp_path / "a.nii.gz", tmp_path / f"{name}.nii.gz", {1: "bar"})
     with pytest.raises(InputError, match="--labels"):

@@ -48,6 +48,20 @@ def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
     assert not wrong
 
 
+def test_formats_are_a_leaf() -> None:
+    """Files to images and back: no other room of the runtime is needed to read or write one."""
+    rooms = {path.name for path in room_folder("runtime").iterdir() if path.is_dir()} - {"formats"}
+    wrong = [
+        f"{file.name}: {name}"
+        for file in (room_folder("runtime") / "formats").rglob("*.py")
+        for name in imported_modules(file)
+        if name.split(".")[:2] == ["recallseg", "runtime"]
+        and name.split(".")[2:3] != []
+        and name.split(".")[2] in rooms
+    ]
+    assert not wrong
+
+
 @pytest.mark.parametrize("room", ["engines", "runtime"])
 def test_no_file_of_the_lean_rooms_names_a_heavy_package(room: str) -> None:
     wrong = [

@@ -95,6 +95,18 @@ VoiOption = Annotated[
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Exit with status 1 if any file was passed over.")
 ]
+TimeOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--time",
+        metavar="N|all",
+        help="Which of several volumes at one place (time points, echoes), from 1.",
+    ),
+]
+StackOption = Annotated[
+    Optional[str],
+    typer.Option("--stack", help="Which of several stacks of a DICOM series: number or StackID."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
 
@@ -104,6 +116,15 @@ def parsed(parse: Callable[[str], T], text: str, option: str) -> T:
         return parse(text)
     except InputError as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def split_time(text: str) -> int | None:
+    """Parse which volume: a number from 1, or None for ``all``; raises InputError otherwise."""
+    if text == "all":
+        return None
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise InputError(f"--time must be a number from 1, or all; got '{text}'.")
+    return int(text)
 
 
 def split_list(text: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -14,6 +15,7 @@ from recallseg.commands.common import (
     LibraryArgument,
     PlaneOption,
     PrecisionOption,
+    StackOption,
     ThreadsOption,
     VoiOption,
     emit_json,
@@ -24,10 +26,15 @@ from recallseg.commands.common import (
 )
 from recallseg.commands.library import MissingOption, TagOption, parse_missing, parse_tags
 from recallseg.engines.errors import InputError
+from recallseg.runtime.json_text import printable
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from recallseg.runtime.formats.annotated_volumes import SliceChoice
     from recallseg.runtime.formats.pairs import Missing
+    from recallseg.runtime.formats.volume import Volume
     from recallseg.runtime.library import Library
     from recallseg.runtime.library.importing import ImportReport
 
@@ -68,6 +75,19 @@ def import_(
     ] = False,
     plane: PlaneOption = None,
     voi: VoiOption = False,
+    time: Annotated[
+        Optional[int],
+        typer.Option("--time", min=1, help="Which of several volumes at one place, from 1."),
+    ] = None,
+    stack: StackOption = None,
+    resample: Annotated[
+        bool,
+        typer.Option("--resample", help="Take masks of another grid too, by the nearest voxel."),
+    ] = False,
+    segments: Annotated[
+        str,
+        typer.Option(help="Segments of one name: 'union', or 'by-number' to keep them apart."),
+    ] = "union",
     missing: MissingOption = "absent",
     tag: TagOption = None,
     strict: Annotated[
@@ -82,10 +102,20 @@ def import_(
 
     Tags of DICOM slices are taken from their header: modality, body part, view; no patient's.
     """
-    from recallseg.runtime.formats.annotated_volumes import SliceChoice
+    from recallseg.runtime.formats.annotated_volumes import SliceChoice, read_annotated_volume
     from recallseg.runtime.formats.pairs import parse_labels
     from recallseg.runtime.library import Library
 
+    if segments not in ("union", "by-number"):
+        raise typer.BadParameter("expected union or by-number.", param_hint="--segments")
+    read = partial(
+        read_annotated_volume,
+        voi=voi,
+        time=time,
+        stack=stack,
+        resampled=resample,
+        by_number=segments == "by-number",
+    )
     names = None if labels is None else parsed(parse_labels, labels, "--labels")
     tags = parse_tags(tag)
     unlooked = parsed(parse_missing, missing, "--missing")
@@ -98,7 +128,7 @@ def import_(
         say_notice(opened.bundle.notice)
         if volumes:
             report = _import_volumes(
-                opened, volumes, names, choice, plane, voi, unlooked, tags, strict
+                opened, volumes, names, choice, plane, read, unlooked, tags, strict
             )
         else:
             report, unlabelled = _import_pairs(opened, path, names, unlooked, tags, strict)
@@ -129,7 +159,13 @@ def _volumes(path: Path, mask: Path | None) -> list[tuple[Path, Path]]:
         found = mask or find_segmentation(path)
         if found is None and path.is_dir():
             inside = [file for file in find_series(path) if is_segmentation(file)]
-            found = inside[0] if len(inside) == 1 else None
+            if len(inside) > 1:
+                names = ", ".join(file.name for file in inside)
+                raise InputError(
+                    f"there are {len(inside)} segmentations beside {path} ({names}). Say which "
+                    "with --mask."
+                )
+            found = inside[0] if inside else None
         if found is None:
             raise InputError(
                 f"there is no segmentation beside {path}. Name it with --mask: a DICOM SEG, a "
@@ -151,14 +187,14 @@ def _import_volumes(
     labels: Mapping[int, str] | None,
     choice: SliceChoice,
     plane: str | None,
-    voi: bool,
+    read: Callable[..., tuple[Volume, dict[str, NDArray[np.bool_]]]],
     missing: Missing,
     tags: Mapping[str, str],
     strict: bool,
 ) -> ImportReport:
     import numpy as np
 
-    from recallseg.runtime.formats.annotated_volumes import annotated_slices, read_annotated_volume
+    from recallseg.runtime.formats.annotated_volumes import annotated_slices
     from recallseg.runtime.formats.reading import volume_stem
     from recallseg.runtime.library.importing import ImportReport, import_annotated
 
@@ -167,7 +203,9 @@ def _import_volumes(
     failed: dict[str, str] = {}
     for path, segmentation in volumes:
         try:
-            volume, masks = read_annotated_volume(path, segmentation, labels, voi=voi)
+            volume, masks = read(path, segmentation, labels)
+            for text in volume.notes:
+                note(printable(f"{path.name}: {text}"))
             held = [library.embeddings(name)[1] for name in library.structures]
             chosen = annotated_slices(
                 volume,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -19,8 +19,10 @@ from recallseg.commands.common import (
     PreviewOption,
     PropagateOption,
     ReachOption,
+    StackOption,
     StrictOption,
     ThreadsOption,
+    TimeOption,
     VoiOption,
     emit_json,
     note,
@@ -29,9 +31,10 @@ from recallseg.commands.common import (
     say_notice,
     split_clean_ups,
     split_list,
+    split_time,
     tell_passed,
 )
-from recallseg.engines.errors import InputError
+from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.segmenting.reach import REACH
 
@@ -71,13 +74,21 @@ def segment(
     clean_up: CleanUpOption = None,
     preview: PreviewOption = False,
     voi: VoiOption = False,
+    time: TimeOption = None,
+    stack: StackOption = None,
+    codes: Annotated[
+        Optional[Path],
+        typer.Option(help="Codes of structures (TOML or JSON) for SEG and .seg.nrrd."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     strict: StrictOption = False,
     audit: AuditOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images, and volumes slice by slice, by recalling the library's exemplars."""
+    from recallseg.runtime.formats.concepts import read_concepts
     from recallseg.runtime.formats.finding import find_inputs
+    from recallseg.runtime.formats.reading import count_item
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.audit import AuditLog
@@ -85,7 +96,15 @@ def segment(
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
     wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
-    settings = VolumeSettings(plane, "largest" in wanted, "holes" in wanted, preview, voi)
+    settings = VolumeSettings(
+        plane,
+        "largest" in wanted,
+        "holes" in wanted,
+        preview,
+        voi,
+        {} if codes is None else read_concepts(codes),
+    )
+    chosen = None if time is None else parsed(split_time, time, "--time")
     found = find_inputs(paths, kind)
     jobs = _jobs(found, paths, output)
     if not overwrite:
@@ -109,15 +128,22 @@ def segment(
             for item, base in jobs:
                 try:
                     if item.kind == "image":
-                        record, line = _segment_image(segmenter, item, base, log)
+                        done = iter([_segment_image(segmenter, item, base, log)])
                     else:
-                        record, line = _segment_volume(segmenter, item, base, settings, log)
-                except (InputError, MemoryError) as error:
+                        times = [chosen]
+                        if time == "all":
+                            times = list(range(1, count_item(item, stack) + 1))
+                        done = _segment_volume(
+                            segmenter, item, base, settings, times, stack, overwrite, log
+                        )
+                    for record, line in done:
+                        records.append(record)
+                        for text in record.get("notes", ()):
+                            note(printable(f"{item.name}: {text}"))
+                        if not as_json:
+                            typer.echo(printable(line))
+                except (InputError, OutputError, MemoryError) as error:
                     failed[str(item.path)] = str(error) or "it needs more memory than there is"
-                else:
-                    records.append(record)
-                    if not as_json:
-                        typer.echo(printable(line))
                 step(printable(item.name))
     if as_json:
         passed = {str(each.path): each.reason for each in found.passed}
@@ -143,27 +169,40 @@ def _segment_image(
 
 
 def _segment_volume(
-    segmenter: Segmenter, item: Item, base: Path, settings: VolumeSettings, log: AuditLog | None
-) -> tuple[dict[str, Any], str]:
+    segmenter: Segmenter,
+    item: Item,
+    base: Path,
+    settings: VolumeSettings,
+    times: Sequence[int | None],
+    stack: str | None,
+    overwrite: bool,
+    log: AuditLog | None,
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Segment a volume, or each of several at one place: those get names of their own."""
     from recallseg.runtime.formats.reading import read_item
     from recallseg.runtime.formats.volume import Slicing
     from recallseg.runtime.volumes.outputs import segment_to_files
 
-    volume = read_item(item, voi=settings.voi)
-    slices = Slicing.of(volume, settings.plane).count(volume)
-    with progress_bar(printable(item.name), slices) as step:
-        result, record = segment_to_files(
-            segmenter,
-            volume,
-            base,
-            settings,
-            kind=item.kind,
-            source=item.name,
-            log=log,
-            progress=step,
-        )
-    target = record["mask"] or "nothing found"
-    return record, f"{base.parent / target}  {result!r}"
+    for time in times:
+        with progress_bar(f"Reading {printable(item.name)}", len(item.files)) as step:
+            volume = read_item(item, voi=settings.voi, time=time, stack=stack, progress=step)
+        slices = Slicing.of(volume, settings.plane).count(volume)
+        target = base if len(times) == 1 else base.with_name(f"{base.name}.time{time}")
+        if target != base and not overwrite:
+            _refuse_existing([(item, target)])
+        with progress_bar(printable(item.name), slices) as step:
+            result, record = segment_to_files(
+                segmenter,
+                volume,
+                target,
+                settings,
+                kind=item.kind,
+                source=item.name,
+                log=log,
+                progress=step,
+            )
+        written = record["mask"] or "nothing found"
+        yield record, f"{base.parent / written}  {result!r}"
 
 
 def _jobs(found: Finding, paths: Sequence[Path], output: Path) -> list[tuple[Item, Path]]:

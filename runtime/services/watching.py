@@ -181,7 +181,7 @@ class Watcher:
             if image is None:
                 return None
             record = self._write(item, image, base)
-        except (InputError, MemoryError) as error:
+        except (InputError, OutputError, MemoryError) as error:
             return self._set_aside(item, base, str(error) or "it needs more memory than there is")
         _failure_file(base, item).unlink(missing_ok=True)
         return Arrival(item.path, item.name, record, None)

@@ -14,13 +14,13 @@ __all__ = ["bundle_facts", "busy_remarks"]
 
 def bundle_facts(bundle: Bundle) -> BundleFacts:
     """Return what a report says of a bundle."""
-    sources = {bundle.sam2.source, bundle.dinov2.source}
+    sources = {bundle.segmenter.source, bundle.embedder.source}
     worst = next(
         source for source in ("random", "demo", "pretrained", *sources) if source in sources
     )
     g = bundle.geometry
     return BundleFacts(
-        bundle.name, bundle.identity, bundle.sam2.architecture, bundle.dinov2.architecture,
+        bundle.name, bundle.identity, bundle.segmenter.architecture, bundle.embedder.architecture,
         worst, bundle.notice, g.image_size, g.embed_size,
     )  # fmt: skip
 

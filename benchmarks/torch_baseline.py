@@ -73,7 +73,7 @@ def load_modules(
 
 
 def _source(bundle: Bundle, network: str) -> str:
-    weights = bundle.sam2 if network == "sam2" else bundle.dinov2
+    weights = bundle.segmenter if network == "sam2" else bundle.embedder
     if weights.source == "demo":
         return "demo"
     if weights.source != "random":
@@ -87,8 +87,8 @@ def _source(bundle: Bundle, network: str) -> str:
 
 
 def _check_weights(bundle: Bundle, network: str, loaded: Loaded) -> None:
-    wanted = bundle.sam2 if network == "sam2" else bundle.dinov2
-    if loaded.digest != wanted.digest:
+    wanted = bundle.segmenter if network == "sam2" else bundle.embedder
+    if wanted.digest not in (loaded.digest, *loaded.former_digests):
         raise InputError(
             f"the baseline's {network} weights have digest {loaded.digest[:12]} "
             f"({loaded.description}), those of bundle {bundle.name} have {wanted.digest[:12]} "

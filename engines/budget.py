@@ -9,7 +9,7 @@ on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -19,7 +19,6 @@ from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
 
 __all__ = ["PRESETS", "Budget", "Line", "Preset", "graph_bytes", "largest_k", "memory_budget"]
 
-STRIDE = 16  # of SAM 2's features
 _FLOAT = 4
 _BYTES = {
     "fp32": 4,
@@ -138,18 +137,18 @@ def memory_budget(
     InputError
         For k, n or S that no graph can have, or an unknown precision.
     """
-    side = image_size or bundle.geometry.image_size
-    if side < STRIDE or side % STRIDE:
-        raise InputError(f"an image size must be a multiple of {STRIDE}, got {side}.")
+    side, stride = image_size or bundle.geometry.image_size, bundle.geometry.stride
+    if side < stride or side % stride:
+        raise InputError(f"an image size must be a multiple of {stride}, got {side}.")
     if k < 1 or n < 1 or precision not in _BYTES:
         raise InputError(
             f"a budget needs k and n of at least 1 and a precision of {', '.join(_BYTES)}; got "
             f"k = {k}, n = {n}, {precision}."
         )
-    geometry = replace(bundle.geometry, image_size=side, feature_size=side // STRIDE)
+    geometry = bundle.geometry.at(side)
     size = _BYTES[precision]
     buffers = _buffers(geometry, bundle.memory.object_pointers, n, k)
-    pixels = geometry.tokens
+    pixels = geometry.places
     tokens = k * (geometry.tokens + geometry.channels // geometry.memory_dim)
     encode = LAYERS_ALIVE * (side // 4) ** 2 * STEM_WIDTH * size
     attend = n * (KEYS_ALIVE * tokens + 8 * pixels) * geometry.channels * size

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,24 @@ from recallseg.engines.graph_check import check_graph
 from recallseg.engines.inside import open_inside
 from recallseg.engines.manifest import MANIFEST, read_manifest
 from recallseg.engines.paths import SHIPPED, shipped_bundles
-from recallseg.engines.specs import GRAPHS, Geometry, GraphSpec, graph_specs
+from recallseg.engines.specs import GRAPHS, OPTIONAL_GRAPHS, Geometry, GraphSpec, graph_specs
 
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "Bundle",
+    "Description",
     "MemorySemantics",
     "Normalisation",
     "Weights",
-    "bundle_identity",
 ]
 
 FORMAT = "recallseg-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Format 1, which is read too, knows no memory but SAM 2's, no embedding of an
+empty memory and no former identity; it calls the networks by the names of the first ones."""
+NETWORKS = {1: ("sam2", "dinov2"), 2: ("segmenter", "embedder")}
+"""Keys of the segmenter's and the embedder's weights, by format version."""
 NOTICES = {
     "pretrained": "",
     "demo": "demo model, not for clinical use",
@@ -53,7 +57,8 @@ class Weights:
     """Where one network's weights came from.
 
     ``source`` is ``pretrained``, ``demo`` or ``random``; ``digest`` is over names, shapes and
-    values of all tensors, so the same weights in another file format are the same weights.
+    values of all tensors, so the same weights in another file format are the same weights. The
+    names are canonical ones, except in format 1, where they are those of some ``transformers``.
     """
 
     architecture: str
@@ -86,31 +91,51 @@ class MemorySemantics:
     pointer_time: float
 
 
-def bundle_identity(
-    sam2: Weights,
-    dinov2: Weights,
-    geometry: Geometry,
-    normalisation: Mapping[str, Normalisation],
-    memory: MemorySemantics,
-) -> str:
-    """Digest of what decides which embeddings and memories come out: not of the manifest file.
+@dataclass(frozen=True)
+class Description:
+    """What decides which embeddings and memories come out of a bundle, and how they are used.
 
-    Adding a variant or a precision does not change it, so libraries stay valid. ``max_k`` and
-    ``max_n`` are limits of graphs, not of meaning, and stay out too.
+    Attributes
+    ----------
+    digests : of the segmenter's and the embedder's weights.
+    geometry, normalisation, memory : sizes, pixels' normalisation by graph, memory semantics.
+    no_memory : C numbers that the segmenter adds to an image's features where nothing is recalled;
+        None in bundles of format 1, which do not say.
     """
-    sizes = {
-        name: size for name, size in geometry.to_json().items() if name not in ("max_k", "max_n")
-    }
-    return digest_json(
-        {
-            "weights": [sam2.digest, dinov2.digest],
-            "geometry": sizes,
+
+    digests: tuple[str, str]
+    geometry: Geometry
+    normalisation: Mapping[str, Normalisation]
+    memory: MemorySemantics
+    no_memory: tuple[float, ...] | None
+
+    @property
+    def identity(self) -> str:
+        """Digest of all this, and not of the manifest file.
+
+        Adding a variant or a precision does not change it, so libraries stay valid. ``max_k`` and
+        ``max_n`` are limits of graphs, not of meaning, and stay out too.
+        """
+        sizes = self.geometry.to_json()
+        left_out = ["max_k", "max_n"]
+        if self.no_memory is None:
+            left_out += ["tokens", "memory_grid"]
+        value: dict[str, Any] = {
+            "weights": list(self.digests),
+            "geometry": {name: size for name, size in sizes.items() if name not in left_out},
             "normalisation": {
-                name: [list(value.mean), list(value.std)] for name, value in normalisation.items()
+                name: [list(value.mean), list(value.std)]
+                for name, value in self.normalisation.items()
             },
-            "memory": [memory.object_pointers, memory.pointer_time],
+            "memory": [self.memory.object_pointers, self.memory.pointer_time],
         }
-    )
+        if self.no_memory is not None:
+            value["no_memory"] = list(self.no_memory)
+        return digest_json(value)
+
+    def former(self, segmenter: str, embedder: str) -> str:
+        """Return the identity that format 1 gave the same with these digests of its weights."""
+        return replace(self, digests=(segmenter, embedder), no_memory=None).identity
 
 
 class Bundle:
@@ -121,8 +146,12 @@ class Bundle:
     path : the folder.
     name : what the bundle calls itself.
     identity : digest of weights, geometry, normalisation and memory semantics.
-    sam2, dinov2 : where the weights came from.
+    former_identities : what bundles of the same weights were called before; libraries made with
+        them belong to this one too.
+    segmenter, embedder : where the weights came from.
     geometry, normalisation, memory : what preprocessing and composition need.
+    no_memory : C numbers that conditioned features are offset by where nothing is recalled, or None
+        in format 1.
     notice : what every result must say of the weights; empty for pretrained ones.
     """
 
@@ -130,31 +159,53 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         try:
+            version = int(manifest["version"])
             self.name = str(manifest["name"])
-            self.sam2 = Weights(**manifest["weights"]["sam2"])
-            self.dinov2 = Weights(**manifest["weights"]["dinov2"])
+            first, second = NETWORKS[version]
+            self.segmenter = Weights(**manifest["weights"][first])
+            self.embedder = Weights(**manifest["weights"][second])
             self.geometry = Geometry.from_json(manifest["geometry"])
             self.normalisation = {
                 graph: Normalisation(tuple(value["mean"]), tuple(value["std"]))
                 for graph, value in manifest["normalisation"].items()
             }
             self.memory = MemorySemantics(**manifest["memory"])
+            self.no_memory = tuple(map(float, manifest["no_memory"])) if version > 1 else None
             self.identity = str(manifest["identity"])
+            former = [dict(entry) for entry in manifest["former_identities"]] if version > 1 else []
+            self.former_identities = tuple(str(entry["identity"]) for entry in former)
             self._graphs: Mapping[str, Mapping[str, Any]] = manifest["graphs"]
             self._golden: Mapping[str, Any] = manifest["golden"]
-        except (KeyError, TypeError, AttributeError) as error:
+            described = Description(
+                (self.segmenter.digest, self.embedder.digest),
+                self.geometry,
+                self.normalisation,
+                self.memory,
+                self.no_memory,
+            )
+            expected = [described.former(entry["segmenter"], entry["embedder"]) for entry in former]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
                 f"the manifest of bundle {path} is incomplete: {error!r}. Export the bundle again."
             ) from error
-        computed = bundle_identity(
-            self.sam2, self.dinov2, self.geometry, self.normalisation, self.memory
-        )
-        if computed != self.identity:
+        stated = (self.identity, *self.former_identities)
+        for identity, computed in zip(stated, (described.identity, *expected), strict=True):
+            if computed != identity:
+                which = "identity" if identity == self.identity else "former identity"
+                raise BundleError(
+                    f"the manifest of bundle {path} was changed: it states {which} "
+                    f"{identity[:12]}, its contents give {computed[:12]}. Restore it, or export "
+                    "it again."
+                )
+        if self.no_memory is not None and len(self.no_memory) != self.geometry.channels:
             raise BundleError(
-                f"the manifest of bundle {path} was changed: it states identity "
-                f"{self.identity[:12]}, its contents give {computed[:12]}. Restore it, or export "
-                "it again."
+                f"the manifest of bundle {path} has {len(self.no_memory)} numbers of no_memory; "
+                f"expected one for each of {self.geometry.channels} channels. Export it again."
             )
+
+    def known_as(self, identity: str) -> bool:
+        """Tell whether an identity is this bundle's, now or formerly."""
+        return identity == self.identity or identity in self.former_identities
 
     @classmethod
     def open(cls, source: str | Path | Bundle) -> Bundle:
@@ -188,17 +239,17 @@ class Bundle:
         if manifest.get("format") != FORMAT:
             raise BundleError(f"{file} is not the manifest of a RecallSeg bundle.")
         version = manifest.get("version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in NETWORKS:
             raise BundleError(
-                f"bundle {path} has format version {version!r}; this RecallSeg reads version "
-                f"{FORMAT_VERSION}. Update RecallSeg, or export the bundle again."
+                f"bundle {path} has format version {version!r}; this RecallSeg reads versions up "
+                f"to {FORMAT_VERSION}. Update RecallSeg, or export the bundle again."
             )
         return cls(path, manifest)
 
     @property
     def notice(self) -> str:
         """What outputs made with these weights must say (empty for pretrained weights)."""
-        sources = {self.sam2.source, self.dinov2.source}
+        sources = {self.segmenter.source, self.embedder.source}
         for source in ("random", "demo"):
             if source in sources:
                 return NOTICES[source]
@@ -206,8 +257,18 @@ class Bundle:
 
     @cached_property
     def specs(self) -> dict[str, GraphSpec]:
-        """The five graph specs for this geometry."""
-        return graph_specs(self.geometry, object_pointers=self.memory.object_pointers)
+        """Specs of the graphs that it has, for this geometry."""
+        return graph_specs(
+            self.geometry,
+            object_pointers=self.memory.object_pointers,
+            optional=self.optional_graphs,
+        )
+
+    @cached_property
+    def optional_graphs(self) -> tuple[str, ...]:
+        """Those of :data:`OPTIONAL_GRAPHS` that it has in some variant."""
+        found = {key.rsplit("/", 1)[-1] for key in self._graphs}
+        return tuple(graph for graph in OPTIONAL_GRAPHS if graph in found)
 
     @property
     def precisions(self) -> dict[str, tuple[str, ...]]:
@@ -231,8 +292,14 @@ class Bundle:
             If no variant has it, the file is missing or was changed, or the graph is more than a
             network of tensors.
         """
-        if graph not in GRAPHS:
-            raise BundleError(f"there is no graph '{graph}'; the graphs are {', '.join(GRAPHS)}.")
+        if graph not in (*GRAPHS, *OPTIONAL_GRAPHS):
+            known = ", ".join((*GRAPHS, *OPTIONAL_GRAPHS))
+            raise BundleError(f"there is no graph '{graph}'; the graphs are {known}.")
+        if graph not in self.specs:
+            raise BundleError(
+                f"bundle {self.name} was exported without the graph '{graph}', which is optional. "
+                "Export it again with a RecallSeg that makes it."
+            )
         for variant in variants:
             entry = self._graphs.get(f"{variant}/{precision}/{graph}")
             if entry is not None:
@@ -285,7 +352,7 @@ class Bundle:
     def __repr__(self) -> str:
         g = self.geometry
         return (
-            f"Bundle({self.name!r}, {self.sam2.architecture} at {g.image_size} px, "
-            f"{self.dinov2.architecture} at {g.embed_size} px, weights {self.sam2.source}, "
+            f"Bundle({self.name!r}, {self.segmenter.architecture} at {g.image_size} px, "
+            f"{self.embedder.architecture} at {g.embed_size} px, weights {self.segmenter.source}, "
             f"identity {self.identity[:12]})"
         )

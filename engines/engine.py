@@ -115,7 +115,7 @@ class Engine(ABC):
     def allocate_outputs(self, **symbols: int) -> dict[str, Tensor]:
         """Return new output tensors, e.g. ``engine.allocate_outputs(n=2)``."""
         return {
-            spec.name: np.empty(spec.resolve(**symbols), np.float32) for spec in self.spec.outputs
+            spec.name: np.empty(spec.resolve(**symbols), spec.dtype) for spec in self.spec.outputs
         }
 
     @abstractmethod

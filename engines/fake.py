@@ -44,13 +44,14 @@ class FakeEngine(Engine):
     def _memorize(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         side = inputs["features"].shape[-1]
         coverage = _average(inputs["masks"][:, 0], side).reshape(len(inputs["masks"]), -1, 1)
-        outputs["memories"][:] = coverage
+        outputs["memories"][:] = _nearest(coverage, outputs["memories"].shape[1])
         outputs["pointers"][:] = coverage.mean(axis=1)
 
     def _attend(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         conditioned = outputs["conditioned"]
         coverage = inputs["memories"].mean(axis=(1, 3))
-        conditioned[:] = coverage.reshape(len(conditioned), 1, *conditioned.shape[2:])
+        places = conditioned.shape[2] * conditioned.shape[3]
+        conditioned[:] = _nearest(coverage, places).reshape(-1, 1, *conditioned.shape[2:])
 
     def _decode(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         coverage = inputs["conditioned"].mean(axis=1)
@@ -59,6 +60,12 @@ class FakeEngine(Engine):
         outputs["logits"][:] = (large - 0.5) * LOGIT_GAIN
         outputs["iou"][:] = coverage.max(axis=(1, 2))
         outputs["object_score"][:] = (coverage.max(axis=(1, 2)) - 0.01) * LOGIT_GAIN
+
+
+def _nearest(values: Tensor, count: int) -> Tensor:
+    """Return ``count`` values along axis 1, each the nearest of those that there are."""
+    chosen: Tensor = values[:, np.arange(count) * values.shape[1] // count]
+    return chosen
 
 
 def _average(planes: Tensor, side: int) -> Tensor:

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 from recallseg.engines.engine import Engine, EngineOptions
-from recallseg.engines.errors import InputError
-from recallseg.engines.specs import GRAPHS
+from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.specs import GRAPHS, OPTIONAL_GRAPHS
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
@@ -68,7 +68,7 @@ def load_engines(
     bundle : whose graphs to load; each file is compared with its digest.
     name, precision : as in INTERFACES "Names".
     options : thread count and the like.
-    graphs : which of the five are wanted.
+    graphs : which are wanted; an optional one only where the bundle has it.
     variants : graph variants to take instead of those that the engine likes best.
 
     Raises
@@ -83,4 +83,10 @@ def load_engines(
     options = options or EngineOptions()
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads must be at least 1, got {options.threads}.")
+    unproven = [graph for graph in graphs if graph in OPTIONAL_GRAPHS]
+    if unproven and kind.place == "device":
+        raise EngineUnavailableError(
+            f"engine '{name}' runs nothing unproven, and no golden tensors cover the graph "
+            f"'{unproven[0]}'. Run that graph with engine 'onnxruntime-cpu'."
+        )
     return kind.load_all(bundle, precision, options, graphs, variants)

@@ -1,4 +1,4 @@
-"""The five graphs as data: geometry, tensor names, dtypes and shapes.
+"""The graphs as data: geometry, tensor names, dtypes and shapes.
 
 Everything that depends on an image size, a channel count or k is derived here from a bundle's
 :class:`Geometry`; no other module spells such a number.
@@ -6,8 +6,9 @@ Everything that depends on an image size, a channel count or k is derived here f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,17 +18,21 @@ from recallseg.engines.errors import BundleError, EngineRunError
 if TYPE_CHECKING:
     from recallseg.engines.device.memory import DeviceTensor
 
-__all__ = ["GRAPHS", "Geometry", "GraphSpec", "TensorSpec", "graph_specs"]
+__all__ = ["GRAPHS", "OPTIONAL_GRAPHS", "Geometry", "GraphSpec", "TensorSpec", "graph_specs"]
 
 GRAPHS = ("embed", "encode", "memorize", "attend", "decode")
-"""The graphs of a bundle in the order in which a new exemplar and a query meet them."""
+"""What every bundle has, in the order in which a new exemplar and a query meet them."""
+
+OPTIONAL_GRAPHS = ("correct",)
+"""What a bundle may have beside them; :attr:`.Bundle.specs` says whether it does."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, dtype and shape of one graph input or output.
 
-    ``shape`` mixes fixed sizes and the symbols ``"n"`` (structures), ``"k"`` (recalled memories).
+    ``shape`` mixes fixed sizes and the symbols ``"n"`` (structures), ``"k"`` (recalled memories),
+    ``"p"`` (points).
     """
 
     name: str
@@ -46,7 +51,7 @@ class TensorSpec:
         Parameters
         ----------
         array : the tensor that is about to be read or written.
-        symbols : values seen so far for ``n`` and ``k``; completed in place.
+        symbols : values seen so far for ``n``, ``k`` and ``p``; completed in place.
         graph : name of the graph, for the message.
 
         Raises
@@ -91,12 +96,16 @@ class Geometry:
     Attributes
     ----------
     image_size : S, side in pixels of the square that SAM 2 sees.
-    embed_size : E, side in pixels of the square that DINOv2 sees.
+    embed_size : E, side in pixels of the square that the embedder sees.
     embedding_dim : D, length of an embedding.
     channels : C, channels of the stride-16 features and length of an object pointer.
     feature_size : h = w, side of the stride-16 feature map.
     skip0_channels, skip1_channels : channels of the stride-4 and stride-8 features.
     memory_dim : channels of one memory token (64 in SAM 2).
+    tokens : T, memory tokens of one exemplar and one structure; 0 makes it one for each place of
+        the feature map, as in SAM 2.
+    memory_grid : rows and columns over which rotary encoding spreads the last tokens of a memory;
+        those before them have no place. (0, 0) makes it the feature map's.
     max_k, max_n : most recalled memories and most structures that one call takes.
     """
 
@@ -108,42 +117,81 @@ class Geometry:
     skip0_channels: int
     skip1_channels: int
     memory_dim: int
+    tokens: int = 0
+    memory_grid: tuple[int, int] = (0, 0)
     max_k: int = 32
     max_n: int = 16
 
+    def __post_init__(self) -> None:
+        if self.memory_grid == (0, 0):
+            object.__setattr__(self, "memory_grid", (self.feature_size, self.feature_size))
+        if self.tokens == 0:
+            object.__setattr__(self, "tokens", self.places)
+
     @property
-    def tokens(self) -> int:
-        """T, memory tokens of one exemplar and one structure."""
+    def places(self) -> int:
+        """Places of the stride-16 feature map."""
         return self.feature_size * self.feature_size
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image for one place of the feature map, along a side."""
+        return self.image_size // self.feature_size
+
+    @property
+    def memory_is_a_map(self) -> bool:
+        """Whether a memory has one token for each place of the feature map, in its order."""
+        size = self.feature_size
+        return self.tokens == self.places and self.memory_grid == (size, size)
+
+    def at(self, image_size: int) -> Geometry:
+        """Return the geometry of the same networks for images of another size in pixels."""
+        size = image_size // self.stride
+        if not self.memory_is_a_map:
+            return replace(self, image_size=image_size, feature_size=size)
+        return replace(self, image_size=image_size, feature_size=size, tokens=0, memory_grid=(0, 0))
 
     @property
     def logit_size(self) -> int:
         """Side of the square of mask logits, a quarter of the image."""
         return self.image_size // 4
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """Return the fields for the manifest."""
-        return asdict(self)
+        return {**asdict(self), "memory_grid": list(self.memory_grid)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Geometry:
-        """Rebuild from a manifest; BundleError when a field is missing, unknown or not positive."""
+        """Rebuild from a manifest; BundleError when a field is missing, unknown or not positive.
+
+        A manifest of format 1 has neither ``tokens`` nor ``memory_grid``: it is of a SAM 2.
+        """
+        sizes = {name: value for name, value in data.items() if name != "memory_grid"}
         try:
-            geometry = cls(**data)
+            grid: dict[str, Any] = {n: tuple(v) for n, v in data.items() if n == "memory_grid"}
+            geometry = cls(**sizes, **grid)
         except TypeError as error:
             raise BundleError(
                 f"the manifest's geometry is incomplete or unknown: {error}."
             ) from error
-        for name, value in asdict(geometry).items():
+        sides = [(name, side) for name, value in grid.items() for side in value]
+        for name, value in (*sizes.items(), *sides):
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise BundleError(
                     f"the manifest's geometry has {name}={value!r}; expected a positive integer."
                 )
+        if len(geometry.memory_grid) != 2 or prod(geometry.memory_grid) > geometry.tokens:
+            raise BundleError(
+                f"the manifest's geometry has memories of {geometry.tokens} tokens on a grid of "
+                f"{list(geometry.memory_grid)}; expected two sides that hold at most the tokens."
+            )
         return geometry
 
 
-def graph_specs(geometry: Geometry, *, object_pointers: bool = True) -> dict[str, GraphSpec]:
-    """Return the specs of the five graphs by name.
+def graph_specs(
+    geometry: Geometry, *, object_pointers: bool = True, optional: Sequence[str] = ()
+) -> dict[str, GraphSpec]:
+    """Return the specs of all :data:`GRAPHS`, and of those ``optional`` ones, by name.
 
     Without object pointers, ``attend`` takes features and memories only; ``memorize`` still gives
     pointers, so that a library does not depend on the choice.
@@ -151,8 +199,8 @@ def graph_specs(geometry: Geometry, *, object_pointers: bool = True) -> dict[str
     g = geometry
     s, h, c, t, m = g.image_size, g.feature_size, g.channels, g.tokens, g.memory_dim
 
-    def tensor(name: str, *shape: int | str) -> TensorSpec:
-        return TensorSpec(name, "float32", shape)
+    def tensor(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
+        return TensorSpec(name, dtype, shape)
 
     features = tensor("features", 1, c, h, h)
     skip0 = tensor("skip0", 1, g.skip0_channels, 4 * h, 4 * h)
@@ -186,4 +234,19 @@ def graph_specs(geometry: Geometry, *, object_pointers: bool = True) -> dict[str
             ),
         ),
     )
-    return {spec.name: spec for spec in specs}
+    one = tuple(tensor(t.name, 1, *t.shape[1:]) for t in (conditioned, *specs[-1].outputs))
+    correct = GraphSpec(  # one structure: points x, y in pixels of SxS, and the mask before
+        "correct",
+        (
+            one[0],
+            skip0,
+            skip1,
+            tensor("points", 1, "p", 2),
+            tensor("point_labels", 1, "p", dtype="int32"),
+            tensor("prior", 1, 1, g.logit_size, g.logit_size),
+            tensor("has_prior", 1, dtype="bool"),
+        ),
+        one[1:],
+    )
+    chosen = [spec for spec in (correct,) if spec.name in optional]
+    return {spec.name: spec for spec in (*specs, *chosen)}

@@ -25,10 +25,10 @@ from recallseg.engines.bundle import (
     FORMAT,
     FORMAT_VERSION,
     Bundle,
+    Description,
     MemorySemantics,
     Normalisation,
     Weights,
-    bundle_identity,
 )
 from recallseg.engines.composition import Composition
 from recallseg.engines.digest import digest_file
@@ -57,7 +57,7 @@ from recallseg.export.parity import (
     check_graph,
 )
 
-__all__ = ["export_bundle"]
+__all__ = ["export_bundle", "former_identities"]
 
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATION = {"embed": _IMAGENET, "encode": _IMAGENET}
@@ -174,18 +174,20 @@ def export_bundle(
         golden_file = work / "golden" / "golden.npz"
         golden_file.parent.mkdir()
         GoldenTensors.from_run(case, tensors, _GOLDEN_SEED).save(golden_file)
-        weights = {"sam2": _weights(sam2), "dinov2": _weights(dinov2)}
+        digests = (sam2.digest, dinov2.digest)
+        no_memory = tuple(segmenter.no_memory_embedding.detach().flatten().tolist())
+        described = Description(digests, geometry, NORMALISATION, memory, no_memory)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "name": name or output.name,
-            "identity": bundle_identity(
-                weights["sam2"], weights["dinov2"], geometry, NORMALISATION, memory
-            ),
-            "weights": {key: asdict(value) for key, value in weights.items()},
+            "identity": described.identity,
+            "former_identities": former_identities(sam2, dinov2, described),
+            "weights": {"segmenter": _weights(sam2), "embedder": _weights(dinov2)},
             "geometry": geometry.to_json(),
             "normalisation": {key: asdict(value) for key, value in NORMALISATION.items()},
             "memory": asdict(memory),
+            "no_memory": list(no_memory),
             "graphs": graphs,
             "golden": _entry(work, golden_file),
             "parity": [],
@@ -287,8 +289,23 @@ def _pointer_time(model: Sam2VideoModel) -> float:
     return 1.0 / (int(model.config.max_object_pointers_in_encoder) - 1)
 
 
-def _weights(loaded: Loaded) -> Weights:
-    return Weights(loaded.architecture, loaded.source, loaded.digest, loaded.licence)
+def _weights(loaded: Loaded) -> dict[str, str]:
+    return asdict(Weights(loaded.architecture, loaded.source, loaded.digest, loaded.licence))
+
+
+def former_identities(
+    segmenter: Loaded, embedder: Loaded, described: Description
+) -> list[dict[str, str]]:
+    """Return the manifest's list of what format 1 called the same weights.
+
+    One entry for each pair of names that transformers gave them; with the digests, so that an entry
+    can be checked.
+    """
+    return [
+        {"identity": described.former(first, second), "segmenter": first, "embedder": second}
+        for first in segmenter.former_digests
+        for second in embedder.former_digests
+    ]
 
 
 def _entry(work: Path, path: Path) -> dict[str, Any]:

@@ -136,7 +136,10 @@ def _check_pair(bundle: Bundle, other: Bundle | None) -> None:
         raise InputError(
             f"the bundle '{other.name}' has object pointers. Export it with --no-object-pointers."
         )
-    if other.sam2.digest != bundle.sam2.digest or other.dinov2.digest != bundle.dinov2.digest:
+    if (
+        other.segmenter.digest != bundle.segmenter.digest
+        or other.embedder.digest != bundle.embedder.digest
+    ):
         raise InputError(
             f"the bundles '{bundle.name}' and '{other.name}' are of different weights: their "
             "difference would not be that of the object pointers."
@@ -166,8 +169,8 @@ def _facts(plan: Plan, missing: dict[str, str], quick: bool) -> dict[str, Any]:
             "without_pointers": plan.without_pointers and plan.without_pointers.identity,
             "image_size": bundle.geometry.image_size,
             "embed_size": bundle.geometry.embed_size,
-            "weights": f"SAM 2: {bundle.sam2.source} {bundle.sam2.digest}, "
-            f"DINOv2: {bundle.dinov2.source} {bundle.dinov2.digest}",
+            "weights": f"SAM 2: {bundle.segmenter.source} {bundle.segmenter.digest}, "
+            f"DINOv2: {bundle.embedder.source} {bundle.embedder.digest}",
         },
         "settings": {
             "engine": plan.engine,

@@ -17,6 +17,7 @@ from transformers import Dinov2Config, Dinov2WithRegistersConfig, Sam2VideoConfi
 from recallseg.engines.errors import CheckpointError
 from recallseg.export.checkpoints.architectures import set_image_size
 from recallseg.export.checkpoints.files import read_tensors
+from recallseg.export.checkpoints.names import RENAMED, TWINS
 from recallseg.export.checkpoints.strict import Piece
 
 __all__ = ["read_dinov2_config", "read_licence", "read_sam2_config", "read_weights", "resolve"]
@@ -153,32 +154,19 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-_TWINS = (
-    "shared_image_embedding.positional_embedding",
-    "prompt_encoder.shared_embedding.positional_embedding",
-)
-"""One matrix under two names; transformers versions that tie them store it once."""
-
-_LEGACY: Mapping[str, tuple[str, int, int]] = {
-    # DINOv2's names before transformers 5: module now, module then, which part of how many.
-    "attention.q_proj": ("attention.attention.query", 0, 1),
-    "attention.k_proj": ("attention.attention.key", 0, 1),
-    "attention.v_proj": ("attention.attention.value", 0, 1),
-    "attention.o_proj": ("attention.output.dense", 0, 1),
-    "mlp.gate_proj": ("mlp.weights_in", 0, 2),
-    "mlp.up_proj": ("mlp.weights_in", 1, 2),
-    "mlp.down_proj": ("mlp.weights_out", 0, 1),
-}
-
-
 def resolve(name: str, tensors: Mapping[str, Tensor]) -> Piece:
-    """Say where the model's tensor ``name`` lies in the folder."""
+    """Say where the model's tensor ``name`` lies in the folder, whichever transformers wrote it."""
     if name in tensors:
         return Piece((name,))
-    if name in _TWINS:
-        return Piece(tuple(twin for twin in _TWINS if twin in tensors) or (name,))
-    for module, (legacy, part, parts) in _LEGACY.items():
-        source = name.replace(f".{module}.", f".{legacy}.")
+    if name in TWINS:
+        return Piece(tuple(twin for twin in TWINS if twin in tensors) or (name,))
+    for now, (before, part, parts) in RENAMED.items():
+        source = name.replace(f".{now}.", f".{before}.")
         if source != name and source in tensors:
             return Piece((source,), part, parts)
-    return Piece((name,))
+    newer = tuple(
+        source
+        for now, (before, _, _) in RENAMED.items()
+        if (source := name.replace(f".{before}.", f".{now}.")) != name and source in tensors
+    )
+    return Piece(newer or (name,))

@@ -48,6 +48,13 @@ _BLOCK: Mapping[str, tuple[str, int, int]] = {
     "mlp.gate_proj": ("mlp.w12", 0, 2),
     "mlp.up_proj": ("mlp.w12", 1, 2),
     "mlp.down_proj": ("mlp.w3", 0, 1),
+    # As transformers names them up to 5.17.
+    "attention.attention.query": ("attn.qkv", 0, 3),
+    "attention.attention.key": ("attn.qkv", 1, 3),
+    "attention.attention.value": ("attn.qkv", 2, 3),
+    "attention.output.dense": ("attn.proj", 0, 1),
+    "mlp.weights_in": ("mlp.w12", 0, 1),
+    "mlp.weights_out": ("mlp.w3", 0, 1),
 }
 
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias|lambda1)")

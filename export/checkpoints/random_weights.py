@@ -18,6 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recallseg.export.checkpoints import huggingface
+from recallseg.export.checkpoints.names import newer_names
+from recallseg.export.checkpoints.strict import assemble
+
 __all__ = ["draw", "random_state"]
 
 SMALL = 0.1
@@ -44,7 +48,7 @@ def _generator(name: str, seed: int) -> np.random.Generator:
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Draw the tensor ``name`` (a name of ``Sam2VideoModel`` or ``Dinov2Model``), float32."""
+    """Draw the tensor ``name`` (of ``Sam2VideoModel`` or ``Dinov2Model`` in 5.23), float32."""
     if _POSITION_MATRIX.search(name):
         name = "positional_embedding"  # The model holds this matrix twice, with equal values.
     noise = torch.from_numpy(_generator(name, seed).standard_normal(shape, dtype=np.float32))
@@ -68,6 +72,17 @@ def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, 
     Parameters
     ----------
     shapes : tensor names and shapes.
-    seed : any non-negative integer; equal seeds give equal weights on every machine.
+    seed : any non-negative integer; equal seeds give equal weights on every machine and with every
+        version of transformers.
     """
-    return {name: draw(name, tuple(shape), seed) for name, shape in shapes.items()}
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    drawn = {
+        name: draw(name, tuple(tensor.shape), seed) for name, tensor in newer_names(empty).items()
+    }
+    return assemble(
+        shapes,
+        drawn,
+        huggingface.resolve,
+        origin=f"random weights of seed {seed}",
+        hint="Install a transformers version that RecallSeg's export extra asks for.",
+    )

@@ -12,8 +12,8 @@ from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel,
 
 from recallseg.engines.errors import CheckpointError, InputError
 from recallseg.export.checkpoints import huggingface
-from recallseg.export.checkpoints.digest import state_digest
 from recallseg.export.checkpoints.files import read_tensors
+from recallseg.export.checkpoints.names import former_digests, weights_digest
 from recallseg.export.checkpoints.random_weights import random_state
 from recallseg.export.checkpoints.strict import Piece, assemble, instantiate, tensor_shapes
 
@@ -39,8 +39,9 @@ class Loaded:
     model : in evaluation mode, float32, on the CPU.
     architecture : e.g. ``sam2.1-hiera-tiny``, ``dinov2-small-registers``.
     source : where the weights came from.
-    digest : SHA-256 of names, dtypes, shapes and values (:func:`.digest.state_digest`); the same
-        whatever file format they were read from.
+    digest : SHA-256 of names, dtypes, shapes and values (:mod:`.names`); the same whatever file
+        format they were read from and whatever version of transformers holds them.
+    former_digests : those that bundles of format 1 state for the same weights.
     licence : of the weights.
     description : one line for people.
     """
@@ -49,6 +50,7 @@ class Loaded:
     architecture: str
     source: Source
     digest: str
+    former_digests: tuple[str, ...]
     licence: str
     description: str
 
@@ -156,13 +158,15 @@ def _finish(
     family: Family, config: Any, state: Mapping[str, Tensor], source: Source, licence: str, how: str
 ) -> Loaded:
     model: Any = instantiate(family.model_class(config), config, state)
+    weights = model.state_dict()
     architecture = family.name(config)
     parameters = sum(tensor.numel() for tensor in model.parameters())
     return Loaded(
         model=model,
         architecture=architecture,
         source=source,
-        digest=state_digest(model.state_dict()),
+        digest=weights_digest(weights, family.resolve),
+        former_digests=former_digests(weights),
         licence=licence,
         description=f"{architecture}, {parameters / 1e6:.1f} million parameters, {how}",
     )

@@ -116,8 +116,14 @@ def _find_bundle(settings: Settings, library: Path) -> Bundle:
 
 
 def accept_bundle(bundle: Bundle, settings: Settings, library: Path) -> Bundle:
-    """Return ``bundle`` if it made the library; LibraryMismatchError otherwise."""
-    if bundle.identity != settings.identity:
+    """Return ``bundle`` if it, under whichever identity, made the library.
+
+    Raises
+    ------
+    LibraryMismatchError
+        If other weights or settings made it.
+    """
+    if not bundle.known_as(settings.identity):
         mend = (
             "or encode its images anew with 'recallseg library rebuild'"
             if settings.keep_sources
@@ -126,7 +132,8 @@ def accept_bundle(bundle: Bundle, settings: Settings, library: Path) -> Bundle:
         raise LibraryMismatchError(
             f"the library {library} was made with bundle '{settings.bundle_name}' (identity "
             f"{settings.identity[:12]}), not with '{bundle.name}' ({bundle.identity[:12]}). Open "
-            f"it with the former, {mend}."
+            f"it with the former, {mend}. If the weights are the same, export them again with "
+            "this RecallSeg: the bundle then knows its earlier identities."
         )
     if (settings.embedding_dim, settings.layout) != (
         bundle.geometry.embedding_dim,

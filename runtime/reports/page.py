@@ -70,8 +70,8 @@ class Settings:
             title=title,
             notice=bundle.notice,
             bundle=f"{bundle.name} ({g.image_size} px, {g.embed_size} px to embed)",
-            weights=f"{bundle.sam2.architecture} ({bundle.sam2.source}), "
-            f"{bundle.dinov2.architecture} ({bundle.dinov2.source})",
+            weights=f"{bundle.segmenter.architecture} ({bundle.segmenter.source}), "
+            f"{bundle.embedder.architecture} ({bundle.embedder.source})",
             bundle_identity=bundle.identity,
             library=str(library.path),
             library_digest=library.digest,

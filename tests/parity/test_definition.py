@@ -58,7 +58,7 @@ def test_sam_2_0_has_neither_pointer_times_nor_occlusion_embeddings(models: Mode
     config.enable_occlusion_spatial_embedding = False
     old = type(sam2)(config).eval()
     old.load_state_dict(sam2.state_dict(), strict=False)
-    loaded = Loaded(old, "sam2-demo", "random", "", "", "")
+    loaded = Loaded(old, "sam2-demo", "random", "", (), "", "")
     assert compare((loaded, models[1])).error < DEFINITION_TOLERANCE
 
 

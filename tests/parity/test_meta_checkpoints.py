@@ -31,6 +31,7 @@ from recallseg.export.checkpoints import (
     load_sam2,
     meta_dinov2,
     meta_sam2,
+    state_digest,
 )
 from recallseg.export.checkpoints.strict import tensor_shapes
 from recallseg.export.graphs import Attend, Decode, Encode, MaskHead, Memorize
@@ -132,6 +133,7 @@ def sam2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     file.unlink()
     assert loaded.architecture == f"{request.param}-hiera-tiny"
     assert loaded.source == "pretrained"
+    assert loaded.digest == state_digest(weights)  # of the file as Meta wrote it
     assert isinstance(loaded.model, Sam2VideoModel)
     assert not loaded.model.training
     with torch.inference_mode():
@@ -238,8 +240,11 @@ def dinov2_run(
     def run(registers: bool, size: int) -> tuple[np.ndarray, np.ndarray]:
         if registers not in models:
             file = tmp_path_factory.mktemp("dinov2") / "x.pth"
-            torch.save(_weights(_dinov2_layout("small", registers)), file)
-            models[registers] = load_dinov2(str(file)).model
+            weights = _weights(_dinov2_layout("small", registers))
+            torch.save(weights, file)
+            loaded = load_dinov2(str(file))
+            assert loaded.digest == state_digest(weights)
+            models[registers] = loaded.model
             file.unlink()
         with torch.inference_mode():
             out = models[registers](torch.from_numpy(recipe.image("query", size)))
@@ -300,7 +305,9 @@ def test_swiglu_halves_are_taken_in_metas_order(
     }
     file = tmp_path / "mini.safetensors"
     save_file(_weights(layout), file)
-    model: Any = load_dinov2(str(file)).model
+    loaded = load_dinov2(str(file))
+    assert loaded.digest == state_digest(_weights(layout))
+    model: Any = loaded.model
     with torch.inference_mode():
         out = model(torch.from_numpy(recipe.image("query", 56)))
     wanted = dinov2_reference["mini swiglu/token"]

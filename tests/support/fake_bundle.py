@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from recallseg.engines.bundle import (
     FORMAT,
     FORMAT_VERSION,
     Bundle,
+    Description,
     MemorySemantics,
     Normalisation,
     Weights,
-    bundle_identity,
 )
 from recallseg.engines.composition import Composition
 from recallseg.engines.digest import digest_file
@@ -25,7 +26,14 @@ __all__ = ["fake_geometry", "make_fake_bundle"]
 STRIDE = 16
 
 
-def fake_geometry(image_size: int = 64, *, max_k: int = 32, max_n: int = 16) -> Geometry:
+def fake_geometry(
+    image_size: int = 64,
+    *,
+    max_k: int = 32,
+    max_n: int = 16,
+    tokens: int = 0,
+    memory_grid: tuple[int, int] = (0, 0),
+) -> Geometry:
     """Return a small geometry with every ratio that SAM 2's has."""
     return Geometry(
         image_size=image_size,
@@ -36,6 +44,8 @@ def fake_geometry(image_size: int = 64, *, max_k: int = 32, max_n: int = 16) -> 
         skip0_channels=2,
         skip1_channels=4,
         memory_dim=4,
+        tokens=tokens,
+        memory_grid=memory_grid,
         max_k=max_k,
         max_n=max_n,
     )
@@ -56,6 +66,9 @@ def make_fake_bundle(
     object_pointers: bool = True,
     max_k: int = 32,
     max_n: int = 16,
+    tokens: int = 0,
+    memory_grid: tuple[int, int] = (0, 0),
+    former: Sequence[tuple[str, str]] = (),
 ) -> Bundle:
     """Write a bundle folder for the engine ``fake`` and open it.
 
@@ -65,11 +78,15 @@ def make_fake_bundle(
     image_size : a multiple of 16; masks come back on a grid of ``image_size / 16`` cells.
     source : where the weights claim to come from (``pretrained``, ``demo``, ``random``).
     weights_digest : another one gives another bundle identity.
+    tokens, memory_grid : of a memory; one token for each place of the feature map by default.
+    former : digests of the segmenter's and embedder's weights under which it is known too.
     """
-    geometry = fake_geometry(image_size, max_k=max_k, max_n=max_n)
+    geometry = fake_geometry(
+        image_size, max_k=max_k, max_n=max_n, tokens=tokens, memory_grid=memory_grid
+    )
     weights = {
         network: Weights(f"fake-{network}", source, weights_digest, "Apache-2.0")
-        for network in ("sam2", "dinov2")
+        for network in ("segmenter", "embedder")
     }
     normalisation = {
         graph: Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)) for graph in ("embed", "encode")
@@ -91,6 +108,9 @@ def make_fake_bundle(
     golden = Path("golden", "golden.npz")
     (path / golden).parent.mkdir(exist_ok=True)
     GoldenTensors.from_run(case, outputs, seed=2).save(path / golden)
+    described = Description(
+        (weights_digest, weights_digest), geometry, normalisation, memory, (0.5,) * 8
+    )
     manifest = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -99,9 +119,12 @@ def make_fake_bundle(
         "geometry": geometry.to_json(),
         "normalisation": {graph: vars(value) for graph, value in normalisation.items()},
         "memory": vars(memory),
-        "identity": bundle_identity(
-            weights["sam2"], weights["dinov2"], geometry, normalisation, memory
-        ),
+        "no_memory": described.no_memory,
+        "identity": described.identity,
+        "former_identities": [
+            {"identity": described.former(*pair), "segmenter": pair[0], "embedder": pair[1]}
+            for pair in former
+        ],
         "graphs": graphs,
         "golden": {"file": golden.as_posix(), "sha256": digest_file(path / golden)},
     }

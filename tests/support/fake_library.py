@@ -36,6 +36,10 @@ class StubBundle:
     path: str = "no-such-bundle"
     geometry: Geometry = GEOMETRY
 
+    def known_as(self, identity: str) -> bool:
+        """Tell whether an identity is this bundle's."""
+        return identity == self.identity
+
 
 class HashEncoder:
     """Random tensors seeded by pixels and structure name: what was added can be computed again."""

@@ -40,7 +40,8 @@ def verify(
     engines = load_engines(opened, engine, precision, options=EngineOptions(threads))
     result = verify_engines(opened, engines, precision, strict=False)
     if result.passed:
-        remember_bundle(opened.identity, opened.path)
+        for identity in (opened.identity, *opened.former_identities):
+            remember_bundle(identity, opened.path)
     if as_json:
         checks = [{**vars(check), "passed": check.passed} for check in result.checks]
         emit_json(

@@ -4,11 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
-from support.fake_bundle import make_fake_bundle
+from onnx import TensorProto, helper
+from support.fake_bundle import fake_geometry, make_fake_bundle
 
+from recallseg import Library, Segmenter
+from recallseg.engines.budget import memory_budget
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.errors import BundleError
+from recallseg.engines.digest import digest_file
+from recallseg.engines.errors import BundleError, EngineRunError, EngineUnavailableError
+from recallseg.engines.registry import load_engines
+from recallseg.engines.specs import graph_specs
+from recallseg.engines.verification import verify_engines
 
 
 @pytest.fixture
@@ -66,6 +75,7 @@ def test_a_manifest_cannot_name_files_outside_the_bundle(folder: Path) -> None:
 def test_the_identity_covers_geometry_and_memory_semantics(folder: Path) -> None:
     for changes in (
         {"memory": {"object_pointers": True, "pointer_time": 0.5}},
+        {"no_memory": [0.25] * 8},
         {"geometry": {**Bundle.open(folder).geometry.to_json(), "embed_size": 42}},
     ):
         before = (folder / "manifest.json").read_text()
@@ -89,7 +99,10 @@ def test_the_identity_leaves_out_what_does_not_matter(folder: Path) -> None:
         (b"[]", "not the manifest"),
         (b'{"format": "other"}', "not the manifest"),
         (b'{"format": "recallseg-bundle", "version": 99}', "version 99"),
+        (b'{"format": "recallseg-bundle", "version": [2]}', r"version \[2\]"),
+        (b'{"format": "recallseg-bundle", "version": true}', "version True"),
         (b'{"format": "recallseg-bundle", "version": 1}', "incomplete"),
+        (b'{"format": "recallseg-bundle", "version": 2}', "incomplete"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -101,3 +114,124 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes, word
 def test_no_bundle_is_an_error_that_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="recallseg export"):
         Bundle.open(tmp_path / "nothing")
+
+
+def test_former_identities_are_known_and_others_are_not(tmp_path: Path) -> None:
+    older = make_fake_bundle(tmp_path / "older", weights_digest="1" * 64)
+    pairs = [("1" * 64, "1" * 64), ("1" * 64, "4" * 64)]
+    bundle = make_fake_bundle(tmp_path / "heir", weights_digest="2" * 64, former=pairs)
+    assert len(set(bundle.former_identities)) == 2
+    assert bundle.known_as(bundle.identity)
+    assert all(bundle.known_as(identity) for identity in bundle.former_identities)
+    assert not bundle.known_as(older.identity)  # of format 2, so it never was a former one
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"no_memory": [0.5] * 7}, "was changed"),
+        ({"no_memory": [0.5] * 7 + [float("nan")]}, "no_memory is not a number"),
+        ({"no_memory": None}, "incomplete"),
+        ({"former_identities": None}, "incomplete"),
+        ({"former_identities": [{"identity": "0" * 64}]}, "incomplete"),
+        (
+            {"former_identities": [{"identity": "0" * 64, "segmenter": "", "embedder": ""}]},
+            "former identity 000000000000",
+        ),
+    ],
+)
+def test_a_tampered_manifest_is_refused(folder: Path, changes: Any, words: str) -> None:
+    rewrite(folder, **changes)
+    with pytest.raises(BundleError, match=words):
+        Bundle.open(folder)
+
+
+def test_a_bundle_without_an_optional_graph_says_so(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    assert bundle.optional_graphs == ()
+    assert "correct" not in bundle.specs
+    with pytest.raises(BundleError, match=r"without the graph 'correct', which is optional"):
+        bundle.graph_file("correct", ("portable",), "fp32")
+    with pytest.raises(BundleError, match=r"no graph 'mend'.*embed.*correct"):
+        bundle.graph_file("mend", ("portable",), "fp32")
+
+
+def test_an_optional_graph_runs_like_any_other(folder: Path) -> None:
+    """``correct`` is here a graph that only tells its inputs apart; its tensors are the real."""
+    path = folder / "graphs" / "portable" / "fp32" / "correct.onnx"
+    _write_correct(path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = {"file": "graphs/portable/fp32/correct.onnx", "sha256": digest_file(path)}
+    rewrite(folder, graphs={**manifest["graphs"], "portable/fp32/correct": entry})
+    bundle = Bundle.open(folder)
+    assert bundle.optional_graphs == ("correct",)
+    assert bundle.identity == manifest["identity"]
+    with pytest.raises(EngineUnavailableError, match=r"nothing unproven.*'correct'"):
+        load_engines(bundle, "onnxruntime-cuda", graphs=("correct",))
+    engine = load_engines(bundle, "onnxruntime-cpu", graphs=("correct",))["correct"]
+    for points in (1, 3):
+        inputs = {t.name: np.zeros(t.resolve(p=points), t.dtype) for t in engine.spec.inputs}
+        inputs["points"][:] = 2.5
+        inputs["point_labels"][:] = 3
+        inputs["prior"][:] = 7
+        for has_prior in (False, True):
+            inputs["has_prior"][:] = has_prior
+            outputs = engine.allocate_outputs(p=points)
+            engine.run(inputs, outputs)
+            assert np.array_equal(outputs["logits"], inputs["prior"][0] * has_prior)
+            assert outputs["iou"] == 5 * points
+            assert outputs["object_score"] == 3 * points
+    with pytest.raises(EngineRunError, match=r"'point_labels' must be int32"):
+        engine.run({**inputs, "point_labels": inputs["point_labels"].astype(np.int64)}, outputs)
+
+
+def _write_correct(path: Path) -> None:
+    spec = graph_specs(fake_geometry(), optional=("correct",))["correct"]
+    dtype = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
+    inputs, outputs = (
+        [helper.make_tensor_value_info(t.name, dtype[t.dtype], t.shape) for t in tensors]
+        for tensors in (spec.inputs, spec.outputs)
+    )
+    nodes = [
+        helper.make_node("Mul", ["prior", "nothing"], ["zeros"]),
+        helper.make_node("Where", ["has_prior", "prior", "zeros"], ["chosen"]),
+        helper.make_node("Squeeze", ["chosen", "first"], ["logits"]),
+        helper.make_node("ReduceSum", ["points"], ["sum"], keepdims=0),
+        helper.make_node("Unsqueeze", ["sum", "first"], ["iou"]),
+        helper.make_node("Cast", ["point_labels"], ["labels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["labels"], ["count"], keepdims=0),
+        helper.make_node("Unsqueeze", ["count", "first"], ["object_score"]),
+    ]
+    constants = [
+        helper.make_tensor("nothing", TensorProto.FLOAT, [1], [0.0]),
+        helper.make_tensor("first", TensorProto.INT64, [1], [0]),
+    ]
+    graph = helper.make_graph(nodes, "correct", inputs, outputs, constants)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
+    )
+
+
+def test_memories_of_another_size_go_through_everything(tmp_path: Path) -> None:
+    """As EdgeTAM's: fewer tokens than places, some of them without a place."""
+    bundle = make_fake_bundle(tmp_path / "bundle", tokens=6, memory_grid=(2, 2))
+    y, x = np.mgrid[:64, :64]
+    mask = (y < 32) & (x >= 0)
+    with Library.create(tmp_path / "library", bundle, engine="fake") as library:
+        library.add(np.where(mask, 200, 20).astype(np.uint8), {"top": mask}, key="one")
+        memories = np.zeros((1, 6, 4), np.float32)
+        library.gather(library.memories(["one"], "top"), memories, np.zeros((1, 8), np.float32))
+        assert 0 < memories.mean() < 1
+        result = Segmenter(library, k=1, engine="fake").segment(
+            np.where(mask, 200, 20).astype(np.uint8)
+        )
+    assert result.masks["top"][:16].all()
+    assert not result.masks["top"][-16:].any()
+    assert verify_engines(bundle, load_engines(bundle, "fake"), "fp32").passed
+
+
+def test_a_budget_follows_the_manifests_tokens(tmp_path: Path) -> None:
+    bundle = make_fake_bundle(tmp_path / "bundle", tokens=6, memory_grid=(2, 2))
+    small, large = (memory_budget(bundle, k=1, n=1, image_size=size) for size in (64, 128))
+    assert small.exemplar == large.exemplar == 6 * 4 * 4
+    assert large.scores == 4 * small.scores

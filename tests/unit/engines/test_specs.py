@@ -57,3 +57,51 @@ def test_a_geometry_with_impossible_sizes_is_refused(change: dict[str, object]) 
 
 def test_a_geometry_survives_json() -> None:
     assert Geometry.from_json(fake_geometry().to_json()) == fake_geometry()
+
+
+def test_memories_may_have_other_tokens_than_the_map_has_places() -> None:
+    """EdgeTAM keeps 512 tokens of any image: 256 without a place, 256 on a grid of 16 x 16."""
+    geometry = Geometry(1024, 224, 384, 256, 64, 32, 64, 64, tokens=512, memory_grid=(16, 16))
+    assert graph_specs(geometry)["memorize"].outputs[0].shape == ("n", 512, 64)
+    assert graph_specs(geometry)["attend"].inputs[1].shape == ("n", "k", 512, 64)
+    assert geometry.places == 4096
+    assert geometry.at(512).tokens == 512
+    assert geometry.at(512).feature_size == 32
+    sam2 = Geometry(1024, 224, 384, 256, 64, 32, 64, 64)
+    assert (sam2.tokens, sam2.memory_grid, sam2.memory_is_a_map) == (4096, (64, 64), True)
+    assert sam2.at(512) == Geometry(512, 224, 384, 256, 32, 32, 64, 64)
+    assert Geometry.from_json(geometry.to_json()) == geometry
+
+
+def test_a_manifest_of_format_1_says_nothing_of_tokens() -> None:
+    data = fake_geometry().to_json()
+    del data["tokens"], data["memory_grid"]
+    assert Geometry.from_json(data) == fake_geometry()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 0},
+        {"memory_grid": [4, 5]},
+        {"memory_grid": [4]},
+        {"memory_grid": [0, 4]},
+        {"memory_grid": 4},
+    ],
+)
+def test_impossible_memories_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(BundleError, match=r"tokens|memory_grid|iterable"):
+        Geometry.from_json({**fake_geometry().to_json(), **change})
+
+
+def test_correct_is_there_where_it_is_asked_for() -> None:
+    assert "correct" not in graph_specs(fake_geometry())
+    spec = graph_specs(fake_geometry(), optional=("correct",))["correct"]
+    decode = graph_specs(fake_geometry())["decode"]
+    shapes = {t.name: (t.dtype, t.resolve(p=3)) for t in (*spec.inputs, *spec.outputs)}
+    for tensor in (*decode.inputs, *decode.outputs):
+        assert shapes[tensor.name] == ("float32", tensor.resolve(n=1))
+    assert shapes["points"] == ("float32", (1, 3, 2))
+    assert shapes["point_labels"] == ("int32", (1, 3))
+    assert shapes["prior"] == ("float32", (1, 1, 16, 16))
+    assert shapes["has_prior"] == ("bool", (1,))

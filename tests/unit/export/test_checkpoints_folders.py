@@ -13,7 +13,15 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, Sam2VideoConfig, Sam2VideoModel
 
 from recallseg.engines.errors import CheckpointError
-from recallseg.export.checkpoints import Loaded, architectures, load_dinov2, load_sam2, state_digest
+from recallseg.export.checkpoints import (
+    Loaded,
+    architectures,
+    load_dinov2,
+    load_sam2,
+    meta_sam2,
+    state_digest,
+)
+from recallseg.export.checkpoints.names import weights_digest
 from recallseg.export.checkpoints.random_weights import random_state
 from recallseg.export.checkpoints.strict import tensor_shapes
 
@@ -80,7 +88,7 @@ def _edit_config(folder: Path, **changes: Any) -> None:
 
 def test_folder_loads_whole_at_another_image_size(sam2_folder: Path, sam2_state: State) -> None:
     loaded = _load(sam2_folder)
-    assert loaded.digest == state_digest(sam2_state)
+    assert loaded.former_digests == (state_digest(sam2_state),)
     assert loaded.architecture == "sam2.1-hiera-custom"
     assert loaded.source == "pretrained"
     assert "sam2-small" in loaded.description
@@ -89,7 +97,7 @@ def test_folder_loads_whole_at_another_image_size(sam2_folder: Path, sam2_state:
 
 
 def test_every_file_format_gives_the_same_digest(sam2_folder: Path, sam2_state: State) -> None:
-    wanted = state_digest(sam2_state)
+    wanted = weights_digest(sam2_state, meta_sam2.resolve)
     (sam2_folder / "model.safetensors").unlink()
 
     torch.save(sam2_state, sam2_folder / "pytorch_model.bin")
@@ -120,7 +128,7 @@ def test_index_cannot_point_out_of_its_folder(sam2_folder: Path) -> None:
 def test_matrix_that_is_stored_once_is_used_twice(sam2_folder: Path, sam2_state: State) -> None:
     twin = "prompt_encoder.shared_embedding.positional_embedding"
     save_file({n: t for n, t in sam2_state.items() if n != twin}, sam2_folder / "model.safetensors")
-    assert _load(sam2_folder).digest == state_digest(sam2_state)
+    assert _load(sam2_folder).former_digests == (state_digest(sam2_state),)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -132,7 +140,8 @@ def test_other_float_types_become_float32(
     _edit_config(sam2_folder, dtype=str(dtype).removeprefix("torch."))
     loaded = _load(sam2_folder)
     assert {t.dtype for t in loaded.model.state_dict().values()} == {torch.float32}
-    assert loaded.digest == state_digest({n: t.float() for n, t in narrow.items()})
+    wide = {n: t.float() for n, t in narrow.items()}
+    assert loaded.digest == weights_digest(wide, meta_sam2.resolve)
 
 
 def test_folder_of_the_image_model_has_no_memory(sam2_folder: Path, sam2_state: State) -> None:
@@ -190,7 +199,8 @@ def test_older_dinov2_names_are_understood(tmp_path: Path, swiglu: bool) -> None
             old[name] = tensor
     assert any("attention.attention.query" in name for name in old)
     save_file(old, tmp_path / "model.safetensors")
-    assert load_dinov2(str(tmp_path)).digest == state_digest(state)
+    loaded = load_dinov2(str(tmp_path))
+    assert loaded.former_digests == (state_digest(state), state_digest(old))
 
 
 def test_model_card_tells_the_licence(sam2_folder: Path) -> None:

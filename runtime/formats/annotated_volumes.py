@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import MAX_NAME
 from recallseg.runtime.formats.dicom_seg import is_segmentation, read_segmentation
+from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.lattice import check_overlap, resample
 from recallseg.runtime.formats.nifti import read_nifti
 from recallseg.runtime.formats.nrrd import read_nrrd, read_seg_nrrd
 from recallseg.runtime.formats.pairs import Annotated, Missing
-from recallseg.runtime.formats.reading import read_volume, volume_format, volume_stem
+from recallseg.runtime.formats.reading import read_item, read_volume, volume_format
 from recallseg.runtime.formats.volume import Slicing, Volume
 
 __all__ = [
     "SliceChoice",
     "annotated_slices",
-    "find_segmentation",
     "read_annotated_volume",
     "structure_name",
 ]
@@ -68,17 +68,8 @@ class SliceChoice:
         raise InputError(f"slices must read all, every:5 or different:16, got '{text}'.")
 
 
-def find_segmentation(path: Path) -> Path | None:
-    """Return the segmentation beside a volume, ``NAME.mask.nii.gz`` or the like, or None."""
-    for suffix in SEGMENTATIONS:
-        candidate = path.with_name(volume_stem(path) + suffix)
-        if candidate.is_file() and candidate != path:
-            return candidate
-    return None
-
-
 def read_annotated_volume(
-    path: Path,
+    image: Path | Item,
     segmentation: Path,
     labels: Mapping[int, str] | None,
     *,
@@ -95,6 +86,7 @@ def read_annotated_volume(
 
     Parameters
     ----------
+    image : a file, a folder with one series, or what the finder found.
     labels : structure by label value, for label maps; segments that carry names need none.
     voi, time, stack : see :func:`recallseg.runtime.formats.reading.read_volume`.
     resampled : take masks on another lattice too, each voxel from the nearest; the volume's tags
@@ -112,7 +104,10 @@ def read_annotated_volume(
     InputError
         If either cannot be read, or they are on different lattices.
     """
-    volume = read_volume(path, voi=voi, time=time, stack=stack)
+    if isinstance(image, Path):
+        path, volume = image, read_volume(image, voi=voi, time=time, stack=stack)
+    else:
+        path, volume = image.path, read_item(image, voi=voi, time=time, stack=stack)
     if segmentation.is_file() and is_segmentation(segmentation):
         drawn = read_segmentation(segmentation, volume, resampled=resampled)
         named, notes = _named(segmentation, drawn.labels, by_number)

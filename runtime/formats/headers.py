@@ -1,21 +1,63 @@
-"""What an image file says of itself, read without decoding a pixel: its size, and where it ends.
+"""What a picture file says of itself, read without decoding a pixel.
 
-A few kilobytes can declare billions of pixels; they are refused before memory is set aside. And
-some decoders (OpenCV 4 with JPEG) fill what is missing of a file that was cut off with grey.
+Its size, and where it ends: a few kilobytes can declare billions of pixels, which are refused
+before memory is set aside, and some decoders (OpenCV 4 with JPEG) fill what is missing of a file
+that was cut off with grey. And what its values mean: OpenCV decides about orientation, inversion
+and palettes by itself, of some formats and depths and not of others, so :func:`plain` leaves it
+nothing to decide.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
+from dataclasses import dataclass
 
-__all__ = ["declared_size", "is_complete"]
+from recallseg.runtime.formats.tiff import MAGIC, Directory, directories, replaced
+
+__all__ = ["Meaning", "declared_size", "is_complete", "meaning", "plain"]
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
-_TIFF_SHORT = 3
+_PNG_GREY, _PNG_PALETTE, _PNG_GREY_ALPHA = 0, 3, 4
+_REDUCED, _MASK = 1, 4  # kinds of TIFF page
+# TIFF tags
+_KIND, _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 254, 256, 257, 258, 262
+_DESCRIPTION, _ORIENTATION, _SAMPLES, _PLANAR, _EXTRA, _FORM = 270, 274, 277, 284, 338, 339
+_COLOUR_MAP = 320
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
+_CHANNELS = {
+    _WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _SEPARATED: 4, _YCBCR: 3,
+}  # fmt: skip
+_OPACITY = (1, 2)
+_UNSIGNED, _SIGNED, _FLOATING = 1, 2, 3
+_DEPTHS = {_UNSIGNED: (1, 2, 4, 8, 10, 12, 14, 16, 32), _SIGNED: (8, 16, 32), _FLOATING: (32, 64)}
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a picture's stored values mean.
+
+    Attributes
+    ----------
+    orientation : as in EXIF and TIFF, 1 (as stored) to 8.
+    inverted : whether 0 is white.
+    palette : whether values are numbers of colours.
+    grey : whether there is one channel, beside a possible opacity.
+    bits : of a stored value.
+    pages : images in the file; smaller copies of one do not count.
+    unreadable : why the decoder would give wrong values; empty if it gives right ones.
+    """
+
+    orientation: int = 1
+    inverted: bool = False
+    palette: bool = False
+    grey: bool = False
+    bits: int = 8
+    pages: int = 1
+    unreadable: str = ""
 
 
 def declared_size(data: bytes) -> tuple[int, int] | None:
@@ -32,11 +74,12 @@ def declared_size(data: bytes) -> tuple[int, int] | None:
             return abs(height), abs(width)
         if data.startswith(_JPEG):
             return _jpeg_size(data)
-        if data.startswith((b"II*\0", b"MM\0*")):
-            return _tiff_size(data)
     except struct.error:
         return None
-    return None
+    page = next(directories(data), None)
+    if page is None or not {_WIDTH, _HEIGHT} <= page.values.keys():
+        return None
+    return page.first(_HEIGHT, 0), page.first(_WIDTH, 0)
 
 
 def is_complete(data: bytes) -> bool:
@@ -48,32 +91,194 @@ def is_complete(data: bytes) -> bool:
     return True
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+def meaning(data: bytes) -> Meaning:
+    """Return what the values of a PNG, JPEG, BMP or TIFF file mean."""
+    if data.startswith(MAGIC):
+        return _tiff_meaning(data)
+    if data.startswith(_PNG):
+        exif = next((body for name, _, body in _png_chunks(data) if name == b"eXIf"), b"")
+        bits, colours = data[24:25], data[25:26]
+        kind = colours[0] if colours else 0
+        return Meaning(
+            _exif_orientation(exif),
+            palette=kind == _PNG_PALETTE,
+            grey=kind in (_PNG_GREY, _PNG_GREY_ALPHA),
+            bits=bits[0] if bits else 8,
+        )
+    if data.startswith(_JPEG):
+        return Meaning(_jpeg_orientation(data))
+    if data.startswith(b"BM"):
+        depth = int.from_bytes(data[28:30], "little")
+        return Meaning(palette=depth <= 8, bits=depth)
+    return Meaning()
+
+
+def plain(data: bytes, *, numbers: bool = False) -> bytes:
+    """Return the file with a header that leaves its decoder nothing to decide.
+
+    Orientation and inversion are taken out of a TIFF header (those of JPEG and PNG are in EXIF,
+    which ``IMREAD_UNCHANGED`` leaves alone).
+
+    Parameters
+    ----------
+    numbers : make each colour of a palette the grey of its own number, and opaque, so that the
+        decoded picture holds the numbers.
+    """
+    if data.startswith(MAGIC):
+        page = next(directories(data), None)
+        if page is None:
+            return data
+        if page.first(_ORIENTATION, 1) != 1:
+            data = replaced(data, page, _ORIENTATION, 1)
+        if page.first(_PHOTOMETRIC, -1) == _WHITE_IS_ZERO:
+            data = replaced(data, page, _PHOTOMETRIC, _BLACK_IS_ZERO)
+        if numbers and page.first(_PHOTOMETRIC, -1) == _PALETTE:
+            data = _tiff_numbers(data, page)
+    elif numbers and data.startswith(_PNG):
+        data = _png_numbers(data)
+    elif numbers and data.startswith(b"BM"):
+        data = _bmp_numbers(data)
+    return data
+
+
+def _tiff_meaning(data: bytes) -> Meaning:
+    every = list(directories(data))
+    pages = [page for page in every if not page.first(_KIND, 0) & (_REDUCED | _MASK)]
+    if not every:
+        return Meaning()
+    page, count = every[0], len(pages)
+    described = page.text(_DESCRIPTION)
+    if described.startswith("ImageJ=") and "\nimages=" in described:  # may hold all in one page
+        number = described.partition("\nimages=")[2].split("\n")[0].strip()
+        count = max(count, int(number) if number.isascii() and number.isdecimal() else 1)
+    photometric = page.first(_PHOTOMETRIC, _BLACK_IS_ZERO)
+    bits, form = page.first(_BITS, 1), page.first(_FORM, _UNSIGNED)
+    return Meaning(
+        page.first(_ORIENTATION, 1),
+        photometric == _WHITE_IS_ZERO,
+        photometric == _PALETTE,
+        photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO),
+        bits,
+        count,
+        _tiff_trouble(page, photometric, bits, form),
+    )
+
+
+def _tiff_trouble(page: Directory, photometric: int, bits: int, form: int) -> str:
+    if page.first(_KIND, 0) & (_REDUCED | _MASK):
+        return "its first image is a smaller copy of another; save that one alone"
+    samples = page.first(_SAMPLES, 1)
+    extra = page.values.get(_EXTRA, ())
+    colours = _CHANNELS.get(photometric)
+    if colours is None:
+        return f"its colours are of a kind ({photometric}) that is not read; save it as RGB or grey"
+    if samples != colours and not (
+        photometric in (_RGB, _YCBCR) and samples == colours + 1 and extra and extra[0] in _OPACITY
+    ):
+        return f"it has {samples} channels, and which of them to take is not said; save one image"
+    if photometric == _PALETTE and bits not in (1, 2, 4, 8):
+        return f"it has a palette of {bits} bits; save it with one of 8"
+    if bits not in _DEPTHS.get(form, ()) or len(set(page.values.get(_BITS, (1,)))) > 1:
+        kinds = {_UNSIGNED: "whole", _SIGNED: "signed", _FLOATING: "floating-point"}
+        return (
+            f"its values are {kinds.get(form, 'complex or undefined')} numbers of {bits} bits; "
+            "save them with 8 or 16 bits, or as 32-bit floating-point"
+        )
+    if photometric != _PALETTE and bits in (2, 4):
+        return f"its grey values have {bits} bits; save them with 8"
+    if samples > 1 and page.first(_PLANAR, 1) != 1 and bits != 8:
+        return "its channels lie one after the other (planar); save it with interleaved channels"
+    if photometric == _WHITE_IS_ZERO and (form != _UNSIGNED or bits == 32):
+        return "white is its zero, and which value is black cannot be told; save it inverted"
+    return ""
+
+
+def _tiff_numbers(data: bytes, page: Directory) -> bytes:
+    if _COLOUR_MAP not in page.places:
+        return data
+    place, form = page.places[_COLOUR_MAP]
+    count = len(page.values[_COLOUR_MAP]) // 3
+    ramp = [number * 257 for number in range(count)] * 3
+    changed = bytearray(data)
+    struct.pack_into(f"{form[0]}{len(ramp)}H", changed, place, *ramp)
+    return bytes(changed)
+
+
+def _png_numbers(data: bytes) -> bytes:
+    parts = [data[:8]]
+    for name, raw, body in _png_chunks(data):
+        if name == b"PLTE":
+            ramp = bytes(number for number in range(len(body) // 3) for _ in range(3))
+            checked = zlib.crc32(name + ramp)
+            raw = struct.pack(">I", len(ramp)) + name + ramp + struct.pack(">I", checked)
+        if name != b"tRNS":
+            parts.append(raw)
+    return b"".join(parts)
+
+
+def _bmp_numbers(data: bytes) -> bytes:
+    try:
+        (size,) = struct.unpack_from("<I", data, 14)
+        (pixels,) = struct.unpack_from("<I", data, 10)
+        (bits,) = struct.unpack_from("<H", data, 28)
+    except struct.error:
+        return data
+    start = 14 + size
+    count = min(1 << min(bits, 8), (pixels - start) // 4)  # colours, four bytes each
+    if bits > 8 or size < 40 or count < 1 or start + 4 * count > len(data):
+        return data
+    ramp = b"".join(bytes((number, number, number, 0)) for number in range(count))
+    return data[:start] + ramp + data[start + len(ramp) :]
+
+
+def _png_chunks(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
+    """Return (name, whole chunk, body) of each chunk, up to where the file is cut off."""
+    chunks = []
+    position = 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            break
+        name = data[position + 4 : position + 8]
+        body = b"" if name == b"IDAT" else data[position + 8 : end - 4]
+        chunks.append((name, data[position:end], body))
+        position = end
+    return chunks
+
+
+def _exif_orientation(exif: bytes) -> int:
+    page = next(directories(exif), None)
+    return 1 if page is None else page.first(_ORIENTATION, 1)
+
+
+def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
+    """Return (marker, position, length) of each segment before the first scan."""
+    segments = []
     position = 2
-    while True:
-        if data[position : position + 1] != b"\xff":
-            return None
-        (marker,) = struct.unpack_from(">B", data, position + 1)
-        if marker in _JPEG_FRAMES:
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            return height, width
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
         if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill, or without a length
             position += 1 if marker == 0xFF else 2
             continue
-        position += 2 + int(struct.unpack_from(">H", data, position + 2)[0])
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        segments.append((marker, position, length))
+        if marker == _JPEG_SCAN[1] or length < 2:
+            break
+        position += 2 + length
+    return segments
 
 
-def _tiff_size(data: bytes) -> tuple[int, int] | None:
-    order = "<" if data[:2] == b"II" else ">"
-    (directory,) = struct.unpack_from(f"{order}I", data, 4)
-    (count,) = struct.unpack_from(f"{order}H", data, directory)
-    found = {}
-    for i in range(count):
-        entry = directory + 2 + 12 * i
-        tag, kind = struct.unpack_from(f"{order}HH", data, entry)
-        if tag in (_TIFF_WIDTH, _TIFF_HEIGHT):
-            form = "H" if kind == _TIFF_SHORT else "I"
-            (found[tag],) = struct.unpack_from(f"{order}{form}", data, entry + 8)
-    if len(found) < 2:
-        return None
-    return found[_TIFF_HEIGHT], found[_TIFF_WIDTH]
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    for marker, position, _ in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            return height, width
+    return None
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    for marker, position, length in _jpeg_segments(data):
+        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            return _exif_orientation(data[position + 10 : position + 2 + length])
+    return 1

@@ -1,8 +1,10 @@
 """Image files in, mask files out.
 
-PNG, JPEG, BMP and TIFF (8 or 16 bits, TIFF also float; grey or colour) and NumPy arrays. Pixels
-come as they are stored: nothing is rotated, rescaled or converted, so that a mask drawn on them
-fits.
+PNG, JPEG, BMP and TIFF (1 to 16 bits, TIFF also float; grey or colour) and NumPy arrays. OpenCV
+decompresses; what the values mean is read from the header here, and one rule holds for images and
+masks of every format: they come as a viewer shows them. The orientation in a file (EXIF, TIFF) is
+applied, where white is zero the values are inverted, palettes become their colours. Nothing is
+rescaled or converted else. With ``as_stored`` orientation and inversion are left alone.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import check_image
-from recallseg.runtime.formats.headers import declared_size, is_complete
+from recallseg.runtime.formats.headers import Meaning, declared_size, is_complete, meaning, plain
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "is_image",
+    "read_colours",
     "read_image",
     "read_label_map",
     "write_atomically",
@@ -48,13 +51,17 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def read_image(path: str | Path) -> NDArray[Any]:
+def read_image(path: str | Path, *, as_stored: bool = False) -> NDArray[Any]:
     """Read an image file.
+
+    Parameters
+    ----------
+    as_stored : neither turn it as its header says, nor invert it where white is zero.
 
     Returns
     -------
-    HxW (grey) or HxWx3 (RGB) in the file's own dtype. An opacity channel is dropped if all of it
-    is opaque.
+    HxW (grey) or HxWx3 (RGB) in the file's own dtype; of 12 bits and the like in uint16. An opacity
+    channel is dropped if all of it is opaque.
 
     Raises
     ------
@@ -63,34 +70,96 @@ def read_image(path: str | Path) -> NDArray[Any]:
         or a transparent part.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix in _VOLUMES:
-        raise InputError(
-            f"{path}: a {suffix} file is a volume, not an image; images are "
-            f"{', '.join(IMAGE_SUFFIXES)}. Read it with recallseg.runtime.formats.reading."
-        )
-    if suffix not in IMAGE_SUFFIXES:
-        raise InputError(
-            f"{path}: '{suffix}' is not a known image format; expected {', '.join(IMAGE_SUFFIXES)}."
-        )
-    image = _read_array(path) if suffix == ".npy" else _decode(path)
+    _check_suffix(path)
+    if path.suffix.lower() == ".npy":
+        image = _read_array(path)
+    else:
+        image = _without_opacity(path, *_decode(path, as_stored))
     try:
         return check_image(image)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def read_label_map(path: str | Path) -> NDArray[Any]:
-    """Read a label map: HxW uint8 or uint16, 0 is background; raises InputError otherwise."""
-    label_map = read_image(path)
-    if label_map.ndim != 2 or label_map.dtype not in (np.uint8, np.uint16):
-        channels = "1 channel" if label_map.ndim == 2 else "3 channels"
+def read_label_map(path: str | Path, *, as_stored: bool = False) -> NDArray[Any]:
+    """Read a label map; of a palette picture its numbers, not its colours.
+
+    Parameters
+    ----------
+    as_stored : see :func:`read_image`; what holds for an image holds for its mask.
+
+    Returns
+    -------
+    HxW uint8 or uint16; 0 is background.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_image`, or if the pixels are colours or no whole numbers from 0 to 65535.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    if path.suffix.lower() == ".npy":
+        values = _read_array(path)
+    else:
+        image, means = _decode(path, as_stored, numbers=True)
+        if means.palette:  # a grey ramp by now, of three channels or, from BMP, of one
+            values = image if image.ndim == 2 else image[..., 0]
+        else:
+            values = _without_opacity(path, image, means)
+        if means.grey and means.bits < 8:  # the decoder spreads them over 0 to 255
+            values = values // (255 // (2**means.bits - 1))
+    if values.ndim == 3 and values.shape[2] == 3 and not np.ptp(values, axis=2).any():
+        values = values[..., 0]
+    if values.ndim != 2 or not values.size:
+        channels = values.shape[2] if values.ndim == 3 else values.shape
         raise InputError(
-            f"{path}: a label map must have one channel of 8 or 16 bits, whole numbers without "
-            f"sign; this file has {channels} of {label_map.dtype}. Save it as a grey PNG whose "
-            "pixel values are the labels, not as a coloured picture of them."
+            f"{path}: a label map must have one channel, whole numbers from 0 to 65535; this file "
+            f"has {channels} channels of {values.dtype}. Say which colour is which "
+            "structure with --legend '#ff0000=liver', or save it as a grey PNG whose values are "
+            "the labels."
         )
-    return label_map
+    if values.dtype in (np.uint8, np.uint16):
+        return np.ascontiguousarray(values)
+    whole = values.astype(np.uint16) if _are_labels(values) else None
+    if whole is None:
+        raise InputError(
+            f"{path}: a label map must have whole numbers from 0 to 65535, this file has "
+            f"{values.dtype} from {values.min():g} to {values.max():g}. Save it as a grey PNG "
+            "whose pixel values are the labels."
+        )
+    return whole
+
+
+def read_colours(path: str | Path, *, as_stored: bool = False) -> NDArray[np.uint8]:
+    """Read a picture of structures, each in a colour of its own.
+
+    Returns
+    -------
+    HxWx3 uint8 RGB; black where the picture is fully transparent.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_image`, or if it has more than 8 bits or is partly transparent in places.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    if path.suffix.lower() == ".npy":
+        image = _read_array(path)
+    else:
+        image, means = _decode(path, as_stored)
+        if image.ndim == 3 and image.shape[2] == 4:
+            opacity = image[..., 3]
+            if not np.isin(opacity, (0, 255)).all():
+                raise InputError(f"{path} has half transparent pixels: structures end sharply.")
+            image = np.where(opacity[..., None] == 0, image.dtype.type(0), image)
+        image = _without_opacity(path, image, means, opaque=True)
+    if image.dtype != np.uint8:
+        raise InputError(f"{path} has {image.dtype} values; colours of a legend have 8 bits.")
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    return check_image(image)
 
 
 def write_label_map(path: str | Path, label_map: NDArray[np.uint8]) -> None:
@@ -124,45 +193,88 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         raise
 
 
-def _decode(path: Path) -> NDArray[Any]:
+def _check_suffix(path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix in _VOLUMES:
+        raise InputError(
+            f"{path}: a {suffix} file is a volume, not an image; images are "
+            f"{', '.join(IMAGE_SUFFIXES)}. Read it with recallseg.runtime.formats.reading."
+        )
+    if suffix not in IMAGE_SUFFIXES:
+        raise InputError(
+            f"{path}: '{suffix}' is not a known image format; expected {', '.join(IMAGE_SUFFIXES)}."
+        )
+
+
+def _decode(path: Path, as_stored: bool, *, numbers: bool = False) -> tuple[NDArray[Any], Meaning]:
+    """Return the channels as OpenCV orders them (BGR, opacity last), and what they mean."""
     data = _bytes_of(path)
     size = declared_size(data)
     if size is not None:
         _check_pixels(path, size[0] * size[1])
     if not is_complete(data):
         raise InputError(f"{path} is cut off: its end is missing. Export or copy it again.")
-    encoded = np.frombuffer(data, np.uint8)
+    means = meaning(data)
+    if means.pages > 1:
+        raise InputError(
+            f"{path} has {means.pages} pages; expected one image. Save each page as a file, or a "
+            "stack with its spacing as NIfTI or NRRD."
+        )
+    if means.unreadable:
+        raise InputError(f"{path} would be read wrongly: {means.unreadable}.")
+    encoded = np.frombuffer(plain(data, numbers=numbers), np.uint8)
     with _quiet_decoder():
         try:
-            pages = _pages(data, encoded)
             image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
         except cv2.error as error:
             raise InputError(f"{path} cannot be decoded: {error.err}. Export it again.") from error
     if image is None:
         raise InputError(
-            f"{path} cannot be decoded: it is damaged, cut off, or not what its name says. "
-            "Export or copy it again."
+            f"{path} cannot be decoded: it is damaged, cut off, of a compression that is not read, "
+            "or not what its name says. Export or copy it again."
         )
-    if pages > 1:
-        raise InputError(f"{path} has {pages} pages; expected one image. Save each page as a file.")
+    if 8 < means.bits < 16 and image.dtype == np.uint16:  # OpenCV moves 12 bits up to fill 16
+        image = np.right_shift(image, 16 - means.bits)
+    if not as_stored:
+        if means.inverted:
+            highest = 2**means.bits - 1 if means.bits > 1 else 255
+            image = np.subtract(highest, image, dtype=image.dtype)
+        image = _turned(image, means.orientation)
+    return image, means
+
+
+def _turned(image: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn an image as EXIF and TIFF number it (1 to 8), so that it stands as it was taken."""
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def _without_opacity(
+    path: Path, image: NDArray[Any], means: Meaning, *, opaque: bool = False
+) -> NDArray[Any]:
+    """Return HxW or HxWx3 RGB; raise InputError unless all of it is ``opaque``."""
     if image.ndim == 2:
         return image
     if image.shape[2] == 4:
-        if not _opaque(image[..., 3]):
+        if not opaque and not _opaque(image[..., 3]):
             raise InputError(
                 f"{path} is partly transparent: what lies below is unknown. Save it without "
                 "opacity."
             )
         image = image[..., :3]
-    return np.ascontiguousarray(image[..., ::-1])
+    grey = means.grey or (means.palette and not np.ptp(image, axis=2).any())
+    return np.ascontiguousarray(image[..., 0] if grey else image[..., ::-1])
 
 
-def _pages(data: bytes, encoded: NDArray[np.uint8]) -> int:
-    """Count the pages of a TIFF file; OpenCV alone would give the first one and stay silent."""
-    if not data.startswith((b"II*\0", b"MM\0*")):
-        return 1
-    _, pages = cv2.imdecodemulti(encoded, cv2.IMREAD_UNCHANGED, range=(0, 2))
-    return len(pages)
+def _are_labels(values: NDArray[Any]) -> bool:
+    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        return False
+    return bool(((values >= 0) & (values <= 65535) & (np.rint(values) == values)).all())
 
 
 def _opaque(opacity: NDArray[Any]) -> bool:

@@ -7,18 +7,43 @@ interruption the same command continues. A file that cannot be used does not sto
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.pairs import Annotated, Missing, Pair, read_pair
+from recallseg.runtime.formats.annotated_volumes import (
+    SliceChoice,
+    annotated_slices,
+    read_annotated_volume,
+)
+from recallseg.runtime.formats.annotations import AnnotatedVolume, Annotations
+from recallseg.runtime.formats.finding import Item
+from recallseg.runtime.formats.pairs import (
+    Annotated,
+    Legend,
+    Missing,
+    Pair,
+    needs_labels,
+    read_pair,
+)
+from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.library.sources import content_digest
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
 
-__all__ = ["ImportReport", "import_annotated", "import_pairs"]
+__all__ = [
+    "ImportReport",
+    "import_annotated",
+    "import_exemplars",
+    "import_pairs",
+    "import_volume",
+]
 
 
 @dataclass(frozen=True)
@@ -30,31 +55,174 @@ class ImportReport:
     added : key by name.
     skipped : names of those that were in the library already.
     failed : message by name.
+    notes : what had to be decided while volumes were read, by name.
     """
 
     added: Mapping[str, str]
     skipped: tuple[str, ...]
     failed: Mapping[str, str]
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+VolumeReader = Callable[
+    [Item, Path, Mapping[int, str] | None], tuple[Volume, dict[str, NDArray[np.bool_]]]
+]
+"""As :func:`read_annotated_volume`, options bound."""
 
 
 def import_pairs(
     library: Library,
     pairs: Sequence[Pair],
-    labels: Mapping[int, str],
+    labels: Mapping[int, str] | None,
     *,
+    missing: Missing = "absent",
+    legend: Legend | None = None,
+    as_stored: bool = False,
+    tags: Mapping[str, str] | None = None,
+    strict: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ImportReport:
+    """Add every pair to a library; the first options as :func:`read_pair` takes them."""
+
+    def reading(pair: Pair) -> Callable[[], Annotated]:
+        return partial(read_pair, pair, labels, missing, legend=legend, as_stored=as_stored)
+
+    return import_annotated(
+        library,
+        [(pair.name, reading(pair)) for pair in pairs],
+        tags=tags,
+        strict=strict,
+        progress=progress,
+    )
+
+
+def import_volume(
+    library: Library,
+    volume: AnnotatedVolume,
+    labels: Mapping[int, str] | None,
+    choice: SliceChoice,
+    *,
+    plane: str | None = None,
+    read: VolumeReader = read_annotated_volume,
+    missing: Missing = "absent",
+    tags: Mapping[str, str] | None = None,
+    strict: bool = False,
+) -> ImportReport:
+    """Add the chosen slices of a volume; a volume that cannot be used is one failure.
+
+    Parameters
+    ----------
+    labels : structure by label value, for label maps.
+    read : how; :func:`functools.partial` of the default takes options.
+    choice, plane, missing : see :func:`annotated_slices`.
+    tags : given to every slice, beside those of the volume.
+    strict : raise instead.
+
+    Raises
+    ------
+    InputError
+        If ``strict`` and it cannot be used.
+    LibraryWriteError
+        If the library cannot be written.
+    """
+    item = volume.item
+    try:
+        found, masks = read(item, volume.segmentation, labels)
+        held = [library.embeddings(name)[1] for name in library.structures]
+        chosen = annotated_slices(
+            found,
+            masks,
+            item.relative.as_posix(),
+            choice,
+            plane=plane,
+            missing=missing,
+            embed=library.embed,
+            known=np.concatenate(held) if held else None,
+        )
+    except InputError as error:
+        if strict:
+            raise
+        return ImportReport({}, (), {item.name: str(error)})
+    report = import_annotated(
+        library,
+        [(each.name, lambda each=each: each) for each in chosen],  # type: ignore[misc]
+        tags={**found.tags, **(tags or {})},
+        strict=strict,
+    )
+    return replace(report, notes={item.name: found.notes} if found.notes else {})
+
+
+def import_exemplars(
+    library: Library,
+    found: Annotations,
+    *,
+    labels: Mapping[int, str] | None = None,
+    legend: Legend | None = None,
+    choice: SliceChoice | None = None,
+    plane: str | None = None,
+    read: VolumeReader = read_annotated_volume,
+    as_stored: bool = False,
     missing: Missing = "absent",
     tags: Mapping[str, str] | None = None,
     strict: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ImportReport:
-    """Add every pair to a library; ``missing`` as :func:`read_pair` takes it, the rest as below."""
-    return import_annotated(
+    """Add everything annotated that was found in a file or folder.
+
+    Parameters
+    ----------
+    found : by :func:`recallseg.runtime.formats.annotations.find_annotations`.
+    labels, legend, as_stored, missing : see :func:`read_pair`.
+    choice : which slices of volumes; all that show something by default.
+    plane, read : see :func:`import_volume`.
+    tags : given to every exemplar.
+    strict : stop at the first that cannot be used; what was added before stays.
+    progress : called after each image and volume with its name.
+
+    Raises
+    ------
+    InputError
+        If label maps have no ``labels``; if ``strict`` and one cannot be used.
+    LibraryWriteError
+        If the library cannot be written.
+    """
+    if labels is None and legend is None and needs_labels(found.pairs):
+        raise InputError("say what the values of the label maps mean: --labels 1=liver,2=spleen.")
+    if found.unclear and strict:
+        raise InputError(next(iter(found.unclear.values())))
+    report = import_pairs(
         library,
-        [(pair.name, partial(read_pair, pair, labels, missing)) for pair in pairs],
+        found.pairs,
+        labels,
+        missing=missing,
+        legend=legend,
+        as_stored=as_stored,
         tags=tags,
         strict=strict,
         progress=progress,
     )
+    added, skipped = dict(report.added), list(report.skipped)
+    failed = {**report.failed, **found.unclear}
+    notes: dict[str, tuple[str, ...]] = {}
+    for volume in found.volumes:
+        report = import_volume(
+            library,
+            volume,
+            labels,
+            choice or SliceChoice(),
+            plane=plane,
+            read=read,
+            missing=missing,
+            tags=tags,
+            strict=strict,
+        )
+        added |= report.added
+        skipped += report.skipped
+        failed |= report.failed
+        notes |= report.notes
+        if progress is not None:
+            progress(volume.item.name)
+    return ImportReport(added, tuple(skipped), failed, notes)
 
 
 def import_annotated(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.pairs import Annotated, Missing, Pair, read_pair
+from recallseg.runtime.formats.pairs import Annotated, Legend, Missing, Pair, read_pair
 from recallseg.runtime.reports.metrics import compare_masks
 from recallseg.runtime.segmenting.result import Result
 
@@ -109,9 +109,16 @@ class PairSequence(Sequence[Annotated]):
     """Pairs of a folder, each read when it is asked for: a folder may be larger than memory."""
 
     def __init__(
-        self, pairs: Sequence[Pair], labels: Mapping[int, str], missing: Missing = "absent"
+        self,
+        pairs: Sequence[Pair],
+        labels: Mapping[int, str] | None,
+        missing: Missing = "absent",
+        *,
+        legend: Legend | None = None,
+        as_stored: bool = False,
     ) -> None:
         self._pairs, self._labels, self._missing = pairs, labels, missing
+        self._legend, self._as_stored = legend, as_stored
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -121,7 +128,13 @@ class PairSequence(Sequence[Annotated]):
         return self._pairs[index].name
 
     def __getitem__(self, index: int) -> Annotated:  # type: ignore[override]  # no slices
-        return read_pair(self._pairs[index], self._labels, self._missing)
+        return read_pair(
+            self._pairs[index],
+            self._labels,
+            self._missing,
+            legend=self._legend,
+            as_stored=self._as_stored,
+        )
 
 
 def evaluate(

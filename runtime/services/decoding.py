@@ -80,7 +80,12 @@ class IsolatedDecoder:
         self._link: Connection[Any, Any] | None = None
 
     def read(
-        self, item: Item, *, voi: bool = False, stop: Callable[[], bool] = lambda: False
+        self,
+        item: Item,
+        *,
+        voi: bool = False,
+        as_stored: bool = False,
+        stop: Callable[[], bool] = lambda: False,
     ) -> NDArray[Any] | Volume | None:
         """Return an image HxW or HxWx3, or a volume; None if ``stop`` said so meanwhile.
 
@@ -98,7 +103,7 @@ class IsolatedDecoder:
         link = self._started()
         until = monotonic() + self._limits.time_for(item)
         try:
-            link.send((item, voi))
+            link.send((item, voi, as_stored))
             while not link.poll(LOOK_S):
                 if stop():
                     self.close()
@@ -191,24 +196,24 @@ def _receive(link: Connection[Any, Any]) -> Any:
     return pickle.loads(head, buffers=buffers)  # noqa: S301  # of our own process, see above
 
 
-def _read(item: Item, voi: bool) -> NDArray[Any] | Volume | str:
+def _read(item: Item, voi: bool, as_stored: bool) -> NDArray[Any] | Volume | str:
     for path in item.files:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return f"{printable(path)} is no regular file any more."
     if item.kind == "image":
-        return read_image(item.path)
+        return read_image(item.path, as_stored=as_stored)
     return read_item(item, voi=voi)
 
 
 def _serve(link: Connection[Any, Any]) -> None:
     while True:
         try:
-            item, voi = link.recv()
+            item, voi, as_stored = link.recv()
         except EOFError:
             return
         found: Any
         try:
-            found = _read(item, voi)
+            found = _read(item, voi, as_stored)
         except InputError as error:
             found = printable(error)
         except MemoryError:

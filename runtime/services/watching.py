@@ -177,7 +177,12 @@ class Watcher:
                 raise InputError(
                     f"{item.path}: {record_file(base)} is of {other.get('image')}. Rename one."
                 )
-            image = self._decoder.read(item, voi=self._volumes.voi, stop=stop.is_set)
+            image = self._decoder.read(
+                item,
+                voi=self._volumes.voi,
+                as_stored=self._volumes.as_stored,
+                stop=stop.is_set,
+            )
             if image is None:
                 return None
             record = self._write(item, image, base)

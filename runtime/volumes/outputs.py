@@ -55,6 +55,7 @@ class VolumeSettings:
     voi : see :func:`recallseg.runtime.formats.dicom.read_dicom`.
     concepts : coded meaning by structure, beyond the built-in table; see
         :mod:`recallseg.runtime.formats.concepts`.
+    as_stored : of pictures, see :func:`recallseg.runtime.formats.images.read_image`.
     """
 
     plane: str | None = None
@@ -63,6 +64,7 @@ class VolumeSettings:
     preview: bool = False
     voi: bool = False
     concepts: Mapping[str, Concept] = field(default_factory=dict)
+    as_stored: bool = False
 
 
 def segment_to_files(

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import PassedOver
 
 __all__ = [
+    "AsStoredOption",
     "AuditOption",
     "CleanUpOption",
     "EngineOption",
     "JsonOption",
+    "LegendOption",
     "LibraryArgument",
     "PlaneOption",
     "PrecisionOption",
@@ -91,6 +93,18 @@ PreviewOption = Annotated[
 ]
 VoiOption = Annotated[
     bool, typer.Option("--voi", help="Apply a DICOM file's own window, as a screen does.")
+]
+AsStoredOption = Annotated[
+    bool,
+    typer.Option(
+        "--as-stored", help="Leave pictures and masks unturned and uninverted, whatever they say."
+    ),
+]
+LegendOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--legend", help="Structures by colour, #ff0000=liver,#00ff00=spleen, or a file of such."
+    ),
 ]
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Exit with status 1 if any file was passed over.")

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from recallseg.commands.common import (
+    AsStoredOption,
     EngineOption,
     JsonOption,
+    LegendOption,
     LibraryArgument,
     PrecisionOption,
     ReachOption,
@@ -22,13 +24,14 @@ from recallseg.commands.common import (
     say_notice,
     split_list,
     split_numbers,
+    tell_passed,
 )
-from recallseg.commands.library import LabelsOption, MissingOption, parse_missing
+from recallseg.commands.library import MissingOption, parse_missing
 from recallseg.engines.errors import InputError
 from recallseg.runtime.segmenting.reach import REACH
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -43,8 +46,16 @@ __all__ = ["evaluate", "finish", "print_tables"]
 def evaluate(
     library: LibraryArgument,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="NAME.png with NAME.mask.png.")],
-    labels: LabelsOption,
     output: Annotated[Path, typer.Option(help="Folder for cases.csv, summary.json, report.html.")],
+    labels: Annotated[
+        Optional[str], typer.Option(help="Structures by label value, e.g. 1=liver,2=spleen.")
+    ] = None,
+    legend: LegendOption = None,
+    mask: Annotated[
+        Optional[Path],
+        typer.Option(help="Folder of masks, or a COCO file.", show_default="beside"),
+    ] = None,
+    as_stored: AsStoredOption = False,
     k: Annotated[str, typer.Option("--k", help="Most exemplars to recall, e.g. 1,4,16.")] = "4",
     reach: ReachOption = REACH,
     structures: Annotated[
@@ -61,35 +72,45 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Segment images whose masks are known, and compare."""
-    from recallseg.runtime.formats.pairs import find_pairs, parse_labels
+    from recallseg.runtime.formats.pairs import (
+        BACKGROUND,
+        find_pairs,
+        needs_labels,
+        parse_labels,
+        parse_legend,
+    )
     from recallseg.runtime.library import Library
     from recallseg.runtime.reports.evaluation import PairSequence, check_structures
     from recallseg.runtime.reports.evaluation import evaluate as run
     from recallseg.runtime.reports.page import Settings
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
-    by_label = parsed(parse_labels, labels, "--labels")
+    by_label = None if labels is None else parsed(parse_labels, labels, "--labels")
+    by_colour = None if legend is None else parsed(parse_legend, legend, "--legend")
     ks = parsed(split_numbers, k, "--k")
     size = None if spacing is None else parsed(_spacing, spacing, "--spacing")
     unlooked = parsed(parse_missing, missing, "--missing")
-    chosen = list(by_label.values())
-    if structures is not None:
-        chosen = parsed(split_list, structures, "--structures")
-        unlabelled = [name for name in chosen if name not in by_label.values()]
-        if unlabelled:
-            raise typer.BadParameter(
-                f"--labels has no '{unlabelled[0]}'.", param_hint="--structures"
-            )
-    found = find_pairs(folder)
+    named = list(dict.fromkeys([*(by_label or {}).values(), *(by_colour or {}).values()]))
+    chosen = None if structures is None else parsed(split_list, structures, "--structures")
+    unlabelled = [name for name in chosen or () if named and name not in named]
+    if unlabelled:
+        raise typer.BadParameter(
+            f"--labels or --legend has no '{unlabelled[0]}'.", param_hint="--structures"
+        )
+    found = find_pairs(folder, mask)
+    if by_label is None and by_colour is None and needs_labels(found.pairs):
+        raise InputError("say what the values of the label maps mean: --labels 1=liver,2=spleen.")
     with Library.open(library) as opened:
-        check_structures(opened, chosen)
+        named = [name for name in named if name != BACKGROUND]
+        wanted: Sequence[str] = chosen or named or opened.structures
+        check_structures(opened, wanted)
         say_notice(opened.bundle.notice)
 
         def make(k: int) -> Segmenter:
             return Segmenter(
                 opened,
                 k=k,
-                structures=chosen,
+                structures=wanted,
                 reach=reach,
                 engine=engine,
                 precision=precision,
@@ -99,8 +120,10 @@ def evaluate(
         with progress_bar("Evaluating", len(found.pairs) * len(ks)) as step:
             evaluation = run(
                 opened,
-                PairSequence(found.pairs, by_label, unlooked),
-                chosen,
+                PairSequence(
+                    found.pairs, by_label, unlooked, legend=by_colour, as_stored=as_stored
+                ),
+                wanted,
                 ks,
                 make,
                 spacing=size,
@@ -111,7 +134,9 @@ def evaluate(
         )
         finish(evaluation, settings, opened, output, as_json=as_json)
     if found.unlabelled:
-        note(f"{len(found.unlabelled)} images have no label map and were left out")
+        these = ", ".join(map(str, found.unlabelled))
+        note(f"{len(found.unlabelled)} images have no label map and were left out: {these}")
+    tell_passed(found.passed)
     if evaluation.failures:
         raise typer.Exit(1)
 

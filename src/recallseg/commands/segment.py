@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from recallseg.commands.common import (
+    AsStoredOption,
     AuditOption,
     CleanUpOption,
     EngineOption,
@@ -80,6 +81,7 @@ def segment(
         Optional[Path],
         typer.Option(help="Codes of structures (TOML or JSON) for SEG and .seg.nrrd."),
     ] = None,
+    as_stored: AsStoredOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     strict: StrictOption = False,
     audit: AuditOption = None,
@@ -103,6 +105,7 @@ def segment(
         preview,
         voi,
         {} if codes is None else read_concepts(codes),
+        as_stored,
     )
     chosen = None if time is None else parsed(split_time, time, "--time")
     found = find_inputs(paths, kind)
@@ -128,7 +131,7 @@ def segment(
             for item, base in jobs:
                 try:
                     if item.kind == "image":
-                        done = iter([_segment_image(segmenter, item, base, log)])
+                        done = iter([_segment_image(segmenter, item, base, settings, log)])
                     else:
                         times = [chosen]
                         if time == "all":
@@ -156,12 +159,12 @@ def segment(
 
 
 def _segment_image(
-    segmenter: Segmenter, item: Item, base: Path, log: AuditLog | None
+    segmenter: Segmenter, item: Item, base: Path, settings: VolumeSettings, log: AuditLog | None
 ) -> tuple[dict[str, Any], str]:
     from recallseg.runtime.formats.images import read_image
     from recallseg.runtime.services.outputs import mask_file, write_result
 
-    image = read_image(item.path)
+    image = read_image(item.path, as_stored=settings.as_stored)
     result = segmenter.segment(image)
     if log is not None:
         log.record(image, result.label_map, result.to_json())

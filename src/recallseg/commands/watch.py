@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from recallseg.commands.common import (
+    AsStoredOption,
     AuditOption,
     CleanUpOption,
     EngineOption,
@@ -55,6 +56,7 @@ def watch(
     clean_up: CleanUpOption = None,
     preview: PreviewOption = False,
     voi: VoiOption = False,
+    as_stored: AsStoredOption = False,
     once: Annotated[
         bool, typer.Option("--once", help="End when all that is there is done.")
     ] = False,
@@ -74,7 +76,9 @@ def watch(
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
     wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
-    volumes = VolumeSettings(plane, "largest" in wanted, "holes" in wanted, preview, voi)
+    volumes = VolumeSettings(
+        plane, "largest" in wanted, "holes" in wanted, preview, voi, as_stored=as_stored
+    )
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom.uid import generate_uid
 from support.dicom_series import write_object, write_picture, write_series
 from support.pictures import LABELS, disc, write_pairs
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 
 from recallseg import cli
 from recallseg.engines.bundle import Bundle
+from recallseg.runtime.library import Library
 
 SR = "1.2.840.10008.5.1.4.1.1.88.33"
 
@@ -44,6 +47,11 @@ def library(fake_bundle: Bundle, tmp_path: Path) -> Path:
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
     call("library", "import", folder, tmp_path / "pairs", "--labels", LABELS)
     return folder
+
+
+def library_bundle(library: Path) -> Path:
+    with Library.open(library) as opened:
+        return opened.bundle.path
 
 
 def planes(count: int = 3) -> np.ndarray:
@@ -109,6 +117,83 @@ def test_views_of_one_series(library: Path, tmp_path: Path, command: str) -> Non
     masks = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in sorted(out.rglob("*.mask.png"))]
     assert len(masks) == 2
     assert all(mask.shape == (64, 64) for mask in masks)
+
+
+def exemplars(library: Path) -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
+    with Library.open(library) as opened:
+        return {e.key: opened.source(e.key) for e in opened if not e.key.startswith("disc-")}
+
+
+def test_a_photograph_that_was_turned(library: Path, tmp_path: Path) -> None:
+    """EXIF orientation 3 in the image, none in the mask, which was drawn as viewers show it."""
+    shown = disc(0.0).image
+    exif = Image.Exif()
+    exif[274] = 3
+    (tmp_path / "in").mkdir()
+    Image.fromarray(shown[::-1, ::-1]).save(tmp_path / "in" / "a.jpg", exif=exif, quality=95)
+    Image.fromarray((shown > 170).astype(np.uint8)).save(tmp_path / "in" / "a.mask.png")
+    call("library", "import", library, tmp_path / "in", "--labels", "1=disc")
+    ((image, masks),) = exemplars(library).values()
+    assert image[masks["disc"]].mean() > 170
+    assert image[~masks["disc"]].mean() < 120
+    told = call("segment", library, tmp_path / "in" / "a.jpg", "--output", tmp_path / "out")
+    assert told.exit_code == 0
+    arguments = ["library", "create", str(tmp_path / "l2"), "--bundle"]
+    CliRunner().invoke(cli.app, [*arguments, str(library_bundle(library))])
+    call("library", "import", tmp_path / "l2", tmp_path / "in", "--labels", "1=disc", "--as-stored")
+    ((image, masks),) = exemplars(tmp_path / "l2").values()
+    assert image[masks["disc"]].mean() < 170  # as asked for
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_films_whose_zero_is_white(library: Path, tmp_path: Path, dtype: type) -> None:
+    shown = disc(0.0).image.astype(dtype) * (1 if dtype is np.uint8 else 200)
+    highest = np.iinfo(dtype).max
+    (tmp_path / "in").mkdir()
+    stored = shown if dtype is np.uint8 else highest - shown  # Pillow inverts 8 bits, not 16
+    Image.fromarray(stored).save(tmp_path / "in" / "w.tif", tiffinfo={262: 0})
+    Image.fromarray((disc(0.0).image > 170).astype(np.uint8)).save(tmp_path / "in" / "w.mask.png")
+    call("library", "import", library, tmp_path / "in", "--labels", "1=disc")
+    ((image, masks),) = exemplars(library).values()
+    np.testing.assert_array_equal(image, shown)
+    assert image[masks["disc"]].min() > image[~masks["disc"]].max()
+
+
+def test_what_an_import_leaves_out_is_named(library: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        volume = nibabel.Nifti1Image(planes().astype(np.int16), np.eye(4))
+        nibabel.save(volume, tmp_path / f"{name}.nii.gz")
+    drawn = nibabel.Nifti1Image((planes() > 170).astype(np.uint8), np.eye(4))
+    (tmp_path / "in").mkdir()
+    for file in ("a", "b"):
+        shutil.move(tmp_path / f"{file}.nii.gz", tmp_path / "in")
+    nibabel.save(drawn, tmp_path / "in" / "a.mask.nii.gz")
+    nibabel.save(drawn, tmp_path / "in" / "b_mask.nii.gz")  # misnamed
+    write_pairs(tmp_path / "in" / "pictures", [0.2])
+    told = call("library", "import", library, tmp_path / "in", "--labels", LABELS)
+    assert "2 images have no label map or segmentation and were left out" in told.output
+    assert "in/b.nii.gz" in told.output
+    assert "in/b_mask.nii.gz" in told.output
+    keys = set(exemplars(library)) | {"pictures"}
+    assert any(key.startswith("a-") for key in keys)
+    found = call(
+        "library", "import", library, tmp_path / "in", "--labels", LABELS, "--strict", "--json",
+        status=1,
+    )  # fmt: skip
+    assert len(json.loads(found.stdout)["unlabelled"]) == 2
+
+
+def test_evaluate_takes_what_import_takes(library: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "in.png"), disc(0.3).image)
+    (tmp_path / "in").mkdir()
+    shutil.move(tmp_path / "in.png", tmp_path / "in" / "a.png")
+    for name, mask in disc(0.3).masks.items():
+        cv2.imwrite(str(tmp_path / "in" / f"a.mask.{name}.png"), mask.astype(np.uint8) * 255)
+    cv2.imwrite(str(tmp_path / "in" / "alone.png"), disc(0.4).image)
+    told = call("evaluate", library, tmp_path / "in", "--output", tmp_path / "out", "--k", 1)
+    assert "1 images have no label map and were left out" in told.output
+    assert "alone.png" in told.output
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["structures"]
 
 
 NAMES = [b"r\xf6ntgen", b"\xff", "日本".encode(), b"line\nbreak", b"a'b\"c;d", b"x" * 240]

@@ -177,7 +177,7 @@ def test_label_maps(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "colour.png"), pixels(8, 9, 3))
     with pytest.raises(InputError, match="3 channels"):
         read_label_map(tmp_path / "colour.png")
-    np.save(tmp_path / "float.npy", np.zeros((2, 2)))
+    np.save(tmp_path / "float.npy", np.full((2, 2), 0.5))
     with pytest.raises(InputError, match="float64"):
         read_label_map(tmp_path / "float.npy")
 

@@ -24,6 +24,7 @@ _BYTES = {
     "fp32": 4,
     "fp32-native": 4,
     "fp16": 2,
+    "fp16-native": 2,
     "bf16": 2,
     "mixed": 2,
     "int8": 2,

@@ -30,6 +30,7 @@ from recallseg.engines.errors import (
     VerificationError,
 )
 from recallseg.engines.imports import import_onnxruntime
+from recallseg.engines.operators import require_operators
 from recallseg.engines.paths import cache_folder
 from recallseg.engines.proof import prove
 from recallseg.engines.specs import GRAPHS, GraphSpec
@@ -83,6 +84,9 @@ class OnnxRuntimeGpu(DeviceEngine):
         self._runtime = load_provider(self.provider, self.name)
         settings = self._runtime.SessionOptions()
         settings.log_severity_level = 3
+        if precision.endswith("native"):
+            library = require_operators(f"graph '{spec.name}' in {precision}")
+            settings.register_custom_ops_library(str(library))
         self._configure(settings, proving=proving)
         self.device.enter()
         if not self.device.primary:

@@ -1,4 +1,4 @@
-"""Native operators for ONNX Runtime's CPU provider: where they are, and what to say where not.
+"""Native operators for ONNX Runtime: where they are, and what to say where not.
 
 They are built where there is a compiler (docs/native-kernels.md) and nothing stands in for them: a
 graph that has them needs them.
@@ -14,6 +14,7 @@ from recallseg.engines.errors import EngineUnavailableError
 __all__ = [
     "ATTENTION",
     "DOMAIN",
+    "HALF_LINEAR",
     "LINEAR",
     "QUANTIZED_ATTENTION",
     "STRIPE",
@@ -39,6 +40,10 @@ LINEAR = "Linear"
 ``activation``: 0 none, 1 GELU, 2 ReLU."""
 
 STRIPE = 16
+
+HALF_LINEAR = "HalfLinear"
+"""For CUDA, in fp16: ``...xW`` input, ``WxN`` weights, ``N`` bias -> ``...xN``; ``activation`` as
+for :data:`LINEAR`, GELU in its tanh form."""
 
 # A node's field 7, its domain, as it is written to a file: onnx itself is not a runtime dependency.
 _MARK = b"\x3a" + bytes([len(DOMAIN)]) + DOMAIN.encode()
@@ -87,7 +92,7 @@ def describe_operators() -> str:
     """
     library = operators_library()
     if library is None:
-        return f"not built: for the precisions fp32-native and int8-native, {_HOW}"
+        return f"not built: for the precisions fp32-native, fp16-native and int8-native, {_HOW}"
     try:
         level = ctypes.CDLL(str(library)).recallseg_operators_level
     except (OSError, AttributeError) as error:

@@ -18,6 +18,7 @@ PRECISIONS = (
     "fp32",
     "fp32-native",
     "fp16",
+    "fp16-native",
     "bf16",
     "mixed",
     "int8",

@@ -45,7 +45,7 @@ from recallseg.engines.golden import (
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import TOLERANCES, compare_with_golden, relative_error
-from recallseg.export import ort_cpu, tensorrt
+from recallseg.export import ort_cpu, ort_cuda, tensorrt
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import OPSET, export_graph
@@ -63,7 +63,7 @@ _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATION = {"embed": _IMAGENET, "encode": _IMAGENET}
 """Both DINOv2 and SAM 2 were trained with ImageNet's (their image processors' defaults)."""
 
-VARIANTS = ("portable", "ort-cpu", "tensorrt")
+VARIANTS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
 """Graph variants that can be exported."""
 
 DEFAULT_VARIANTS = ("portable", "ort-cpu")
@@ -162,6 +162,14 @@ def export_bundle(
             for graph in GRAPHS:
                 exact = graphs.get(f"ort-cpu/fp32/{graph}", graphs[f"portable/fp32/{graph}"])
                 graphs.setdefault(f"ort-cpu/pooled/{graph}", exact)
+        if "ort-cuda" in variants:
+            for graph, module in ort_cuda.build_ort_cuda_graphs(
+                segmenter, embedder, object_pointers=object_pointers
+            ).items():
+                write("ort-cuda", graph, module, ort_cuda.OPSET)
+                file = work / graphs[f"ort-cuda/fp32/{graph}"]["file"]
+                ort_cuda.forget_unread_outputs(file)
+                graphs[f"ort-cuda/fp32/{graph}"] = _entry(work, file)
         if "tensorrt" in variants:
             with tensorrt.fusable_attention(segmenter, embedder):
                 for graph in GRAPHS:

@@ -24,7 +24,7 @@ from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verification import compare_with_golden
 from recallseg.export.emulation import EmulatedEngine
-from recallseg.export.native import use_native_operators
+from recallseg.export.native import use_half_linear, use_native_operators
 from recallseg.export.precision import CONVERTED, convert_graph
 from recallseg.export.quantization import (
     QUANTIZED,
@@ -38,7 +38,10 @@ __all__ = ["PRECISIONS", "convert_bundle"]
 EXACT_NATIVE = "fp32-native"
 """fp32 by the native operators."""
 
-PRECISIONS = (EXACT_NATIVE, *CONVERTED, *QUANTIZED)
+HALF_NATIVE = "fp16-native"
+"""fp16 by cuBLASLt's fused products where ONNX Runtime's CUDA provider has none."""
+
+PRECISIONS = (EXACT_NATIVE, HALF_NATIVE, *CONVERTED, *QUANTIZED)
 """Precisions that a bundle can be given after its export."""
 
 Report = Callable[[str], None]
@@ -58,10 +61,11 @@ def convert_bundle(
     """Copy a bundle and add its graphs in other precisions.
 
     For ``fp16``, ``bf16`` and ``mixed`` the graphs of variant ``tensorrt`` are converted where the
-    bundle has them, else the portable ones, and those of ``ort-cpu`` become ``ort-cuda``; they run
-    on the CPU, rounding as their types do. For ``fp32-native``, ``int8``, ``int8-native`` and
-    ``int8-pooled`` those of ``ort-cpu`` are; they run as they will be run. ``memorize`` stays as it
-    is there: memories outlive the precision of a query.
+    bundle has them, else the portable ones, and beside them those of ``ort-cuda`` (or of
+    ``ort-cpu``, where there are no others); they run on the CPU, rounding as their types do.
+    ``fp16-native`` is ``fp16`` with a native operator for CUDA. For ``fp32-native``, ``int8``,
+    ``int8-native`` and ``int8-pooled`` those of ``ort-cpu`` are; they run as they will be run.
+    ``memorize`` stays as it is there: memories outlive the precision of a query.
     Each precision has to stay within its tolerance for every tensor of the golden case, and within
     the Dice tolerance for the masks.
 
@@ -90,7 +94,9 @@ def convert_bundle(
     if output.exists() and not overwrite:
         raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
     for precision in precisions:
-        if precision not in CONVERTED:
+        if precision == HALF_NATIVE:
+            _check_for_cuda(source)
+        elif precision not in CONVERTED:
             _check_for_cpu(source, precision)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(f".{output.name}.{os.getpid()}")
@@ -100,7 +106,8 @@ def convert_bundle(
         golden = GoldenTensors.load(source.golden_file)
         measured = list(manifest.get("parity", []))
         for precision in precisions:
-            make = _converted if precision in CONVERTED else _made_for_cpu
+            floating = precision in CONVERTED or precision == HALF_NATIVE
+            make = _converted if floating else _made_for_cpu
             for variant, engines in make(source, work, manifest, golden, precision, report).items():
                 report(f"compare {variant} in {precision} with fp32")
                 key = f"{variant}/{precision}"
@@ -161,8 +168,10 @@ def _converted(
     """
     variant = "tensorrt" if "tensorrt" in source.precisions else "portable"
     sources = {variant: variant}
-    if "fp32" in source.precisions.get("ort-cpu", ()):
-        sources["ort-cuda"] = "ort-cpu"
+    kind = "fp16" if precision == HALF_NATIVE else precision
+    fused = [v for v in ("ort-cuda", "ort-cpu") if "fp32" in source.precisions.get(v, ())]
+    if fused:
+        sources["ort-cuda"] = fused[0]
     made: Made = {}
     for variant, base in sources.items():
         engines: dict[str, Engine] = dict(next(iter(made.values()), {}))
@@ -172,11 +181,23 @@ def _converted(
             report(f"convert {graph} of {base} to {precision}")
             path, _ = source.graph_file(graph, (base,), "fp32")
             file = _file(work, variant, precision, graph)
-            entry = _save(work, file, convert_graph(onnx.load(path), precision, graph))
+            converted = convert_graph(onnx.load(path), kind, graph)
+            if precision == HALF_NATIVE and variant == "ort-cuda":
+                converted = use_half_linear(converted)
+            entry = _save(work, file, converted)
             manifest["graphs"][f"{variant}/{precision}/{graph}"] = entry
             engines[graph] = EmulatedEngine(source.specs[graph], file)
         made[variant] = engines
     return made
+
+
+def _check_for_cuda(source: Bundle) -> None:
+    if "fp32" not in source.precisions.get("ort-cuda", ()):
+        raise ExportError(
+            f"{HALF_NATIVE} is made from the fp32 graphs of variant ort-cuda, which bundle "
+            f"{source.name} lacks: it has {source.precisions}. Export it with --variants "
+            "portable,ort-cuda."
+        )
 
 
 def _check_for_cpu(source: Bundle, precision: str) -> None:

@@ -33,6 +33,7 @@ from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel,
 
 from recallseg.engines.errors import ExportError
 from recallseg.export.attention import register_attention, use_attention
+from recallseg.export.fused import attend_fused, rotate
 from recallseg.export.graphs import Attend, Encode, build_graphs
 
 __all__ = ["GRAPHS", "OPSET", "POOL", "build_ort_cpu_graphs", "fused_attention"]
@@ -47,49 +48,6 @@ POOL = 2
 """Side in tokens of the places that ``pooled`` averages over."""
 
 _NAME = "recallseg_ort_cpu"
-
-
-def attend_fused(query: Tensor, key: Tensor, value: Tensor, *, heads: int, scale: float) -> Tensor:
-    """Attention on BxSx(heads*D) queries, BxLx(heads*D) keys and BxLx(heads*V) values."""
-    shape = (query.shape[0], query.shape[1], value.shape[2])
-    if torch.onnx.is_in_onnx_export():
-        fused: Tensor = torch.onnx.ops.symbolic(
-            "com.microsoft::MultiHeadAttention",
-            (query, key, value),
-            {"num_heads": heads, "scale": scale},
-            dtype=query.dtype,
-            shape=shape,
-            version=1,
-        )
-        return fused
-
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    out = nn.functional.scaled_dot_product_attention(
-        split(query), split(key), split(value), scale=scale
-    )
-    return out.transpose(1, 2).reshape(shape)
-
-
-def rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary encoding of neighbouring pairs of channels: ``x`` BxLxD at ``positions`` BxL.
-
-    ``cos`` and ``sin`` are Tx(D/2), one row for each position of the feature map.
-    """
-    if torch.onnx.is_in_onnx_export():
-        rotated: Tensor = torch.onnx.ops.symbolic(
-            "com.microsoft::RotaryEmbedding",
-            (x, positions, cos, sin),
-            {"interleaved": 1, "num_heads": 1, "rotary_embedding_dim": 0},
-            dtype=x.dtype,
-            shape=x.shape,
-            version=1,
-        )
-        return rotated
-    even, odd = x[..., 0::2], x[..., 1::2]
-    c, s = cos[positions], sin[positions]
-    return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2)
 
 
 def _attention_of_transformers(

@@ -31,13 +31,23 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from recallseg.engines.errors import ExportError, InputError
 from recallseg.engines.imports import import_onnxruntime
+from recallseg.engines.operators import DOMAIN
 
 __all__ = ["CONVERTED", "convert_graph", "emulate"]
 
 CONVERTED = ("fp16", "bf16", "mixed")
 """Precisions that are made from fp32 graphs."""
 
-_SENSITIVE = ("LayerNormalization", "ReduceL2", "ReduceMean", "Softmax", "Sin", "Cos", "Pow")
+_SENSITIVE = (
+    "LayerNormalization",
+    "SkipLayerNormalization",
+    "ReduceL2",
+    "ReduceMean",
+    "Softmax",
+    "Sin",
+    "Cos",
+    "Pow",
+)
 """Operators that ``mixed`` leaves in fp32 wherever they stand."""
 
 _ALWAYS = ("ReduceL2", "Clip")
@@ -219,11 +229,7 @@ def emulate(model: ModelProto) -> ModelProto:
     ----------
     model : from :func:`convert_graph`.
     """
-    typed = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    types = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*typed.graph.value_info, *typed.graph.output, *typed.graph.input)
-    }
+    types = _types(model)
     out = ModelProto()
     out.CopyFrom(model)
     del out.graph.node[:]
@@ -244,6 +250,62 @@ def emulate(model: ModelProto) -> ModelProto:
             if types.get(name) in _LOW:
                 wide, low = f"{name}__wide", f"{name}__low"
                 made.output[index] = wide
+                if made.domain == DOMAIN:
+                    _spell_out(out, made)
                 out.graph.node.append(helper.make_node("Cast", [wide], [low], to=types[name]))
                 out.graph.node.append(helper.make_node("Cast", [low], [name], to=TensorProto.FLOAT))
     return out
+
+
+def _types(model: ModelProto) -> dict[str, int]:
+    """Element types by name. Inference ends at operators that ONNX does not know, ONNX Runtime's
+    and ours: what they give out is of the type of their first input, and so is what is behind.
+    """
+    typed = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    types |= {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*typed.graph.value_info, *typed.graph.output, *typed.graph.input)
+    }
+    for node in model.graph.node:
+        if all(name in types for name in node.output if name):
+            continue
+        if node.op_type in _OTHER_TYPE:
+            kind = _OTHER_TYPE[node.op_type]
+        elif node.op_type == "Cast":
+            kind = next(a.i for a in node.attribute if a.name == "to")
+        elif node.op_type == "Where":
+            kind = types[node.input[1]]
+        else:
+            kind = types[node.input[0]]
+        types |= {name: kind for name in node.output if name}
+    return types
+
+
+_OTHER_TYPE = {
+    "Shape": TensorProto.INT64,
+    "Size": TensorProto.INT64,
+    "ArgMax": TensorProto.INT64,
+    "Greater": TensorProto.BOOL,
+    "Less": TensorProto.BOOL,
+    "Equal": TensorProto.BOOL,
+}
+"""What these give out, whatever they are given."""
+
+
+def _spell_out(model: ModelProto, linear: onnx.NodeProto) -> None:
+    """Replace a ``HalfLinear``, the last node, by the nodes that compute the same in fp32."""
+    x, weights, bias = linear.input
+    (out,) = linear.output
+    (activation,) = (a.i for a in linear.attribute if a.name == "activation")
+    nodes = [
+        helper.make_node("MatMul", [x, weights], [f"{out}__product"]),
+        helper.make_node("Add", [f"{out}__product", bias], [f"{out}__sum"]),
+        helper.make_node("Identity", [f"{out}__sum"], [out])
+        if activation == 0
+        else helper.make_node("Gelu", [f"{out}__sum"], [out], approximate="tanh")
+        if activation == 1
+        else helper.make_node("Relu", [f"{out}__sum"], [out]),
+    ]
+    del model.graph.node[-1]
+    model.graph.node.extend(nodes)

@@ -10,18 +10,21 @@ import ctypes as c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import EngineUnavailableError, InputError
-from recallseg.engines.pixels.interface import MOST_STRUCTURES, window_gain
+from recallseg.engines.pixels.interface import MOST_STRUCTURES, percentile_ranks, window_gain
 from recallseg.engines.pixels.native import DTYPES
 
 __all__ = ["DevicePixels", "Kernels", "kernel_image"]
 
 SPAN_BYTES = 20  # struct Span of core.h
+_BINS, _COARSE, _RUN = 65536 + 32768, 256, 8  # of kernels.cu
+_COUNTERS = _BINS + _BINS // _COARSE
+_FOUND = 6  # values at ranks, float64
 _SQUARE = (32, 8, 1)
 _LINE = (256, 1, 1)
 _MOST_BLOCKS_Y = 65535  # CUDA's limit on the second and third side of a grid
@@ -80,10 +83,74 @@ class DevicePixels:
         """Return the scratch that targets of up to this size need."""
         return SPAN_BYTES * (height + width)
 
+    WINDOW_BYTES: ClassVar[int] = 8 + 8 * _FOUND + 4 * _COUNTERS
+    """What :meth:`percentile_window` needs: the window, values at ranks, counters."""
+
+    def percentile_window(
+        self, image: Any, low: float, high: float, room: Any, stream: Any
+    ) -> None:
+        """Find the window between two percentiles where the image is; nobody waits for it.
+
+        The bits are those of :func:`~recallseg.runtime.model.preprocess.intensity_window` for
+        ``percentile``. ``room`` then begins with the window, for :meth:`prepare`.
+
+        Parameters
+        ----------
+        image : as for :meth:`prepare`, uint8, int16 or uint16: none of these is NaN.
+        low, high : percentiles, 0..100.
+        room : :attr:`WINDOW_BYTES` bytes on the device, aligned to 8.
+
+        Raises
+        ------
+        InputError
+            If a shape, dtype or the room does not fit.
+        """
+        source, place = self._image(image), _Array.of(room)
+        source.must_be(DTYPES[:3], "an image whose percentiles are found on the device")
+        if place.nbytes < self.WINDOW_BYTES or place.pointer % 8:
+            raise InputError(
+                f"percentiles need {self.WINDOW_BYTES} bytes aligned to 8, got {place.nbytes}."
+            )
+        found = c.c_void_p(place.pointer + 8)
+        fine = place.pointer + 8 + 8 * _FOUND
+        counters = c.c_void_p(fine), c.c_void_p(fine + 4 * _BINS)
+        size = int(np.prod(source.shape))
+        ranks, shares = percentile_ranks(size, low, high)
+        one = (1, 1, 1)
+        self._kernels.launch(
+            "recallseg_clear",
+            _grid(_COUNTERS, 1, _LINE),
+            _LINE,
+            (counters[0], c.c_int64(_COUNTERS)),
+            stream,
+        )
+        rows, columns = source.shape[:2]
+        self._kernels.launch(
+            "recallseg_histogram",
+            _grid(-(-columns // _RUN), rows, _SQUARE),
+            _SQUARE,
+            (*source.pixels(), c.c_int32(rows), c.c_int32(columns), *counters),
+            stream,
+        )
+        self._kernels.launch(
+            "recallseg_rank",
+            one,
+            (_FOUND, 1, 1),
+            (*counters, *(c.c_int64(rank) for rank in (*ranks, 0, size - 1)), found),
+            stream,
+        )
+        self._kernels.launch(
+            "recallseg_window",
+            one,
+            one,
+            (found, *(c.c_double(share) for share in shares), c.c_void_p(place.pointer)),
+            stream,
+        )
+
     def prepare(
         self,
         image: Any,
-        window: tuple[float, float],
+        window: tuple[float, float] | Any,
         out: Any,
         normalisation: Normalisation,
         stream: Any,
@@ -93,6 +160,7 @@ class DevicePixels:
         Parameters
         ----------
         image : HxW or HxWx3, uint8, int16, uint16 or float32, strides in multiples of its items.
+        window : as there, or the room that :meth:`percentile_window` was given.
         out : 1x3xSxS float32 or float16, C-contiguous.
 
         Raises
@@ -100,34 +168,28 @@ class DevicePixels:
         InputError
             If a shape, dtype or window does not fit, or the scratch is too small.
         """
-        source, target = _Array.of(image), _Array.of(out)
-        source.must_be(DTYPES, "an image on the device")
-        if len(source.shape) not in (2, 3) or source.shape[2:] not in ((), (3,)):
-            raise InputError(f"an image must be HxW or HxWx3, got {source.shape}.")
-        if 0 in source.shape:
-            raise InputError(f"the image is empty: its shape is {source.shape}.")
+        source, target = self._image(image), _Array.of(out)
         side = target.shape[-1] if target.shape else 0
         target.must_be((np.float32, np.float16), "a network input", (1, 3, side, side))
         target.must_be_contiguous()
         height, width = source.shape[:2]
-        colour = len(source.shape) == 3
-        gain = window_gain(*window)
+        there, ends, gain = c.c_void_p(None), (0.0, 0.0), np.float32(0)
+        if isinstance(window, tuple):
+            ends, gain = window, window_gain(*window)
+        else:
+            there = c.c_void_p(_Array.of(window).pointer)
         rule, y, x = self._spans((height, width), (side, side), stream)
         self._kernels.launch(
             "recallseg_prepare",
             _grid(side, side, _SQUARE),
             _SQUARE,
             (
-                c.c_void_p(source.pointer),
-                c.c_int32([np.dtype(kind) for kind in DTYPES].index(source.dtype)),
-                c.c_int32(3 if colour else 1),
-                c.c_int64(source.strides[0]),
-                c.c_int64(source.strides[1]),
-                c.c_int64(source.strides[2] if colour else 0),
+                *source.pixels(),
                 rule,
                 y,
                 x,
-                c.c_float(window[0]),
+                there,
+                c.c_float(ends[0]),
                 c.c_float(float(gain)),
                 *(c.c_float(mean) for mean in normalisation.mean),
                 *(c.c_float(1.0 / std) for std in normalisation.std),
@@ -137,6 +199,16 @@ class DevicePixels:
             ),
             stream,
         )
+
+    @staticmethod
+    def _image(image: Any) -> _Array:
+        source = _Array.of(image)
+        source.must_be(DTYPES, "an image on the device")
+        if len(source.shape) not in (2, 3) or source.shape[2:] not in ((), (3,)):
+            raise InputError(f"an image must be HxW or HxWx3, got {source.shape}.")
+        if 0 in source.shape:
+            raise InputError(f"the image is empty: its shape is {source.shape}.")
+        return source
 
     def finish(
         self, logits: Any, object_scores: Any, label_map: Any, masks: Any, stream: Any
@@ -315,6 +387,17 @@ class _Array:
     def nbytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
+    def pixels(self) -> tuple[Any, ...]:
+        """Say where the pixels of an image are: data, dtype, channels and strides."""
+        colour = len(self.shape) == 3
+        return (
+            c.c_void_p(self.pointer),
+            c.c_int32([np.dtype(kind) for kind in DTYPES].index(self.dtype)),
+            c.c_int32(3 if colour else 1),
+            *(c.c_int64(stride) for stride in self.strides),
+            *(() if colour else (c.c_int64(0),)),
+        )
+
     def must_be(
         self, dtypes: Sequence[Any], what: str, shape: tuple[int, ...] | None = None
     ) -> None:
@@ -327,6 +410,8 @@ class _Array:
             raise InputError(f"{what} must be aligned to {self.dtype.itemsize} bytes; copy it.")
 
     def must_be_contiguous(self) -> None:
+        if 0 in self.shape:  # whatever its strides are (drivers give zeros), there is nothing
+            return
         expected = self.dtype.itemsize
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size > 1 and stride != expected:

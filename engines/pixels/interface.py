@@ -25,6 +25,7 @@ __all__ = [
     "PREPARE_TOLERANCE",
     "Pixels",
     "Target",
+    "percentile_ranks",
     "window_gain",
 ]
 
@@ -73,8 +74,7 @@ class Pixels(ABC):
             If the image has another shape, is empty, or has NaN or infinite pixels.
         """
         _check_image(image)
-        places = [q / 100 * (image.size - 1) for q in (low, high)]
-        ranks = [min(floor(place) + step, image.size - 1) for place in places for step in (0, 1)]
+        ranks, shares = percentile_ranks(image.size, low, high)
         ordered = self._ordered(image, ranks)
         if isnan(ordered[0]):
             raise InputError(
@@ -82,8 +82,7 @@ class Pixels(ABC):
                 "numpy.nan_to_num(image)."
             )
         ends = []
-        for place, below, above in zip(places, ordered[::2], ordered[1::2], strict=True):
-            share = place - floor(place)
+        for share, below, above in zip(shares, ordered[::2], ordered[1::2], strict=True):
             # From the nearer neighbour, so that neither end is missed by rounding.
             ends.append(
                 below + (above - below) * share
@@ -239,6 +238,13 @@ class Pixels(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.detail})"
+
+
+def percentile_ranks(size: int, *percentiles: float) -> tuple[list[int], list[float]]:
+    """Return the two ranks that each percentile of ``size`` numbers lies between, and how far."""
+    places = [q / 100 * (size - 1) for q in percentiles]
+    ranks = [min(floor(place) + step, size - 1) for place in places for step in (0, 1)]
+    return ranks, [place - floor(place) for place in places]
 
 
 def window_gain(low: float, high: float) -> np.float32:

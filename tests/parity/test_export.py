@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from recallseg.export.converting import convert_bundle
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import example_inputs
 from recallseg.export.ort_cpu import build_ort_cpu_graphs
+from recallseg.export.ort_cuda import build_ort_cuda_graphs
 from recallseg.export.parity import PARITY_TOLERANCE, check_graph
 from recallseg.export.quantization import QUANTIZED, QUANTIZED_NATIVE
 
@@ -87,6 +89,47 @@ def test_the_ort_cpu_variant_is_fused_and_held_to_the_same_gate(exported: Bundle
         assert "Softmax" not in operators
         assert graph != "encode" or not {"Split", "Slice"} & set(operators)
     assert exported.graph_file("decode", ("ort-cpu", "portable"), "fp32")[1] == "portable"
+
+
+def test_the_ort_cuda_variant_moves_no_more_than_it_must(exported: Bundle) -> None:
+    variants = ("ort-cuda", "portable")
+    for graph in ("embed", "encode", "attend", "decode"):
+        path, variant = exported.graph_file(graph, variants, "fp32")
+        assert variant == "ort-cuda"
+        nodes = onnx.load(path).graph.node
+        operators = Counter(node.op_type for node in nodes)
+        assert {"Pad", "Softmax", "Conv", "ConvTranspose", "Resize"}.isdisjoint(operators)
+        assert operators["SkipLayerNormalization"] > operators["LayerNormalization"]
+        for node in nodes:  # outputs that nothing reads are not made
+            if node.op_type == "SkipLayerNormalization":
+                assert set(node.output[1:3]) <= {""}
+    encode = Counter(
+        node.op_type
+        for node in onnx.load(exported.graph_file("encode", variants, "fp32")[0]).graph.node
+    )
+    # Cutting the image, and one for each output.
+    assert encode["Transpose"] == 4
+    # Keys and values have no bias left; queries and the first rows do.
+    assert encode["Add"] <= encode["MultiHeadAttention"] + 6
+
+
+@pytest.mark.parametrize("object_pointers", [True, False])
+def test_the_ort_cuda_graphs_are_the_same_functions(models: Models, object_pointers: bool) -> None:
+    sam2, dinov2 = models[0].model, models[1].model
+    assert isinstance(sam2, Sam2VideoModel)
+    assert not isinstance(dinov2, Sam2VideoModel)
+    plain = build_graphs(sam2, dinov2, object_pointers=object_pointers)
+    made = build_ort_cuda_graphs(sam2, dinov2, object_pointers=object_pointers)
+    size = int(dinov2.config.image_size)
+    specs = graph_specs(
+        read_geometry(sam2, dinov2, embed_size=size), object_pointers=object_pointers
+    )
+    for graph, module in made.items():
+        inputs = example_inputs(specs[graph], torch.Generator().manual_seed(3), n=2, k=3)
+        with torch.inference_mode():
+            found, expected = module(*inputs.values()), plain[graph](*inputs.values())
+        pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True)
+        assert all(relative_error(x.numpy(), y.numpy()) < 1e-5 for x, y in pairs)
 
 
 @pytest.mark.parametrize("object_pointers", [True, False])

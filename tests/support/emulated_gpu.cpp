@@ -9,6 +9,12 @@ struct Index {
 };
 static Index blockIdx, blockDim, threadIdx;
 
+static uint32_t atomicAdd(uint32_t* counter, uint32_t more) {
+  const uint32_t before = *counter;
+  *counter += more;
+  return before;
+}
+
 #include "kernels.cu"
 
 template <class... Arguments, size_t... I>
@@ -37,6 +43,10 @@ extern "C" bool emulate(const char* name, const uint32_t* grid, const uint32_t* 
     continue; \
   }
           KERNEL(recallseg_spans)
+          KERNEL(recallseg_clear)
+          KERNEL(recallseg_histogram)
+          KERNEL(recallseg_rank)
+          KERNEL(recallseg_window)
           KERNEL(recallseg_prepare)
           KERNEL(recallseg_finish)
           KERNEL(recallseg_gather_half)

@@ -21,7 +21,8 @@ struct Domain;
 struct Allocator;
 struct MemoryInfo;
 
-constexpr int kFloat = 1;           // element type
+constexpr int kFloat = 1;           // element types
+constexpr int kHalf = 10;
 constexpr int kFailed = 1;          // error codes
 constexpr int kInvalidArgument = 2;
 constexpr int kArena = 1;           // kind of allocator
@@ -86,6 +87,10 @@ class Api {
   void release(MemoryInfo* memory) const { at<void(MemoryInfo*)>(94)(memory); }
   void release(ShapeInfo* shape) const { at<void(ShapeInfo*)>(99)(shape); }
   void release(Allocator* allocator) const { at<void(Allocator*)>(132)(allocator); }
+  // The stream of CUDA's provider; null on the CPU.
+  Status* stream(const KernelContext* context, void** found) const {
+    return at<Status*(const KernelContext*, void**)>(193)(context, found);
+  }
   Status* allocator(const KernelContext* context, const MemoryInfo* memory,
                     Allocator** found) const {
     return at<Status*(const KernelContext*, const MemoryInfo*, Allocator**)>(253)(context, memory,

@@ -1,15 +1,20 @@
-// The operators of domain `recallseg` for ONNX Runtime's CPU provider, and how it is told of them.
+// The operators of domain `recallseg` for ONNX Runtime, and how it is told of them. All are for the
+// CPU provider but HalfLinear, which is for CUDA's.
 //
 // Attention, QuantizedAttention: inputs, output, `num_heads` and `scale` are those of
 // `com.microsoft::MultiHeadAttention` with three inputs.
 // Linear: input [...][width], weights [stripes][width][16], bias [stripes][16]; attributes `columns`
 // and `activation` (an Activation). Output [...][columns].
+// HalfLinear: fp16 input [...][width], weights [width][columns], bias [columns]; `activation` as
+// there, GELU in its tanh form. Output [...][columns].
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "dispatch.h"
+#include "cublaslt.h"
 #include "exact.h"
 #include "quantized_attention.h"
 #include "session.h"
@@ -151,6 +156,49 @@ struct Linear {
   }
 };
 
+struct HalfLinear {
+  static constexpr const char* kName = "HalfLinear";
+  ort::Api api;
+  int64_t activation = 0;
+  std::shared_ptr<HalfProducts> products = std::make_shared<HalfProducts>();
+
+  explicit HalfLinear(const ort::Api& made) : api(made) {}
+
+  Status* create(const ort::KernelInfo* info) {
+    RETURN_IF_FAILED(api.attribute(info, "activation", &activation));
+    if (activation < 0 || activation > 2)
+      return invalid(api, kName, "activation must be 0 (none), 1 (gelu) or 2 (relu)");
+    return failed(products->open());
+  }
+
+  Status* compute(ort::KernelContext* context) const {
+    HalfCall call{};
+    Shape x, w, b;
+    RETURN_IF_FAILED(read_input(api, context, 0, call.input, x));
+    RETURN_IF_FAILED(read_input(api, context, 1, call.weights, w));
+    RETURN_IF_FAILED(read_input(api, context, 2, call.bias, b));
+    if (x.empty() || w.size() != 2 || w[0] != x.back() || b != Shape{w[1]} || w[0] < 1 || w[1] < 1)
+      return invalid(api, kName, "expected input ...xW, weights WxN and bias N, W and N at least 1; "
+                                 "got " + text(x) + ", " + text(w) + ", " + text(b));
+    call.width = w[0];
+    call.columns = w[1];
+    call.rows = 1;
+    for (size_t i = 0; i + 1 < x.size(); ++i) call.rows *= x[i];
+    call.activation = static_cast<Activation>(activation);
+    x.back() = call.columns;
+    RETURN_IF_FAILED(make_output(api, context, x, call.output));
+    if (call.rows == 0) return nullptr;
+    void* stream = nullptr;
+    RETURN_IF_FAILED(api.stream(context, &stream));
+    return failed(products->enqueue(call, stream));
+  }
+
+ private:
+  Status* failed(const std::string& why) const {
+    return why.empty() ? nullptr : api.create_status(ort::kFailed, (kName + (": " + why)).c_str());
+  }
+};
+
 // No exception may pass into ONNX Runtime.
 template <class Function>
 Status* guarded(const ort::Api& api, const char* name, const Function& function) {
@@ -162,6 +210,12 @@ Status* guarded(const ort::Api& api, const char* name, const Function& function)
 }
 
 constexpr int kRequired = 0;
+constexpr const char* kCpu = "CPUExecutionProvider";
+// Of HalfLinear; tests, which stand in for cuBLASLt on the CPU, ask for kCpu.
+const char* half_provider = "CUDAExecutionProvider";
+
+template <class Kernel>
+constexpr bool kOnGpu = std::is_same_v<Kernel, HalfLinear>;
 
 // `Kernel` has a name, is made from the interface, and has `create` and `compute`.
 template <class Kernel>
@@ -169,10 +223,14 @@ ort::Operator describe() {
   ort::Operator op{};
   op.version = ort::kVersion;
   op.name = [](const ort::Operator*) { return Kernel::kName; };
-  op.provider = [](const ort::Operator*) { return "CPUExecutionProvider"; };
-  op.input_type = [](const ort::Operator*, size_t) { return ort::kFloat; };
+  op.provider = [](const ort::Operator*) { return kOnGpu<Kernel> ? half_provider : kCpu; };
+  op.input_type = [](const ort::Operator*, size_t) {
+    return kOnGpu<Kernel> ? ort::kHalf : ort::kFloat;
+  };
   op.inputs = [](const ort::Operator*) { return size_t{3}; };
-  op.output_type = [](const ort::Operator*, size_t) { return ort::kFloat; };
+  op.output_type = [](const ort::Operator*, size_t) {
+    return kOnGpu<Kernel> ? ort::kHalf : ort::kFloat;
+  };
   op.outputs = [](const ort::Operator*) { return size_t{1}; };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.input_kind = [](const ort::Operator*, size_t) { return kRequired; };
@@ -203,8 +261,8 @@ ort::Operator describe() {
 
 // One for the life of the process: every session that was told of it may still use it.
 struct Registered {
-  ort::Operator all[3] = {describe<Attention>(), describe<QuantizedAttention>(),
-                          describe<Linear>()};
+  ort::Operator all[4] = {describe<Attention>(), describe<QuantizedAttention>(),
+                          describe<Linear>(), describe<HalfLinear>()};
   ort::Domain* domain = nullptr;
   Status* failure;
 
@@ -236,6 +294,13 @@ EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
 
 // The chosen level of vector units, for reports.
 EXPORTED const char* recallseg_operators_level() { return operators::level().name; }
+
+// For tests: HalfLinear on the CPU provider, by what a file has in the place of cuBLASLt; before the
+// first session is told of this library.
+EXPORTED void recallseg_operators_stand_in(const char* cublaslt) {
+  operators::half_provider = operators::kCpu;
+  operators::use_cublaslt(cublaslt);
+}
 
 // For tests: how many levels run here, and the choice of one, best first.
 EXPORTED int recallseg_operators_levels() { return operators::levels().count; }

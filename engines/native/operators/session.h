@@ -51,9 +51,10 @@ inline Status* no_memory(const ort::Api& api, const char* name) {
   return api.create_status(ort::kFailed, (name + std::string(": no memory")).c_str());
 }
 
-// A tensor of fp32, as the operators declare all of theirs.
-inline Status* read_input(const ort::Api& api, const ort::KernelContext* context, size_t index,
-                          const float*& data, Shape& shape) {
+// A tensor of the type that the operator declares.
+template <class T>
+Status* read_input(const ort::Api& api, const ort::KernelContext* context, size_t index,
+                   const T*& data, Shape& shape) {
   const ort::Value* value = nullptr;
   RETURN_IF_FAILED(api.input(context, index, &value));
   Held<ort::ShapeInfo> info(api);
@@ -64,17 +65,17 @@ inline Status* read_input(const ort::Api& api, const ort::KernelContext* context
   RETURN_IF_FAILED(api.dimensions(info.get(), shape.data(), axes));
   void* raw = nullptr;  // ONNX Runtime has no other way to read a tensor before version 23
   RETURN_IF_FAILED(api.mutable_data(const_cast<ort::Value*>(value), &raw));
-  data = static_cast<const float*>(raw);
+  data = static_cast<const T*>(raw);
   return nullptr;
 }
 
-inline Status* make_output(const ort::Api& api, ort::KernelContext* context, const Shape& shape,
-                           float*& data) {
+template <class T>
+Status* make_output(const ort::Api& api, ort::KernelContext* context, const Shape& shape, T*& data) {
   ort::Value* output = nullptr;
   RETURN_IF_FAILED(api.output(context, 0, shape.data(), shape.size(), &output));
   void* raw = nullptr;
   RETURN_IF_FAILED(api.mutable_data(output, &raw));
-  data = static_cast<float*>(raw);
+  data = static_cast<T*>(raw);
   return nullptr;
 }
 

@@ -1,5 +1,5 @@
-// The kernels for CUDA: one thread for each pixel, or for four numbers of a memory; no thread waits
-// for another. Compiled to pixels.fatbin, and by the tests for the CPU.
+// The kernels for CUDA: one thread for each pixel (or some), or for four numbers of a memory; no
+// thread waits for another. Compiled to pixels.fatbin, and by the tests for the CPU.
 #include "core.h"
 
 using namespace pixels;
@@ -12,6 +12,14 @@ PIXELS_FUNCTION int64_t thread_x() {
 
 PIXELS_FUNCTION int64_t thread_y() {
   return static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+}
+
+// A histogram of 16-bit values, signed or not, and of 8-bit ones.
+constexpr int32_t kBelow = 32768, kBins = 65536 + kBelow, kCoarse = 256, kRun = 8;
+
+// A share of the way between two numbers, from the nearer one, so that neither end is missed.
+PIXELS_FUNCTION double between(double below, double above, double share) {
+  return share < 0.5 ? below + (above - below) * share : above - (above - below) * (1 - share);
 }
 
 // As enum Pixel of rows.h numbers them.
@@ -59,22 +67,91 @@ extern "C" __global__ void recallseg_spans(int32_t source, int32_t target, int32
   if (i < target) spans[i] = span_of({source, target, rule}, static_cast<int32_t>(i));
 }
 
-// Grid: columns, rows of the target. Strides in bytes; data aligned to its dtype.
+// Grid: numbers to be 0.
+extern "C" __global__ void recallseg_clear(uint32_t* numbers, int64_t count) {
+  const int64_t i = thread_x();
+  if (i < count) numbers[i] = 0;
+}
+
+// Grid: runs of kRun columns, rows of an image of 8 or 16 bits. `fine` counts its values, in order;
+// `coarse` counts them 256 at a time. Neighbours are often alike (background): they are counted
+// together, or every thread would wait for the same counter.
+extern "C" __global__ void recallseg_histogram(const void* image, int32_t pixel, int32_t channels,
+                                               int64_t row_stride, int64_t column_stride,
+                                               int64_t channel_stride, int32_t rows,
+                                               int32_t columns, uint32_t* fine, uint32_t* coarse) {
+  const int64_t first = thread_x() * kRun, row = thread_y();
+  if (first >= columns || row >= rows) return;
+  const int64_t end = first + kRun < columns ? first + kRun : columns;
+  for (int32_t channel = 0; channel < channels; ++channel) {
+    int32_t before = -1;
+    uint32_t alike = 0;
+    for (int64_t column = first; column <= end; ++column) {
+      int32_t value = -1;
+      if (column < end)
+        value = static_cast<int32_t>(pixel_at(
+                    image, channel * channel_stride + row * row_stride + column * column_stride,
+                    pixel)) + kBelow;
+      if (value != before && alike > 0) {
+        atomicAdd(fine + before, alike);
+        atomicAdd(coarse + before / kCoarse, alike);
+        alike = 0;
+      }
+      before = value;
+      alike += value >= 0 ? 1 : 0;
+    }
+  }
+}
+
+// Six threads: the values that would stand at six ranks if all pixels were sorted.
+extern "C" __global__ void recallseg_rank(const uint32_t* fine, const uint32_t* coarse,
+                                          int64_t rank0, int64_t rank1, int64_t rank2,
+                                          int64_t rank3, int64_t rank4, int64_t rank5,
+                                          double* found) {
+  const int64_t ranks[6] = {rank0, rank1, rank2, rank3, rank4, rank5};
+  const int64_t i = thread_x();
+  if (i >= 6) return;
+  int64_t below = 0;
+  int32_t part = 0, value = 0;
+  while (part < kBins / kCoarse - 1 && below + coarse[part] <= ranks[i]) below += coarse[part++];
+  value = part * kCoarse;
+  const int32_t last = value + kCoarse - 1;
+  while (value < last && below + fine[value] <= ranks[i]) below += fine[value++];
+  found[i] = value - kBelow;
+}
+
+// One thread: the window between two percentiles, each between two of the values found, or between
+// the least and the largest (the last two) where they are the same. As Pixels.percentiles has it.
+extern "C" __global__ void recallseg_window(const double* found, double low_share,
+                                            double high_share, Window* window) {
+  if (thread_x() > 0) return;
+  double low = between(found[0], found[1], low_share);
+  double high = between(found[2], found[3], high_share);
+  if (low == high) {
+    low = found[4];
+    high = found[5];
+  }
+  *window = Window{static_cast<float>(low), high > low ? static_cast<float>(1.0 / (high - low)) : 0};
+}
+
+// Grid: columns, rows of the target. Strides in bytes; data aligned to its dtype. `window` stands
+// for `low` and `gain`, if it is not null.
 extern "C" __global__ void recallseg_prepare(
     const void* image, int32_t pixel, int32_t channels, int64_t row_stride, int64_t column_stride,
-    int64_t channel_stride, int32_t rule, const Span* y, const Span* x, float low, float gain,
-    float mean0, float mean1, float mean2, float gain0, float gain1, float gain2, int32_t side,
+    int64_t channel_stride, int32_t rule, const Span* y, const Span* x, const Window* window,
+    float low, float gain, float mean0, float mean1, float mean2, float gain0, float gain1, float gain2, int32_t side,
     int32_t half, void* out) {
   const int64_t column = thread_x(), row = thread_y();
   if (column >= side || row >= side) return;
   const float mean[3] = {mean0, mean1, mean2}, gains[3] = {gain0, gain1, gain2};
+  const Window intensities = window != nullptr ? *window : Window{low, gain};
   float value = 0.0f;
   for (int32_t channel = 0; channel < 3; ++channel) {
     if (channel < channels) {
       const int64_t base = channel * channel_stride;
       value = sample(rule, y[row], x[column], [=](int32_t from_row, int32_t from_column) {
         const int64_t offset = base + from_row * row_stride + from_column * column_stride;
-        return windowed(pixel_at(image, offset, pixel), Window{low, gain});
+        return windowed(pixel_at(image, offset, pixel), intensities);
       });
     }
     const int64_t at = (static_cast<int64_t>(channel) * side + row) * side + column;

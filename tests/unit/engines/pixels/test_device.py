@@ -17,7 +17,9 @@ from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.engines.pixels import device
 from recallseg.engines.pixels.device import DevicePixels
+from recallseg.engines.pixels.interface import window_gain
 from recallseg.engines.pixels.native import NativePixels
+from recallseg.runtime.model.preprocess import Intensity, intensity_window
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STREAM = object()
@@ -64,6 +66,13 @@ def random_image(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
     return image.astype(dtype)
 
 
+class Interface:
+    """An array whose interface says something else."""
+
+    def __init__(self, array: OnDevice, **more: Any) -> None:
+        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, **more}
+
+
 @shared
 @given(side, side, side, st.booleans(), st.sampled_from(["u1", "i2", "u2", "f4"]), st.booleans(),
        st.booleans(), st.integers(0, 2**32 - 1))  # fmt: skip
@@ -80,6 +89,46 @@ def test_prepare(
     pixels.prepare(put(image), (0.5, 201.25), put(found), IMAGENET, STREAM)
     machine.fetch()
     assert np.array_equal(found, expected)
+
+
+@shared
+@given(side, side, st.booleans(), st.sampled_from(["u1", "i2", "u2"]), st.booleans(),
+       st.tuples(st.floats(0, 40), st.floats(60, 100)), st.sampled_from([1, 3, 250, 70000]),
+       st.integers(0, 2**32 - 1))  # fmt: skip
+def test_percentile_window(
+    machine: Machine, kernels: Any, height: int, width: int, colour: bool, dtype: str,
+    flipped: bool, ends: tuple[float, float], values: int, seed: int,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    limits = np.iinfo(dtype)
+    shape = (height, width, 3) if colour else (height, width)
+    image = rng.integers(limits.min, min(limits.max, limits.min + values) + 1, shape).astype(dtype)
+    image = np.where(rng.random(shape) < 0.5, image, limits.max).astype(dtype)
+    image = image[::-1, ::-1] if flipped else image
+    native = NativePixels(kernels)
+    intensity = Intensity("percentile", *ends)
+    low, high = intensity_window(image, intensity, native)
+    room = np.zeros(DevicePixels.WINDOW_BYTES, np.uint8)
+    pixels, put = made_on(machine), machine.put
+    there = put(room)
+    pixels.percentile_window(put(image), *ends, there, STREAM)
+    expected, found = np.zeros((2, 1, 3, 16, 16), np.float32)
+    native.prepare(image, (low, high), [(expected, IMAGENET)])
+    pixels.prepare(put(image), there, put(found), IMAGENET, STREAM)
+    machine.fetch()
+    assert room[:8].view(np.float32).tolist() == [np.float32(low), window_gain(low, high)]
+    assert np.array_equal(found, expected)
+
+
+def test_nothing_to_stride_over(machine: Machine) -> None:
+    """No structures: drivers give arrays without elements strides of 0."""
+    labels, masks = np.full((8, 8), 7, np.uint8), np.zeros((0, 8, 8), np.bool_)
+    put = machine.put
+    nothing = OnDevice(np.zeros((0, 1, 2), np.float32))
+    flat = Interface(nothing, strides=(0, 0, 0))
+    made_on(machine).finish(flat, put(np.zeros(0, np.float32)), put(labels), put(masks), STREAM)
+    machine.fetch()
+    assert not labels.any()
 
 
 @shared
@@ -152,6 +201,9 @@ def test_what_does_not_fit_is_refused_before_a_launch(
     def prepare(image: Any, out: Any, window: tuple[float, float] = (0.0, 1.0)) -> None:
         pixels.prepare(OnDevice(image), window, OnDevice(out), IMAGENET, STREAM)
 
+    def window(image: Any, room: Any) -> None:
+        pixels.percentile_window(OnDevice(image), 1, 99, OnDevice(room), STREAM)
+
     def finish(*arrays: Any) -> None:
         pixels.finish(*(OnDevice(array) for array in arrays), STREAM)
 
@@ -169,6 +221,9 @@ def test_what_does_not_fit_is_refused_before_a_launch(
         (prepare, (image, out, (2.0, 1.0))),
         (prepare, (image, large)),
         (prepare, (np.zeros(65, np.uint8)[1:].view(np.uint16).reshape(4, 8), out)),
+        (window, (image.astype("f4"), np.zeros(DevicePixels.WINDOW_BYTES, np.uint8))),
+        (window, (image[None, None], np.zeros(DevicePixels.WINDOW_BYTES, np.uint8))),
+        (window, (image, np.zeros(DevicePixels.WINDOW_BYTES - 1, np.uint8))),
         (finish, (logits.astype("f8"), scores, labels, masks)),
         (finish, (logits[:, ::2], scores, labels, masks)),
         (finish, (logits, scores[:1], labels, masks)),

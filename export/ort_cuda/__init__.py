@@ -1,0 +1,85 @@
+"""The ``ort-cuda`` variant: ``embed``, ``encode``, ``attend`` and ``decode`` as a GPU likes them.
+
+On a GPU these graphs are bound by bytes moved and kernels launched, not by products. All steps are
+exact up to the order of summation:
+
+- biases are not written and read for themselves: one of a key adds the same to all scores of a
+  query and falls out of the softmax; one of a value passes through it (its rows sum to 1) into the
+  output's; that goes into ``SkipLayerNormalization``, which adds residual and bias and normalises
+  in one pass; a GELU's into ``BiasGelu``. A maximum over places commutes with them;
+- tokens lie in the order in which windows want them (:mod:`.order`), so that most partitions need
+  no work; where windows do not divide the map, one ``Gather`` with a table of this configuration,
+  in which padding is one row of zeros, takes the place of pad, reshape and transpose;
+- convolutions that look at each place once are products, channels last; the neck's and the mask
+  decoder's 1x1 convolutions behind it are one product; what depends on the model alone (positions,
+  the first self-attention of ``decode``) is a constant;
+- object pointers are tokens beside those of their exemplar with an angle of zero, so that nothing
+  has to be joined after the rotation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+from transformers import Dinov2Model, Dinov2WithRegistersModel, Sam2VideoModel
+
+from recallseg.export.graphs import Attend, Decode, Encode, build_graphs
+from recallseg.export.ort_cuda.attend import CudaAttend
+from recallseg.export.ort_cuda.decode import CudaDecode
+from recallseg.export.ort_cuda.embed import CudaEmbed
+from recallseg.export.ort_cuda.encode import CudaEncode
+
+__all__ = ["OPSET", "build_ort_cuda_graphs", "forget_unread_outputs"]
+
+OPSET = 20
+"""As for ``ort-cpu``."""
+
+
+def build_ort_cuda_graphs(
+    sam2: Sam2VideoModel,
+    dinov2: Dinov2Model | Dinov2WithRegistersModel,
+    *,
+    object_pointers: bool = True,
+) -> dict[str, nn.Module]:
+    """Return this variant's modules by graph name; ``memorize`` is the portable one.
+
+    Parameters
+    ----------
+    sam2, dinov2 : the models; they stay as they are.
+    object_pointers : whether memory attention takes SAM 2's object pointers too.
+
+    Raises
+    ------
+    ExportError
+        If a model is not built as every published SAM 2 and DINOv2 is, naming the part.
+    """
+    modules = build_graphs(sam2, dinov2, object_pointers=object_pointers)
+    encode, attend, decode = modules["encode"], modules["attend"], modules["decode"]
+    if not (
+        isinstance(encode, Encode) and isinstance(attend, Attend) and isinstance(decode, Decode)
+    ):  # for the type checker
+        raise TypeError(f"{type(encode)}, {type(attend)}, {type(decode)}")
+    size: Any = sam2.config.image_size  # one number in every SAM 2
+    return {
+        "embed": CudaEmbed(dinov2).eval(),
+        "encode": CudaEncode(encode, int(size)).eval(),
+        "attend": CudaAttend(attend).eval(),
+        "decode": CudaDecode(decode).eval(),
+    }
+
+
+def forget_unread_outputs(path: Path) -> None:
+    """Leave out, in a stored graph, outputs of ``SkipLayerNormalization`` that nothing reads."""
+    model = onnx.load(path, load_external_data=False)
+    read = {name for node in model.graph.node for name in node.input}
+    read |= {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        if node.op_type == "SkipLayerNormalization":
+            kept = [name if name in read else "" for name in node.output]
+            while kept and not kept[-1]:
+                kept.pop()
+            node.output[:] = kept
+    onnx.save(model, path)

@@ -1,0 +1,142 @@
+"""``attend``: memory attention whose tokens are projected and rotated where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recallseg.engines.errors import ExportError
+from recallseg.export.fused import attend_fused, rotate, skip_norm
+from recallseg.export.graphs import Attend
+from recallseg.export.ort_cuda.parts import Product, constant, folded
+
+__all__ = ["CudaAttend"]
+
+
+class _Layer(nn.Module):
+    """One layer of memory attention, from the normalised tokens on; it normalises for the next.
+
+    Values are as wide as keys: what attends over the raw 64-wide tokens instead (as ``ort-cpu``
+    does) saves a small product, but is wrong in fp32 and keeps ONNX Runtime from its fast kernels.
+    """
+
+    self_bias: Tensor
+    cross_bias: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Any, following: nn.LayerNorm) -> None:
+        super().__init__()
+        own, cross = layer.self_attn, layer.cross_attn_image
+        self.queries = nn.ModuleList(Product(a.q_proj.weight, a.q_proj.bias) for a in (own, cross))
+        # A rotated bias differs from key to key: these stay.
+        self.keys = nn.ModuleList(Product(a.k_proj.weight, a.k_proj.bias) for a in (own, cross))
+        self.values = nn.ModuleList(Product(a.v_proj.weight) for a in (own, cross))
+        self.outs = nn.ModuleList(Product(a.o_proj.weight) for a in (own, cross))
+        constant(self, "self_bias", folded(own.v_proj.bias, own.o_proj))
+        constant(self, "cross_bias", folded(cross.v_proj.bias, cross.o_proj))
+        self.scales = float(own.scaling), float(cross.scaling)
+        self.first = Product(layer.linear1.weight, layer.linear1.bias)
+        self.second = Product(layer.linear2.weight)
+        self.activation = layer.activation
+        constant(self, "bias", layer.linear2.bias)
+        self.norm2, self.norm3, self.following = layer.layer_norm2, layer.layer_norm3, following
+
+    def forward(
+        self,
+        normed: Tensor,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        shape: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        n, k = shape
+        found = attend_fused(
+            _rotated(self.queries[0](normed), cos, sin),
+            _rotated(self.keys[0](normed), cos, sin),
+            self.values[0](normed),
+            heads=1,
+            scale=self.scales[0],
+        )
+        normed, x = skip_norm(self.outs[0](found), x, self.norm2, self.self_bias)
+        query = _rotated(self.queries[1](normed), cos, sin)
+        if query.shape[0] == 1:  # the first layer: until here nothing depended on the memories
+            query = query.expand(n, -1, -1)
+        key = _rotated(self.keys[1](keys), cos, sin)
+        value = self.values[1](values)
+        found = attend_fused(
+            query,
+            key.reshape(n, k * keys.shape[1], -1),
+            value.reshape(n, k * keys.shape[1], -1),
+            heads=1,
+            scale=self.scales[1],
+        )
+        normed, x = skip_norm(self.outs[1](found), x, self.norm3, self.cross_bias)
+        out = self.second(self.activation(self.first(normed)))
+        return skip_norm(out, x, self.following, self.bias)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate tokens BxLxD, the first at the first angle and so on."""
+    places = torch.arange(x.shape[1])[None].expand(x.shape[0], -1)
+    return rotate(x, places, cos, sin)
+
+
+class CudaAttend(nn.Module):
+    """:class:`recallseg.export.graphs.Attend`, as this package's docstring says."""
+
+    cos: Tensor
+    sin: Tensor
+    position: Tensor
+    offset: Tensor
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        attention: Any = attend.memory_attention
+        if attention.config.memory_attention_num_attention_heads != 1:
+            raise ExportError(
+                "the ort-cuda variant needs memory attention with one head, as every SAM 2 has; "
+                f"this one has {attention.config.memory_attention_num_attention_heads}. Export "
+                "the portable variant only."
+            )
+        self.attend = attend
+        self.norm = attention.layers[0].layer_norm1
+        norms = [layer.layer_norm1 for layer in attention.layers[1:]] + [attention.layer_norm]
+        self.layers = nn.ModuleList(map(_Layer, attention.layers, norms))
+        with torch.no_grad():
+            cos, sin = attention.rotary_emb(torch.zeros(1), attention.position_ids)
+            # The model repeats each angle for both channels of a pair; the operator wants it once.
+            cos, sin = (table.flatten(0, -2)[:, 0::2] for table in (cos, sin))
+            more = attend.splits if attend.object_pointers else 0
+            # Behind the places of a memory lie its pointer's tokens, which nothing rotates.
+            constant(self, "cos", torch.cat([cos, torch.ones(more, cos.shape[1])]))
+            constant(self, "sin", torch.cat([sin, torch.zeros(more, sin.shape[1])]))
+            constant(self, "position", attend.memory_position + attend.temporal[-1])
+            constant(self, "offset", 0.1 * attend.image_position.transpose(0, 1))
+
+    def forward(
+        self,
+        features: Tensor,
+        memories: Tensor,
+        pointers: Tensor | None = None,
+        pointer_time: Tensor | None = None,
+    ) -> Tensor:
+        n, k, _, width = memories.shape
+        values = memories.flatten(0, 1)
+        keys = values + self.position
+        if self.attend.object_pointers and pointers is not None and pointer_time is not None:
+            vectors, times = (
+                tokens.reshape(n * k, -1, width)
+                for tokens in self.attend.pointer_tokens(pointers, pointer_time)
+            )
+            values = torch.cat([values, vectors], dim=1)
+            keys = torch.cat([keys, vectors + times], dim=1)
+        x = features.flatten(2).transpose(1, 2) + self.offset
+        normed = self.norm(x)
+        for layer in self.layers:
+            normed, x = layer(normed, x, keys, values, self.cos, self.sin, (n, k))
+        out: Tensor = normed.transpose(1, 2).unflatten(-1, features.shape[-2:])
+        return out

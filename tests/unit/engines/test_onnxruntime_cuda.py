@@ -81,7 +81,7 @@ def test_tensors_on_the_device_are_neither_copied_nor_waited_for(
 
     blank = np.zeros(image.shape, np.float32)
     expected = np.zeros(embedding.shape, np.float32)
-    host = load_engines(demo, "onnxruntime-cpu", graphs=("embed",))
+    host = load_engines(demo, "onnxruntime-cpu", graphs=("embed",), variants=("portable",))
     Composition(host).embed(blank, expected)
     found = np.empty_like(expected)
     device.stream.copy_out(found, embedding)

@@ -71,7 +71,8 @@ def latency(
     baselines: Annotated[
         Optional[str],
         typer.Option(
-            help="Measured in turns: torch-cached, torch-paper, torch-compile, portable.",
+            help="Measured in turns: torch-cached, torch-paper, torch-compile (each also with "
+            "-fp16), torch-graphs-fp16, portable.",
             show_default="none",
         ),
     ] = None,

@@ -114,6 +114,7 @@ def _record(
     number: int,
     meter: EnergyMeter | None,
 ) -> None:
+    subject.take_stock(before=True)
     if meter is not None:
         meter.start()
     start = perf_counter()
@@ -121,6 +122,7 @@ def _record(
     total = (perf_counter() - start) * 1e3
     if meter is not None:
         recording.joules.append(meter.stop())
+    subject.take_stock(before=False)
     recording.rounds.append(number)
     for stage, spent in {**stages, "total": total}.items():
         recording.stages.setdefault(stage, []).append(spent)

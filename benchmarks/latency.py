@@ -55,7 +55,7 @@ __all__ = ["BASELINES", "LatencyPlan", "run_latency"]
 PORTABLE = "portable"
 BASELINES = (
     "torch-cached", "torch-paper", "torch-compile", "torch-cached-fp16", "torch-compile-fp16",
-    PORTABLE,
+    "torch-graphs-fp16", PORTABLE,
 )  # fmt: skip
 DIFFERENCE_TOLERANCE = 1e-2
 """Largest relative difference of a baseline's logits to the runtime's before a report warns: both

@@ -125,9 +125,10 @@ class ColdStart:
 class DeviceUse:
     """Memory of the GPU, in bytes, after the last query.
 
-    ``held`` was taken through RecallSeg's own buffers, ``in_use`` by all processes (engines, driver
-    and others included). ``allocations`` counts RecallSeg's since the warm-up, ``growth`` is what
-    all have taken since then, engines having allocators of their own. Steady state has none.
+    ``held`` was taken through RecallSeg's own buffers, ``in_use`` by all processes (engines,
+    driver and others included). ``allocations`` counts RecallSeg's in queries after the warm-up,
+    ``growth`` is what was taken of the GPU during these, engines having allocators of their own.
+    Steady state has none.
     """
 
     held: int

@@ -35,6 +35,10 @@ class Subject(Protocol):
         """Segment one image; return milliseconds by stage, without the total."""
         ...
 
+    def take_stock(self, *, before: bool) -> None:
+        """Note what it holds, before and after every query that counts; the clock stands still."""
+        ...
+
     @property
     def logits(self) -> NDArray[np.float32]:
         """Logits nx(S/4)x(S/4) of the last query, a view."""
@@ -89,8 +93,8 @@ class RuntimeSubject:
         self.role = choice.role
         self.remarks: list[str] = []
         self.segmenter = segmenter
-        self._answered = 0
-        self._allocations, self._free = 0, 0
+        self._allocations = self._growth = 0
+        self._before = (0, 0)
 
     @property
     def device_use(self) -> DeviceUse | None:
@@ -101,18 +105,26 @@ class RuntimeSubject:
         return DeviceUse(
             held=device.live_bytes,
             in_use=device.facts.memory - device.free_memory(),
-            allocations=device.allocations - self._allocations,
-            growth=self._free - device.free_memory(),
+            allocations=self._allocations,
+            growth=self._growth,
         )
 
     def run(self, image: NDArray[Any]) -> Mapping[str, float]:
         """Segment one image; see :class:`Subject`."""
         timings = self.segmenter.segment(image).timings
-        self._answered += 1
-        device = self.segmenter.device
-        if device is not None and self._answered == self.warm_ups:
-            self._allocations, self._free = device.allocations, device.free_memory()
         return {stage: spent for stage, spent in timings.items() if stage != "total"}
+
+    def take_stock(self, *, before: bool) -> None:
+        """See :class:`Subject`: what others of this process take between its queries is theirs."""
+        device = self.segmenter.device
+        if device is None:
+            return
+        now = device.allocations, device.free_memory()
+        if before:
+            self._before = now
+        else:
+            self._allocations += now[0] - self._before[0]
+            self._growth += self._before[1] - now[1]
 
     @property
     def logits(self) -> NDArray[np.float32]:

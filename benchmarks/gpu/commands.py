@@ -31,6 +31,13 @@ def gpu(
     baselines: Annotated[
         Optional[str], typer.Option(help="PyTorch beside it, in the same run.", show_default="none")
     ] = None,
+    sam2: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Checkpoint of the pretrained bundles, for PyTorch.", show_default="none"
+        ),
+    ] = None,
+    dinov2: Annotated[Optional[str], typer.Option(help="Likewise.", show_default="none")] = None,
     torch_device: Annotated[str, typer.Option(help="Where PyTorch runs.")] = "cuda",
     seconds: Annotated[float, typer.Option(min=0, help="For one baseline at one k.")] = 60.0,
     tests: Annotated[
@@ -57,6 +64,8 @@ def gpu(
         queries=queries,
         most_seconds=most_seconds,
         baselines=tuple(parsed(split_list, baselines, "--baselines")) if baselines else (),
+        sam2=sam2,
+        dinov2=dinov2,
         torch_device=torch_device,
         seconds=seconds,
         tests=tests,

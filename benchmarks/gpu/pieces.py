@@ -57,6 +57,7 @@ class GpuPlan:
     queries : of each combination; at least 1,000 for figures of the tail.
     most_seconds : for the queries of one combination; slow ones get fewer, and say so.
     baselines : PyTorch's, each beside the first engine that runs here in the first precision.
+    sam2, dinov2 : checkpoints of pretrained bundles, for them.
     torch_device : where they run.
     seconds : for one baseline at one (k, n).
     tests : the repository's folder of tests, or None where there is none.
@@ -70,6 +71,8 @@ class GpuPlan:
     queries: int = 1000
     most_seconds: float = 120.0
     baselines: tuple[str, ...] = ()
+    sam2: str | None = None
+    dinov2: str | None = None
     torch_device: str = "cuda"
     seconds: float = 60.0
     tests: Path | None = None
@@ -166,6 +169,8 @@ def _of_baseline(plan: GpuPlan, folder: Path, baseline: str, k: int, n: int) -> 
                 most_seconds=plan.most_seconds,
                 baselines=(baseline,),
                 seconds=plan.seconds,
+                sam2=plan.sam2,
+                dinov2=plan.dinov2,
                 torch_device=plan.torch_device,
                 cold_starts=False,
             )

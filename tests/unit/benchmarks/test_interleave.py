@@ -24,12 +24,16 @@ class Scripted:
     ) -> None:
         self.name, self.role, self.remarks = name, role, []  # type: ignore[var-annotated]
         self.log, self.ms, self.last = log, ms, 0
+        self.stock: list[tuple[int, bool]] = []
 
     def run(self, image: NDArray[Any]) -> Mapping[str, float]:
         self.last = int(image[0, 0])
         self.log.append((self.name, self.last))
         sleep(self.ms / 1e3)
         return {"encode": 1.0}
+
+    def take_stock(self, *, before: bool) -> None:
+        self.stock.append((len(self.log), before))
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -46,6 +50,15 @@ class Meter(EnergyMeter):
         assert self.running
         self.running = False
         return 2.0
+
+
+def test_stock_is_taken_around_each_query_that_counts() -> None:
+    """So that what another subject takes between two of its queries is not laid to its charge."""
+    log: list[tuple[str, int]] = []
+    subjects = [Scripted("a", log), Scripted("b", log)]
+    measure(subjects, IMAGES, rounds=2, seconds=1)
+    assert subjects[0].stock == [(4, True), (5, False), (7, True), (8, False)]
+    assert subjects[1].stock == [(5, True), (6, False), (6, True), (7, False)]
 
 
 def test_turns_alternate_and_images_are_shared() -> None:

@@ -107,7 +107,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         "first_result_s": round(first - task["started"], 4),
         "resident_peak": resident_peak(),
         "resident_growth": None if before is None or after is None else after - before,
-        "workspace": segmenter.workspace.nbytes,
+        "workspace": segmenter.model.nbytes,
     }
 
 

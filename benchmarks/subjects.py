@@ -16,7 +16,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.registry import engine_class
 from recallseg.engines.specs import GRAPHS
 from recallseg.runtime.library import Library
-from recallseg.runtime.model.query import GpuOptions
+from recallseg.runtime.model.model import GpuOptions
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["RuntimeChoice", "RuntimeSubject", "Subject", "open_segmenter", "portable_only"]

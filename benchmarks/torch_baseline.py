@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.onnxruntime_cpu import usable_cores
+from recallseg.engines.pixels import open_pixels
 from recallseg.export.checkpoints import Loaded, load_dinov2, load_sam2
 from recallseg.export.checkpoints.architectures import DINOV2_ALIASES, SAM2_ALIASES
 from recallseg.export.graphs import build_graphs
@@ -39,7 +40,6 @@ from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
 from recallseg.runtime.model.postprocess import finish_masks
 from recallseg.runtime.model.preprocess import prepare_image, prepare_mask
-from recallseg.runtime.model.workspace import Workspace
 
 __all__ = ["TorchBaseline", "load_modules"]
 
@@ -147,8 +147,7 @@ class TorchBaseline:
         self._bundle, self._intensity = library.bundle, library.intensity
         self._k, self._structures = k, tuple(structures)
         g = self._bundle.geometry
-        # Its buffers on the query's own grid: masks are finished as the runtime does it.
-        self._workspace = Workspace(g, self._bundle.memory, n=len(self._structures), k=1)
+        self._pixels = open_pixels()  # images are prepared, masks finished, as the runtime does it
         self._embed_image = np.zeros((1, 3, g.embed_size, g.embed_size), np.float32)
         self._encode_image = np.zeros((1, 3, g.image_size, g.image_size), np.float32)
         time = self._bundle.memory.pointer_time
@@ -192,7 +191,7 @@ class TorchBaseline:
             with self._timed("prepare"):
                 inputs = {"embed": self._embed_image, "encode": self._encode_image}
                 targets = [(inputs[name], self._bundle.normalisation[name]) for name in inputs]
-                prepare_image(check_image(image), self._intensity, self._workspace.pixels, *targets)
+                prepare_image(check_image(image), self._intensity, self._pixels, *targets)
             with self._timed("embed"):
                 embedding = self._graphs["embed"](self._placed(self._embed_image))[0]
             with self._timed("search"):
@@ -209,7 +208,7 @@ class TorchBaseline:
                 self._logits, _, score = self._graphs["decode"](conditioned, skip0, skip1)
             with self._timed("finish"):
                 present = (score > 0).tolist()
-                finish_masks(self.logits, present, image.shape[:2], self._workspace.pixels)
+                finish_masks(self.logits, present, image.shape[:2], self._pixels)
         return self._stages
 
     def take_stock(self, *, before: bool) -> None:
@@ -258,7 +257,7 @@ class TorchBaseline:
             image, masks = library.source(key)
             planes = np.zeros((1, 3, side, side), np.float32)
             target = (planes, self._bundle.normalisation["encode"])
-            prepare_image(image, self._intensity, self._workspace.pixels, target)
+            prepare_image(image, self._intensity, self._pixels, target)
             given = np.zeros((len(self._structures), 1, side, side), np.float32)
             for plane, name in zip(given[:, 0], self._structures, strict=True):
                 prepare_mask(masks[name], plane)

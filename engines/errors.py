@@ -8,8 +8,11 @@
     ├── EngineError
     │   ├── EngineUnavailableError   the engine's library, driver or device is not here
     │   ├── EngineRunError           an engine failed, or was called with wrong tensors
+    │   │   ├── HostMemoryError      the machine has too little memory
     │   │   ├── DeviceMemoryError    the GPU has too little memory
     │   │   └── DeviceLostError      the GPU failed for good, as far as this process goes
+    │   ├── ModelClosedError         a model was used after it had been closed
+    │   ├── StaleViewError           what was seen of an image is not on the model any more
     │   ├── PlanError                a compiled plan is missing, damaged, foreign or cannot be kept
     │   └── VerificationError        an engine did not reproduce the bundle's golden tensors
     ├── AuditError            the audit log was changed, or cannot be written
@@ -40,6 +43,7 @@ __all__ = [
     "EngineRunError",
     "EngineUnavailableError",
     "ExportError",
+    "HostMemoryError",
     "InputError",
     "LibraryCorruptError",
     "LibraryError",
@@ -48,10 +52,12 @@ __all__ = [
     "LibraryNotFoundError",
     "LibraryVersionError",
     "LibraryWriteError",
+    "ModelClosedError",
     "OutputError",
     "ParityError",
     "PlanError",
     "RecallSegError",
+    "StaleViewError",
     "VerificationError",
 ]
 
@@ -80,12 +86,24 @@ class EngineRunError(EngineError):
     """An engine failed while running, or was called with the wrong tensors."""
 
 
+class HostMemoryError(EngineRunError):
+    """The machine has too little free memory for what a model would have to hold."""
+
+
 class DeviceMemoryError(EngineRunError):
     """The GPU has too little free memory."""
 
 
 class DeviceLostError(EngineRunError):
     """The GPU failed for good, as far as this process goes; other engines can go on."""
+
+
+class ModelClosedError(EngineError):
+    """A model was used after it had been closed."""
+
+
+class StaleViewError(EngineError):
+    """Another image is on the model now, or a kept look had to make room for others."""
 
 
 class PlanError(EngineError):

@@ -12,7 +12,7 @@ from recallseg.engines.specs import GRAPHS, OPTIONAL_GRAPHS
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
-__all__ = ["ENGINES", "PRECISIONS", "engine_class", "load_engines"]
+__all__ = ["ENGINES", "PRECISIONS", "check_choice", "engine_class", "load_engines"]
 
 PRECISIONS = (
     "fp32",
@@ -53,6 +53,15 @@ def engine_class(name: str) -> type[Engine]:
     raise InputError(f"there is no engine '{name}'. Engines here: {', '.join(ENGINES)}.")
 
 
+def check_choice(name: str, precision: str, threads: int | None) -> type[Engine]:
+    """Return the class behind an engine's name; InputError if it cannot be asked for like this."""
+    if precision not in PRECISIONS:
+        raise InputError(f"there is no precision '{precision}'; choose {', '.join(PRECISIONS)}.")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}.")
+    return engine_class(name)
+
+
 def load_engines(
     bundle: Bundle,
     name: str,
@@ -78,12 +87,8 @@ def load_engines(
     PlanError, VerificationError
         From engines that run compiled plans: damaged, or not proven on this device.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"there is no precision '{precision}'; choose {', '.join(PRECISIONS)}.")
-    kind = engine_class(name)
     options = options or EngineOptions()
-    if options.threads is not None and options.threads < 1:
-        raise InputError(f"threads must be at least 1, got {options.threads}.")
+    kind = check_choice(name, precision, options.threads)
     unproven = [graph for graph in graphs if graph in OPTIONAL_GRAPHS]
     if unproven and kind.place == "device":
         raise EngineUnavailableError(

@@ -18,6 +18,7 @@ __all__ = [
     "check_mask",
     "check_name",
     "check_number",
+    "check_shape",
     "check_tags",
 ]
 
@@ -45,13 +46,7 @@ def check_image(image: Any) -> NDArray[Any]:
             f"an image must have an integer or floating dtype, got {image.dtype}. Convert it, for "
             "example with image.astype(numpy.float32)."
         )
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise InputError(
-            f"an image must have shape HxW (grey) or HxWx3 (RGB), got "
-            f"{_shape(image)}.{_shape_hint(image)}"
-        )
-    if image.size == 0:
-        raise InputError(f"the image is empty: its shape is {_shape(image)}.")
+    check_shape(image.shape)
     if np.issubdtype(image.dtype, np.floating):
         wrong = image.size - int(np.count_nonzero(np.isfinite(image)))
         if wrong:
@@ -60,6 +55,20 @@ def check_image(image: Any) -> NDArray[Any]:
                 "example with numpy.nan_to_num(image)."
             )
     return np.ascontiguousarray(image, image.dtype.newbyteorder("="))
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Raise InputError unless an image of this shape is HxW (grey) or HxWx3 (RGB), and not empty.
+
+    HxWx1 and HxWx4 are refused rather than guessed at.
+    """
+    if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
+        raise InputError(
+            f"an image must have shape HxW (grey) or HxWx3 (RGB), got "
+            f"{_shape(shape)}.{_shape_hint(shape)}"
+        )
+    if 0 in shape:
+        raise InputError(f"the image is empty: its shape is {_shape(shape)}.")
 
 
 def check_mask(
@@ -88,8 +97,9 @@ def check_mask(
         )
     if mask.shape != tuple(shape[:2]):
         raise InputError(
-            f"the mask of '{name}' has shape {_shape(mask)}, the image is {shape[0]}x{shape[1]} "
-            "(height x width). Draw it on the image's own grid, or resample it."
+            f"the mask of '{name}' has shape {_shape(mask.shape)}, the image is "
+            f"{shape[0]}x{shape[1]} (height x width). Draw it on the image's own grid, or resample "
+            "it."
         )
     if mask.dtype != np.bool_:
         if not np.issubdtype(mask.dtype, np.integer):
@@ -236,19 +246,19 @@ def check_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
     return dict(sorted(checked.items()))
 
 
-def _shape(array: NDArray[Any]) -> str:
-    return "x".join(str(size) for size in array.shape) or "no axes"
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in shape) or "no axes"
 
 
-def _shape_hint(image: NDArray[Any]) -> str:
-    last = image.shape[-1] if image.ndim == 3 else 0
+def _shape_hint(shape: tuple[int, ...]) -> str:
+    last = shape[-1] if len(shape) == 3 else 0
     if last == 1:
         return " Drop the last axis: image[..., 0]."
     if last == 4:
         return " Drop the opacity channel: image[..., :3]."
-    if image.ndim == 3 and image.shape[0] == 3:
+    if len(shape) == 3 and shape[0] == 3:
         return " Put the channels last: numpy.moveaxis(image, 0, -1)."
-    return " Of a volume, pass one slice at a time." if image.ndim == 3 else ""
+    return " Of a volume, pass one slice at a time." if len(shape) == 3 else ""
 
 
 def _some(values: Iterable[Any]) -> str:

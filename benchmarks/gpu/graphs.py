@@ -17,7 +17,7 @@ from recallseg.engines.device import DeviceTensor, open_device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import BundleError, EngineUnavailableError
 from recallseg.engines.registry import load_engines
-from recallseg.runtime.model.device_workspace import DeviceWorkspace
+from recallseg.runtime.model.buffers import Buffers, buffer_shapes
 
 __all__ = ["measure_graphs"]
 
@@ -58,18 +58,19 @@ def measure_graphs(
         raise EngineUnavailableError(str(error)) from error
     loaded = perf_counter() - start
     composition = Composition(engines)
-    workspace = DeviceWorkspace(device, bundle, n=max(ns), k=max(ks))
-    _fill(workspace.tensors, device.stream)
+    buffers = Buffers(bundle, device.tensor)
+    shapes = buffer_shapes(bundle, n=max(ns), k=max(ks), masks=max(ns))
+    buffers.grow(shapes)
+    _fill({name: buffers[name] for name in shapes}, device.stream)
     first, last = device.new_event(), device.new_event()
     runs = []
     for n in ns:
         for k in ks:
-            tensors = {name: workspace.view(name, n, k) for name in workspace.tensors}
             for graph in GRAPHS:
                 if graph in _ONCE and (k, n) != (ks[0], ns[0]):
                     continue
                 step(f"{graph}, k = {k}, n = {n}")
-                named = {**tensors, "image": workspace.tensors.get(f"{graph}_image")}
+                tensors = buffers.of(graph, n, k)
                 spent: list[float] = []
                 queued: list[float] = []
                 allocations = device.allocations
@@ -79,7 +80,7 @@ def measure_graphs(
                         break
                     first.record(device.stream)
                     start = perf_counter()
-                    composition.run(graph, {key: t for key, t in named.items() if t is not None})
+                    composition.run(graph, tensors)
                     queuing = (perf_counter() - start) * 1e3
                     last.record(device.stream)
                     last.synchronize()

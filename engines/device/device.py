@@ -87,7 +87,7 @@ class Device:
         self.driver, self.ordinal = driver, ordinal
         self.allocations, self.live_bytes = 0, 0
         self._lost: DeviceLostError | None = None
-        self._awaited: Event | None = None
+        self._awaited: dict[int, Event] = {}  # by the handle of the stream that waits
         version = self.call(driver.version)
         if version < OLDEST_DRIVER:
             raise EngineUnavailableError(
@@ -221,18 +221,22 @@ class Device:
         """Return an event."""
         return Event(self)
 
-    def wait_for(self, stream: int) -> None:
-        """Let :attr:`stream` wait for whatever is queued on another now, known by its handle.
+    def wait_for(self, stream: int, waiting: Stream | None = None) -> None:
+        """Let a stream wait for whatever is queued on another now, known by its handle.
+
+        ``waiting`` is a stream of this device that one thread at a time uses; None is its own.
 
         Where the provider cannot name a foreign stream, this thread waits, for everything.
         """
         if not self.driver.foreign_streams:
             self.synchronize()
-        elif (other := self.adopt_stream(stream)).handle != self.stream.handle:
-            if self._awaited is None:
-                self._awaited = self.new_event()
-            self._awaited.record(other)
-            self.stream.wait(self._awaited)
+            return
+        waiting = waiting or self.stream
+        if (other := self.adopt_stream(stream)).handle != waiting.handle:
+            if waiting.handle not in self._awaited:
+                self._awaited[waiting.handle] = self.new_event()
+            self._awaited[waiting.handle].record(other)
+            waiting.wait(self._awaited[waiting.handle])
 
     def load_kernels(self, image: bytes) -> Kernels:
         """Return the functions of a compiled image; EngineRunError if this GPU takes none of it."""

@@ -16,6 +16,7 @@ from recallseg.engines.errors import EngineRunError, InputError
 
 if TYPE_CHECKING:
     from recallseg.engines.device.device import Device
+    from recallseg.engines.device.queues import Stream
 
 __all__ = ["DeviceBuffer", "DeviceTensor", "PinnedBuffer", "adopt_tensor", "on_gpu"]
 
@@ -129,6 +130,15 @@ class DeviceTensor:
             )
         return replace(self, shape=shape)
 
+    def __getitem__(self, place: int | slice) -> DeviceTensor:
+        """Return a row, or consecutive rows, as numpy does; they share memory."""
+        if isinstance(place, slice):
+            first, last, step = place.indices(self.shape[0])
+            if step != 1:
+                raise EngineRunError(f"rows of a device's tensor are consecutive, got {place}.")
+            return self.part(first, max(0, last - first))
+        return self.row(place)
+
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
@@ -152,10 +162,10 @@ def on_gpu(array: Any) -> bool:
     return hasattr(array, "__cuda_array_interface__")
 
 
-def adopt_tensor(source: Any, device: Device) -> DeviceTensor:
+def adopt_tensor(source: Any, device: Device, stream: Stream | None = None) -> DeviceTensor:
     """Take a caller's array on the device as it is, without a copy.
 
-    What its owner queued on it is done before whatever is queued on ``device.stream`` from now on:
+    What its owner queued on it is done before whatever is queued on ``stream`` from now on:
     the producer is told that stream (DLPack), or the stream that the array names is waited for
     (``__cuda_array_interface__`` version 3). An array that names none is taken to be ready.
 
@@ -165,18 +175,20 @@ def adopt_tensor(source: Any, device: Device) -> DeviceTensor:
         ``__cuda_array_interface__`` (those, Numba, PyCUDA). It must stay alive and unchanged until
         the result is there.
     device : that it must lie on.
+    stream : of the device, on which it will be used; None is the device's own.
 
     Raises
     ------
     InputError
         If it is no such array, is not contiguous, was freed, is misaligned, or lies elsewhere.
     """
+    stream = stream or device.stream
     if isinstance(source, DeviceTensor):
         tensor = source
     elif hasattr(source, "__dlpack__"):
         from recallseg.engines.device.dlpack import read_dlpack
 
-        tensor = read_dlpack(source, device.ordinal, device.stream.handle)
+        tensor = read_dlpack(source, device.ordinal, stream.handle)
     elif hasattr(source, "__cuda_array_interface__"):
         tensor = _from_interface(source.__cuda_array_interface__, source)
     else:
@@ -203,7 +215,7 @@ def adopt_tensor(source: Any, device: Device) -> DeviceTensor:
             f"{device.ordinal}. It was freed, or has to be copied there first."
         )
     if tensor.stream is not None:
-        device.wait_for(tensor.stream)
+        device.wait_for(tensor.stream, stream)
     return tensor
 
 

@@ -1,34 +1,43 @@
-"""How a library is tied to its bundle: what it records of it, how it finds it, who encodes."""
+"""How a library is tied to its bundle: what it records of it, how it finds it, which model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import NDArray
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import BundleError, LibraryCorruptError, LibraryMismatchError
 from recallseg.engines.paths import SHIPPED, shipped_bundles
-from recallseg.runtime.library.encoding import ExemplarEncoder, MemoryLayout
+from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, MemoryLayout
 from recallseg.runtime.library.own import known_bundles, remember_bundle
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.store import Store
 from recallseg.runtime.model.preprocess import Intensity
 
-__all__ = ["Binding", "accept_bundle", "bundle_settings", "encoder_maker", "open_bundle"]
+if TYPE_CHECKING:  # readers need no engine, and importing what runs one takes its time
+    from recallseg.runtime.model.choice import Choice
+    from recallseg.runtime.model.model import Model
 
-EncoderMaker = Callable[[Bundle, Intensity], ExemplarEncoder]
+__all__ = ["Binding", "accept_bundle", "bundle_settings", "open_bundle"]
 
 
 class Binding:
-    """The bundle that a library belongs to and its encoder, each opened when first needed.
+    """The bundle that a library belongs to and the models that run it, opened when first needed.
 
     Parameters
     ----------
     store : the library.
     bundle : None for the one that made the library, to be looked for.
     encoder : used instead of the bundle's own.
-    make : makes a bundle's own encoder.
+    choice : of the model that exemplars are encoded with.
+    model : that model, if it is open already.
     """
 
     def __init__(
@@ -36,12 +45,16 @@ class Binding:
         store: Store,
         bundle: Bundle | None,
         encoder: ExemplarEncoder | None,
-        make: EncoderMaker,
+        choice: Choice,
+        model: Model | None = None,
     ) -> None:
         self._store = store
         self._bundle = bundle
         self._encoder = encoder
-        self._make = make
+        self.choice = choice
+        self._given = model
+        self._models: WeakSet[Model] = WeakSet(() if model is None else (model,))
+        self._opening = Lock()
 
     @property
     def bundle(self) -> Bundle:
@@ -50,19 +63,53 @@ class Binding:
             self._bundle = _find_bundle(self._store.settings, self._store.path)
         return self._bundle
 
+    def model(self, choice: Choice) -> Model:
+        """Return the model that is open with this choice, or open it."""
+        with self._opening:
+            for model in self._models:
+                if choice.serves(model):
+                    return model
+            model = choice.open(self.bundle)
+            self._models.add(model)
+            return model
+
     def encoder(self) -> ExemplarEncoder:
-        """Return the encoder, made if it has to be; call with the store's lock held."""
+        """Return the encoder; the model that it takes stays open for as long as the library."""
         if self._encoder is None:
-            self._encoder = self.make_encoder(self.bundle)
+            model = self.model(self.choice) if self._given is None else self._given
+            self._encoder = _ModelEncoder(model, self._intensity)
         return self._encoder
 
     def make_encoder(self, bundle: Bundle) -> ExemplarEncoder:
-        """Return ``bundle``'s own encoder for the library's intensity rule."""
-        return self._make(bundle, Intensity.from_json(self._store.settings.intensity))
+        """Return an encoder of another bundle for the library's intensity rule."""
+        return _ModelEncoder(self.choice.open(bundle), self._intensity)
 
     def change(self, bundle: Bundle, encoder: ExemplarEncoder) -> None:
         """Belong to another bundle, for which the library has been encoded anew."""
+        if bundle is not self._bundle:
+            self._given = None
+            self._models.clear()
+        if isinstance(encoder, _ModelEncoder):
+            self._models.add(encoder.model)
         self._bundle, self._encoder = bundle, encoder
+
+    @property
+    def _intensity(self) -> Intensity:
+        return Intensity.from_json(self._store.settings.intensity)
+
+
+@dataclass(frozen=True)
+class _ModelEncoder:
+    """A model as a library's encoder."""
+
+    model: Model
+    intensity: Intensity
+
+    def encode(self, image: NDArray[Any], masks: Mapping[str, NDArray[np.bool_]]) -> Encoded:
+        return self.model.memorize(image, masks, self.intensity)
+
+    def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
+        return self.model.embed(image, self.intensity)
 
 
 def open_bundle(bundle: Bundle | str | Path) -> Bundle:
@@ -80,18 +127,6 @@ def bundle_settings(bundle: Bundle, memory_format: str) -> dict[str, Any]:
         "embedding_dim": bundle.geometry.embedding_dim,
         "layout": MemoryLayout.of(bundle.geometry, memory_format),
     }
-
-
-def encoder_maker(engine: str, precision: str, threads: int | None) -> EncoderMaker:
-    """Return what makes a bundle's own encoder when it is first needed."""
-
-    def make(bundle: Bundle, intensity: Intensity) -> ExemplarEncoder:
-        # Readers need no engine, and loading one takes a second.
-        from recallseg.runtime.model.encoder import BundleEncoder
-
-        return BundleEncoder(bundle, intensity, engine=engine, precision=precision, threads=threads)
-
-    return make
 
 
 def _find_bundle(settings: Settings, library: Path) -> Bundle:

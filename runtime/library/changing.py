@@ -38,7 +38,7 @@ def add(
     pixels = check_image(image)
     checked, missing = check_annotation(masks, absent, pixels.shape)
     labels = check_tags(tags)
-    with store.lock:
+    with store.changing:
         content = content_digest(pixels, checked, missing)
         name = content[:32] if key is None else check_key(key)
         if store.catalog.number(name) is not None:
@@ -47,52 +47,54 @@ def add(
                 f"the library already has an exemplar '{name}'{same}. Remove it first, or "
                 "give another key."
             )
+        # Queries go on meanwhile, and take their turns on the model.
         encoded = check_encoded(
             encoder().encode(pixels, checked),
             tuple(checked),
             store.settings.embedding_dim,
             store.settings.layout,
         )
-        number = store.catalog.next_number()
-        try:
-            source = None
-            if store.settings.keep_sources:
-                source = store.sources.write(number, pixels, checked)
-            memories = maintenance.append(
-                store.catalog, store.writer, encoded, store.state.generation
-            )
-            store.catalog.add(
-                NewExemplar(
-                    number=number,
-                    key=name,
-                    content=content,
-                    height=pixels.shape[0],
-                    width=pixels.shape[1],
-                    created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    source=source,
-                    tags=labels,
-                    absent=missing,
-                    embedding=encoded.embedding,
-                    memories=memories,
-                    origin=encoded.origin,
+        with store.lock:
+            number = store.catalog.next_number()
+            try:
+                source = None
+                if store.settings.keep_sources:
+                    source = store.sources.write(number, pixels, checked)
+                memories = maintenance.append(
+                    store.catalog, store.writer, encoded, store.state.generation
                 )
-            )
-        except LibraryWriteError:
-            if (
-                store.catalog.next_number() == number
-            ):  # not committed: give a full disk its space back
-                store.sources.remove(number)
-            raise
-        store.see_own()
-        if number % SAVE_EVERY == 0:
-            store.retrieval.save_worn()
-        return name
+                store.catalog.add(
+                    NewExemplar(
+                        number=number,
+                        key=name,
+                        content=content,
+                        height=pixels.shape[0],
+                        width=pixels.shape[1],
+                        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                        source=source,
+                        tags=labels,
+                        absent=missing,
+                        embedding=encoded.embedding,
+                        memories=memories,
+                        origin=encoded.origin,
+                    )
+                )
+            except LibraryWriteError:
+                if (
+                    store.catalog.next_number() == number
+                ):  # not committed: give a full disk its space back
+                    store.sources.remove(number)
+                raise
+            store.see_own()
+            if number % SAVE_EVERY == 0:
+                store.retrieval.save_worn()
+            return name
 
 
 def remove(store: Store, key: str) -> None:
     """Remove an exemplar from the catalog, and its source."""
     store.check_writable("remove")
-    with store.lock:
+    with store.changing, store.lock:
         number = store.catalog.remove(key)
         if number is None:
             raise unknown_key(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,6 @@ from recallseg.runtime.library.binding import (
     Binding,
     accept_bundle,
     bundle_settings,
-    encoder_maker,
     open_bundle,
 )
 from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder, Origin
@@ -35,6 +34,10 @@ from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
 from recallseg.runtime.library.store import Store
 from recallseg.runtime.model.preprocess import Intensity
+
+if TYPE_CHECKING:
+    from recallseg.runtime.model.choice import Choice
+    from recallseg.runtime.model.model import GpuOptions, Model
 
 __all__ = ["Library"]
 
@@ -65,9 +68,10 @@ class Library:
         keep_sources: bool = True,
         memory_format: str = "fp16",
         encoder: ExemplarEncoder | None = None,
-        engine: str = "onnxruntime-cpu",
-        precision: str = "fp32",
+        engine: str | None = None,
+        precision: str | None = None,
         threads: int | None = None,
+        model: Model | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> Library:
         """Make an empty library in a new or empty folder, open for writing.
@@ -81,13 +85,18 @@ class Library:
         memory_format : ``fp16``, or ``int8`` with a scale per token: about half the bytes, rounded
             to 1/127 of the token's largest number.
         encoder : used instead of the bundle's own.
-        engine, precision, threads : of the bundle's own encoder, which is loaded when first needed.
+        engine, precision, threads : of the model that encodes exemplars, and that segmenters share
+            unless told otherwise; opened when first needed. None for onnxruntime-cpu, fp32 and all
+            cores.
+        model : an open one, instead; the library does not close it.
         shard_bytes : about how large a file of memories gets.
 
         Raises
         ------
         InputError
-            If there is no such ``memory_format``.
+            If there is no such ``memory_format``, or ``model`` is another than asked for beside it.
+        LibraryMismatchError
+            If ``model`` is of another bundle.
         LibraryError
             If the folder holds something already.
         LibraryWriteError, LibraryLockedError, BundleError
@@ -97,15 +106,17 @@ class Library:
                 f"memory_format must be one of {', '.join(MEMORY_FORMATS)}, got {memory_format!r}."
             )
         opened = open_bundle(bundle)
+        choice = _choice(engine, precision, threads, model)
         settings = Settings(
             **bundle_settings(opened, memory_format),
             intensity=(intensity or Intensity()).to_json(),
             keep_sources=keep_sources,
             shard_bytes=shard_bytes,
         )
+        if model is not None:
+            accept_bundle(model.bundle, settings, Path(path))
         store = Store.create(Path(path), settings)
-        maker = encoder_maker(engine, precision, threads)
-        return cls(store, Binding(store, opened, encoder, maker))
+        return cls(store, Binding(store, opened, encoder, choice, model))
 
     @classmethod
     def open(
@@ -115,9 +126,10 @@ class Library:
         *,
         mode: Literal["read", "write"] = "read",
         encoder: ExemplarEncoder | None = None,
-        engine: str = "onnxruntime-cpu",
-        precision: str = "fp32",
+        engine: str | None = None,
+        precision: str | None = None,
         threads: int | None = None,
+        model: Model | None = None,
     ) -> Library:
         """Open a library.
 
@@ -127,29 +139,30 @@ class Library:
         bundle : None for the one it was made with, which is looked for when it is first needed, at
             its old place and then by its name.
         mode : ``write`` to add, remove, rebuild or calibrate; one process at a time.
-        encoder, engine, precision, threads : as for :meth:`create`.
+        encoder, engine, precision, threads, model : as for :meth:`create`.
 
         Raises
         ------
         LibraryNotFoundError, LibraryVersionError, LibraryCorruptError
             If there is none, a newer RecallSeg wrote it, or it is damaged.
         LibraryMismatchError
-            If it was made with another bundle.
+            If it was made with another bundle than ``bundle`` or ``model``.
         LibraryLockedError, LibraryWriteError
             If another process is writing, or the folder cannot be written; with ``write`` only.
         """
+        choice = _choice(engine, precision, threads, model)
         store = Store.open(Path(path), mode)
         try:
             opened = None
-            if bundle is not None:
-                opened = accept_bundle(open_bundle(bundle), store.settings, store.path)
+            for given in (bundle, None if model is None else model.bundle):
+                if given is not None:
+                    opened = accept_bundle(open_bundle(given), store.settings, store.path)
             if store.writable:
                 maintenance.reclaim(store)
         except BaseException:
             store.abandon()
             raise
-        maker = encoder_maker(engine, precision, threads)
-        return cls(store, Binding(store, opened, encoder, maker))
+        return cls(store, Binding(store, opened, encoder, choice, model))
 
     # Life
 
@@ -312,6 +325,46 @@ class Library:
             numbers, vectors = catalog.embeddings(row.id, not absent)
             return tuple(catalog.keys(numbers.tolist())), vectors
 
+    def model(
+        self,
+        engine: str | None = None,
+        precision: str | None = None,
+        threads: int | None = None,
+        gpu: GpuOptions | None = None,
+    ) -> Model:
+        """Return a model of the library's bundle: one that is open like this, or a new one.
+
+        It stays open for as long as anything uses it: this library to add, a segmenter, you.
+
+        Parameters
+        ----------
+        engine, precision, threads, gpu : see :meth:`recallseg.Model.open`; None for what the
+            library was opened with.
+
+        Raises
+        ------
+        InputError, EngineUnavailableError, BundleError, LibraryMismatchError
+        """
+        return self._binding.model(self._binding.choice.but(engine, precision, threads, gpu))
+
+    def accept(
+        self,
+        model: Model,
+        engine: str | None = None,
+        precision: str | None = None,
+        threads: int | None = None,
+        gpu: GpuOptions | None = None,
+    ) -> Model:
+        """Return ``model`` if it is of the library's bundle, and what is asked for beside it.
+
+        Raises
+        ------
+        LibraryMismatchError, InputError
+        """
+        _choice(engine, precision, threads, model, gpu)
+        accept_bundle(model.bundle, self._store.settings, self.path)
+        return model
+
     # Recall
 
     def refresh(self) -> bool:
@@ -461,8 +514,7 @@ class Library:
         EngineRunError
             If the encoder fails.
         """
-        with self._store.lock:
-            return self._binding.encoder().embed(check_image(image))
+        return self._binding.encoder().embed(check_image(image))
 
     def remove(self, key: str) -> None:
         """Remove an exemplar; the space of its memories is freed by :meth:`compact`.
@@ -534,3 +586,20 @@ class Library:
     def calibration(self) -> dict[str, Any] | None:
         """The stored calibration, or None if there is none for the exemplars as they are now."""
         return calibrations.read_calibration(self._store)
+
+
+def _choice(
+    engine: str | None,
+    precision: str | None,
+    threads: int | None,
+    model: Model | None,
+    gpu: GpuOptions | None = None,
+) -> Choice:
+    """Return what the library's model is opened with; InputError if ``model`` is another."""
+    from recallseg.runtime.model.choice import Choice
+
+    if model is None:
+        return Choice().but(engine, precision, threads)
+    choice = Choice.of(model)
+    choice.but(engine, precision, threads, gpu).require(model)
+    return choice

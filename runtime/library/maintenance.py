@@ -63,7 +63,7 @@ def reclaim(store: Store) -> None:
 def compact(store: Store) -> int:
     """Copy the memories in use to new shards and delete the others; return the bytes freed."""
     store.check_writable("compact")
-    with store.lock:
+    with store.changing, store.lock:
         freed = _compact(
             store.catalog, store.reader, store.writer, store.memories, store.state.generation
         )
@@ -117,7 +117,7 @@ def rebuild(
             "anew. Make a new library and add them."
         )
     target = binding.bundle if bundle is None else open_bundle(bundle)
-    with store.lock:
+    with store.changing:
         settings = Settings(
             **bundle_settings(target, store.settings.layout.format),
             intensity=store.settings.intensity,
@@ -128,19 +128,21 @@ def rebuild(
             encoder = binding.make_encoder(target)
         encoder = encoder or binding.encoder()
         writer = ShardWriter(store.memories, settings.layout, settings.shard_bytes)
-        _encode_all(
+        generation = _encode_all(
             store.catalog, store.sources, writer, settings, encoder, progress or _no_progress
         )
-        binding.change(target, encoder)
-        store.load()
-        reclaim(store)
-        store.retrieval.rebuild()
+        with store.lock:
+            store.catalog.switch(generation, settings)
+            binding.change(target, encoder)
+            store.load()
+            reclaim(store)
+            store.retrieval.rebuild()
 
 
 def rebuild_index(store: Store) -> None:
     """Build the search indexes anew."""
     store.check_writable("rebuild the index")
-    with store.lock:
+    with store.changing, store.lock:
         store.retrieval.rebuild()
 
 
@@ -151,8 +153,8 @@ def _encode_all(
     settings: Settings,
     encoder: ExemplarEncoder,
     progress: Progress,
-) -> None:
-    """Encode every exemplar for ``settings`` as a new generation, then switch in one commit."""
+) -> int:
+    """Encode every exemplar for ``settings`` as a new generation, and return that."""
     generation = _begin_generation(catalog, settings)
     total = catalog.state().exemplars
     done = total - catalog.count_not_encoded(generation)
@@ -173,7 +175,7 @@ def _encode_all(
                 )
             done += 1
     progress(done, total)
-    catalog.switch(generation, settings)
+    return generation
 
 
 def verify(store: Store, progress: Progress | None) -> LibraryReport:

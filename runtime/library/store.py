@@ -43,12 +43,16 @@ class Store:
     path : the library's folder.
     catalog, sources, reader, writer, retrieval : its files.
     settings, state, structures : what the catalog said when it was last looked at.
-    lock : held by one thread at a time; may be taken again by the same.
+    changing : held by whoever changes the library, while a model encodes too; taken before a turn
+        of the model and before ``lock``.
+    lock : held by whoever looks at the fields or the files, for moments; nothing is waited for
+        meanwhile. Both may be taken again by the thread that has them.
     """
 
     def __init__(self, path: Path, catalog: Catalog, writer_lock: WriterLock | None) -> None:
         self.path = path
         self.catalog = catalog
+        self.changing = threading.RLock()
         self.lock = threading.RLock()
         self.sources = SourceStore(path / SOURCES)
         self._writer_lock = writer_lock
@@ -105,7 +109,7 @@ class Store:
 
     def close(self) -> None:
         """Save worn search indexes, close the files, let others write. Harmless if repeated."""
-        with self.lock:
+        with self.changing, self.lock:
             try:
                 if self.writable and self.catalog.database.is_open:
                     self.retrieval.save_worn()

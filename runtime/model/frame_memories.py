@@ -9,99 +9,63 @@ temporal position of their own).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+__all__ = ["FrameMemories"]
 
-from recallseg.engines.specs import Geometry
-from recallseg.runtime.model.preprocess import prepare_mask
-
-__all__ = ["TemporalMemories"]
-
-Array = NDArray[np.float32]
-Memorize = Callable[[Array, Array, Array], None]
+Copy = Callable[[Any, Any], None]
+"""Copies one tensor to another: target, source."""
 
 
-class TemporalMemories:
-    """A ring of the newest memories of each structure, all buffers allocated once.
+class FrameMemories:
+    """A ring of the newest memories of each structure, where the model runs, allocated once.
 
     Belongs to one sequence and is used by one thread at a time;
-    :meth:`recallseg.runtime.segmenting.segmenter.Segmenter.temporal_memories` makes it.
+    :meth:`recallseg.Segmenter.frame_memories` makes it.
 
     Parameters
     ----------
-    geometry : of the bundle.
-    structures : n, how many structures there are.
-    size : most memories of each; the oldest is forgotten first.
+    memories, pointers : n structures x size x T x 64, n x size x C float32; numpy's or a device's.
     """
 
-    def __init__(self, geometry: Geometry, structures: int, size: int) -> None:
-        g = geometry
-        self.size = size
-        self._memories = np.zeros((structures, size, g.tokens, g.memory_dim), np.float32)
-        self._pointers = np.zeros((structures, size, g.channels), np.float32)
-        self._made = [0] * structures  # memories made so far, by structure
-        group = min(structures, g.max_n)
-        self._masks = np.zeros((group, 1, g.image_size, g.image_size), np.float32)
-        self._new_memories = np.zeros((group, g.tokens, g.memory_dim), np.float32)
-        self._new_pointers = np.zeros((group, g.channels), np.float32)
-
-    @property
-    def structures(self) -> int:
-        """n, how many structures there are."""
-        return len(self._made)
+    def __init__(self, memories: Any, pointers: Any) -> None:
+        self._memories, self._pointers = memories, pointers
+        self.structures, self.size = memories.shape[:2]
+        self._made = [0] * self.structures  # memories made so far, by structure
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        buffers = (self._memories, self._pointers, self._masks)
-        return sum(b.nbytes for b in (*buffers, self._new_memories, self._new_pointers))
+        return int(self._memories.nbytes + self._pointers.nbytes)
 
     def count(self, structure: int) -> int:
         """Return how many memories the structure at this position has, 0 to ``size``."""
-        return min(self._made[structure], self.size)
+        return min(self._made[structure], int(self.size))
 
     def clear(self) -> None:
         """Forget everything: the next frame begins a new sequence."""
         self._made = [0] * self.structures
 
-    def gather(
-        self, structure: int, memories: NDArray[np.float32], pointers: NDArray[np.float32]
-    ) -> None:
-        """Copy a structure's memories, newest first.
+    def gather(self, structure: int, memories: Any, pointers: Any, copy: Copy) -> None:
+        """Copy a structure's memories, newest first, into as many rows of TxD and C as there are.
 
         Parameters
         ----------
-        memories, pointers : ``count`` rows to fill, countxTx64 and countxC.
+        memories, pointers : at most ``count`` rows to fill: mxTx64 and mxC.
         """
-        for row in range(self.count(structure)):
+        for row in range(memories.shape[0]):
             slot = (self._made[structure] - 1 - row) % self.size
-            memories[row] = self._memories[structure, slot]
-            pointers[row] = self._pointers[structure, slot]
+            copy(memories[row], self._memories[structure][slot])
+            copy(pointers[row], self._pointers[structure][slot])
 
-    def remember(self, memorize: Memorize, masks: Mapping[int, NDArray[np.bool_]]) -> None:
-        """Make a memory of each mask, which must be of the image that was encoded last.
-
-        Parameters
-        ----------
-        memorize : fills memories nxTx64 and pointers nxC from masks nx1xSxS.
-        masks : boolean HxW, by position of the structure.
-        """
-        rows = list(masks)
-        group = len(self._masks)
-        for start in range(0, len(rows), group):
-            members = rows[start : start + group]
-            n = len(members)
-            for plane, structure in zip(self._masks[:, 0], members, strict=False):
-                prepare_mask(masks[structure], plane)
-            memorize(self._masks[:n], self._new_memories[:n], self._new_pointers[:n])
-            for row, structure in enumerate(members):
-                slot = self._made[structure] % self.size
-                self._memories[structure, slot] = self._new_memories[row]
-                self._pointers[structure, slot] = self._new_pointers[row]
-                self._made[structure] += 1
+    def add(self, structure: int, memory: Any, pointer: Any, copy: Copy) -> None:
+        """Add a memory, TxD and C, in the place of the oldest."""
+        slot = self._made[structure] % self.size
+        copy(self._memories[structure][slot], memory)
+        copy(self._pointers[structure][slot], pointer)
+        self._made[structure] += 1
 
     def __repr__(self) -> str:
         counts = [self.count(i) for i in range(self.structures)]
-        return f"TemporalMemories(size {self.size}, {counts}, {self.nbytes / 2**20:.0f} MiB)"
+        return f"FrameMemories(size {self.size}, {counts}, {self.nbytes / 2**20:.0f} MiB)"

@@ -1,4 +1,4 @@
-"""A query on the CPU: numpy arrays from end to end."""
+"""A model on the CPU: numpy arrays from end to end."""
 
 from __future__ import annotations
 
@@ -8,105 +8,153 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.composition import Composition, Prediction, Recall
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.device import Device, adopt_tensor, on_gpu, open_device
 from recallseg.engines.engine import EngineOptions
-from recallseg.engines.registry import load_engines
+from recallseg.engines.errors import HostMemoryError, InputError
+from recallseg.engines.pixels import open_pixels
 from recallseg.runtime.checks import check_image
-from recallseg.runtime.library import Library
-from recallseg.runtime.model.frame_memories import TemporalMemories
-from recallseg.runtime.model.interface import Finished, Query, Wanted
+from recallseg.runtime.library.exemplar import StoredMemory
+from recallseg.runtime.model.buffers import Shapes, bytes_of
+from recallseg.runtime.model.model import Finished, Gather, Model
 from recallseg.runtime.model.postprocess import finish_masks
-from recallseg.runtime.model.preprocess import prepare_image
-from recallseg.runtime.model.workspace import Workspace
+from recallseg.runtime.model.preprocess import Intensity, prepare_image
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 
-__all__ = ["HostQuery"]
+__all__ = ["HostModel", "available_memory", "host_copy"]
 
 
-class HostQuery(Query):
-    """See :class:`Query` and :func:`recallseg.runtime.model.query.open_query`."""
-
-    workspace: Workspace
+class HostModel(Model):
+    """See :class:`Model`."""
 
     def __init__(
-        self,
-        library: Library,
-        structures: Sequence[str],
-        k: int,
-        engine: str,
-        precision: str,
-        graphs: tuple[str, ...],
-        threads: int | None,
+        self, bundle: Bundle, engine: str, precision: str, options: EngineOptions, keep_bytes: int
     ) -> None:
-        self._library, self._bundle = library, library.bundle
-        self._composition = Composition(
-            load_engines(
-                self._bundle, engine, precision, options=EngineOptions(threads), graphs=graphs
-            )
-        )
-        self.workspace = Workspace(
-            self._bundle.geometry, self._bundle.memory, n=len(structures), k=k
-        )
-        self.group = self.workspace.group
-        self._iou = np.zeros(len(structures), np.float32)
-        self._object_score = np.zeros(len(structures), np.float32)
-        self._members: list[int] = []
-        self._recall: Recall
-        self._prediction: Prediction
+        super().__init__(bundle, engine, precision, options, keep_bytes)
+        self.pixels = open_pixels()  # may hold buffers on the query's grid
+        self._source: Device | None = None  # of frames that lie on a GPU
 
-    def check(self, image: Any) -> NDArray[Any]:
+    @property
+    def nbytes(self) -> int:
+        return self._buffers.nbytes + self._kept.nbytes + self.pixels.nbytes
+
+    def copy_frame(self, image: Any) -> NDArray[Any]:
+        if not on_gpu(image):
+            return host_copy(image)
+        self._source = device = self._source or open_device()
+        device.enter()
+        tensor = adopt_tensor(image, device)
+        array = np.empty(tensor.shape, tensor.dtype)
+        if array.size:
+            device.synchronize()
+            device.stream.copy_out(array, tensor)
+            device.stream.synchronize()
+        return array
+
+    def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return np.zeros(shape, np.float32)
+
+    def _copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
+        target[...] = source
+
+    def _fetch(self, tensor: NDArray[Any]) -> NDArray[Any]:
+        array: NDArray[Any] = tensor.copy()
+        return array
+
+    def _require(
+        self, shapes: Shapes, recalled: int, memories: int, graphs: Sequence[str], what: str
+    ) -> None:
+        needed, free = bytes_of(shapes), available_memory()
+        if free is not None and needed > free:
+            raise HostMemoryError(
+                f"{what} needs {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB of this "
+                "machine's memory are free. Close other programs, or ask for a smaller k or fewer "
+                "structures."
+            )
+
+    def _settle(self, beginning: str) -> None:
+        """Nothing is ever queued."""
+
+    def _release(self) -> None:
+        self.pixels, self._source = open_pixels(), None
+
+    def _fill(self, names: Shapes, recalled: int, memories: int) -> None:
+        if "pointer_time" in names:
+            self._buffers["pointer_time"][:] = self.bundle.memory.pointer_time
+
+    def _check(self, image: Any) -> NDArray[Any]:
         return check_image(image)
 
-    def prepare(self, image: NDArray[Any], *graphs: str) -> None:
-        w = self.workspace
-        inputs = {"embed": w.embed_image, "encode": w.encode_image}
-        targets = [(inputs[name], self._bundle.normalisation[name]) for name in graphs]
-        prepare_image(image, self._library.intensity, w.pixels, *targets)
-        self._iou[:], self._object_score[:] = 0.0, ABSENT_SCORE
+    def _prepare(self, image: NDArray[Any], intensity: Intensity, graphs: Sequence[str]) -> None:
+        normalisation = self.bundle.normalisation
+        targets = [(self._buffers[f"{name}_image"], normalisation[name]) for name in graphs]
+        prepare_image(image, intensity, self.pixels, *targets)
 
-    def embed(self) -> NDArray[np.float32]:
-        w = self.workspace
-        self._composition.embed(w.embed_image, w.embedding)
-        embedding: NDArray[np.float32] = w.embedding[0]
-        return embedding
+    def _embed(self, encode: bool) -> tuple[NDArray[np.float32], bool]:
+        self._run("embed")
+        return self._buffers["embedding"][0].copy(), False
 
-    def encode(self) -> None:
-        self._composition.encode(self.workspace.encode_image, self.workspace.features)
-
-    def recall(self, wanted: Sequence[Wanted], k: int, temporal: TemporalMemories | None) -> None:
-        w, n = self.workspace, len(wanted)
-        self._members = [one.position for one in wanted]
-        self._recall, self._prediction = w.recall_for(n, k), w.prediction_for(n)
-        for row, (position, stored) in enumerate(wanted):
-            memories, pointers = self._recall.memories[row], self._recall.pointers[row]
-            count = len(stored)
-            self._library.gather(stored, memories[:count], pointers[:count])
-            if temporal is not None:
-                temporal.gather(position, memories[count:], pointers[count:])
-
-    def attend(self) -> None:
-        self._composition.attend(self.workspace.features, self._recall, self._prediction)
-
-    def decode(self) -> None:
-        found = self._prediction
-        self._composition.decode(self.workspace.features, found)
-        self.workspace.logits[self._members] = found.logits
-        self._iou[self._members] = found.iou
-        self._object_score[self._members] = found.object_score
-
-    def finish(self, shape: tuple[int, int], out: tuple[Any, Any]) -> Finished:
-        w = self.workspace
-        present = [bool(score > 0) for score in self._object_score]
-        masks, label_map = finish_masks(w.logits, present, shape, w.pixels, out)
-        return Finished([*masks], label_map, self._iou, self._object_score)
-
-    def memorize(
+    def _recall(
         self,
-        masks: NDArray[np.float32],
-        memories: NDArray[np.float32],
+        gather: Gather,
+        memories: Sequence[StoredMemory],
+        tokens: NDArray[np.float32],
         pointers: NDArray[np.float32],
     ) -> None:
-        self._composition.memorize(self.workspace.features, masks, memories, pointers)
+        count = len(memories)
+        gather(memories, tokens[:count], pointers[:count])
 
-    def logits(self) -> NDArray[np.float32]:
-        return self.workspace.logits
+    def _leave_out(self, rows: Sequence[int]) -> None:
+        for name, value in (
+            ("all_logits", np.nan),
+            ("all_iou", 0.0),
+            ("all_scores", ABSENT_SCORE),
+        ):
+            self._buffers[name][rows] = value
+
+    def _finish(self, n: int, shape: tuple[int, int], out: tuple[Any, Any]) -> Finished:
+        logits, iou, scores = (
+            self._buffers[f"all_{name}"][:n] for name in ("logits", "iou", "scores")
+        )
+        present = [bool(score > 0) for score in scores]
+        masks, label_map = finish_masks(logits, present, shape, self.pixels, out)
+        return Finished([*masks], label_map, iou.copy(), scores.copy())
+
+    def _masks(self, n: int) -> NDArray[np.float32]:
+        masks: NDArray[np.float32] = self._buffers.of("memorize", n)["masks"]
+        return masks
+
+    def _memorize(self, masks: NDArray[np.float32]) -> None:
+        self._run("memorize", len(masks))
+
+
+def host_copy(image: Any) -> NDArray[Any]:
+    """Return a copy of an array of the host, numpy's or one that offers DLPack."""
+    copied: NDArray[Any]
+    if isinstance(image, np.ndarray):
+        copied = image.copy()
+        return copied
+    if not hasattr(image, "__dlpack__"):
+        raise InputError(
+            "a frame must be a numpy array, or have __cuda_array_interface__ or __dlpack__; got "
+            f"{type(image).__name__}."
+        )
+    try:
+        copied = np.from_dlpack(image).copy()
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the frame's data cannot be reached from the CPU: {error}. Copy it there first."
+        ) from error
+    return copied
+
+
+def available_memory() -> int | None:
+    """Return the bytes of the machine's memory that programs may still take; None if unknown."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None  # no Linux
+    return None

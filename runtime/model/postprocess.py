@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.engines.pixels import Pixels
 
-__all__ = ["Out", "finish_masks"]
+__all__ = ["Out", "check_out", "finish_masks"]
 
 Out = tuple[Optional[NDArray[np.uint8]], Optional[NDArray[np.bool_]]]
 """A label map HxW and masks nxHxW to write into, each of any strides, or None."""
@@ -46,17 +46,28 @@ def finish_masks(
     EngineRunError
         If logits of a present structure are NaN or infinite.
     """
+    check_out(out, len(logits), shape)
     label_map, planes = out
-    for array, wanted, dtype in (
-        (label_map, shape, np.uint8),
-        (planes, (len(logits), *shape), np.bool_),
-    ):
-        if array is not None and (array.shape != wanted or array.dtype != dtype):
-            raise InputError(
-                f"out must have shape {wanted} and dtype {np.dtype(dtype)}, got {array.shape} and "
-                f"{array.dtype}."
-            )
     label_map = np.empty(shape, np.uint8) if label_map is None else label_map
     planes = np.empty((len(logits), *shape), np.bool_) if planes is None else planes
     pixels.finish(logits, present, label_map, planes)
     return list(planes), label_map
+
+
+def check_out(
+    out: Sequence[Any], n: int, shape: tuple[int, int]
+) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    """Return shape and dtype that a label map and n masks have; InputError if ``out``'s differ.
+
+    Parameters
+    ----------
+    out : a label map and masks, numpy's or a device's, each or None.
+    """
+    wanted = ((shape, np.dtype(np.uint8)), ((n, *shape), np.dtype(np.bool_)))
+    for array, (size, dtype) in zip(out, wanted, strict=True):
+        if array is not None and (tuple(array.shape) != size or array.dtype != dtype):
+            raise InputError(
+                f"out must have shape {size} and dtype {dtype}, got {tuple(array.shape)} and "
+                f"{array.dtype}."
+            )
+    return wanted

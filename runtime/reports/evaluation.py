@@ -175,7 +175,7 @@ def evaluate(
     shown = _Shortlist(ILLUSTRATED)
     for k in ks:
         segmenter = make_segmenter(k)
-        workspace[k] = int(segmenter.workspace.nbytes)
+        workspace[k] = segmenter.required_bytes
         warm = False
         for index in range(len(images)):
             name = _name(images, index)

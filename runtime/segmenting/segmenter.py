@@ -6,21 +6,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from threading import Lock
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.device import Device, on_gpu
-from recallseg.engines.errors import InputError
+from recallseg.engines.device import Device
+from recallseg.engines.errors import InputError, StaleViewError
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.checks import check_count, check_number, check_tags
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
-from recallseg.runtime.model.frame_memories import TemporalMemories
-from recallseg.runtime.model.query import GpuOptions, Wanted, open_query
+from recallseg.runtime.model.frame_memories import FrameMemories
+from recallseg.runtime.model.model import GpuOptions, Model, View, Wanted, groups
 from recallseg.runtime.segmenting.calibration import (
     MIN_EXEMPLARS,
     Thresholds,
@@ -47,7 +46,9 @@ Progress = Callable[[int, int], None]
 class Segmenter:
     """Segments images by recalling a library's exemplars.
 
-    Buffers and engines are made once, here. Calls from several threads wait for each other.
+    Everything is allocated here, and nothing in a query. Engines and buffers are those of a model,
+    which a library and all its segmenters share; calls from several threads take turns on it, first
+    come, first served. Close it, or use ``with``: it closes the library if it opened that.
 
     Parameters
     ----------
@@ -55,21 +56,31 @@ class Segmenter:
     k : exemplars to recall for each structure at most: all, where fewer show it.
     structures : what to segment, in the order of the label values; None means all that exemplars
         with these ``tags`` show.
-    engine, precision : see INTERFACES "Names".
-    threads : CPU threads; None means all cores that this process may use.
+    engine, precision, threads : see :meth:`recallseg.Model.open`; None for what the library was
+        opened with. A model that is open with these is shared, otherwise one is opened.
     tags : recall only exemplars that carry all of these tags.
     reach : of the k, recall only those at most this many times as far as the nearest (1 or more);
         ``math.inf`` recalls k whatever their distance, so that every query takes the same time.
     memories : most memories of earlier frames that a query of a sequence takes beside its k
         exemplars, see :meth:`temporal_memories`.
     gpu : how engines on a GPU use it; None for its defaults. Engines on the CPU refuse it.
+    model : an open one, instead; it is not closed here.
+
+    Attributes
+    ----------
+    model : what it runs on.
 
     Raises
     ------
     InputError
         For an unknown structure, k = 0 or more than the bundle allows, a reach below 1, tags that
-        no exemplar carries, or an unknown engine or precision.
-    EngineUnavailableError, EngineRunError, DeviceMemoryError, BundleError, LibraryError
+        no exemplar carries, an unknown engine or precision, or a model that is not what is asked
+        for beside it.
+    LibraryMismatchError
+        If the model is of another bundle than the library.
+    HostMemoryError, DeviceMemoryError
+        If there is too little memory; whatever shares the model goes on as before.
+    EngineUnavailableError, EngineRunError, BundleError, LibraryError
     """
 
     def __init__(
@@ -78,14 +89,16 @@ class Segmenter:
         *,
         k: int = 4,
         structures: Sequence[str] | None = None,
-        engine: str = "onnxruntime-cpu",
-        precision: str = "fp32",
+        engine: str | None = None,
+        precision: str | None = None,
         threads: int | None = None,
         tags: Mapping[str, str] | None = None,
         reach: float = REACH,
         memories: int = 0,
         gpu: GpuOptions | None = None,
+        model: Model | None = None,
     ) -> None:
+        self._opened = not isinstance(library, Library)
         self.library = library if isinstance(library, Library) else Library.open(library)
         self.bundle = self.library.bundle
         most = self.bundle.geometry.max_k
@@ -93,33 +106,48 @@ class Segmenter:
         beside = f"memories of earlier frames beside k = {self.k}"
         self.memories = check_count(memories, beside, 0, most - self.k)
         self.reach = check_number(reach, "reach", 1, " (times the nearest distance)")
-        self.engine, self.precision = engine, precision
         self.tags = MappingProxyType(check_tags(tags))
         self.structures = self._check_structures(structures)
         self.labels = MappingProxyType({name: i + 1 for i, name in enumerate(self.structures)})
-        self._query = open_query(
-            self.library,
-            self.structures,
-            k=self.k + self.memories,
-            engine=engine,
-            precision=precision,
+        if model is None:
+            self.model = self.library.model(engine, precision, threads, gpu)
+        else:
+            self.model = self.library.accept(model, engine, precision, threads, gpu)
+        self.engine, self.precision = self.model.engine, self.model.precision
+        self.model.reserve(
+            **self._size,
+            memories=sum(self.library.count(name) for name in self.structures),
             graphs=("embed", "encode", *(("memorize",) if memories else ()), "attend", "decode"),
-            threads=threads,
-            gpu=gpu,
         )
-        self._lock = Lock()
+        self._view: View | None = None
         self._thresholds: dict[str, Thresholds] = {}
         self._calibrated_for = ""
 
     @property
     def device(self) -> Device | None:
         """The GPU that it runs on; None on a CPU."""
-        return self._query.device
+        return self.model.device
 
     @property
-    def workspace(self) -> Any:
-        """The buffers of a query; ``nbytes`` is their size."""
-        return self._query.workspace
+    def required_bytes(self) -> int:
+        """Bytes of the model's buffers that its queries need, see :meth:`Model.required_bytes`."""
+        return Model.required_bytes(self.bundle, **self._size)
+
+    def close(self) -> None:
+        """Close the library if it was opened here; the model goes when nothing uses it."""
+        if self._opened:
+            self.library.close()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def segment(
         self,
@@ -127,7 +155,7 @@ class Segmenter:
         *,
         deadline_ms: float | None = None,
         out: tuple[Any, Any] = (None, None),
-        temporal: TemporalMemories | None = None,
+        temporal: FrameMemories | None = None,
     ) -> Result:
         """Segment one image.
 
@@ -155,6 +183,8 @@ class Segmenter:
             memories of another segmenter.
         EngineRunError
             If an engine fails.
+        ModelClosedError
+            If the model has been closed.
         DeadlineError
             If it took too long.
         """
@@ -163,17 +193,9 @@ class Segmenter:
         timings = Timings(deadline_ms)
         if temporal is not None:
             self._check_temporal(temporal)
-            if out[1] is not None and on_gpu(out[1]):
-                raise InputError(
-                    "memories of this frame are made of masks on the CPU: pass no masks of the GPU "
-                    "as out beside temporal."
-                )
-        with timings.locked(self._lock):
-            return self._segment(
-                self._query.check(image), timings, excluded=None, out=out, temporal=temporal
-            )
+        return self._segment(image, timings, out=out, temporal=temporal)
 
-    def temporal_memories(self) -> TemporalMemories:
+    def temporal_memories(self) -> FrameMemories:
         """Return room for the memories of one sequence of frames or slices, empty.
 
         Raises
@@ -186,24 +208,28 @@ class Segmenter:
                 "this segmenter has no room for memories of earlier frames: make it with "
                 "Segmenter(..., memories=3), say."
             )
-        return TemporalMemories(self.bundle.geometry, len(self.structures), self.memories)
+        return self.model.frame_memories(len(self.structures), self.memories)
 
     def distance(self, image: NDArray[Any]) -> float:
         """Return the cosine distance (0..2) to the nearest exemplar that shows a structure.
 
         Costs an embedding and a search. ``image`` and what is raised: see :meth:`segment`.
         """
-        with self._lock:
-            self._query.prepare(self._query.check(image), "embed")
-            embedding = self._query.embed()
-            recalled = self.library.recall(embedding, self.structures, 1, tags=self.tags)
-            return min(_nearest(found.matches) for found in recalled.found.values())
+        embedding = self.model.embed(image, self.library.intensity)
+        recalled = self.library.recall(embedding, self.structures, 1, tags=self.tags)
+        return min(_nearest(found.matches) for found in recalled.found.values())
 
     def logits(self) -> NDArray[np.float32]:
-        """Return the mask logits of the last query, nx(S/4)x(S/4); those of absent ones are old."""
-        with self._lock:
-            logits: NDArray[np.float32] = self._query.logits().copy()
-            return logits
+        """Return the mask logits of the last query, nx(S/4)x(S/4); NaN where none were made.
+
+        Raises
+        ------
+        StaleViewError
+            If there was no query yet, or the model has seen another image since.
+        """
+        if self._view is None:
+            raise StaleViewError("there was no query yet. Segment an image first.")
+        return self._view.logits()
 
     def warm_up(self, runs: int = 2) -> None:
         """Run on a blank image, so that the first real query is as fast as the next.
@@ -214,11 +240,9 @@ class Segmenter:
         side = self.bundle.geometry.image_size
         blank = np.zeros((side, side), np.uint8)
         every = self.device is not None and self.reach < math.inf
-        with self._lock:
-            image = self._query.check(blank)
-            for exemplars in range(1 if every else self.k, self.k + 1):
-                for _ in range(runs):
-                    self._segment(image, Timings(), exemplars=exemplars)
+        for exemplars in range(1 if every else self.k, self.k + 1):
+            for _ in range(runs):
+                self._segment(blank, Timings(), exemplars=exemplars)
 
     def calibrate(self, progress: Progress | None = None) -> Mapping[str, Thresholds]:
         """Segment every exemplar from the others, and store what is normal in the library.
@@ -231,38 +255,36 @@ class Segmenter:
         InputError
             If k leaves no exemplar out, or sources were not kept.
         """
-        with self._lock:
-            exemplars = list(self.library)
-            iou: dict[str, list[float]] = {name: [] for name in self.structures}
-            dice: dict[str, list[float]] = {name: [] for name in self.structures}
-            for done, exemplar in enumerate(exemplars):
-                image, masks = self.library.source(exemplar.key)
-                checked = self._query.check(image)
-                result = self._segment(checked, Timings(), excluded=exemplar.key)
-                for name in self.structures:
-                    if name in masks and result.scores[name].present:
-                        iou[name].append(result.scores[name].iou)
-                        dice[name].append(mask_dice(result.masks[name], masks[name]))
-                if progress is not None:
-                    progress(done + 1, len(exemplars))
-            thresholds = {}
-            for name, distance in self._distance_thresholds().items():
-                upper = conformal_upper([-value for value in iou[name]])
-                thresholds[name] = Thresholds(
-                    distance=distance.distance,
-                    iou=None if upper is None else -upper,
-                    exemplars=len(iou[name]),
-                    dice=float(np.median(dice[name])) if dice[name] else None,
-                )
-            self.library.store_calibration(
-                {
-                    "k": self.k,
-                    "precision": self.precision,
-                    "thresholds": {name: value.to_json() for name, value in thresholds.items()},
-                }
+        exemplars = list(self.library)
+        iou: dict[str, list[float]] = {name: [] for name in self.structures}
+        dice: dict[str, list[float]] = {name: [] for name in self.structures}
+        for done, exemplar in enumerate(exemplars):
+            image, masks = self.library.source(exemplar.key)
+            result = self._segment(image, Timings(), excluded=exemplar.key)
+            for name in self.structures:
+                if name in masks and result.scores[name].present:
+                    iou[name].append(result.scores[name].iou)
+                    dice[name].append(mask_dice(result.masks[name], masks[name]))
+            if progress is not None:
+                progress(done + 1, len(exemplars))
+        thresholds = {}
+        for name, distance in self._distance_thresholds().items():
+            upper = conformal_upper([-value for value in iou[name]])
+            thresholds[name] = Thresholds(
+                distance=distance.distance,
+                iou=None if upper is None else -upper,
+                exemplars=len(iou[name]),
+                dice=float(np.median(dice[name])) if dice[name] else None,
             )
-            self._thresholds, self._calibrated_for = thresholds, self.library.digest
-            return MappingProxyType(thresholds)
+        self.library.store_calibration(
+            {
+                "k": self.k,
+                "precision": self.precision,
+                "thresholds": {name: value.to_json() for name, value in thresholds.items()},
+            }
+        )
+        self._thresholds, self._calibrated_for = thresholds, self.library.digest
+        return MappingProxyType(thresholds)
 
     def _segment(
         self,
@@ -271,21 +293,33 @@ class Segmenter:
         *,
         excluded: str | None = None,
         out: tuple[Any, Any] = (None, None),
-        temporal: TemporalMemories | None = None,
+        temporal: FrameMemories | None = None,
         exemplars: int | None = None,
     ) -> Result:
         """Run a query, without the exemplar of the key ``excluded``.
 
         With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up.
         """
-        query = self._query
+        with timings.locked(self.model.turns):
+            return self._answer(image, timings, excluded, out, temporal, exemplars)
+
+    def _answer(
+        self,
+        image: Any,
+        timings: Timings,
+        excluded: str | None,
+        out: tuple[Any, Any],
+        temporal: FrameMemories | None,
+        exemplars: int | None,
+    ) -> Result:
         earlier = [
             0 if temporal is None else temporal.count(i) for i in range(len(self.structures))
         ]
         with timings("prepare"):
-            query.prepare(image, "encode", "embed")
+            self._view = view = self.model.look(image, self.library.intensity)
+            view.begin(len(self.structures))
         with timings("embed"):
-            embedding = query.embed()
+            embedding = view.embedding
         with timings("search"):
             recollection = self.library.recall(
                 embedding, self.structures, self.k, tags=self.tags, without=excluded
@@ -296,16 +330,17 @@ class Segmenter:
             }
             memories = self._memories(recollection, recalled, exemplars)
         with timings("encode"):
-            query.encode()
+            view.encode()
         for k, members in self._groups(memories, earlier):
             with timings("gather"):
-                query.recall([Wanted(i, memories[i]) for i in members], k, temporal)
+                wanted = [Wanted(i, memories[i]) for i in members]
+                view.recall(self.library.gather, wanted, k, temporal)
             with timings("attend"):
-                query.attend()
+                view.attend()
             with timings("decode"):
-                query.decode()
+                view.decode()
         with timings("finish"):
-            masks, label_map, iou, object_score = query.finish(tuple(image.shape[:2]), out)
+            masks, label_map, iou, object_score = view.finish(out)
         present = [bool(score > 0) for score in object_score]
         scores = {
             name: Score(
@@ -326,7 +361,7 @@ class Segmenter:
                     for i, name in enumerate(self.structures)
                     if present[i] and name not in quality.reasons
                 }
-                temporal.remember(query.memorize, trusted)
+                view.remember(temporal, trusted)
         return Result(
             masks=MappingProxyType(dict(zip(self.structures, masks, strict=True))),
             label_map=label_map,
@@ -380,8 +415,8 @@ class Segmenter:
             if own:
                 by_count.setdefault(len(own) + earlier[index], []).append(index)
         for count, members in sorted(by_count.items()):
-            for start in range(0, len(members), self._query.group):
-                yield count, members[start : start + self._query.group]
+            for group in groups(members, self.bundle.geometry.max_n):
+                yield count, [*group]
 
     def _judge(
         self,
@@ -495,7 +530,13 @@ class Segmenter:
             "'recallseg library list' shows the tags of each."
         )
 
-    def _check_temporal(self, temporal: TemporalMemories) -> None:
+    @property
+    def _size(self) -> dict[str, int]:
+        """What a query takes of the model."""
+        n = len(self.structures)
+        return {"n": n, "k": self.k + self.memories, "masks": n if self.memories else 0}
+
+    def _check_temporal(self, temporal: FrameMemories) -> None:
         wanted = (len(self.structures), self.memories)
         if (temporal.structures, temporal.size) != wanted:
             raise InputError(
@@ -507,7 +548,7 @@ class Segmenter:
     def __repr__(self) -> str:
         return (
             f"Segmenter({', '.join(self.structures)}; k={self.k}, {self.engine} {self.precision}, "
-            f"workspace {self.workspace.nbytes / 2**20:.0f} MiB)"
+            f"buffers {self.required_bytes / 2**20:.0f} MiB)"
         )
 
 

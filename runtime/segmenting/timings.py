@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from threading import TIMEOUT_MAX, Lock
+from threading import TIMEOUT_MAX
 from time import perf_counter
 from types import MappingProxyType
 
 from recallseg.engines.errors import DeadlineError
+from recallseg.runtime.model.turns import Turns
 
 __all__ = ["Timings"]
 
@@ -36,15 +37,15 @@ class Timings:
         self._check(stage)
 
     @contextmanager
-    def locked(self, lock: Lock) -> Iterator[None]:
-        """Hold a lock; waiting for it ends at the deadline."""
+    def locked(self, turns: Turns) -> Iterator[None]:
+        """Take a turn; waiting for it ends at the deadline."""
         left = -1.0 if self._deadline_ms is None else max(0.0, self._deadline_ms / 1e3)
-        if not lock.acquire(timeout=min(left, TIMEOUT_MAX)):
+        if not turns.acquire(timeout=min(left, TIMEOUT_MAX)):
             self._check("waiting for another call", always=True)
         try:
             yield
         finally:
-            lock.release()
+            turns.release()
 
     def _check(self, stage: str, *, always: bool = False) -> None:
         spent = (perf_counter() - self._start) * 1e3

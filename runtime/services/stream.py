@@ -16,10 +16,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from numpy.typing import NDArray
-
 from recallseg.engines.errors import DeadlineError, InputError, RecallSegError
-from recallseg.runtime.model.frames import copy_frame
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.latency import LatencyHistogram
@@ -78,7 +75,7 @@ class _State(Enum):
 @dataclass(frozen=True)
 class _Waiting:
     number: int
-    image: NDArray[Any]
+    image: Any  # where it was pushed: on the CPU, or on the GPU that the model runs on
     since: float  # perf_counter at the push
 
 
@@ -86,7 +83,7 @@ class Stream:
     """Segments frames as they come, newest first when they come too fast.
 
     Frames are segmented one at a time on a thread of the stream's own, with the memories of the
-    frames before (see :class:`recallseg.runtime.model.frame_memories.TemporalMemories`) if the
+    frames before (see :class:`recallseg.runtime.model.frame_memories.FrameMemories`) if the
     segmenter was made with ``memories``. All methods may be called from any thread.
 
     Parameters
@@ -139,7 +136,7 @@ class Stream:
         Parameters
         ----------
         image : HxW grey or HxWx3 RGB, on the CPU or on the GPU; see
-            :func:`recallseg.runtime.model.frames.copy_frame`. The caller may reuse its memory.
+            :meth:`recallseg.Model.copy_frame`. The caller may reuse its memory.
 
         Returns
         -------
@@ -155,7 +152,7 @@ class Stream:
         Exception
             Whatever ``on_result`` raised: the stream has ended then.
         """
-        pixels = copy_frame(image)
+        pixels = self._segmenter.model.copy_frame(image)
         with self._changed:
             self._check_open()
             number = self._counts["pushed"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from recallseg.engines.device import open_device
     from recallseg.engines.errors import RecallSegError
     from recallseg.runtime.library import Library
-    from recallseg.runtime.model.query import GpuOptions
+    from recallseg.runtime.model.model import GpuOptions, Model
     from recallseg.runtime.segmenting.result import Result
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.stream import Frame, Stream
@@ -31,6 +31,7 @@ __all__ = [
     "Frame",
     "GpuOptions",
     "Library",
+    "Model",
     "RecallSegError",
     "Result",
     "Segmenter",
@@ -43,7 +44,8 @@ _HOMES = {
     "Bundle": "recallseg.engines.bundle",
     "RecallSegError": "recallseg.engines.errors",
     "open_device": "recallseg.engines.device",
-    "GpuOptions": "recallseg.runtime.model.query",
+    "GpuOptions": "recallseg.runtime.model.model",
+    "Model": "recallseg.runtime.model.model",
     "Library": "recallseg.runtime.library",
     "Result": "recallseg.runtime.segmenting.result",
     "Frame": "recallseg.runtime.services.stream",

@@ -28,7 +28,7 @@ with Library.create(sys.argv[1], Bundle.open("demo"), threads=1) as library:
     before = resident()
     for i in range(40):
         segmenter.segment(images[i % 4])
-    print(before, resident(), segmenter.workspace.nbytes)
+    print(before, resident(), segmenter.model.nbytes)
 """
 
 

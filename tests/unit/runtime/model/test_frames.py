@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import Device, open_device
 from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.errors import EngineUnavailableError, InputError
-from recallseg.runtime.model import frames
-from recallseg.runtime.model.frames import copy_frame
+from recallseg.runtime.model import host
+from recallseg.runtime.model.model import Model
 
 PICTURE = np.arange(60, dtype=np.uint16).reshape(6, 10)
 
@@ -18,8 +19,14 @@ PICTURE = np.arange(60, dtype=np.uint16).reshape(6, 10)
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Device:
     stand_in = Device(FakeDriver())
-    monkeypatch.setattr(frames, "_device", lambda: stand_in)
+    monkeypatch.setattr(host, "open_device", lambda: stand_in)
     return stand_in
+
+
+@pytest.fixture
+def model(fake_bundle: Bundle) -> Model:
+    """On the CPU, whatever the frames are."""
+    return Model.open(fake_bundle, engine="fake")
 
 
 def on_device(cuda: Device, array: np.ndarray, **more: Any) -> Any:
@@ -31,19 +38,19 @@ def on_device(cuda: Device, array: np.ndarray, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("strides", [None, PICTURE.strides])
-def test_a_frame_comes_from_the_gpu(cuda: Device, strides: object) -> None:
+def test_a_frame_comes_from_the_gpu(cuda: Device, model: Model, strides: object) -> None:
     image = on_device(cuda, PICTURE, strides=strides)
-    found = copy_frame(image)
+    found = model.copy_frame(image)
     assert found.dtype == np.uint16
     assert np.array_equal(found, PICTURE)
 
 
-def test_a_frame_that_is_not_contiguous_is_refused(cuda: Device) -> None:
+def test_a_frame_that_is_not_contiguous_is_refused(cuda: Device, model: Model) -> None:
     with pytest.raises(InputError, match="contiguous"):
-        copy_frame(on_device(cuda, PICTURE, strides=(40, 2)))
+        model.copy_frame(on_device(cuda, PICTURE, strides=(40, 2)))
 
 
-def test_a_frame_on_a_gpu_that_is_not_there() -> None:
+def test_a_frame_on_a_gpu_that_is_not_there(model: Model) -> None:
     try:
         open_device()
     except EngineUnavailableError:
@@ -51,20 +58,20 @@ def test_a_frame_on_a_gpu_that_is_not_there() -> None:
             __cuda_array_interface__={"shape": (2, 2), "typestr": "|u1", "data": (64, True)}
         )
         with pytest.raises(EngineUnavailableError, match="driver"):
-            copy_frame(image)
+            model.copy_frame(image)
     else:
         pytest.skip("there is a GPU")
 
 
-def test_a_copy_is_a_copy() -> None:
-    found = copy_frame(PICTURE)
+def test_a_copy_is_a_copy(model: Model) -> None:
+    found = model.copy_frame(PICTURE)
     assert found is not PICTURE
     assert not np.shares_memory(found, PICTURE)
 
 
 @pytest.mark.gpu
-def test_a_frame_of_pytorch_on_the_gpu() -> None:
+def test_a_frame_of_pytorch_on_the_gpu(model: Model) -> None:
     import torch
 
     image = torch.from_numpy(PICTURE.astype(np.int32)).cuda() + 1
-    assert np.array_equal(copy_frame(image), PICTURE + 1)
+    assert np.array_equal(model.copy_frame(image), PICTURE + 1)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import DeadlineError, InputError
-from recallseg.runtime.model.workspace import Workspace
+from recallseg.runtime.model.model import Model, View
 
 SIZE = 64
 
@@ -70,13 +71,13 @@ def test_warming_up_recalls_k_whatever_is_within_reach(
 ) -> None:
     segmenter = make(library, k=4, structures=["square"])
     counts: list[int] = []
-    attend = segmenter._query.recall
+    attend = View.recall
 
-    def recall(wanted: Any, k: int, temporal: Any) -> None:
+    def recall(view: View, gather: Any, wanted: Any, k: int, frames: Any) -> None:
         counts.append(k)
-        attend(wanted, k, temporal)
+        attend(view, gather, wanted, k, frames)
 
-    monkeypatch.setattr(segmenter._query, "recall", recall)
+    monkeypatch.setattr(View, "recall", recall)
     segmenter.warm_up(runs=2)
     assert counts == [4, 4]
 
@@ -154,19 +155,20 @@ def test_warming_up_covers_exemplars_that_are_yet_to_come(
 ) -> None:
     segmenter = make(small, k=6, structures=["rare"])
     counts: list[int] = []
-    recall = segmenter._query.recall
+    recall = View.recall
 
-    def watched(wanted: Any, k: int, temporal: Any) -> None:
+    def watched(view: View, gather: Any, wanted: Any, k: int, frames: Any) -> None:
         counts.append(k)
-        recall(wanted, k, temporal)
+        recall(view, gather, wanted, k, frames)
 
-    monkeypatch.setattr(segmenter._query, "recall", watched)
+    monkeypatch.setattr(View, "recall", watched)
     segmenter.warm_up(runs=1)
     assert counts == [6]
 
 
 REMOVER = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 import numpy as np
@@ -309,7 +311,9 @@ def test_leaving_one_out_never_recalls_the_exemplar_itself(library: Library) -> 
     assert dice < 0.1  # four squares in four places: the others cannot tell
 
 
-def test_more_structures_than_one_call_takes(tmp_path: Path) -> None:
+def test_more_structures_than_one_call_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from support.fake_bundle import make_fake_bundle
 
     bundle = make_fake_bundle(tmp_path / "bundle", max_n=2)
@@ -317,9 +321,11 @@ def test_more_structures_than_one_call_takes(tmp_path: Path) -> None:
     image, mask = picture(0)
     names = [f"structure {i}" for i in range(5)]
     library.add(image, dict.fromkeys(names, mask))
-    segmenter = make(library)
-    assert segmenter.workspace.group == 2
-    result = segmenter.segment(image)
+    calls: list[int] = []
+    attend = View.attend
+    monkeypatch.setattr(View, "attend", lambda v: (calls.append(len(v._members)), attend(v)))
+    result = make(library).segment(image)
+    assert calls == [2, 2, 1]
     for name in names:
         assert_alike(result.masks[name], mask)
 
@@ -379,19 +385,6 @@ def test_an_empty_library_cannot_segment(tmp_path: Path, fake_bundle: Bundle) ->
         make(library)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 4), (5, 2)])
-def test_a_workspace_states_its_size_in_advance(
-    fake_bundle: Bundle, n: int, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
-    geometry = fake_bundle.geometry
-    workspace = Workspace(geometry, fake_bundle.memory, n=n, k=k)
-    assert workspace.nbytes == Workspace.required_bytes(geometry, n=n, k=k)
-    logits, masks = np.zeros((n, 64, 64), np.float32), np.zeros((n, 100, 200), np.bool_)
-    workspace.pixels.finish(logits, [True] * n, np.zeros((100, 200), np.uint8), masks)
-    assert workspace.nbytes == Workspace.required_bytes(geometry, n=n, k=k) + 8 * 100 * 200
-
-
 def test_native_kernels_change_no_result(
     library: Library, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,25 +392,16 @@ def test_native_kernels_change_no_result(
     segmenters = []
     for choice in ("opencv", "native"):
         monkeypatch.setenv("RECALLSEG_PIXELS", choice)
-        segmenters.append(make(library))
-    assert [s.workspace.pixels.name for s in segmenters] == ["opencv", "native"]
+        model = Model.open(library.bundle, engine="fake")
+        segmenters.append(make(library, model=model))
+    assert [s.model.pixels.name for s in segmenters] == ["opencv", "native"]
     image = np.random.default_rng(0).integers(0, 4000, (90, 51)).astype(np.uint16)
     expected, found = (segmenter.segment(image) for segmenter in segmenters)
     assert np.array_equal(found.label_map, expected.label_map)
     assert [r.key for r in found.recalled["square"]] == [r.key for r in expected.recalled["square"]]
-    first, second = (segmenter.workspace for segmenter in segmenters)
-    np.testing.assert_allclose(first.embedding, second.embedding, atol=1e-6)
-    np.testing.assert_array_equal(first.recall.memories, second.recall.memories)
-
-
-def test_views_of_a_workspace_are_contiguous(fake_bundle: Bundle) -> None:
-    workspace = Workspace(fake_bundle.geometry, fake_bundle.memory, n=4, k=8)
-    for n, k in ((1, 8), (3, 2), (4, 8)):
-        recall = workspace.recall_for(n, k)
-        assert recall.memories.shape[:2] == (n, k)
-        assert all(array.flags.c_contiguous for array in vars(recall).values())
-        assert np.shares_memory(recall.memories, workspace.recall.memories)
-        assert (recall.pointer_time == np.float32(fake_bundle.memory.pointer_time)).all()
+    first, second = (segmenter.model._buffers for segmenter in segmenters)
+    np.testing.assert_allclose(first["embedding"], second["embedding"], atol=1e-6)
+    np.testing.assert_array_equal(first["memories"], second["memories"])
 
 
 def test_a_missed_deadline_is_an_error_and_the_next_query_works(library: Library) -> None:
@@ -433,8 +417,10 @@ def test_a_missed_deadline_is_an_error_and_the_next_query_works(library: Library
 
 def test_waiting_for_another_call_ends_at_the_deadline(library: Library) -> None:
     segmenter = make(library)
-    with segmenter._lock, pytest.raises(DeadlineError, match="waiting for another call"):
-        segmenter.segment(picture(0)[0], deadline_ms=5.0)
+    with ThreadPoolExecutor(1) as other, segmenter.model.turns:
+        waiting = other.submit(segmenter.segment, picture(0)[0], deadline_ms=5.0)
+        with pytest.raises(DeadlineError, match="waiting for another call"):
+            waiting.result()
     segmenter.segment(picture(0)[0], deadline_ms=60_000.0)
 
 

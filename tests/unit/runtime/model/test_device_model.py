@@ -28,10 +28,10 @@ from recallseg.engines.errors import (
     EngineRunError,
     InputError,
 )
-from recallseg.runtime.model import device as device_query
-from recallseg.runtime.model.device import DeviceQuery
+from recallseg.runtime.model import device as device_model
+from recallseg.runtime.model.device import DeviceModel
 from recallseg.runtime.model.memory_cache import MemoryCache
-from recallseg.runtime.model.query import GpuOptions
+from recallseg.runtime.model.model import GpuOptions, Model
 
 NAMES = ("recallseg_spans", "recallseg_prepare", "recallseg_finish", "recallseg_gather_half")
 STRUCTURES = ("disc", "core")
@@ -85,7 +85,7 @@ def with_kernels(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, **facts
 
         return run
 
-    monkeypatch.setattr(device_query, "kernel_image", lambda: " ".join(NAMES).encode())
+    monkeypatch.setattr(device_model, "kernel_image", lambda: " ".join(NAMES).encode())
     return without_kernels(kernels={name: kernel(name) for name in NAMES}, **facts)
 
 
@@ -103,7 +103,9 @@ def make(library: Library, device: Device, **settings: Any) -> Segmenter:
 
 
 def on_cpu(library: Library, **settings: Any) -> Segmenter:
-    return Segmenter(library, **{**SETTINGS, "threads": 1, **settings})
+    """On a model of its own, whose pixels are what the environment says now."""
+    model = Model.open(library.bundle, threads=1)
+    return Segmenter(library, **{**SETTINGS, "model": model, **settings})
 
 
 def same(found: Any, expected: Any) -> None:
@@ -115,9 +117,8 @@ def same(found: Any, expected: Any) -> None:
 
 
 def cache_of(segmenter: Segmenter) -> MemoryCache:
-    query = segmenter._query
-    assert isinstance(query, DeviceQuery)
-    return query.cache
+    assert isinstance(segmenter.model, DeviceModel)
+    return segmenter.model.cache
 
 
 # Work is done as early as it may, and as late: what is reused too soon shows in one of the two.
@@ -212,7 +213,7 @@ def test_arrays_on_the_device_are_taken_and_filled_where_they_lie(
     np.testing.assert_array_equal(mixed.label_map, expected.label_map)
     with pytest.raises(InputError, match="out must have shape"):
         segmenter.segment(there, out=(masks, None))
-    with pytest.raises(InputError, match="must be HxW or HxWx3"):
+    with pytest.raises(InputError, match="must have shape HxW"):
         segmenter.segment(device.tensor((2, 3, 4), np.uint8))
 
 
@@ -238,24 +239,24 @@ def test_nothing_is_allocated_in_steady_state(
     device = with_kernels(emulator, monkeypatch) if kernels_built else without_kernels()
     segmenter = make(library, device)
     segmenter.segment(picture(10)[0])
-    before = device.allocations, segmenter.workspace.nbytes
+    before = device.allocations, segmenter.model.nbytes
     calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
     calls.clear()
     for seed in range(11, 15):
         segmenter.segment(picture(seed)[0])
-    assert (device.allocations, segmenter.workspace.nbytes) == before
+    assert (device.allocations, segmenter.model.nbytes) == before
     assert not {"allocate", "allocate_pinned", "create_event", "create_stream"} & set(calls)
     # One wait for the embedding, one for the result.
     waits = sum(name.startswith("synchronize") for name in calls)
     assert waits == 2 * 4
 
 
-def test_a_workspace_states_its_size_in_advance(
-    library: Library, session: type[FakeSession]
-) -> None:
+def test_a_model_states_its_size_in_advance(library: Library, session: type[FakeSession]) -> None:
     segmenter = make(library, without_kernels(), k=4)
-    required = type(segmenter.workspace).required_bytes(library.bundle, n=2, k=4)
-    assert segmenter.workspace.nbytes == required
+    cache = cache_of(segmenter)
+    required = Model.required_bytes(library.bundle, n=2, k=4)
+    assert segmenter.required_bytes == required
+    assert segmenter.model.nbytes == required + cache.slots * cache.slot_bytes
 
 
 def test_too_little_memory_is_said_before_anything_is_taken(
@@ -333,9 +334,6 @@ def test_memories_of_earlier_frames_are_used_and_made(
         )
         same(found, expected)
         assert found.temporal == expected.temporal
-    masks = device.tensor((2, *image.shape), np.bool_)
-    with pytest.raises(InputError, match="made of masks on the CPU"):
-        segmenters[0].segment(image, out=(None, masks), temporal=temporal[0])
 
 
 def test_a_lost_device_leaves_library_and_process_unharmed(
@@ -354,7 +352,7 @@ def test_a_lost_device_leaves_library_and_process_unharmed(
 
 
 STEPS = (
-    "set_context", "copy_in", "fill", "launch", "record_event", "wait_event", "copy_out",
+    "set_context", "copy_in", "launch", "record_event", "wait_event", "copy_out",
     "synchronize_event", "copy", "synchronize_stream",
 )  # fmt: skip
 
@@ -402,15 +400,16 @@ def test_scores_that_are_no_numbers_are_an_error(
     library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segmenter = make(library, without_kernels())
-    tensors = segmenter.workspace.tensors
-    run = segmenter._query._composition.run  # type: ignore[attr-defined]
+    model = segmenter.model
+    assert isinstance(model, DeviceModel)
+    run = model._composition.run
 
     def spoilt(graph: str, names: Any) -> None:
         run(graph, names)
         if graph == "decode":
-            segmenter._query._stream.fill(tensors["iou"], 0xFF)  # type: ignore[attr-defined]
+            model._stream.fill(model._buffers["iou"], 0xFF)
 
-    monkeypatch.setattr(segmenter._query._composition, "run", spoilt)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model._composition, "run", spoilt)
     with pytest.raises(EngineRunError, match="not finite"):
         segmenter.segment(picture(10)[0])
 
@@ -473,7 +472,7 @@ def test_a_callers_buffer_that_was_freed_or_is_misaligned(
 
 def test_engines_on_the_cpu_refuse_options_of_a_gpu(library: Library) -> None:
     with pytest.raises(InputError, match="runs on the CPU"):
-        on_cpu(library, gpu=GpuOptions())
+        Segmenter(library, engine="onnxruntime-cpu", gpu=GpuOptions())
 
 
 def test_a_callers_stream_is_honoured(library: Library, session: type[FakeSession]) -> None:
@@ -494,5 +493,4 @@ def test_structures_beyond_one_call_are_done_in_groups(
     bundle = library.bundle
     monkeypatch.setattr(bundle, "geometry", replace(bundle.geometry, max_n=1))
     segmenter = make(library, without_kernels())
-    assert segmenter.workspace.group == 1
     same(segmenter.segment(picture(10)[0]), on_cpu(library).segment(picture(10)[0]))

@@ -1,0 +1,786 @@
+"""The model: one bundle's engines and every buffer they touch, opened once on one device.
+
+A library that adds, any number of segmenters, streams and evaluations share one. What is now on it
+is explicit: :meth:`Model.look` puts an image there and returns a :class:`View`, which is valid
+until the next look. Threads take turns, first come, first served.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg import __version__
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.composition import Composition
+from recallseg.engines.device import Device
+from recallseg.engines.device_engine import DeviceEngine
+from recallseg.engines.engine import Engine, EngineOptions
+from recallseg.engines.errors import (
+    EngineRunError,
+    InputError,
+    ModelClosedError,
+    StaleViewError,
+)
+from recallseg.engines.registry import check_choice, load_engines
+from recallseg.runtime.library.encoding import Encoded, Origin
+from recallseg.runtime.library.exemplar import StoredMemory
+from recallseg.runtime.model.buffers import Buffers, Shapes, buffer_shapes, bytes_of
+from recallseg.runtime.model.frame_memories import FrameMemories
+from recallseg.runtime.model.preprocess import Intensity, prepare_mask
+from recallseg.runtime.model.turns import Turns
+
+__all__ = ["Finished", "GpuOptions", "Kept", "Model", "View", "Wanted", "groups"]
+
+Item = TypeVar("Item")
+
+ENCODING = ("embed", "encode", "memorize")
+"""Graphs that make of an annotated image what a library stores."""
+KEPT = ("features", "skip0", "skip1")
+"""Buffers that a look fills and a question reads."""
+KEEP_BYTES = 256 << 20
+
+Gather = Callable[[Sequence[StoredMemory], NDArray[Any], NDArray[np.float32]], None]
+"""Copies stored memories to the host, as :meth:`Library.gather` does."""
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    """How a model uses a GPU.
+
+    Attributes
+    ----------
+    device : from :func:`recallseg.open_device`, whose stream (a caller's own, say) everything is
+        queued on; None opens the first GPU.
+    cuda_graphs : record each graph's work, and replay it.
+    cache_bytes : most bytes of recalled memories that stay on the device; the least recently used
+        ones go first.
+    """
+
+    device: Device | None = None
+    cuda_graphs: bool = False
+    cache_bytes: int = 256 << 20
+
+
+class Wanted(NamedTuple):
+    """One structure's part in a call of ``attend``: its position, and exemplars' memories."""
+
+    position: int
+    memories: Sequence[StoredMemory]
+
+
+class Finished(NamedTuple):
+    """What comes out: n masks HxW, label map HxW, IoU estimates n, object scores n."""
+
+    masks: list[Any]
+    label_map: Any
+    iou: NDArray[np.float32]
+    object_score: NDArray[np.float32]
+
+
+class Model(ABC):
+    """Engines and buffers of one bundle on one device. Make one with :meth:`open`.
+
+    May be shared between threads, see :attr:`turns`. Close it, or use ``with``; whatever uses a
+    closed one is told so.
+
+    Attributes
+    ----------
+    bundle, engine, precision, threads, gpu : what it was opened with; ``threads`` None is all
+        cores, ``gpu`` None a CPU.
+    device : the GPU that it runs on; None on a CPU.
+    turns : a thread that makes several calls about one image takes its turn first (``with
+        model.turns:``); each call by itself does so anyway.
+    """
+
+    device: Device | None = None
+    gpu: GpuOptions | None = None
+
+    def __init__(
+        self, bundle: Bundle, engine: str, precision: str, options: EngineOptions, keep_bytes: int
+    ) -> None:
+        self.bundle, self.engine, self.precision = bundle, engine, precision
+        self.threads = options.threads
+        self.turns = Turns()
+        self._options = options
+        self._engines: dict[str, Engine] = {}
+        self._composition = Composition(self._engines)
+        self._buffers = Buffers(bundle, self._allocate)
+        self._kept = _Kept(keep_bytes, bytes_of(self._kept_shapes()))
+        self._looks = 0
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | str | Path,
+        *,
+        engine: str = "onnxruntime-cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+        gpu: GpuOptions | None = None,
+        keep_bytes: int = KEEP_BYTES,
+    ) -> Model:
+        """Open a model. Engines are loaded, and buffers allocated, by whoever first needs them.
+
+        Parameters
+        ----------
+        bundle : an open one, a folder, or the name of one that is shipped.
+        engine, precision : see docs/names.md.
+        threads : CPU threads; None means all cores that this process may use.
+        gpu : how an engine on a GPU uses it; None for its defaults. Engines on the CPU refuse it.
+        keep_bytes : most bytes of looks that are kept, see :meth:`View.keep`.
+
+        Raises
+        ------
+        InputError
+            For an unknown engine or precision, threads below 1, or ``gpu`` with an engine on the
+            CPU.
+        EngineUnavailableError
+            If the engine's library or its device is not here.
+        BundleError
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        kind = check_choice(engine, precision, threads)
+        if issubclass(kind, DeviceEngine):
+            kind.require_library()  # before anything else that such a machine may lack as well
+            from recallseg.runtime.model.device import DeviceModel
+
+            return DeviceModel(opened, engine, precision, gpu or GpuOptions(), keep_bytes)
+        if gpu is not None:
+            raise InputError(
+                f"engine '{engine}' runs on the CPU: leave gpu out, or choose another."
+            )
+        from recallseg.runtime.model.host import HostModel
+
+        return HostModel(opened, engine, precision, EngineOptions(threads), keep_bytes)
+
+    # Life and size
+
+    def close(self) -> None:
+        """Give engines and buffers back when the query in work has ended. Harmless if repeated."""
+        with self.turns:
+            if not self._closed:
+                self._closed = True
+                self._looks += 1
+                self._settle("growth")
+                self._release()
+                self._engines.clear()
+                self._buffers = Buffers(self.bundle, self._allocate)
+                self._kept.clear()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._closed
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs that are loaded, each by one engine."""
+        return tuple(self._engines)
+
+    @staticmethod
+    def required_bytes(bundle: Bundle, *, n: int, k: int, masks: int = 0) -> int:
+        """Return the bytes of the buffers that :meth:`reserve` will take, before any is taken.
+
+        Beside them come the weights (the size of the graph files), what engines work in
+        (:mod:`recallseg.engines.budget`), images and masks at their own size, and on a GPU the
+        cache of memories.
+        """
+        return bytes_of(buffer_shapes(bundle, n=n, k=k, masks=masks))
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all buffers now, where the model runs; without what engines hold."""
+
+    def load(self, *graphs: str) -> None:
+        """Make graphs ready to run; those that are loaded already cost nothing.
+
+        Raises
+        ------
+        EngineUnavailableError, EngineRunError, BundleError, PlanError, VerificationError
+            As :func:`recallseg.engines.registry.load_engines`.
+        """
+        with self.turns:
+            self._begin_turn()
+            wanted = tuple(graph for graph in graphs if graph not in self._engines)
+            if wanted:
+                self._engines.update(
+                    load_engines(
+                        self.bundle,
+                        self.engine,
+                        self.precision,
+                        options=self._options,
+                        graphs=wanted,
+                    )
+                )
+
+    def reserve(
+        self, n: int = 0, k: int = 0, *, masks: int = 0, memories: int = 0, graphs: Sequence[str]
+    ) -> None:
+        """Make room for questions, and load what they need; nothing grows while one is answered.
+
+        What is there is kept where it is large enough, so that the largest of all users counts. If
+        anything grows, the view of the last look is not valid any more.
+
+        Parameters
+        ----------
+        n, k : structures of one question, and most memories of each.
+        masks : structures that are memorized at once.
+        memories : how many stored memories there are to be recalled: on a GPU, what is recalled
+            again stays there, within :attr:`GpuOptions.cache_bytes`.
+        graphs : which will run.
+
+        Raises
+        ------
+        HostMemoryError, DeviceMemoryError
+            If there is too little memory, with both figures; everything is as it was then.
+        """
+        with self.turns:
+            self._begin_turn()
+            missing = self._buffers.missing(n=n, k=k, masks=masks)
+            what = f"Room for {n} structures and k = {k}" if n else f"Room for {masks} masks"
+            self._require(missing, n * k, memories, tuple(graphs), what)
+            self.load(*graphs)
+            if missing:
+                self._looks += 1  # the buffers of the last look may go
+                self._settle("growth")
+                self._buffers.grow(missing)
+            self._fill(missing, n * k, memories)
+
+    # An image
+
+    def check(self, image: Any) -> Any:
+        """Return a caller's image HxW or HxWx3 as something to look at.
+
+        Raises
+        ------
+        InputError
+            For what cannot be taken, see :func:`recallseg.runtime.checks.check_image`.
+        """
+        with self.turns:
+            self._begin_turn()
+            return self._check(image)
+
+    def look(
+        self, image: Any, intensity: Intensity, graphs: Sequence[str] = ("embed", "encode")
+    ) -> View:
+        """Put an image on the model; views of earlier ones are stale from now on.
+
+        Parameters
+        ----------
+        image : HxW grey or HxWx3 RGB of any real dtype, see :meth:`check`.
+        intensity : the rule from pixel values to 0..1.
+        graphs : those of ``embed`` and ``encode`` that will be asked for.
+
+        Raises
+        ------
+        InputError
+        """
+        with self.turns:
+            self._begin_turn()
+            checked = self._check(image)
+            if not all(graph in self._engines for graph in graphs):
+                self.reserve(graphs=graphs)
+            self._settle("look")
+            self._looks += 1
+            self._prepare(checked, intensity, graphs)
+            height, width = checked.shape[:2]
+            return View(self, self._looks, (height, width), graphs)
+
+    def put(self, kept: Kept) -> View:
+        """Bring a kept look back, without its image and without running a graph.
+
+        Raises
+        ------
+        StaleViewError
+            If it was dropped, because more were kept since than there is room for.
+        InputError
+            If it is another model's.
+        """
+        with self.turns:
+            self._begin_turn()
+            if kept.model is not self:
+                raise InputError("this was kept by another model. Look at the image again.")
+            tensors = self._kept.find(kept)
+            self._settle("look")
+            self._looks += 1
+            for name, tensor in tensors.items():
+                self._copy(self._buffers[name], tensor)
+            view = View(self, self._looks, kept.shape, ())
+            view._embedding, view._encoded = kept.embedding, True
+            return view
+
+    def embed(self, image: Any, intensity: Intensity) -> NDArray[np.float32]:
+        """Return the embedding, D of unit length, of an image HxW or HxWx3."""
+        with self.turns:
+            return self.look(image, intensity, ("embed",)).embedding
+
+    def memorize(
+        self, image: Any, masks: Mapping[str, NDArray[np.bool_]], intensity: Intensity
+    ) -> Encoded:
+        """Encode an image HxW or HxWx3 (RGB) and a boolean HxW mask for each structure.
+
+        Returns
+        -------
+        Encoded
+            Arrays on the host, of its own.
+        """
+        most = min(len(masks), self.bundle.geometry.max_n)
+        with self.turns:
+            self.reserve(masks=most, graphs=ENCODING)
+            view = self.look(image, intensity)
+            embedding = view.embedding
+            memories: dict[str, NDArray[np.float32]] = {}
+            pointers: dict[str, NDArray[np.float32]] = {}
+            for group in groups(list(masks), most):
+                made = map(self._fetch, view.memorize([masks[name] for name in group]))
+                for found, rows in zip((memories, pointers), made, strict=True):
+                    found.update(zip(group, rows, strict=True))
+            digests = {graph: self._engines[graph].digest for graph in ENCODING}
+        origin = Origin(self.engine, self.precision, digests, __version__)
+        return Encoded(embedding, memories, pointers, origin)
+
+    def frame_memories(self, structures: int, size: int) -> FrameMemories:
+        """Return empty room for the memories of one sequence, where the model runs.
+
+        Parameters
+        ----------
+        structures : n, how many structures a question has.
+        size : most memories of each; the oldest is forgotten first.
+        """
+        with self.turns:
+            self._begin_turn()
+            g = self.bundle.geometry
+            shapes = {
+                "memories": (structures, size, g.tokens, g.memory_dim),
+                "pointers": (structures, size, g.channels),
+            }
+            self._require(shapes, 0, 0, (), f"Memories of {size} frames")
+            tensors = {name: self._allocate(shape) for name, shape in shapes.items()}
+            return FrameMemories(tensors["memories"], tensors["pointers"])
+
+    @abstractmethod
+    def copy_frame(self, image: Any) -> Any:
+        """Return a copy of a caller's frame, to look at later; it stays on the GPU if both are.
+
+        May be called by any thread at any time. The caller may reuse its memory afterwards.
+
+        Parameters
+        ----------
+        image : a numpy array; anything with ``__cuda_array_interface__`` (CuPy, PyTorch, Numba,
+            PyCUDA) or ``__dlpack__`` that lies contiguously on the GPU; anything with
+            ``__dlpack__`` on the CPU.
+
+        Raises
+        ------
+        InputError
+            For anything else.
+        EngineUnavailableError
+            If it says that it lies on a GPU, and there is no driver.
+        """
+
+    # What a place does in its own way
+
+    @abstractmethod
+    def _allocate(self, shape: tuple[int, ...]) -> Any:
+        """Return a new float32 tensor."""
+
+    @abstractmethod
+    def _copy(self, target: Any, source: Any) -> None:
+        """Copy, or queue the copy of, one tensor to another of the same size."""
+
+    @abstractmethod
+    def _fetch(self, tensor: Any) -> NDArray[Any]:
+        """Return a tensor's contents on the host, in an array of its own."""
+
+    @abstractmethod
+    def _require(
+        self, shapes: Shapes, recalled: int, memories: int, graphs: Sequence[str], what: str
+    ) -> None:
+        """Raise if there is too little memory for these buffers, memories and graphs."""
+
+    @abstractmethod
+    def _fill(self, names: Shapes, recalled: int, memories: int) -> None:
+        """Write what new buffers must hold, and make room for stored memories."""
+
+    @abstractmethod
+    def _check(self, image: Any) -> Any: ...
+
+    @abstractmethod
+    def _prepare(self, image: Any, intensity: Intensity, graphs: Sequence[str]) -> None:
+        """Make the inputs of graphs."""
+
+    @abstractmethod
+    def _embed(self, encode: bool) -> tuple[NDArray[np.float32], bool]:
+        """Return the embedding on the host, and whether ``encode``, which is wanted, ran too."""
+
+    @abstractmethod
+    def _recall(
+        self, gather: Gather, memories: Sequence[StoredMemory], tokens: Any, pointers: Any
+    ) -> None:
+        """Bring memories of exemplars to the first rows of ``tokens`` kxTx64, ``pointers`` kxC."""
+
+    @abstractmethod
+    def _leave_out(self, rows: Sequence[int]) -> None:
+        """Give rows of all logits, IoU estimates and scores what absent structures have."""
+
+    @abstractmethod
+    def _finish(self, n: int, shape: tuple[int, int], out: tuple[Any, Any]) -> Finished: ...
+
+    @abstractmethod
+    def _masks(self, n: int) -> NDArray[np.float32]:
+        """Return where to write masks nx1xSxS for :meth:`_memorize`."""
+
+    @abstractmethod
+    def _memorize(self, masks: NDArray[np.float32]) -> None:
+        """Run ``memorize`` on masks that were written where :meth:`_masks` said."""
+
+    def _begin_turn(self) -> None:
+        """Do what each call begins with."""
+        if self._closed:
+            raise ModelClosedError(
+                f"the model of bundle '{self.bundle.name}' on {self.engine} has been closed. Open "
+                "it again, and make what used it anew."
+            )
+
+    @abstractmethod
+    def _settle(self, beginning: Literal["look", "question", "growth"]) -> None:
+        """Wait until nothing that was queued before reads or writes what this changes."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Give back what is beside engines and buffers."""
+
+    def _run(self, graph: str, n: int = 1, k: int = 1) -> None:
+        self._composition.run(graph, self._buffers.of(graph, n, k))
+
+    def _kept_shapes(self) -> dict[str, tuple[int, ...]]:
+        outputs = {tensor.name: tensor for tensor in self.bundle.specs["encode"].outputs}
+        return {name: outputs[name].resolve() for name in KEPT}
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{', '.join(self.graphs) or 'nothing'} loaded"
+        return (
+            f"{type(self).__name__}({self.bundle.name}, {self.engine} {self.precision}; {state}, "
+            f"{self.nbytes / 2**20:.0f} MiB)"
+        )
+
+
+class View:
+    """The image that is on a model, until the next look. Made by :meth:`Model.look`.
+
+    A question goes through :meth:`begin`; for each group of structures :meth:`recall`,
+    :meth:`attend`, :meth:`decode`; then :meth:`finish`. Structures that are in no group come out as
+    absent. Every method raises StaleViewError once another image is on the model.
+
+    Attributes
+    ----------
+    shape : height and width of the image in pixels.
+    """
+
+    def __init__(
+        self, model: Model, look: int, shape: tuple[int, int], graphs: Sequence[str]
+    ) -> None:
+        self.shape = shape
+        self._model, self._look, self._graphs = model, look, graphs
+        self._embedding: NDArray[np.float32] | None = None
+        self._encoded = False
+        self._n, self._k = 0, 0
+        self._members: list[int] = []
+        self._decoded: set[int] = set()
+
+    @property
+    def embedding(self) -> NDArray[np.float32]:
+        """The embedding: D, of unit length."""
+        with self._model.turns:
+            self._check("embed" if self._embedding is None else "")
+            if self._embedding is None:
+                beside = "encode" in self._graphs and not self._encoded
+                self._embedding, ran = self._model._embed(beside)
+                self._encoded |= ran
+            return self._embedding
+
+    def encode(self) -> None:
+        """Make the image's features, if they are not there yet."""
+        with self._model.turns:
+            self._check("" if self._encoded else "encode")
+            if not self._encoded:
+                self._model._run("encode")
+                self._encoded = True
+
+    def begin(self, n: int) -> None:
+        """Begin a question of n structures."""
+        with self._model.turns:
+            self._check()
+            self._model._settle("question")
+            self._n = n
+            self._decoded.clear()
+
+    def recall(
+        self,
+        gather: Gather,
+        wanted: Sequence[Wanted],
+        k: int,
+        frames: FrameMemories | None = None,
+    ) -> None:
+        """Gather k memories for each structure of a group: its exemplars', then earlier frames'.
+
+        Parameters
+        ----------
+        gather : copies exemplars' memories, see :meth:`recallseg.Library.gather`.
+        wanted : the group, at most ``max_n`` of the bundle's geometry.
+        frames : has k less the exemplars' memories, or more, of each structure.
+
+        Raises
+        ------
+        EngineRunError
+            If that is more than was reserved.
+        """
+        model, n = self._model, len(wanted)
+        with model.turns:
+            self._check()
+            if not model._buffers.holds(n, k):
+                raise EngineRunError(
+                    f"{n} structures with {k} memories each are more than this model has room for. "
+                    "Reserve it first: model.reserve(n, k, graphs=...)."
+                )
+            g = model.bundle.geometry
+            tokens = model._buffers.part("memories", (n, k, g.tokens, g.memory_dim))
+            pointers = model._buffers.part("pointers", (n, k, g.channels))
+            for row, (position, stored) in enumerate(wanted):
+                own = len(stored)
+                model._recall(gather, stored, tokens[row], pointers[row])
+                if frames is not None:
+                    frames.gather(position, tokens[row][own:], pointers[row][own:], model._copy)
+            self._members, self._k = [one.position for one in wanted], k
+
+    def attend(self) -> None:
+        """Condition the features on what was recalled."""
+        with self._model.turns:
+            self._check()
+            self.encode()
+            self._model._run("attend", len(self._members), self._k)
+
+    def decode(self) -> None:
+        """Make the logits and scores of the group."""
+        model, n = self._model, len(self._members)
+        with model.turns:
+            self._check()
+            model._run("decode", n, self._k)
+            made = model._buffers.of("decode", n, self._k)
+            for name, every in (
+                ("logits", "all_logits"),
+                ("iou", "all_iou"),
+                ("object_score", "all_scores"),
+            ):
+                found, target = made[name], model._buffers[every]
+                for row, position in enumerate(self._members):
+                    model._copy(target[position : position + 1], found[row : row + 1])
+            self._decoded.update(self._members)
+
+    def finish(self, out: tuple[Any, Any] = (None, None)) -> Finished:
+        """Make masks and label map on the image's own grid; ends the question.
+
+        Parameters
+        ----------
+        out : label map and masks to write into, or None; see :meth:`Segmenter.segment`.
+        """
+        model = self._model
+        with model.turns:
+            self._check()
+            left_out = [row for row in range(self._n) if row not in self._decoded]
+            if left_out:
+                model._leave_out(left_out)
+            found = model._finish(self._n, self.shape, out)
+            if not (np.isfinite(found.iou).all() and np.isfinite(found.object_score).all()):
+                raise EngineRunError(
+                    f"the engine gave IoU estimates {found.iou.tolist()} and object scores "
+                    f"{found.object_score.tolist()}: numbers that are not finite. Use another "
+                    "precision or engine."
+                )
+            return found
+
+    def logits(self) -> NDArray[np.float32]:
+        """Return a copy of the question's logits, nx(S/4)x(S/4); NaN where none were made."""
+        with self._model.turns:
+            self._check()
+            return self._model._fetch(self._model._buffers["all_logits"][: self._n])
+
+    def memorize(self, masks: Sequence[Any]) -> tuple[Any, Any]:
+        """Make memories of masks HxW, as many as one call takes (``max_n``) at most.
+
+        Returns
+        -------
+        memories, pointers : nxTx64 and nxC float32 where the model runs; the next call replaces
+            them.
+        """
+        model, n = self._model, len(masks)
+        with model.turns:
+            self._check()
+            self.encode()
+            planes = model._masks(n)
+            for plane, mask in zip(planes[:, 0], masks, strict=True):
+                prepare_mask(mask if isinstance(mask, np.ndarray) else model._fetch(mask), plane)
+            model._memorize(planes)
+            made = model._buffers.of("memorize", n)
+            return made["memories"], made["pointers"]
+
+    def remember(self, frames: FrameMemories, masks: Mapping[int, Any]) -> None:
+        """Add memories of this image's masks HxW, by position of the structure, to ``frames``."""
+        model = self._model
+        with model.turns:
+            for group in groups(list(masks), model.bundle.geometry.max_n):
+                memories, pointers = self.memorize([masks[position] for position in group])
+                for row, position in enumerate(group):
+                    frames.add(position, memories[row], pointers[row], model._copy)
+
+    def keep(self) -> Kept:
+        """Copy out what the image has become, so that :meth:`Model.put` can bring it back.
+
+        It stays where the model runs: :attr:`Kept.nbytes`, about 20 MB at 1024 px. Of all kept
+        looks, the least recently used go when they take more than the model's ``keep_bytes``.
+
+        Raises
+        ------
+        InputError
+            If ``keep_bytes`` is less than one takes.
+        HostMemoryError, DeviceMemoryError
+        """
+        model = self._model
+        with model.turns:
+            embedding = self.embedding if "embed" in self._graphs else self._embedding
+            self.encode()
+            kept, tensors = model._kept.take(model, self.shape, embedding)
+            for name, tensor in tensors.items():
+                model._copy(tensor, model._buffers[name])
+            return kept
+
+    def _check(self, graph: str = "") -> None:
+        self._model._begin_turn()
+        if self._look != self._model._looks:
+            raise StaleViewError(
+                "this view is stale: another image is on the model now. Look at the image again, "
+                "or keep the view (view.keep()) and put it back (model.put(kept))."
+            )
+        if graph and graph not in self._graphs:
+            raise InputError(
+                f"'{graph}' was not asked for in this look: model.look(image, intensity, graphs)."
+            )
+
+    def __repr__(self) -> str:
+        state = "valid" if self._look == self._model._looks else "stale"
+        return f"View({self.shape[0]}x{self.shape[1]}, {state})"
+
+
+class Kept:
+    """What an image became, copied out by :meth:`View.keep`; brought back by :meth:`Model.put`.
+
+    Its room is given back by :meth:`close`, or when nothing refers to it any more.
+
+    Attributes
+    ----------
+    model : where it can be put.
+    shape : height and width of the image.
+    embedding : D of unit length, or None if it was not asked for.
+    nbytes : what it takes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        shape: tuple[int, int],
+        embedding: NDArray[np.float32] | None,
+        nbytes: int,
+    ) -> None:
+        self.model, self.shape, self.embedding, self.nbytes = model, shape, embedding, nbytes
+
+    def close(self) -> None:
+        """Give its room back; it cannot be put any more."""
+        self.model._kept.drop(id(self))
+
+
+class _Kept:
+    """A bounded pool of kept looks, the least recently used of which goes first."""
+
+    def __init__(self, most: int, each: int) -> None:
+        self._most, self._each = most, each
+        self._held: OrderedDict[int, dict[str, Any]] = OrderedDict()  # by the id of a Kept
+        self._free: list[dict[str, Any]] = []
+
+    def take(
+        self, model: Model, shape: tuple[int, int], embedding: NDArray[np.float32] | None
+    ) -> tuple[Kept, dict[str, Any]]:
+        """Return a new one and the tensors that it consists of."""
+        if self._each > self._most:
+            raise InputError(
+                f"a kept look takes {self._each / 2**20:.1f} MiB, and this model may keep "
+                f"{self._most / 2**20:.1f} MiB. Open it with larger keep_bytes."
+            )
+        if not self._free and (len(self._held) + 1) * self._each > self._most:
+            self.drop(next(iter(self._held)))
+        if self._free:
+            tensors = self._free.pop()
+        else:
+            shapes = model._kept_shapes()
+            model._require(shapes, 0, 0, (), "A kept look")
+            tensors = {name: model._allocate(size) for name, size in shapes.items()}
+        kept = Kept(model, shape, embedding, self._each)
+        self._held[id(kept)] = tensors
+        weakref.finalize(kept, self.drop, id(kept))
+        return kept, tensors
+
+    def find(self, kept: Kept) -> dict[str, Any]:
+        """Return its tensors."""
+        tensors = self._held.get(id(kept))
+        if tensors is None:
+            raise StaleViewError(
+                f"this kept look was dropped: the model keeps {self._most // self._each}, and more "
+                "were kept since (or it was closed). Look at the image again, or open the model "
+                "with larger keep_bytes."
+            )
+        self._held.move_to_end(id(kept))
+        return tensors
+
+    def drop(self, name: int) -> None:
+        """Give one's tensors back. Runs whenever the interpreter likes: it takes no lock."""
+        tensors = self._held.pop(name, None)
+        if tensors is not None:
+            self._free.append(tensors)
+
+    def clear(self) -> None:
+        """Drop all, and their tensors."""
+        self._held.clear()
+        self._free.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return (len(self._held) + len(self._free)) * self._each
+
+
+def groups(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
+    """Yield items in groups of at most ``most``."""
+    for start in range(0, len(items), most):
+        yield items[start : start + most]

@@ -73,6 +73,11 @@ class Binding:
             self._models.add(model)
             return model
 
+    def accept(self, bundle: Bundle) -> None:
+        """Take ``bundle`` for the one that is looked for; LibraryMismatchError if it is not."""
+        accept_bundle(bundle, self._store.settings, self._store.path)
+        self._bundle = self._bundle or bundle
+
     def encoder(self) -> ExemplarEncoder:
         """Return the encoder; the model that it takes stays open for as long as the library."""
         if self._encoder is None:

@@ -354,16 +354,15 @@ class Library:
         precision: str | None = None,
         threads: int | None = None,
         gpu: GpuOptions | None = None,
-    ) -> Model:
-        """Return ``model`` if it is of the library's bundle, and what is asked for beside it.
+    ) -> None:
+        """Raise unless ``model`` is of the library's bundle, and what is asked for beside it.
 
         Raises
         ------
         LibraryMismatchError, InputError
         """
         _choice(engine, precision, threads, model, gpu)
-        accept_bundle(model.bundle, self._store.settings, self.path)
-        return model
+        self._binding.accept(model.bundle)
 
     # Recall
 

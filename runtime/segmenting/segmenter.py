@@ -100,6 +100,8 @@ class Segmenter:
     ) -> None:
         self._opened = not isinstance(library, Library)
         self.library = library if isinstance(library, Library) else Library.open(library)
+        if model is not None:
+            self.library.accept(model, engine, precision, threads, gpu)
         self.bundle = self.library.bundle
         most = self.bundle.geometry.max_k
         self.k = check_count(k, "k", 1, most)
@@ -109,10 +111,7 @@ class Segmenter:
         self.tags = MappingProxyType(check_tags(tags))
         self.structures = self._check_structures(structures)
         self.labels = MappingProxyType({name: i + 1 for i, name in enumerate(self.structures)})
-        if model is None:
-            self.model = self.library.model(engine, precision, threads, gpu)
-        else:
-            self.model = self.library.accept(model, engine, precision, threads, gpu)
+        self.model = model or self.library.model(engine, precision, threads, gpu)
         self.engine, self.precision = self.model.engine, self.model.precision
         self.model.reserve(
             **self._size,

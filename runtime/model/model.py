@@ -199,6 +199,10 @@ class Model(ABC):
         """The graphs that are loaded, each by one engine."""
         return tuple(self._engines)
 
+    def graph_digests(self, *graphs: str) -> dict[str, str]:
+        """Return the digests of graphs that are loaded, as their engines tell them, by name."""
+        return {graph: self._engines[graph].graph_digest for graph in graphs}
+
     @staticmethod
     def required_bytes(bundle: Bundle, *, n: int, k: int, masks: int = 0) -> int:
         """Return the bytes of the buffers that :meth:`reserve` will take, before any is taken.
@@ -358,8 +362,7 @@ class Model(ABC):
                 made = map(self._fetch, view.memorize([masks[name] for name in group]))
                 for found, rows in zip((memories, pointers), made, strict=True):
                     found.update(zip(group, rows, strict=True))
-            digests = {graph: self._engines[graph].digest for graph in ENCODING}
-        origin = Origin(self.engine, self.precision, digests, __version__)
+        origin = Origin(self.engine, self.precision, self.graph_digests(*ENCODING), __version__)
         return Encoded(embedding, memories, pointers, origin)
 
     def frame_memories(self, structures: int, size: int) -> FrameMemories:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.formats import guards
 from recallseg.runtime.formats.dicom_pixels import (
     check_pixels,
@@ -119,7 +120,7 @@ def open_dicom(path: Path, *, pixels: bool = False, only: list[str] | None = Non
     """Return a file's data set: its header, or all of it, pixels undecoded.
 
     Files without preamble or file meta information are taken for uncompressed, deflated ones are
-    unpacked within :data:`recallseg.runtime.formats.guards.MAX_BYTES`.
+    unpacked within :func:`recallseg.engines.limits.max_bytes`.
 
     Parameters
     ----------
@@ -455,10 +456,10 @@ def _inflated(path: Path) -> bytes:
         file.seek(_PREAMBLE + 4)
         file.seek(12 + int(meta.FileMetaInformationGroupLength), io.SEEK_CUR)
         engine = zlib.decompressobj(-zlib.MAX_WBITS)
-        data = engine.decompress(file.read(), guards.MAX_BYTES)
+        data = engine.decompress(file.read(), max_bytes())
     if engine.unconsumed_tail:
         raise InputError(
-            f"{path} unpacks to more than {guards.MAX_BYTES / 2**30:.0f} GiB. Store it another way."
+            f"{path} unpacks to more than {describe_bytes(max_bytes())}. Store it another way."
         )
     if not engine.eof:
         raise InputError(f"{path} is cut off: its deflated data has no end. Copy it again.")

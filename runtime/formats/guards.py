@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bz2
+import gzip
+import io
 import math
 import zlib
 from collections.abc import Sequence
@@ -13,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.limits import describe_bytes, max_bytes
 
-__all__ = ["MAX_BYTES", "check_finite", "check_size", "expand"]
+__all__ = ["BoundedReader", "check_finite", "check_size", "expand"]
 
-MAX_BYTES = 2**32
-"""Four gigabytes of pixels: above every volume of a scanner, below what a workstation has."""
 _STEP = 2**20
 
 
@@ -27,15 +28,15 @@ def check_size(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> int:
     Raises
     ------
     InputError
-        If an axis is not positive, or all of it is more than ``MAX_BYTES``.
+        If an axis is not positive, or all of it is more than ``limits.max_bytes()``.
     """
     if not shape or any(size <= 0 for size in shape):
         raise InputError(f"{path} declares the size {tuple(shape)}: it is empty or damaged.")
     count = math.prod(int(size) for size in shape) * dtype.itemsize
-    if count > MAX_BYTES:
+    if count > (most := max_bytes()):
         raise InputError(
-            f"{path} declares {count / 2**30:.1f} GiB of pixels; at most {MAX_BYTES / 2**30:.0f} "
-            "GiB are read. Crop or split it."
+            f"{path} declares {count / 2**30:.1f} GiB of pixels; at most {describe_bytes(most)} "
+            "are read. Crop or split it."
         )
     return count
 
@@ -68,6 +69,55 @@ def expand(data: bytes, encoding: str, wanted: int, path: Path) -> bytes:
             "cut off or damaged. Export or copy it again."
         )
     return b"".join(parts)
+
+
+class BoundedReader(io.RawIOBase):
+    """A gzip file whose content is read up to ``limits.max_bytes()``, headers and gaps included.
+
+    Raises
+    ------
+    InputError
+        When more is read or skipped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = gzip.GzipFile(path)
+        self._most = max_bytes()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._file.read(min(len(view), _STEP))
+        view[: len(data)] = data
+        self._check(self._file.tell())
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._file.tell()
+        elif whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("a compressed file has no known end")
+        self._check(offset)
+        return self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _check(self, position: int) -> None:
+        if position > self._most:
+            raise InputError(
+                f"{self._path} expands to more than {describe_bytes(self._most)}. Crop or split it."
+            )
 
 
 def check_finite(path: Path, array: NDArray[Any]) -> None:

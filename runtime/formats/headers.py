@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from recallseg.runtime.formats.tiff import MAGIC, Directory, directories, replaced
 
-__all__ = ["Meaning", "declared_size", "is_complete", "meaning", "plain"]
+__all__ = ["Meaning", "declared_bytes", "declared_size", "is_complete", "meaning", "plain"]
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+MOST_SCANS = 500
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PNG_GREY, _PNG_PALETTE, _PNG_GREY_ALPHA = 0, 3, 4
 _REDUCED, _MASK = 1, 4  # kinds of TIFF page
@@ -63,7 +64,7 @@ class Meaning:
 def declared_size(data: bytes) -> tuple[int, int] | None:
     """Return (height, width) that a PNG, JPEG, BMP or TIFF file declares.
 
-    None when the format is another one or the header is cut off: the decoder then has its say.
+    None when the format is another one or the header is cut off.
     """
     try:
         if data.startswith(_PNG):
@@ -82,11 +83,27 @@ def declared_size(data: bytes) -> tuple[int, int] | None:
     return page.first(_HEIGHT, 0), page.first(_WIDTH, 0)
 
 
+def declared_bytes(data: bytes) -> int:
+    """Return the most bytes that one pixel of such a file takes once it is decoded."""
+    if data.startswith(_PNG):
+        depth, colour = data[24:25], data[25:26]
+        return (2 if depth == b"\x10" else 1) * (1 if colour == b"\0" else 4)
+    page = next(directories(data), None)
+    if page is None:
+        return 4
+    return max(1, min(page.first(_BITS, 8), 64) // 8) * max(1, page.first(_SAMPLES, 1))
+
+
 def is_complete(data: bytes) -> bool:
-    """Whether a PNG or JPEG file has its end mark; True for other formats, whose decoders check."""
+    """Whether a PNG or JPEG file has its end mark; True for other formats, whose decoders check.
+
+    False too for a JPEG file with more scans, each as much work as the image, than encoders write.
+    """
     if data.startswith(_PNG):
         return _PNG_END in data
     if data.startswith(_JPEG):  # after the last scan: an embedded preview has an end of its own
+        if data.count(_JPEG_SCAN) > MOST_SCANS:
+            return False
         return data.find(_JPEG_END, max(0, data.rfind(_JPEG_SCAN))) >= 0
     return True
 

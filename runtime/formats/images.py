@@ -21,8 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.checks import check_image
-from recallseg.runtime.formats.headers import Meaning, declared_size, is_complete, meaning, plain
+from recallseg.runtime.formats.headers import (
+    Meaning,
+    declared_bytes,
+    declared_size,
+    is_complete,
+    meaning,
+    plain,
+)
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -210,8 +218,12 @@ def _decode(path: Path, as_stored: bool, *, numbers: bool = False) -> tuple[NDAr
     """Return the channels as OpenCV orders them (BGR, opacity last), and what they mean."""
     data = _bytes_of(path)
     size = declared_size(data)
-    if size is not None:
-        _check_pixels(path, size[0] * size[1])
+    if size is None:  # a decoder that goes by content would take any format, of any size
+        raise InputError(
+            f"{path} cannot be decoded: it is damaged, cut off, or no PNG, JPEG, BMP or TIFF, "
+            "or not what its name says. Export or copy it again."
+        )
+    _check_pixels(path, size[0] * size[1], declared_bytes(data))
     if not is_complete(data):
         raise InputError(f"{path} is cut off: its end is missing. Export or copy it again.")
     means = meaning(data)
@@ -286,7 +298,8 @@ def _read_array(path: Path) -> NDArray[Any]:
     _bytes_of(path, count=1)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        _check_pixels(path, array.size // 3 if array.ndim == 3 else array.size)
+        pixels = array.size // 3 if array.ndim == 3 else array.size
+        _check_pixels(path, pixels, -(-array.nbytes // max(1, pixels)))
         return np.array(array)
     except _NPY_ERRORS as error:
         if isinstance(error, InputError):
@@ -309,7 +322,12 @@ def _bytes_of(path: Path, count: int = -1) -> bytes:
     return data
 
 
-def _check_pixels(path: Path, pixels: int) -> None:
+def _check_pixels(path: Path, pixels: int, size: int) -> None:
+    if pixels * size > (most := max_bytes()):
+        raise InputError(
+            f"{path} declares {pixels} pixels, or {pixels * size} bytes; at most "
+            f"{describe_bytes(most)} are read. Crop or tile it."
+        )
     if pixels > MAX_PIXELS:
         raise InputError(
             f"{path} declares {pixels} pixels; at most {MAX_PIXELS} are read. Crop or tile it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 import zlib
 from itertools import product
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.guards import check_finite, check_size
+from recallseg.runtime.formats.guards import BoundedReader, check_finite, check_size
 from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.lattice import SAME_PLACE
 from recallseg.runtime.formats.volume import Volume
@@ -28,6 +29,7 @@ _PLACE = (
     *("sform_code", "srow_x", "srow_y", "srow_z"),
 )
 """Fields of the header that say where voxels lie, beside ``pixdim`` and the unit."""
+_MOST_HEADER = 2**26
 _RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
@@ -48,15 +50,12 @@ def read_nifti(path: Path, *, time: int | None = None, anywhere: bool = False) -
         If it is damaged, cut off or too large, has several volumes and none was chosen, NaN voxels,
         complex numbers or vectors, or does not say how the patient lay.
     """
-    import nibabel
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
 
     try:
-        with np.errstate(all="ignore"):
-            image: Any = nibabel.load(path, mmap=False)
-            if not isinstance(image, nibabel.Nifti1Image):  # Nifti2Image is one too
-                raise InputError(f"{path} is no NIfTI file, though its name says so.")
+        with np.errstate(all="ignore"), _opened(path) as file:
+            image: Any = _kind(file, path).from_stream(file)
             header = image.header
             shape = tuple(int(size) for size in image.shape)
             dtype = header.get_data_dtype()
@@ -102,11 +101,10 @@ def read_nifti(path: Path, *, time: int | None = None, anywhere: bool = False) -
 
 def count_nifti(path: Path) -> int:
     """Return how many volumes a file holds; raises InputError if it cannot be read."""
-    import nibabel
-
     try:
-        image: Any = nibabel.load(path, mmap=False)
-        return _volumes(image.header, tuple(int(size) for size in image.shape))
+        with _opened(path) as file:
+            image: Any = _kind(file, path).from_stream(file)
+            return _volumes(image.header, tuple(int(size) for size in image.shape))
     except Exception as error:  # of every kind that nibabel has
         raise InputError(f"{path} is no NIfTI file, or damaged: {error}") from error
 
@@ -143,6 +141,37 @@ def write_nifti(path: Path, label_map: NDArray[np.uint8], like: Volume) -> None:
         header["xyzt_units"] = int(source["xyzt_units"]) % 8 or 2  # unknown is read as mm
     data = image.to_bytes()
     write_atomically(path, gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    """Open a file, decompressed within limits if its name says that it is compressed."""
+    return io.BufferedReader(BoundedReader(path)) if _is_packed(path) else path.open("rb")
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _kind(file: io.BufferedReader, path: Path) -> Any:
+    """Return the class of image that a file's first number tells."""
+    import nibabel
+
+    head = file.read(176)
+    file.seek(0)
+    for kind, size, form, at in (
+        (nibabel.Nifti1Image, 348, "f", 108),
+        (nibabel.Nifti2Image, 540, "q", 168),
+    ):
+        for order in "<>":
+            if head[:4] == struct.pack(f"{order}i", size) and len(head) == 176:
+                (offset,) = struct.unpack_from(f"{order}{form}", head, at)
+                if not 0 <= offset <= _MOST_HEADER:
+                    raise InputError(
+                        f"{path} states that its voxels begin at byte {offset:.0f}; at most "
+                        f"{_MOST_HEADER} bytes of header and extensions are read. It is damaged."
+                    )
+                return kind
+    raise InputError(f"{path} is no NIfTI file, though its name says so, or it is cut off.")
 
 
 def _is_rgb_vector(header: Any, shape: tuple[int, ...]) -> bool:
@@ -215,7 +244,7 @@ def _affine(
 
 def _check_length(path: Path, header: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """See a file that was cut off before memory for all of it is taken."""
-    if path.suffix.lower() == ".gz":
+    if _is_packed(path):
         return
     needed = int(header.get_data_offset()) + int(np.prod(shape, dtype=object)) * dtype.itemsize
     have = path.stat().st_size

@@ -15,6 +15,7 @@ __all__ = ["MAGIC", "Directory", "directories", "replaced"]
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MOST_DIRECTORIES = 100_000
 _MOST_VALUES = 4096  # of one entry: strips of a large image are counted, never needed
+_MOST_ENTRIES, _MOST_READ = 1000, 4_000_000  # of one directory; values of all of them together
 _FORMS = {1: "B", 2: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
 
 
@@ -43,9 +44,11 @@ def directories(data: bytes) -> Iterator[Directory]:
     offset, seen = 16 if big else 8, set[int]()
     try:
         (offset,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-        while offset and offset not in seen and len(seen) < MOST_DIRECTORIES:
+        read = 0
+        while offset and offset not in seen and len(seen) < MOST_DIRECTORIES and read < _MOST_READ:
             seen.add(offset)
             directory, following = _directory(data, offset, order, big)
+            read += 100 + sum(map(len, directory.values.values()))
             yield directory
             (offset,) = struct.unpack_from(order + ("Q" if big else "I"), data, following)
     except struct.error:
@@ -63,7 +66,7 @@ def replaced(data: bytes, directory: Directory, tag: int, value: int) -> bytes:
 def _directory(data: bytes, offset: int, order: str, big: bool) -> tuple[Directory, int]:
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, offset)
     first, length, inline = (offset + 8, 20, 8) if big else (offset + 2, 12, 4)
-    if first + length * count > len(data):
+    if count > _MOST_ENTRIES or first + length * count > len(data):
         raise struct.error("the directory is cut off")
     values: dict[int, tuple[int, ...]] = {}
     places: dict[int, tuple[int, str]] = {}

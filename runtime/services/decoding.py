@@ -18,7 +18,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from time import monotonic
 from types import TracebackType
@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.limits import max_bytes
 from recallseg.runtime.formats.finding import Item
-from recallseg.runtime.formats.guards import MAX_BYTES
 from recallseg.runtime.formats.images import read_image
 from recallseg.runtime.formats.reading import read_item
 from recallseg.runtime.formats.volume import Volume
@@ -43,7 +43,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 def _default_memory() -> int:
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(whole, 2 * 2**30 + 3 * MAX_BYTES)
+    return min(whole, 2 * 2**30 + 3 * max_bytes())
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DecodingLimits:
     seconds, seconds_per_mb : time; the second for each 10^6 bytes of its files.
     """
 
-    file_bytes: int = MAX_BYTES
+    file_bytes: int = field(default_factory=max_bytes)
     memory_bytes: int = 0
     seconds: float = 60.0
     seconds_per_mb: float = 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import random
 import resource
 import warnings
@@ -21,12 +22,11 @@ from time import perf_counter
 
 from fuzz.mutations import damage, good_files
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats import guards
 
 __all__ = ["Findings", "damaged_file", "read", "run_campaign"]
 
 PIXELS = 2**26
-"""Bytes of pixels that a file may declare here (in the product: ``guards.MAX_BYTES``)."""
+"""Bytes of pixels that a file may declare here (in the product: ``limits.max_bytes``)."""
 ROOM = 2**29
 """Bytes that a process may take beside what it has once everything is imported."""
 
@@ -122,7 +122,7 @@ def run_campaign(
 
 def _work(pipe: Connection, kind: str, first: int, count: int, seed: int, reader: str) -> None:
     warnings.simplefilter("ignore")
-    guards.MAX_BYTES = PIXELS
+    os.environ["RECALLSEG_MAX_BYTES"] = str(PIXELS)
     module, _, function = reader.partition(":")
     target = getattr(importlib.import_module(module), function)
     files = good_files()  # imports what readers import

@@ -434,6 +434,9 @@ def _has_sop_class(path: Path) -> bool:
     import pydicom
 
     try:
+        with path.open("rb") as file:
+            if DEFLATED.encode() in file.read(4096):
+                return False  # merely to look, pydicom would unpack all of it
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             header = pydicom.dcmread(
@@ -446,13 +449,13 @@ def _has_sop_class(path: Path) -> bool:
 
 def _inflated(path: Path) -> bytes:
     """Return a deflated file (PS3.5 A.5) as an uncompressed one of explicit VR."""
-    import pydicom
     from pydicom.filebase import DicomBytesIO
+    from pydicom.filereader import read_file_meta_info
     from pydicom.filewriter import write_file_meta_info
     from pydicom.uid import ExplicitVRLittleEndian
 
     with path.open("rb") as file:
-        meta = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
+        meta = read_file_meta_info(path)  # dcmread would unpack the whole, without a limit
         file.seek(_PREAMBLE + 4)
         file.seek(12 + int(meta.FileMetaInformationGroupLength), io.SEEK_CUR)
         engine = zlib.decompressobj(-zlib.MAX_WBITS)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom import damaged_is_input_error, is_dicom
+from recallseg.runtime.formats.dicom import damaged_is_input_error, is_dicom, open_dicom
 from recallseg.runtime.formats.images import is_image
 from recallseg.runtime.formats.reading import FORMATS, volume_stem
 from recallseg.runtime.json_text import printable
@@ -451,8 +451,6 @@ def _signature(path: Path) -> Signature:
 
 def _read_header(path: Path) -> DicomHeader | str:
     """Return what decides about a file, or why it cannot be read."""
-    import pydicom
-
     wanted = [
         *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber"),
         *("Rows", "NumberOfFrames", "ImagePositionPatient", "ReferencedSeriesSequence"),
@@ -460,11 +458,7 @@ def _read_header(path: Path) -> DicomHeader | str:
     ]
     try:
         with damaged_is_input_error(path):
-            if not is_dicom(path):
-                return f"{path} is no DICOM file: it does not begin as one."
-            header = pydicom.dcmread(
-                path, stop_before_pixels=True, specific_tags=wanted, force=True
-            )
+            header = open_dicom(path, only=wanted)
             # "IS" may hold what is no number: a series number only names, so that is no fault.
             number = str(header.get("SeriesNumber", "") or "")
             frames = str(header.get("NumberOfFrames", "") or "1")

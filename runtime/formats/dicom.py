@@ -314,7 +314,7 @@ def _pixels(
             done = 0
             for number, stored in zip(numbers_of, stored_frames(dataset, numbers_of), strict=False):
                 index = frames[number]
-                values, padded = values_of(stored, dataset, planes[index], voi=voi)
+                values, padded = values_of(stored, dataset, planes[index], voi=voi, first=planes[0])
                 array = _room(path, array, values, len(planes))
                 array[index] = values
                 if padded is not None:

@@ -73,12 +73,12 @@ def stored_frames(dataset: Any, frames: Sequence[int]) -> Iterator[NDArray[Any]]
 
 
 def values_of(
-    stored: NDArray[Any], dataset: Any, plane: Plane, *, voi: bool
+    stored: NDArray[Any], dataset: Any, plane: Plane, *, voi: bool, first: Plane
 ) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
     """Return the values of one stored image HxW, and which pixels are padding (None: none is).
 
     Colours come as 8 bits. MONOCHROME1 is inverted by the range of the stored bits, so that every
-    slice of a series is inverted alike.
+    slice of a series is inverted alike; ``first`` of them sets the range of what a VOI LUT gives.
     """
     from pydicom.pixels import apply_voi_lut
 
@@ -90,7 +90,7 @@ def values_of(
     padding = _padding(stored, dataset)
     array = _modality(stored, plane)
     if voi and _has_voi(plane):
-        array = apply_voi_lut(array, _display(dataset, plane))
+        array = apply_voi_lut(array, _display(dataset, plane, first))
     if kind == "MONOCHROME1":
         array = _inverted(array, dataset, plane, voi)
     return _narrow(array), padding
@@ -229,7 +229,7 @@ def _has_voi(plane: Plane) -> bool:
     )
 
 
-def _display(dataset: Any, plane: Plane) -> Any:
+def _display(dataset: Any, plane: Plane, first: Plane) -> Any:
     """Return a data set with all that a VOI LUT depends on, wherever it stood."""
     from pydicom.dataset import Dataset
 
@@ -245,7 +245,7 @@ def _display(dataset: Any, plane: Plane) -> Any:
     if item(plane.modality, "ModalityLUTSequence") is not None:
         whole["ModalityLUTSequence"] = plane.modality["ModalityLUTSequence"]
     else:
-        slope, intercept = _rescale(plane)
+        slope, intercept = _rescale(first)
         whole.RescaleSlope, whole.RescaleIntercept = f"{slope:.10g}", f"{intercept:.10g}"
     return whole
 

@@ -23,7 +23,8 @@ __all__ = ["Plane", "Where", "choose", "item", "numbers", "place", "plane_word",
 SAME_ORIENTATION = 1e-3  # of direction cosines
 SAME_SPACING = 1e-3  # of the spacing
 EVEN = 0.02  # of the gap: how far a slice may lie from its even place, within or along
-ROUNDED = 0.2  # of the gap; one slice missing of five moves others by a quarter of it
+ROUNDED = 0.2  # of the gap; one slice missing of five moves others by a quarter of it,
+ROUNDED_OF_THREE = 0.14  # and one of four by a sixth
 _LISTED = 8
 
 _MARKS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
@@ -308,37 +309,70 @@ def place(
     else:
         step = (placed[-1] - placed[0]) / (len(order) - 1)
         gap = float(step @ normal)
-        gaps = np.diff(distances[order])
+        heights = distances[order]
+        gaps = np.diff(heights)
         if gaps.min() < 1e-3:
             raise InputError(f"{path}: two slices lie at one position.")
-        rounding = min(plane.at.decimals for plane in planes)  # both ends are off by a half of it
-        allowed = EVEN * gap + min(np.sqrt(3) * rounding, ROUNDED * gap)
-        off = placed - (placed[0] + np.arange(len(order))[:, None] * step)
-        if np.abs(off @ normal).max() > allowed:
+        decimal = min(plane.at.decimals for plane in planes)
+        largest = ROUNDED_OF_THREE if len(order) == 3 else ROUNDED
+        rounding = min(float(np.abs(normal).sum()) * decimal / 2, largest * gap)
+        even, off = _even_gap(heights)
+        if off > EVEN * gap + rounding * (1 + 1e-6):
             raise InputError(
                 f"{path}: gaps between slices range from {gaps.min():.3f} to {gaps.max():.3f} mm. "
                 "A slice is missing, or several stacks are mixed."
             )
-        tilt = float(np.linalg.norm(step - normal * gap)) * (len(order) - 1)
-        shift = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1).max()
-        slack = EVEN * gap * (len(order) - 1) + np.sqrt(3) * rounding
-        if tilt > slack or shift > allowed:
+        across = placed - np.outer(heights, normal)
+        drift = float(np.linalg.norm(across[-1] - across[0]))
+        line = np.linspace(across[0], across[-1], len(order))
+        shift = float(np.linalg.norm(across - line, axis=1).max())
+        slack = EVEN * gap + np.sqrt(3) * decimal
+        if drift > EVEN * gap * (len(order) - 2) + slack or shift > slack:
             raise InputError(
                 f"{path}: slices are shifted against each other (gantry tilt). Resample the "
                 "series without tilt first."
             )
-        step = normal * gap
-        if np.abs(off @ normal).max() > EVEN * gap:
+        if off > EVEN * gap:
+            stated = planes[0].thickness
+            if stated and _off_line(heights, stated) <= rounding * (1 + 1e-6):
+                even = stated
+            rest = heights - even * np.arange(len(heights))
+            placed[0] += normal * ((rest.max() + rest.min()) / 2 - heights[0])
+            gap = even
             notes.append(
                 f"positions are rounded: gaps range from {gaps.min():.4g} to {gaps.max():.4g} mm, "
                 f"{gap:.4g} mm is taken"
             )
+        step = normal * gap
     affine = np.eye(4)
     affine[:3, 0] = step
     affine[:3, 1] = column * rows
     affine[:3, 2] = row * columns
     affine[:3, 3] = placed[0]
     return affine, order, tuple(notes)
+
+
+def _off_line(heights: NDArray[np.float64], gap: float) -> float:
+    """Return how far, at least, a height lies off an even stack with that gap."""
+    rest = heights - gap * np.arange(len(heights))
+    return float(rest.max() - rest.min()) / 2
+
+
+def _even_gap(heights: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the gap of the even stack that heights lie closest to, and how far off they are.
+
+    The largest distance is convex in the gap, so a ternary search finds the least one.
+    """
+    gaps = np.diff(heights)
+    low, high = float(gaps.min()), float(gaps.max())
+    for _ in range(60):
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        if _off_line(heights, left) < _off_line(heights, right):
+            high = right
+        else:
+            low = left
+    gap = (low + high) / 2
+    return gap, _off_line(heights, gap)
 
 
 def plane_word(normal: NDArray[np.float64]) -> str:

@@ -45,6 +45,8 @@ LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
 READ = ("1.2.840.10008.5.1.4.1.1.66.4", LABEL_MAP)
 HALF = 0.5
 """Of the declared maximum: a voxel of a FRACTIONAL segmentation counts from here on."""
+EVEN = 0.005
+"""Of the gap: planes whose positions are rounded by more are written at even ones."""
 STUDY = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID"),
@@ -585,15 +587,18 @@ def _stand_ins(volume: Volume) -> list[Any]:
     base.ImageOrientationPatient = [
         DSfloat(float(v), auto_format=True) for v in (*directions[:, 2], *directions[:, 1])
     ]
+    affine = volume.affine_in("LPS")
+    even = affine[:3, 3] + np.outer(np.arange(len(source.planes)), affine[:3, 0])
+    positions = np.array([plane.at.position for plane in source.planes])
+    if np.linalg.norm(positions - even, axis=1).max() > EVEN * volume.spacing[0]:
+        positions = even  # readers refuse a stack whose rounded positions are uneven
     stand_ins = []
-    for index, plane in enumerate(source.planes):
+    for index in range(len(source.planes)):
         image = Dataset()
         image.update(base)
         image.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
         image.SOPInstanceUID = _stand_in_uid(index)
-        image.ImagePositionPatient = [
-            DSfloat(float(v), auto_format=True) for v in plane.at.position
-        ]
+        image.ImagePositionPatient = [DSfloat(float(v), auto_format=True) for v in positions[index]]
         stand_ins.append(image)
     return stand_ins
 

@@ -215,6 +215,8 @@ class Bundle:
         ------
         BundleError
             If there is no such bundle, its manifest cannot be read, or its format is newer.
+        SignatureError
+            If ``RECALLSEG_TRUST`` names keys, and none of them signed it as it is.
         """
         if isinstance(source, Bundle):
             return source
@@ -311,6 +313,19 @@ class Bundle:
             f"bundle {self.name} has no graph '{graph}' in precision '{precision}' for "
             f"{' or '.join(variants)}; it has {self.precisions}. Choose one of these."
         )
+
+    def check_files(self) -> None:
+        """Compare every file of the manifest with its digest, and look at every graph.
+
+        Raises
+        ------
+        BundleError
+            Naming the first that is missing, was changed, or is no network of tensors.
+        """
+        _ = self.golden_file
+        for key in self._graphs:
+            variant, precision, graph = key.split("/")
+            self.graph_file(graph, (variant,), precision)
 
     def graph_digest(self, graph: str, variant: str, precision: str) -> str:
         """Digest of a graph's file and of the weights beside it, as the manifest states them."""

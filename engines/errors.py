@@ -15,6 +15,7 @@
     │   ├── StaleViewError           what was seen of an image is not on the model any more
     │   ├── PlanError                a compiled plan is missing, damaged, foreign or cannot be kept
     │   └── VerificationError        an engine did not reproduce the bundle's golden tensors
+    ├── SignatureError        not signed by a trusted key, or changed since
     ├── AuditError            the audit log was changed, or cannot be written
     ├── OutputError           a result cannot be written in its format
     ├── DeadlineError         not done in time; what was done so far is thrown away
@@ -57,6 +58,7 @@ __all__ = [
     "ParityError",
     "PlanError",
     "RecallSegError",
+    "SignatureError",
     "StaleViewError",
     "VerificationError",
 ]
@@ -112,6 +114,10 @@ class PlanError(EngineError):
 
 class VerificationError(EngineError):
     """An engine's outputs differ from the bundle's golden tensors."""
+
+
+class SignatureError(RecallSegError):
+    """Something is not signed by a key that is trusted, or was changed after it was signed."""
 
 
 class AuditError(RecallSegError):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recallseg.engines.errors import BundleError
+from recallseg.engines.errors import BundleError, InputError
 from recallseg.engines.inside import read_inside
+from recallseg.engines.signing import PublicKey, check_bundle, trusted_keys
 
 __all__ = ["MANIFEST", "read_manifest"]
 
@@ -23,18 +24,31 @@ _LARGEST = 2**20
 _GRAPH = re.compile(r"[a-z0-9-]{1,40}/[a-z0-9-]{1,40}/[a-z]{1,40}")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, trust: Sequence[PublicKey] | None = None) -> dict[str, Any]:
     """Return a folder's manifest.
+
+    Parameters
+    ----------
+    trust : keys, one of which must have signed it; none for any; by default those of
+        ``RECALLSEG_TRUST``, see :mod:`recallseg.engines.signing`.
 
     Raises
     ------
     BundleError
         If it cannot be read, is no JSON object, or has a value that no export writes.
+    SignatureError
+        If no trusted key signed it as it is.
     """
     file = folder / MANIFEST
     try:
-        manifest = json.loads(read_inside(folder, MANIFEST, _MOST_BYTES))
+        document = read_inside(folder, MANIFEST, _MOST_BYTES)
+        keys = trusted_keys() if trust is None else trust
+        if keys:
+            check_bundle(folder, document, keys)
+        manifest = json.loads(document)
         _check_plain(manifest, "manifest", 0)
+    except InputError:  # of the trusted keys
+        raise
     except (OSError, ValueError, RecursionError) as error:
         what = error.strerror if isinstance(error, OSError) else error
         raise BundleError(

@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 from typer.core import TyperGroup
@@ -26,9 +27,11 @@ from recallseg.commands.evaluate import evaluate
 from recallseg.commands.importing import import_
 from recallseg.commands.library import app as library_app
 from recallseg.commands.segment import segment
+from recallseg.commands.sign import app as sign_app
 from recallseg.commands.verify import verify
 from recallseg.commands.watch import watch
 from recallseg.engines.errors import RecallSegError
+from recallseg.engines.signing import TRUST
 
 __all__ = ["app", "main"]
 
@@ -48,6 +51,7 @@ EXTRAS = {
     "nrrd": "medical",
     "pydicom": "medical",
     "nilearn": "demo",
+    "cryptography": "signing",
     "cyclonedx": "sbom",
     "packageurl": "sbom",
     "packaging": "sbom",
@@ -120,6 +124,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     debug: Annotated[
         bool, typer.Option(DEBUG, help="Show a traceback when something fails.")
     ] = False,
@@ -127,8 +132,21 @@ def _root(
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
+    trust: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--trust",
+            metavar="KEYS",
+            help="File of public keys: open only bundles that one of them signed. "
+            "Also $RECALLSEG_TRUST.",
+        ),
+    ] = None,
 ) -> None:
     """Hold the options that every command takes."""
+    if trust is not None:
+        before = os.environ.get(TRUST, "")
+        os.environ[TRUST] = str(trust.absolute())  # for every way to a bundle, and child processes
+        ctx.call_on_close(lambda: os.environ.__setitem__(TRUST, before))
 
 
 def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
@@ -164,6 +182,7 @@ app.command()(build)
 app.command()(verify)
 app.add_typer(cache_app, name="cache")
 app.add_typer(audit_app, name="audit")
+app.add_typer(sign_app, name="sign")
 app.command()(doctor)
 _mount_lazily(
     "export",

@@ -93,7 +93,7 @@ def judge(case: VolumeCase, result: VolumeResult) -> list[Outcome]:
             Outcome(
                 case.name,
                 name,
-                result.k,
+                result.provenance.recipe.k,
                 result.propagated,
                 round(_pooled_dice([found[i] for i in kept], [truth[i] for i in kept]), 4),
                 round(float(np.mean(by_slice)), 4),

@@ -88,11 +88,6 @@ class Composition:
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.engines = engines
 
-    @property
-    def graph_digests(self) -> dict[str, str]:
-        """Digests of the graphs that were loaded, by name."""
-        return {graph: engine.graph_digest for graph, engine in self.engines.items()}
-
     def embed(self, image: Tensor, embedding: Tensor) -> None:
         """``image`` 1x3xExE, normalised -> ``embedding`` 1xD of unit length."""
         self.run("embed", {"image": image, "embedding": embedding})

@@ -88,10 +88,11 @@ def render_volume_page(
         if result.propagated
         else "each slice alone"
     )
+    recipe = result.provenance.recipe
     facts = (
-        f"{len(result.slices)} {result.slicing.plane} slices, {how}, k = {result.k}, "
-        f"{result.engine} {result.precision}, {result.milliseconds / 1e3:.1f} s; bundle "
-        f"{result.bundle_identity[:12]}, library {result.library_digest[:12]}"
+        f"{len(result.slices)} {result.slicing.plane} slices, {how}, k = {recipe.k}, "
+        f"{recipe.engine} {recipe.precision}, {result.milliseconds / 1e3:.1f} s; bundle "
+        f"{recipe.bundle_identity[:12]}, library {result.provenance.library_digest[:12]}"
     )
     notice = f'<p class="notice">{escape(result.notice)}</p>' if result.notice else ""
     symbols = "".join(exemplars.values())

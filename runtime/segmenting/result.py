@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.device import on_gpu
+from recallseg.engines.errors import InputError
+from recallseg.runtime.frozen import same_fields
 from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.segmenting.recipe import Provenance
 
-__all__ = ["Quality", "Result", "Score"]
+__all__ = ["RECORD_FORMAT", "Quality", "Result", "Score"]
+
+RECORD_FORMAT = 2
+"""Version of NAME.json and of whatever else states a result. Records of before 0.1.0 say none: they
+have ``bundle_identity``, ``library_digest``, ``engine``, ``precision``, ``k`` and ``memory_format``
+where these have ``provenance``."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,20 @@ class Quality:
     flag: str
     reasons: Mapping[str, tuple[str, ...]]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "flag": self.flag,
+            "reasons": {name: list(why) for name, why in self.reasons.items()},
+        }
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Result:
     """Segmentation of one image.
+
+    Results are equal if all but their ``timings`` is. They can be pickled and copied unless their
+    arrays lie on a GPU.
 
     Attributes
     ----------
@@ -71,9 +90,7 @@ class Result:
     timings : milliseconds by stage (``prepare, embed, search, encode, gather, attend, decode,
         finish, total``; ``memorize`` where memories of this frame were made).
     quality : flag and reasons.
-    bundle_identity, library_digest : what made this result.
-    engine, precision, k : the settings.
-    memory_format : how the library stores its memories, ``fp16`` or ``int8``.
+    provenance : what made this result.
     temporal : memories of earlier frames that were used beside the recalled ones, by structure.
     notice : what must be said of the weights, e.g. "demo model, not for clinical use".
     """
@@ -86,18 +103,14 @@ class Result:
     available: Mapping[str, int]
     timings: Mapping[str, float]
     quality: Quality
-    bundle_identity: str
-    library_digest: str
-    engine: str
-    precision: str
-    k: int
-    memory_format: str
+    provenance: Provenance
     temporal: Mapping[str, int]
     notice: str
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the pixels, for ``NAME.json`` beside a mask."""
         return {
+            "format_version": RECORD_FORMAT,
             "labels": dict(self.labels),
             "scores": {name: score.to_json() for name, score in self.scores.items()},
             "recalled": {name: [vars(r) for r in found] for name, found in self.recalled.items()},
@@ -110,19 +123,31 @@ class Result:
             },
             "pixels": {name: int(mask.sum()) for name, mask in self.masks.items()},
             "timings_ms": {name: round(ms, 3) for name, ms in self.timings.items()},
-            "quality": {
-                "flag": self.quality.flag,
-                "reasons": {name: list(why) for name, why in self.quality.reasons.items()},
-            },
-            "bundle_identity": self.bundle_identity,
-            "library_digest": self.library_digest,
-            "engine": self.engine,
-            "precision": self.precision,
-            "k": self.k,
-            "memory_format": self.memory_format,
+            "quality": self.quality.to_json(),
+            "provenance": self.provenance.to_json(),
             "temporal": dict(self.temporal),
             "notice": self.notice,
         }
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Result):
+            return NotImplemented
+        self._check_host("compared")
+        other._check_host("compared")
+        return same_fields(self, other, "timings")
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have none
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._check_host("pickled or copied")
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+    def _check_host(self, what: str) -> None:
+        if any(on_gpu(array) for array in (self.label_map, *self.masks.values())):
+            raise InputError(
+                f"a result whose masks lie on the GPU cannot be {what}: they belong to the caller "
+                "of segment(out=...). Copy them to the CPU, or segment without out."
+            )
 
     def __repr__(self) -> str:
         found = ", ".join(
@@ -130,7 +155,8 @@ class Result:
             for name, mask in self.masks.items()
         )
         notice = f", {self.notice}" if self.notice else ""
+        recipe = self.provenance.recipe
         return (
-            f"Result({found}; quality {self.quality.flag}, k={self.k}, {self.engine} "
-            f"{self.precision}, {self.timings.get('total', 0.0):.1f} ms{notice})"
+            f"Result({found}; quality {self.quality.flag}, k={recipe.k}, {recipe.engine} "
+            f"{recipe.precision}, {self.timings.get('total', 0.0):.1f} ms{notice})"
         )

@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg import __version__
 from recallseg.engines.device import Device
 from recallseg.engines.errors import InputError, StaleViewError
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.checks import check_count, check_number, check_tags
+from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
@@ -33,6 +35,7 @@ from recallseg.runtime.segmenting.presence import (
     presence_share,
 )
 from recallseg.runtime.segmenting.reach import REACH, within_reach
+from recallseg.runtime.segmenting.recipe import APPROXIMATIONS, Provenance, Recipe
 from recallseg.runtime.segmenting.result import Quality, Result, Score
 from recallseg.runtime.segmenting.timings import Timings
 
@@ -108,15 +111,15 @@ class Segmenter:
         beside = f"memories of earlier frames beside k = {self.k}"
         self.memories = check_count(memories, beside, 0, most - self.k)
         self.reach = check_number(reach, "reach", 1, " (times the nearest distance)")
-        self.tags = MappingProxyType(check_tags(tags))
+        self.tags = FrozenMap(check_tags(tags))
         self.structures = self._check_structures(structures)
-        self.labels = MappingProxyType({name: i + 1 for i, name in enumerate(self.structures)})
+        self.labels = FrozenMap({name: i + 1 for i, name in enumerate(self.structures)})
         self.model = model or self.library.model(engine, precision, threads, gpu)
         self.engine, self.precision = self.model.engine, self.model.precision
         self.model.reserve(
             **self._size,
             memories=sum(self.library.count(name) for name in self.structures),
-            graphs=("embed", "encode", *(("memorize",) if memories else ()), "attend", "decode"),
+            graphs=self._graphs,
         )
         self._view: View | None = None
         self._thresholds: dict[str, Thresholds] = {}
@@ -283,7 +286,7 @@ class Segmenter:
             }
         )
         self._thresholds, self._calibrated_for = thresholds, self.library.digest
-        return MappingProxyType(thresholds)
+        return FrozenMap(thresholds)
 
     def _segment(
         self,
@@ -362,22 +365,44 @@ class Segmenter:
                 }
                 view.remember(temporal, trusted)
         return Result(
-            masks=MappingProxyType(dict(zip(self.structures, masks, strict=True))),
+            masks=FrozenMap(dict(zip(self.structures, masks, strict=True))),
             label_map=label_map,
             labels=self.labels,
-            scores=MappingProxyType(scores),
-            recalled=MappingProxyType(recalled),
+            scores=FrozenMap(scores),
+            recalled=FrozenMap(recalled),
             timings=timings.finished(),
             quality=quality,
-            bundle_identity=self.bundle.identity,
-            library_digest=recollection.digest,
-            available=MappingProxyType(available),
-            engine=self.engine,
-            precision=self.precision,
-            k=self.k,
-            memory_format=self.library.memory_format,
-            temporal=MappingProxyType(dict(zip(self.structures, earlier, strict=True))),
+            available=FrozenMap(available),
+            provenance=self._provenance(recollection),
+            temporal=FrozenMap(dict(zip(self.structures, earlier, strict=True))),
             notice=self.bundle.notice,
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings of its questions."""
+        return Recipe(
+            self.bundle.identity,
+            self.engine,
+            self.precision,
+            self.library.memory_format,
+            self.k,
+            self.reach,
+            self.tags,
+            self.library.intensity.to_json(),
+            tuple(name for name in APPROXIMATIONS if name in self.precision.split("-")),
+        )
+
+    def _provenance(self, recollection: Recollection) -> Provenance:
+        return Provenance(
+            self.recipe,
+            recollection.digest,
+            recollection.origins,
+            self.structures,
+            self.model.graph_digests(*self._graphs),
+            self.memories,
+            None,
+            __version__,
         )
 
     def _memories(
@@ -451,7 +476,7 @@ class Segmenter:
             if found:
                 reasons[name] = tuple(found)
         flag = "suspect" if reasons else "ok" if calibrated else "uncalibrated"
-        return Quality(flag, MappingProxyType(reasons))
+        return Quality(flag, FrozenMap(reasons))
 
     def _current_thresholds(self) -> dict[str, Thresholds]:
         """Return thresholds that belong to the library as it is now."""
@@ -534,6 +559,11 @@ class Segmenter:
         """What a query takes of the model."""
         n = len(self.structures)
         return {"n": n, "k": self.k + self.memories, "masks": n if self.memories else 0}
+
+    @property
+    def _graphs(self) -> tuple[str, ...]:
+        """What a query runs."""
+        return ("embed", "encode", *(("memorize",) if self.memories else ()), "attend", "decode")
 
     def _check_temporal(self, temporal: FrameMemories) -> None:
         wanted = (len(self.structures), self.memories)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import TIMEOUT_MAX
 from time import perf_counter
-from types import MappingProxyType
 
 from recallseg.engines.errors import DeadlineError
+from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.model.turns import Turns
 
 __all__ = ["Timings"]
@@ -58,4 +58,4 @@ class Timings:
     def finished(self) -> Mapping[str, float]:
         """Return all stages and the total."""
         total = (perf_counter() - self._start) * 1e3
-        return MappingProxyType({**self._stages, "total": total})
+        return FrozenMap({**self._stages, "total": total})

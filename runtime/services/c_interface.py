@@ -11,6 +11,7 @@ a call is over, so nothing here may keep an array.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import platform
 import sys
@@ -55,7 +56,7 @@ __all__ = [
     "warm_up",
 ]
 
-INTERFACE = 1
+INTERFACE = 2
 
 Pixels = tuple[memoryview, str, tuple[int, ...], tuple[int, ...], int]
 """Memory from lowest to past highest byte, dtype, shape, strides, offset of pixel (0, 0)."""
@@ -296,14 +297,16 @@ def segment(
 
 def record(query: Query, result: Result, pixel_area: float) -> tuple[Any, ...]:
     """Return all of a result but its pixels, as the C library's ``read_result`` takes it apart."""
+    made = result.provenance
     return (
         QUALITY[result.quality.flag],
-        result.bundle_identity,
-        result.library_digest,
-        result.engine,
-        result.precision,
+        made.recipe.bundle_identity,
+        made.library_digest,
+        made.recipe.engine,
+        made.recipe.precision,
         result.notice,
-        result.k,
+        json.dumps(made.to_json(), ensure_ascii=False),
+        made.recipe.k,
         tuple(result.timings.items()),
         tuple(_structure(query, result, name, pixel_area) for name in result.masks),
     )
@@ -322,7 +325,7 @@ def _structure(query: Query, result: Result, name: str, pixel_area: float) -> tu
         pixels * pixel_area,
         result.quality.reasons.get(name, ()),
         tuple(
-            (r.key, 1.0 - r.distance, r.absent, query.tags(r, result.library_digest))
+            (r.key, 1.0 - r.distance, r.absent, query.tags(r, result.provenance.library_digest))
             for r in result.recalled[name]
         ),
     )

@@ -97,10 +97,12 @@ def segment_to_files(
     result = segment_volume(segmenter, volume, plane=settings.plane, progress=progress)
     if settings.largest or settings.fill_holes:
         result = clean_up(result, largest=settings.largest, fill_holes=settings.fill_holes)
+    read_with = {"voi": settings.voi}
     if log is not None:
-        log.record(volume.array, result.label_map, result.to_audit(volume))
+        log.record(volume.array, result.label_map, {**result.to_audit(volume), **read_with})
     if settings.preview:
         write_preview(base, volume, result, segmenter.library)
+    extra = {**read_with, **(extra or {})}
     record = write_volume_result(base, volume, kind, result, source, extra, settings.concepts)
     return result, record
 
@@ -214,15 +216,11 @@ def write_volume_result(
 
 def _algorithm(result: VolumeResult) -> Algorithm:
     """Return what a SEG says of how it was made."""
+    made = {name: text[:1024] for name, text in result.provenance.to_texts().items()}  # an LT
     return Algorithm(
-        f"bundle {result.bundle_identity[:16]}, library {result.library_digest[:16]}",
-        {
-            "k": str(result.k),
-            "precision": result.precision,
-            "memory_format": result.memory_format,
-            **({"notice": result.notice} if result.notice else {}),
-        },
-        result.bundle_identity[:16],
+        f"bundle {made['bundle'][:16]}, library {made['library'][:16]}",
+        {**made, **({"notice": result.notice} if result.notice else {})},
+        made["bundle"][:16],
         result.notice,
     )
 

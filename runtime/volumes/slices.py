@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.volume import Slicing, Volume
+from recallseg.runtime.frozen import same_fields
 from recallseg.runtime.library.exemplar import Match
-from recallseg.runtime.segmenting.result import Result, Score
+from recallseg.runtime.segmenting.recipe import Provenance
+from recallseg.runtime.segmenting.result import RECORD_FORMAT, Result, Score
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["CleanUp", "SliceRecord", "VolumeResult", "clean_up", "segment_volume"]
@@ -29,7 +31,8 @@ __all__ = ["CleanUp", "SliceRecord", "VolumeResult", "clean_up", "segment_volume
 class SliceRecord:
     """What is known of one slice; ``index`` counts along the slicing axis, ``pixels`` by structure.
 
-    ``temporal`` are the memories of other slices that were used; the rest is as in ``Result``.
+    ``temporal`` are the memories of other slices that were used, ``library_digest`` names the
+    library's state when it was asked; the rest is as in ``Result``.
     """
 
     index: int
@@ -39,7 +42,8 @@ class SliceRecord:
     temporal: Mapping[str, int]
     flag: str
     reasons: Mapping[str, tuple[str, ...]]
-    milliseconds: float
+    library_digest: str
+    milliseconds: float = field(compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -53,6 +57,7 @@ class SliceRecord:
                 "flag": self.flag,
                 "reasons": {name: list(why) for name, why in self.reasons.items()},
             },
+            "library_digest": self.library_digest,
             "milliseconds": round(self.milliseconds, 3),
         }
 
@@ -66,9 +71,9 @@ class CleanUp:
     voxels_filled: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VolumeResult:
-    """Segmentation of one volume.
+    """Segmentation of one volume. Results are equal if all but the time that they took is.
 
     Attributes
     ----------
@@ -81,6 +86,8 @@ class VolumeResult:
     propagated : memories of other slices that a slice could use; 0: each was segmented alone.
     cleaned : by structure; empty if nothing was asked for.
     milliseconds : from the first slice to the last.
+    provenance : what made it; of the slice that was segmented last, if the library has changed
+        meanwhile: see ``library_changed``, and each slice's own digest.
     """
 
     label_map: NDArray[np.uint8]
@@ -90,12 +97,7 @@ class VolumeResult:
     propagated: int
     cleaned: Mapping[str, CleanUp]
     milliseconds: float
-    bundle_identity: str
-    library_digest: str
-    engine: str
-    precision: str
-    k: int
-    memory_format: str
+    provenance: Provenance
     notice: str
     shared: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
@@ -112,6 +114,11 @@ class VolumeResult:
         return _Masks(self)
 
     @property
+    def library_changed(self) -> bool:
+        """Whether exemplars were added or removed while the volume was segmented."""
+        return len({one.library_digest for one in self.slices}) > 1
+
+    @property
     def flags(self) -> dict[str, int]:
         """How many slices have each quality flag."""
         flags = [s.flag for s in self.slices]
@@ -126,6 +133,7 @@ class VolumeResult:
             for name, value in self.labels.items()
         }
         return {
+            "format_version": RECORD_FORMAT,
             "labels": dict(self.labels),
             "voxels": voxels,
             "millilitres": None
@@ -140,12 +148,8 @@ class VolumeResult:
             "quality": {"flags": self.flags},
             "timings_ms": {"total": round(self.milliseconds, 3)},
             "slices": [s.to_json() for s in self.slices],
-            "bundle_identity": self.bundle_identity,
-            "library_digest": self.library_digest,
-            "engine": self.engine,
-            "precision": self.precision,
-            "k": self.k,
-            "memory_format": self.memory_format,
+            "library_changed": self.library_changed,
+            "provenance": self.provenance.to_json(),
             "notice": self.notice,
         }
 
@@ -156,12 +160,19 @@ class VolumeResult:
         keys = {key for s in slices for found in s["recalled"].values() for key in found}
         return fields | {"recalled": sorted(keys)}
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, VolumeResult):
+            return NotImplemented
+        return same_fields(self, other, "milliseconds")
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have none
+
     def __repr__(self) -> str:
         found = ", ".join(f"{name}: {int(self.mask(name).sum())}" for name in self.labels)
         notice = f", {self.notice}" if self.notice else ""
         return (
             f"VolumeResult({found} voxels in {len(self.slices)} {self.slicing.plane} slices; "
-            f"{self.flags}, k={self.k}, {self.milliseconds / 1e3:.1f} s{notice})"
+            f"{self.flags}, k={self.provenance.recipe.k}, {self.milliseconds / 1e3:.1f} s{notice})"
         )
 
 
@@ -212,6 +223,7 @@ def segment_volume(
             result.temporal,
             result.quality.flag,
             result.quality.reasons,
+            result.provenance.library_digest,
             result.timings["total"],
         )
         if on_slice is not None:
@@ -228,12 +240,7 @@ def segment_volume(
         segmenter.memories,
         {},
         (perf_counter() - begin) * 1e3,
-        result.bundle_identity,
-        result.library_digest,
-        result.engine,
-        result.precision,
-        result.k,
-        result.memory_format,
+        result.provenance,
         result.notice,
         {name: np.concatenate(parts) for name, parts in shared.items()},
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recallseg.engines.errors import RecallSegError
     from recallseg.runtime.library import Library
     from recallseg.runtime.model.model import GpuOptions, Model
+    from recallseg.runtime.segmenting.recipe import Provenance, Recipe
     from recallseg.runtime.segmenting.result import Result
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.stream import Frame, Stream
@@ -32,7 +33,9 @@ __all__ = [
     "GpuOptions",
     "Library",
     "Model",
+    "Provenance",
     "RecallSegError",
+    "Recipe",
     "Result",
     "Segmenter",
     "Stream",
@@ -47,6 +50,8 @@ _HOMES = {
     "GpuOptions": "recallseg.runtime.model.model",
     "Model": "recallseg.runtime.model.model",
     "Library": "recallseg.runtime.library",
+    "Provenance": "recallseg.runtime.segmenting.recipe",
+    "Recipe": "recallseg.runtime.segmenting.recipe",
     "Result": "recallseg.runtime.segmenting.result",
     "Frame": "recallseg.runtime.services.stream",
     "Segmenter": "recallseg.runtime.segmenting.segmenter",

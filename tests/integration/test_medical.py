@@ -83,8 +83,21 @@ def test_dicom_to_seg_and_back(tmp_path: Path, library: Path, plane: str) -> Non
     assert not found[0].any()
     assert not found[5].any()
     algorithm = segmentation.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
-    assert record["bundle_identity"][:16] in algorithm.AlgorithmVersion
-    assert record["library_digest"][:16] in algorithm.AlgorithmVersion
+    made = record["provenance"]
+    assert made["recipe"]["bundle_identity"][:16] in algorithm.AlgorithmVersion
+    assert made["library_digest"][:16] in algorithm.AlgorithmVersion
+    for text in (
+        f"provenance={made['digest']}",
+        f"recipe={made['recipe']['digest']}",
+        f"library={made['library_digest']}",
+        "memories=fake fp32: 2",
+        "reach=3",
+    ):
+        assert text in algorithm.AlgorithmParameters
+    (entry,) = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    assert entry["provenance"] == made
+    assert entry["voi"] is record["voi"] is False
+    assert record["format_version"] == 2
     assert segmentation.PatientID == "secret-77"  # a SEG belongs to its patient,
     assert "secret" not in (tmp_path / "log").read_text()  # a log does not
     assert "Doe" not in (out / "series.json").read_text()

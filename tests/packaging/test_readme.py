@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.dicom_series import write_series
 from support.pictures import disc, write_pairs
+from support.provenance import made_up
 
 from recallseg.runtime.formats.dicom import read_dicom
 from recallseg.runtime.formats.dicom_seg import write_segmentation
@@ -56,9 +57,8 @@ def write_annotated_series(folder: Path) -> None:
     write_series(folder, image)
     volume = read_dicom(folder)
     result = VolumeResult(
-        labels, {"disc": 1, "core": 2}, Slicing.of(volume), (), 0, {}, 0.0, "0" * 64, "0" * 64,
-        "fake", "fp32", 1, "fp16", "",
-    )  # fmt: skip
+        labels, {"disc": 1, "core": 2}, Slicing.of(volume), (), 0, {}, 0.0, made_up(), ""
+    )
     write_segmentation(folder / "seg.dcm", volume, result)
 
 

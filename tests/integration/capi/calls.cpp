@@ -213,6 +213,8 @@ void layouts() {
   GIVES(RECALLSEG_OK, recallseg_result_summary(result, &summary));
   CHECK(summary.structure_count == 2 && summary.k == 2 && summary.timing_count > 5);
   CHECK(std::strlen(summary.library_digest) == 64 && std::strlen(summary.bundle_identity) == 64);
+  for (const char* part : {"\"recipe\"", "\"reach\"", "\"graphs\"", "\"memories\"", "\"version\""})
+    CHECK(std::strstr(summary.provenance, part) != nullptr);
   for (size_t s = 0; s < 2; ++s) {
     recallseg_score score = RECALLSEG_SCORE_INIT;
     GIVES(RECALLSEG_OK, recallseg_result_score(result, s, &score));

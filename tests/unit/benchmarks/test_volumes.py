@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.provenance import made_up
 from typer.testing import CliRunner
 
 from recallseg import Bundle
@@ -32,8 +33,16 @@ def make_result(case: VolumeCase, label_map: np.ndarray) -> VolumeResult:
     slices = tuple(range(8))
     slicing = Slicing.of(case.volume)
     return VolumeResult(
-        label_map, {"box": 1}, slicing, slices, 0, {}, 1500.0, "b", "l", "e", "p", 2, "fp16", ""
-    )  # type: ignore[arg-type]
+        label_map,
+        {"box": 1},
+        slicing,
+        slices,
+        0,
+        {},
+        1500.0,
+        made_up(k=2),
+        "",  # type: ignore[arg-type]
+    )
 
 
 def test_a_perfect_result_is_perfect() -> None:

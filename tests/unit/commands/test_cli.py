@@ -166,8 +166,8 @@ def test_segment(library: Path, query: Path, tmp_path: Path) -> None:
     assert set(np.unique(mask)) <= {0, 1, 2}
     record = json.loads((out / "query.json").read_text())
     assert record["labels"] == {"disc": 1, "core": 2}
-    assert record["k"] == 2
-    assert record["library_digest"]
+    assert record["provenance"]["recipe"]["k"] == 2
+    assert record["provenance"]["library_digest"]
     assert record["notice"]
     assert sorted(path.name for path in out.iterdir()) == ["query.json", "query.mask.png"]
     before = (out / "query.json").read_bytes()
@@ -175,7 +175,7 @@ def test_segment(library: Path, query: Path, tmp_path: Path) -> None:
     assert "exists already" in told
     assert (out / "query.json").read_bytes() == before
     call("segment", library, query, "--output", out, "--k", 3, "--overwrite", *FAKE)
-    assert json.loads((out / "query.json").read_text())["k"] == 3
+    assert json.loads((out / "query.json").read_text())["provenance"]["recipe"]["k"] == 3
 
 
 def test_segment_a_folder(library: Path, pairs: Path, tmp_path: Path) -> None:

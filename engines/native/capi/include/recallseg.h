@@ -289,9 +289,10 @@ typedef struct recallseg_summary {
   const char *notice;
   int32_t k;
   int32_t reserved;
+  const char *provenance; /* JSON: all that made the result, "provenance" of NAME.json */
 } recallseg_summary;
 #define RECALLSEG_SUMMARY_INIT \
-  {sizeof(recallseg_summary), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0}
+  {sizeof(recallseg_summary), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0, NULL}
 
 typedef struct recallseg_score {
   uint32_t struct_size;

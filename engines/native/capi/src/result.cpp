@@ -60,6 +60,7 @@ Result::Result(PyObject* record) {
   engine = reader.text();
   precision = reader.text();
   notice = reader.text();
+  provenance = reader.text();
   k = static_cast<int32_t>(reader.integer());
   each(reader.next(), [&](Reader& all) {
     Reader timing(all.next());
@@ -90,6 +91,7 @@ recallseg_status recallseg_result_summary(recallseg_result* result, recallseg_su
     answer.precision = self->precision.c_str();
     answer.notice = self->notice.c_str();
     answer.k = self->k;
+    answer.provenance = self->provenance.c_str();
     write_struct(answer, summary, sizeof answer, "summary");
   });
 }

@@ -35,7 +35,7 @@ class Result final : public Object {
   explicit Result(PyObject* record);
 
   int32_t quality;
-  std::string bundle_identity, library_digest, engine, precision, notice;
+  std::string bundle_identity, library_digest, engine, precision, notice, provenance;
   int32_t k;
   std::vector<std::pair<std::string, double>> timings;
   std::vector<StructureScore> scores;

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -12,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recallseg import Bundle, Library, Segmenter
+from recallseg import Bundle, Library, Segmenter, __version__
 from recallseg.engines.errors import DeadlineError, InputError
 from recallseg.runtime.model.model import Model, View
+from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.segmenting.recipe import Provenance
 
 SIZE = 64
 
@@ -63,7 +68,7 @@ def test_exemplars_out_of_reach_are_not_recalled(library: Library) -> None:
     assert len(everything.recalled["square"]) == 4
     near = make(library, k=4, structures=["square"]).segment(image)
     assert near.recalled["square"] == everything.recalled["square"][:1]
-    assert near.k == 4
+    assert near.provenance.recipe.k == 4
 
 
 def test_warming_up_recalls_k_whatever_is_within_reach(
@@ -105,7 +110,7 @@ def test_k_is_at_most(small: Library) -> None:
     assert [match.key for match in result.recalled["rare"]] == ["0"]
     assert len(result.recalled["common"]) == 4
     assert_alike(result.masks["rare"], mask)
-    assert result.k == 8
+    assert result.provenance.recipe.k == 8
     assert result.to_json()["exemplars"] == {
         "common": {"recalled": 4, "available": 4},
         "rare": {"recalled": 1, "available": 1},
@@ -211,7 +216,7 @@ def test_an_exemplar_removed_by_another_process_stops_no_query(
                 # one state: the digest, what there is and what was recalled belong together
                 assert result.available[name] == {"square": 4, "stain": 3}[name] + comes
             keys = {m.key for m in result.recalled["square"]} & {"comes and goes"}
-            seen.add((result.library_digest, len(keys)))
+            seen.add((result.provenance.library_digest, len(keys)))
         assert other.poll() is None
         assert {count for _, count in seen} == {0, 1}  # otherwise this shows nothing
         with_it = {digest for digest, count in seen if count}
@@ -265,13 +270,106 @@ def test_a_result_belongs_to_the_caller(library: Library) -> None:
 
 def test_a_result_says_where_it_came_from(library: Library, fake_bundle: Bundle) -> None:
     result = make(library).segment(picture(0)[0])
-    assert result.bundle_identity == fake_bundle.identity
-    assert result.library_digest == library.digest
+    made = result.provenance
+    assert made.recipe.bundle_identity == fake_bundle.identity
+    assert made.library_digest == library.digest
+    assert made.structures == ("square", "stain")
+    assert made.version == __version__
+    assert set(made.graphs) == {"embed", "encode", "attend", "decode"}
+    assert made.graphs["embed"] == fake_bundle.graph_digest("embed", "portable", "fp32")
+    [(origin, exemplars)] = made.memories
+    assert origin is not None
+    assert (origin.engine, origin.precision, exemplars) == ("fake", "fp32", 4)
     assert "RANDOM" in result.notice
     assert result.timings["total"] >= result.timings["embed"] > 0
     written = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert written["labels"] == {"square": 1, "stain": 2}
+    assert written["format_version"] == 2
+    assert written["provenance"]["recipe"]["digest"] == made.recipe.digest
+    assert len(written["recalled"]["square"][0]["memory"]) == 64
     assert "quality" in repr(result)
+
+
+def test_everything_that_can_change_a_result_changes_its_provenance(
+    library: Library, tmp_path: Path, fake_bundle: Bundle
+) -> None:
+    """One setting or content at a time; each must show."""
+    image = picture(0)[0]
+
+    def made(library: Library, **settings: object) -> Provenance:
+        return make(library, **settings).segment(image).provenance
+
+    first = made(library)
+    assert made(library) == first
+    assert made(library).digest == first.digest
+    recipes = [first.recipe]
+    for settings in ({"k": 2}, {"reach": 2.5}, {"reach": math.inf}):
+        recipes.append(made(library, **settings).recipe)
+    library.add(picture(1)[0][::-1], {"square": picture(1)[1]}, tags={"scanner": "A"})
+    grown = made(library)
+    assert grown.recipe == first.recipe  # what the library holds is not of the recipe
+    assert grown.library_digest != first.library_digest
+    recipes.append(made(library, tags={"scanner": "A"}).recipe)
+    for name, options in {
+        "int8": {"memory_format": "int8"},
+        "window": {"intensity": Intensity("window", 0, 255)},
+    }.items():
+        with Library.create(tmp_path / name, fake_bundle, engine="fake", **options) as other:  # type: ignore[arg-type]
+            other.add(picture(0)[0], {"square": picture(0)[1]})
+            recipes.append(made(other).recipe)
+    for name in ("bundle_identity", "engine", "precision"):
+        recipes.append(replace(first.recipe, **{name: "another"}))
+    recipes.append(replace(first.recipe, head=True))
+    assert len({recipe.digest for recipe in recipes}) == len(set(recipes)) == len(recipes)
+    more = made(library, memories=3)
+    assert (more.recipe, more.frame_memories) == (grown.recipe, 3)
+    assert len({more.digest, grown.digest, made(library, structures=["square"]).digest}) == 3
+
+
+def test_libraries_of_two_precisions_give_results_that_differ(tmp_path: Path) -> None:
+    """The same annotations, asked in one precision: their memories are not the same."""
+    digests, results = set(), []
+    y, x = np.mgrid[:64, :64]
+    mask = np.hypot(y - 30, x - 34) < 14
+    image = (60 + 120 * mask).astype(np.uint8)
+    for precision in ("fp32", "int8"):
+        with Library.create(tmp_path / precision, "demo", precision=precision) as made:
+            made.add(image, {"disc": mask}, key="one")
+            digests.add(made.digest)
+        result = Segmenter(tmp_path / precision, k=1, precision="fp32").segment(image)
+        results.append(result)
+    one, other = (result.provenance for result in results)
+    assert len(digests) == 1  # what was annotated; old records cite it
+    assert one.recipe == other.recipe
+    assert one.digest != other.digest
+    assert one.to_texts()["memories"] == "onnxruntime-cpu fp32: 1"
+    assert other.to_texts()["memories"] == "onnxruntime-cpu int8: 1"
+    assert results[0].recalled["disc"][0].memory != results[1].recalled["disc"][0].memory
+    bundle, variants = Bundle.open("demo"), {"decode": "portable"}
+    assert one.graphs == {
+        name: bundle.graph_digest(name, variants.get(name, "ort-cpu"), "fp32")
+        for name in ("embed", "encode", "attend", "decode")
+    }
+
+
+def test_a_result_can_be_pickled_copied_and_compared(library: Library) -> None:
+    segmenter = make(library)
+    result = segmenter.segment(picture(0)[0])
+    for other in (
+        pickle.loads(pickle.dumps(result)),
+        copy.deepcopy(result),
+        copy.copy(result),
+        segmenter.segment(picture(0)[0]),
+    ):
+        assert other == result
+        assert other.to_json()["provenance"] == result.to_json()["provenance"]
+        np.testing.assert_array_equal(other.masks["square"], result.masks["square"])
+    assert segmenter.segment(picture(1)[0]) != result
+    assert result != "a result"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(result)
+    for value in (result.quality, result.provenance, result.scores, result.provenance.recipe):
+        assert pickle.loads(pickle.dumps(value)) == value
 
 
 def test_calibration_is_stored_and_ends_when_the_library_changes(library: Library) -> None:

@@ -47,7 +47,7 @@ def test_entries_are_chained(log: Path) -> None:
         NOTHING,
         *(entry["digest"] for entry in entries[:-1]),
     ]
-    assert {"bundle_identity", "library_digest", "recalled", "quality", "time"} <= set(entries[0])
+    assert {"provenance", "format_version", "recalled", "quality", "time"} <= set(entries[0])
 
 
 def test_no_patient_and_no_file_is_named(log: Path, tmp_path: Path) -> None:

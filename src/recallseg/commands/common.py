@@ -13,9 +13,12 @@ from recallseg.engines.errors import InputError
 
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import PassedOver
+    from recallseg.runtime.services.audit import AuditLog
 
 __all__ = [
     "AsStoredOption",
+    "AuditHeadOption",
+    "AuditKeyOption",
     "AuditOption",
     "CleanUpOption",
     "EngineOption",
@@ -32,6 +35,7 @@ __all__ = [
     "VoiOption",
     "emit_json",
     "note",
+    "open_audit",
     "parsed",
     "progress_bar",
     "say_notice",
@@ -58,6 +62,22 @@ ThreadsOption = Annotated[
 AuditOption = Annotated[
     Optional[Path],
     typer.Option("--audit", help="Append an entry for every segmentation to this log."),
+]
+AuditKeyOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--audit-key",
+        envvar="RECALLSEG_AUDIT_KEY",
+        help="Key that seals every entry ('audit key', 'sign key').",
+    ),
+]
+AuditHeadOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--audit-head",
+        envvar="RECALLSEG_AUDIT_HEAD",
+        help="File, best elsewhere, that always names the newest entry.",
+    ),
 ]
 PlaneOption = Annotated[
     Optional[str],
@@ -122,6 +142,16 @@ StackOption = Annotated[
     typer.Option("--stack", help="Which of several stacks of a DICOM series: number or StackID."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+
+
+def open_audit(path: Path | None, key: Path | None, head: Path | None) -> AuditLog | None:
+    """Open the log of ``--audit`` with its key and head; None without one."""
+    from recallseg.runtime.services.audit import AuditLog
+    from recallseg.runtime.services.audit_keys import read_audit_key
+
+    if path is None:
+        return None
+    return AuditLog(path, key=None if key is None else read_audit_key(key), head=head)
 
 
 def parsed(parse: Callable[[str], T], text: str, option: str) -> T:

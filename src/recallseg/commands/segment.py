@@ -10,6 +10,8 @@ import typer
 
 from recallseg.commands.common import (
     AsStoredOption,
+    AuditHeadOption,
+    AuditKeyOption,
     AuditOption,
     CleanUpOption,
     EngineOption,
@@ -27,6 +29,7 @@ from recallseg.commands.common import (
     VoiOption,
     emit_json,
     note,
+    open_audit,
     parsed,
     progress_bar,
     say_notice,
@@ -85,6 +88,8 @@ def segment(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     strict: StrictOption = False,
     audit: AuditOption = None,
+    audit_key: AuditKeyOption = None,
+    audit_head: AuditHeadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images, and volumes slice by slice, by recalling the library's exemplars."""
@@ -93,7 +98,6 @@ def segment(
     from recallseg.runtime.formats.reading import count_item
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenting.segmenter import Segmenter
-    from recallseg.runtime.services.audit import AuditLog
     from recallseg.runtime.volumes.outputs import VolumeSettings
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
@@ -112,7 +116,7 @@ def segment(
     jobs = _jobs(found, paths, output)
     if not overwrite:
         _refuse_existing(jobs)
-    log = None if audit is None else AuditLog(audit)
+    log = open_audit(audit, audit_key, audit_head)
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     with Library.open(library) as opened:

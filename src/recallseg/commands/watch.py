@@ -11,6 +11,8 @@ import typer
 
 from recallseg.commands.common import (
     AsStoredOption,
+    AuditHeadOption,
+    AuditKeyOption,
     AuditOption,
     CleanUpOption,
     EngineOption,
@@ -23,6 +25,7 @@ from recallseg.commands.common import (
     ThreadsOption,
     VoiOption,
     note,
+    open_audit,
     parsed,
     say_notice,
     split_clean_ups,
@@ -61,6 +64,8 @@ def watch(
         bool, typer.Option("--once", help="End when all that is there is done.")
     ] = False,
     audit: AuditOption = None,
+    audit_key: AuditKeyOption = None,
+    audit_head: AuditHeadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment every image, volume and DICOM series that arrives in a folder, once.
@@ -70,7 +75,6 @@ def watch(
     """
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenting.segmenter import Segmenter
-    from recallseg.runtime.services.audit import AuditLog
     from recallseg.runtime.services.watching import Watcher
     from recallseg.runtime.volumes.outputs import VolumeSettings
 
@@ -94,7 +98,7 @@ def watch(
             threads=threads,
             memories=propagate,
         )
-        log = None if audit is None else AuditLog(audit)
+        log = open_audit(audit, audit_key, audit_head)
         with Watcher(
             segmenter, source, output, settle_s=settle, volumes=volumes, audit=log
         ) as watcher:

@@ -80,10 +80,12 @@ class Binding:
 
     def encoder(self) -> ExemplarEncoder:
         """Return the encoder; the model that it takes stays open for as long as the library."""
-        if self._encoder is None:
+        found = self._encoder
+        closed = isinstance(found, _ModelEncoder) and found.model.closed
+        if found is None or (closed and self._given is None):
             model = self.model(self.choice) if self._given is None else self._given
-            self._encoder = _ModelEncoder(model, self._intensity)
-        return self._encoder
+            found = self._encoder = _ModelEncoder(model, self._intensity)
+        return found
 
     def make_encoder(self, bundle: Bundle) -> ExemplarEncoder:
         """Return an encoder of another bundle for the library's intensity rule."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,13 @@ class HostModel(Model):
         return array
 
     def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        return np.zeros(shape, np.float32)
+        try:
+            return np.zeros(shape, np.float32)
+        except MemoryError as error:
+            raise HostMemoryError(
+                f"the system refused {4 * prod(shape) / 2**20:.0f} MiB of memory for a model's "
+                "buffers. Close other programs, or ask for a smaller k or fewer structures."
+            ) from error
 
     def _copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
         target[...] = source

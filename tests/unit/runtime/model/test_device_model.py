@@ -19,7 +19,8 @@ from support.emulated_gpu import build_emulator
 from support.fake_onnxruntime import FakeSession, install
 from support.fake_tensorrt import HostGpu
 
-from recallseg import Bundle, Library, Segmenter
+from recallseg import Bundle, Frame, Library, Segmenter, Stream
+from recallseg.benchmarks.subjects import portable_only
 from recallseg.engines.device import Device, DeviceTensor
 from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.errors import (
@@ -31,7 +32,8 @@ from recallseg.engines.errors import (
 from recallseg.runtime.model import device as device_model
 from recallseg.runtime.model.device import DeviceModel
 from recallseg.runtime.model.memory_cache import MemoryCache
-from recallseg.runtime.model.model import GpuOptions, Model
+from recallseg.runtime.model.model import GpuOptions, Model, View, Wanted
+from recallseg.runtime.model.preprocess import Intensity
 
 NAMES = ("recallseg_spans", "recallseg_prepare", "recallseg_finish", "recallseg_gather_half")
 STRUCTURES = ("disc", "core")
@@ -48,9 +50,14 @@ def picture(seed: int, side: int = 60) -> tuple[NDArray[np.uint16], dict[str, ND
     return image.clip(0).astype(np.uint16), masks
 
 
+def demo() -> Bundle:
+    """The demo bundle with the graphs that both engines run."""
+    return portable_only(Bundle.open("demo"))
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    made = Library.create(tmp_path_factory.mktemp("l") / "library", Bundle.open("demo"), threads=1)
+    made = Library.create(tmp_path_factory.mktemp("l") / "library", demo(), threads=1)
     for seed in range(6):
         image, masks = picture(seed)
         made.add(image, masks)
@@ -148,9 +155,7 @@ def test_memories_in_int8_are_the_same_on_the_device(
     session: type[FakeSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
-    with Library.create(
-        tmp_path / "library", Bundle.open("demo"), threads=1, memory_format="int8"
-    ) as library:
+    with Library.create(tmp_path / "library", demo(), threads=1, memory_format="int8") as library:
         for seed in range(4):
             library.add(*picture(seed))
         found, expected = (
@@ -305,7 +310,7 @@ def test_a_small_cache_forgets_the_least_recently_used(
 def test_of_a_changed_library_only_new_memories_are_loaded(
     tmp_path: Path, session: type[FakeSession]
 ) -> None:
-    library = Library.create(tmp_path / "library", Bundle.open("demo"), threads=1)
+    library = Library.create(tmp_path / "library", demo(), threads=1)
     for seed in range(3):
         image, masks = picture(seed)
         library.add(image, masks, key=str(seed))
@@ -494,3 +499,268 @@ def test_structures_beyond_one_call_are_done_in_groups(
     monkeypatch.setattr(bundle, "geometry", replace(bundle.geometry, max_n=1))
     segmenter = make(library, without_kernels())
     same(segmenter.segment(picture(10)[0]), on_cpu(library).segment(picture(10)[0]))
+
+
+def calls_of(device: Device) -> list[str]:
+    calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
+    return calls
+
+
+@pytest.mark.parametrize("order", [("embedding", "encode"), ("encode", "embedding"), ("encode",)])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_features_are_there_whatever_was_called_before(
+    library: Library,
+    session: type[FakeSession],
+    order: tuple[str, ...],
+    deferred: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    gpu = GpuOptions(device=without_kernels(deferred=deferred))
+    found = []
+    for model in (
+        Model.open(library.bundle, engine="onnxruntime-cuda", gpu=gpu),
+        Model.open(library.bundle, threads=1),
+    ):
+        model.reserve(1, 2, graphs=("embed", "encode", "attend", "decode"))
+        view = model.look(picture(10)[0], library.intensity)
+        for step in order:
+            if step == "encode":
+                view.encode()
+            else:
+                assert view.embedding.shape == (library.bundle.geometry.embedding_dim,)
+        memories = library.recall(view.embedding, ["disc"], 2).found["disc"].memories
+        view.begin(1)
+        view.recall(library.gather, [Wanted(0, [*memories.values()])], 2)
+        view.attend()
+        view.decode()
+        found.append((view.logits(), view.finish().iou, view.embedding))
+        only = model.look(picture(10)[0], library.intensity, ("embed",))
+        np.testing.assert_array_equal(only.embedding, found[-1][2])
+        with pytest.raises(InputError, match="'encode' was not asked for"):
+            only.encode()
+    for there, here in zip(*found, strict=True):
+        np.testing.assert_array_equal(there, here)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_exemplars_are_encoded_on_the_gpu_of_the_librarys_model(
+    tmp_path: Path, session: type[FakeSession], deferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    bundle = demo()
+    gpu = GpuOptions(device=without_kernels(deferred=deferred))
+    models = (
+        Model.open(bundle, engine="onnxruntime-cuda", gpu=gpu),
+        Model.open(bundle, threads=1),
+    )
+    shards = []
+    for number, model in enumerate(models):
+        with Library.create(tmp_path / str(number), bundle, model=model) as made:
+            for seed in range(3):
+                made.add(*picture(seed))
+            same(
+                Segmenter(made, k=2).segment(picture(10)[0]),
+                on_cpu(made, k=2, reach=2.0).segment(picture(10)[0]),
+            )
+            assert Segmenter(made).model is model
+        shards.append([p.read_bytes() for p in sorted((tmp_path / str(number)).glob("memories/*"))])
+    assert shards[0] == shards[1]
+    assert sorted({name for name, _, _ in session.made}) == [
+        "attend", "decode", "embed", "encode", "memorize",
+    ]  # fmt: skip
+
+
+def test_segmenters_of_a_library_share_what_is_cached(
+    library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    device = without_kernels(deferred=True)
+    image, _ = picture(10)
+    first = make(library, device, k=2)
+    first.segment(image)
+    cache = cache_of(first)
+    assert (cache.slots, cache.hits, cache.misses) == (12, 0, 4)
+    second = make(library, device, k=2, structures=("core", "disc"))
+    third = Segmenter(library, model=first.model, k=6, reach=math.inf)  # the cache has to grow
+    assert second.model is first.model
+    assert cache_of(third) is cache
+    found = second.segment(image)
+    assert (cache.hits, cache.misses) == (4, 4)
+    expected = on_cpu(library, k=2, structures=("core", "disc")).segment(image)
+    same(found, expected)
+    same(third.segment(image), on_cpu(library, k=6).segment(image))
+    assert (cache.hits, cache.misses) == (8, 12)
+
+
+@pytest.mark.parametrize("integrated", [False, True])
+def test_a_cache_that_grows_keeps_what_it_holds(
+    library: Library,
+    session: type[FakeSession],
+    integrated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    device = without_kernels(deferred=True, integrated=integrated)
+    image, _ = picture(10)
+    first = make(library, device, k=1, cache_bytes=0)
+    cache = cache_of(first)
+    first.segment(image)
+    assert (cache.slots, cache.misses) == (2, 2)
+    larger = Segmenter(library, model=first.model, k=3, structures=STRUCTURES, reach=math.inf)
+    assert (cache.slots, cache.misses) == (6, 2)
+    same(larger.segment(image), on_cpu(library).segment(image))
+    assert (cache.hits, cache.misses) == (2, 6)
+    same(first.segment(image), on_cpu(library, k=1).segment(image))
+
+
+def test_too_little_memory_to_grow_harms_nobody(
+    library: Library, session: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    device = without_kernels(deferred=True)
+    segmenter = make(library, device, k=1)
+    image, _ = picture(10)
+    expected = segmenter.segment(image)
+    before = device.allocations, segmenter.model.nbytes, segmenter.model.graphs
+    device.driver.total = device.live_bytes + (1 << 20)  # type: ignore[attr-defined]
+    with pytest.raises(DeviceMemoryError, match=r"2 structures and k = 32.* needs \d+ MiB"):
+        Segmenter(library, model=segmenter.model, k=30, memories=2)
+    assert (device.allocations, segmenter.model.nbytes, segmenter.model.graphs) == before
+    same(segmenter.segment(image), expected)
+    # Known too late, as when another program takes it meanwhile: what was there stays as well.
+    device.driver.total = 1 << 30  # type: ignore[attr-defined]
+    device.driver.fail("allocate", 2, after=2)  # type: ignore[attr-defined]
+    with pytest.raises(DeviceMemoryError):
+        Segmenter(library, model=segmenter.model, k=30)
+    same(segmenter.segment(image), expected)
+    larger = Segmenter(library, model=segmenter.model, k=5, structures=STRUCTURES, reach=math.inf)
+    same(larger.segment(image), on_cpu(library, k=5).segment(image))
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_model_that_grew_is_recorded_anew(
+    library: Library,
+    session: type[FakeSession],
+    cuda_graphs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    segmenter = make(library, without_kernels(deferred=True), k=1, cuda_graphs=cuda_graphs)
+    for seed in range(10, 13):
+        same(segmenter.segment(picture(seed)[0]), on_cpu(library, k=1).segment(picture(seed)[0]))
+    larger = Segmenter(library, model=segmenter.model, k=4, structures=STRUCTURES, reach=math.inf)
+    for seed in range(10, 14):
+        same(larger.segment(picture(seed)[0]), on_cpu(library, k=4).segment(picture(seed)[0]))
+        same(segmenter.segment(picture(seed)[0]), on_cpu(library, k=1).segment(picture(seed)[0]))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_kept_look_stays_on_the_gpu_and_comes_back(
+    library: Library, session: type[FakeSession], deferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    device = without_kernels(deferred=deferred)
+    gpu = GpuOptions(device=device)
+    model = Model.open(library.bundle, engine="onnxruntime-cuda", gpu=gpu)
+    model.reserve(1, 2, graphs=("attend", "decode"))
+
+    def ask(view: View) -> tuple[NDArray[np.float32], Any]:
+        memories = library.recall(view.embedding, ["disc"], 2).found["disc"].memories
+        view.begin(1)
+        view.recall(library.gather, [Wanted(0, [*memories.values()])], 2)
+        view.attend()
+        view.decode()
+        finished = view.finish()
+        return view.logits(), finished.label_map
+
+    view = model.look(picture(10)[0], library.intensity)
+    calls_of(device).clear()
+    kept = view.keep()
+    assert calls_of(device).count("copy") == 3
+    expected = ask(view)
+    other = model.look(picture(11)[0], library.intensity).keep()
+    ask(model.put(other))
+    calls_of(device).clear()
+    view = model.put(kept)
+    assert not {"copy_in", "copy_out", "allocate"} & set(calls_of(device))
+    for found, wanted in zip(ask(view), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_frame_on_the_gpu_stays_there_through_a_stream(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch, deferred=True)
+    window = Intensity("window", 0.0, 255.0)
+    segmenter = make(library, device, memories=2)
+    monkeypatch.setattr(type(library), "intensity", window)
+    greys = [(picture(seed)[0] / 12).astype(np.uint8) for seed in range(10, 15)]
+    images = [np.stack([grey, grey[::-1], grey], -1) for grey in greys]
+    expected = [segmenter.segment(image) for image in images]
+    theirs = device.new_stream()
+    there = device.tensor(images[0].shape, images[0].dtype)
+    pinned = device.allocate_pinned(images[0].nbytes)
+    frames: list[Frame] = []
+    went_out: list[int] = []
+    copy_out = device.driver.copy_out
+    monkeypatch.setattr(
+        device.driver, "copy_out", lambda h, d, n, s: (went_out.append(n), copy_out(h, d, n, s))
+    )
+    with Stream(make(library, device), frames.append, queue=8) as stream:
+        for number, image in enumerate(images):
+            pinned.array[:] = image.reshape(-1).view(np.uint8)
+            theirs.copy_in(there, pinned.array)
+            stream.push(replace(there, stream=theirs.handle))
+            pinned.array[:] = 0  # the caller may reuse its memory at once
+            theirs.copy_in(there, pinned.array)
+            theirs.synchronize()
+            assert stream.drain(30)
+            if number == 1:
+                before = device.allocations, segmenter.model.nbytes
+    for frame, result in zip(frames, expected, strict=True):
+        assert frame.error is None
+        same(frame.result, result)
+    assert (device.allocations, segmenter.model.nbytes) == before  # copies reuse their memory
+    assert images[0].nbytes not in went_out
+
+
+def test_a_frame_of_the_cpu_is_copied_there(library: Library, session: type[FakeSession]) -> None:
+    model = make(library, without_kernels()).model
+    image, _ = picture(10)
+    found = model.copy_frame(image)
+    assert isinstance(found, np.ndarray)
+    assert not np.shares_memory(found, image)
+    with pytest.raises(InputError, match="a frame must be"):
+        model.copy_frame("frame")
+
+
+def test_frame_memories_stay_on_the_gpu(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those made of masks that were written where the caller wanted them: on the GPU."""
+    device = with_kernels(emulator, monkeypatch, deferred=True)
+    segmenter = make(library, device, memories=2)
+    images = [picture(seed)[0] for seed in range(10, 14)]
+    memories = segmenter.temporal_memories()
+    expected = [segmenter.segment(image, temporal=memories) for image in images]
+    assert [*expected[-1].temporal.values()] == [2, 2]
+    g = library.bundle.geometry
+    went_out: list[int] = []
+    copy_out = device.driver.copy_out
+    monkeypatch.setattr(
+        device.driver, "copy_out", lambda h, d, n, s: (went_out.append(n), copy_out(h, d, n, s))
+    )
+    memories.clear()
+    masks = device.tensor((2, *images[0].shape), np.bool_)
+    for image, result in zip(images, expected, strict=True):
+        same_scores = segmenter.segment(image, temporal=memories, out=(None, masks))
+        assert same_scores.scores == result.scores
+        assert same_scores.temporal == result.temporal
+    assert not {4 * g.tokens * g.memory_dim, 4 * g.channels} & set(went_out)

@@ -18,7 +18,7 @@ from typing import Any
 
 from recallseg.engines.errors import EngineUnavailableError
 
-__all__ = ["disable_telemetry", "import_needed", "import_onnxruntime"]
+__all__ = ["disable_telemetry", "import_needed", "import_onnxruntime", "lacks_memory"]
 
 VARIABLE = "ORT_DISABLE_TELEMETRY"
 _OFF = ("1", "true")
@@ -94,8 +94,7 @@ def import_needed(module: str, wanted_by: str, install: str, package: str | None
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
-        # The dynamic loader has one error for all that goes wrong; Python makes ImportError of it.
-        if any(sign in str(error) for sign in _NO_MEMORY):
+        if lacks_memory(error):
             raise MemoryError(f"too little memory to load {package}: {error}") from error
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise EngineUnavailableError(
@@ -105,3 +104,10 @@ def import_needed(module: str, wanted_by: str, install: str, package: str | None
             f"{wanted_by} needs the package {package}, which is installed and cannot be loaded: "
             f"{error}. Install it anew, with all that it needs: {install}."
         ) from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether this is lack of memory, also where the dynamic loader's word came as ImportError."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (ImportError, OSError)) and any(s in str(error) for s in _NO_MEMORY)
+    )

@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,12 +25,13 @@ from numpy.typing import NDArray
 
 import recallseg
 from recallseg.engines import errors
+from recallseg.engines.imports import lacks_memory
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
-from recallseg.runtime.services.stream import Frame, Stream
+from recallseg.runtime.services.stream import Frame, Stream, close_streams
 
 __all__ = [
     "INTERFACE",
@@ -37,10 +39,12 @@ __all__ = [
     "add",
     "close_library",
     "close_stream",
+    "close_streams",
     "count_frames",
     "create_library",
     "describe",
     "drain_stream",
+    "in_c",
     "library_facts",
     "open_library",
     "open_segmenter",
@@ -77,10 +81,24 @@ STATUS: dict[type[BaseException], int] = {
     errors.LibraryMismatchError: 16,
     errors.LibraryLockedError: 17,
     errors.LibraryWriteError: 18,
+    ModuleNotFoundError: 6,
     MemoryError: 19,
 }
 """``RECALLSEG_E_*`` of recallseg.h, by the nearest class."""
 INTERNAL = 99
+
+_IN_C = (
+    (r"with mode='write'", "with recallseg_library_options.writable = 1"),
+    (r"pass absent=\('(.*?)',\)", r"name '\1' in recallseg_exemplar.absent"),
+    (r"Library\.open\(\.\.\., bundle=FOLDER\)", "recallseg_library_options.bundle = FOLDER"),
+    (r"leave it out \(None\)", "leave it null"),
+    (r", for example with numpy\.nan_to_num\(image\)", ""),
+    (
+        r"with Segmenter\(\.\.\., memories=3\), say",
+        "with recallseg_segmenter_options.memories = 3, say",
+    ),
+)
+"""Cures in Python, and the same in C."""
 
 QUALITY = {"uncalibrated": 0, "ok": 1, "suspect": 2}
 
@@ -96,10 +114,25 @@ def describe() -> Names:
 
 
 def status_of(error: BaseException) -> tuple[int, str]:
-    """Return the status that an exception becomes, and its message."""
+    """Return the status that an exception becomes, and its message, in the words of recallseg.h."""
+    if lacks_memory(error):
+        return STATUS[MemoryError], str(error) or "out of memory"
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), INTERNAL)
-    known = isinstance(error, errors.RecallSegError)
-    return status, str(error) if known else f"{type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        return status, (
+            f"the Python package '{(error.name or '').partition('.')[0]}' is not installed beside "
+            f"recallseg ({error}): install it with {sys.executable} -m pip"
+        )
+    if not isinstance(error, errors.RecallSegError):
+        return status, f"{type(error).__name__}: {error}"
+    return status, in_c(str(error))
+
+
+def in_c(message: str) -> str:
+    """Return a message whose cure is C where it was Python."""
+    for python, ours in _IN_C:
+        message = re.sub(python, ours, message)
+    return message
 
 
 def release(*views: memoryview) -> None:

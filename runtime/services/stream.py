@@ -1,12 +1,14 @@
 """Live frames in, masks out, on time: what a scanner's display loop talks to.
 
 A frame that cannot be shown in time is worth nothing, so a stream never falls behind: its queue is
-short and drops the oldest frame, a deadline counts from the moment a frame was pushed, and all that
-was dropped or late is counted.
+short and drops the oldest frame, a deadline counts from the moment a frame was pushed, a frame that
+would be late is not begun, so that the next one is in time, and all that was dropped or late is
+counted.
 """
 
 from __future__ import annotations
 
+import atexit
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +17,42 @@ from threading import Condition, Thread, current_thread
 from time import perf_counter
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 from recallseg.engines.errors import DeadlineError, InputError, RecallSegError
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.latency import LatencyHistogram
 
-__all__ = ["Frame", "Stream", "StreamStatistics"]
+__all__ = ["Frame", "Stream", "StreamStatistics", "close_streams"]
+
+FRESH = 0.1
+"""Part of the deadline that a frame may have waited and is begun whatever the last ones took: there
+is no fresher one to wait for."""
+FORGETS = 0.1
+"""How fast the expected time follows shorter frames; it follows longer ones at once."""
+AT_EXIT_S = 10.0
+"""Longest that the end of the process waits for frames in work."""
+
+_open: WeakSet[Stream] = WeakSet()
+
+
+def close_streams(timeout_s: float = AT_EXIT_S) -> bool:
+    """Close every stream of this process; False if a frame was still in work after ``timeout_s``.
+
+    Runs at exit: a network that is still at work when its library is torn down ends in a crash.
+    """
+    end = perf_counter() + timeout_s
+    streams = list(_open)
+    for stream in streams:
+        stream._stop()
+    for stream in streams:
+        if current_thread() is not stream._thread:  # a callback may end the process
+            stream._thread.join(max(0.0, end - perf_counter()))
+    return not any(s._thread.is_alive() for s in streams if current_thread() is not s._thread)
+
+
+atexit.register(close_streams)
 
 
 @dataclass(frozen=True)
@@ -91,7 +122,8 @@ class Stream:
     segmenter : what segments; it may serve other callers too, who then wait for each other.
     on_result : called with every :class:`Frame` that was not dropped, in order, on the stream's
         thread. While it runs no frame is segmented: hand the result on, and return.
-    deadline_ms : most milliseconds from push to result; a frame that waited too long is not begun.
+    deadline_ms : most milliseconds from push to result. A frame that has waited too long to be in
+        time, by what the last ones took, is not begun: it is reported late at once.
     queue : frames that may wait; the next one pushes the oldest out.
 
     Raises
@@ -126,9 +158,11 @@ class Stream:
             ("pushed", "segmented", "dropped", "late", "failed", "ignored"), 0
         )
         self._latency = LatencyHistogram()
+        self._takes_ms = 0.0
         self._defect: BaseException | None = None
         self._thread = Thread(target=self._work, name="recallseg-stream", daemon=True)
         self._thread.start()
+        _open.add(self)
 
     def push(self, image: Any) -> int:
         """Hand over a frame, and return at once.
@@ -210,11 +244,7 @@ class Stream:
         Exception
             Whatever ``on_result`` raised.
         """
-        with self._changed:
-            self._state = _State.CLOSED
-            self._counts["dropped"] += len(self._waiting)
-            self._waiting.clear()
-            self._changed.notify_all()
+        self._stop()
         if current_thread() is not self._thread:  # on_result may close the stream too
             self._thread.join()
             self._check_defect()
@@ -253,13 +283,16 @@ class Stream:
                     self._busy = False
                     self._changed.notify_all()
         except BaseException as error:  # handed to whoever calls next: a thread has no caller
-            with self._changed:
-                self._defect = error
-                self._state = _State.CLOSED
-                self._counts["dropped"] += len(self._waiting)
-                self._waiting.clear()
-                self._busy = False
-                self._changed.notify_all()
+            self._stop(error)
+
+    def _stop(self, defect: BaseException | None = None) -> None:
+        with self._changed:
+            if defect is not None:
+                self._defect, self._busy = defect, False
+            self._state = _State.CLOSED
+            self._counts["dropped"] += len(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
 
     def _next(self) -> _Waiting | None:
         with self._changed:
@@ -277,15 +310,13 @@ class Stream:
         result: Result | None = None
         failure: RecallSegError | None = None
         try:
-            left_ms = None if self._deadline_ms is None else self._deadline_ms - waited_ms
-            if left_ms is not None and left_ms <= 0:
-                raise DeadlineError(
-                    f"frame {waiting.number} waited {waited_ms:.1f} ms, and the deadline is "
-                    f"{self._deadline_ms:g} ms. Push fewer frames, or use a smaller k or bundle."
+            left_ms = self._time_left(waiting.number, waited_ms)
+            try:
+                result = self._segmenter.segment(
+                    waiting.image, deadline_ms=left_ms, temporal=self._temporal
                 )
-            result = self._segmenter.segment(
-                waiting.image, deadline_ms=left_ms, temporal=self._temporal
-            )
+            finally:
+                self._expect((perf_counter() - waiting.since) * 1e3 - waited_ms)
         except RecallSegError as error:
             failure = error
         latency_ms = (perf_counter() - waiting.since) * 1e3
@@ -296,6 +327,28 @@ class Stream:
             else:
                 self._counts["late" if isinstance(failure, DeadlineError) else "failed"] += 1
         return Frame(waiting.number, result, failure, waited_ms, latency_ms)
+
+    def _time_left(self, number: int, waited_ms: float) -> float | None:
+        """Milliseconds to the deadline; DeadlineError if a next frame has better prospects."""
+        if self._deadline_ms is None:
+            return None
+        left_ms = self._deadline_ms - waited_ms
+        needed_ms = min(self._takes_ms, (1 - FRESH) * self._deadline_ms)
+        if left_ms <= max(0.0, needed_ms):
+            raise DeadlineError(
+                f"frame {number} was not begun: it had waited {waited_ms:.1f} of "
+                f"{self._deadline_ms:g} ms, and a frame takes {self._takes_ms:.1f} ms. Push fewer "
+                "frames, or use a smaller k or bundle."
+            )
+        return left_ms
+
+    def _expect(self, took_ms: float) -> None:
+        """Learn from what a frame took, or took until it was late."""
+        took_ms = took_ms if self._deadline_ms is None else min(took_ms, self._deadline_ms)
+        if took_ms >= self._takes_ms:
+            self._takes_ms = took_ms
+        else:
+            self._takes_ms += FORGETS * (took_ms - self._takes_ms)
 
     def _check_open(self) -> None:
         self._check_defect()

@@ -48,6 +48,7 @@ def traced(tmp_path: Path, *command: str | Path, packages: Path | None = None) -
         **kept,
         "PYTHONPATH": os.pathsep.join([*path, *filter(None, [kept.get("PYTHONPATH")])]),
         "HOME": str(tmp_path / "home"),
+        "RECALLSEG_STATE": str(tmp_path / "work" / "state"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     return trace(command, tmp_path / "work", env, tmp_path / f"logs{len(list(tmp_path.iterdir()))}")

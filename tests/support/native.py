@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recallseg import Library
+from recallseg import Bundle, Library
 from support.fake_bundle import make_fake_bundle
 from support.pictures import disc
 
-__all__ = ["SOURCE", "Installed", "embedding_environment", "make_fake_library", "passed", "run"]
+__all__ = [
+    "SOURCE",
+    "Installed",
+    "embedding_environment",
+    "make_fake_library",
+    "make_library",
+    "passed",
+    "run",
+]
 
 SOURCE = Path(__file__).parents[2]
 
@@ -62,12 +70,16 @@ def embedding_environment() -> dict[str, str]:
     return env
 
 
-def make_fake_library(root: Path) -> Path:
-    """Make ``root/library`` with discs and cores, ``root/bundle`` and an empty ``root/scratch``."""
-    bundle = make_fake_bundle(root / "bundle")
-    with Library.create(root / "library", bundle, engine="fake") as library:
+def make_library(root: Path, bundle: Bundle | str, engine: str) -> Path:
+    """Make ``root/library`` with discs and cores."""
+    with Library.create(root / "library", bundle, engine=engine) as library:
         for position in (0.2, 0.4, 0.5, 0.6, 0.8):
             picture = disc(position)
             library.add(picture.image, picture.masks, tags={"modality": "MR"}, key=picture.name)
-    (root / "scratch").mkdir()
     return root / "library"
+
+
+def make_fake_library(root: Path) -> Path:
+    """Make ``root/library`` for the engine fake, ``root/bundle`` and an empty ``root/scratch``."""
+    (root / "scratch").mkdir()
+    return make_library(root, make_fake_bundle(root / "bundle"), "fake")

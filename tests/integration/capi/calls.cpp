@@ -35,6 +35,9 @@ void no_python() {
   GIVES(RECALLSEG_E_ABI, recallseg_init(RECALLSEG_ABI_VERSION, &future.known));
 
   options.struct_size = sizeof options;
+  options.reserved = 7;
+  GIVES(RECALLSEG_E_ABI, recallseg_init(RECALLSEG_ABI_VERSION, &options));
+  options.reserved = 0;
   options.python = "/nowhere/python3";
   GIVES(RECALLSEG_E_PYTHON, recallseg_init(RECALLSEG_ABI_VERSION, &options));
   CHECK(std::strstr(recallseg_last_error(), "/nowhere/python3") != nullptr);
@@ -67,6 +70,9 @@ void hostile() {
 
   refused(argument, [](Query& q) { q.image.data = nullptr; });
   refused(argument, [](Query& q) { q.image.struct_size = 0; });
+  refused(RECALLSEG_E_ABI, [](Query& q) { q.image.reserved = 1; });
+  refused(RECALLSEG_E_ABI, [](Query& q) { q.output.reserved = 1; });
+  CHECK(std::strstr(recallseg_last_error(), "output->reserved is 1, and must be 0") != nullptr);
   refused(argument, [](Query& q) { q.image.dtype = 77; });
   refused(argument, [](Query& q) { q.image.dtype = -1; });
   refused(argument, [](Query& q) { q.image.ndim = 1; });
@@ -154,6 +160,9 @@ void hostile() {
   of.threads = -5;
   GIVES(argument, recallseg_library_open(library_folder.c_str(), &of, &other));
   of.threads = 0;
+  of.reserved = -1;
+  GIVES(RECALLSEG_E_ABI, recallseg_library_open(library_folder.c_str(), &of, &other));
+  of.reserved = 0;
   of.bundle = "/nowhere/bundle";
   GIVES(RECALLSEG_E_BUNDLE, recallseg_library_open(library_folder.c_str(), &of, &other));
   library = open_library();
@@ -168,9 +177,19 @@ void hostile() {
   options.structure_count = 1;
   GIVES(RECALLSEG_E_INPUT, recallseg_segmenter_open(library, &options, &none));
   options.structure_count = 0;
+  GIVES(RECALLSEG_E_INPUT, recallseg_segmenter_open(library, &options, &none));
+  CHECK(std::strstr(recallseg_last_error(), "leave it null") != nullptr);
+  options.structures = nullptr;
   options.reach = 0.5;
   GIVES(RECALLSEG_E_INPUT, recallseg_segmenter_open(library, &options, &none));
+  CHECK(std::strstr(recallseg_last_error(), "reach") != nullptr);
   options.reach = 0;
+  const recallseg_tag nobodys[] = {{"modality", "thermometer"}};
+  options.tags = nobodys;
+  options.tag_count = 1;
+  GIVES(RECALLSEG_E_INPUT, recallseg_segmenter_open(library, &options, &none));
+  CHECK(std::strstr(recallseg_last_error(), "thermometer") != nullptr);
+  options.tag_count = 0;
   options.engine = "steam";
   GIVES(RECALLSEG_E_INPUT, recallseg_segmenter_open(library, &options, &none));
   CHECK(none == nullptr);
@@ -179,6 +198,10 @@ void hostile() {
   recallseg_exemplar exemplar = RECALLSEG_EXEMPLAR_INIT;
   GIVES(RECALLSEG_E_LIBRARY_WRITE,
         recallseg_library_add(library, &sample.image, &exemplar, nullptr, 0));
+  CHECK(std::strstr(recallseg_last_error(), "recallseg_library_options.writable") != nullptr);
+  exemplar.reserved = 1;
+  GIVES(RECALLSEG_E_ABI, recallseg_library_add(library, &sample.image, &exemplar, nullptr, 0));
+  exemplar.reserved = 0;
   char small[8];
   GIVES(argument, recallseg_library_add(library, &sample.image, &exemplar, small, sizeof small));
   exemplar.mask_count = 1;

@@ -10,7 +10,9 @@ int main(int argc, char** argv) {
       {"deadline", deadline},   {"threads", threads},     {"memory", memory},
       {"forked", forked},       {"signals", signals},     {"logging", logging},
       {"locked", locked},       {"exemplars", exemplars}, {"info", info},
-      {"starts", starts},       {"interrupted", interrupted}, {"streams", streams}};
+      {"starts", starts},       {"interrupted", interrupted}, {"streams", streams},     {"wrapper", wrapper},
+      {"exits_in_a_frame", exits_in_a_frame}, {"exits_in_calls", exits_in_calls},
+      {"exits_in_a_callback", exits_in_a_callback}};
   const auto found = argc > 1 ? checks.find(argv[1]) : checks.end();
   if (found == checks.end()) return 2;
   if (argc > 2) library_folder = argv[2];

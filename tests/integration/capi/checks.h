@@ -76,6 +76,9 @@ void hostile();
 void layouts();
 void deadline();
 
+// wrapper.cpp
+void wrapper();
+
 // life.cpp
 void threads();
 void memory();
@@ -86,5 +89,8 @@ void interrupted();
 void logging();
 void exemplars();
 void locked();
+void exits_in_a_frame();
+void exits_in_calls();
+void exits_in_a_callback();
 void info();
 void starts();

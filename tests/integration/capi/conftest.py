@@ -8,7 +8,14 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from support.native import SOURCE, Installed, embedding_environment, make_fake_library, passed
+from support.native import (
+    SOURCE,
+    Installed,
+    embedding_environment,
+    make_fake_library,
+    make_library,
+    passed,
+)
 
 HEADER = Path(sysconfig.get_path("include"), "Python.h")
 HERE = Path(__file__).parent
@@ -41,3 +48,9 @@ def capi(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library of discs and cores; read it, do not change it."""
     return make_fake_library(tmp_path_factory.mktemp("fake"))
+
+
+@pytest.fixture(scope="session")
+def real_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, made with the demo model and ONNX Runtime."""
+    return make_library(tmp_path_factory.mktemp("real"), "demo", "onnxruntime-cpu")

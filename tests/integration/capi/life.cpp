@@ -205,6 +205,70 @@ void streams() {
   GIVES(RECALLSEG_OK, recallseg_shutdown());
 }
 
+namespace {
+
+recallseg_segmenter* open_real_segmenter() {
+  recallseg_segmenter* segmenter = nullptr;
+  recallseg_segmenter_options options = RECALLSEG_SEGMENTER_OPTIONS_INIT;
+  options.k = 2;
+  GIVES(RECALLSEG_OK, recallseg_segmenter_open(open_library(), &options, &segmenter));
+  return segmenter;
+}
+
+}  // namespace
+
+// main returns while a frame is in work, and others wait; `told` is gone then.
+void exits_in_a_frame() {
+  init();
+  recallseg_segmenter* segmenter = open_real_segmenter();
+  recallseg_stream_options options = RECALLSEG_STREAM_OPTIONS_INIT;
+  options.queue = 8;
+  recallseg_stream* stream = nullptr;
+  Query query;
+  std::atomic<int> told{0};
+  GIVES(RECALLSEG_OK,
+        recallseg_stream_open(
+            segmenter, &options,
+            [](const recallseg_frame*, void* user) { ++*static_cast<std::atomic<int>*>(user); },
+            &told, &stream));
+  for (int i = 0; i < 8; ++i) GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  while (told == 0) usleep(200);
+}
+
+// main returns while threads segment, and go on trying.
+void exits_in_calls() {
+  init();
+  recallseg_segmenter* segmenter = open_real_segmenter();
+  static std::atomic<int> done{0};
+  for (int t = 0; t < 3; ++t)
+    std::thread([segmenter] {
+      Query query;
+      for (;;) {
+        const auto status = recallseg_segment(segmenter, &query.image, &query.output, 0, nullptr);
+        if (status == RECALLSEG_OK) ++done;
+        else if (status != RECALLSEG_E_STATE) std::_Exit(3);
+        else usleep(100);
+      }
+    }).detach();
+  while (done < 4) usleep(200);
+}
+
+// A callback ends the process.
+void exits_in_a_callback() {
+  init();
+  recallseg_stream* stream = nullptr;
+  GIVES(RECALLSEG_OK, recallseg_stream_open(
+                          open_real_segmenter(), nullptr,
+                          [](const recallseg_frame*, void*) {
+                            std::printf("exits_in_a_callback: done\n");
+                            std::exit(0);
+                          },
+                          nullptr, &stream));
+  Query query;
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  for (;;) pause();
+}
+
 // SIGINT must end the host, as it did before: Python's own handler would only note it.
 void interrupted() {
   // A shell lets what it starts in the background ignore this signal.

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from support.native import SOURCE, Installed, passed, run
+from support.tracing import trace
 
 from recallseg import Library, __version__
 from recallseg.benchmarks.capi import CLibrary, measure_overhead
@@ -28,7 +29,7 @@ def check(capi: Installed, name: str, library: Path, **env: str) -> str:
     return passed(capi.checks, name, library, scratch, env={**capi.env, **env})
 
 
-@pytest.mark.parametrize("name", [*CHECKS, "logging", "exemplars", "streams"])
+@pytest.mark.parametrize("name", [*CHECKS, "logging", "exemplars", "streams", "wrapper"])
 def test_the_checks_pass(capi: Installed, fake_library: Path, name: str) -> None:
     assert f"{name}: done" in check(capi, name, fake_library)
 
@@ -96,6 +97,55 @@ def test_a_machine_without_python_is_told_so(capi: Installed, fake_library: Path
     status, message = start(capi, fake_library, RECALLSEG_PYTHON_LIBRARY="/opt/none/libpython.so")
     assert status == 6
     assert "libpython cannot be loaded" in message
+
+
+def test_a_version_managers_script_is_not_taken_for_the_interpreter(
+    capi: Installed, fake_library: Path, tmp_path: Path
+) -> None:
+    shim = tmp_path / "shims" / "python3"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    shim.chmod(0o755)
+    passed(
+        *("cmake", "-S", SOURCE, "-B", tmp_path / "build", f"-DPython3_EXECUTABLE={shim}"),
+        "-DRECALLSEG_BUILD_CAPI=ON",
+    )
+    cache = (tmp_path / "build" / "CMakeCache.txt").read_text()
+    assert f"RECALLSEG_DEFAULT_PYTHON:STRING={sys.executable}\n" in cache
+    status, message = start(capi, fake_library, RECALLSEG_PYTHON=str(shim))
+    assert status == 6
+    assert "is a script" in message
+    assert "sys.executable" in message
+
+
+@pytest.mark.parametrize("kib", [150_000, 220_000])
+def test_too_little_memory_to_start_is_not_called_a_missing_package(
+    capi: Installed, fake_library: Path, kib: int
+) -> None:
+    limited = ("sh", "-c", f'ulimit -v {kib}; exec "$0" starts', capi.checks)
+    status, message, *_ = passed(
+        *limited, env={**capi.env, "OPENBLAS_NUM_THREADS": "1"}
+    ).splitlines()
+    assert int(status) == STATUS[MemoryError], message
+
+
+def test_a_c_program_opens_no_socket_and_writes_only_what_was_named(
+    capi: Installed, real_library: Path, tmp_path: Path
+) -> None:
+    for name in ("work", "home"):
+        (tmp_path / name).mkdir()
+    cv2.imwrite(str(tmp_path / "work" / "query.pgm"), np.full((48, 64), 60, np.uint8))
+    env = {key: value for key, value in capi.env.items() if key != "ORT_DISABLE_TELEMETRY"}
+    found = trace(
+        (capi.example("c"), real_library, "query.pgm", "labels.pgm"),
+        tmp_path / "work",
+        {**env, "HOME": str(tmp_path / "home")},
+        tmp_path / "logs",
+    )
+    assert found.sockets == []
+    outside = found.written_outside(tmp_path / "work", real_library)
+    assert [path for path in outside if "__pycache__" not in path] == []  # Python's own cache
+    assert list((tmp_path / "home").iterdir()) == []
 
 
 def test_an_environment_without_the_package_is_refused(
@@ -208,6 +258,15 @@ def test_the_library_links_with_no_python_and_exports_only_its_own(capi: Install
     assert set(exported) == declared
 
 
+def test_the_wrapper_has_all_that_the_header_has() -> None:
+    header, wrapper = (
+        (SOURCE / "engines/native/capi/include" / name).read_text()
+        for name in ("recallseg.h", "recallseg.hpp")
+    )
+    declared = set(re.findall(r"\b(recallseg_\w+)\(", header))
+    assert sorted(name for name in declared if not re.search(rf"\b{name}\b", wrapper)) == []
+
+
 def test_header_and_package_agree() -> None:
     header = (SOURCE / "engines/native/capi/include/recallseg.h").read_text()
     assert f'#define RECALLSEG_VERSION "{__version__}"' in header
@@ -215,10 +274,20 @@ def test_header_and_package_agree() -> None:
     assert f"kInterface = {INTERFACE};" in source
     codes = dict(re.findall(r"RECALLSEG_E_(\w+) = (\d+)", header))
     for kind, code in STATUS.items():
-        name = {"EngineRunError": "Engine", "MemoryError": "Memory"}.get(kind.__name__)
+        name = {"ModuleNotFoundError": "Python"}.get(kind.__name__)
         name = name or kind.__name__.removesuffix("Error")
         snake = re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper()
         assert int(codes[snake]) == code
+
+
+@pytest.mark.parametrize("name", ["in_a_frame", "in_calls", "in_a_callback"])
+def test_a_program_may_end_with_work_in_flight(
+    capi: Installed, real_library: Path, name: str
+) -> None:
+    for _ in range(6):
+        done = run(capi.checks, f"exits_{name}", real_library, env=capi.env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "done" in done.stdout
 
 
 def test_a_signal_ends_the_host_as_if_there_were_no_python(

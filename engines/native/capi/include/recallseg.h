@@ -12,7 +12,10 @@
  * belong to the library; a closed or made-up one is refused. Text that a struct points to lives as
  * long as the handle that it was read from.
  *
- * Structs: set struct_size to sizeof the struct (the *_INIT macros do) and everything unused to 0.
+ * Structs: set struct_size to sizeof the struct (the *_INIT macros do) and everything unused to 0;
+ * `reserved` that is not 0 is refused.
+ *
+ * The end: return from main or call exit whenever you like (docs/device-engineers.md, "Life").
  */
 #ifndef RECALLSEG_H
 #define RECALLSEG_H
@@ -259,9 +262,10 @@ typedef struct recallseg_output {
   uint32_t struct_size;
   uint32_t reserved;
   int64_t rows, columns;       /* as the image's */
-  uint8_t *label_map;          /* rows x columns, or null; 0 is background */
+  uint8_t *label_map;          /* rows x columns, or null; 0 is background. Where masks overlap, the
+                                  structure with the highest logit has the pixel, the first of equals */
   int64_t label_strides[2];    /* as for images */
-  uint8_t *masks;              /* count x rows x columns of 0 and 1, or null */
+  uint8_t *masks;              /* count x rows x columns of 0 and 1, or null; these may overlap */
   int64_t mask_count;          /* the segmenter's structures */
   int64_t mask_strides[3];
 } recallseg_output;

@@ -2,7 +2,10 @@
 #ifndef RECALLSEG_HPP
 #define RECALLSEG_HPP
 
+#include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -34,9 +37,15 @@ inline void check(recallseg_status status) {
   if (status != RECALLSEG_OK) throw Error(status, recallseg_last_error());
 }
 
+// Of the library that is loaded; the header's are RECALLSEG_VERSION and RECALLSEG_ABI_VERSION.
+inline std::string version() { return recallseg_version(); }
+inline uint32_t abi_version() { return recallseg_abi_version(); }
+
 inline void init(const recallseg_init_options* options = nullptr) {
   check(recallseg_init(RECALLSEG_ABI_VERSION, options));
 }
+// Handles that are still owned are let go: closing them afterwards does nothing.
+inline void shutdown() { check(recallseg_shutdown()); }
 
 // A struct of recallseg.h, zero but for its size.
 template <typename T>
@@ -44,6 +53,28 @@ T sized() {
   T value{};
   value.struct_size = sizeof(T);
   return value;
+}
+
+inline recallseg_info info() {
+  auto value = sized<recallseg_info>();
+  check(recallseg_get_info(&value));
+  return value;
+}
+
+using LogCallback = std::function<void(int32_t level, const char* logger, const char* message)>;
+
+// Replace the log's callback; an empty one for none. It must not throw.
+inline void set_log(LogCallback callback, int32_t level = RECALLSEG_LOG_INFO) {
+  static std::mutex mutex;
+  static auto* const kept = new std::unique_ptr<LogCallback>;  // outlives whatever logs at exit
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto next = callback ? std::make_unique<LogCallback>(std::move(callback)) : nullptr;
+  const recallseg_log_callback pass_on = [](int32_t of, const char* logger, const char* message,
+                                            void* user) {
+    (*static_cast<LogCallback*>(user))(of, logger, message);
+  };
+  check(recallseg_set_log(next == nullptr ? nullptr : pass_on, next.get(), level));
+  *kept = std::move(next);  // the one before is no longer running
 }
 
 // A view of packed grey (channels = 1) or RGB (channels = 3) pixels.
@@ -76,29 +107,85 @@ class Owned {
     if (handle_ != nullptr) static_cast<void>(Close(handle_));
   }
   Handle* get() const noexcept { return handle_; }
+  explicit operator bool() const noexcept { return handle_ != nullptr; }
+  // Close it now, and throw what goes wrong.
+  void close() {
+    if (handle_ != nullptr) check(Close(std::exchange(handle_, nullptr)));
+  }
 
  private:
   Handle* handle_ = nullptr;
 };
 
-class Result : public Owned<recallseg_result, recallseg_result_close> {
+// Reads a result that may be somebody else's, as a frame's is.
+class ResultView {
  public:
-  using Owned::Owned;
+  explicit ResultView(recallseg_result* result) : result_(result) {}
   recallseg_summary summary() const {
     auto value = sized<recallseg_summary>();
-    check(recallseg_result_summary(get(), &value));
+    check(recallseg_result_summary(result_, &value));
     return value;
   }
   recallseg_score score(std::size_t structure) const {
     auto value = sized<recallseg_score>();
-    check(recallseg_result_score(get(), structure, &value));
+    check(recallseg_result_score(result_, structure, &value));
     return value;
+  }
+  // Why the quality is suspect: score(structure).reason_count of them.
+  std::vector<std::string> reasons(std::size_t structure) const {
+    std::vector<std::string> all(score(structure).reason_count);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const char* reason = nullptr;
+      check(recallseg_result_reason(result_, structure, i, &reason));
+      all[i] = reason;
+    }
+    return all;
   }
   recallseg_recalled recalled(std::size_t structure, std::size_t index) const {
     auto value = sized<recallseg_recalled>();
-    check(recallseg_result_recalled(get(), structure, index, &value));
+    check(recallseg_result_recalled(result_, structure, index, &value));
     return value;
   }
+  std::map<std::string, std::string> tags(std::size_t structure, std::size_t index) const {
+    std::map<std::string, std::string> all;
+    const std::size_t count = recalled(structure, index).tag_count;
+    for (std::size_t i = 0; i < count; ++i) {
+      recallseg_tag tag{};
+      check(recallseg_result_tag(result_, structure, index, i, &tag));
+      all[tag.name] = tag.value;
+    }
+    return all;
+  }
+  // Milliseconds of each stage, in the order in which they ran.
+  std::vector<std::pair<std::string, double>> timings() const {
+    std::vector<std::pair<std::string, double>> all(summary().timing_count);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const char* stage = nullptr;
+      check(recallseg_result_timing(result_, i, &stage, &all[i].second));
+      all[i].first = stage;
+    }
+    return all;
+  }
+
+ private:
+  recallseg_result* result_;
+};
+
+class Result : public Owned<recallseg_result, recallseg_result_close> {
+ public:
+  using Owned::Owned;
+  // Valid while this result is.
+  ResultView view() const { return ResultView(get()); }
+  recallseg_summary summary() const { return view().summary(); }
+  recallseg_score score(std::size_t structure) const { return view().score(structure); }
+  std::vector<std::string> reasons(std::size_t structure) const { return view().reasons(structure); }
+  recallseg_recalled recalled(std::size_t structure, std::size_t index) const {
+    return view().recalled(structure, index);
+  }
+  std::map<std::string, std::string> tags(std::size_t structure, std::size_t index) const {
+    return view().tags(structure, index);
+  }
+  std::vector<std::pair<std::string, double>> timings() const { return view().timings(); }
 };
 
 class Segmenter : public Owned<recallseg_segmenter, recallseg_segmenter_close> {
@@ -139,6 +226,12 @@ class Library : public Owned<recallseg_library, recallseg_library_close> {
     check(recallseg_library_create(folder.c_str(), &options, &library));
     return Library(library);
   }
+  // The text lives until the next call for this library.
+  recallseg_library_info info() const {
+    auto value = sized<recallseg_library_info>();
+    check(recallseg_library_get_info(get(), &value));
+    return value;
+  }
   std::string add(const recallseg_image& image, const recallseg_exemplar& exemplar) const {
     char key[1025];
     check(recallseg_library_add(get(), &image, &exemplar, key, sizeof key));
@@ -149,6 +242,47 @@ class Library : public Owned<recallseg_library, recallseg_library_close> {
     check(recallseg_segmenter_open(get(), options, &segmenter));
     return Segmenter(segmenter);
   }
+};
+
+// Live frames. The callback runs on the stream's own thread, gets every frame that was not dropped,
+// and must not throw; what it uses has to outlive the stream, which is closed by its destructor.
+class Stream {
+ public:
+  using Callback = std::function<void(const recallseg_frame&)>;
+
+  Stream(const Segmenter& segmenter, Callback callback,
+         const recallseg_stream_options* options = nullptr)
+      : callback_(std::make_unique<Callback>(std::move(callback))) {
+    recallseg_stream* stream = nullptr;
+    check(recallseg_stream_open(
+        segmenter.get(), options,
+        [](const recallseg_frame* frame, void* user) { (*static_cast<Callback*>(user))(*frame); },
+        callback_.get(), &stream));
+    stream_ = Handle(stream);
+  }
+  // The frame's number; the image is copied.
+  uint64_t push(const recallseg_image& image) const {
+    uint64_t number = 0;
+    check(recallseg_stream_push(get(), &image, &number));
+    return number;
+  }
+  void pause() const { check(recallseg_stream_pause(get())); }
+  void resume() const { check(recallseg_stream_resume(get())); }
+  void restart() const { check(recallseg_stream_restart(get())); }
+  // Throws DeadlineMissed after timeout_ms.
+  void drain(double timeout_ms) const { check(recallseg_stream_drain(get(), timeout_ms)); }
+  recallseg_stream_statistics statistics() const {
+    auto value = sized<recallseg_stream_statistics>();
+    check(recallseg_stream_get_statistics(get(), &value));
+    return value;
+  }
+  void close() { stream_.close(); }
+  recallseg_stream* get() const noexcept { return stream_.get(); }
+
+ private:
+  using Handle = Owned<recallseg_stream, recallseg_stream_close>;
+  std::unique_ptr<Callback> callback_;  // destroyed after the stream
+  Handle stream_;
 };
 
 }  // namespace recallseg

@@ -1,6 +1,9 @@
 #include "error.h"
 
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
+#include <mutex>
 
 namespace capi {
 namespace {
@@ -8,7 +11,41 @@ namespace {
 constexpr std::size_t kLongest = 2048;
 thread_local char last_error[kLongest];
 
+// Never destroyed: other threads may be in a call while the process exits.
+struct Calls {
+  std::mutex mutex;
+  std::condition_variable fewer;
+  int count = 0;
+};
+
+Calls& calls() {
+  static auto* const one = new Calls;
+  return *one;
+}
+
+thread_local int calls_here = 0;
+
 }  // namespace
+
+InFlight::InFlight() noexcept {
+  ++calls_here;
+  const std::lock_guard<std::mutex> lock(calls().mutex);
+  ++calls().count;
+}
+
+InFlight::~InFlight() {
+  --calls_here;
+  const std::lock_guard<std::mutex> lock(calls().mutex);
+  --calls().count;
+  calls().fewer.notify_all();
+}
+
+bool InFlight::wait_for_others(double seconds) {
+  Calls& all = calls();
+  std::unique_lock<std::mutex> lock(all.mutex);
+  return all.fewer.wait_for(lock, std::chrono::duration<double>(seconds),
+                            [&] { return all.count == calls_here; });
+}
 
 recallseg_status fail(recallseg_status status, const char* message) noexcept {
   std::snprintf(last_error, sizeof last_error, "%s", message);

@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "recallseg.h"
@@ -30,9 +31,21 @@ class Error : public std::runtime_error {
 // Record an error of this thread; a message too long for the buffer is cut.
 recallseg_status fail(recallseg_status status, const char* message) noexcept;
 
+// Counts the calls at work, of all threads and of this one; whoever ends the process waits for them.
+class InFlight {
+ public:
+  InFlight() noexcept;
+  ~InFlight();
+  InFlight(const InFlight&) = delete;
+  InFlight& operator=(const InFlight&) = delete;
+  // Wait until no other thread is in a call; false after `seconds`.
+  static bool wait_for_others(double seconds);
+};
+
 // Run the body of an exported function.
 template <typename Body>
 recallseg_status guarded(Body&& body) noexcept {
+  const InFlight counted;
   try {
     std::forward<Body>(body)();
     return RECALLSEG_OK;
@@ -64,6 +77,11 @@ inline const char* text_or(const char* text, const char* otherwise) {
 
 // Structs grow at their end. One from an older header is shorter: the rest is 0. One from a newer
 // header is longer: taken if what this version does not know is 0, refused otherwise.
+template <typename T, typename = void>
+struct HasReserved : std::false_type {};
+template <typename T>
+struct HasReserved<T, std::void_t<decltype(T::reserved)>> : std::true_type {};
+
 template <typename T>
 T read_struct(const T* given, std::size_t first_size, const char* name) {
   const std::size_t size = required(given, name).struct_size;
@@ -78,6 +96,11 @@ T read_struct(const T* given, std::size_t first_size, const char* name) {
                                        RECALLSEG_VERSION);
   T copy{};
   std::memcpy(&copy, given, size < sizeof(T) ? size : sizeof(T));
+  if constexpr (HasReserved<T>::value)
+    if (copy.reserved != 0)
+      throw Error(RECALLSEG_E_ABI, std::string(name) + "->reserved is " +
+                                       std::to_string(copy.reserved) +
+                                       ", and must be 0: use the *_INIT macro, which sets it");
   return copy;
 }
 

@@ -1,6 +1,7 @@
 #include "interpreter.h"
 
 #include <dlfcn.h>
+#include <link.h>
 #include <pthread.h>
 #include <unistd.h>
 
@@ -28,6 +29,9 @@ struct Interpreter {
   std::mutex starting;
   std::atomic<bool> ready{false};
   std::atomic<bool> forked{false};
+  std::atomic<bool> ending{false};
+  std::atomic<unsigned long long> loads{0};  // shared objects loaded when end_... was registered
+  std::atomic<unsigned long long> calls{0};  // that have gone through Python
   bool started = false;   // by this library
   bool attached = false;  // to a host's; or started
   Choice choice;          // that it was started with
@@ -38,6 +42,32 @@ struct Interpreter {
 Interpreter& interpreter() {
   static auto* const one = new Interpreter;
   return *one;
+}
+
+constexpr double kLongestAtExit = 10.0;  // seconds
+
+// At exit, before what networks are made of is torn down: refuse new calls, let those in flight and
+// the frames in work end, and free the models. A thread that goes on calling gets E_STATE.
+void end_with_the_process() {
+  Interpreter& self = interpreter();
+  if (self.forked || !self.attached || self.ending.exchange(true)) return;
+  self.ready = false;
+  const InFlight counted;  // what exits may itself be a callback
+  if (python.Py_IsInitialized() == 0) return;  // a host's Python has ended before: so have we
+  bool quiet = true;
+  if (self.embedding) {
+    const Gil gil;
+    guarded([&] {
+      const Ref done = call("close_streams", kLongestAtExit);
+      quiet = python.PyObject_IsTrue(done.get()) == 1;
+    });
+  }
+  if (quiet && InFlight::wait_for_others(kLongestAtExit)) close_all_handles();
+}
+
+int read_loads(dl_phdr_info* info, std::size_t, void* loads) {
+  *static_cast<unsigned long long*>(loads) = info->dlpi_adds;
+  return 1;  // the same for each object: one is enough
 }
 
 void in_forked_child() {
@@ -161,7 +191,23 @@ void attach(const recallseg_init_options& options) {
 
 }  // namespace
 
+// What is registered last runs first. A shared object's destructors are registered when it is loaded,
+// and those of what it makes at its first use (thread pools, tables of types) at that use: so the
+// handler is registered once more whenever there are new objects, after the first calls, and then
+// each time that their number has doubled.
+void come_first_at_exit() {
+  constexpr unsigned long long kFirst = 256;
+  Interpreter& self = interpreter();
+  unsigned long long loads = 0;
+  dl_iterate_phdr(read_loads, &loads);
+  const unsigned long long calls = ++self.calls;
+  const bool early = calls <= kFirst || (calls & (calls - 1)) == 0;
+  if (self.loads.exchange(loads) != loads || early) std::atexit(end_with_the_process);
+}
+
 void require_ready() {
+  if (interpreter().ending)
+    throw Error(RECALLSEG_E_STATE, "the process is ending (exit, or a return from main)");
   if (interpreter().forked)
     throw Error(RECALLSEG_E_FORKED,
                 "this process was forked from one that had called recallseg_init: the threads that "
@@ -169,6 +215,8 @@ void require_ready() {
   if (!interpreter().ready)
     throw Error(RECALLSEG_E_STATE, "recallseg_init has not been called, or recallseg_shutdown has");
 }
+
+bool is_ending() { return interpreter().ending; }
 
 const Ref& embedding() { return interpreter().embedding; }
 
@@ -180,7 +228,7 @@ extern "C" {
 
 recallseg_status recallseg_init(uint32_t abi_version, const recallseg_init_options* options) {
   return guarded([&] {
-    if (interpreter().forked) require_ready();
+    if (interpreter().forked || interpreter().ending) require_ready();
     if (abi_version != RECALLSEG_ABI_VERSION)
       throw Error(RECALLSEG_E_ABI, "the program was compiled for ABI " +
                                        std::to_string(abi_version) + ", librecallseg has " +
@@ -192,6 +240,7 @@ recallseg_status recallseg_init(uint32_t abi_version, const recallseg_init_optio
     if (!alone.owns_lock())
       throw Error(RECALLSEG_E_STATE, "another thread is in recallseg_init or recallseg_shutdown");
     attach(chosen);
+    come_first_at_exit();
     interpreter().ready = true;
   });
 }

@@ -34,6 +34,11 @@ fs::path home_of_environment(const fs::path& executable) {
   return {};
 }
 
+bool is_script(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return file.get() == '#' && file.get() == '!';
+}
+
 }  // namespace
 
 Choice choose(const recallseg_init_options& options) {
@@ -65,6 +70,12 @@ void check_executable(const Choice& choice) {
                 "there is no Python executable '" + choice.python +
                     "' (a full path is needed). Give another in recallseg_init_options.python or "
                     "in RECALLSEG_PYTHON");
+  if (is_script(choice.python))
+    throw Error(RECALLSEG_E_PYTHON,
+                "'" + choice.python +
+                    "' is a script that starts Python, as version managers make them. Give what it "
+                    "prints for -c 'import sys; print(sys.executable)' in "
+                    "recallseg_init_options.python or in RECALLSEG_PYTHON");
 }
 
 std::string find_library(const Choice& choice) {

@@ -35,7 +35,7 @@ void pass_on(int32_t level, const char* logger, const char* message) {
   {
     const std::lock_guard<std::mutex> lock(log.mutex);
     target = log.target;
-    if (target.callback == nullptr) return;
+    if (target.callback == nullptr || is_ending()) return;
     ++log.running;
   }
   ++running_here;

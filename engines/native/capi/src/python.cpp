@@ -107,6 +107,9 @@ void throw_python_error() {
   Ref text(text_method ? python.PyObject_CallObject(text_method.get(), nullptr) : nullptr);
   if (text) message += ": " + text_of(text.get());
   python.PyErr_Clear();
+  // Before the package is there to tell; the loader's own words came as ImportError.
+  for (const char* sign : {"MemoryError", "annot allocate memory", "failed to map segment"})
+    if (message.find(sign) != std::string::npos) throw Error(RECALLSEG_E_MEMORY, message);
   throw Error(embedding() ? RECALLSEG_E_INTERNAL : RECALLSEG_E_PYTHON, message);
 }
 
@@ -119,7 +122,9 @@ PyObject* raise_last_error() {
 
 Ref call_with(const char* function, const Ref& arguments) {
   const Ref callable = checked(python.PyObject_GetAttrString(embedding().get(), function));
-  return checked(python.PyObject_CallObject(callable.get(), arguments.get()));
+  Ref answer = checked(python.PyObject_CallObject(callable.get(), arguments.get()));
+  come_first_at_exit();
+  return answer;
 }
 
 std::size_t Reader::size() const {

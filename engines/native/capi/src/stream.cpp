@@ -54,8 +54,9 @@ PyObject* emit(PyObject* self, PyObject* arguments) {
     std::string message;
     recallseg_result* result = nullptr;
     const recallseg_frame frame = read_frame(reader, message, &result);
+    come_first_at_exit();
     PyThreadState* const thread = python.PyEval_SaveThread();
-    stream->callback(&frame, stream->user);
+    if (!is_ending()) stream->callback(&frame, stream->user);
     if (result != nullptr) guarded([&] { close_handle<Result>(result); });
     python.PyEval_RestoreThread(thread);
   });

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
+from time import perf_counter, sleep
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -269,3 +273,78 @@ def test_a_histogram_is_right_to_five_percent() -> None:
         )
     histogram.record(1e9)
     assert histogram.percentile(100) == histogram.largest == 1e9
+
+
+class Slow:
+    """A segmenter that takes its time, and looks at the deadline when a stage ends."""
+
+    memories = 0
+    model = SimpleNamespace(copy_frame=np.array)
+
+    def __init__(self, stages_ms: tuple[float, ...]) -> None:
+        self.stages_ms = stages_ms
+        self.begun = 0
+
+    def segment(self, image: Any, *, deadline_ms: float | None, temporal: Any) -> Any:
+        self.begun += 1
+        end = perf_counter() + (deadline_ms or 1e9) / 1e3
+        for stage in self.stages_ms:
+            sleep(stage / 1e3)
+            if perf_counter() > end:
+                raise DeadlineError("not done in time")
+        return image
+
+
+@pytest.mark.parametrize("queue", [1, 4])
+def test_an_overloaded_stream_still_segments_as_many_frames_as_there_is_time_for(
+    queue: int,
+) -> None:
+    """A frame each 6 ms, each takes 50 ms, and after 60 ms it is worth nothing."""
+    slow, frames = Slow((40.0, 10.0)), list[Frame]()
+    with Stream(slow, frames.append, deadline_ms=60, queue=queue) as stream:  # type: ignore[arg-type]
+        until = perf_counter() + 2.0
+        while perf_counter() < until:
+            stream.push(np.zeros((2, 2), np.uint8))
+            sleep(0.006)
+        assert stream.drain(10)
+    counts = stream.statistics
+    # One each 56 ms at best (a frame, and the wait for a fresh one): 35. Without skipping: 1 of 51.
+    assert counts.segmented >= 10, counts
+    assert slow.begun <= 2 * counts.segmented, "time was spent on frames that were late"
+    if queue > 1:  # of one, a newer frame pushes out those that waited too long
+        assert len([f for f in frames if "was not begun" in str(f.error)]) > 5
+    assert total(stream) == counts.pushed
+
+
+def test_a_stream_that_was_slow_once_begins_the_next_fresh_frame() -> None:
+    slow, frames = Slow((80.0,)), list[Frame]()
+    with Stream(slow, frames.append, deadline_ms=50) as stream:  # type: ignore[arg-type]
+        for _ in range(3):
+            stream.push(np.zeros((2, 2), np.uint8))
+            assert stream.drain(10)
+            slow.stages_ms = (1.0,)
+    assert [frame.error is None for frame in frames] == [False, True, True]
+
+
+def test_a_process_that_ends_waits_for_the_frame_in_work() -> None:
+    program = """
+import time, threading, types
+import numpy as np
+from recallseg import Stream
+class Slow:
+    memories = 0
+    model = types.SimpleNamespace(copy_frame=np.array)
+    def segment(self, image, **more):
+        begun.set()
+        time.sleep(0.5)
+        print("segmented", flush=True)
+        return image
+begun = threading.Event()
+stream = Stream(Slow(), lambda frame: print("told", flush=True), queue=4)
+for _ in range(4):
+    stream.push(np.zeros((2, 2), np.uint8))
+begun.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["segmented", "told"]

@@ -51,7 +51,11 @@ SEGMENTATIONS = {
     "1.2.840.10008.5.1.4.1.1.66.7": "label map segmentation (SEG)",
     "1.2.840.10008.5.1.4.1.1.66.8": "height map segmentation",
 }
-OTHERS = {"1.2.840.10008.5.1.4.1.1.481.2": "dose distribution (RTDOSE)"}
+OTHERS = {
+    "1.2.840.10008.5.1.4.1.1.481.2": "dose distribution (RTDOSE)",
+    "1.2.840.10008.5.1.4.1.1.4.2": "MR spectroscopy",
+    "1.2.840.10008.5.1.4.1.1.30": "parametric map",
+}
 """Objects with pixels that are not images of a patient."""
 MAX_FILES = 20_000
 _PREAMBLE = 128

@@ -20,6 +20,9 @@ from recallseg.engines.errors import InputError
 
 __all__ = ["Plane", "Where", "choose", "item", "numbers", "place", "plane_word", "planes_of"]
 
+MOST_FRAMES = 200_000
+"""Of one object: ten times those of the largest scan, and of a SEG with many segments of it."""
+
 SAME_ORIENTATION = 1e-3  # of direction cosines
 SAME_SPACING = 1e-3  # of the spacing
 EVEN = 0.02  # of the gap: how far a slice may lie from its even place, within or along
@@ -134,6 +137,8 @@ def planes_of(dataset: Any, file: int, path: Path) -> list[Plane]:
         If there are not as many functional groups as frames, or a frame has a part of its place.
     """
     frames = int(dataset.get("NumberOfFrames") or 1)
+    if not 1 <= frames <= MOST_FRAMES:
+        raise InputError(f"{path} declares {frames} frames; at most {MOST_FRAMES} are read.")
     groups = dataset.get("PerFrameFunctionalGroupsSequence")
     shared = item(dataset, "SharedFunctionalGroupsSequence")
     if groups is not None and len(groups) != frames:

@@ -13,12 +13,19 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Union
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom import damaged_is_input_error, is_dicom, open_dicom
+from recallseg.runtime.formats.dicom import (
+    SEGMENTATIONS,
+    damaged_is_input_error,
+    is_dicom,
+    object_kind,
+    open_dicom,
+)
 from recallseg.runtime.formats.images import is_image
 from recallseg.runtime.formats.reading import FORMATS, volume_stem
 from recallseg.runtime.json_text import printable
@@ -27,16 +34,20 @@ __all__ = [
     "MASK_SUFFIX",
     "DicomHeader",
     "Finding",
+    "Header",
     "Headers",
     "Item",
     "PassedOver",
     "Signature",
+    "file_item",
     "find_in_folder",
     "find_inputs",
     "is_mask",
+    "read_header",
 ]
 
 MASK_SUFFIX = ".mask"
+RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 MOST_FILES = 1_000_000
 """Files in one folder and below; more is taken for a mistake (a whole disk, a loop)."""
 
@@ -47,18 +58,6 @@ _SLICES = frozenset(
     for kind in ("2", "4", "128", "20")  # CT, MR, PET, NM
 )
 """Classes whose single files are slices of a stack even where a header lost its position."""
-_SEGMENTATIONS = {
-    "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation (SEG)",
-    "1.2.840.10008.5.1.4.1.1.66.7": "a segmentation (label map SEG)",
-    "1.2.840.10008.5.1.4.1.1.66.5": "a segmentation of surfaces",
-    "1.2.840.10008.5.1.4.1.1.481.3": "a segmentation (RT structure set)",
-}
-_NO_IMAGES = {
-    "1.2.840.10008.5.1.4.1.1.481.2": "a dose distribution (RT Dose)",
-    "1.2.840.10008.5.1.4.1.1.4.2": "MR spectra",
-    "1.2.840.10008.5.1.4.1.1.30": "a parametric map",
-}
-"""Objects with rows and columns whose pixels are no picture of a patient."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ class Item:
     suffix : of the file's name, as its format is written; empty for DICOM.
     signature : changes whenever a file does.
     series : SeriesInstanceUID; empty for other formats.
+    trouble : why it cannot be read, where that is known already; empty if it is not.
     """
 
     path: Path
@@ -86,6 +86,7 @@ class Item:
     suffix: str
     signature: Signature
     series: str = ""
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,22 +99,26 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class DicomHeader:
-    """What decides about a DICOM file; empty strings and 0 where it does not say."""
+    """What decides about a DICOM file; empty strings and 0 where it does not say.
 
+    ``what`` is as :func:`recallseg.runtime.formats.dicom.object_kind` says.
+    """
+
+    what: str
     sop_class: str
     instance: str
     series: str
     modality: str
     number: int
-    has_rows: bool
     frames: int
     placed: bool
     refers_to: tuple[str, ...]  # SeriesInstanceUIDs of what a segmentation was drawn on
 
 
-Headers = MutableMapping[Path, tuple[Signature, "DicomHeader | str"]]
-"""Headers read before, by path: who looks again and again reads only what changed. A text is why
-there is none."""
+Header = Union["DicomHeader", str, None]
+"""A text is why a file that says that it is DICOM has none; None: it says nothing of the kind."""
+Headers = MutableMapping[Path, tuple[Signature, Header]]
+"""Headers read before, by path: who looks again and again reads only what changed."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ def find_in_folder(
     links: bool = True,
     by_folder: bool = True,
     headers: Headers | None = None,
+    read: Callable[[Path], Header] | None = None,
 ) -> Finding:
     """Look into a folder and all below it.
 
@@ -157,6 +163,7 @@ def find_in_folder(
     by_folder : name a DICOM image that has a folder to itself after that folder, for people. Else
         by its identity, which stays when others arrive beside it.
     headers : DICOM headers read before; brought up to date.
+    read : reads a header, as :func:`read_header` does.
 
     Raises
     ------
@@ -168,7 +175,7 @@ def find_in_folder(
     if not folder.is_dir():
         raise InputError(f"there is no folder {printable(folder)}.")
     passed: list[PassedOver] = []
-    found = _Sorted(folder, passed, {} if headers is None else headers)
+    found = _Sorted(folder, passed, {} if headers is None else headers, read or read_header)
     for path, status in _walk(folder, links, passed):
         found.take(path, (1, status.st_size, status.st_mtime_ns))
     return found.finish(by_folder)
@@ -207,9 +214,11 @@ def find_inputs(paths: Sequence[Path], kind: str | None = None) -> Finding:
             passed += part.passed
             drawn_on |= part.drawn_on
         elif kind is not None or not path.exists():
-            items.append(_file(path, path.parent, kind or "image", _signature(path)))
+            items.append(file_item(path, path.parent, kind or "image"))
         else:
-            group = loose.setdefault(path.parent, _Sorted(path.parent, passed, {}, named=True))
+            group = loose.setdefault(
+                path.parent, _Sorted(path.parent, passed, {}, read_header, named=True)
+            )
             group.take(path, _signature(path))
     for group in loose.values():
         part = group.finish(by_folder=True)
@@ -223,12 +232,19 @@ class _Sorted:
     """Sorts files into images, segmentations and what is passed over."""
 
     def __init__(
-        self, folder: Path, passed: list[PassedOver], headers: Headers, *, named: bool = False
+        self,
+        folder: Path,
+        passed: list[PassedOver],
+        headers: Headers,
+        read: Callable[[Path], Header],
+        *,
+        named: bool = False,
     ) -> None:
         self._folder = folder
         self._passed = passed
         self._headers = headers
-        self._current: dict[Path, tuple[Signature, DicomHeader | str]] = {}
+        self._read = read
+        self._current: dict[Path, tuple[Signature, Header]] = {}
         self._named = named  # one by one: then an unreadable or unknown file is an error of its own
         self._items: list[Item] = []
         self._masks: list[Path] = []
@@ -244,11 +260,15 @@ class _Sorted:
                 self._masks.append(path)
                 self._pass(path, "a label map or segmentation, not an image")
             else:
-                self._items.append(_file(path, self._folder, kind, signature))
-        elif kind == "dicom" or is_dicom(path):
-            self._dicom(path, signature)
+                self._items.append(file_item(path, self._folder, kind, signature))
+        elif (header := self._header(path, signature)) is not None:
+            self._dicom(path, signature, header)
+        elif kind == "dicom":  # by its name; its reader says that it is none
+            self._items.append(file_item(path, self._folder, "dicom", signature))
         elif self._named:
-            self._items.append(_file(path, self._folder, "image", signature))  # its reader says why
+            self._items.append(
+                file_item(path, self._folder, "image", signature)
+            )  # its reader says why
         else:
             self._pass(path, "of no format that is read" if signature[1] else "an empty file")
 
@@ -278,22 +298,24 @@ class _Sorted:
         items = sorted(self._items, key=lambda item: os.fsencode(item.relative))
         return Finding(tuple(items), tuple(self._masks), tuple(self._passed), self._drawn_on)
 
-    def _dicom(self, path: Path, signature: Signature) -> None:
+    def _header(self, path: Path, signature: Signature) -> Header:
         if path not in self._headers or self._headers[path][0] != signature:
-            self._headers[path] = (signature, _read_header(path))
+            self._headers[path] = (signature, self._read(path))
         self._current[path] = self._headers[path]
-        header = self._headers[path][1]
-        if isinstance(header, str):  # says that it is DICOM, and cannot be read: that is reported
-            self._items.append(_file(path, self._folder, "dicom", signature))
-        elif header.sop_class in _SEGMENTATIONS:
-            self._masks.append(path)
-            self._drawn_on[path] = header.refers_to
-            self._pass(path, f"{_SEGMENTATIONS[header.sop_class]}, not an image")
-        elif (why := _why_no_image(header)) is not None:
-            self._pass(path, f"{why}, not an image")
-        else:
+        return self._headers[path][1]
+
+    def _dicom(self, path: Path, signature: Signature, header: DicomHeader | str) -> None:
+        if isinstance(header, str):  # it cannot be read: that is reported
+            item = file_item(path, self._folder, "dicom", signature)
+            self._items.append(replace(item, trouble=header))
+        elif header.what == "image":
             file = _File(path, signature, header)
             self._series[header.series or header.instance][path.parent].append(file)
+        else:
+            if header.sop_class in SEGMENTATIONS or header.sop_class == RT_STRUCTURE_SET:
+                self._masks.append(path)
+                self._drawn_on[path] = header.refers_to
+            self._pass(path, f"{header.what}, not an image")
 
     def _split(self, uid: str, folders: dict[Path, list[_File]]) -> Iterator[_Image]:
         """Yield the images of a series."""
@@ -435,10 +457,13 @@ def _kind_by_name(path: Path) -> str | None:
     return "image" if is_image(path) else None
 
 
-def _file(path: Path, folder: Path, kind: str, signature: Signature) -> Item:
+def file_item(path: Path, folder: Path, kind: str, signature: Signature | None = None) -> Item:
+    """Return the item of one file, whose outputs are named by its path below the folder."""
     stem = volume_stem(path) or path.name
     relative = path.relative_to(folder).with_name(stem) if path.name else Path("folder")
-    return Item(path, (path,), kind, path.name, relative, path.name[len(stem) :].lower(), signature)
+    suffix = path.name[len(stem) :].lower()
+    state = _signature(path) if signature is None else signature
+    return Item(path, (path,), kind, path.name, relative, suffix, state)
 
 
 def _signature(path: Path) -> Signature:
@@ -449,13 +474,15 @@ def _signature(path: Path) -> Signature:
     return (1, status.st_size, status.st_mtime_ns)
 
 
-def _read_header(path: Path) -> DicomHeader | str:
-    """Return what decides about a file, or why it cannot be read."""
+def read_header(path: Path) -> Header:
+    """Return what decides about a file, why it cannot be read, or None if it is no DICOM file."""
     wanted = [
         *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber"),
-        *("Rows", "NumberOfFrames", "ImagePositionPatient", "ReferencedSeriesSequence"),
-        "ReferencedFrameOfReferenceSequence",
+        *("Rows", "Columns", "NumberOfFrames", "ImagePositionPatient"),
+        *("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"),
     ]
+    if not is_dicom(path):
+        return None
     try:
         with damaged_is_input_error(path):
             header = open_dicom(path, only=wanted)
@@ -463,12 +490,12 @@ def _read_header(path: Path) -> DicomHeader | str:
             number = str(header.get("SeriesNumber", "") or "")
             frames = str(header.get("NumberOfFrames", "") or "1")
             return DicomHeader(
+                object_kind(header),
                 str(header.get("SOPClassUID", "")),
                 str(header.get("SOPInstanceUID", "")),
                 str(header.get("SeriesInstanceUID", "")),
                 "".join(c for c in str(header.get("Modality", "") or "") if c.isalnum())[:16],
                 int(number) if number.isascii() and number.isdecimal() else 0,
-                bool(header.get("Rows")),
                 int(frames) if frames.isascii() and frames.isdecimal() else 1,
                 bool(header.get("ImagePositionPatient")),
                 tuple(_series_referred_to(header)),
@@ -486,14 +513,3 @@ def _series_referred_to(header: object) -> Iterator[str]:
     for element in header.iterall():
         if element.keyword == "SeriesInstanceUID" and element.value not in (None, "", own):
             yield str(element.value)
-
-
-def _why_no_image(header: DicomHeader) -> str | None:
-    from pydicom.uid import UID
-
-    if header.sop_class in _NO_IMAGES:
-        return _NO_IMAGES[header.sop_class]
-    if header.has_rows:
-        return None
-    name = UID(header.sop_class).name if header.sop_class else "DICOM of no stated kind"
-    return name.removesuffix(" Storage")

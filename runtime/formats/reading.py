@@ -130,6 +130,8 @@ def read_item(
     progress: Callable[[str], None] = lambda step: None,
 ) -> Volume:
     """Read what :mod:`recallseg.runtime.formats.finding` found; the rest as :func:`read_volume`."""
+    if item.trouble:
+        raise InputError(item.trouble)
     if item.kind == "dicom":
         return read_dicom(_files(item), voi=voi, time=time, stack=stack, progress=progress)
     return read_volume(item.path, kind=item.kind, voi=voi, time=time, stack=stack)

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import max_bytes
-from recallseg.runtime.formats.finding import Item
+from recallseg.runtime.formats.finding import DicomHeader, Header, Item, read_header
 from recallseg.runtime.formats.images import read_image
 from recallseg.runtime.formats.reading import read_item
 from recallseg.runtime.formats.volume import Volume
@@ -54,13 +55,16 @@ class DecodingLimits:
     ----------
     file_bytes : all its files together.
     memory_bytes : address space of the process that decodes it.
-    seconds, seconds_per_mb : time; the second for each 10^6 bytes of its files.
+    seconds, seconds_per_mb, most_seconds : time; the second for each 10^6 bytes of its files.
+    header_seconds : time for the header of one file.
     """
 
     file_bytes: int = field(default_factory=max_bytes)
     memory_bytes: int = 0
     seconds: float = 60.0
-    seconds_per_mb: float = 1.0
+    seconds_per_mb: float = 0.3
+    most_seconds: float = 900.0
+    header_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         if not self.memory_bytes:
@@ -68,24 +72,21 @@ class DecodingLimits:
 
     def time_for(self, item: Item) -> float:
         """Return the seconds that an item may take."""
-        return self.seconds + self.seconds_per_mb * item.signature[1] / 1e6
+        return min(self.most_seconds, self.seconds + self.seconds_per_mb * item.signature[1] / 1e6)
 
 
 class IsolatedDecoder:
     """Reads items one after the other in a process that is started when it is first needed."""
 
     def __init__(self, limits: DecodingLimits | None = None) -> None:
+        self.stop: Callable[[], bool] = lambda: False
+        """Looked at while something is read: what says True ends that without an answer."""
         self._limits = limits or DecodingLimits()
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Connection[Any, Any] | None = None
 
     def read(
-        self,
-        item: Item,
-        *,
-        voi: bool = False,
-        as_stored: bool = False,
-        stop: Callable[[], bool] = lambda: False,
+        self, item: Item, *, voi: bool = False, as_stored: bool = False
     ) -> NDArray[Any] | Volume | None:
         """Return an image HxW or HxWx3, or a volume; None if ``stop`` said so meanwhile.
 
@@ -94,38 +95,52 @@ class IsolatedDecoder:
         InputError
             If it cannot be read, is no regular file any more, or breaks a limit.
         """
+        if item.trouble:
+            raise InputError(item.trouble)
         size = item.signature[1]
         if size > self._limits.file_bytes:
             raise InputError(
                 f"{printable(item.path)} has {size} bytes; at most {self._limits.file_bytes} are "
                 "read here."
             )
-        link = self._started()
-        until = monotonic() + self._limits.time_for(item)
+        found = self._ask((item, voi, as_stored), item.path, self._limits.time_for(item))
+        if isinstance(found, str):
+            raise InputError(found)
+        assert found is None or isinstance(found, np.ndarray | Volume)
+        return found
+
+    def read_header(self, path: Path) -> Header:
+        """Do as :func:`recallseg.runtime.formats.finding.read_header`, within limits."""
         try:
-            link.send((item, voi, as_stored))
+            found = self._ask(path, path, self._limits.header_seconds)
+        except InputError as error:
+            return str(error)
+        assert found is None or isinstance(found, DicomHeader | str)
+        return found
+
+    def _ask(self, question: Any, path: Path, seconds: float) -> Any:
+        link = self._started()
+        until = monotonic() + seconds
+        try:
+            link.send(question)
             while not link.poll(LOOK_S):
-                if stop():
+                if self.stop():
                     self.close()
                     return None
                 if monotonic() > until:
                     self.close()
                     raise InputError(
-                        f"{printable(item.path)} was not decoded within "
-                        f"{self._limits.time_for(item):.0f} s: it is damaged, or made to hang."
+                        f"{printable(path)} was not read within {seconds:.0f} s: it is damaged, or "
+                        "made to hang."
                     )
-            found = _receive(link)
+            return _receive(link)
         except (EOFError, OSError) as error:
             status = self._process.wait() if self._process is not None else None
             self.close()
             raise InputError(
-                f"{printable(item.path)} ended the process that decoded it ({_ended(status)}): it "
-                "is damaged, or made to do so."
+                f"{printable(path)} ended the process that read it ({_ended(status)}): it is "
+                "damaged, or made to do so."
             ) from error
-        if isinstance(found, str):
-            raise InputError(found)
-        assert found is None or isinstance(found, np.ndarray | Volume)
-        return found
 
     def close(self) -> None:
         """End the process. Harmless if repeated; the next item gets a new one."""
@@ -196,10 +211,14 @@ def _receive(link: Connection[Any, Any]) -> Any:
     return pickle.loads(head, buffers=buffers)  # noqa: S301  # of our own process, see above
 
 
-def _read(item: Item, voi: bool, as_stored: bool) -> NDArray[Any] | Volume | str:
-    for path in item.files:
+def _answer(question: Any) -> Any:
+    files = (question,) if isinstance(question, Path) else question[0].files
+    for path in files:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return f"{printable(path)} is no regular file any more."
+    if isinstance(question, Path):
+        return read_header(question)
+    item, voi, as_stored = question
     if item.kind == "image":
         return read_image(item.path, as_stored=as_stored)
     return read_item(item, voi=voi)
@@ -208,23 +227,25 @@ def _read(item: Item, voi: bool, as_stored: bool) -> NDArray[Any] | Volume | str
 def _serve(link: Connection[Any, Any]) -> None:
     while True:
         try:
-            item, voi, as_stored = link.recv()
+            question = link.recv()
         except EOFError:
             return
+        path = question if isinstance(question, Path) else question[0].path
+        too_much = f"{printable(path)} needs more memory than an item may take."
         found: Any
         try:
-            found = _read(item, voi, as_stored)
+            found = _answer(question)
         except InputError as error:
             found = printable(error)
         except MemoryError:
-            found = f"{printable(item.path)} needs more memory than an item may take."
+            found = too_much
         except Exception as error:  # of a decoder, whatever it may be; it is told, never kept
             kind = type(error).__name__
-            found = f"{printable(item.path)} cannot be read: {kind}: {printable(error)}"
+            found = f"{printable(path)} cannot be read: {kind}: {printable(error)}"
         try:
             _send(link, found)
         except MemoryError:
-            _send(link, f"{printable(item.path)} needs more memory than an item may take.")
+            _send(link, too_much)
         except BrokenPipeError:
             return  # it was not waited for
 

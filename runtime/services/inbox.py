@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic
 
 from recallseg.runtime.formats.finding import (
+    Header,
     Headers,
     Item,
     PassedOver,
@@ -31,11 +32,15 @@ class Inbox:
     ----------
     source : the folder.
     settle_s : seconds without a change after which an item is complete.
+    read : reads DICOM headers, see :func:`find_in_folder`.
     """
 
-    def __init__(self, source: Path, settle_s: float) -> None:
+    def __init__(
+        self, source: Path, settle_s: float, read: Callable[[Path], Header] | None = None
+    ) -> None:
         self._source = source
         self._settle_s = settle_s
+        self._read = read
         self._seen: dict[tuple[Path, str], tuple[Signature, float]] = {}
         self._headers: Headers = {}
         self.passed: tuple[PassedOver, ...] = ()
@@ -43,7 +48,9 @@ class Inbox:
 
     def look(self, is_done: Callable[[Item], bool]) -> tuple[list[Item], bool]:
         """Return complete items that are not done, and whether others are still being written."""
-        found = find_in_folder(self._source, links=False, by_folder=False, headers=self._headers)
+        found = find_in_folder(
+            self._source, links=False, by_folder=False, headers=self._headers, read=self._read
+        )
         self.passed = found.passed
         complete: list[Item] = []
         unsettled = False

@@ -26,6 +26,8 @@ __all__ = [
 
 VOLUME_SUFFIXES = {"dicom": ".seg.dcm", "nifti": ".mask.nii.gz", "nrrd": ".seg.nrrd"}
 PREVIEW_SUFFIXES = (".preview.png", ".preview.html")
+MOST_BYTES_BELOW = 1500  # of folders below the output: systems take 4096 of a whole path
+_TAKEN = (".json", ".png", ".dcm", ".gz", ".nrrd", ".html")  # by our files: no folder's name
 MOST_BYTES = 200
 """Of a name: systems take 255, and suffixes and a temporary name still come."""
 
@@ -38,7 +40,10 @@ def output_base(output: Path, relative: Path) -> Path:
     relative : the image's path in the folder that it came from, less the suffix of its format.
         Nothing in it leads out of ``output``, and two that differ never give the same path.
     """
-    return output.joinpath(*map(_safe, relative.parts))
+    parts = [_safe(part, folder=True) for part in relative.parts[:-1]]
+    if sum(len(os.fsencode(part)) + 1 for part in parts) > MOST_BYTES_BELOW:
+        parts = [_digest(str(relative.parent))]
+    return output.joinpath(*parts, _safe(relative.name))
 
 
 def mask_file(base: Path) -> Path:
@@ -83,15 +88,20 @@ def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:
     return record
 
 
-def _safe(name: str) -> str:
+def _safe(name: str, *, folder: bool = False) -> str:
     """Return a file name without anything that a shell or another system trips over.
 
     A name that had to be changed gets the digest of the whole, so that no other becomes the same.
     Bytes that are no UTF-8 (lone surrogates, PEP 383) stay: the file is found under its own name.
     """
     cleaned = re.sub(r"[^\w.()+=@ \udc80-\udcff-]", "_", name).strip(" .")
-    if cleaned == name and len(os.fsencode(name)) <= MOST_BYTES:
+    taken = folder and name.lower().endswith(_TAKEN)
+    if cleaned == name and not taken and len(os.fsencode(name)) <= MOST_BYTES:
         return name
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()
+    digest = _digest(name)
     kept = os.fsencode(cleaned)[: MOST_BYTES - len(digest) - 1].decode(errors="ignore")
     return f"{kept}-{digest}" if kept else digest
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()

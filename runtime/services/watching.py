@@ -6,6 +6,7 @@ so whatever dies at whatever moment, the next run goes on where that one was.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError, LibraryLockedError, OutputError
-from recallseg.runtime.formats.finding import Item, PassedOver
+from recallseg.runtime.formats.finding import Header, Item, PassedOver, file_item
 from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
@@ -35,6 +36,8 @@ __all__ = ["Arrival", "Watcher"]
 LOCK = ".recallseg-watch.lock"
 ASKED_AGAIN = 5
 """Times that an item is segmented while another process changes the library under it."""
+_OF_THE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ)
+"""Faults of one output; others (a full disk) are of all, and end the watch."""
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of write_atomically
 
 
@@ -104,10 +107,11 @@ class Watcher:
             ) from error
         self._segmenter = segmenter
         self._output = output
-        self._inbox = Inbox(source, settle_s)
+        self._decoder = IsolatedDecoder(limits)
+        self._source = source
+        self._inbox = Inbox(source, settle_s, self._header)
         self._volumes = volumes or VolumeSettings()
         self._audit = audit
-        self._decoder = IsolatedDecoder(limits)
         for left in output.rglob(".*.tmp"):  # of a watch that was killed; the lock says it is ours
             if _TEMPORARY.fullmatch(left.name):
                 left.unlink(missing_ok=True)
@@ -127,10 +131,11 @@ class Watcher:
         OSError, EngineError, LibraryError, AuditError
             What concerns more than one item ends the watch; what was done stays done.
         """
+        self._decoder.stop = stop.is_set
         while not stop.is_set():
             arrived, unsettled = self._inbox.look(self._is_done)
             for item in arrived:
-                arrival = None if stop.is_set() else self._segment(item, stop)
+                arrival = None if stop.is_set() else self._segment(item)
                 if arrival is None:
                     return
                 yield arrival
@@ -160,6 +165,14 @@ class Watcher:
     ) -> None:
         self.close()
 
+    def _header(self, path: Path) -> Header:
+        """Read a DICOM header; what was set aside before, and is the same, is not met again."""
+        item = file_item(path, self._source, "dicom")
+        failure = _read_record(_failure_file(self._base(item), item))
+        if failure is not None and tuple(failure.get("files", ())) == item.signature:
+            return str(failure.get("error"))
+        return self._decoder.read_header(path)
+
     def _is_done(self, item: Item) -> bool:
         base = self._base(item)
         record = _read_record(record_file(base))
@@ -168,8 +181,8 @@ class Watcher:
         failure = _read_record(_failure_file(base, item))
         return failure is not None and tuple(failure.get("files", ())) == item.signature
 
-    def _segment(self, item: Item, stop: Event) -> Arrival | None:
-        """Return what became of an item; None if it was not begun because of ``stop``."""
+    def _segment(self, item: Item) -> Arrival | None:
+        """Return what became of an item; None if it was not begun because it is to stop."""
         base = self._base(item)
         try:
             other = _read_record(record_file(base))
@@ -181,11 +194,14 @@ class Watcher:
                 item,
                 voi=self._volumes.voi,
                 as_stored=self._volumes.as_stored,
-                stop=stop.is_set,
             )
             if image is None:
                 return None
             record = self._write(item, image, base)
+        except OSError as error:
+            if error.errno not in _OF_THE_NAME:
+                raise
+            return Arrival(item.path, item.name, None, f"{printable(base)}: {error.strerror}")
         except (InputError, OutputError, MemoryError) as error:
             return self._set_aside(item, base, str(error) or "it needs more memory than there is")
         _failure_file(base, item).unlink(missing_ok=True)

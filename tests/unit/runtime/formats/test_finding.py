@@ -122,7 +122,7 @@ def test_slices_that_lost_their_position_stay_one_series(tmp_path: Path) -> None
         (KO, "Key Object Selection Document, not an image"),
         (PR, "Grayscale Softcopy Presentation State, not an image"),
         (PDF, "Encapsulated PDF, not an image"),
-        (RTSTRUCT, "a segmentation (RT structure set), not an image"),
+        (RTSTRUCT, "RT Structure Set, not an image"),
     ],
 )
 def test_other_objects_are_passed_over_by_name(tmp_path: Path, sop_class: str, reason: str) -> None:
@@ -251,8 +251,8 @@ def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     headers: finding.Headers = {}
     find_in_folder(tmp_path, headers=headers)
     read: list[Path] = []
-    whole = finding._read_header
-    monkeypatch.setattr(finding, "_read_header", lambda path: read.append(path) or whole(path))
+    whole = finding.read_header
+    monkeypatch.setattr(finding, "read_header", lambda path: read.append(path) or whole(path))
     find_in_folder(tmp_path, headers=headers)
     assert read == []
     made[0].write_bytes(made[0].read_bytes() + b"\0\0")

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from threading import Event
 
 import cv2
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from support.dicom_series import write_series
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import InputError
 from recallseg.runtime.services.audit import AuditLog, verify_audit_log
+from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.watching import Arrival, Watcher
 from recallseg.runtime.volumes.outputs import VolumeSettings
 
@@ -204,3 +208,105 @@ def test_no_header_leads_out_of_the_output(segmenter: Segmenter, tmp_path: Path)
     assert len(written) == 1
     assert all(path.is_relative_to((tmp_path / "out").resolve()) for path in written)
     assert not list(tmp_path.parent.glob("OUT*"))
+
+
+def test_series_that_share_32_bits_of_a_digest_do_not_replace_each_other(
+    segmenter: Segmenter, tmp_path: Path
+) -> None:
+    first: dict[bytes, str] = {}
+    for number in range(500_000):
+        uid = f"1.2.{number}"
+        start = hashlib.sha256(uid.encode()).digest()[:4]
+        if start in first:
+            break
+        first[start] = uid
+    else:
+        pytest.fail("no two of them")
+    inbox = tmp_path / "in"
+    for each in (uid, first[start]):
+        for path in send(tmp_path / "sent", 2):
+            dataset = pydicom.dcmread(path)
+            dataset.SeriesInstanceUID = each
+            inbox.mkdir(exist_ok=True)
+            dataset.save_as(inbox / f"{each}.{path.name}")
+            path.unlink()
+    arrivals = watch(segmenter, inbox)
+    assert [a.record is not None for a in arrivals] == [True, True]
+    assert len(list((tmp_path / "out").glob("*.seg.dcm"))) == 2
+    assert len({a.name for a in arrivals}) == 2
+
+
+def test_temporary_files_of_a_killed_watch_are_taken_away(
+    segmenter: Segmenter, inbox: Path
+) -> None:
+    left = inbox.parent / "out" / "ward 7" / ".b.json.4711.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    mine = left.with_name(".mine.tmp")
+    mine.write_bytes(b"kept")
+    watch(segmenter, inbox)
+    assert not left.exists()
+    assert mine.exists()
+
+
+def test_an_exemplar_removed_meanwhile_is_no_fault_of_the_image(
+    segmenter: Segmenter, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process changes the library between recall and reading: the item is asked again."""
+    whole, seen = segmenter.segment, []
+
+    def segment(image: np.ndarray) -> object:
+        seen.append(image)
+        if len(seen) == 1:
+            segmenter.library.add(picture(9), {"half": picture(9) > 100})
+            raise InputError("there is no exemplar 'x'")
+        return whole(image)
+
+    monkeypatch.setattr(segmenter, "segment", segment)
+    arrivals = watch(segmenter, inbox)
+    assert [a.record is not None for a in arrivals] == [True, True]
+    assert len(seen) == 3
+    assert not list((inbox.parent / "out").rglob("*.error.json"))
+
+
+def test_outputs_keep_out_of_the_way_of_folders(segmenter: Segmenter, tmp_path: Path) -> None:
+    """A folder that is named like an output, and paths that are longer than outputs may be."""
+    inbox = tmp_path / "in"
+    names = ["x.json/a.png", "x.png", "x.mask.png/b.png", "/".join(["d" * 150] * 12) + "/c.png"]
+    for number, name in enumerate(names):
+        (inbox / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "one.png"), picture(number))
+        (tmp_path / "one.png").rename(inbox / name)
+    arrivals = watch(segmenter, inbox)
+    assert [a.error for a in arrivals] == [None] * 4
+    assert len(list((tmp_path / "out").rglob("*.mask.png"))) == 4
+
+
+def test_what_took_too_long_is_set_aside_and_not_met_again(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    (inbox / "zeros.dcm").write_bytes(bytes(128) + b"DICM")
+    os.truncate(inbox / "zeros.dcm", 10**10)
+    cv2.imwrite(str(inbox / "a.png"), picture(1))
+    limits = DecodingLimits(header_seconds=0.5)
+    arrivals = {a.name: a for a in watch(segmenter, inbox, limits=limits)}
+    assert "not read within" in str(arrivals["zeros.dcm"].error)
+    assert arrivals["a.png"].record is not None
+    monkeypatch.setattr(IsolatedDecoder, "read_header", None)  # nothing is read at a second start
+    assert watch(segmenter, inbox, limits=limits) == []
+
+
+def test_limits_of_memory_and_size(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    large = np.zeros((9000, 9000, 3), np.uint8)
+    cv2.imwrite(str(inbox / "large.png"), large, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    cv2.imwrite(str(inbox / "z.png"), picture(1))
+    arrivals = {a.name: a for a in watch(segmenter, inbox, limits=DecodingLimits(file_bytes=5000))}
+    assert "at most 5000 are read" in str(arrivals["large.png"].error)
+    (inbox / "large.png").touch()
+    limits = DecodingLimits(memory_bytes=700 * 2**20)
+    (arrival,) = watch(segmenter, inbox, limits=limits)
+    assert "memory" in str(arrival.error).lower()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from recallseg.runtime.library.encoding import Origin
+from recallseg.runtime.library.shards import MappedShard
 
 __all__ = ["Exemplar", "Found", "LibraryReport", "Match", "Recollection", "StoredMemory"]
 
@@ -64,13 +64,14 @@ class StoredMemory:
     ----------
     key, structure : of what exemplar, and of what it shows.
     digest : SHA-256 of the stored tokens and pointer: equal for equal memories, in any library.
-    record : a view of a memory-mapped file, see :mod:`recallseg.runtime.library.shards`.
+    shard, slot : the memory-mapped file that it lies in, and where.
     """
 
     key: str
     structure: str
     digest: bytes
-    record: Any = field(repr=False)
+    shard: MappedShard = field(repr=False)
+    slot: int = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)

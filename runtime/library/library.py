@@ -466,6 +466,8 @@ class Library:
         ------
         InputError
             For buffers of another shape or dtype.
+        LibraryCorruptError
+            If a memory is not what was stored, or its file was cut short.
         """
         recalling.gather(self._store, self._pixels, memories, memories_out, pointers_out)
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -41,6 +41,13 @@ class CatalogQueries:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._dimension: int | None = None
+        self._intact: set[int] = set()
+        self._proven: set[int] = set()
+
+    def forget(self) -> None:
+        """Compare embeddings and exemplars with their digests anew; they may be others now."""
+        self._intact.clear()
+        self._proven.clear()
 
     # State
 
@@ -163,11 +170,12 @@ class CatalogQueries:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return numbers (N int64, ascending) and embeddings (N x D float32) above ``after``."""
         rows = self.database.execute(
-            "SELECT a.exemplar, e.embedding FROM annotations a JOIN encodings e ON e.generation = "
-            "(SELECT generation FROM state) AND e.exemplar = a.exemplar "
+            "SELECT a.exemplar, e.embedding, e.digest FROM annotations a JOIN encodings e ON "
+            "e.generation = (SELECT generation FROM state) AND e.exemplar = a.exemplar "
             "WHERE a.structure = ? AND a.present = ? AND a.exemplar > ? ORDER BY a.exemplar",
             (structure, int(present), after),
         )
+        self._check_embeddings(rows)
         return self._matrix(rows)
 
     def embeddings_of(
@@ -175,17 +183,19 @@ class CatalogQueries:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return numbers and embeddings of those of ``numbers`` that exist, ascending."""
         rows = self._in_batches(
-            "SELECT exemplar, embedding FROM encodings WHERE generation = (SELECT generation "
-            "FROM state) "
-            "AND exemplar IN ({}) ORDER BY exemplar",
+            "SELECT exemplar, embedding, digest FROM encodings WHERE generation = (SELECT "
+            "generation FROM state) AND exemplar IN ({}) ORDER BY exemplar",
             sorted(int(number) for number in numbers),
         )
+        self._check_embeddings(row for row in rows if row[0] not in self._intact)
+        self._intact.update(row[0] for row in rows)
         return self._matrix(rows)
 
     def found(
         self, numbers: Sequence[int], structure: int
     ) -> dict[int, tuple[str, tuple[Place, bytes] | None]]:
         """Return key, and place and digest of memory (None where it is absent), by number."""
+        self._prove([int(number) for number in numbers if number not in self._proven])
         rows = self._in_batches(
             "SELECT x.id, x.key, m.shard, m.slot, m.digest FROM exemplars x LEFT JOIN memories m "
             "ON m.generation = (SELECT generation FROM state) AND m.exemplar = x.id AND "
@@ -385,6 +395,45 @@ class CatalogQueries:
             batch = values[start : start + _BATCH]
             rows += self.database.execute(statement.format(",".join("?" * len(batch))), batch)
         return rows
+
+    def _check_embeddings(self, rows: Iterable[Any]) -> None:
+        """Raise LibraryCorruptError unless each (number, embedding, digest) belongs together."""
+        for number, embedding, digest in rows:
+            if not isinstance(embedding, bytes) or hashlib.sha256(embedding).digest() != digest:
+                raise LibraryCorruptError(
+                    f"the embedding of exemplar '{self._name(number)}' is not what was stored: it "
+                    "does not match its digest. Restore the library from a backup, or encode it "
+                    "anew with 'recallseg library rebuild'."
+                )
+
+    def _prove(self, numbers: Sequence[int]) -> None:
+        """Compare key, content and tags of exemplars with their digests."""
+        rows = self._in_batches(
+            "SELECT id, key, content, digest FROM exemplars WHERE id IN ({})", numbers
+        )
+        tags: dict[int, dict[str, str]] = {row[0]: {} for row in rows}
+        for number, name, value in self._in_batches(
+            "SELECT exemplar, name, value FROM tags WHERE exemplar IN ({})", [*tags]
+        ):
+            tags[number][name] = value
+        for number, key, content, digest in rows:
+            known = tags[number]
+            words = (key, content, *known, *known.values())
+            if (
+                not all(isinstance(word, str) for word in words)
+                or exemplar_digest(key, content, known) != digest
+            ):
+                raise LibraryCorruptError(
+                    f"exemplar '{self._name(number)}' is not what was added: its key, content or "
+                    "tags do not match its digest. Restore the library from a backup, or remove "
+                    "the exemplar and add it again."
+                )
+            self._proven.add(number)
+
+    def _name(self, number: object) -> str:
+        """Return an exemplar's key for a message, or its number where it has none."""
+        rows = self.database.execute("SELECT key FROM exemplars WHERE id = ?", (number,))
+        return str(rows[0][0]) if rows else f"number {number}"
 
     def _matrix(self, rows: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         _check_ascending([row[0] for row in rows])

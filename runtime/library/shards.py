@@ -14,6 +14,11 @@ A record's slot is never used again while its shard exists, so a reader with an 
 catalog never sees another exemplar's memory under a name it knows. Which slots are in use is the
 catalog's business: bytes beyond them, left by a writer that died, are overwritten by the next.
 Numbers are little-endian.
+
+What is read is what was stored: a record is compared with its digest when a process first reads
+it, and again when the file has changed since. Before each read the file's size is looked at, so
+that one that was cut short under a running process is an error. Reading by ``pread`` instead of
+from the map would do without that look, and takes 1.5 times as long for 16 memories at 1024 px.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import hashlib
 import os
 import re
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +41,15 @@ from recallseg.runtime.library.encoding import MemoryLayout
 from recallseg.runtime.library.storage import write_all, writing
 from recallseg.runtime.library.values import integer
 
-__all__ = ["DEFAULT_SHARD_BYTES", "Place", "ShardReader", "ShardWriter", "pack", "record_bytes"]
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "MappedShard",
+    "Place",
+    "ShardReader",
+    "ShardWriter",
+    "pack",
+    "record_bytes",
+]
 
 MAGIC = b"RSEGMEM\0"
 VERSIONS = {"fp16": 1, "int8": 2}
@@ -122,6 +136,47 @@ def digest_record(record: Record) -> bytes:
     return state.digest()
 
 
+class MappedShard:
+    """One shard's records, mapped, with the file that they lie in."""
+
+    def __init__(self, path: Path, descriptor: int, records: NDArray[Any]) -> None:
+        self.path = path
+        self.records = records
+        self._descriptor = descriptor
+        self._size = 0
+        self._changed: tuple[int, int, int] | None = None
+        self._intact: set[tuple[int, bytes]] = set()
+        weakref.finalize(self, os.close, descriptor)
+
+    def look(self) -> None:
+        """Notice what became of the file since; call before records are read."""
+        found = os.fstat(self._descriptor)
+        changed = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if changed != self._changed:
+            self._intact.clear()
+            self._changed, self._size = changed, found.st_size
+
+    def record(self, slot: int) -> Record:
+        """Return a view of one record, as it is, after :meth:`look`."""
+        end = HEADER_BYTES + (slot + 1) * self.records.itemsize
+        if end > self._size:
+            raise LibraryCorruptError(
+                f"shard {self.path} is cut off: it has {self._size} bytes, memory number {slot} "
+                f"ends at {end}. Restore it, or rebuild the library with 'recallseg library "
+                "rebuild'."
+            )
+        return self.records[slot]
+
+    def intact(self, slot: int, digest: bytes) -> bool:
+        """Whether a record is what was stored, after :meth:`look`."""
+        key = slot, digest
+        if key not in self._intact:
+            if digest_record(self.record(slot)) != digest:
+                return False
+            self._intact.add(key)
+        return True
+
+
 class ShardReader:
     """Memory maps of a library's shards, opened when they are first needed."""
 
@@ -129,10 +184,10 @@ class ShardReader:
         self._folder = folder
         self._layout = layout
         self._type = record_type(layout)
-        self._maps: dict[int, NDArray[Any]] = {}
+        self._maps: dict[int, MappedShard] = {}
 
-    def record(self, place: Place) -> Record:
-        """Return a view of what lies at ``place``: tokens T x memory_dim, pointer C, int8's scales.
+    def shard(self, place: Place) -> MappedShard:
+        """Return the shard that has a record at ``place``.
 
         Raises
         ------
@@ -141,31 +196,43 @@ class ShardReader:
         LibraryVersionError
             If the shard's format is newer.
         """
-        records = self._maps.get(place.shard)
-        if records is None or place.slot >= len(
-            records
-        ):  # a writer has appended since it was mapped
-            records = self._maps[place.shard] = self._map(place.shard)
-            if place.slot >= len(records):
+        mapped = self._maps.get(place.shard)
+        if mapped is None or place.slot >= len(mapped.records):  # appended to since it was mapped
+            mapped = self._maps[place.shard] = self._map(place.shard)
+            if place.slot >= len(mapped.records):
                 raise LibraryCorruptError(
-                    f"shard {shard_file(self._folder, place.shard)} is cut off: it holds "
-                    f"{len(records)} memories, number {place.slot} is wanted. Restore it, or "
-                    "rebuild the library with 'recallseg library rebuild'."
+                    f"shard {mapped.path} is cut off: it holds {len(mapped.records)} memories, "
+                    f"number {place.slot} is wanted. Restore it, or rebuild the library with "
+                    "'recallseg library rebuild'."
                 )
-        record: Record = records[place.slot]
-        return record
+        return mapped
 
-    def _map(self, shard: int) -> NDArray[Any]:
+    def record(self, place: Place) -> Record:
+        """Return a view of what lies at ``place``: tokens T x memory_dim, pointer C, int8's scales.
+
+        It is not compared with a digest. Errors are those of :meth:`shard`.
+        """
+        shard = self.shard(place)
+        shard.look()
+        return shard.record(place.slot)
+
+    def _map(self, shard: int) -> MappedShard:
         path = shard_file(self._folder, shard)
         try:
-            with os.fdopen(_open(path), "rb") as file:
-                header = file.read(HEADER.size)
-                size = os.fstat(file.fileno()).st_size
+            descriptor = _open(path)
+            try:
+                header = os.pread(descriptor, HEADER.size, 0)
+                size = os.fstat(descriptor).st_size
                 _check_header(path, header, self._layout)
-                count = (size - HEADER_BYTES) // self._type.itemsize
-                if count <= 0:
-                    return np.empty(0, self._type)
-                return np.memmap(file, self._type, "r", HEADER_BYTES, (count,))
+                count = max(0, (size - HEADER_BYTES) // self._type.itemsize)
+                records = np.empty(0, self._type)
+                if count:
+                    with os.fdopen(descriptor, "rb", closefd=False) as file:
+                        records = np.memmap(file, self._type, "r", HEADER_BYTES, (count,))
+                return MappedShard(path, descriptor, records)
+            except BaseException:
+                os.close(descriptor)
+                raise
         except OSError as error:
             raise LibraryCorruptError(
                 f"shard {path} cannot be read: {error.strerror or error}. Restore it, or rebuild "

@@ -98,6 +98,7 @@ class Store:
 
     def load(self) -> None:
         """Read everything as it is now; after opening, and when it was encoded anew."""
+        self.catalog.forget()
         self.settings = self.catalog.settings()
         self.state = self.catalog.state()
         self._version = self.catalog.version()
@@ -175,6 +176,8 @@ class Store:
                 f"the library {self.path} has been rebuilt for bundle '{settings.bundle_name}' "
                 "since it was opened. Open it again."
             )
+        if state.generation != self.state.generation:
+            self.catalog.forget()
         self.structures = {row.name: row for row in self.catalog.structures()}
         self.retrieval.refresh(state)
         self._origins = None

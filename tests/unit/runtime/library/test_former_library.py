@@ -73,7 +73,7 @@ def test_a_bundle_of_format_1_still_opens_and_still_says_the_same(
     with np.load(folder / "query.npz") as query, Library.open(folder, format_1) as library:
         result = Segmenter(library, k=2).segment(query["image"])
         assert np.array_equal(result.masks["disc"], query["mask"])
-    assert result.bundle_identity == FORMER
+    assert result.provenance.recipe.bundle_identity == FORMER
 
 
 def test_a_new_library_does_not_open_with_the_older_bundle_and_is_told_why(

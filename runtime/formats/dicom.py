@@ -227,7 +227,9 @@ def read_dicom(
         if patient and not reference:
             reference = _own_reference(header)
             notes.append("it has no frame of reference UID; one is made from its series'")
-        source = DicomSource(_own_header(header), _bare(planes), reference)
+        own, mended = _own_header(header)
+        notes += mended
+        source = DicomSource(own, _bare(planes), reference)
         return Volume(
             array,
             affine,
@@ -402,15 +404,32 @@ def _bare(planes: Sequence[Plane]) -> tuple[Plane, ...]:
     return tuple(replace(plane, modality=None, voi=None, anatomy=None) for plane in planes)
 
 
-def _own_header(header: Any) -> Any:
-    """Return a header without what is said of each frame, which a writer takes from the planes."""
-    from pydicom.dataset import Dataset
+def _own_header(header: Any) -> tuple[Any, list[str]]:
+    """Return a header as a writer needs it, and what is to be said.
 
-    own = Dataset()
+    What is said of each frame stands in the planes. Dates and times that are none are emptied.
+    """
+    from pydicom.dataset import Dataset
+    from pydicom.valuerep import DA, DT, TM
+
+    own, notes = Dataset(), []
     for element in header:
-        if element.keyword != "PerFrameFunctionalGroupsSequence":
-            own.add(element)
-    return own
+        if element.keyword == "PerFrameFunctionalGroupsSequence":
+            continue
+        own.add(element)
+        kind = {"DA": DA, "TM": TM, "DT": DT}.get(element.VR)
+        if kind is None or element.VM > 1:
+            continue
+        try:
+            kind(element.value)
+        except (ValueError, TypeError):
+            own[element.tag] = type(element)(element.tag, element.VR, "")
+            word = "date" if element.VR == "DA" else "time"
+            notes.append(f"its {element.keyword} is no {word}; it is left empty in what is written")
+    if own.get("PatientSex", "") not in ("", "M", "F", "O"):
+        own.PatientSex = ""
+        notes.append("its PatientSex is none of M, F, O; it is left empty in what is written")
+    return own, notes
 
 
 def _own_reference(header: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,11 +61,20 @@ def stored_frames(dataset: Any, frames: Sequence[int]) -> Iterator[NDArray[Any]]
 
     if not any(name in dataset for name in PIXELS):
         raise InputError("it has no pixels: it is no image, or was cut off. Send or copy it again.")
-    syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+    syntax_of = dataset.file_meta.TransferSyntaxUID
+    syntax = str(syntax_of)
     _check_frames(dataset)
     several = int(dataset.get("NumberOfFrames") or 1) > 1
     which = list(frames) if several else None
-    for frame in iter_pixels(dataset, decoding_plugin=DECODERS.get(syntax, ""), indices=which):
+    if int(dataset.get("BitsAllocated") or 0) == 1 and not syntax_of.is_encapsulated:
+        yield from _single_bits(dataset, frames)
+        return
+    for frame in iter_pixels(
+        dataset,
+        decoding_plugin=DECODERS.get(syntax, ""),
+        indices=which,
+        correct_unused_bits=False,
+    ):
         if frame.ndim == 2 and frame.dtype.kind in "iu" and "PixelData" in dataset:
             yield _stored_bits(frame, dataset, syntax)
         else:
@@ -132,6 +141,19 @@ def _check_frames(dataset: Any) -> None:
             )
 
 
+def _single_bits(dataset: Any, frames: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+    """Unpack frames of one bit a pixel, which need not begin at a byte (PS3.5 8.2)."""
+    shape = (int(dataset.Rows), int(dataset.Columns))
+    count = shape[0] * shape[1]
+    data = np.frombuffer(dataset.PixelData, np.uint8)
+    for frame in frames:
+        first, last = frame * count, (frame + 1) * count
+        if last > 8 * len(data):
+            return  # cut off: whoever counts the frames says so
+        bits = np.unpackbits(data[first // 8 : (last + 7) // 8], bitorder="little")
+        yield bits[first % 8 : first % 8 + count].reshape(shape)
+
+
 def _stored_bits(frame: NDArray[Any], dataset: Any, syntax: str) -> NDArray[Any]:
     """Return the stored bits of the allocated ones (others may hold overlays), with their sign."""
     allocated = int(dataset.BitsAllocated)
@@ -155,28 +177,40 @@ def _stored_bits(frame: NDArray[Any], dataset: Any, syntax: str) -> NDArray[Any]
 
 
 def _palette(stored: NDArray[Any], dataset: Any) -> NDArray[np.uint8]:
-    """Return colours of 8 bits. Tables of 16 bits whose entries all fit 8 hold 8-bit colours."""
+    """Return colours of 8 bits (PS3.3 C.7.6.3.1.5), of tables of any depth.
+
+    Tables of 16 bits whose entries all fit 8 hold 8-bit colours, as other readers take them.
+    """
     from pydicom.pixels import apply_color_lut
 
-    array = apply_color_lut(stored, dataset)
-    if array.dtype == np.uint8:
-        return array
-    bits = int(dataset.RedPaletteColorLookupTableDescriptor[2])
-    if _highest_entry(dataset) <= EIGHT_BITS:
-        return array.astype(np.uint8)
-    return (array >> max(0, bits - 8)).clip(0, EIGHT_BITS).astype(np.uint8)
-
-
-def _highest_entry(dataset: Any) -> int:
-    """Return the largest colour of a palette, whether the image uses it or not."""
-    highest = 0
+    if "SegmentedRedPaletteColorLookupTableData" in dataset:
+        array = apply_color_lut(stored, dataset)
+        return (array >> 8 if array.dtype == np.uint16 else array).astype(np.uint8)
+    tables, depths = [], []
     for colour in ("Red", "Green", "Blue"):
-        table = dataset.get(f"{colour}PaletteColorLookupTableData")
-        if table is None:  # segmented: built while it is applied, always of its full depth
-            return 2**16
-        data = np.frombuffer(bytes(table)[: len(table) // 2 * 2], "<u2")
-        highest = max(highest, int(data.max(initial=0)))
-    return highest
+        count, first, bits = (
+            int(v) for v in dataset[f"{colour}PaletteColorLookupTableDescriptor"].value
+        )
+        count, first = count or 2**16, _signed(first, dataset)
+        data = bytes(dataset[f"{colour}PaletteColorLookupTableData"].value)
+        words = bits > 8 or len(data) >= 2 * count
+        order = "<" if dataset.original_encoding[1] else ">"
+        table = np.frombuffer(data[: count * (2 if words else 1)], f"{order}u2" if words else "u1")
+        if len(table) < count or not 1 <= bits <= 16:
+            raise InputError(f"its palette declares {count} colours of {bits} bits: it is cut off.")
+        index = np.clip(stored.astype(np.int64) - first, 0, count - 1)
+        depths.append(bits if table.max() > EIGHT_BITS else min(bits, 8))
+        tables.append((table, index))
+    shift = max(0, max(depths) - 8)
+    planes = [(table[index] >> shift).clip(0, EIGHT_BITS) for table, index in tables]
+    return np.stack(planes, axis=-1).astype(np.uint8)
+
+
+def _signed(value: int, dataset: Any) -> int:
+    """Return a first mapped value with the sign of the pixels."""
+    if int(dataset.get("PixelRepresentation") or 0):
+        return value - 2**16 if value >= 2**15 else value
+    return value + 2**16 if value < 0 else value
 
 
 def _padding(stored: NDArray[Any], dataset: Any) -> NDArray[np.bool_] | None:
@@ -184,21 +218,27 @@ def _padding(stored: NDArray[Any], dataset: Any) -> NDArray[np.bool_] | None:
     name = "FloatPixelPadding" if "FloatPixelData" in dataset else "PixelPadding"
     name = "DoubleFloatPixelPadding" if "DoubleFloatPixelData" in dataset else name
     value, limit = dataset.get(f"{name}Value"), dataset.get(f"{name}RangeLimit")
-    if value in (None, ""):
+    if value in (None, "", b""):
         return None
-    ends = [_as_stored(float(v), dataset) for v in (value, limit) if v not in (None, "")]
+    ends = [_as_stored(v, dataset) for v in (value, limit) if v not in (None, "", b"")]
     padding = (stored >= min(ends)) & (stored <= max(ends))
     return padding if padding.any() else None
 
 
-def _as_stored(value: float, dataset: Any) -> float:
-    """Return a value of ambiguous sign (US or SS) as the pixels have it."""
+def _as_stored(value: Any, dataset: Any) -> float:
+    """Return a value of ambiguous sign (US or SS, bytes of it where VRs are implicit) as the pixels
+    have it.
+    """
+    if isinstance(value, bytes):
+        order: Literal["little", "big"] = "little" if dataset.original_encoding[1] else "big"
+        value = int.from_bytes(value, order)
+    number = float(value)
     if "PixelData" not in dataset:
-        return value
+        return number
     size = 2.0 ** int(dataset.BitsAllocated)
     if int(dataset.get("PixelRepresentation") or 0):
-        return value - size if value >= size / 2 else value
-    return value + size if value < 0 else value
+        return number - size if number >= size / 2 else number
+    return number + size if number < 0 else number
 
 
 def _rescale(plane: Plane) -> tuple[float, float]:

@@ -52,6 +52,7 @@ def read_nifti(path: Path, *, time: int | None = None, anywhere: bool = False) -
     """
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     try:
         with np.errstate(all="ignore"), _opened(path) as file:
@@ -65,7 +66,7 @@ def read_nifti(path: Path, *, time: int | None = None, anywhere: bool = False) -
             check_size(path, each, np.dtype(np.float64) if dtype != _RGB else dtype)
             _check_length(path, header, shape, dtype)
             array = np.asanyarray(image.dataobj[wanted])
-    except (ImageFileError, HeaderDataError) as error:
+    except (ImageFileError, HeaderDataError, WrapStructError) as error:
         raise InputError(f"{path} is no NIfTI file, or damaged: {error}") from error
     except (
         EOFError,

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from fuzz.mutations import damage, good_files
+from fuzz.mutations import damage, good_files, good_series
 from recallseg.engines.errors import InputError
 
 __all__ = ["Findings", "damaged_file", "read", "run_campaign"]
@@ -64,10 +64,10 @@ def read(path: Path) -> None:
 
     if path.name.endswith(".seg.nrrd"):
         read_seg_nrrd(path)
-    elif path.name == "seg.dcm":
+    elif path.name.startswith("seg-"):
         read_segmentation(path, read_volume(path.parent / "series"))
     else:
-        read_volume(path)
+        read_volume(path, time=1)
 
 
 def run_campaign(
@@ -128,9 +128,8 @@ def _work(pipe: Connection, kind: str, first: int, count: int, seed: int, reader
     files = good_files()  # imports what readers import
     with TemporaryDirectory(prefix="recallseg-fuzz-") as place:
         folder = Path(place)
-        if kind == "dicom":
-            (folder / "series").mkdir()
-            (folder / "series" / "slice.dcm").write_bytes(files["dicom"][0][1])
+        if kind == "segmentation":
+            good_series(folder / "series")
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
         pipe.send(True)

@@ -20,15 +20,17 @@ import numpy as np
 import pydicom
 from pydicom.sr.codedict import codes
 from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
     RLELossless,
 )
 from support.dicom_series import make_slice, write_series
+from support.multi_frame import items, write_multi_frame
 
-__all__ = ["FORMATS", "damage", "good_files"]
+__all__ = ["FORMATS", "damage", "good_files", "good_series"]
 
-FORMATS = ("dicom", "nifti", "nrrd", "picture")
+FORMATS = ("dicom", "enhanced", "segmentation", "nifti", "nrrd", "picture")
 INTERESTING = (0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000,
                0xFFFFFFFF, 0x7FC00000, 0x7F800000)  # fmt: skip
 WORDS = (b"0", b"-1", b"1e308", b"nan", b"inf", b"99999999999", b"none", b"(0,0,0)", b"", b"\xff",
@@ -40,6 +42,8 @@ def good_files() -> dict[str, list[tuple[str, bytes]]]:
     with TemporaryDirectory() as folder:
         return {
             "dicom": _dicom(Path(folder, "series")),
+            "enhanced": _enhanced(Path(folder)),
+            "segmentation": _segmentations(good_series(Path(folder, "drawn"))),
             "nifti": _nifti(Path(folder)),
             "nrrd": _nrrd(Path(folder)),
             "picture": _pictures(),
@@ -74,6 +78,69 @@ def _dicom(folder: Path) -> list[tuple[str, bytes]]:
     files.append(_saved("frames", frames))
     colour = make_slice(np.zeros((64, 48, 3), np.uint8), Modality="US")
     files.append(_saved("colour", colour))
+    palette = make_slice(np.zeros((64, 48), np.uint8), Modality="US")
+    palette.BitsAllocated = palette.BitsStored = 8
+    palette.HighBit, palette.PhotometricInterpretation = 7, "PALETTE COLOR"
+    palette.PixelData = array[0].astype(np.uint8).tobytes()
+    for name in ("Red", "Green", "Blue"):
+        setattr(palette, f"{name}PaletteColorLookupTableDescriptor", [256, 0, 16])
+        table = np.arange(256, dtype="<u2").tobytes()
+        setattr(palette, f"{name}PaletteColorLookupTableData", table)
+    padded = pydicom.dcmread(paths[1])
+    padded.add_new("PixelPaddingValue", "US", 0)
+    padded.add_new("PixelPaddingRangeLimit", "US", 20)
+    padded.BitsStored, padded.HighBit = 10, 11
+    padded.RescaleSlope, padded.RescaleIntercept = "2", "-1000"
+    deflated = pydicom.dcmread(paths[2])
+    deflated.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    bare = _saved("bare", pydicom.dcmread(paths[3]))[1]
+    bare = bare[bare.find(struct.pack("<HH", 0x0008, 0x0008)) :]  # no preamble, no meta
+    return [
+        *files,
+        _saved("palette", palette),
+        _saved("padded", padded),
+        _saved("deflated", deflated),
+        ("bare.dcm", bare),
+    ]
+
+
+def good_series(folder: Path) -> list[Path]:
+    """Write the series that the segmentations are drawn on; its identifiers are always the same."""
+    array = (np.random.default_rng(0).random((4, 64, 48)) * 900).astype(np.uint16)
+    paths = write_series(folder, array)
+    for number, path in enumerate(paths):
+        dataset = pydicom.dcmread(path)
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3", "1.2.3.1"
+        dataset.FrameOfReferenceUID = "1.2.3.2"
+        uid = f"1.2.3.3.{number}"
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
+        dataset.save_as(path)
+    return paths
+
+
+def _enhanced(folder: Path) -> list[tuple[str, bytes]]:
+    array = (np.random.default_rng(0).random((4, 24, 16)) * 900).astype(np.int16)
+
+    def tables(index: int, group: pydicom.Dataset) -> None:
+        group.PixelValueTransformationSequence = items(RescaleSlope=2, RescaleIntercept=-100)
+        group.FrameVOILUTSequence = items(WindowCenter=300, WindowWidth=400)
+
+    def times(index: int, group: pydicom.Dataset) -> None:
+        group.PlanePositionSequence = items(ImagePositionPatient=[0.0, 0.0, index % 2 * 3.0])
+        group.FrameContentSequence = items(StackID="1", TemporalPositionIndex=index // 2 + 1)
+
+    write_multi_frame(folder / "shared.dcm", array, [3, 1, 0, 2], each=tables)
+    write_multi_frame(folder / "each.dcm", array, [3, 1, 0, 2], shared=False)
+    write_multi_frame(folder / "times.dcm", array, each=times)
+    packed = pydicom.dcmread(folder / "shared.dcm")
+    packed.compress(RLELossless, generate_instance_uid=False)
+    packed.save_as(folder / "packed.dcm")
+    names = ("shared.dcm", "each.dcm", "times.dcm", "packed.dcm")
+    return [(name, (folder / name).read_bytes()) for name in names]
+
+
+def _segmentations(paths: list[Path]) -> list[tuple[str, bytes]]:
+    source = [pydicom.dcmread(path) for path in paths]
     mask = np.zeros((4, 64, 48), np.uint8)
     mask[1:3, 5:15, 5:12] = 1
     organ = codes.SCT.Organ
@@ -84,11 +151,18 @@ def _dicom(folder: Path) -> list[tuple[str, bytes]]:
         1, "thing", organ, organ,
         highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm,
     )  # fmt: skip
-    segmentation = highdicom.seg.Segmentation(
-        source, mask, highdicom.seg.SegmentationTypeValues.BINARY, [description],
-        highdicom.UID(), 1, highdicom.UID(), 1, "m", "m", "1", "1",
-    )  # fmt: skip
-    return [*files, _saved("seg", segmentation)]
+    files = []
+    for kind, extra in (
+        ("BINARY", {}),
+        ("FRACTIONAL", {"fractional_type": "PROBABILITY"}),
+        ("LABELMAP", {}),
+    ):
+        segmentation = highdicom.seg.Segmentation(
+            source, mask.copy(), kind, [description], highdicom.UID(), 1, highdicom.UID(), 1,
+            "m", "m", "1", "1", **extra,
+        )  # fmt: skip
+        files.append(_saved(f"seg-{kind.lower()}", segmentation))
+    return files
 
 
 def _saved(title: str, dataset: pydicom.Dataset) -> tuple[str, bytes]:
@@ -202,7 +276,11 @@ _TAGS = [  # group, element of what the reader asks for
     (0x0028, 0x0002), (0x0028, 0x0004), (0x0028, 0x0006), (0x0028, 0x0008), (0x0028, 0x0010),
     (0x0028, 0x0011), (0x0028, 0x0030), (0x0028, 0x0100), (0x0028, 0x0101), (0x0028, 0x0102),
     (0x0028, 0x0103), (0x0028, 0x1052), (0x0028, 0x1053), (0x7FE0, 0x0010), (0x5200, 0x9230),
-    (0x0062, 0x0002), (0x0018, 0x0050),
+    (0x0062, 0x0002), (0x0018, 0x0050), (0x5200, 0x9229), (0x0020, 0x9113), (0x0020, 0x9116),
+    (0x0028, 0x9110), (0x0028, 0x9145), (0x0028, 0x9132), (0x0020, 0x9111), (0x0020, 0x9128),
+    (0x0062, 0x0001), (0x0062, 0x0004), (0x0062, 0x000A), (0x0062, 0x000B), (0x0062, 0x000E),
+    (0x0028, 0x0120), (0x0028, 0x0121), (0x0028, 0x1101), (0x0028, 0x1201), (0x0020, 0x0052),
+    (0x0008, 0x2112), (0x0008, 0x1155), (0x0008, 0x9124),
 ]  # fmt: skip
 
 
@@ -283,6 +361,8 @@ def _png_chunk(data: bytearray, rng: random.Random) -> None:
 
 _FIELDS: dict[str, list[Way]] = {
     "dicom": [_dicom_field] * 6,
+    "enhanced": [_dicom_field] * 6,
+    "segmentation": [_dicom_field] * 6,
     "nifti": [_nifti_field] * 6,
     "nrrd": [_nrrd_field] * 6,
     "picture": [_png_chunk] * 6,

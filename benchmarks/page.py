@@ -23,6 +23,7 @@ from recallseg.benchmarks.page_parts import (
 )
 from recallseg.benchmarks.plots import Range, curve, range_plot
 from recallseg.benchmarks.schema import Report, RetrievalRun, SoakRun
+from recallseg.runtime.reports.format import POLICY
 from recallseg.runtime.reports.page import STYLE
 from recallseg.runtime.reports.pictures import colour
 
@@ -45,6 +46,7 @@ def render_page(report: Report) -> str:
     body = f"{_head(report, title)}{body}{_remarks(report)}{_provenance(report)}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{POLICY}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"

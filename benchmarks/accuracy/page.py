@@ -30,6 +30,7 @@ from recallseg.benchmarks.accuracy.tables import (
     targets,
 )
 from recallseg.runtime.formats.pairs import Annotated
+from recallseg.runtime.reports.format import POLICY
 from recallseg.runtime.reports.page import STYLE
 from recallseg.runtime.reports.pictures import Thumbnail, colour, legend
 
@@ -74,6 +75,7 @@ def render_page(outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> str:
     style = STYLE.read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{POLICY}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>RecallSeg: {TITLE}</title><style>{style}{SPACING}</style></head>"

@@ -19,6 +19,7 @@ from recallseg.benchmarks.accuracy.unet import UNetSettings
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import Annotated
+from recallseg.runtime.reports.format import csv_text
 from recallseg.runtime.reports.machine import describe_machine, package_versions
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Accuracy", "run_accuracy"]
@@ -199,4 +200,6 @@ def _write_cases(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _cell(value: object) -> object:
+    if isinstance(value, str):
+        return csv_text(value)
     return f"{value:.5f}" if isinstance(value, float) else value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.reports.evaluation import Evaluation
-from recallseg.runtime.reports.format import milliseconds, number, plural, quartiles, spent
+from recallseg.runtime.reports.format import POLICY, milliseconds, number, plural, quartiles, spent
 from recallseg.runtime.reports.gallery import Gallery, Source
 from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.reports.pictures import colour, legend
@@ -117,6 +117,7 @@ def render_report(evaluation: Evaluation, settings: Settings, source: Source) ->
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{POLICY}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(settings.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"

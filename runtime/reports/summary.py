@@ -15,6 +15,7 @@ import numpy as np
 
 from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.reports.evaluation import Case, Evaluation
+from recallseg.runtime.reports.format import csv_text
 
 if TYPE_CHECKING:
     from recallseg.runtime.reports.page import Settings
@@ -161,12 +162,12 @@ def _spread(values: Sequence[float], worst: Any) -> dict[str, float]:
 
 def _cell(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(value)
+        return csv_text(" ".join(value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
-    return str(value)
+    return csv_text(value) if isinstance(value, str) else str(value)
 
 
 def _without_nan(value: Any) -> Any:

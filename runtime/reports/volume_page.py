@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.model.preprocess import Intensity, scale_intensities
+from recallseg.runtime.reports.format import POLICY
 from recallseg.runtime.reports.pictures import PALETTE, Thumbnail, colour, legend
 from recallseg.runtime.volumes.slices import SliceRecord, VolumeResult
 
@@ -98,6 +99,7 @@ def render_volume_page(
     symbols = "".join(exemplars.values())
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{POLICY}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
         f"<body><main><header><h1>{escape(title)}</h1>{notice}<p>{escape(facts)}</p></header>"

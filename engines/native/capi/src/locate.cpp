@@ -15,9 +15,10 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// The first that is given: an option, an environment variable, a value known when building.
+// The first that is given: an option, an environment variable, a value known when building. A
+// program that runs with more rights than its caller takes nothing from the caller's environment.
 std::string first(const char* option, const char* variable, const char* built_in) {
-  const char* from_environment = variable == nullptr ? nullptr : std::getenv(variable);
+  const char* from_environment = variable == nullptr ? nullptr : ::secure_getenv(variable);
   return text_or(option, text_or(from_environment, built_in));
 }
 

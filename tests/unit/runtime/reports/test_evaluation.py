@@ -69,7 +69,7 @@ def test_one_row_per_image_structure_and_k(library: Library) -> None:
     assert not found.leaked
     assert not found.failures
     assert {timing.k for timing in found.timings} == {1, 3}
-    assert [shown.result.k for shown in found.illustrations] == [3, 3]
+    assert [shown.result.provenance.recipe.k for shown in found.illustrations] == [3, 3]
     assert found.workspace_bytes[3] > found.workspace_bytes[1] > 0
     # The fake engine gives the recalled mask back: near an exemplar it must agree well.
     assert max(row.dice for row in found.cases if row.structure == "disc") > 0.5
@@ -173,6 +173,15 @@ def test_csv_has_the_promised_columns_and_survives_odd_names() -> None:
     assert rows[0]["case"] == name
     assert rows[0]["hd95"] == ""
     assert (rows[1]["dice"], rows[1]["leaked"]) == ("0.25", "no")
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+49", "-2", "@SUM(A1)", "\t=1"])
+def test_csv_holds_no_formula(name: str) -> None:
+    text = to_csv([case(name, 0.5, recalled=(name, "b"), k=-1)])
+    (row,) = csv.DictReader(io.StringIO(text, newline=""))
+    assert row["case"] == f"'{name}"
+    assert row["recalled"] == f"'{name} b"
+    assert row["k"] == "-1"
 
 
 def _page(evaluation: Evaluation, library: Library) -> str:

@@ -81,7 +81,18 @@ def test_is_well_formed_and_self_contained(page: str) -> None:
     assert checker.loaded
     assert all(value.startswith("data:image/jpeg;base64,") for value in checker.loaded)
     assert "script" not in checker.tags
-    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert not re.search(r"https?:", re.sub(r"base64,[^\"]*", "", page))
+
+
+def test_the_page_may_show_itself_and_nothing_else(page: str) -> None:
+    head = page.partition("</head>")[0]
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', head)
+    assert policy is not None
+    assert head.index(policy[0]) < head.index("<style>")  # what stands before is not held by it
+    assert policy[1].split("; ") == [
+        *("default-src 'none'", "style-src 'unsafe-inline'", "img-src data:"),
+        *("base-uri 'none'", "form-action 'none'"),
+    ]
 
 
 def test_escapes_names(page: str) -> None:

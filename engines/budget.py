@@ -29,7 +29,11 @@ _BYTES = {
     "mixed": 2,
     "int8": 2,
     "int8-native": 2,
+    "pooled": 4,
+    "int8-pooled": 2,
 }
+_POOLED = 4
+"""Memory tokens that one takes the place of in the precisions that average them 2x2."""
 
 STEM_WIDTH = 576
 """Widest layer at stride 4 of any SAM 2: four times the 144 channels of Hiera-L."""
@@ -150,7 +154,8 @@ def memory_budget(
     size = _BYTES[precision]
     buffers = _buffers(geometry, bundle.memory.object_pointers, n, k)
     pixels = geometry.places
-    tokens = k * (geometry.tokens + geometry.channels // geometry.memory_dim)
+    spatial = geometry.tokens // (_POOLED if "pooled" in precision else 1)
+    tokens = k * (spatial + geometry.channels // geometry.memory_dim)
     encode = LAYERS_ALIVE * (side // 4) ** 2 * STEM_WIDTH * size
     attend = n * (KEYS_ALIVE * tokens + 8 * pixels) * geometry.channels * size
     # Engines run one after the other, and may use the same scratch memory.
@@ -174,7 +179,10 @@ def memory_budget(
 
 
 def largest_k(bundle: Bundle, memory: int, **settings: Any) -> int:
-    """Return the largest k that fits ``memory`` bytes without fusion; 0 if none does."""
+    """Return the largest k that fits ``memory`` bytes without fusion; 0 if none does.
+
+    At most the bundle's own limit, ``bundle.geometry.max_k``: that is then no limit of the memory.
+    """
     fits = [
         k
         for k in range(1, bundle.geometry.max_k + 1)

@@ -309,10 +309,20 @@ class Bundle:
                 data = entry.get("data")
                 check_graph(path, None if data is None else self.path / str(data["file"]))
                 return path, variant
+        has = ", ".join(f"{name}: {' '.join(p)}" for name, p in self.precisions.items())
         raise BundleError(
             f"bundle {self.name} has no graph '{graph}' in precision '{precision}' for "
-            f"{' or '.join(variants)}; it has {self.precisions}. Choose one of these."
+            f"{' or '.join(variants)}; it has {has}. Choose one of these, or make it: "
+            f"{self._made_by(precision, variants)}."
         )
+
+    def _made_by(self, precision: str, variants: Sequence[str]) -> str:
+        """Return the command that gives a bundle a precision."""
+        if precision == "fp32":
+            return f"recallseg export ... --variants {','.join(variants)}"
+        if precision == "pooled":
+            return "recallseg export ... --pooled"
+        return f"recallseg convert {self.path} --precisions {precision} --output FOLDER"
 
     def check_files(self) -> None:
         """Compare every file of the manifest with its digest, and look at every graph.

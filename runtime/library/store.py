@@ -68,13 +68,13 @@ class Store:
             # An interrupted creation leaves an empty catalog, its journal and the lock.
             left = {item.name for item in folder.iterdir()} - {LOCK, CATALOG, CATALOG + "-journal"}
         if left:
+            _refuse_second(folder, writable=False)
             raise LibraryError(
-                f"{folder} is not empty: it holds '{sorted(left)[0]}'. Open the library there, or "
-                "choose another folder."
+                f"{folder} is not empty: it holds '{sorted(left)[0]}'. Choose another folder."
             )
         lock = WriterLock(folder / LOCK)
         try:
-            _refuse_second(folder)
+            _refuse_second(folder, writable=True)
             return cls(folder, Catalog.create(folder / CATALOG, settings), lock)
         except BaseException:
             lock.release()
@@ -208,13 +208,19 @@ class Store:
             )
 
 
-def _refuse_second(folder: Path) -> None:
+def _refuse_second(folder: Path, *, writable: bool) -> None:
     """Raise LibraryError if there is a library; what an interrupted creation left may stay."""
     if (folder / CATALOG).exists():
         try:
-            Database.open(folder / CATALOG, writable=True).close()
+            database = Database.open(folder / CATALOG, writable=writable)
         except LibraryNotFoundError:
             return
+        try:
+            catalog = Catalog(database)
+            count, made_by = catalog.state().exemplars, catalog.settings().bundle_name
+        finally:
+            database.close()
         raise LibraryError(
-            f"there is a library in {folder} already. Open it, or choose another folder."
+            f"there is a library in {folder} already: {count} exemplars, made with bundle "
+            f"'{made_by}'. Open it (to add to it, with mode='write'), or choose another folder."
         )

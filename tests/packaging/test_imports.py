@@ -90,3 +90,40 @@ def test_every_public_name_is_there() -> None:
         assert getattr(recallseg, name) is not None
     with pytest.raises(AttributeError):
         _ = recallseg.nothing
+
+
+NIFTI_ONLY = """
+import sys
+for package in ("pydicom", "highdicom", "gdcm", "pylibjpeg", "openjpeg", "jpeg_ls", "nrrd"):
+    sys.modules[package] = None
+from pathlib import Path
+import nibabel, numpy as np
+from typer.testing import CliRunner
+from recallseg.cli import app
+
+spine = np.zeros((32, 40, 4), np.int16)
+spine[10:20, 10:30, 1:] = 300
+for folder in ("one", "many"):
+    Path(folder).mkdir()
+    for name, values in (("v", spine), ("v.mask", (spine > 0).astype(np.uint8))):
+        image = nibabel.Nifti1Image(values, np.diag([1.0, 1.0, 3.0, 1.0]))
+        nibabel.save(image, Path(folder) / f"{name}.nii.gz")
+for command in (
+    "library create lib --bundle demo",
+    "library import lib one/v.nii.gz --mask one/v.mask.nii.gz --labels 1=spine",
+    "library create lib2 --bundle demo",
+    "library import lib2 many --labels 1=spine",
+    "segment lib one/v.nii.gz --output out",
+):
+    done = CliRunner().invoke(app, ["--debug", *command.split()], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+assert (Path("out") / "v.mask.nii.gz").is_file()
+print("needs nibabel only")
+"""
+
+
+def test_nifti_needs_no_package_for_dicom(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NIFTI_ONLY], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "needs nibabel only" in done.stdout, done.stderr

@@ -102,6 +102,7 @@ def _show_budget(source: str, precision: str, gib: float | None, as_json: bool) 
                 "measured": False,
                 "budgets": [b.to_json() for b in budgets],
                 "largest_k": largest,
+                "bundle_max_k": opened.geometry.max_k,
                 "presets": {name: vars(preset) for name, preset in PRESETS.items()},
             }
         )
@@ -123,8 +124,12 @@ def _show_budget(source: str, precision: str, gib: float | None, as_json: bool) 
     typer.echo(
         f"\nlargest k in {limit / 2**30:.1f} GiB, if attention is not fused (0: does not fit)"
     )
+    cap = opened.geometry.max_k
     for side, by_n in largest.items():
-        typer.echo(f"  S={side:<5}" + "   ".join(f"n={n}: {k}" for n, k in by_n.items()))
+        cells = (f"n={n}: {k}{'*' if k == cap else ''}" for n, k in by_n.items())
+        typer.echo(f"  S={side:<5}" + "   ".join(cells))
+    if any(k == cap for by_n in largest.values() for k in by_n.values()):
+        typer.echo(f"  * the bundle's own limit ({cap}); the memory would take that or more")
     typer.echo("\npresets")
     for preset in PRESETS.values():
         typer.echo(

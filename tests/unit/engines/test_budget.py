@@ -10,6 +10,7 @@ from recallseg.cli import app
 from recallseg.engines.budget import PRESETS, largest_k, memory_budget
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
+from recallseg.engines.registry import PRECISIONS
 
 MIB = 1 << 20
 
@@ -91,3 +92,21 @@ def test_doctor_prints_it() -> None:
     assert answer["limit"] == 3 << 30
     assert answer["measured"] is False
     assert {b["image_size"] for b in answer["budgets"]} == {384, 512, 768, 1024}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_has_a_budget(demo: Bundle, precision: str) -> None:
+    budget = memory_budget(demo, k=4, n=1, precision=precision)
+    fp32 = memory_budget(demo, k=4, n=1, precision="fp32")
+    assert budget.lines[0].size <= fp32.lines[0].size
+    assert budget.scores <= fp32.scores
+    if precision == "pooled":
+        assert budget.scores < 0.3 * fp32.scores
+
+
+def test_the_bundles_own_limit_is_not_told_as_the_memorys(demo: Bundle) -> None:
+    plenty = CliRunner().invoke(app, ["doctor", "--budget", "--memory", "512"]).output
+    assert f"n=1: {demo.geometry.max_k}*" in plenty
+    assert f"* the bundle's own limit ({demo.geometry.max_k})" in plenty
+    little = CliRunner().invoke(app, ["doctor", "--budget", "--memory", "0.5"]).output
+    assert "*" not in little.split("largest k")[1]

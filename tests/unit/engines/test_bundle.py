@@ -47,6 +47,23 @@ def test_a_missing_precision_names_what_there_is(folder: Path) -> None:
         Bundle.open(folder).graph_file("attend", ("portable",), "int8")
 
 
+@pytest.mark.parametrize(
+    ("precision", "command"),
+    [
+        ("fp16", "recallseg convert {} --precisions fp16 --output FOLDER"),
+        ("int8-pooled", "recallseg convert {} --precisions int8-pooled --output FOLDER"),
+        ("pooled", "recallseg export ... --pooled"),
+        ("fp32", "recallseg export ... --variants tensorrt"),
+    ],
+)
+def test_a_precision_that_is_missing_is_told_with_the_command_that_makes_it(
+    folder: Path, precision: str, command: str
+) -> None:
+    with pytest.raises(BundleError, match=r"it has .*portable: fp32") as caught:
+        Bundle.open(folder).graph_file("attend", ("tensorrt",), precision)
+    assert command.format(folder) in str(caught.value)
+
+
 def test_a_changed_graph_file_is_refused(folder: Path) -> None:
     bundle = Bundle.open(folder)
     path = folder / "graphs" / "portable" / "fp32" / "attend.onnx"

@@ -56,6 +56,9 @@ def test_not_a_library(tmp_path: Path, library: Library) -> None:
         Library.open(tmp_path / "nowhere")
     with pytest.raises(LibraryError, match="there is a library"):
         create(tmp_path / "library2").close() or create(tmp_path / "library2")
+    add(library, 1)
+    with pytest.raises(LibraryError, match="already: 1 exemplars, made with bundle"):
+        create(library.path)  # open elsewhere in this process, and filled
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(LibraryError, match=r"not empty: it holds 'thesis\.tex'"):

@@ -42,8 +42,9 @@ from recallseg.benchmarks.workload import (
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import InputError
+from recallseg.engines.precisions import find_precision
 from recallseg.engines.registry import load_engines
-from recallseg.engines.verification import TOLERANCES, relative_error, verify_engines
+from recallseg.engines.verification import relative_error, verify_engines
 from recallseg.runtime.library import Library
 from recallseg.runtime.reports.machine import describe_machine, package_versions
 
@@ -306,7 +307,7 @@ class _Bench:
         remarks = list(subject.remarks)
         precision = choice.precision if choice else getattr(subject, "precision", "fp32")
         difference = relative_error(recording.logits[:n], reference.logits[:n])
-        limit = max(DIFFERENCE_TOLERANCE, TOLERANCES[precision])
+        limit = max(DIFFERENCE_TOLERANCE, find_precision(precision).tolerance)
         if not difference <= limit:
             remarks.append(
                 f"its logits differ from those of {self.plan.choices[0].name} by {difference:.1e} "

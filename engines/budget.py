@@ -15,23 +15,12 @@ from typing import Any
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
+from recallseg.engines.precisions import find_precision
 from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
 
 __all__ = ["PRESETS", "Budget", "Line", "Preset", "graph_bytes", "largest_k", "memory_budget"]
 
 _FLOAT = 4
-_BYTES = {
-    "fp32": 4,
-    "fp32-native": 4,
-    "fp16": 2,
-    "fp16-native": 2,
-    "bf16": 2,
-    "mixed": 2,
-    "int8": 2,
-    "int8-native": 2,
-    "pooled": 4,
-    "int8-pooled": 2,
-}
 _POOLED = 4
 """Memory tokens that one takes the place of in the precisions that average them 2x2."""
 
@@ -145,16 +134,13 @@ def memory_budget(
     side, stride = image_size or bundle.geometry.image_size, bundle.geometry.stride
     if side < stride or side % stride:
         raise InputError(f"an image size must be a multiple of {stride}, got {side}.")
-    if k < 1 or n < 1 or precision not in _BYTES:
-        raise InputError(
-            f"a budget needs k and n of at least 1 and a precision of {', '.join(_BYTES)}; got "
-            f"k = {k}, n = {n}, {precision}."
-        )
+    if k < 1 or n < 1:
+        raise InputError(f"a budget needs k and n of at least 1; got k = {k}, n = {n}.")
+    chosen = find_precision(precision)
     geometry = bundle.geometry.at(side)
-    size = _BYTES[precision]
     buffers = _buffers(geometry, bundle.memory.object_pointers, n, k)
-    pixels = geometry.places
-    spatial = geometry.tokens // (_POOLED if "pooled" in precision else 1)
+    size, pixels = chosen.size, geometry.places
+    spatial = geometry.tokens // (_POOLED if "pooled" in chosen.approximations else 1)
     tokens = k * (spatial + geometry.channels // geometry.memory_dim)
     encode = LAYERS_ALIVE * (side // 4) ** 2 * STEM_WIDTH * size
     attend = n * (KEYS_ALIVE * tokens + 8 * pixels) * geometry.channels * size
@@ -205,14 +191,14 @@ def _weights(bundle: Bundle, precision: str) -> int:
     entries = bundle.manifest["graphs"]
     total = 0
     for graph in GRAPHS:
-        for variant in ("tensorrt", "portable"):
+        for variant in ("tensorrt", "portable", "ort-cuda", "ort-cpu"):
             exact = entries.get(f"{variant}/{precision}/{graph}")
             if exact is not None:
                 total += _size(bundle, exact)
                 break
         else:
             fp32 = entries[f"portable/fp32/{graph}"]
-            total += _size(bundle, fp32) * _BYTES[precision] // _FLOAT
+            total += _size(bundle, fp32) * find_precision(precision).size // _FLOAT
     return total
 
 

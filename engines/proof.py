@@ -17,9 +17,10 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition, Features, Prediction, Recall
 from recallseg.engines.engine import Engine, Tensor
 from recallseg.engines.golden import GoldenTensors, run_case
+from recallseg.engines.precisions import find_precision
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verdicts import Verdict
-from recallseg.engines.verification import TOLERANCES, Check, compare_with_golden, relative_error
+from recallseg.engines.verification import Check, compare_with_golden, relative_error
 
 __all__ = ["check_repeated", "prove"]
 
@@ -128,7 +129,9 @@ def check_repeated(
         if k > count:
             once = found["conditioned"][:1] if count == exemplars else attend(1, 1)
             error = relative_error(attend(count, k), np.asarray(once))
-            checks.append(Check(f"conditioned at k={k}", error, TOLERANCES[precision]))
+            checks.append(
+                Check(f"conditioned at k={k}", error, find_precision(precision).tolerance)
+            )
     return checks
 
 

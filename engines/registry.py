@@ -7,25 +7,13 @@ from typing import TYPE_CHECKING
 
 from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.precisions import find_precision
 from recallseg.engines.specs import GRAPHS, OPTIONAL_GRAPHS
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
-__all__ = ["ENGINES", "PRECISIONS", "check_choice", "engine_class", "load_engines"]
-
-PRECISIONS = (
-    "fp32",
-    "fp32-native",
-    "fp16",
-    "fp16-native",
-    "bf16",
-    "mixed",
-    "int8",
-    "int8-native",
-    "pooled",
-    "int8-pooled",
-)
+__all__ = ["ENGINES", "check_choice", "engine_class", "load_engines"]
 
 ENGINES: dict[str, tuple[str, str]] = {
     "onnxruntime-cpu": ("recallseg.engines.onnxruntime_cpu", "OnnxRuntimeCpu"),
@@ -55,8 +43,7 @@ def engine_class(name: str) -> type[Engine]:
 
 def check_choice(name: str, precision: str, threads: int | None) -> type[Engine]:
     """Return the class behind an engine's name; InputError if it cannot be asked for like this."""
-    if precision not in PRECISIONS:
-        raise InputError(f"there is no precision '{precision}'; choose {', '.join(PRECISIONS)}.")
+    find_precision(precision)
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}.")
     return engine_class(name)

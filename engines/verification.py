@@ -17,6 +17,7 @@ from recallseg.engines.composition import Composition
 from recallseg.engines.engine import Engine, Tensor
 from recallseg.engines.errors import VerificationError
 from recallseg.engines.golden import GoldenTensors, run_case
+from recallseg.engines.precisions import find_precision
 
 __all__ = [
     "Check",
@@ -27,37 +28,12 @@ __all__ = [
     "verify_engines",
 ]
 
-TOLERANCES: Mapping[str, float] = {
-    # Summation order and fused operators move the last bits; 30 layers of it stay under 3e-5. The
-    # mask's scale applied twice moves memories by 7e-4 only: normalisations behind it absorb it.
-    "fp32": 2e-4,
-    # The same by kernels of our own.
-    "fp32-native": 2e-4,
-    # 10 bits of mantissa: 5e-4 a rounding, tens of roundings in sequence.
-    "fp16": 3e-2,
-    # The same with the tanh form of GELU, 4e-4 from the other at most.
-    "fp16-native": 3e-2,
-    # 7 bits of mantissa: 4e-3 a rounding.
-    "bf16": 1e-1,
-    # Everything that is sensitive is kept in fp32, the rest is fp16.
-    "mixed": 2e-2,
-    # Quantised weights and activations: judged by Dice first, this catches what is broken.
-    "int8": 3e-1,
-    "int8-native": 3e-1,
-    # An approximation: memory tokens averaged 2x2. Likewise judged by Dice first.
-    "pooled": 3e-1,
-    "int8-pooled": 3e-1,
-}
-"""Largest relative error of any tensor, by precision."""
-
 MASK_DICE = 0.98
 """Least Dice between an engine's golden masks and the reference's, in every number format."""
 
 APPROXIMATE_MASK_DICE = 0.9
 """The same where less is computed than the reference computes: this catches what is broken, and an
 evaluation on real images says what the approximation costs."""
-
-_APPROXIMATE = ("pooled", "int8-pooled")
 
 
 @dataclass(frozen=True)
@@ -152,13 +128,15 @@ def compare_with_golden(
     VerificationError
         Naming the first tensor that differs, by how much, and what was allowed.
     """
-    tolerance = TOLERANCES[precision]
+    asked = find_precision(precision)
     checks = [
-        Check(name, relative_error(found[name].ravel()[golden.index[name]], values), tolerance)
+        Check(
+            name, relative_error(found[name].ravel()[golden.index[name]], values), asked.tolerance
+        )
         for name, values in golden.values.items()
     ]
     dice = mask_dice(found["logits"] > 0, golden.masks)
-    least = APPROXIMATE_MASK_DICE if precision in _APPROXIMATE else MASK_DICE
+    least = APPROXIMATE_MASK_DICE if asked.approximations else MASK_DICE
     checks.append(Check("masks (1 - Dice)", 1.0 - dice, 1.0 - least))
     result = Verification(engine, precision, tuple(checks))
     if strict and not result.passed:

@@ -42,9 +42,10 @@ from recallseg.engines.golden import (
     network_masks,
     run_case,
 )
+from recallseg.engines.precisions import PRECISIONS
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
-from recallseg.engines.verification import TOLERANCES, compare_with_golden, relative_error
+from recallseg.engines.verification import compare_with_golden, relative_error
 from recallseg.export import ort_cpu, ort_cuda, tensorrt
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.graphs import build_graphs, read_geometry
@@ -262,7 +263,7 @@ def _gate(
         measured.append(
             Measured(
                 "end to end", "ort-cpu/pooled", "image-like", "logits", n, k, error,
-                TOLERANCES["pooled"],
+                PRECISIONS["pooled"].tolerance,
             )
         )  # fmt: skip
     return measured

@@ -12,7 +12,7 @@ from rich.console import Console
 from recallseg.engines.bundle import Bundle
 from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
 from recallseg.export.checkpoints import load_dinov2, load_sam2
-from recallseg.export.converting import PRECISIONS, convert_bundle
+from recallseg.export.converting import CONVERTED, convert_bundle
 
 __all__ = ["convert", "export"]
 
@@ -90,7 +90,7 @@ def convert(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder, or a shipped name.")],
     output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     precisions: Annotated[
-        str, typer.Option(help=f"Comma-separated: {', '.join(PRECISIONS)}.")
+        str, typer.Option(help=f"Comma-separated: {', '.join(CONVERTED)}.")
     ] = "fp16,mixed",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle.")

@@ -20,29 +20,21 @@ from recallseg.engines.errors import ExportError
 from recallseg.engines.golden import GoldenTensors, network_images, run_case
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.operators import require_operators
+from recallseg.engines.precisions import PRECISIONS
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verification import compare_with_golden
 from recallseg.export.emulation import EmulatedEngine
 from recallseg.export.native import use_half_linear, use_native_operators
-from recallseg.export.precision import CONVERTED, convert_graph
-from recallseg.export.quantization import (
-    QUANTIZED,
-    QUANTIZED_NATIVE,
-    quantize_graph,
-    sensitive_layers,
-)
+from recallseg.export.precision import convert_graph
+from recallseg.export.quantization import quantize_graph, sensitive_layers
 
-__all__ = ["PRECISIONS", "convert_bundle"]
+__all__ = ["CONVERTED", "convert_bundle"]
 
-EXACT_NATIVE = "fp32-native"
-"""fp32 by the native operators."""
+CONVERTED = tuple(name for name, precision in PRECISIONS.items() if precision.made_by != "export")
+"""Precisions that a bundle can be given after its export."""
 
 HALF_NATIVE = "fp16-native"
-"""fp16 by cuBLASLt's fused products where ONNX Runtime's CUDA provider has none."""
-
-PRECISIONS = (EXACT_NATIVE, HALF_NATIVE, *CONVERTED, *QUANTIZED)
-"""Precisions that a bundle can be given after its export."""
 
 Report = Callable[[str], None]
 Made = dict[str, dict[str, Engine]]
@@ -73,7 +65,7 @@ def convert_bundle(
     ----------
     source : the bundle; it is only read.
     output : the new bundle's folder.
-    precisions : of :data:`PRECISIONS`.
+    precisions : of :data:`CONVERTED`.
     overwrite : replace an existing folder.
     report : is told the name of every step as it begins.
 
@@ -86,17 +78,17 @@ def convert_bundle(
     VerificationError
         If a precision fails its gate, naming tensor and error. Nothing is written.
     """
-    unknown = [name for name in precisions if name not in PRECISIONS]
+    unknown = [name for name in precisions if name not in CONVERTED]
     if unknown or not precisions:
         raise ExportError(
-            f"precisions must be of {', '.join(PRECISIONS)}; got {', '.join(precisions) or 'none'}."
+            f"precisions must be of {', '.join(CONVERTED)}; got {', '.join(precisions) or 'none'}."
         )
     if output.exists() and not overwrite:
         raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
     for precision in precisions:
         if precision == HALF_NATIVE:
             _check_for_cuda(source)
-        elif precision not in CONVERTED:
+        elif PRECISIONS[precision].made_by != "floating":
             _check_for_cpu(source, precision)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(f".{output.name}.{os.getpid()}")
@@ -106,7 +98,7 @@ def convert_bundle(
         golden = GoldenTensors.load(source.golden_file)
         measured = list(manifest.get("parity", []))
         for precision in precisions:
-            floating = precision in CONVERTED or precision == HALF_NATIVE
+            floating = PRECISIONS[precision].made_by == "floating"
             make = _converted if floating else _made_for_cpu
             for variant, engines in make(source, work, manifest, golden, precision, report).items():
                 report(f"compare {variant} in {precision} with fp32")
@@ -201,9 +193,9 @@ def _check_for_cuda(source: Bundle) -> None:
 
 
 def _check_for_cpu(source: Bundle, precision: str) -> None:
-    if precision == EXACT_NATIVE or precision in QUANTIZED_NATIVE:
+    if PRECISIONS[precision].native:
         require_operators(f"precision {precision}")
-    wanted = QUANTIZED.get(precision, "fp32")
+    wanted = PRECISIONS[precision].made_from
     if wanted not in source.precisions.get("ort-cpu", ()):
         how = " --pooled" if wanted == "pooled" else ""
         raise ExportError(
@@ -222,13 +214,10 @@ def _made_for_cpu(
     report: Report,
 ) -> Made:
     """Write all graphs for the CPU but ``memorize``; return the engines by variant."""
-    variant, base, native = (
-        "ort-cpu",
-        QUANTIZED.get(precision, "fp32"),
-        precision in QUANTIZED_NATIVE,
-    )
+    made_as = PRECISIONS[precision]
+    variant, base, native = "ort-cpu", made_as.made_from, made_as.native
     exact = load_engines(source, "onnxruntime-cpu", base)
-    measured = precision in QUANTIZED
+    measured = made_as.made_by == "quantized"
     inputs = _image_like(source, golden, exact) if measured else {}
     engines: dict[str, Engine] = {}
     kept: dict[str, list[str]] = {}

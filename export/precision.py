@@ -32,11 +32,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from recallseg.engines.errors import ExportError, InputError
 from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.operators import DOMAIN
+from recallseg.engines.precisions import PRECISIONS, precisions_made
 
-__all__ = ["CONVERTED", "convert_graph", "emulate"]
+__all__ = ["FLOATING", "convert_graph", "emulate"]
 
-CONVERTED = ("fp16", "bf16", "mixed")
-"""Precisions that are made from fp32 graphs."""
+FLOATING = tuple(name for name in precisions_made("floating") if not PRECISIONS[name].native)
+"""Precisions in other types than fp32, by operators that every runtime has."""
 
 _SENSITIVE = (
     "LayerNormalization",
@@ -69,7 +70,7 @@ def convert_graph(model: ModelProto, precision: str, graph: str) -> ModelProto:
     Parameters
     ----------
     model : with fp32 inputs, outputs and weights, weights loaded.
-    precision : one of :data:`CONVERTED`.
+    precision : one of :data:`FLOATING`.
     graph : its name.
 
     Raises
@@ -79,8 +80,8 @@ def convert_graph(model: ModelProto, precision: str, graph: str) -> ModelProto:
     ExportError
         If the result is no valid model.
     """
-    if precision not in CONVERTED:
-        raise InputError(f"graphs are converted to {', '.join(CONVERTED)}, not '{precision}'.")
+    if precision not in FLOATING:
+        raise InputError(f"graphs are converted to {', '.join(FLOATING)}, not '{precision}'.")
     float16 = import_onnxruntime("transformers.float16", wanted_by="convert", extra="export")
     keep_types = [*float16.DEFAULT_OP_BLOCK_LIST, *_ALWAYS]
     if precision == "bf16":

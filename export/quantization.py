@@ -36,14 +36,7 @@ from recallseg.export.native import FUSED_ATTENTION, use_native_operators
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ERROR_BUDGET", "QUANTIZED", "QUANTIZED_NATIVE", "quantize_graph", "sensitive_layers"]
-
-QUANTIZED = {"int8": "fp32", "int8-native": "fp32", "int8-pooled": "pooled"}
-"""Precisions that are made here, and those of the graphs of variant ``ort-cpu`` that they are made
-from."""
-
-QUANTIZED_NATIVE = ("int8-native",)
-"""Those with the native operators: attention in 8 bits too, and what stays in fp32 by them."""
+__all__ = ["ERROR_BUDGET", "quantize_graph", "sensitive_layers"]
 
 ERROR_BUDGET = 2e-2
 """Relative error of a graph's worst output that its quantised layers may add up to."""

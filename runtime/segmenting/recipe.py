@@ -11,10 +11,8 @@ from recallseg.engines.digest import digest_json
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library.encoding import Origin
 
-__all__ = ["APPROXIMATIONS", "Provenance", "Recipe"]
+__all__ = ["Provenance", "Recipe"]
 
-APPROXIMATIONS = ("pooled",)
-"""What a precision may stand for beside its numbers: graphs that compute something else."""
 UNRECORDED = "unrecorded"
 
 
@@ -31,7 +29,8 @@ class Recipe:
     memory_format : how the library stores memories, ``fp16`` or ``int8``.
     k, reach, tags : see :class:`recallseg.Segmenter`.
     intensity : the library's rule from pixel values to 0..1, as JSON values.
-    approximations : what the graphs leave out or put together, see :data:`APPROXIMATIONS`.
+    approximations : what the graphs leave out or put together, see
+        :class:`recallseg.engines.precisions.Precision`.
     head : whether a head of the library's own takes part.
     """
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from recallseg import __version__
 from recallseg.engines.device import Device
 from recallseg.engines.errors import InputError, StaleViewError
+from recallseg.engines.precisions import find_precision
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.checks import check_count, check_number, check_tags
 from recallseg.runtime.frozen import FrozenMap
@@ -35,7 +36,7 @@ from recallseg.runtime.segmenting.presence import (
     presence_share,
 )
 from recallseg.runtime.segmenting.reach import REACH, within_reach
-from recallseg.runtime.segmenting.recipe import APPROXIMATIONS, Provenance, Recipe
+from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 from recallseg.runtime.segmenting.result import Quality, Result, Score
 from recallseg.runtime.segmenting.timings import Timings
 
@@ -390,7 +391,7 @@ class Segmenter:
             self.reach,
             self.tags,
             self.library.intensity.to_json(),
-            tuple(name for name in APPROXIMATIONS if name in self.precision.split("-")),
+            find_precision(self.precision).approximations,
         )
 
     def _provenance(self, recollection: Recollection) -> Provenance:

@@ -25,7 +25,7 @@ from recallseg.export.checkpoints import load_dinov2, load_sam2
 from recallseg.export.converting import convert_bundle
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import export_graph
-from recallseg.export.precision import CONVERTED, convert_graph
+from recallseg.export.precision import FLOATING, convert_graph
 
 RTX = FLAVOURS["tensorrt-rtx"]
 MALFORMED = 32  # EngineInvalidityDiagnostics.MALFORMED_ENGINE
@@ -45,7 +45,7 @@ def demo() -> Bundle:
 
 @pytest.fixture(scope="module")
 def converted(demo: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return convert_bundle(demo, tmp_path_factory.mktemp("rtx") / "demo", CONVERTED)
+    return convert_bundle(demo, tmp_path_factory.mktemp("rtx") / "demo", FLOATING)
 
 
 def test_what_the_engine_asks_of_a_context_is_there(api: Any) -> None:
@@ -64,7 +64,7 @@ def request_for(*targets: str, precision: str = "fp32") -> BuildRequest:
     return BuildRequest(RTX, precision, Profile(), Target.parse(targets or None, RTX))
 
 
-@pytest.mark.parametrize("precision", ["fp32", *CONVERTED])
+@pytest.mark.parametrize("precision", ["fp32", *FLOATING])
 def test_every_graph_builds_and_only_known_messages_come(
     api: Any, converted: Bundle, tmp_path: Path, precision: str
 ) -> None:

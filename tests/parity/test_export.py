@@ -17,6 +17,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineUnavailableError, ExportError, ParityError
 from recallseg.engines.operators import ATTENTION, DOMAIN, LINEAR, QUANTIZED_ATTENTION
+from recallseg.engines.precisions import PRECISIONS, precisions_made
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import relative_error, verify_engines
@@ -28,7 +29,6 @@ from recallseg.export.onnx_export import example_inputs
 from recallseg.export.ort_cpu import build_ort_cpu_graphs
 from recallseg.export.ort_cuda import build_ort_cuda_graphs
 from recallseg.export.parity import PARITY_TOLERANCE, check_graph
-from recallseg.export.quantization import QUANTIZED, QUANTIZED_NATIVE
 
 Models = tuple[Loaded, Loaded]
 
@@ -197,7 +197,7 @@ def test_pooled_without_its_variant_is_refused(models: Models, tmp_path: Path) -
 
 
 def test_int8_keeps_what_is_sensitive_and_passes_its_gate(exported: Bundle, tmp_path: Path) -> None:
-    plain = [precision for precision in QUANTIZED if precision not in QUANTIZED_NATIVE]
+    plain = [name for name in precisions_made("quantized") if not PRECISIONS[name].native]
     made = convert_bundle(exported, tmp_path / "int8", plain)
     assert made.identity == exported.identity
     for precision in plain:

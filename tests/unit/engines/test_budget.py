@@ -10,7 +10,7 @@ from recallseg.cli import app
 from recallseg.engines.budget import PRESETS, largest_k, memory_budget
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
-from recallseg.engines.registry import PRECISIONS
+from recallseg.engines.precisions import PRECISIONS
 
 MIB = 1 << 20
 

@@ -20,7 +20,7 @@ from recallseg.engines.verification import mask_dice, verify_engines
 from recallseg.export import converting
 from recallseg.export.converting import convert_bundle
 from recallseg.export.emulation import EmulatedEngine
-from recallseg.export.precision import CONVERTED, convert_graph, emulate
+from recallseg.export.precision import FLOATING, convert_graph, emulate
 
 BF16_STEP, FP16_STEP = 2.0**-8, 2.0**-11
 
@@ -72,7 +72,7 @@ def types_of(model: ModelProto) -> dict[str, int]:
 
 
 def test_inputs_and_outputs_stay_fp32() -> None:
-    for precision in CONVERTED:
+    for precision in FLOATING:
         converted = convert_graph(attention_model(), precision, "attend")
         for value in (*converted.graph.input, *converted.graph.output):
             assert value.type.tensor_type.elem_type == TensorProto.FLOAT
@@ -148,18 +148,18 @@ def test_what_is_asked_for_must_exist() -> None:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("converted") / "demo"
-    return convert_bundle(Bundle.open("demo"), folder, CONVERTED)
+    return convert_bundle(Bundle.open("demo"), folder, FLOATING)
 
 
 def test_the_demo_model_in_every_precision(converted: Bundle) -> None:
     demo = Bundle.open("demo")
     assert converted.identity == demo.identity  # libraries stay valid
-    assert converted.precisions["portable"] == ("fp32", *CONVERTED)
+    assert converted.precisions["portable"] == ("fp32", *FLOATING)
     parity = [e for e in converted.manifest["parity"] if e["variant"].startswith("portable/")]
-    assert {e["variant"] for e in parity} == {f"portable/{name}" for name in CONVERTED}
+    assert {e["variant"] for e in parity} == {f"portable/{name}" for name in FLOATING}
     # Those with ONNX Runtime's own operators are for its CUDA provider.
     fused = [e for e in converted.manifest["parity"] if e["variant"].startswith("ort-cuda/")]
-    assert {e["variant"] for e in fused} == {f"ort-cuda/{name}" for name in CONVERTED}
+    assert {e["variant"] for e in fused} == {f"ort-cuda/{name}" for name in FLOATING}
     assert converted.graph_file("attend", OnnxRuntimeCuda.variants, "fp16")[1] == "ort-cuda"
     assert converted.graph_file("decode", OnnxRuntimeCuda.variants, "fp16")[1] == "portable"
     assert converted.graph_file("attend", OnnxRuntimeCuda.variants, "fp32")[1] == "portable"

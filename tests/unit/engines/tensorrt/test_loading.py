@@ -39,7 +39,7 @@ from recallseg.engines.tensorrt.flavour import FLAVOURS
 from recallseg.engines.tensorrt.plans import PlanCache
 from recallseg.engines.tensorrt.profile import Profile, Range
 from recallseg.engines.tensorrt.targets import Target
-from recallseg.runtime.model.query import GpuOptions
+from recallseg.runtime.model.model import GpuOptions
 
 ORIN = str(HostGpu.facts)
 

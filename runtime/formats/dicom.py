@@ -240,6 +240,7 @@ def read_dicom(
             source,
             tuple(notes),
             acquired,
+            bool(placed) or _picture_spacing(header, first, path) is not None,
         )
 
 
@@ -369,12 +370,12 @@ def _picture_affine(
             f"{path} holds {len(headers)} pictures: a slice has no ImageOrientationPatient, so "
             "they are no volume. Give them one by one, or export the original series."
         )
-    rows, columns = _picture_spacing(headers[0], planes[0], path)
+    rows, columns = _picture_spacing(headers[0], planes[0], path) or (1.0, 1.0)
     return np.diag([1.0, rows, columns, 1.0])
 
 
-def _picture_spacing(dataset: Any, plane: Plane, path: Path) -> tuple[float, float]:
-    """Return mm between rows and columns; 1 (pixel) where the file states none."""
+def _picture_spacing(dataset: Any, plane: Plane, path: Path) -> tuple[float, float] | None:
+    """Return mm between rows and columns; None where the file states none."""
     stated: list[Any] = [plane.spacing]
     shared = item(dataset, "SharedFunctionalGroupsSequence")
     properties = item(shared, "FramePixelDataPropertiesSequence")
@@ -396,7 +397,7 @@ def _picture_spacing(dataset: Any, plane: Plane, path: Path) -> tuple[float, flo
         and region.get("PhysicalDeltaY")
     ):
         return abs(float(region.PhysicalDeltaY)) * 10, abs(float(region.PhysicalDeltaX)) * 10
-    return 1.0, 1.0
+    return None
 
 
 def _bare(planes: Sequence[Plane]) -> tuple[Plane, ...]:
@@ -505,8 +506,16 @@ def _tags(dataset: Any, plane: Plane) -> dict[str, str]:
         "laterality": _text(plane.anatomy, "FrameLaterality")
         or _text(dataset, "ImageLaterality")
         or _text(dataset, "Laterality"),
+        "orientation": _turned(dataset) if plane.where is None else "",
     }
     return {tag: value for tag, value in found.items() if value}
+
+
+def _turned(dataset: Any) -> str:
+    """Return where a picture's rows and columns run to in the patient, e.g. ``A-F``."""
+    value = dataset.get("PatientOrientation") or ()
+    parts = ["".join(c for c in str(part) if c in "LRAPHF") for part in value]
+    return "-".join(parts) if len(parts) == 2 and all(parts) else ""
 
 
 def _text(dataset: Any, name: str) -> str:

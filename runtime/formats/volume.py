@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.lattice import Lattice
 
-__all__ = ["PLANES", "Frame", "Slicing", "Volume"]
+__all__ = ["PLANES", "SPACING_TAG", "Frame", "Slicing", "Volume"]
 
 Frame = Literal["RAS", "LPS", "image"]
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Names of slicing directions, and the patient axis (x, y, z) that they run along."""
 
+SPACING_TAG = "spacing_mm"
+"""Of an exemplar: mm between rows and between columns, as in 0.7x0.7."""
 COARSER = 1.25
 """A volume is sliced along the axis it was acquired along if its spacing there is this many times
 that of the other two."""
@@ -47,6 +49,7 @@ class Volume:
     notes : what had to be decided while reading, in sentences for the record and for people.
     acquired : the axis across the planes that the file stores as images of their own (DICOM); None
         where it does not tell, or a three-dimensional acquisition has no such planes.
+    measured : without a patient frame, whether the file states lengths in mm.
     """
 
     array: NDArray[Any]
@@ -58,6 +61,7 @@ class Volume:
     origin: Any = field(default=None, repr=False, compare=False)
     notes: tuple[str, ...] = ()
     acquired: int | None = None
+    measured: bool = False
 
     def __post_init__(self) -> None:
         array, affine = self.array, np.asarray(self.affine, np.float64)
@@ -91,6 +95,11 @@ class Volume:
         """I, J, K."""
         i, j, k = self.array.shape[:3]
         return i, j, k
+
+    @property
+    def in_mm(self) -> bool:
+        """Whether ``spacing`` is in mm, and not in pixels."""
+        return self.frame != "image" or self.measured
 
     @property
     def spacing(self) -> tuple[float, float, float]:

@@ -31,7 +31,7 @@ from recallseg.runtime.formats.pairs import (
     needs_labels,
     read_pair,
 )
-from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.formats.volume import SPACING_TAG, Slicing, Volume
 from recallseg.runtime.library.sources import content_digest
 
 if TYPE_CHECKING:
@@ -146,10 +146,18 @@ def import_volume(
     report = import_annotated(
         library,
         [(each.name, lambda each=each: each) for each in chosen],  # type: ignore[misc]
-        tags={**found.tags, **(tags or {})},
+        tags={**found.tags, **_scale(found, plane), **(tags or {})},
         strict=strict,
     )
     return replace(report, notes={item.name: found.notes} if found.notes else {})
+
+
+def _scale(volume: Volume, plane: str | None) -> dict[str, str]:
+    """Return the tag that says how large a pixel of a volume's slices is, where that is known."""
+    if not volume.in_mm:
+        return {}
+    rows, columns = Slicing.of(volume, plane).spacing(volume)
+    return {SPACING_TAG: f"{rows:.6g}x{columns:.6g}"}
 
 
 def import_exemplars(

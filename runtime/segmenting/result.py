@@ -93,6 +93,7 @@ class Result:
     provenance : what made this result.
     temporal : memories of earlier frames that were used beside the recalled ones, by structure.
     notice : what must be said of the weights, e.g. "demo model, not for clinical use".
+    spacing : mm between rows and between columns, None where they are not known.
     """
 
     masks: Mapping[str, NDArray[np.bool_]]
@@ -106,6 +107,7 @@ class Result:
     provenance: Provenance
     temporal: Mapping[str, int]
     notice: str
+    spacing: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the pixels, for ``NAME.json`` beside a mask."""
@@ -122,6 +124,12 @@ class Result:
                 for name, found in self.recalled.items()
             },
             "pixels": {name: int(mask.sum()) for name, mask in self.masks.items()},
+            "square_mm": None
+            if self.spacing is None
+            else {
+                name: round(int(mask.sum()) * self.spacing[0] * self.spacing[1], 3)
+                for name, mask in self.masks.items()
+            },
             "timings_ms": {name: round(ms, 3) for name, ms in self.timings.items()},
             "quality": self.quality.to_json(),
             "provenance": self.provenance.to_json(),

@@ -23,6 +23,7 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.model import GpuOptions, Model, View, Wanted, groups
+from recallseg.runtime.segmenting.acquisition import Acquisition, differences
 from recallseg.runtime.segmenting.calibration import (
     MIN_EXEMPLARS,
     Thresholds,
@@ -159,6 +160,7 @@ class Segmenter:
         deadline_ms: float | None = None,
         out: tuple[Any, Any] = (None, None),
         temporal: FrameMemories | None = None,
+        acquisition: Acquisition | None = None,
     ) -> Result:
         """Segment one image.
 
@@ -173,6 +175,8 @@ class Segmenter:
         temporal : memories of the frames before, made by :meth:`temporal_memories`. They are used
             beside the recalled ones, and what this image shows is added; structures that are
             absent or suspect are not.
+        acquisition : what is known of its scale and side; recalled exemplars of another scale, or
+            of the other side, then are a reason to look.
 
         Returns
         -------
@@ -196,7 +200,7 @@ class Segmenter:
         timings = Timings(deadline_ms)
         if temporal is not None:
             self._check_temporal(temporal)
-        return self._segment(image, timings, out=out, temporal=temporal)
+        return self._segment(image, timings, out=out, temporal=temporal, acquisition=acquisition)
 
     def temporal_memories(self) -> FrameMemories:
         """Return room for the memories of one sequence of frames or slices, empty.
@@ -298,13 +302,14 @@ class Segmenter:
         out: tuple[Any, Any] = (None, None),
         temporal: FrameMemories | None = None,
         exemplars: int | None = None,
+        acquisition: Acquisition | None = None,
     ) -> Result:
         """Run a query, without the exemplar of the key ``excluded``.
 
         With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up.
         """
         with timings.locked(self.model.turns):
-            return self._answer(image, timings, excluded, out, temporal, exemplars)
+            return self._answer(image, timings, excluded, out, temporal, exemplars, acquisition)
 
     def _answer(
         self,
@@ -314,6 +319,7 @@ class Segmenter:
         out: tuple[Any, Any],
         temporal: FrameMemories | None,
         exemplars: int | None,
+        acquisition: Acquisition | None,
     ) -> Result:
         earlier = [
             0 if temporal is None else temporal.count(i) for i in range(len(self.structures))
@@ -356,7 +362,8 @@ class Segmenter:
             for i, name in enumerate(self.structures)
         }
         available = {name: found.available for name, found in recollection.found.items()}
-        quality = self._judge(scores, recalled, available)
+        differing = self._differences(acquisition, label_map.shape, recalled)
+        quality = self._judge(scores, recalled, available, differing)
         if temporal is not None:
             with timings("memorize"):
                 trusted = {
@@ -377,6 +384,7 @@ class Segmenter:
             provenance=self._provenance(recollection),
             temporal=FrozenMap(dict(zip(self.structures, earlier, strict=True))),
             notice=self.bundle.notice,
+            spacing=None if acquisition is None else acquisition.spacing,
         )
 
     @property
@@ -443,11 +451,32 @@ class Segmenter:
             for group in groups(members, self.bundle.geometry.max_n):
                 yield count, [*group]
 
+    def _differences(
+        self,
+        acquisition: Acquisition | None,
+        shape: tuple[int, int],
+        recalled: Mapping[str, tuple[Match, ...]],
+    ) -> dict[str, list[str]]:
+        """Return how what was recalled differs in scale and side, by structure."""
+        if acquisition is None or acquisition == Acquisition():
+            return {}
+        keys = {match.key for found in recalled.values() for match in found if not match.absent}
+        known = {key: self.library.get(key) for key in keys if key in self.library}
+        return {
+            name: differences(
+                acquisition,
+                *shape,
+                [known[match.key] for match in found if match.key in known and not match.absent],
+            )
+            for name, found in recalled.items()
+        }
+
     def _judge(
         self,
         scores: Mapping[str, Score],
         recalled: Mapping[str, tuple[Match, ...]],
         available: Mapping[str, int],
+        differing: Mapping[str, Sequence[str]],
     ) -> Quality:
         thresholds = self._current_thresholds()
         reasons: dict[str, tuple[str, ...]] = {}
@@ -474,6 +503,7 @@ class Segmenter:
                 found.append(
                     f"low IoU estimate {score.iou:.2f}, usual is at least {limits.iou:.2f}"
                 )
+            found += differing.get(name, ())
             if found:
                 reasons[name] = tuple(found)
         flag = "suspect" if reasons else "ok" if calibrated else "uncalibrated"

@@ -20,6 +20,7 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.frozen import same_fields
 from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import RECORD_FORMAT, Result, Score
 from recallseg.runtime.segmenting.segmenter import Segmenter
@@ -139,8 +140,14 @@ class VolumeResult:
             "millilitres": None
             if volume.frame == "image"
             else {name: round(count * voxel_ml, 3) for name, count in voxels.items()},
+            "square_mm": {
+                name: round(count * volume.spacing[1] * volume.spacing[2], 3)
+                for name, count in voxels.items()
+            }
+            if volume.frame == "image" and volume.in_mm and volume.shape[0] == 1
+            else None,
             "shape": list(volume.shape),
-            "spacing_mm": None if volume.frame == "image" else list(volume.spacing),
+            "spacing_mm": _lengths(volume),
             "frame": volume.frame,
             "plane": self.slicing.plane,
             "propagated": self.propagated,
@@ -246,6 +253,11 @@ def segment_volume(
     )
 
 
+def acquisition_of(volume: Volume, slicing: Slicing) -> Acquisition:
+    """Return the scale and side of a volume's slices."""
+    return Acquisition.of(volume.tags, slicing.spacing(volume) if volume.in_mm else None)
+
+
 def clean_up(
     result: VolumeResult, *, largest: bool = False, fill_holes: bool = False
 ) -> VolumeResult:
@@ -304,17 +316,25 @@ def _results(
 ) -> Iterator[tuple[int, Result]]:
     """Yield slices with their results; the one that propagation starts from comes twice."""
     count = slicing.count(volume)
+    taken = acquisition_of(volume, slicing)
 
     def picture(index: int) -> NDArray[Any]:
         return slicing.view(volume.array, index)
 
     if not segmenter.memories or count == 1:
         for index in range(count):
-            yield index, segmenter.segment(picture(index))
+            yield index, segmenter.segment(picture(index), acquisition=taken)
         return
     start = min(range(count), key=lambda index: segmenter.distance(picture(index)))
     temporal = segmenter.temporal_memories()
     for way in (range(start, count), range(start, -1, -1)):
         temporal.clear()
         for index in way:
-            yield index, segmenter.segment(picture(index), temporal=temporal)
+            yield index, segmenter.segment(picture(index), temporal=temporal, acquisition=taken)
+
+
+def _lengths(volume: Volume) -> list[float] | None:
+    """Return mm between voxels, of pictures between rows and columns; None if not stated."""
+    if volume.frame != "image":
+        return list(volume.spacing)
+    return list(volume.spacing[1:]) if volume.in_mm else None

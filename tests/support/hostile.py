@@ -85,7 +85,8 @@ def unix_socket(path: Path) -> None:
     os.chdir(path.parent)  # the name of a socket must be short
     try:
         with socket.socket(socket.AF_UNIX) as made:
-            made.bind(path.name)
+            made.bind("s")
+            Path("s").rename(path.name)
     finally:
         os.chdir(here)
 

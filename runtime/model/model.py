@@ -784,6 +784,6 @@ class _Kept:
 
 
 def groups(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
-    """Yield items in groups of at most ``most``."""
-    for start in range(0, len(items), most):
+    """Yield items in groups of at most ``most``; of none there are none."""
+    for start in range(0, len(items), max(1, most)):
         yield items[start : start + most]

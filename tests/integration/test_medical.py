@@ -174,7 +174,10 @@ def test_exemplars_from_a_series_with_its_seg(tmp_path: Path, library: Path) -> 
     assert list(json.loads(answer)["added"]) == ["series-axial-0001", "series-axial-0003"]
     with Library.open(library) as opened:
         exemplar = opened.get("series-axial-0003")
-        assert dict(exemplar.tags) == {"modality": "MR", "body_part": "HEAD", "site": "A"}
+        assert dict(exemplar.tags) == {
+            **{"modality": "MR", "body_part": "HEAD", "site": "A"},
+            "spacing_mm": "0.8x0.9",
+        }
         image, masks = opened.source("series-axial-0003")
     assert np.array_equal(image, array[3])
     assert (masks["bar"] != mask[3]).mean() < 0.01

@@ -501,3 +501,13 @@ def test_queries_go_on_while_a_library_is_encoded_anew(library: Library) -> None
     library.rebuild(progress=progress)
     assert asked == [0, 1, 2, 3, 4]
     assert segmenter.segment(picture(0)[0]).masks["square"].any()
+
+
+def test_an_image_that_only_lacks_structures_can_be_the_first(
+    tmp_path: Path, fake_bundle: Bundle
+) -> None:
+    """It has no mask to make a memory of, only an embedding."""
+    with Library.create(tmp_path / "absent", fake_bundle, engine="fake") as made:
+        made.add(picture(0)[0], {}, absent=("square",))
+        made.add(picture(1)[0], {"square": picture(1)[1]})
+        assert made.count("square", absent=True) == 1

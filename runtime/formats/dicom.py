@@ -408,25 +408,30 @@ def _bare(planes: Sequence[Plane]) -> tuple[Plane, ...]:
 def _own_header(header: Any) -> tuple[Any, list[str]]:
     """Return a header as a writer needs it, and what is to be said.
 
-    What is said of each frame stands in the planes. Dates and times that are none are emptied.
+    What is said of each frame stands in the planes. Dates and times of the patient and the study as
+    ACR-NEMA wrote them (with points and colons) are rewritten; those that are none are emptied.
     """
     from pydicom.dataset import Dataset
-    from pydicom.valuerep import DA, DT, TM
+    from pydicom.valuerep import DA, TM
 
     own, notes = Dataset(), []
     for element in header:
-        if element.keyword == "PerFrameFunctionalGroupsSequence":
+        if element.keyword != "PerFrameFunctionalGroupsSequence":
+            own.add(element)
+    for name in ("PatientBirthDate", "StudyDate", "StudyTime"):
+        value = own.get(name)
+        if value is None:
             continue
-        own.add(element)
-        kind = {"DA": DA, "TM": TM, "DT": DT}.get(element.VR)
-        if kind is None or element.VM > 1:
-            continue
+        kind, word = (TM, "time") if name == "StudyTime" else (DA, "date")
+        plain = str(value).strip().replace(":", "")
+        plain = plain.replace(".", "") if kind is DA else plain
         try:
-            kind(element.value)
+            kind(plain)
         except (ValueError, TypeError):
-            own[element.tag] = type(element)(element.tag, element.VR, "")
-            word = "date" if element.VR == "DA" else "time"
-            notes.append(f"its {element.keyword} is no {word}; it is left empty in what is written")
+            plain = ""
+            notes.append(f"its {name} is no {word}; it is left empty in what is written")
+        if plain != str(value):
+            own[name] = type(own[name])(own[name].tag, own[name].VR, plain)
     if own.get("PatientSex", "") not in ("", "M", "F", "O"):
         own.PatientSex = ""
         notes.append("its PatientSex is none of M, F, O; it is left empty in what is written")

@@ -420,7 +420,7 @@ def check_segmentation(
     )
     dot = np.zeros(one.shape, bool)
     dot[0, 0, 0] = True
-    _encode(one, dict.fromkeys(structures, dot), algorithm, concepts)
+    _encode(one, dict.fromkeys(structures, dot), structures, algorithm, concepts)
 
 
 def write_segmentation(
@@ -448,15 +448,16 @@ def write_segmentation(
     OSError
         If the folder cannot be written.
     """
-    present = {name: mask for name, mask in masks.items() if mask.any()}
+    present = [name for name in masks if masks[name].any()]
     if not present:
         raise InputError("no structure was found, and DICOM knows no empty SEG.")
-    write_atomically(path, _encode(volume, present, algorithm, concepts))
+    write_atomically(path, _encode(volume, masks, present, algorithm, concepts))
 
 
 def _encode(
     volume: Volume,
     masks: Mapping[str, NDArray[np.bool_]],
+    names: Sequence[str],
     algorithm: Algorithm,
     concepts: Mapping[str, Concept] | None,
 ) -> bytes:
@@ -466,7 +467,7 @@ def _encode(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about values outside the standard in the source
-            segmentation = _segmentation(volume, masks, algorithm, concepts)
+            segmentation = _segmentation(volume, masks, names, algorithm, concepts)
             stream = io.BytesIO()
             segmentation.save_as(stream)
     except (InputError, ModuleNotFoundError, MemoryError):
@@ -481,6 +482,7 @@ def _encode(
 def _segmentation(
     volume: Volume,
     masks: Mapping[str, NDArray[np.bool_]],
+    names: Sequence[str],
     algorithm: Algorithm,
     concepts: Mapping[str, Concept] | None,
 ) -> Any:
@@ -491,7 +493,7 @@ def _segmentation(
     from recallseg import __version__
 
     source: DicomSource = volume.origin
-    known = concepts_for(masks, concepts)
+    known = concepts_for(names, concepts)
     made_by = highdicom.AlgorithmIdentificationSequence(
         name="RecallSeg",
         family=codes.cid7162.ArtificialIntelligence,
@@ -500,16 +502,13 @@ def _segmentation(
         parameters=dict(algorithm.parameters),
     )
     stand_ins = _stand_ins(volume)
-    used = np.zeros(volume.shape[0], bool)  # planes without a structure are left out
-    for mask in masks.values():
-        used |= mask.any(axis=(1, 2))
-    at = np.flatnonzero(used)
+    at, planes = _planes(volume, masks, names)
     segmentation = highdicom.seg.Segmentation(
         source_images=[stand_ins[i] for i in at],
-        pixel_array=np.stack([mask[at] for mask in masks.values()], axis=-1),
+        pixel_array=planes,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[
-            _description(number, name, known[name], made_by) for number, name in enumerate(masks, 1)
+            _description(number, name, known[name], made_by) for number, name in enumerate(names, 1)
         ],
         series_instance_uid=highdicom.UID(),
         series_number=SERIES_NUMBER,
@@ -527,6 +526,24 @@ def _segmentation(
     )
     _refer_to_the_source(segmentation, source)
     return segmentation
+
+
+def _planes(
+    volume: Volume, masks: Mapping[str, NDArray[np.bool_]], names: Sequence[str]
+) -> tuple[NDArray[np.intp], NDArray[Any]]:
+    """Return the index of each plane that shows something, and those planes: with segment numbers,
+    which take little room, or where masks overlap with an axis of segments at the end.
+    """
+    numbers = np.zeros(volume.shape, np.uint8 if len(names) < 256 else np.uint16)
+    overlap = False
+    for number, name in enumerate(names, 1):
+        mask = masks[name]
+        overlap = overlap or bool(numbers[mask].any())
+        numbers[mask] = number
+    at = np.flatnonzero(numbers.any(axis=(1, 2)))
+    if overlap:
+        return at, np.stack([masks[name][at] for name in names], axis=-1)
+    return at, numbers if len(at) == len(numbers) else numbers[at]
 
 
 def _description(number: int, name: str, concept: Concept, made_by: Any) -> Any:

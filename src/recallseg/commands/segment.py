@@ -192,7 +192,8 @@ def _segment_volume(
 
     for time in times:
         with progress_bar(f"Reading {printable(item.name)}", len(item.files)) as step:
-            volume = read_item(item, voi=settings.voi, time=time, stack=stack, progress=step)
+            each = step if len(item.files) > 1 else lambda image: None  # one file has many
+            volume = read_item(item, voi=settings.voi, time=time, stack=stack, progress=each)
         slices = Slicing.of(volume, settings.plane).count(volume)
         target = base if len(times) == 1 else base.with_name(f"{base.name}.time{time}")
         if target != base and not overwrite:

@@ -1,0 +1,179 @@
+"""What is written of a volume: structures that overlap, and what is known before the work."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from support.dicom_series import write_series
+from support.multi_frame import items, write_multi_frame
+from typer.testing import CliRunner
+
+from recallseg import Bundle, Library, cli
+from recallseg.engines.errors import InputError, OutputError
+from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
+from recallseg.runtime.formats.reading import read_volume
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.volumes import outputs
+from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files, write_volume_result
+from recallseg.runtime.volumes.slices import VolumeResult, clean_up, segment_volume
+
+SHAPE = (4, 32, 24)
+ARRAY = np.random.default_rng(0).integers(0, 900, SHAPE).astype(np.int16)
+
+
+@pytest.fixture
+def library(tmp_path: Path, fake_bundle: Bundle) -> Path:
+    mask = np.zeros(SHAPE[1:], bool)
+    mask[4:20, 4:16] = True
+    with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as made:
+        made.add(ARRAY[0], {"liver": mask, "tumour": np.roll(mask, 4, 0)})
+        made.add(ARRAY[1], {"liver": mask, "tumour": np.roll(mask, 2, 1)})
+    return tmp_path / "lib"
+
+
+def overlapping(library: Path, path: Path) -> tuple[VolumeResult, dict[str, np.ndarray]]:
+    """A result whose two structures overlap, and their masks."""
+    volume = read_volume(path)
+    with Library.open(library) as opened:
+        result = segment_volume(Segmenter(opened, k=1, engine="fake"), volume)
+    liver, tumour = np.zeros((2, *volume.shape), bool)
+    liver[..., 2:20, 2:20], tumour[1:3, 10:25, 10:22] = True, True
+    label_map = liver * np.uint8(result.labels["liver"])
+    label_map[tumour & ~liver] = result.labels["tumour"]
+    shared = {"tumour": np.flatnonzero(tumour & liver)}
+    return replace(result, label_map=label_map, shared=shared), {"liver": liver, "tumour": tumour}
+
+
+@pytest.mark.parametrize("kind", ["dicom", "nrrd"])
+def test_structures_that_overlap_survive(tmp_path: Path, library: Path, kind: str) -> None:
+    write_series(tmp_path / "s", ARRAY)
+    result, masks = overlapping(library, tmp_path / "s")
+    for name, mask in masks.items():
+        assert np.array_equal(result.masks[name], mask)
+    volume = read_volume(tmp_path / "s")
+    record = write_volume_result(tmp_path / "x", volume, kind, result, "s")
+    assert record["voxels"] == {name: int(mask.sum()) for name, mask in masks.items()}
+    _, found = read_annotated_volume(tmp_path / "s", tmp_path / record["mask"], None)
+    for name, mask in masks.items():
+        assert np.array_equal(found[name], mask)
+    assert "no code" not in " ".join(record["notes"])
+
+
+def test_a_label_map_says_what_it_cannot_hold(tmp_path: Path, library: Path) -> None:
+    image = nibabel.Nifti1Image(ARRAY, np.diag([-1.0, -1.0, 3.0, 1.0]))
+    nibabel.save(image, tmp_path / "s.nii")
+    result, masks = overlapping(library, tmp_path / "s.nii")
+    volume = read_volume(tmp_path / "s.nii")
+    record = write_volume_result(tmp_path / "x", volume, "nifti", result, "s.nii")
+    both = int((masks["liver"] & masks["tumour"]).sum())
+    assert both > 0
+    assert f"overlap in {both} voxels" in " ".join(record["notes"])
+    assert record["voxels"]["tumour"] == masks["tumour"].sum()
+
+
+def test_segmenting_keeps_what_overlaps(tmp_path: Path, library: Path) -> None:
+    write_series(tmp_path / "s", ARRAY)
+    volume = read_volume(tmp_path / "s")
+    planes = []
+    with Library.open(library) as opened:
+        result = segment_volume(
+            Segmenter(opened, k=1, engine="fake"), volume,
+            on_slice=lambda image, found: planes.append(found.masks),
+        )  # fmt: skip
+    for name in result.labels:
+        assert np.array_equal(result.mask(name), np.stack([masks[name] for masks in planes]))
+
+
+def test_clean_up_of_what_overlaps(tmp_path: Path, library: Path) -> None:
+    write_series(tmp_path / "s", ARRAY)
+    result, masks = overlapping(library, tmp_path / "s")
+    stray = result.label_map.copy()
+    stray[0, 0, 0] = result.labels["tumour"]
+    shared = {"tumour": np.append(result.shared["tumour"], np.ravel_multi_index((3, 3, 3), SHAPE))}
+    cleaned = clean_up(replace(result, label_map=stray, shared=shared), largest=True)
+    assert cleaned.cleaned["tumour"].voxels_removed == 2
+    for name, mask in masks.items():
+        assert np.array_equal(cleaned.mask(name), mask)
+
+
+def count_segmentations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    monkeypatch.setattr(outputs, "segment_volume", lambda *_, **__: calls.append(1))
+    return calls
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_work(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_segmentations(monkeypatch)
+    paths = write_series(tmp_path / "s", ARRAY)
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        del dataset.StudyInstanceUID
+        dataset.save_as(path)
+    good = write_series(tmp_path / "g", ARRAY)[0].parent
+    (tmp_path / "file").write_text("in the way")
+    with Library.open(library) as opened:
+        segmenter = Segmenter(opened, k=1, engine="fake")
+
+        def attempt(path: Path, base: Path) -> None:
+            volume = read_volume(path)
+            segment_to_files(segmenter, volume, base, VolumeSettings(), kind="dicom", source="s")
+
+        with pytest.raises(InputError, match="no StudyInstanceUID"):
+            attempt(tmp_path / "s", tmp_path / "o" / "x")
+        with pytest.raises(OutputError, match="cannot be written"):
+            attempt(good, tmp_path / "file" / "x")
+        usage = os.statvfs(tmp_path)
+        full = type("Usage", (), {"free": 1000, "total": usage.f_blocks, "used": 0})
+        monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: full)
+        with pytest.raises(OutputError, match="MB left"):
+            attempt(good, tmp_path / "o" / "x")
+    assert not calls
+
+
+def test_each_time_point_is_segmented(tmp_path: Path, library: Path) -> None:
+    def each(index: int, group: pydicom.Dataset) -> None:
+        group.PlanePositionSequence = items(ImagePositionPatient=[0.0, 0.0, index % 2 * 3.0])
+        group.FrameContentSequence = items(StackID="1", TemporalPositionIndex=index // 2 + 1)
+
+    write_multi_frame(tmp_path / "d.dcm", ARRAY, [3, 1, 0, 2], each=each)
+    options = ["--output", str(tmp_path / "o"), "--k", "1", "--engine", "fake", "--json"]
+    arguments = ["segment", str(library), str(tmp_path / "d.dcm"), *options]
+    refused = CliRunner().invoke(cli.app, arguments)
+    assert refused.exit_code == 1
+    assert "2 volumes" in refused.stderr
+    done = CliRunner().invoke(cli.app, [*arguments, "--time", "all"])
+    assert done.exit_code == 0
+    assert len(json.loads(done.stdout)["results"]) == 2
+    for time in (1, 2):
+        record = json.loads((tmp_path / "o" / f"d.time{time}.json").read_text())
+        assert f"volume {time} of 2" in record["notes"][0]
+        _, masks = read_annotated_volume(
+            tmp_path / "d.dcm", tmp_path / "o" / record["mask"], None, time=time
+        )
+        assert {n: int(m.sum()) for n, m in masks.items()} == {
+            n: count for n, count in record["voxels"].items() if count
+        }
+    assert CliRunner().invoke(cli.app, [*arguments, "--time", "x"]).exit_code == 2
+
+
+def test_several_segmentations_beside_a_series_are_asked_for(tmp_path: Path, library: Path) -> None:
+    write_series(tmp_path / "s", ARRAY)
+    result, _ = overlapping(library, tmp_path / "s")
+    volume = read_volume(tmp_path / "s")
+    for name in ("a", "b"):
+        write_volume_result(tmp_path / "s" / name, volume, "dicom", result, "s")
+        (tmp_path / "s" / f"{name}.json").unlink()
+    arguments = ["library", "import", str(library), str(tmp_path / "s"), "--engine", "fake"]
+    refused = CliRunner().invoke(cli.app, arguments)
+    assert refused.exit_code == 1
+    for part in ("a.seg.dcm", "b.seg.dcm", "--mask"):
+        assert part in str(refused.exception) + refused.stderr

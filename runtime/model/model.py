@@ -351,7 +351,7 @@ class Model(ABC):
         Encoded
             Arrays on the host, of its own.
         """
-        most = min(len(masks), self.bundle.geometry.max_n)
+        most = max(1, min(len(masks), self.bundle.geometry.max_n))  # none: of what it lacks
         with self.turns:
             self.reserve(masks=most, graphs=ENCODING)
             view = self.look(image, intensity)

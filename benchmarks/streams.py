@@ -102,7 +102,7 @@ def replay(
     done = [frame for frame in frames if frame.result is not None]
     return StreamRun(
         rate,
-        segmenter.memories,
+        segmenter.frames,
         counts.pushed,
         counts.segmented,
         counts.dropped,
@@ -156,7 +156,7 @@ def stream(
                     engine=engine,
                     precision=precision,
                     threads=threads,
-                    memories=ring,
+                    frames=ring,
                 )
                 for frames in rates:
                     runs.append(

@@ -183,7 +183,7 @@ def _measure(
                     engine=engine,
                     precision=precision,
                     threads=threads,
-                    memories=ring,
+                    frames=ring,
                 )
                 segmenter.warm_up()
                 result = segment_volume(segmenter, case.volume, progress=step)

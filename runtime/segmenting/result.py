@@ -91,7 +91,7 @@ class Result:
         finish, total``; ``memorize`` where memories of this frame were made).
     quality : flag and reasons.
     provenance : what made this result.
-    temporal : memories of earlier frames that were used beside the recalled ones, by structure.
+    frame_memories : how many of earlier frames were used beside the recalled ones, by structure.
     notice : what must be said of the weights, e.g. "demo model, not for clinical use".
     spacing : mm between rows and between columns, None where they are not known.
     """
@@ -105,7 +105,7 @@ class Result:
     timings: Mapping[str, float]
     quality: Quality
     provenance: Provenance
-    temporal: Mapping[str, int]
+    frame_memories: Mapping[str, int]
     notice: str
     spacing: tuple[float, float] | None = None
 
@@ -133,7 +133,7 @@ class Result:
             "timings_ms": {name: round(ms, 3) for name, ms in self.timings.items()},
             "quality": self.quality.to_json(),
             "provenance": self.provenance.to_json(),
-            "temporal": dict(self.temporal),
+            "frame_memories": dict(self.frame_memories),
             "notice": self.notice,
         }
 

@@ -66,8 +66,8 @@ class Segmenter:
     tags : recall only exemplars that carry all of these tags.
     reach : of the k, recall only those at most this many times as far as the nearest (1 or more);
         ``math.inf`` recalls k whatever their distance, so that every query takes the same time.
-    memories : most memories of earlier frames that a query of a sequence takes beside its k
-        exemplars, see :meth:`temporal_memories`.
+    frames : most frame memories, of earlier frames, that a query of a sequence takes beside its k
+        exemplars, see :meth:`frame_memories`.
     gpu : how engines on a GPU use it; None for its defaults. Engines on the CPU refuse it.
     model : an open one, instead; it is not closed here.
 
@@ -99,7 +99,7 @@ class Segmenter:
         threads: int | None = None,
         tags: Mapping[str, str] | None = None,
         reach: float = REACH,
-        memories: int = 0,
+        frames: int = 0,
         gpu: GpuOptions | None = None,
         model: Model | None = None,
     ) -> None:
@@ -111,7 +111,7 @@ class Segmenter:
         most = self.bundle.geometry.max_k
         self.k = check_count(k, "k", 1, most)
         beside = f"memories of earlier frames beside k = {self.k}"
-        self.memories = check_count(memories, beside, 0, most - self.k)
+        self.frames = check_count(frames, beside, 0, most - self.k)
         self.reach = check_number(reach, "reach", 1, " (times the nearest distance)")
         self.tags = FrozenMap(check_tags(tags))
         self.structures = self._check_structures(structures)
@@ -159,7 +159,7 @@ class Segmenter:
         *,
         deadline_ms: float | None = None,
         out: tuple[Any, Any] = (None, None),
-        temporal: FrameMemories | None = None,
+        frame_memories: FrameMemories | None = None,
         acquisition: Acquisition | None = None,
     ) -> Result:
         """Segment one image.
@@ -172,7 +172,7 @@ class Segmenter:
             included; None for no limit. Looked at between stages.
         out : a label map (uint8 HxW) and masks (bool nxHxW) to write into; None for new ones. With
             an engine on a GPU and its pixel kernels, arrays that lie there stay there.
-        temporal : memories of the frames before, made by :meth:`temporal_memories`. They are used
+        frame_memories : of the frames before, made by :meth:`frame_memories`. They are used
             beside the recalled ones, and what this image shows is added; structures that are
             absent or suspect are not.
         acquisition : what is known of its scale and side; recalled exemplars of another scale, or
@@ -186,7 +186,7 @@ class Segmenter:
         Raises
         ------
         InputError
-            For another shape or dtype, an empty image, NaN or infinite pixels, or temporal
+            For another shape or dtype, an empty image, NaN or infinite pixels, or frame
             memories of another segmenter.
         EngineRunError
             If an engine fails.
@@ -198,24 +198,26 @@ class Segmenter:
         if deadline_ms is not None:
             check_number(deadline_ms, "deadline_ms", 0, " ms, or None for no limit")
         timings = Timings(deadline_ms)
-        if temporal is not None:
-            self._check_temporal(temporal)
-        return self._segment(image, timings, out=out, temporal=temporal, acquisition=acquisition)
+        if frame_memories is not None:
+            self._check_frame_memories(frame_memories)
+        return self._segment(
+            image, timings, out=out, frame_memories=frame_memories, acquisition=acquisition
+        )
 
-    def temporal_memories(self) -> FrameMemories:
+    def frame_memories(self) -> FrameMemories:
         """Return room for the memories of one sequence of frames or slices, empty.
 
         Raises
         ------
         InputError
-            If the segmenter was made with ``memories=0``.
+            If the segmenter was made with ``frames=0``.
         """
-        if not self.memories:
+        if not self.frames:
             raise InputError(
                 "this segmenter has no room for memories of earlier frames: make it with "
-                "Segmenter(..., memories=3), say."
+                "Segmenter(..., frames=3), say."
             )
-        return self.model.frame_memories(len(self.structures), self.memories)
+        return self.model.frame_memories(len(self.structures), self.frames)
 
     def distance(self, image: NDArray[Any]) -> float:
         """Return the cosine distance (0..2) to the nearest exemplar that shows a structure.
@@ -300,7 +302,7 @@ class Segmenter:
         *,
         excluded: str | None = None,
         out: tuple[Any, Any] = (None, None),
-        temporal: FrameMemories | None = None,
+        frame_memories: FrameMemories | None = None,
         exemplars: int | None = None,
         acquisition: Acquisition | None = None,
     ) -> Result:
@@ -309,7 +311,9 @@ class Segmenter:
         With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up.
         """
         with timings.locked(self.model.turns):
-            return self._answer(image, timings, excluded, out, temporal, exemplars, acquisition)
+            return self._answer(
+                image, timings, excluded, out, frame_memories, exemplars, acquisition
+            )
 
     def _answer(
         self,
@@ -317,12 +321,13 @@ class Segmenter:
         timings: Timings,
         excluded: str | None,
         out: tuple[Any, Any],
-        temporal: FrameMemories | None,
+        frame_memories: FrameMemories | None,
         exemplars: int | None,
         acquisition: Acquisition | None,
     ) -> Result:
         earlier = [
-            0 if temporal is None else temporal.count(i) for i in range(len(self.structures))
+            0 if frame_memories is None else frame_memories.count(i)
+            for i in range(len(self.structures))
         ]
         with timings("prepare"):
             self._view = view = self.model.look(image, self.library.intensity)
@@ -343,7 +348,7 @@ class Segmenter:
         for k, members in self._groups(memories, earlier):
             with timings("gather"):
                 wanted = [Wanted(i, memories[i]) for i in members]
-                view.recall(self.library.gather, wanted, k, temporal)
+                view.recall(self.library.gather, wanted, k, frame_memories)
             with timings("attend"):
                 view.attend()
             with timings("decode"):
@@ -364,14 +369,14 @@ class Segmenter:
         available = {name: found.available for name, found in recollection.found.items()}
         differing = self._differences(acquisition, label_map.shape, recalled)
         quality = self._judge(scores, recalled, available, differing)
-        if temporal is not None:
+        if frame_memories is not None:
             with timings("memorize"):
                 trusted = {
                     i: masks[i]
                     for i, name in enumerate(self.structures)
                     if present[i] and name not in quality.reasons
                 }
-                view.remember(temporal, trusted)
+                view.remember(frame_memories, trusted)
         return Result(
             masks=FrozenMap(dict(zip(self.structures, masks, strict=True))),
             label_map=label_map,
@@ -382,7 +387,7 @@ class Segmenter:
             quality=quality,
             available=FrozenMap(available),
             provenance=self._provenance(recollection),
-            temporal=FrozenMap(dict(zip(self.structures, earlier, strict=True))),
+            frame_memories=FrozenMap(dict(zip(self.structures, earlier, strict=True))),
             notice=self.bundle.notice,
             spacing=None if acquisition is None else acquisition.spacing,
         )
@@ -409,7 +414,7 @@ class Segmenter:
             recollection.origins,
             self.structures,
             self.model.graph_digests(*self._graphs),
-            self.memories,
+            self.frames,
             None,
             __version__,
         )
@@ -440,7 +445,7 @@ class Segmenter:
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (memories, structures by position): those with equal counts share a call.
 
-        ``earlier`` are the temporal memories of each structure. One without a memory of an exemplar
+        ``earlier`` are the frame memories of each structure. One without a memory of an exemplar
         is left out.
         """
         by_count: dict[int, list[int]] = {}
@@ -589,20 +594,20 @@ class Segmenter:
     def _size(self) -> dict[str, int]:
         """What a query takes of the model."""
         n = len(self.structures)
-        return {"n": n, "k": self.k + self.memories, "masks": n if self.memories else 0}
+        return {"n": n, "k": self.k + self.frames, "masks": n if self.frames else 0}
 
     @property
     def _graphs(self) -> tuple[str, ...]:
         """What a query runs."""
-        return ("embed", "encode", *(("memorize",) if self.memories else ()), "attend", "decode")
+        return ("embed", "encode", *(("memorize",) if self.frames else ()), "attend", "decode")
 
-    def _check_temporal(self, temporal: FrameMemories) -> None:
-        wanted = (len(self.structures), self.memories)
-        if (temporal.structures, temporal.size) != wanted:
+    def _check_frame_memories(self, frame_memories: FrameMemories) -> None:
+        wanted = (len(self.structures), self.frames)
+        if (frame_memories.structures, frame_memories.size) != wanted:
             raise InputError(
-                f"these temporal memories are for {temporal.structures} structures and "
-                f"{temporal.size} memories each, the segmenter has {wanted[0]} and {wanted[1]}. "
-                "Use those that its own temporal_memories() makes."
+                f"these frame memories are for {frame_memories.structures} structures and "
+                f"{frame_memories.size} frames, the segmenter has {wanted[0]} and {wanted[1]}. "
+                "Use those that its own frame_memories() makes."
             )
 
     def __repr__(self) -> str:

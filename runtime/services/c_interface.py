@@ -94,7 +94,7 @@ _IN_C = (
     (r"leave it out \(None\)", "leave it null"),
     (r", for example with numpy\.nan_to_num\(image\)", ""),
     (
-        r"with Segmenter\(\.\.\., memories=3\), say",
+        r"with Segmenter\(\.\.\., frames=3\), say",
         "with recallseg_segmenter_options.memories = 3, say",
     ),
 )
@@ -286,7 +286,7 @@ def open_segmenter(
         precision=precision,
         threads=threads or None,
         tags=dict(tags),
-        memories=memories,
+        frames=memories,
         reach=reach or REACH,
     )
     if segmenter.bundle.notice:

@@ -147,7 +147,7 @@ class Stream:
         self._segmenter = segmenter
         self._on_result = on_result
         self._deadline_ms = deadline_ms
-        self._temporal = segmenter.temporal_memories() if segmenter.memories else None
+        self._frame_memories = segmenter.frame_memories() if segmenter.frames else None
         self._changed = Condition()
         self._waiting: deque[_Waiting] = deque()
         self._queue = queue
@@ -300,8 +300,8 @@ class Stream:
             if not self._waiting:
                 return None
             self._busy = True
-            if self._restart and self._temporal is not None:
-                self._temporal.clear()
+            if self._restart and self._frame_memories is not None:
+                self._frame_memories.clear()
             self._restart = False
             return self._waiting.popleft()
 
@@ -313,7 +313,7 @@ class Stream:
             left_ms = self._time_left(waiting.number, waited_ms)
             try:
                 result = self._segmenter.segment(
-                    waiting.image, deadline_ms=left_ms, temporal=self._temporal
+                    waiting.image, deadline_ms=left_ms, frame_memories=self._frame_memories
                 )
             finally:
                 self._expect((perf_counter() - waiting.since) * 1e3 - waited_ms)

@@ -32,7 +32,7 @@ __all__ = ["CleanUp", "SliceRecord", "VolumeResult", "clean_up", "segment_volume
 class SliceRecord:
     """What is known of one slice; ``index`` counts along the slicing axis, ``pixels`` by structure.
 
-    ``temporal`` are the memories of other slices that were used, ``library_digest`` names the
+    ``frame_memories`` are the memories of other slices that were used, ``library_digest`` names the
     library's state when it was asked; the rest is as in ``Result``.
     """
 
@@ -40,7 +40,7 @@ class SliceRecord:
     pixels: Mapping[str, int]
     scores: Mapping[str, Score]
     recalled: Mapping[str, tuple[Match, ...]]
-    temporal: Mapping[str, int]
+    frame_memories: Mapping[str, int]
     flag: str
     reasons: Mapping[str, tuple[str, ...]]
     library_digest: str
@@ -53,7 +53,7 @@ class SliceRecord:
             "pixels": dict(self.pixels),
             "scores": {name: score.to_json() for name, score in self.scores.items()},
             "recalled": {name: [r.key for r in found] for name, found in self.recalled.items()},
-            "temporal": dict(self.temporal),
+            "frame_memories": dict(self.frame_memories),
             "quality": {
                 "flag": self.flag,
                 "reasons": {name: list(why) for name, why in self.reasons.items()},
@@ -227,7 +227,7 @@ def segment_volume(
             {name: int(mask.sum()) for name, mask in result.masks.items()},
             result.scores,
             result.recalled,
-            result.temporal,
+            result.frame_memories,
             result.quality.flag,
             result.quality.reasons,
             result.provenance.library_digest,
@@ -244,7 +244,7 @@ def segment_volume(
         result.labels,
         slicing,
         tuple(records[index] for index in sorted(records)),
-        segmenter.memories,
+        segmenter.frames,
         {},
         (perf_counter() - begin) * 1e3,
         result.provenance,
@@ -321,16 +321,19 @@ def _results(
     def picture(index: int) -> NDArray[Any]:
         return slicing.view(volume.array, index)
 
-    if not segmenter.memories or count == 1:
+    if not segmenter.frames or count == 1:
         for index in range(count):
             yield index, segmenter.segment(picture(index), acquisition=taken)
         return
     start = min(range(count), key=lambda index: segmenter.distance(picture(index)))
-    temporal = segmenter.temporal_memories()
+    frame_memories = segmenter.frame_memories()
     for way in (range(start, count), range(start, -1, -1)):
-        temporal.clear()
+        frame_memories.clear()
         for index in way:
-            yield index, segmenter.segment(picture(index), temporal=temporal, acquisition=taken)
+            yield (
+                index,
+                segmenter.segment(picture(index), frame_memories=frame_memories, acquisition=taken),
+            )
 
 
 def _lengths(volume: Volume) -> list[float] | None:

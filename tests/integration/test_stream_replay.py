@@ -57,7 +57,7 @@ def replay(
 @pytest.mark.parametrize("rate", [20.0, 30.0])
 def test_a_cine_is_segmented_at_the_displays_rate(library: Library, rate: float) -> None:
     frames: list[Frame] = []
-    segmenter = Segmenter(library, k=1, memories=1)
+    segmenter = Segmenter(library, k=1, frames=1)
     stream, truth = replay(segmenter, rate, frames.append, deadline_ms=1000)
     found = stream.statistics
     assert found.pushed == FRAMES
@@ -72,7 +72,9 @@ def test_a_cine_is_segmented_at_the_displays_rate(library: Library, rate: float)
         if frame.result is not None
     ]
     assert np.mean(dice) > 0.85, dice
-    assert any(frame.result.temporal["cavity"] for frame in frames if frame.result is not None)
+    assert any(
+        frame.result.frame_memories["cavity"] for frame in frames if frame.result is not None
+    )
 
 
 def test_a_slow_display_drops_frames_and_not_the_stream(library: Library) -> None:
@@ -95,7 +97,7 @@ def test_an_impossible_deadline_is_late_and_says_so(library: Library) -> None:
 
 
 def test_memory_does_not_grow(library: Library) -> None:
-    segmenter = Segmenter(library, k=1, memories=2)
+    segmenter = Segmenter(library, k=1, frames=2)
     segmenter.warm_up()
     image, _ = beat(0.3)
     sizes = []

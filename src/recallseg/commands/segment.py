@@ -128,7 +128,7 @@ def segment(
             engine=engine,
             precision=precision,
             threads=threads,
-            memories=propagate,
+            frames=propagate,
         )
         say_notice(segmenter.bundle.notice)
         with progress_bar("Segmenting", len(jobs)) as step:

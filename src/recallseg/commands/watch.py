@@ -96,7 +96,7 @@ def watch(
             engine=engine,
             precision=precision,
             threads=threads,
-            memories=propagate,
+            frames=propagate,
         )
         log = open_audit(audit, audit_key, audit_head)
         with Watcher(

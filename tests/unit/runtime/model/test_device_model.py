@@ -329,16 +329,16 @@ def test_memories_of_earlier_frames_are_used_and_made(
 ) -> None:
     monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
     device = without_kernels(deferred=True)
-    segmenters = make(library, device, memories=2), on_cpu(library, memories=2)
-    temporal = [segmenter.temporal_memories() for segmenter in segmenters]
+    segmenters = make(library, device, frames=2), on_cpu(library, frames=2)
+    frame_memories = [segmenter.frame_memories() for segmenter in segmenters]
     for seed in range(10, 14):
         image, _ = picture(seed)
         found, expected = (
-            segmenter.segment(image, temporal=memories)
-            for segmenter, memories in zip(segmenters, temporal, strict=True)
+            segmenter.segment(image, frame_memories=memories)
+            for segmenter, memories in zip(segmenters, frame_memories, strict=True)
         )
         same(found, expected)
-        assert found.temporal == expected.temporal
+        assert found.frame_memories == expected.frame_memories
 
 
 def test_a_lost_device_leaves_library_and_process_unharmed(
@@ -625,7 +625,7 @@ def test_too_little_memory_to_grow_harms_nobody(
     before = device.allocations, segmenter.model.nbytes, segmenter.model.graphs
     device.driver.total = device.live_bytes + (1 << 20)  # type: ignore[attr-defined]
     with pytest.raises(DeviceMemoryError, match=r"2 structures and k = 32.* needs \d+ MiB"):
-        Segmenter(library, model=segmenter.model, k=30, memories=2)
+        Segmenter(library, model=segmenter.model, k=30, frames=2)
     assert (device.allocations, segmenter.model.nbytes, segmenter.model.graphs) == before
     same(segmenter.segment(image), expected)
     # Known too late, as when another program takes it meanwhile: what was there stays as well.
@@ -696,7 +696,7 @@ def test_a_frame_on_the_gpu_stays_there_through_a_stream(
 ) -> None:
     device = with_kernels(emulator, monkeypatch, deferred=True)
     window = Intensity("window", 0.0, 255.0)
-    segmenter = make(library, device, memories=2)
+    segmenter = make(library, device, frames=2)
     monkeypatch.setattr(type(library), "intensity", window)
     greys = [(picture(seed)[0] / 12).astype(np.uint8) for seed in range(10, 15)]
     images = [np.stack([grey, grey[::-1], grey], -1) for grey in greys]
@@ -746,11 +746,11 @@ def test_frame_memories_stay_on_the_gpu(
 ) -> None:
     """Also those made of masks that were written where the caller wanted them: on the GPU."""
     device = with_kernels(emulator, monkeypatch, deferred=True)
-    segmenter = make(library, device, memories=2)
+    segmenter = make(library, device, frames=2)
     images = [picture(seed)[0] for seed in range(10, 14)]
-    memories = segmenter.temporal_memories()
-    expected = [segmenter.segment(image, temporal=memories) for image in images]
-    assert [*expected[-1].temporal.values()] == [2, 2]
+    memories = segmenter.frame_memories()
+    expected = [segmenter.segment(image, frame_memories=memories) for image in images]
+    assert [*expected[-1].frame_memories.values()] == [2, 2]
     g = library.bundle.geometry
     went_out: list[int] = []
     copy_out = device.driver.copy_out
@@ -760,7 +760,7 @@ def test_frame_memories_stay_on_the_gpu(
     memories.clear()
     masks = device.tensor((2, *images[0].shape), np.bool_)
     for image, result in zip(images, expected, strict=True):
-        same_scores = segmenter.segment(image, temporal=memories, out=(None, masks))
+        same_scores = segmenter.segment(image, frame_memories=memories, out=(None, masks))
         assert same_scores.scores == result.scores
-        assert same_scores.temporal == result.temporal
+        assert same_scores.frame_memories == result.frame_memories
     assert not {4 * g.tokens * g.memory_dim, 4 * g.channels} & set(went_out)

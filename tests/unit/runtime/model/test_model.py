@@ -351,7 +351,7 @@ def _failing(allocate: Any, after: int) -> Any:
 
 def test_a_closed_model_says_so_to_whoever_uses_it(library: Library, fake_bundle: Bundle) -> None:
     with Model.open(fake_bundle, engine="fake") as model:
-        segmenter = Segmenter(library, model=model, memories=1)
+        segmenter = Segmenter(library, model=model, frames=1)
         segmenter.segment(picture(0)[0])
         view = model.look(picture(0)[0], INTENSITY)
         kept = view.keep()
@@ -360,7 +360,7 @@ def test_a_closed_model_says_so_to_whoever_uses_it(library: Library, fake_bundle
         lambda: segmenter.distance(picture(0)[0]),
         segmenter.logits,
         segmenter.warm_up,
-        segmenter.temporal_memories,
+        segmenter.frame_memories,
         lambda: Segmenter(library, model=model),
         lambda: model.put(kept),
         view.encode,

@@ -321,7 +321,7 @@ def test_everything_that_can_change_a_result_changes_its_provenance(
         recipes.append(replace(first.recipe, **{name: "another"}))
     recipes.append(replace(first.recipe, head=True))
     assert len({recipe.digest for recipe in recipes}) == len(set(recipes)) == len(recipes)
-    more = made(library, memories=3)
+    more = made(library, frames=3)
     assert (more.recipe, more.frame_memories) == (grown.recipe, 3)
     assert len({more.digest, grown.digest, made(library, structures=["square"]).digest}) == 3
 
@@ -437,9 +437,9 @@ def test_more_structures_than_one_call_takes(
         ({"k": True}, r"k must be a whole number from 1 to 32, got True \(bool\)"),
         ({"k": "4"}, r"got '4' \(str\)"),
         ({"k": 4.0}, r"got 4.0 \(float\)"),
-        ({"memories": 33}, "memories of earlier frames beside k = 1 must be .* from 0 to 31"),
-        ({"memories": -1}, "from 0 to 31, got -1"),
-        ({"memories": True}, "got True"),
+        ({"frames": 33}, "memories of earlier frames beside k = 1 must be .* from 0 to 31"),
+        ({"frames": -1}, "from 0 to 31, got -1"),
+        ({"frames": True}, "got True"),
         ({"reach": "3"}, r"reach must be a number of at least 1 .*got '3' \(str\)"),
         ({"tags": {"scanner": "A"}}, "no exemplar of square, stain carries the tag scanner=A"),
         ({"tags": "scanner"}, "tags must map"),

@@ -38,7 +38,7 @@ def library(tmp_path: Path, fake_bundle: Bundle) -> Library:
 
 @pytest.fixture
 def segmenter(library: Library) -> Segmenter:
-    return Segmenter(library, k=1, engine="fake", memories=2)
+    return Segmenter(library, k=1, engine="fake", frames=2)
 
 
 class Held:
@@ -142,7 +142,7 @@ def test_pausing_ignores_frames_and_forgets_the_sequence(segmenter: Segmenter) -
         stream.push(picture(0)[0])
         assert stream.drain(10)
     assert stream.statistics.ignored == 1
-    used = [frame.result.temporal["band"] for frame in frames if frame.result is not None]
+    used = [frame.result.frame_memories["band"] for frame in frames if frame.result is not None]
     assert used == [0, 1, 0]
 
 
@@ -152,7 +152,7 @@ def test_the_ring_forgets_the_oldest(segmenter: Segmenter) -> None:
         for _ in range(4):
             stream.push(picture(0)[0])
         assert stream.drain(10)
-    assert [f.result.temporal["band"] for f in frames if f.result is not None] == [0, 1, 2, 2]
+    assert [f.result.frame_memories["band"] for f in frames if f.result is not None] == [0, 1, 2, 2]
 
 
 def test_a_wrong_frame_is_reported_and_the_next_one_works(segmenter: Segmenter) -> None:
@@ -241,23 +241,23 @@ def test_wrong_settings_and_frames_are_refused(segmenter: Segmenter, library: Li
     with Stream(segmenter, print) as stream, pytest.raises(InputError, match="__dlpack__"):
         stream.push("frame")
     with pytest.raises(InputError, match="memories"):
-        Segmenter(library, k=1, engine="fake").temporal_memories()
+        Segmenter(library, k=1, engine="fake").frame_memories()
     with pytest.raises(InputError, match="0 to"):
-        Segmenter(library, k=1, engine="fake", memories=32)
-    other = Segmenter(library, k=1, engine="fake", memories=1).temporal_memories()
+        Segmenter(library, k=1, engine="fake", frames=32)
+    other = Segmenter(library, k=1, engine="fake", frames=1).frame_memories()
     with pytest.raises(InputError, match="its own"):
-        segmenter.segment(picture(0)[0], temporal=other)
+        segmenter.segment(picture(0)[0], frame_memories=other)
 
 
 def test_what_is_suspect_or_absent_is_not_remembered(segmenter: Segmenter) -> None:
-    temporal = segmenter.temporal_memories()
-    segmenter.segment(np.zeros((SIZE, SIZE), np.uint8), temporal=temporal)
-    remembered = temporal.count(0)
-    result = segmenter.segment(picture(0)[0], temporal=temporal)
+    frame_memories = segmenter.frame_memories()
+    segmenter.segment(np.zeros((SIZE, SIZE), np.uint8), frame_memories=frame_memories)
+    remembered = frame_memories.count(0)
+    result = segmenter.segment(picture(0)[0], frame_memories=frame_memories)
     assert result.scores["band"].present
-    assert temporal.count(0) == remembered + 1
-    temporal.clear()
-    assert temporal.count(0) == 0
+    assert frame_memories.count(0) == remembered + 1
+    frame_memories.clear()
+    assert frame_memories.count(0) == 0
 
 
 def test_a_histogram_is_right_to_five_percent() -> None:
@@ -278,14 +278,14 @@ def test_a_histogram_is_right_to_five_percent() -> None:
 class Slow:
     """A segmenter that takes its time, and looks at the deadline when a stage ends."""
 
-    memories = 0
+    frames = 0
     model = SimpleNamespace(copy_frame=np.array)
 
     def __init__(self, stages_ms: tuple[float, ...]) -> None:
         self.stages_ms = stages_ms
         self.begun = 0
 
-    def segment(self, image: Any, *, deadline_ms: float | None, temporal: Any) -> Any:
+    def segment(self, image: Any, *, deadline_ms: float | None, frame_memories: Any) -> Any:
         self.begun += 1
         end = perf_counter() + (deadline_ms or 1e9) / 1e3
         for stage in self.stages_ms:
@@ -332,7 +332,7 @@ import time, threading, types
 import numpy as np
 from recallseg import Stream
 class Slow:
-    memories = 0
+    frames = 0
     model = types.SimpleNamespace(copy_frame=np.array)
     def segment(self, image, **more):
         begun.set()

@@ -1,31 +1,175 @@
-"""Where a library keeps what was learnt from its exemplars."""
+"""Where a library keeps what was learnt from its exemplars: for a recipe and a structure.
+
+As notes in the catalog, whose contents are the business of :mod:`recallseg.runtime.segmenting`.
+What an older program stored under the name ``calibration`` says neither k nor reach of its
+queries: it is kept, and used for nothing.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from recallseg.engines.errors import InputError
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import InputError, LibraryCorruptError
+from recallseg.runtime.checks import check_name
 from recallseg.runtime.library.store import Store
+from recallseg.runtime.library.values import hex_digest, integer, text
 
-__all__ = ["read_calibration", "write_calibration"]
+__all__ = ["Learnt", "StoredCalibration", "calibrations", "learnt", "marks", "store_calibrations"]
 
-NOTE = "calibration"
+FORMAT_VERSION = 1
+FORMER = "calibration"
+PREFIX = "calibration "
 
 
-def write_calibration(store: Store, calibration: Mapping[str, Any]) -> None:
-    """Store JSON values for the exemplars as they are now."""
+@dataclass(frozen=True)
+class StoredCalibration:
+    """What was learnt for one recipe and structure.
+
+    Attributes
+    ----------
+    recipe : digest of the recipe that it holds for.
+    structure : that it holds for.
+    data : JSON values.
+    last : number of the newest exemplar that it was made with.
+    current : whether the memories are those that it was made with; not so after a rebuild.
+    """
+
+    recipe: str
+    structure: str
+    data: Mapping[str, Any]
+    last: int
+    current: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Learnt:
+    """A calibration, if there is one, beside the exemplars as they are now.
+
+    Attributes
+    ----------
+    calibration : None if there is none for this recipe, or it is damaged.
+    damage : what is wrong with it; empty if nothing is.
+    others : whether there are any of the structure for other recipes.
+    embeddings : N x D, of the exemplars that show the structure, in order of addition.
+    made_with : how many of these, from the first on, ``calibration`` was made with.
+    """
+
+    calibration: StoredCalibration | None
+    damage: str
+    others: bool
+    embeddings: NDArray[np.float32] = field(repr=False)
+    made_with: int
+
+
+def store_calibrations(
+    store: Store, recipe: str, data: Mapping[str, Mapping[str, Any]], newest: str
+) -> None:
+    """Store JSON values by structure, each in the place of the one before of its recipe."""
     store.check_writable("store a calibration")
+    with store.lock:
+        last = store.number(newest)
+        try:
+            notes = {
+                f"{PREFIX}{recipe} {check_name(structure)}": json.dumps(
+                    {
+                        "format_version": FORMAT_VERSION,
+                        "generation": store.state.generation,
+                        "last": last,
+                        "data": dict(values),
+                    },
+                    allow_nan=False,
+                )
+                for structure, values in data.items()
+            }
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"a calibration must consist of finite JSON values: {error}."
+            ) from error
+        with store.catalog.database.transaction():
+            for name, value in notes.items():
+                store.catalog.set_note(name, value)
+
+
+def calibrations(store: Store) -> tuple[StoredCalibration, ...]:
+    """Return all that are stored, in order of recipe and structure."""
+    with store.catalog.database.snapshot():
+        generation = store.catalog.state().generation
+        return tuple(_parse(*note, generation) for note in store.catalog.notes(PREFIX))
+
+
+def marks(store: Store, recipe: str) -> tuple[tuple[str, str], ...]:
+    """Return what changes whenever a calibration of this recipe does; fast."""
+    return tuple(store.catalog.notes(f"{PREFIX}{recipe} "))
+
+
+def learnt(
+    store: Store, recipe: str, structures: Sequence[str], tags: Mapping[str, str]
+) -> dict[str, Learnt]:
+    """Return what is known of each structure; only exemplars with all ``tags`` count."""
+    with store.lock:
+        store.refresh()
+        with store.catalog.database.snapshot():
+            store.see_newest()
+            notes = dict(store.catalog.notes(PREFIX))
+            return {name: _learnt(store, recipe, name, tags, notes) for name in structures}
+
+
+def _learnt(
+    store: Store,
+    recipe: str,
+    structure: str,
+    tags: Mapping[str, str],
+    notes: Mapping[str, str],
+) -> Learnt:
+    row = store.structure(structure)
+    numbers, vectors = store.catalog.embeddings(row.id, True)
+    if tags:
+        wanted = np.isin(numbers, store.catalog.numbers(row.id, True, tags))
+        numbers, vectors = numbers[wanted], vectors[wanted]
+    name, own, damage = f"{PREFIX}{recipe} {structure}", None, ""
+    if name in notes:
+        try:
+            own = _parse(name, notes[name], store.state.generation)
+        except LibraryCorruptError as error:  # told in every result, and replaced by the next one
+            damage = str(error)
+    others = any(_split(each)[1] == structure and each != name for each in notes)
+    made_with = 0 if own is None else int((numbers <= own.last).sum())
+    return Learnt(own, damage, others, vectors, made_with)
+
+
+def _parse(name: str, value: str, generation: int) -> StoredCalibration:
+    recipe, structure = _split(name)
     try:
-        text = json.dumps({"digest": store.digest, "data": dict(calibration)}, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"a calibration must consist of finite JSON values: {error}.") from error
-    store.catalog.set_note(NOTE, text)
+        stored = json.loads(value)
+        version, data = stored["format_version"], stored["data"]
+        made, last = stored["generation"], stored["last"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(structure, repr(error)) from error
+    if version != FORMAT_VERSION or not isinstance(data, dict):
+        raise _damaged(structure, f"its format is {version!r}")
+    return StoredCalibration(
+        hex_digest(recipe, "the recipe of a calibration"),
+        text(structure, "the structure of a calibration", check_name),
+        data,
+        integer(last, "the newest exemplar of a calibration"),
+        integer(made, "the generation of a calibration", 1) == generation,
+    )
 
 
-def read_calibration(store: Store) -> dict[str, Any] | None:
-    """Return what is stored, or None if there is nothing for the exemplars as they are now."""
-    text = store.catalog.note(NOTE)
-    stored = json.loads(text) if text else None
-    return stored["data"] if stored is not None and stored["digest"] == store.digest else None
+def _split(name: str) -> tuple[str, str]:
+    """Return the recipe's digest and the structure, which may have spaces, of a note's name."""
+    recipe, _, structure = name.removeprefix(PREFIX).partition(" ")
+    return recipe, structure
+
+
+def _damaged(structure: str, why: str) -> LibraryCorruptError:
+    return LibraryCorruptError(
+        f"the stored calibration of '{ascii(structure)[1:-1]}' is damaged or of a newer RecallSeg: "
+        f"{why}. Make it anew with 'recallseg library calibrate', or update RecallSeg."
+    )

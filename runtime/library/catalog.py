@@ -175,7 +175,6 @@ class Catalog(CatalogQueries):
         db = self.database
         with db.transaction():
             self.set_note("library", settings.to_text())
-            self.set_note("calibration", None)
             self.set_note("rebuild", None)
             self.set_note(origins_note(self.state().generation), None)
             for table in ("encodings", "memories", "shards"):

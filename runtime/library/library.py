@@ -21,6 +21,7 @@ from recallseg.runtime.library.binding import (
     bundle_settings,
     open_bundle,
 )
+from recallseg.runtime.library.calibrations import Learnt, StoredCalibration
 from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder, Origin
 from recallseg.runtime.library.exemplar import (
     Exemplar,
@@ -571,22 +572,55 @@ class Library:
 
     # Calibration
 
-    def store_calibration(self, calibration: Mapping[str, Any]) -> None:
-        """Store what was learnt from the exemplars as they are now (JSON values).
+    def check_writable(self, what: str) -> None:
+        """Raise LibraryWriteError if it is open for reading; ``what`` cannot be done then."""
+        self._store.check_writable(what)
+
+    def store_calibrations(
+        self, recipe: str, data: Mapping[str, Mapping[str, Any]], newest: str
+    ) -> None:
+        """Store what was learnt from the exemplars; what is stored for others is kept.
+
+        Parameters
+        ----------
+        recipe : digest of the recipe that it holds for.
+        data : JSON values by structure.
+        newest : key of the newest exemplar that it was made with.
 
         Raises
         ------
         InputError
-            If it is not JSON.
+            If it is not JSON, or there is no such key.
         LibraryWriteError
             If the library is open for reading only or cannot be written.
         """
-        calibrations.write_calibration(self._store, calibration)
+        calibrations.store_calibrations(self._store, recipe, data, newest)
 
     @property
-    def calibration(self) -> dict[str, Any] | None:
-        """The stored calibration, or None if there is none for the exemplars as they are now."""
-        return calibrations.read_calibration(self._store)
+    def calibrations(self) -> tuple[StoredCalibration, ...]:
+        """All that is stored; raises LibraryCorruptError if one is damaged."""
+        return calibrations.calibrations(self._store)
+
+    @property
+    def has_former_calibration(self) -> bool:
+        """Whether an older program calibrated it, without saying with which settings."""
+        return self._store.catalog.note(calibrations.FORMER) is not None
+
+    def calibration_marks(self, recipe: str) -> tuple[tuple[str, str], ...]:
+        """Return what changes whenever a calibration of a recipe does; fast."""
+        return calibrations.marks(self._store, recipe)
+
+    def learnt(
+        self, recipe: str, structures: Sequence[str], tags: Mapping[str, str]
+    ) -> dict[str, Learnt]:
+        """Return calibration and embeddings by structure; only exemplars with all ``tags`` count.
+
+        Raises
+        ------
+        InputError
+            For an unknown structure.
+        """
+        return calibrations.learnt(self._store, recipe, structures, check_tags(tags))
 
 
 def _choice(

@@ -64,6 +64,17 @@ class CatalogQueries:
             raise LibraryCorruptError(f"the catalog is damaged: its note '{name}' is no text.")
         return rows[0][0] if rows else None
 
+    def notes(self, prefix: str) -> list[tuple[str, str]]:
+        """Return name and text of all notes whose names begin so, in order of their names."""
+        rows = self.database.execute(
+            "SELECT name, value FROM settings WHERE name >= ? AND substr(name, 1, ?) = ? ORDER BY "
+            "name",
+            (prefix, len(prefix), prefix),
+        )
+        if not all(isinstance(part, str) for row in rows for part in row):
+            raise LibraryCorruptError(f"the catalog is damaged: a note '{prefix}' is no text.")
+        return [(name, value) for name, value in rows]
+
     def version(self) -> int:
         """Return a number that differs after any commit by another connection; very fast."""
         return int(self.database.value("PRAGMA data_version"))

@@ -358,7 +358,7 @@ class Model(ABC):
             embedding = view.embedding
             memories: dict[str, NDArray[np.float32]] = {}
             pointers: dict[str, NDArray[np.float32]] = {}
-            for group in groups(list(masks), most):
+            for group in groups(list(masks), self.bundle.geometry.max_n):
                 made = map(self._fetch, view.memorize([masks[name] for name in group]))
                 for found, rows in zip((memories, pointers), made, strict=True):
                     found.update(zip(group, rows, strict=True))

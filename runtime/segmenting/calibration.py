@@ -10,19 +10,31 @@ library (or 1 / (N + 1), whichever is more) are flagged without cause (Vovk, Gam
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ALPHA", "MIN_EXEMPLARS", "Thresholds", "conformal_upper", "nearest_other"]
+from recallseg.engines.errors import LibraryCorruptError
+from recallseg.runtime.library.calibrations import Learnt
+
+__all__ = [
+    "ALPHA",
+    "MIN_EXEMPLARS",
+    "InForce",
+    "Thresholds",
+    "conformal_upper",
+    "in_force",
+    "nearest_other",
+]
 
 ALPHA = 0.05
 """Share of images like the library's own that may be flagged without cause."""
 MIN_EXEMPLARS = 4
 """Fewer scores than this say nothing about what is normal."""
+STRANGE = 0.01
+"""Less likely than this, exemplars that came later are not like those of a calibration."""
 MOST_LEFT_OUT = 1024
 """Exemplars that are compared with all others: a threshold needs no more in the largest library."""
 _BLOCK = 256  # rows of the distance matrix at a time, to bound memory for large libraries
@@ -50,9 +62,94 @@ class Thresholds:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Thresholds:
-        """Rebuild from storage."""
+    def from_json(cls, data: Any) -> Thresholds:
+        """Rebuild from storage; raises LibraryCorruptError for anything else."""
+        numbers = (int, float, type(None))
+        if (
+            not isinstance(data, dict)
+            or {*data} != {"distance", "iou", "exemplars", "dice"}
+            or not all(isinstance(value, numbers) for value in data.values())
+            or not isinstance(data["exemplars"], int)
+        ):
+            raise LibraryCorruptError(
+                f"the thresholds of a calibration are damaged: {ascii(data)[:80]}. Make them anew "
+                "with 'recallseg library calibrate'."
+            )
         return cls(**data)
+
+
+@dataclass(frozen=True)
+class InForce:
+    """What holds for one structure now.
+
+    Attributes
+    ----------
+    thresholds : the distance is of the exemplars as they are now, the rest of the calibration.
+    calibrated : None, or how many exemplars it was made with, of how many there are.
+    missing : why it is not calibrated; empty if it is.
+    """
+
+    thresholds: Thresholds
+    calibrated: tuple[int, int] | None
+    missing: str
+
+
+def in_force(learnt: Learnt) -> InForce:
+    """Return what a library has learnt of a structure, as far as it still holds.
+
+    Exemplars that came later leave a calibration in force as long as they are like those that it
+    was made with: of these at most ``ALPHA`` lie farther from their nearest than its distance. If
+    so many do that chance gives them in less than one of a hundred cases, it holds no more.
+    """
+    count = len(learnt.embeddings)
+    enough = count >= MIN_EXEMPLARS
+    distance = conformal_upper(nearest_other(learnt.embeddings)) if enough else None
+    stored = learnt.calibration
+    fresh = Thresholds(distance=distance, exemplars=count)
+    if stored is None:
+        other = "it was calibrated for other settings" if learnt.others else ""
+        return InForce(fresh, None, learnt.damage or other)
+    if not stored.current:
+        return InForce(fresh, None, "the library was encoded anew since it was calibrated")
+    try:
+        found = Thresholds.from_json(stored.data.get("thresholds"))
+    except LibraryCorruptError as error:
+        return InForce(fresh, None, str(error))
+    if found.iou is None:
+        return InForce(
+            replace(found, distance=distance),
+            None,
+            f"{found.exemplars} exemplars could be left out in turn, {MIN_EXEMPLARS} are needed: "
+            "annotate more, then calibrate",
+        )
+    strange, added = _unlike(learnt, found.distance)
+    if strange and _chance(strange, added) < STRANGE:
+        return InForce(
+            fresh,
+            None,
+            f"{strange} of {added} exemplars added since are unlike those it was made with",
+        )
+    return InForce(replace(found, distance=distance), (learnt.made_with, count), "")
+
+
+def _unlike(learnt: Learnt, limit: float | None) -> tuple[int, int]:
+    """Return how many later exemplars lie beyond the distance of the calibration, of how many."""
+    before, later = np.split(learnt.embeddings, [learnt.made_with])
+    if limit is None or not len(before) or not len(later):
+        return 0, 0
+    count = min(len(later), MOST_LEFT_OUT)
+    later = later[np.linspace(0, len(later) - 1, count).round().astype(int)]
+    beyond = 0
+    for start in range(0, count, _BLOCK):
+        nearest = 1.0 - (later[start : start + _BLOCK] @ before.T).max(axis=1)
+        beyond += int((nearest > limit).sum())
+    return beyond, count
+
+
+def _chance(least: int, of: int) -> float:
+    """Return how likely at least so many of exchangeable exemplars exceed a threshold of ALPHA."""
+    fewer = (math.comb(of, i) * ALPHA**i * (1 - ALPHA) ** (of - i) for i in range(least))
+    return 1.0 - math.fsum(fewer)
 
 
 def conformal_upper(

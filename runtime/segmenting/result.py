@@ -16,7 +16,7 @@ from recallseg.runtime.frozen import same_fields
 from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.recipe import Provenance
 
-__all__ = ["RECORD_FORMAT", "Quality", "Result", "Score"]
+__all__ = ["RECORD_FORMAT", "Quality", "Result", "Score", "calibration_json"]
 
 RECORD_FORMAT = 2
 """Version of NAME.json and of whatever else states a result. Records of before 0.1.0 say none: they
@@ -54,20 +54,34 @@ class Score:
 class Quality:
     """Can the result be taken as it is?
 
-    ``flag`` is ``ok``, ``suspect`` (a person should look; ``reasons`` says why, by structure) or
-    ``uncalibrated`` (nothing known speaks against it, but the library was never calibrated, or was
-    changed since).
+    Attributes
+    ----------
+    flag : ``ok``, ``suspect`` (a person should look) or ``uncalibrated`` (nothing known speaks
+        against it, but what is normal for this recipe is not known of every structure).
+    reasons : by structure, why it is suspect.
+    calibrated : by structure that is: how many exemplars its calibration was made with, of how many
+        there are now.
+    mend : what is not calibrated, and the command that calibrates it; empty if all is.
     """
 
     flag: str
     reasons: Mapping[str, tuple[str, ...]]
+    calibrated: Mapping[str, tuple[int, int]]
+    mend: str
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return {
             "flag": self.flag,
             "reasons": {name: list(why) for name, why in self.reasons.items()},
+            "calibration": calibration_json(self.calibrated),
+            "mend": self.mend,
         }
+
+
+def calibration_json(calibrated: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    """Return with how many exemplars calibrations were made, as JSON values."""
+    return {name: {"made_with": made, "of": of} for name, (made, of) in calibrated.items()}
 
 
 @dataclass(frozen=True, eq=False)

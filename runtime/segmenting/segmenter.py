@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,10 +26,10 @@ from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.model import GpuOptions, Model, View, Wanted, groups
 from recallseg.runtime.segmenting.acquisition import Acquisition, differences
 from recallseg.runtime.segmenting.calibration import (
-    MIN_EXEMPLARS,
+    InForce,
     Thresholds,
     conformal_upper,
-    nearest_other,
+    in_force,
 )
 from recallseg.runtime.segmenting.presence import (
     ABSENT_SCORE,
@@ -124,8 +125,20 @@ class Segmenter:
             graphs=self._graphs,
         )
         self._view: View | None = None
-        self._thresholds: dict[str, Thresholds] = {}
-        self._calibrated_for = ""
+        self.recipe = Recipe(
+            self.bundle.identity,
+            self.engine,
+            self.precision,
+            self.library.memory_format,
+            self.k,
+            self.reach,
+            self.tags,
+            self.library.intensity.to_json(),
+            find_precision(self.precision).approximations,
+        )
+        self._recipe_digest = self.recipe.digest
+        self._limits_now: dict[str, InForce] = {}
+        self._limits_of: Any = None
 
     @property
     def device(self) -> Device | None:
@@ -256,15 +269,50 @@ class Segmenter:
     def calibrate(self, progress: Progress | None = None) -> Mapping[str, Thresholds]:
         """Segment every exemplar from the others, and store what is normal in the library.
 
-        The library must have kept its source images and be open for writing. Costs one query per
-        exemplar. ``progress`` is told how many are done, of how many.
+        It holds for this segmenter's recipe and structures; what is stored for others is kept.
+        Costs one query for each exemplar that shows one of the structures and carries the tags.
+        Exemplars that are added later leave it in force, see
+        :func:`recallseg.runtime.segmenting.calibration.in_force`.
+
+        Parameters
+        ----------
+        progress : is told how many are done, of how many.
+
+        Returns
+        -------
+        Mapping
+            Thresholds by structure. With fewer than four exemplars left out in turn there is none
+            for the IoU estimate, and the structure counts as uncalibrated.
 
         Raises
         ------
         InputError
-            If k leaves no exemplar out, or sources were not kept.
+            If the library did not keep its images, or no structure has two exemplars.
+        LibraryWriteError
+            If the library is open for reading only or cannot be written.
+        LibraryCorruptError
+            If a stored image is damaged.
+        EngineRunError
+            If an engine fails.
         """
-        exemplars = list(self.library)
+        self.library.check_writable("calibrate")
+        if not self.library.keeps_sources:
+            raise InputError(
+                f"the library {self.library.path} did not keep its images, so none can be left out "
+                "and segmented from the others. Make a new library that keeps them."
+            )
+        exemplars = [
+            exemplar
+            for exemplar in self.library
+            if self.tags.items() <= exemplar.tags.items()
+            and any(name in exemplar.structures for name in self.structures)
+        ]
+        if len(exemplars) < 2:
+            raise InputError(
+                f"calibrating leaves out one exemplar at a time, and there is {len(exemplars)} of "
+                f"{', '.join(self.structures)}. Annotate more; four of a structure are needed to "
+                "say what is normal."
+            )
         iou: dict[str, list[float]] = {name: [] for name in self.structures}
         dice: dict[str, list[float]] = {name: [] for name in self.structures}
         for done, exemplar in enumerate(exemplars):
@@ -277,22 +325,23 @@ class Segmenter:
             if progress is not None:
                 progress(done + 1, len(exemplars))
         thresholds = {}
-        for name, distance in self._distance_thresholds().items():
+        for name, limits in self._limits().items():
             upper = conformal_upper([-value for value in iou[name]])
             thresholds[name] = Thresholds(
-                distance=distance.distance,
+                distance=limits.thresholds.distance,
                 iou=None if upper is None else -upper,
                 exemplars=len(iou[name]),
                 dice=float(np.median(dice[name])) if dice[name] else None,
             )
-        self.library.store_calibration(
+        made = result.provenance.to_json()
+        self.library.store_calibrations(
+            self.recipe.digest,
             {
-                "k": self.k,
-                "precision": self.precision,
-                "thresholds": {name: value.to_json() for name, value in thresholds.items()},
-            }
+                name: {"thresholds": found.to_json(), "provenance": made}
+                for name, found in thresholds.items()
+            },
+            exemplars[-1].key,
         )
-        self._thresholds, self._calibrated_for = thresholds, self.library.digest
         return FrozenMap(thresholds)
 
     def _segment(
@@ -392,21 +441,6 @@ class Segmenter:
             spacing=None if acquisition is None else acquisition.spacing,
         )
 
-    @property
-    def recipe(self) -> Recipe:
-        """The settings of its questions."""
-        return Recipe(
-            self.bundle.identity,
-            self.engine,
-            self.precision,
-            self.library.memory_format,
-            self.k,
-            self.reach,
-            self.tags,
-            self.library.intensity.to_json(),
-            find_precision(self.precision).approximations,
-        )
-
     def _provenance(self, recollection: Recollection) -> Provenance:
         return Provenance(
             self.recipe,
@@ -483,12 +517,10 @@ class Segmenter:
         available: Mapping[str, int],
         differing: Mapping[str, Sequence[str]],
     ) -> Quality:
-        thresholds = self._current_thresholds()
+        limits_now = self._limits()
         reasons: dict[str, tuple[str, ...]] = {}
-        calibrated = True
         for name, score in scores.items():
-            limits, found = thresholds[name], []
-            calibrated &= limits.iou is not None
+            limits, found = limits_now[name].thresholds, []
             if not available[name]:
                 found.append("no exemplar that shows it is left in the library")
             if (
@@ -511,29 +543,42 @@ class Segmenter:
             found += differing.get(name, ())
             if found:
                 reasons[name] = tuple(found)
-        flag = "suspect" if reasons else "ok" if calibrated else "uncalibrated"
-        return Quality(flag, FrozenMap(reasons))
+        calibrated = {
+            name: limits.calibrated
+            for name, limits in limits_now.items()
+            if limits.calibrated is not None
+        }
+        whole = len(calibrated) == len(limits_now)
+        flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
+        mend = "" if whole else self._mend(limits_now)
+        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), mend)
 
-    def _current_thresholds(self) -> dict[str, Thresholds]:
-        """Return thresholds that belong to the library as it is now."""
-        if self._calibrated_for != self.library.digest:
-            thresholds = self._distance_thresholds()
-            stored = self.library.calibration
-            if stored is not None and stored["precision"] == self.precision:
-                for name, value in stored["thresholds"].items():
-                    if name in thresholds:
-                        thresholds[name] = Thresholds.from_json(value)
-            self._thresholds, self._calibrated_for = thresholds, self.library.digest
-        return self._thresholds
+    def _limits(self) -> Mapping[str, InForce]:
+        """Return what holds for the library, and its calibrations, as they are now."""
+        state = self.library.digest, self.library.calibration_marks(self._recipe_digest)
+        if self._limits_of != state:
+            learnt = self.library.learnt(self._recipe_digest, self.structures, self.tags)
+            self._limits_now = {name: in_force(found) for name, found in learnt.items()}
+            self._limits_of = state
+        return self._limits_now
 
-    def _distance_thresholds(self) -> dict[str, Thresholds]:
-        thresholds = {}
-        for name in self.structures:
-            _, embeddings = self.library.embeddings(name)
-            enough = len(embeddings) >= MIN_EXEMPLARS
-            limit = conformal_upper(nearest_other(embeddings)) if enough else None
-            thresholds[name] = Thresholds(distance=limit, exemplars=len(embeddings))
-        return thresholds
+    def _mend(self, limits: Mapping[str, InForce]) -> str:
+        """Say what is not calibrated, why, and the command that calibrates it."""
+        missing = {name: one.missing for name, one in limits.items() if one.calibrated is None}
+        whys = [f"'{name}': {why}" for name, why in missing.items() if why]
+        if not whys and self.library.has_former_calibration:
+            whys = ["what an older RecallSeg stored does not say for which settings it holds"]
+        because = f" ({'; '.join(whys)})" if whys else ""
+        command = [
+            *("recallseg", "library", "calibrate", str(self.library.path), "--k", str(self.k)),
+            *("--reach", f"{self.reach:g}", "--structures", ",".join(missing)),
+            *("--engine", self.engine, "--precision", self.precision),
+            *(f"--tag={name}={value}" for name, value in self.tags.items()),
+        ]
+        return (
+            f"{', '.join(missing)} not calibrated for these settings"
+            f"{because}: {shlex.join(command)}"
+        )
 
     def _check_structures(self, structures: Sequence[str] | None) -> tuple[str, ...]:
         known = self.library.structures

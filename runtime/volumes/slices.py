@@ -22,7 +22,7 @@ from recallseg.runtime.frozen import same_fields
 from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.recipe import Provenance
-from recallseg.runtime.segmenting.result import RECORD_FORMAT, Result, Score
+from recallseg.runtime.segmenting.result import RECORD_FORMAT, Result, Score, calibration_json
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["CleanUp", "SliceRecord", "VolumeResult", "clean_up", "segment_volume"]
@@ -89,6 +89,7 @@ class VolumeResult:
     milliseconds : from the first slice to the last.
     provenance : what made it; of the slice that was segmented last, if the library has changed
         meanwhile: see ``library_changed``, and each slice's own digest.
+    calibrated, mend : as in ``Quality``.
     """
 
     label_map: NDArray[np.uint8]
@@ -99,6 +100,8 @@ class VolumeResult:
     cleaned: Mapping[str, CleanUp]
     milliseconds: float
     provenance: Provenance
+    calibrated: Mapping[str, tuple[int, int]]
+    mend: str
     notice: str
     shared: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
@@ -152,7 +155,11 @@ class VolumeResult:
             "plane": self.slicing.plane,
             "propagated": self.propagated,
             "cleaned": {name: vars(change) for name, change in self.cleaned.items()},
-            "quality": {"flags": self.flags},
+            "quality": {
+                "flags": self.flags,
+                "calibration": calibration_json(self.calibrated),
+                "mend": self.mend,
+            },
             "timings_ms": {"total": round(self.milliseconds, 3)},
             "slices": [s.to_json() for s in self.slices],
             "library_changed": self.library_changed,
@@ -248,6 +255,8 @@ def segment_volume(
         {},
         (perf_counter() - begin) * 1e3,
         result.provenance,
+        result.quality.calibrated,
+        result.quality.mend,
         result.notice,
         {name: np.concatenate(parts) for name, parts in shared.items()},
     )

@@ -57,7 +57,7 @@ def write_annotated_series(folder: Path) -> None:
     write_series(folder, image)
     volume = read_dicom(folder)
     result = VolumeResult(
-        labels, {"disc": 1, "core": 2}, Slicing.of(volume), (), 0, {}, 0.0, made_up(), ""
+        labels, {"disc": 1, "core": 2}, Slicing.of(volume), (), 0, {}, 0.0, made_up(), {}, "", ""
     )
     write_segmentation(folder / "seg.dcm", volume, result)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
@@ -35,6 +35,7 @@ __all__ = [
     "VoiOption",
     "emit_json",
     "note",
+    "one_of",
     "open_audit",
     "parsed",
     "progress_bar",
@@ -49,12 +50,52 @@ __all__ = [
 T = TypeVar("T")
 
 CLEAN_UPS = ("largest", "holes")
+PLANES = ("axial", "coronal", "sagittal")
 
 LibraryArgument = Annotated[
     Path, typer.Argument(metavar="LIB", help="Folder of the library.", show_default=False)
 ]
-EngineOption = Annotated[str, typer.Option("--engine", help="What runs the networks.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="Precision of the graphs.")]
+
+
+def _engine(name: str) -> str:
+    from recallseg.engines.registry import ENGINES
+
+    offered = [engine for engine in ENGINES if engine != "fake"]  # which is for tests
+    return name if name in ENGINES else one_of(name, offered, "engine")
+
+
+def _precision(name: str) -> str:
+    from recallseg.engines.precisions import PRECISIONS
+
+    return one_of(name, PRECISIONS, "precision")
+
+
+def _plane(name: str | None) -> str | None:
+    return name if name is None else one_of(name, PLANES, "plane")
+
+
+def _reach(value: float) -> float:
+    if not value >= 1:
+        raise typer.BadParameter(
+            f"reach must be at least 1 (times the nearest distance), or inf, got {value:g}."
+        )
+    return value
+
+
+def one_of(name: str, known: Iterable[str], what: str) -> str:
+    """Return an option's value if it is known; otherwise it is a usage error (exit status 2)."""
+    known = tuple(known)
+    if name not in known:
+        raise typer.BadParameter(f"there is no {what} '{name}'; choose of {', '.join(known)}.")
+    return name
+
+
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="What runs the networks.", callback=_engine)
+]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="Precision of the graphs.", callback=_precision)
+]
 ThreadsOption = Annotated[
     Optional[int],
     typer.Option("--threads", min=1, help="CPU threads.", show_default="one per usable core"),
@@ -83,6 +124,7 @@ PlaneOption = Annotated[
     Optional[str],
     typer.Option(
         "--plane",
+        callback=_plane,
         help="Cut volumes into axial, coronal or sagittal slices.",
         show_default="as they were acquired",
     ),
@@ -99,6 +141,7 @@ ReachOption = Annotated[
     float,
     typer.Option(
         "--reach",
+        callback=_reach,
         help="Of the k, recall those up to so many times as far as the nearest, or inf.",
     ),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -16,9 +16,11 @@ from recallseg.commands.common import (
     ThreadsOption,
     emit_json,
     note,
+    one_of,
     parsed,
     progress_bar,
     say_notice,
+    split_list,
     split_tags,
 )
 from recallseg.engines.errors import InputError
@@ -27,6 +29,8 @@ from recallseg.runtime.segmenting.reach import REACH
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.library.calibrations import StoredCalibration
     from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["LabelsOption", "MissingOption", "TagOption", "app", "parse_missing", "parse_tags"]
@@ -45,6 +49,12 @@ MissingOption = Annotated[
         "--missing", help="A structure without a pixel is 'absent', or 'unknown': nobody looked."
     ),
 ]
+
+
+def _memory_format(name: str) -> str:
+    from recallseg.runtime.library.encoding import MEMORY_FORMATS
+
+    return one_of(name, MEMORY_FORMATS, "format of memories")
 
 
 @app.command()
@@ -66,7 +76,10 @@ def create(
     ] = True,
     memories: Annotated[
         str,
-        typer.Option(help="How memories are stored: fp16, or int8 in about half the bytes."),
+        typer.Option(
+            help="How memories are stored: fp16, or int8 in about half the bytes.",
+            callback=_memory_format,
+        ),
     ] = "fp16",
 ) -> None:
     """Make an empty library."""
@@ -135,7 +148,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
                     "bundle_identity": opened.bundle_identity,
                     "intensity": opened.intensity.to_json(),
                     "memory_format": opened.memory_format,
-                    "calibrated": opened.calibration is not None,
+                    "calibrations": [_calibration(one, opened) for one in opened.calibrations],
                     "structures": structures,
                     "exemplars": [{**vars(e), "tags": dict(e.tags)} for e in exemplars],
                 }
@@ -234,19 +247,35 @@ def calibrate(
     library: LibraryArgument,
     k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4,
     reach: ReachOption = REACH,
+    structures: Annotated[
+        Optional[str], typer.Option(help="Which; others keep what they have.", show_default="all")
+    ] = None,
+    tag: TagOption = None,
     engine: EngineOption = "onnxruntime-cpu",
     precision: PrecisionOption = "fp32",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment every exemplar from the others, and store what is normal (for the quality flag)."""
+    """Segment every exemplar from the others, and store what is normal (for the quality flag).
+
+    It holds for queries with the same settings; those for other settings are kept.
+    """
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
+    names = None if structures is None else parsed(split_list, structures, "--structures")
+    tags = parse_tags(tag)
     with Library.open(library, mode="write") as opened:
         say_notice(opened.bundle.notice)
         segmenter = Segmenter(
-            opened, k=k, reach=reach, engine=engine, precision=precision, threads=threads
+            opened,
+            k=k,
+            structures=names,
+            tags=tags,
+            reach=reach,
+            engine=engine,
+            precision=precision,
+            threads=threads,
         )
         with progress_bar("Calibrating", len(opened)) as step:
             thresholds = segmenter.calibrate(_counted(step))
@@ -259,6 +288,20 @@ def calibrate(
             f"{name}: {value.exemplars} left out in turn, {dice}; usual distance up to "
             f"{_limit(value.distance)}, IoU estimate from {_limit(value.iou)}"
         )
+
+
+def _calibration(stored: StoredCalibration, library: Library) -> dict[str, Any]:
+    recipe = stored.data.get("provenance", {}).get("recipe", {})
+    tags = recipe.get("tags", {})
+    [learnt] = library.learnt(stored.recipe, [stored.structure], tags).values()
+    return {
+        "structure": stored.structure,
+        "recipe": {"digest": stored.recipe, **recipe},
+        "current": stored.current,
+        "made_with": learnt.made_with,
+        "of": len(learnt.embeddings),
+        **stored.data.get("thresholds", {}),
+    }
 
 
 def _limit(value: float | None) -> str:

@@ -29,6 +29,7 @@ from recallseg.commands.common import (
     VoiOption,
     emit_json,
     note,
+    one_of,
     open_audit,
     parsed,
     progress_bar,
@@ -38,6 +39,7 @@ from recallseg.commands.common import (
     split_time,
     tell_passed,
 )
+from recallseg.commands.library import TagOption, parse_tags
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.segmenting.reach import REACH
@@ -49,6 +51,12 @@ if TYPE_CHECKING:
     from recallseg.runtime.volumes.outputs import VolumeSettings
 
 __all__ = ["segment"]
+
+FORMATS = ("dicom", "nifti", "nrrd", "image")
+
+
+def _format(name: str | None) -> str | None:
+    return name if name is None else one_of(name, FORMATS, "format")
 
 
 def segment(
@@ -66,12 +74,17 @@ def segment(
     structures: Annotated[
         Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
     ] = None,
+    tag: TagOption = None,
     engine: EngineOption = "onnxruntime-cpu",
     precision: PrecisionOption = "fp32",
     threads: ThreadsOption = None,
     kind: Annotated[
         Optional[str],
-        typer.Option("--format", help="dicom, nifti, nrrd or image, where a name does not tell."),
+        typer.Option(
+            "--format",
+            help="dicom, nifti, nrrd or image, where a name does not tell.",
+            callback=_format,
+        ),
     ] = None,
     plane: PlaneOption = None,
     propagate: PropagateOption = 0,
@@ -101,6 +114,7 @@ def segment(
     from recallseg.runtime.volumes.outputs import VolumeSettings
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
+    tags = parse_tags(tag)
     wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
     settings = VolumeSettings(
         plane,
@@ -124,6 +138,7 @@ def segment(
             opened,
             k=k,
             structures=names,
+            tags=tags,
             reach=reach,
             engine=engine,
             precision=precision,
@@ -155,6 +170,9 @@ def segment(
     if as_json:
         passed = {str(each.path): each.reason for each in found.passed}
         emit_json({"results": records, "failed": failed, "passed_over": passed})
+    for mend in dict.fromkeys(record["quality"]["mend"] for record in records):
+        if mend:
+            note(f"uncalibrated: {mend}")
     for path_text, why in failed.items():
         note(f"failed: {path_text}: {why}")
     tell_passed(found.passed)

@@ -32,6 +32,7 @@ from recallseg.commands.common import (
     split_list,
     tell_passed,
 )
+from recallseg.commands.library import TagOption, parse_tags
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.segmenting.reach import REACH
 
@@ -47,6 +48,7 @@ def watch(
     structures: Annotated[
         Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
     ] = None,
+    tag: TagOption = None,
     engine: EngineOption = "onnxruntime-cpu",
     precision: PrecisionOption = "fp32",
     threads: ThreadsOption = None,
@@ -79,6 +81,7 @@ def watch(
     from recallseg.runtime.volumes.outputs import VolumeSettings
 
     names = None if structures is None else parsed(split_list, structures, "--structures")
+    tags = parse_tags(tag)
     wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
     volumes = VolumeSettings(
         plane, "largest" in wanted, "holes" in wanted, preview, voi, as_stored=as_stored
@@ -86,12 +89,13 @@ def watch(
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    failed = False
+    failed, told = False, set[str]()
     with Library.open(library) as opened:
         segmenter = Segmenter(
             opened,
             k=k,
             structures=names,
+            tags=tags,
             reach=reach,
             engine=engine,
             precision=precision,
@@ -108,6 +112,10 @@ def watch(
                 note(f"watching {source}")
             for arrival in watcher.run(stop, once=once):
                 failed |= arrival.record is None
+                mend = arrival.record["quality"]["mend"] if arrival.record else ""
+                if mend and mend not in told:
+                    told.add(mend)
+                    note(f"uncalibrated: {mend}")
                 if as_json:
                     answer = arrival.record or {"image": arrival.name, "error": arrival.error}
                     typer.echo(json_text(answer, indent=None))

@@ -41,6 +41,8 @@ def make_result(case: VolumeCase, label_map: np.ndarray) -> VolumeResult:
         {},
         1500.0,
         made_up(k=2),
+        {},
+        "",
         "",  # type: ignore[arg-type]
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +125,10 @@ def test_library_life(library: Path, pairs: Path, tmp_path: Path) -> None:
     assert answer("library", "verify", library)["ok"]
     thresholds = answer("library", "calibrate", library, "--k", 2, *FAKE)
     assert set(thresholds) == {"disc", "core"}
-    assert answer("library", "list", library)["calibrated"]
+    stored = answer("library", "list", library)["calibrations"]
+    assert {one["structure"] for one in stored} == {"disc", "core"}
+    assert all(one["recipe"]["k"] == 2 and one["current"] for one in stored)
+    assert all(one["made_with"] == one["of"] for one in stored)
 
 
 def test_verify_reports_damage(library: Path) -> None:
@@ -215,7 +219,7 @@ def test_segment_refuses(library: Path, query: Path, tmp_path: Path) -> None:
         "segment", library, query, "--output", out, "--engine", "tensorrt", status=1
     )
     assert "no engine" in call(
-        "segment", library, query, "--output", out, "--engine", "abacus", status=1
+        "segment", library, query, "--output", out, "--engine", "abacus", status=2
     )
     told = call("segment", tmp_path / "none", query, "--output", out, *FAKE, status=1)
     assert "none" in told
@@ -364,3 +368,65 @@ def test_commands_mounted_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No such option" in call("export", "--nothing", status=2)
     monkeypatch.setitem(sys.modules, "recallseg.export.commands", None)
     assert "recallseg.export.commands" in call("export", status=1)
+
+
+def test_an_uncalibrated_result_says_the_command_that_mends_it(
+    library: Path, query: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    said = call("segment", library, query, "--output", out, "--k", 2, "--reach", 2, *FAKE)
+    record = json.loads((out / "query.json").read_text())
+    assert record["quality"]["flag"] == "uncalibrated"
+    mend = record["quality"]["mend"]
+    assert mend in " ".join(said.split("\n"))
+    _, _, command = mend.partition(": ")
+    assert command.startswith("recallseg library calibrate ")
+    call(*shlex.split(command)[1:])  # as a person would
+    call("segment", library, query, "--output", out, "--k", 2, "--reach", 2, "--overwrite", *FAKE)
+    assert json.loads((out / "query.json").read_text())["quality"]["mend"] == ""
+    call("segment", library, query, "--output", out, "--k", 1, "--reach", 2, "--overwrite", *FAKE)
+    other = json.loads((out / "query.json").read_text())["quality"]
+    assert "calibrated for other settings" in other["mend"]
+
+
+def test_tags_choose_the_exemplars(library: Path, query: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = call("segment", library, query, "--output", out, "--tag", "view=b", *FAKE, status=1)
+    assert "carries the tag view=b" in said
+    said = call("segment", library, query, "--output", out, "--tag", "view", *FAKE, status=2)
+    assert "modality=MR" in said
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("segment", "LIB", "IMAGE", "--output", "out", "--reach", "0.5"),
+        ("segment", "LIB", "IMAGE", "--output", "out", "--reach", "nan"),
+        ("segment", "LIB", "IMAGE", "--output", "out", "--engine", "steam"),
+        ("segment", "LIB", "IMAGE", "--output", "out", "--precision", "fp64"),
+        ("segment", "LIB", "IMAGE", "--output", "out", "--plane", "oblique"),
+        ("segment", "LIB", "IMAGE", "--output", "out", "--format", "jpeg"),
+        ("segment", "LIB", "IMAGE", "--output", "out", "--k", "0"),
+        ("segment", "LIB", "IMAGE", "--output", "out", "--structures", "a,a"),
+        ("segment", "LIB", "IMAGE", "--output", "out", "--clean-up", "noise"),
+        ("watch", "IN", "--library", "LIB", "--output", "out", "--reach", "-1"),
+        ("watch", "IN", "--library", "LIB", "--output", "out", "--engine", "steam"),
+        ("watch", "IN", "--library", "LIB", "--output", "out", "--plane", "oblique"),
+        ("evaluate", "LIB", "IN", "--labels", "1=a", "--output", "out", "--reach", "0"),
+        ("evaluate", "LIB", "IN", "--labels", "1=a", "--output", "out", "--precision", "fp64"),
+        ("evaluate", "LIB", "IN", "--labels", "1=a", "--output", "out", "--k", "0"),
+        ("library", "create", "LIB", "--bundle", "demo", "--memories", "int4"),
+        ("library", "create", "LIB", "--bundle", "demo", "--intensity", "loud"),
+        ("library", "calibrate", "LIB", "--reach", "0"),
+        ("library", "calibrate", "LIB", "--engine", "steam"),
+        ("library", "add", "LIB", "IMAGE", "--labels", "1=a", "--precision", "fp64"),
+        ("library", "rebuild", "LIB", "--engine", "steam"),
+    ],
+)
+def test_a_wrong_value_is_a_usage_error_before_anything_is_opened(
+    wrong: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the files exists: what looked at them first would give status 1."""
+    monkeypatch.chdir(tmp_path)
+    call(*wrong, status=2)
+    assert not any(tmp_path.iterdir())

@@ -156,16 +156,27 @@ def test_digest_names_content_not_history(tmp_path: Path) -> None:
     assert create(tmp_path / "3", intensity=Intensity("range")).digest != empty
 
 
-def test_calibration_belongs_to_the_exemplars(library: Library) -> None:
-    add(library, 1)
-    library.store_calibration({"threshold": 0.25})
-    assert Library.open(library.path).calibration == {"threshold": 0.25}
-    key = add(library, 2)
-    assert library.calibration is None
-    library.remove(key)
-    assert library.calibration == {"threshold": 0.25}
+def test_calibrations_lie_beside_each_other(library: Library) -> None:
+    first = add(library, 1)
+    recipes = ["1" * 64, "2" * 64]
+    library.store_calibrations(recipes[0], {"nucleus": {"threshold": 0.25}}, first)
+    library.store_calibrations(recipes[1], {"nucleus": {"threshold": 0.5}}, first)
+    second = add(library, 2)
+    reader = Library.open(library.path)
+    assert [(one.recipe, one.data["threshold"]) for one in reader.calibrations] == [
+        (recipes[0], 0.25),
+        (recipes[1], 0.5),
+    ]
+    learnt = reader.learnt(recipes[0], ["nucleus"], {})["nucleus"]
+    assert (learnt.made_with, len(learnt.embeddings), learnt.others) == (1, 2, True)
+    library.remove(first)
+    assert reader.learnt(recipes[0], ["nucleus"], {})["nucleus"].made_with == 0
+    library.store_calibrations(recipes[0], {"nucleus": {"threshold": 1}}, second)
+    assert reader.learnt(recipes[0], ["nucleus"], {})["nucleus"].made_with == 1
     with pytest.raises(InputError, match="JSON"):
-        library.store_calibration({"threshold": float("nan")})
+        library.store_calibrations(recipes[0], {"nucleus": {"x": float("nan")}}, second)
+    with pytest.raises(InputError, match="no exemplar"):
+        library.store_calibrations(recipes[0], {"nucleus": {}}, first)
 
 
 def test_embeddings(library: Library) -> None:
@@ -198,7 +209,7 @@ def test_compacting_frees_what_was_removed_and_readers_follow(tmp_path: Path) ->
 def test_rebuild_for_another_bundle(library: Library) -> None:
     for n in range(5):
         add(library, n, key=str(n))
-    library.store_calibration({})
+    library.store_calibrations("1" * 64, {"nucleus": {}}, "4")
     digest, reader = library.digest, Library.open(library.path)
     geometry = replace(GEOMETRY, embedding_dim=30, feature_size=2, channels=8)
     other = StubBundle(identity="cd" * 32, name="other", geometry=geometry)
@@ -222,7 +233,7 @@ def test_rebuild_for_another_bundle(library: Library) -> None:
     assert told == [(2, 5), (3, 5), (4, 5), (5, 5)]  # went on where it was interrupted
     assert library.verify().ok
     assert library.digest == digest
-    assert library.calibration is None
+    assert [one.current for one in library.calibrations] == [False]
     query = encoder.encode(draw(3)[0], {}).embedding
     assert library.search(query, "nucleus", 1)[0].key == "3"
     with pytest.raises(LibraryMismatchError, match="rebuilt for bundle 'other'"):

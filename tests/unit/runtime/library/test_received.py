@@ -489,7 +489,7 @@ def test_values_that_no_library_has(library: Path, statement: str) -> None:
                 for use in (
                     lambda lib: [*lib],
                     lambda lib: lib.search(embedding(1), "nucleus", 2),
-                    lambda lib: lib.calibration,
+                    lambda lib: (lib.calibrations, lib.origins),
                     lambda lib: lib.intensity,
                     lambda lib: lib.gather(
                         lib.memories([next(iter(lib)).key], "nucleus"), *_buffers()

@@ -16,9 +16,15 @@ import numpy as np
 import pytest
 
 from recallseg import Bundle, Library, Segmenter, __version__
-from recallseg.engines.errors import DeadlineError, InputError
+from recallseg.engines.errors import (
+    DeadlineError,
+    InputError,
+    LibraryCorruptError,
+    LibraryWriteError,
+)
 from recallseg.runtime.model.model import Model, View
 from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.segmenting.calibration import Thresholds
 from recallseg.runtime.segmenting.recipe import Provenance
 
 SIZE = 64
@@ -142,6 +148,13 @@ def test_tags_choose_exemplars_and_with_them_structures(small: Library) -> None:
         make(small, tags={"view": "axial", "scanner": "C"})
 
 
+def test_an_exemplar_may_show_nothing_at_all(small: Library) -> None:
+    blank = np.full((SIZE, SIZE), 90, np.uint8)
+    small.add(blank, {}, absent=("common", "rare"))
+    result = make(small, k=4).segment(blank)
+    assert not result.label_map.any()
+
+
 def test_a_structure_that_loses_its_last_exemplar_is_suspect(small: Library) -> None:
     segmenter = make(small, k=4)
     small.remove("0")
@@ -173,7 +186,6 @@ def test_warming_up_covers_exemplars_that_are_yet_to_come(
 
 REMOVER = """
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 import numpy as np
@@ -372,17 +384,160 @@ def test_a_result_can_be_pickled_copied_and_compared(library: Library) -> None:
         assert pickle.loads(pickle.dumps(value)) == value
 
 
-def test_calibration_is_stored_and_ends_when_the_library_changes(library: Library) -> None:
+def flag_of(library: Library, **settings: object) -> str:
+    return make(library, structures=["square"], **settings).segment(picture(0)[0]).quality.flag
+
+
+def test_calibration_is_for_a_recipe(library: Library) -> None:
     segmenter = make(library, structures=["square"])
-    assert segmenter.segment(picture(0)[0]).quality.flag == "uncalibrated"
+    before = segmenter.segment(picture(0)[0]).quality
+    assert before.flag == "uncalibrated"
+    assert f"recallseg library calibrate {library.path} --k 1 --reach 3" in before.mend
+    assert "--structures square" in before.mend
     seen: list[tuple[int, int]] = []
     thresholds = segmenter.calibrate(lambda done, total: seen.append((done, total)))
     assert seen[-1] == (4, 4)
     assert thresholds["square"].exemplars == 4
-    assert make(library, structures=["square"]).segment(picture(0)[0]).quality.flag == "ok"
-    noise = np.random.default_rng(0).integers(0, 255, (SIZE, SIZE), np.uint8)
-    library.add(noise, {"square": picture(0)[1]})
+    after = segmenter.segment(picture(0)[0]).quality
+    assert (after.flag, after.mend) == ("ok", "")
+    assert after.to_json()["calibration"] == {"square": {"made_with": 4, "of": 4}}
+    assert flag_of(library) == "ok"
+    for other in ({"k": 2}, {"reach": 2.0}, {"reach": math.inf}):
+        assert flag_of(library, **other) == "uncalibrated"
+    asked = make(library, structures=["square"], k=8).segment(picture(0)[0]).quality
+    assert "calibrated for other settings" in asked.mend
+    assert "--k 8" in asked.mend
+    make(library, structures=["square"], k=2).calibrate()
+    assert flag_of(library) == flag_of(library, k=2) == "ok"  # one beside the other
+
+
+def test_calibrating_one_structure_keeps_the_others(library: Library) -> None:
+    image, mask = picture(3)
+    library.add(image[::-1], {"stain": mask[::-1]})
+    make(library, structures=["square"]).calibrate()
+    make(library, structures=["stain"]).calibrate()
+    stored = {(one.structure, one.recipe) for one in library.calibrations}
+    assert stored == {(name, make(library).recipe.digest) for name in ("square", "stain")}
+    made = library.calibrations[0].data["provenance"]
+    assert made["recipe"]["digest"] == library.calibrations[0].recipe
+    assert made["library_digest"] == library.digest
+    assert flag_of(library) == "ok"
+
+
+def alike(library: Library, count: int, seed: int = 0, first: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    image, mask = picture(first)
+    for _ in range(count):
+        library.add(image + rng.normal(0, 3, image.shape), {"square": mask})
+
+
+def test_a_calibration_survives_exemplars_that_are_like_its_own(
+    tmp_path: Path, fake_bundle: Bundle
+) -> None:
+    with Library.create(tmp_path / "library", fake_bundle, engine="fake") as library:
+        query = picture(0)[0] + np.random.default_rng(9).normal(0, 3, (SIZE, SIZE))
+        alike(library, 20)
+        segmenter = make(library)
+        segmenter.calibrate()
+        alike(library, 5, seed=1)
+        quality = segmenter.segment(query).quality
+        assert quality.flag == "ok"
+        assert quality.calibrated == {"square": (20, 25)}
+        for exemplar in [*library][:3]:
+            library.remove(exemplar.key)
+        assert segmenter.segment(query).quality.calibrated == {"square": (17, 22)}
+        alike(library, 10, seed=2, first=3)  # squares in another corner
+        strange = segmenter.segment(query).quality
+        assert strange.flag == "uncalibrated"
+        assert "of 15 exemplars added since are unlike those" in strange.mend
+        segmenter.calibrate()
+        assert segmenter.segment(query).quality.calibrated == {"square": (32, 32)}
+
+
+def test_a_calibration_by_another_process_is_seen(library: Library) -> None:
+    library.close()
+    reader = Library.open(library.path)
+    segmenter = make(reader, structures=["square"])
     assert segmenter.segment(picture(0)[0]).quality.flag == "uncalibrated"
+    with Library.open(library.path, mode="write") as writer:
+        make(writer, structures=["square"]).calibrate()
+    assert segmenter.segment(picture(0)[0]).quality.flag == "ok"
+
+
+def test_a_rebuilt_library_is_calibrated_anew(library: Library) -> None:
+    segmenter = make(library, structures=["square"])
+    segmenter.calibrate()
+    library.rebuild()
+    quality = make(library, structures=["square"]).segment(picture(0)[0]).quality
+    assert quality.flag == "uncalibrated"
+    assert "encoded anew" in quality.mend
+    assert len(library.calibrations) == 1
+
+
+def test_what_an_older_program_stored_is_kept_and_told(library: Library) -> None:
+    old = {"k": 1, "precision": "fp32", "thresholds": {"square": Thresholds(0.1, 0.5, 4).to_json()}}
+    text = json.dumps({"digest": library.digest, "data": old})
+    library._store.catalog.set_note("calibration", text)
+    quality = make(library, structures=["square"]).segment(picture(0)[0]).quality
+    assert quality.flag == "uncalibrated"
+    assert "an older RecallSeg stored does not say for which settings" in quality.mend
+    make(library, structures=["square"]).calibrate()
+    assert flag_of(library) == "ok"
+    assert library._store.catalog.note("calibration") == text
+
+
+def test_a_damaged_calibration_is_told(library: Library) -> None:
+    segmenter = make(library, structures=["square"])
+    segmenter.calibrate()
+    [(name, text)] = library._store.catalog.notes("calibration ")
+    for damaged in (
+        "no JSON",
+        "{}",
+        text.replace('"iou"', '"dice"'),
+        text.replace(": 1,", ": 99,"),
+    ):
+        library._store.catalog.set_note(name, damaged)
+        quality = segmenter.segment(picture(0)[0]).quality
+        assert quality.flag == "uncalibrated"
+        assert "damaged" in quality.mend
+        assert flag_of(library, k=2) == "uncalibrated"  # and others are not stopped by it
+    with pytest.raises(LibraryCorruptError, match="recallseg library calibrate"):
+        _ = library.calibrations
+    segmenter.calibrate()
+    assert len(library.calibrations) == 1
+    assert flag_of(library) == "ok"
+
+
+def test_what_calibrating_needs_is_checked_before_the_work(
+    library: Library, tmp_path: Path, fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Segmenter, *_: object, **__: object) -> None:
+        raise AssertionError("a query was run")
+
+    image, mask = picture(0)
+    bare = Library.create(tmp_path / "bare", fake_bundle, engine="fake", keep_sources=False)
+    bare.add(image, {"square": mask})
+    one = Library.create(tmp_path / "one", fake_bundle, engine="fake")
+    one.add(image, {"square": mask})
+    library.close()
+    reader = Library.open(library.path)
+    monkeypatch.setattr(Segmenter, "_segment", refuse)
+    with pytest.raises(LibraryWriteError, match=r"cannot calibrate: .* open for reading"):
+        make(reader).calibrate()
+    with pytest.raises(InputError, match="did not keep its images"):
+        make(bare).calibrate()
+    with pytest.raises(InputError, match="there is 1 of square"):
+        make(one).calibrate()
+
+
+def test_few_exemplars_leave_a_structure_uncalibrated(tmp_path: Path, fake_bundle: Bundle) -> None:
+    with Library.create(tmp_path / "library", fake_bundle, engine="fake") as library:
+        alike(library, 3)
+        thresholds = make(library).calibrate()
+        assert thresholds["square"].iou is None
+        quality = make(library).segment(picture(0)[0]).quality
+        assert quality.flag == "uncalibrated"
+        assert "3 exemplars could be left out in turn, 4 are needed" in quality.mend
 
 
 def test_a_query_unlike_the_library_is_flagged(tmp_path: Path, fake_bundle: Bundle) -> None:

@@ -266,7 +266,7 @@ class Database:
         """Translate SQLite's errors; Python 3.10 gives no codes, only messages."""
         try:
             yield
-        except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
+        except sqlite3.ProgrammingError:
             raise  # a mistake in this package
         except sqlite3.OperationalError as error:
             raise self._operational(error) from error

@@ -389,7 +389,9 @@ class CatalogQueries:
             "BY id DESC LIMIT 1"
         )
         for shard, slots, last in rows:
-            if last is not None and integer(last, "the slot of a memory") >= slots:
+            if last is not None and integer(last, "the slot of a memory") >= integer(
+                slots, "the slots of a shard"
+            ):
                 raise LibraryCorruptError(
                     f"the catalog is damaged: shard {shard} has {slots} slots, and a memory in "
                     f"slot {last}. Restore the library from a backup."

@@ -1,6 +1,8 @@
 """Fuzz the readers: ``PYTHONPATH=tests python -m fuzz --count 12000 --output DIR``.
 
-``--index I --format KIND`` writes that one file to DIR instead, to look into what it did.
+``--index I --format KIND`` writes that one file to DIR instead, to look into what it did. Kinds
+``library``, ``bundle`` and ``index`` are made as strangers could (``artefacts``); ``tracing`` says
+what they had opened.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
+from fuzz.artefacts import KINDS, make, prepare
 from fuzz.campaign import PIXELS, ROOM, Findings, damaged_file, run_campaign
 from fuzz.mutations import FORMATS, good_files
 from recallseg.commands.common import progress_bar
@@ -21,12 +24,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=12_000, help="files in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--format", choices=FORMATS, help="only this one")
+    parser.add_argument("--format", choices=(*FORMATS, *KINDS), help="only this one")
     parser.add_argument("--index", type=int, help="write this file, and read none")
     parser.add_argument("--output", type=Path, required=True, help="folder for fuzz.json")
     chosen = parser.parse_args()
     chosen.output.mkdir(parents=True, exist_ok=True)
-    kinds = [chosen.format] if chosen.format else list(FORMATS)
+    kinds = [chosen.format] if chosen.format else [*FORMATS, *KINDS]
+    if chosen.index is not None and kinds[0] in KINDS:
+        prepare(chosen.output)
+        print(make(kinds[0], chosen.index, chosen.seed, chosen.output))
+        return 0
     if chosen.index is not None:
         name, data = damaged_file(good_files(), kinds[0], chosen.index, chosen.seed)
         (chosen.output / name).write_bytes(data)

@@ -14,12 +14,14 @@ import resource
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
+from fuzz import artefacts
 from fuzz.mutations import damage, good_files, good_series
 from recallseg.engines.errors import InputError
 
@@ -87,7 +89,7 @@ def run_campaign(
     reader : what reads, as ``module:function`` taking a path.
     seconds : for one file.
     """
-    files = good_files()
+    names = [kind] if kind in artefacts.KINDS else [name for name, _ in good_files()[kind]]
     context = multiprocessing.get_context("spawn")
     index = 0
     while index < count:
@@ -97,7 +99,7 @@ def run_campaign(
         theirs.close()
         ready = ours.poll(120) and ours.recv()  # imports take what they take
         while ready and index < count:
-            name = files[kind][index % len(files[kind])][0]
+            name = names[index % len(names)]
             if not ours.poll(seconds):
                 found.add(kind, index, name, "hang", f"(over {seconds:g} s)")
                 index += 1
@@ -125,18 +127,27 @@ def _work(pipe: Connection, kind: str, first: int, count: int, seed: int, reader
     os.environ["RECALLSEG_MAX_BYTES"] = str(PIXELS)
     module, _, function = reader.partition(":")
     target = getattr(importlib.import_module(module), function)
-    files = good_files()  # imports what readers import
+    received = kind in artefacts.KINDS
+    files = {} if received else good_files()  # imports what readers import
     with TemporaryDirectory(prefix="recallseg-fuzz-") as place:
         folder = Path(place)
+        if received:
+            target = artefacts.use
+            artefacts.prepare(folder)
+            with suppress(InputError):  # imports what is imported at first use
+                target(artefacts.make(kind, first, seed, folder))
         if kind == "segmentation":
             good_series(folder / "series")
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
         pipe.send(True)
         for index in range(first, count):
-            name, data = damaged_file(files, kind, index, seed)
-            path = folder / name
-            path.write_bytes(data)
+            if received:
+                path = artefacts.make(kind, index, seed, folder)
+            else:
+                name, data = damaged_file(files, kind, index, seed)
+                path = folder / name
+                path.write_bytes(data)
             outcome, why, start = "read", "", perf_counter()
             try:
                 target(path)

@@ -1,0 +1,428 @@
+"""Libraries, bundles and search indexes as strangers could make them, and everything done to them.
+
+Beside what is received lies a folder ``outside`` with files of somebody else: whatever is planted
+leads there, and nothing may ever get there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sqlite3
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from support.fake_bundle import make_fake_bundle
+
+from fuzz.mutations import INTERESTING, damage
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.digest import digest_file
+from recallseg.engines.errors import InputError, RecallSegError
+from recallseg.engines.golden import GoldenTensors
+from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
+from recallseg.engines.paths import SHIPPED
+from recallseg.runtime.library import Library, index, retrieval
+from recallseg.runtime.library.catalog_file import JOURNAL_MAGIC
+from recallseg.runtime.segmenting.segmenter import Segmenter
+
+__all__ = ["KINDS", "make", "mark", "prepare", "unharmed", "use"]
+
+KINDS = ("library", "bundle", "index")
+GRAPH = "graphs/portable/fp32/memorize.onnx"
+_SECRET = b"somebody else's"
+_STRANGE: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 2**31, 2**62, -(2**63), 1e300, float("inf"), "", "x", "../../outside"),
+    *(
+        "/etc/passwd",
+        "\x1b[2J",
+        "x" * 5000,
+        b"",
+        b"\0" * 96,
+        b"\xff" * 32,
+        "[" * 3000,
+        "{}",
+        "null",
+    ),
+)
+
+
+def prepare(folder: Path) -> None:
+    """Make the good ones, from which all others are made, and the folder of somebody else."""
+    os.environ["RECALLSEG_STATE"] = str(folder / "state")
+    os.environ["RECALLSEG_CACHE"] = str(folder / "cache")
+    for module in (index, retrieval):
+        module.EXACT_LIMIT = 2
+    bundle = make_fake_bundle(folder / "good" / "bundle")
+    rng = np.random.default_rng(0)
+    with Library.create(folder / "good" / "library", bundle, engine="fake") as library:
+        for number in range(5):
+            image = rng.integers(0, 256, (40, 40), np.uint8)
+            mask = np.zeros((40, 40), bool)
+            mask[5 : 20 + number, 5:20] = True
+            library.add(image, {"disc": mask}, tags={"n": str(number)}, absent=("cyst",))
+        library.rebuild_index()
+    shutil.copytree(SHIPPED / "demo", folder / "good" / "real")
+    _set_outside(folder)
+
+
+def _set_outside(folder: Path) -> None:
+    (folder / "outside").mkdir(exist_ok=True)
+    for name in ("secret", "000001.shard", "000000001.npz"):
+        file = folder / "outside" / name
+        if not file.is_file() or file.read_bytes() != _SECRET:
+            file.write_bytes(_SECRET)
+    for path in (folder / "outside").iterdir():
+        if path.name not in ("secret", "000001.shard", "000000001.npz"):
+            path.unlink()
+
+
+def unharmed(folder: Path) -> bool:
+    """Whether somebody else's files are what they were."""
+    found = {path.name: path.read_bytes() for path in (folder / "outside").iterdir()}
+    return len(found) == 3 and set(found.values()) == {_SECRET}
+
+
+def make(kind: str, number: int, seed: int, folder: Path) -> Path:
+    """Make what is received; the same for the same arguments, always."""
+    rng = random.Random(f"{seed} {kind} {number}")
+    path = folder / "received"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    source = {"library": "library", "index": "library"}.get(kind)
+    if source is None:
+        source = rng.choice(("bundle", "real"))
+    shutil.copytree(folder / "good" / source, path)
+    ways = {"library": _LIBRARY, "bundle": _BUNDLE, "index": (_index,)}[kind]
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        with suppress(Exception):  # a second one may find nothing left that it could damage
+            rng.choice(ways)(path, rng)
+    _set_outside(folder)  # the second may have gone through the link of the first
+    return path
+
+
+def mark(what: str) -> None:
+    """Make a call that fails, for who traces: what is between is of the package, not of a test."""
+    with suppress(OSError):
+        os.unlink(f"/recallseg-fuzz:{what}")
+
+
+def use(path: Path) -> None:
+    """Do everything that one does with a library or bundle; InputError if something was refused."""
+    refused: list[str] = []
+    mark("begin")
+
+    def attempt(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except RecallSegError as error:
+            refused.append(str(error))
+            return None
+
+    if os.path.lexists(path / "library.sqlite") or not os.path.lexists(path / "manifest.json"):
+        _use_library(path, attempt)
+    else:
+        _use_bundle(path, attempt)
+    mark("end")
+    if not unharmed(path.parent):
+        raise AssertionError("somebody else's files were changed")
+    if refused:
+        raise InputError(refused[0])
+
+
+def _use_library(path: Path, attempt: Callable[[Callable[[], Any]], Any]) -> None:
+    reading = attempt(lambda: Library.open(path, engine="fake"))
+    if reading is not None:
+        _read(reading, attempt)
+    writing = attempt(lambda: Library.open(path, mode="write", engine="fake"))
+    if writing is not None:
+        _write(writing, attempt)
+
+
+def _read(library: Library, attempt: Callable[[Callable[[], Any]], Any]) -> None:
+    image = np.full((40, 40), 90, np.uint8)
+    attempt(lambda: list(library))
+    attempt(library.verify)
+    attempt(lambda: Segmenter(library, k=2, engine="fake").segment(image))
+    attempt(library.close)
+
+
+def _write(library: Library, attempt: Callable[[Callable[[], Any]], Any]) -> None:
+    image = np.full((40, 40), 90, np.uint8)
+    attempt(library.rebuild_index)
+    attempt(library.rebuild)
+    key = attempt(lambda: library.add(image, {"disc": image > 0}))
+    if key is not None:
+        attempt(lambda: library.remove(key))
+    attempt(library.compact)
+    attempt(library.close)
+
+
+def _use_bundle(path: Path, attempt: Callable[[Callable[[], Any]], Any]) -> None:
+    bundle = attempt(lambda: Bundle.open(path))
+    if bundle is None:
+        return
+    attempt(bundle.check_files)
+    attempt(lambda: GoldenTensors.load(bundle.golden_file))
+    found = attempt(lambda: bundle.graph_file("memorize", ("portable",), "fp32"))
+    if found is not None and bundle.name == "demo":
+        attempt(lambda: OnnxRuntimeCpu(bundle.specs["memorize"], found[0]))
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def _bytes(path: Path, rng: random.Random) -> None:
+    file = rng.choice(_files(path))
+    file.write_bytes(damage("picture", file.name, file.read_bytes(), rng))
+
+
+def _catalog_bytes(path: Path, rng: random.Random) -> None:
+    file = path / "library.sqlite"
+    data = bytearray(file.read_bytes())
+    way = rng.randrange(4)
+    if way == 0:  # the header
+        data[rng.randrange(100)] = rng.randrange(256)
+    elif way == 1:  # a number anywhere, mostly of a b-tree
+        at = rng.randrange(0, len(data) - 4) if rng.random() < 0.3 else (
+            rng.randrange(len(data) // 8192) * 8192 + rng.randrange(200)
+        )  # fmt: skip
+        struct.pack_into(">I", data, at, rng.choice(INTERESTING))
+    elif way == 2:  # a page in place of another
+        a, b = (rng.randrange(1, len(data) // 8192) * 8192 for _ in range(2))
+        data[a : a + 8192] = data[b : b + 8192]
+    else:
+        data = bytearray(damage("picture", "x", bytes(data), rng))
+    file.write_bytes(data)
+
+
+def _sql(path: Path, *statements: tuple[str, tuple[Any, ...]]) -> None:
+    connection = sqlite3.connect(path / "library.sqlite")
+    try:
+        for statement, values in statements:
+            connection.execute(statement, values)
+        connection.commit()
+    finally:
+        connection.close()
+
+
+def _catalog_value(path: Path, rng: random.Random) -> None:
+    connection = sqlite3.connect(path / "library.sqlite")
+    tables = [
+        row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    ]
+    table = rng.choice(tables)
+    columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+    connection.close()
+    where = "" if rng.random() < 0.5 else " WHERE random() % 2"
+    _sql(path, (f"UPDATE {table} SET {rng.choice(columns)} = ?{where}", (rng.choice(_STRANGE),)))
+
+
+def _settings(path: Path, rng: random.Random) -> None:
+    connection = sqlite3.connect(path / "library.sqlite")
+    (text,) = connection.execute("SELECT value FROM settings WHERE name = 'library'").fetchone()
+    connection.close()
+    value = json.loads(text)
+    _strange_json(value, rng)
+    _sql(path, ("UPDATE settings SET value = ? WHERE name = 'library'", (json.dumps(value),)))
+
+
+def _schema(path: Path, rng: random.Random) -> None:
+    statement = rng.choice(
+        (
+            "CREATE TRIGGER t AFTER INSERT ON tags BEGIN DELETE FROM exemplars; END",
+            "CREATE TRIGGER t BEFORE UPDATE ON state BEGIN SELECT writefile('x', 'y'); END",
+            "CREATE VIEW v AS SELECT load_extension('/tmp/x')",
+            "ALTER TABLE tags RENAME TO other",
+            "CREATE TABLE extra (x)",
+            "CREATE INDEX extra ON tags (hex(value))",
+            "DROP TABLE removals",
+            "DROP INDEX tags_by_value",
+            "CREATE VIRTUAL TABLE f USING fts5(x)",
+            "PRAGMA user_version = 99",
+            "PRAGMA application_id = 0",
+        )
+    )
+    _sql(path, (statement, ()))
+
+
+def _journal(path: Path, rng: random.Random) -> None:
+    pages = rng.choice((0, 1, 5, 2**31 - 1))
+    numbers = (
+        *(rng.choice((0, 1, 0xFFFFFFFF)), 7, pages),
+        *(rng.choice((0, 512, 4096, 2**31)), rng.choice((512, 8192, 65536, 3))),
+    )
+    header = struct.pack(">8sIIIII", JOURNAL_MAGIC, *numbers)
+    body = rng.randbytes(rng.choice((0, 600, 9000)))
+    data = header.ljust(512, b"\0") + body
+    if rng.random() < 0.5:
+        name = os.fsencode(path.parent / "outside" / "secret")
+        checksum = sum(struct.unpack(f"{len(name)}b", name)) & 0xFFFFFFFF
+        data += struct.pack(">I", 0x40000000 // 8192 + 1) + name
+        data += struct.pack(">II", len(name), checksum) + JOURNAL_MAGIC
+    (path / "library.sqlite-journal").write_bytes(data)
+
+
+def _wal(path: Path, rng: random.Random) -> None:
+    if rng.random() < 0.5:
+        (path / rng.choice(("library.sqlite-wal", "library.sqlite-shm"))).write_bytes(
+            rng.randbytes(99)
+        )
+    else:
+        data = bytearray((path / "library.sqlite").read_bytes())
+        data[18] = data[19] = 2
+        (path / "library.sqlite").write_bytes(data)
+
+
+def _link(path: Path, rng: random.Random) -> None:
+    outside = path.parent / "outside"
+    names = sorted(p.relative_to(path) for p in path.rglob("*"))
+    more = ("writer.lock", "index/new.tmp", "library.sqlite-journal", "library.sqlite-wal",
+            "sources/000000/000000006.npz", "sources/000000/000000006.npz.tmp",
+            "memories/000001.shard", "memories/000002.shard", "signature.json")  # fmt: skip
+    target = path / rng.choice((*names, *more))
+    target.parent.mkdir(exist_ok=True)
+    is_folder = target.is_dir()
+    if is_folder:
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+    way = rng.randrange(4)
+    if way == 0 and not is_folder:
+        os.link(outside / "secret", target)
+    elif way == 1 and not is_folder:
+        os.mkfifo(target)
+    else:
+        target.symlink_to(outside if is_folder or way == 2 else outside / "secret")
+
+
+def _source(path: Path, rng: random.Random) -> None:
+    number = rng.randint(1, 5)
+    file = path / f"sources/000000/{number:09d}.npz"
+    file.write_bytes(damage("picture", file.name, file.read_bytes(), rng))
+    digest = hashlib.sha256(file.read_bytes()).digest()
+    _sql(path, ("UPDATE exemplars SET source = ? WHERE id = ?", (digest, number)))
+
+
+def _shard(path: Path, rng: random.Random) -> None:
+    file = path / "memories/000001.shard"
+    data = bytearray(file.read_bytes())
+    if rng.random() < 0.5:
+        struct.pack_into("<I", data, rng.choice((8, 12, 16, 20, 24)), rng.choice(INTERESTING))
+    else:
+        data = bytearray(damage("picture", "x", bytes(data), rng))
+    file.write_bytes(data)
+
+
+def _index(path: Path, rng: random.Random) -> None:
+    """Damage an index, and have the catalog state the digests of what it is now."""
+    file = rng.choice(sorted((path / "index").iterdir()))
+    data = bytearray(file.read_bytes())
+    if rng.random() < 0.6:
+        at = rng.randrange(0, min(len(data) - 8, 400))
+        struct.pack_into("<Q", data, at, rng.choice((*INTERESTING, 2**63, 2**40)))
+    else:
+        data = bytearray(damage("picture", "x", bytes(data), rng))
+    file.write_bytes(data)
+    quick, whole = index.file_digests(file, whole=True)
+    name = rng.choice((file.name, file.name, file.name, "../../outside/secret", "/etc/passwd"))
+    statement = "UPDATE indexes SET quick = ?, digest = ?, bytes = ?, file = ? WHERE file = ?"
+    _sql(path, (statement, (quick, whole, len(data), name, file.name)))
+
+
+def _strange_json(value: Any, rng: random.Random) -> None:
+    """Replace, remove or repeat one value, somewhere."""
+    while True:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = rng.choice(keys)
+        inner = value[key]
+        if isinstance(inner, (dict, list)) and inner and rng.random() < 0.85:
+            value = inner
+            continue
+        if rng.random() < 0.15:
+            del value[key]
+        else:
+            strange = [v for v in (*_STRANGE, [], {}, [None] * 3) if not isinstance(v, bytes)]
+            value[key] = rng.choice(strange)
+        return
+
+
+def _manifest(path: Path, rng: random.Random) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    _strange_json(manifest, rng)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _stated(path: Path, name: str, digest: str) -> None:
+    """Put a file's new digest into the manifest."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for entry in (manifest["golden"], *manifest["graphs"].values()):
+        if entry["file"] == name:
+            entry["sha256"] = digest
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _graph_bytes(path: Path, rng: random.Random) -> None:
+    data = bytearray((path / GRAPH).read_bytes())
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 4000))
+        data[at] = rng.randrange(256)
+    (path / GRAPH).write_bytes(data)
+    _stated(path, GRAPH, digest_file(path / GRAPH))
+
+
+def _graph_meaning(path: Path, rng: random.Random) -> None:
+    """Change what a graph says and leave it well-formed."""
+    model = onnx.load(path / GRAPH)
+    graph = model.graph
+    way = rng.randrange(7)
+    if way == 0:
+        rng.choice(graph.node).op_type = rng.choice(("Loop", "If", "Scan", "Add", "Expand", "Tile"))
+    elif way == 1:
+        tensor = rng.choice(graph.initializer)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", rng.choice(("../../../../outside/secret", "/etc/passwd",
+                            str(path.parent / "outside/secret"), "*/_ORT_MEM_ADDR_/*"))),
+                           ("offset", "0"), ("length", "64")):  # fmt: skip
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, value
+    elif way == 2:
+        tensor = rng.choice(graph.initializer)
+        tensor.dims[:] = [rng.choice((0, 1, 2**20, 2**40, -1)) for _ in range(rng.randint(1, 4))]
+    elif way == 3:
+        rng.choice(graph.node).domain = rng.choice(("com.microsoft", "evil", "ai.onnx.ml"))
+    elif way == 4:
+        node = rng.choice(graph.node)
+        node.input[:] = [*rng.sample(list(node.input), len(node.input)), node.output[0]]
+    elif way == 5:
+        name = graph.input[0].name
+        graph.node.insert(0, helper.make_node("Expand", [name, "huge"], ["grown"]))
+        graph.initializer.append(helper.make_tensor("huge", TensorProto.INT64, [4], [2**15] * 4))
+    else:
+        tensor = rng.choice(graph.initializer)
+        tensor.data_type = rng.randrange(25)
+    (path / GRAPH).write_bytes(model.SerializeToString())
+    _stated(path, GRAPH, digest_file(path / GRAPH))
+
+
+def _golden(path: Path, rng: random.Random) -> None:
+    file = path / "golden/golden.npz"
+    file.write_bytes(damage("picture", file.name, file.read_bytes(), rng))
+    _stated(path, "golden/golden.npz", digest_file(file))
+
+
+_LIBRARY = (
+    *(_catalog_bytes, _catalog_bytes, _catalog_value, _catalog_value, _settings, _schema),
+    *(_journal, _wal, _link, _link, _source, _shard, _index, _bytes),
+)
+_BUNDLE = (_manifest, _manifest, _graph_bytes, _graph_meaning, _golden, _link, _bytes)

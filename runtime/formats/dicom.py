@@ -57,6 +57,8 @@ OTHERS = {
     "1.2.840.10008.5.1.4.1.1.30": "parametric map",
 }
 """Objects with pixels that are not images of a patient."""
+PHILIPS_SCALE = (0x2005, 0x100E)
+"""Private slope of Philips MR: to what the coil received, which differs by series."""
 MAX_FILES = 20_000
 _PREAMBLE = 128
 _VALUE_REPRESENTATIONS = frozenset(
@@ -220,6 +222,8 @@ def read_dicom(
         if padded:
             notes.append(f"{padded} pixels are padding and have the lowest value of the others")
         guards.check_finite(path, array)
+        if any(PHILIPS_SCALE in each for each in headers):
+            notes.append("its private scaling (2005,100E) is not applied; RescaleSlope is")
         patient = first.where is not None and first.where.patient
         if first.where is not None and not patient:
             affine = np.diag([*np.linalg.norm(affine[:3, :3], axis=0), 1.0])
@@ -290,8 +294,8 @@ def _headers(files: Sequence[Path], path: Path) -> tuple[list[Path], list[Any], 
     series = {str(header.get("SeriesInstanceUID", "")) for header in headers}
     if len(series) > 1:
         raise InputError(f"{path} holds {len(series)} series; expected one. Give each a folder.")
-    instances = {str(header.get("SOPInstanceUID", "")) for header in headers}
-    if len(instances) < len(headers):
+    instances = [str(uid) for header in headers if (uid := header.get("SOPInstanceUID"))]
+    if len(set(instances)) < len(instances):
         raise InputError(f"{path} holds the same image twice. Remove the copies.")
     return paths, headers, notes
 

@@ -407,6 +407,8 @@ def check_segmentation(
     if not isinstance(source, DicomSource):
         raise InputError("a SEG repeats what its DICOM source says, and there is none.")
     missing = [name for name in NEEDED if not source.header.get(name)]
+    if not missing and not all(all(plane.instance) for plane in source.planes):
+        missing = ["SOPInstanceUID in each image"]
     if missing:
         raise InputError(
             f"the source has no {' and no '.join(missing)}, which a SEG must repeat. Keep them, "

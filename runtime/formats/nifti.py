@@ -126,20 +126,22 @@ def write_nifti(path: Path, label_map: NDArray[np.uint8], like: Volume) -> None:
     kind: Any = nibabel.Nifti1Image
     if isinstance(like.origin, nibabel.Nifti2Header) or max(label_map.shape) > 32767:
         kind = nibabel.Nifti2Image
+    header = kind.header_class()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(label_map.shape)
+    header.set_xyzt_units("mm")
     if like.frame == "image":
-        image = kind(label_map, like.affine)
-        image.header.set_sform(like.affine, code=0)
-        image.header.set_qform(like.affine, code=0)
-        image.header.set_zooms(like.spacing)
-    else:
-        image = kind(label_map, like.affine_in("RAS"))
-    image.header.set_xyzt_units("mm")
-    if like.frame != "image" and isinstance(like.origin, nibabel.Nifti1Header):
-        source, header = like.origin, image.header  # nibabel.Nifti2Header is a Nifti1Header too
+        header.set_zooms(like.spacing)
+    elif isinstance(like.origin, nibabel.Nifti1Header):  # Nifti2Header is one too
+        source = like.origin
         for field in _PLACE:
             header[field] = source[field]
         header["pixdim"][:4] = source["pixdim"][:4]
         header["xyzt_units"] = int(source["xyzt_units"]) % 8 or 2  # unknown is read as mm
+    else:
+        header.set_sform(like.affine_in("RAS"), code="scanner")
+        header.set_qform(like.affine_in("RAS"), code="scanner", strip_shears=True)
+    image = kind(label_map, None, header)  # with an affine, nibabel would write its own
     data = image.to_bytes()
     write_atomically(path, gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
 

@@ -248,6 +248,27 @@ def test_a_source_without_identity_is_refused_before_the_work(tmp_path: Path, na
         check_segmentation(read_dicom(paths[0]), ["a"], Algorithm("1", {}))
 
 
+def test_images_without_identifiers_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    paths = write_series(tmp_path / "s", STACK)
+    change(paths[1:], SOPInstanceUID=None)
+    volume = read_dicom(tmp_path / "s")
+    assert np.array_equal(volume.array, STACK)
+    with pytest.raises(InputError, match="SOPInstanceUID in each image"):
+        check_segmentation(volume, ["a"], Algorithm("1", {}))
+
+
+def test_private_scaling_is_told(tmp_path: Path) -> None:
+    paths = write_series(tmp_path / "s", STACK)
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        block = dataset.private_block(0x2005, "Philips MR Imaging DD 001", create=True)
+        block.add_new(0x0E, "FL", 0.5)
+        dataset.save_as(path)
+    volume = read_dicom(tmp_path / "s")
+    assert np.array_equal(volume.array, STACK)
+    assert "private scaling" in " ".join(volume.notes)
+
+
 def test_a_fault_of_the_output_is_not_told_as_one_of_the_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

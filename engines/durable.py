@@ -1,19 +1,36 @@
-"""Files and folders that are there in full or not at all, also after a crash."""
+"""Files and folders that are there in full or not at all, also after a crash.
+
+Everything that replaces something on the disk does it here: what was there stays until the new
+stands, and a process that dies leaves at most a hidden folder, which the next one removes.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replace_file", "sync_folder", "write_file"]
+__all__ = ["replace_file", "replace_folder", "sync_folder", "write_file"]
+
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+"""What file systems say that cannot sync a folder: some of those on a network."""
 
 
-def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write a new file and wait until the disk has it; OSError as the system gives it."""
+def write_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
+    """Write a new file and wait until the disk has it; OSError as the system gives it.
+
+    ``mode`` are its permissions, less the user's mask.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, mode)
     try:
-        view = memoryview(data)
+        view = memoryview(data).cast("B")
         while view.nbytes:
             view = view[os.write(descriptor, view) :]
         os.fsync(descriptor)
@@ -21,9 +38,9 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace ``path``: a reader sees all old bytes or all new ones."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def replace_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
+    """Replace ``path``: a reader sees all old bytes or all new ones; OSError as the system does."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_file(temporary, data, mode=mode)
         os.replace(temporary, path)
@@ -32,10 +49,113 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path`` to fill, which takes its place when the block ends.
+
+    What was at ``path`` is moved aside only when the new one is on the disk, comes back if that
+    cannot take its place, and is deleted last. If the block raises, nothing has changed. What
+    processes that died have left of this is removed before; a folder that one of them had moved
+    aside comes back.
+
+    Raises
+    ------
+    OSError
+        As the system gives it; what was at ``path`` is there then.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True)
+    token = secrets.token_hex(4)
+    work, before = (path.with_name(f".{path.name}.{kind}-{token}") for kind in ("new", "old"))
+    with ExitStack() as stack:
+        with _locked(path.parent):  # or another would remove the new one, not yet locked
+            _remove_remains(path)
+            work.mkdir()
+            stack.callback(shutil.rmtree, work, ignore_errors=True)
+            stack.callback(os.close, _lock(work))
+        yield work
+        _sync_tree(work)
+        if path.exists():
+            path.rename(before)
+        try:
+            work.rename(path)
+        except BaseException:
+            if before.exists():
+                before.rename(path)
+            raise
+        sync_folder(path.parent)
+        shutil.rmtree(before, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make new, renamed and removed names in ``folder`` survive a power loss."""
+    """Make new, renamed and removed names in ``folder`` survive a power loss, where that is known.
+
+    OSError as the system gives it, but not where the file system has no such thing.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(Path(place, name), os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(place))
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder for this process, and return a descriptor that keeps it locked."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(OSError):  # some file systems on a network lock no folders: nor is one removed
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_remains(path: Path) -> None:
+    """Remove what processes that died left beside ``path``; bring back what they moved aside."""
+    remains = re.compile(rf"\.{re.escape(path.name)}\.(new|old)-([0-9a-f]{{8}})")
+    for name in sorted(os.listdir(path.parent), reverse=True):  # the old, if it is needed, first
+        found = remains.fullmatch(name)
+        if found is None or _is_locked(path.with_name(f".{path.name}.new-{found[2]}")):
+            continue
+        if found[1] == "old" and not path.exists():
+            path.with_name(name).rename(path)
+        else:
+            shutil.rmtree(path.with_name(name), ignore_errors=True)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process that lives is filling ``folder``."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # no folder of ours
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

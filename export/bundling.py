@@ -6,10 +6,7 @@ parity gate: a bundle that exists is a bundle that was checked.
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -31,7 +28,6 @@ from recallseg.engines.bundle import (
     Weights,
 )
 from recallseg.engines.composition import Composition
-from recallseg.engines.digest import digest_file
 from recallseg.engines.engine import Tensor
 from recallseg.engines.errors import ExportError
 from recallseg.engines.golden import (
@@ -56,6 +52,13 @@ from recallseg.export.parity import (
     check_definition,
     check_end_to_end,
     check_graph,
+)
+from recallseg.export.writing import (
+    check_output,
+    entry,
+    graph_file,
+    write_bundle,
+    write_manifest,
 )
 
 __all__ = ["export_bundle", "former_identities"]
@@ -116,8 +119,7 @@ def export_bundle(
         )
     if pooled and "ort-cpu" not in variants:
         raise ExportError("precision 'pooled' is one of variant 'ort-cpu': export that too.")
-    if output.exists() and not overwrite:
-        raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
+    check_output(output, overwrite=overwrite)
     segmenter, embedder = sam2.model, dinov2.model
     if not isinstance(segmenter, Sam2VideoModel) or isinstance(embedder, Sam2VideoModel):
         raise ExportError(
@@ -131,20 +133,16 @@ def export_bundle(
     modules = build_graphs(segmenter, embedder, object_pointers=object_pointers)
     specs = graph_specs(geometry, object_pointers=object_pointers)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.with_name(f".{output.name}.{os.getpid()}")
-    work.mkdir()
-    try:
+    with write_bundle(output, overwrite=overwrite) as work:
         graphs: dict[str, Any] = {}
 
         def write(
             variant: str, graph: str, module: nn.Module, opset: int, precision: str = "fp32"
         ) -> None:
             report(f"export {variant} {graph} in {precision}")
-            path = work / "graphs" / variant / precision / f"{graph}.onnx"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = graph_file(work, variant, precision, graph)
             export_graph(module, specs[graph], geometry, path, opset=opset)
-            graphs[f"{variant}/{precision}/{graph}"] = _entry(work, path)
+            graphs[f"{variant}/{precision}/{graph}"] = entry(work, path)
 
         for graph in GRAPHS:
             write("portable", graph, modules[graph], OPSET)
@@ -170,7 +168,7 @@ def export_bundle(
                 write("ort-cuda", graph, module, ort_cuda.OPSET)
                 file = work / graphs[f"ort-cuda/fp32/{graph}"]["file"]
                 ort_cuda.forget_unread_outputs(file)
-                graphs[f"ort-cuda/fp32/{graph}"] = _entry(work, file)
+                graphs[f"ort-cuda/fp32/{graph}"] = entry(work, file)
         if "tensorrt" in variants:
             with tensorrt.fusable_attention(segmenter, embedder):
                 for graph in GRAPHS:
@@ -198,11 +196,11 @@ def export_bundle(
             "memory": asdict(memory),
             "no_memory": list(no_memory),
             "graphs": graphs,
-            "golden": _entry(work, golden_file),
+            "golden": entry(work, golden_file),
             "parity": [],
             "made_with": _versions(),
         }
-        _write_manifest(work, manifest)
+        write_manifest(work, manifest)
         report("compare the modules with the video model")
         manifest["parity"] = [
             check_definition(
@@ -213,13 +211,8 @@ def export_bundle(
                 for value in _gate(Bundle.open(work), modules, case, tensors, report)
             ),
         ]
-        _write_manifest(work, manifest)
+        write_manifest(work, manifest)
         report("done")
-        if output.exists():
-            shutil.rmtree(output)
-        work.rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return Bundle.open(output)
 
 
@@ -315,24 +308,6 @@ def former_identities(
         for first in segmenter.former_digests
         for second in embedder.former_digests
     ]
-
-
-def _entry(work: Path, path: Path) -> dict[str, Any]:
-    """Manifest entry of a file, and of the weights beside it where ONNX had to split them."""
-    entry: dict[str, Any] = {
-        "file": path.relative_to(work).as_posix(),
-        "sha256": digest_file(path),
-        "bytes": path.stat().st_size,
-    }
-    data = path.with_name(path.name + ".data")
-    if data.exists():
-        entry["data"] = _entry(work, data)
-    return entry
-
-
-def _write_manifest(work: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-    (work / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,20 +13,28 @@ import onnx
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
-from recallseg.engines.digest import digest_file
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import ExportError
 from recallseg.engines.golden import GoldenTensors, network_images, run_case
+from recallseg.engines.manifest import MANIFEST
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.operators import require_operators
 from recallseg.engines.precisions import PRECISIONS
 from recallseg.engines.registry import load_engines
+from recallseg.engines.signing import SIGNATURE
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verification import compare_with_golden
 from recallseg.export.emulation import EmulatedEngine
 from recallseg.export.native import use_half_linear, use_native_operators
 from recallseg.export.precision import convert_graph
 from recallseg.export.quantization import quantize_graph, sensitive_layers
+from recallseg.export.writing import (
+    check_output,
+    entry,
+    graph_file,
+    write_bundle,
+    write_manifest,
+)
 
 __all__ = ["CONVERTED", "convert_bundle"]
 
@@ -83,18 +90,16 @@ def convert_bundle(
         raise ExportError(
             f"precisions must be of {', '.join(CONVERTED)}; got {', '.join(precisions) or 'none'}."
         )
-    if output.exists() and not overwrite:
-        raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
+    check_output(output, overwrite=overwrite)
     for precision in precisions:
         if precision == HALF_NATIVE:
             _check_for_cuda(source)
         elif PRECISIONS[precision].made_by != "floating":
             _check_for_cpu(source, precision)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        shutil.copytree(source.path, work)
-        manifest: dict[str, Any] = json.loads((work / "manifest.json").read_text(encoding="utf-8"))
+    with write_bundle(output, overwrite=overwrite) as work:
+        shutil.copytree(source.path, work, dirs_exist_ok=True)
+        (work / SIGNATURE).unlink(missing_ok=True)  # of the manifest before
+        manifest: dict[str, Any] = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
         golden = GoldenTensors.load(source.golden_file)
         measured = list(manifest.get("parity", []))
         for precision in precisions:
@@ -106,14 +111,8 @@ def convert_bundle(
                 measured = [entry for entry in measured if entry["variant"] != key]
                 measured += _compare(source, golden, key, precision, engines)
         manifest["parity"] = measured
-        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        (work / "manifest.json").write_text(text + "\n", encoding="utf-8")
+        write_manifest(work, manifest)
         Bundle.open(work)
-        if output.exists():
-            shutil.rmtree(output)
-        work.rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return Bundle.open(output)
 
 
@@ -172,7 +171,7 @@ def _converted(
                 continue
             report(f"convert {graph} of {base} to {precision}")
             path, _ = source.graph_file(graph, (base,), "fp32")
-            file = _file(work, variant, precision, graph)
+            file = graph_file(work, variant, precision, graph)
             converted = convert_graph(onnx.load(path), kind, graph)
             if precision == HALF_NATIVE and variant == "ort-cuda":
                 converted = use_half_linear(converted)
@@ -242,7 +241,7 @@ def _made_for_cpu(
         else:
             report(f"rewrite {graph}")
             made = use_native_operators(model)
-        file = _file(work, variant, precision, graph)
+        file = graph_file(work, variant, precision, graph)
         manifest["graphs"][f"{variant}/{precision}/{graph}"] = _save(work, file, made)
         engines[graph] = OnnxRuntimeCpu(spec, file, EngineOptions())
     if kept:
@@ -269,12 +268,6 @@ def _image_like(
     }
 
 
-def _file(work: Path, variant: str, precision: str, graph: str) -> Path:
-    path = work / "graphs" / variant / precision / f"{graph}.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def _save(work: Path, file: Path, model: onnx.ModelProto) -> dict[str, Any]:
     """Write a graph (weights too large for it go beside it) and return its manifest entry."""
     data = file.with_name(file.name + ".data")
@@ -282,12 +275,4 @@ def _save(work: Path, file: Path, model: onnx.ModelProto) -> dict[str, Any]:
         onnx.save(model, file, save_as_external_data=True, location=data.name)
     else:
         onnx.save(model, file)
-
-    def entry(path: Path) -> dict[str, Any]:
-        return {
-            "file": path.relative_to(work).as_posix(),
-            "sha256": digest_file(path),
-            "bytes": path.stat().st_size,
-        }
-
-    return {**entry(file), "data": entry(data)} if data.exists() else entry(file)
+    return entry(work, file)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from recallseg.engines.digest import digest_file, digest_json
-from recallseg.engines.durable import sync_folder, write_file
+from recallseg.engines.durable import replace_folder, write_file
 from recallseg.engines.errors import PlanError
 from recallseg.engines.paths import cache_folder
 from recallseg.engines.verdicts import Verdicts, writing
@@ -135,7 +134,6 @@ class PlanCache:
             If the folder cannot be written; nothing is left of the attempt then.
         """
         final = self.folder / key.digest
-        work = self.folder / f".{key.digest}.{os.getpid()}"
         sha256 = hashlib.sha256(data).hexdigest()
         record = {
             "format": FORMAT_VERSION,
@@ -144,19 +142,9 @@ class PlanCache:
             "bytes": len(data),
             "made": dict(made),
         }
-        with writing(final):
-            try:
-                work.mkdir(parents=True)
-                write_file(work / "plan", data)
-                write_file(work / "plan.json", json.dumps(record, indent=1).encode())
-                sync_folder(work)
-                if final.exists():  # damaged, or find() would have returned it
-                    shutil.rmtree(final)
-                work.rename(final)
-                sync_folder(self.folder)
-            except BaseException:
-                shutil.rmtree(work, ignore_errors=True)
-                raise
+        with writing(final), replace_folder(final) as work:  # what is there, find() refused
+            write_file(work / "plan", data)
+            write_file(work / "plan.json", json.dumps(record, indent=1).encode())
         return Plan(final, key, sha256, len(data), made)
 
     @contextmanager
@@ -168,8 +156,6 @@ class PlanCache:
             file = path.open("wb")
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            for remains in self.folder.glob(f".{key.digest}.[0-9]*"):  # of builders that died
-                shutil.rmtree(remains, ignore_errors=True)
             yield
 
     def clear(self, *, engine: str | None = None, stale_for: str | None = None) -> tuple[int, int]:

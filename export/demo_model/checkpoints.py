@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from recallseg.engines.durable import replace_folder
+
 __all__ = ["load_checkpoint", "save_checkpoint", "save_weights"]
 
 # Artefact stores and code hosts have limits on single files; eight parts of this size are enough.
@@ -23,17 +25,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for number, start in enumerate(range(0, len(data), PART_BYTES)):
-        (fresh / f"part-{number:02d}").write_bytes(data[start : start + PART_BYTES])
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replace_folder(folder) as fresh:
+        for number, start in enumerate(range(0, len(data), PART_BYTES)):
+            (fresh / f"part-{number:02d}").write_bytes(data[start : start + PART_BYTES])
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any]:

@@ -15,12 +15,12 @@ asks ``recallseg_embed``, ``recallseg_encode`` and ``recallseg_memorize``.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
+from recallseg.engines.durable import replace_folder
 from recallseg.engines.errors import ExportError, InputError
 from recallseg.engines.specs import GRAPHS, TensorSpec
 from recallseg.engines.tensorrt.building import VARIANTS
@@ -74,9 +74,7 @@ def export_triton(
         raise InputError(f"a prefix must be a plain name, got '{prefix}'.")
     if output.exists():
         raise ExportError(f"{output} exists. Choose another folder, or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    with replace_folder(output) as work:
         for graph in GRAPHS:
             folder = work / f"{prefix}_{graph}" / "1"
             folder.mkdir(parents=True)
@@ -94,9 +92,6 @@ def export_triton(
             )
             (folder.parent / "config.pbtxt").write_text(text, encoding="utf-8")
         _write_composition(bundle, work / prefix, prefix, engine)
-        work.rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return output
 
 

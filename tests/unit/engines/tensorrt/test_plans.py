@@ -193,7 +193,7 @@ def test_a_disk_that_fails_at_any_moment_is_reported_and_leaves_nothing(
             else:
                 break
         assert at <= len(seen)
-        assert not list(cache.folder.glob(f".{KEY.digest}.[0-9]*"))
+        assert not list(cache.folder.glob(f".{KEY.digest}.new-*"))
         assert keep(cache).read() == DATA
     assert at > 5
 
@@ -253,7 +253,7 @@ def test_clear_takes_what_it_is_told(cache: PlanCache) -> None:
     count, freed = cache.clear(engine="tensorrt")
     assert (count, freed > 2 * len(DATA)) == (2, True)
     with cache.building(KEY):
-        work = cache.folder / f".{KEY.digest}.1"
+        work = cache.folder / f".{KEY.digest}.new-00000001"
         work.mkdir()
         assert cache.clear()[0] == 1
         assert work.exists()  # somebody is building there

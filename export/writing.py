@@ -1,0 +1,79 @@
+"""The one way in which a bundle is written: in full, proven, and then put in its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recallseg.engines.digest import digest_file
+from recallseg.engines.durable import replace_folder
+from recallseg.engines.errors import ExportError
+from recallseg.engines.manifest import MANIFEST
+
+__all__ = ["check_output", "entry", "graph_file", "write_bundle", "write_manifest"]
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise ExportError if no bundle may be written to ``output``; ask before the work.
+
+    What is replaced must be a bundle: another folder's contents would be gone.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise ExportError(
+            f"{output} holds something else than a bundle, which is not overwritten. Choose "
+            "another folder, or remove it yourself."
+        )
+
+
+@contextmanager
+def write_bundle(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a new folder to fill with a bundle; it is put at ``output`` when the block ends.
+
+    Raises
+    ------
+    ExportError
+        If something is at ``output`` that may not be replaced, or it cannot be written. What was
+        there stays, and nothing is left of the attempt.
+    """
+    check_output(output, overwrite=overwrite)
+    try:
+        with replace_folder(output) as folder:
+            yield folder
+    except OSError as error:
+        raise ExportError(
+            f"the bundle {output} cannot be written: {error}. What was there before is unharmed. "
+            "Free some space, or choose another folder."
+        ) from error
+
+
+def graph_file(folder: Path, variant: str, precision: str, graph: str) -> Path:
+    """Return where a graph goes, in a folder that is there."""
+    path = folder / "graphs" / variant / precision / f"{graph}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def entry(folder: Path, path: Path) -> dict[str, Any]:
+    """Manifest entry of a file, and of the weights beside it where ONNX had to split them."""
+    found: dict[str, Any] = {
+        "file": path.relative_to(folder).as_posix(),
+        "sha256": digest_file(path),
+        "bytes": path.stat().st_size,
+    }
+    data = path.with_name(path.name + ".data")
+    if data.exists():
+        found["data"] = entry(folder, data)
+    return found
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest; numbers that are not finite are refused (ValueError)."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

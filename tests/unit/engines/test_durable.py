@@ -1,0 +1,156 @@
+"""What replaces something on the disk leaves the old until the new stands, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recallseg.engines import durable
+from recallseg.engines.durable import replace_file, replace_folder
+
+
+def fill(folder: Path, text: str) -> None:
+    (folder / "below").mkdir()
+    (folder / "below" / "file").write_text(text)
+
+
+def read(folder: Path) -> str:
+    return (folder / "below" / "file").read_text()
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "place"
+    for text in ("one", "two"):
+        with replace_folder(place) as work:
+            fill(work, text)
+            if text == "two":
+                assert read(place) == "one"
+        assert read(place) == text
+        assert os.listdir(place.parent) == ["place"]
+    assert place.stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o777
+
+
+def test_what_fails_changes_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    with replace_folder(place) as work:
+        fill(work, "old")
+
+    def fail() -> None:
+        with replace_folder(place) as work:
+            fill(work, "new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert read(place) == "old"
+    assert os.listdir(tmp_path) == ["place"]
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_the_old_stands_whichever_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    place, steps = tmp_path / "place", [0]
+    with replace_folder(place) as work:
+        fill(work, "old")
+
+    def failing(call):  # type: ignore[no-untyped-def]
+        def step(*args, **options):  # type: ignore[no-untyped-def]
+            steps[0] += 1
+            if steps[0] == at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return call(*args, **options)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(os.fsync))
+        patch.setattr(Path, "rename", failing(Path.rename))
+        try:
+            with replace_folder(place) as work:
+                fill(work, "new")
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017
+            # Not the last step: that the new one's name is on the disk too.
+            assert read(place) == ("new" if at == 6 else "old")
+        else:
+            assert at > steps[0] == 6
+            assert read(place) == "new"
+    with replace_folder(place) as work:
+        fill(work, "newer")
+    assert os.listdir(tmp_path) == ["place"]
+
+
+def test_remains_of_a_killed_process_are_removed_and_those_of_a_living_one_are_not(
+    tmp_path: Path,
+) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from recallseg.engines.durable import replace_folder
+with replace_folder(Path({str(tmp_path / "place")!r})) as work:
+    (work / "half").touch()
+    print("there", flush=True)
+    time.sleep(60)
+"""
+    killed, living = (
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)
+    )
+    try:
+        for process in (killed, living):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"there\n"
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert len(os.listdir(tmp_path)) == 2
+        with replace_folder(tmp_path / "place") as work:
+            fill(work, "mine")
+        left = [name for name in os.listdir(tmp_path) if name != "place"]
+        assert len(left) == 1
+        living.terminate()
+        living.wait()
+    finally:
+        for process in (killed, living):
+            process.kill()
+            process.communicate()
+    assert read(tmp_path / "place") == "mine"
+
+
+def test_what_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    with replace_folder(place) as work:
+        fill(work, "old")
+    place.rename(tmp_path / ".place.old-00c0ffee")
+    (tmp_path / ".place.new-00c0ffee").mkdir()
+    (tmp_path / ".place.new-yours").mkdir()  # no name of ours
+    with pytest.raises(ZeroDivisionError), replace_folder(place):
+        raise ZeroDivisionError
+    assert read(place) == "old"
+    assert sorted(os.listdir(tmp_path)) == [".place.new-yours", "place"]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with replace_folder(tmp_path / "link") as work:
+        fill(work, "new")
+    assert (tmp_path / "link").is_symlink()
+    assert read(tmp_path / "real") == "new"
+
+
+def test_a_file_system_that_cannot_sync_a_folder_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(durable.os, "fsync", refuse)
+    replace_file(tmp_path / "file", b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"

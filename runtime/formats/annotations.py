@@ -153,10 +153,8 @@ def _beside_one(item: Item, mask: Path | None) -> Annotations:
 def _segmentations(item: Item, found: Finding) -> list[Path]:
     """Return the segmentations that may belong to a volume."""
     folder = item.path if item.path.is_dir() else item.path.parent
-    named = [item.path.with_name(volume_stem(item.path) + suffix) for suffix in SEGMENTATIONS]
-    if item.path.is_dir():  # Path(".").with_name() has none to replace
-        whole = item.path.resolve()
-        named = [whole.with_name(whole.name + suffix) for suffix in SEGMENTATIONS]
+    whole = item.path.resolve() if item.path.is_dir() else item.path  # "." has no name
+    named = [whole.with_name(volume_stem(whole) + suffix) for suffix in SEGMENTATIONS]
     by_name = [file for file in named if file.is_file() and file not in item.files]
     if by_name or item.kind != "dicom":
         return by_name

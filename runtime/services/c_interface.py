@@ -37,6 +37,7 @@ __all__ = [
     "INTERFACE",
     "Pixels",
     "add",
+    "calibrate",
     "close_library",
     "close_stream",
     "close_streams",
@@ -60,7 +61,7 @@ __all__ = [
     "warm_up",
 ]
 
-INTERFACE = 2
+INTERFACE = 3
 
 Pixels = tuple[memoryview, str, tuple[int, ...], tuple[int, ...], int]
 """Memory from lowest to past highest byte, dtype, shape, strides, offset of pixel (0, 0)."""
@@ -86,6 +87,7 @@ STATUS: dict[type[BaseException], int] = {
 }
 """``RECALLSEG_E_*`` of recallseg.h, by the nearest class."""
 INTERNAL = 99
+_STOPPED = 4  # RECALLSEG_E_STATE
 
 _IN_C = (
     (r"with mode='write'", "with recallseg_library_options.writable = 1"),
@@ -123,6 +125,8 @@ def status_of(error: BaseException) -> tuple[int, str]:
             f"the Python package '{(error.name or '').partition('.')[0]}' is not installed beside "
             f"recallseg ({error}): install it with {sys.executable} -m pip"
         )
+    if isinstance(error, Stopped):
+        return _STOPPED, str(error)
     if not isinstance(error, errors.RecallSegError):
         return status, f"{type(error).__name__}: {error}"
     return status, in_c(str(error))
@@ -298,6 +302,39 @@ def open_segmenter(
 def warm_up(query: Query, runs: int) -> None:
     """Run on a blank image."""
     query.segmenter.warm_up(runs)
+
+
+class Stopped(Exception):  # noqa: N818 - no error of ours: the caller asked for it
+    """The caller's progress callback wants no more."""
+
+
+def calibrate(
+    query: Query, report: Callable[[int, int, int], int], address: int
+) -> tuple[tuple[Any, ...], ...]:
+    """Calibrate, and return what ``recallseg_calibration`` holds, for each structure.
+
+    ``report`` is told ``address``, how many are done and of how many, and returns 0 to stop.
+    """
+
+    def progress(done: int, total: int) -> None:
+        if not report(address, done, total):
+            raise Stopped(f"stopped by the progress callback, after {done} of {total}.")
+
+    found = query.segmenter.calibrate(progress)
+
+    def number(value: float | None) -> float:
+        return float("nan") if value is None else value
+
+    return tuple(
+        (
+            limits.iou is not None,
+            limits.exemplars,
+            number(limits.distance),
+            number(limits.iou),
+            number(limits.dice),
+        )
+        for limits in (found[name] for name in query.segmenter.structures)
+    )
 
 
 def segment(

@@ -10,7 +10,7 @@ int main(int argc, char** argv) {
       {"deadline", deadline},   {"threads", threads},     {"memory", memory},
       {"forked", forked},       {"signals", signals},     {"logging", logging},
       {"locked", locked},       {"exemplars", exemplars}, {"info", info},
-      {"starts", starts},       {"interrupted", interrupted}, {"streams", streams},     {"wrapper", wrapper},
+      {"starts", starts},       {"interrupted", interrupted}, {"streams", streams},     {"wrapper", wrapper},   {"calibrates", calibrates},
       {"exits_in_a_frame", exits_in_a_frame}, {"exits_in_calls", exits_in_calls},
       {"exits_in_a_callback", exits_in_a_callback}};
   const auto found = argc > 1 ? checks.find(argv[1]) : checks.end();

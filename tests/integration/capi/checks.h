@@ -88,6 +88,7 @@ void streams();
 void interrupted();
 void logging();
 void exemplars();
+void calibrates();
 void locked();
 void exits_in_a_frame();
 void exits_in_calls();

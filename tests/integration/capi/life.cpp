@@ -353,6 +353,53 @@ void exemplars() {
   GIVES(RECALLSEG_OK, recallseg_library_open(folder.c_str(), &writing, &second));
 }
 
+// What is normal is stored by C, and a later segmenter knows it.
+void calibrates() {
+  init();
+  recallseg_library_options writing = RECALLSEG_LIBRARY_OPTIONS_INIT;
+  writing.engine = "fake";
+  recallseg_library* library = open_library();
+  recallseg_segmenter* segmenter = open_segmenter(library);
+  recallseg_calibration found = RECALLSEG_CALIBRATION_INIT;
+  GIVES(RECALLSEG_E_STATE, recallseg_segmenter_get_calibration(segmenter, 0, &found));
+  GIVES(RECALLSEG_E_LIBRARY_WRITE, recallseg_segmenter_calibrate(segmenter, nullptr, nullptr));
+  CHECK(std::strstr(recallseg_last_error(), "recallseg_library_options.writable") != nullptr);
+  GIVES(RECALLSEG_OK, recallseg_library_close(library));
+  GIVES(RECALLSEG_OK, recallseg_segmenter_close(segmenter));
+
+  writing.writable = 1;
+  GIVES(RECALLSEG_OK, recallseg_library_open(library_folder.c_str(), &writing, &library));
+  segmenter = open_segmenter(library);
+  Query query;
+  recallseg_result* result = nullptr;
+  recallseg_summary summary = RECALLSEG_SUMMARY_INIT;
+  const auto quality = [&](recallseg_segmenter* of) {
+    GIVES(RECALLSEG_OK, recallseg_segment(of, &query.image, &query.output, 0, &result));
+    GIVES(RECALLSEG_OK, recallseg_result_summary(result, &summary));
+    return summary.quality;
+  };
+  CHECK(quality(segmenter) == RECALLSEG_QUALITY_UNCALIBRATED);
+  std::vector<uint64_t> told;
+  const recallseg_progress_callback stop_at_two = [](uint64_t done, uint64_t total, void* user) {
+    CHECK(total == 5);
+    static_cast<std::vector<uint64_t>*>(user)->push_back(done);
+    return int32_t{done == 2};
+  };
+  GIVES(RECALLSEG_E_STATE, recallseg_segmenter_calibrate(segmenter, stop_at_two, &told));
+  CHECK((told == std::vector<uint64_t>{1, 2}));
+  CHECK(std::strstr(recallseg_last_error(), "stopped") != nullptr);
+  CHECK(quality(segmenter) == RECALLSEG_QUALITY_UNCALIBRATED);
+  GIVES(RECALLSEG_OK, recallseg_segmenter_calibrate(segmenter, nullptr, nullptr));
+  for (size_t i = 0; i < 2; ++i) {
+    GIVES(RECALLSEG_OK, recallseg_segmenter_get_calibration(segmenter, i, &found));
+    CHECK(found.calibrated == 1 && found.exemplars >= 4 && found.distance > 0 && found.iou > 0);
+    CHECK(found.dice >= 0 && found.dice <= 1);
+  }
+  GIVES(RECALLSEG_E_ARGUMENT, recallseg_segmenter_get_calibration(segmenter, 2, &found));
+  CHECK(quality(segmenter) != RECALLSEG_QUALITY_UNCALIBRATED);
+  CHECK(quality(open_segmenter(library)) != RECALLSEG_QUALITY_UNCALIBRATED);
+}
+
 void locked() {
   init();
   recallseg_library_options writing = RECALLSEG_LIBRARY_OPTIONS_INIT;

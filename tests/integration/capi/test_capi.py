@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -12,10 +13,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from support.native import SOURCE, Installed, passed, run
+from support.native import SOURCE, Installed, make_fake_library, passed, run
 from support.tracing import trace
 
-from recallseg import Library, __version__
+from recallseg import Library, Segmenter, __version__
 from recallseg.benchmarks.capi import CLibrary, measure_overhead
 from recallseg.runtime.reports.demo import load_slices
 from recallseg.runtime.services.c_interface import INTERFACE, STATUS
@@ -83,6 +84,14 @@ def test_information_names_interpreter_and_package(capi: Installed, fake_library
     assert prefix == sys.prefix
     assert package == __version__
     assert Path(folder, "__init__.py").is_file()
+
+
+def test_c_calibrates(capi: Installed, tmp_path: Path) -> None:
+    library = make_fake_library(tmp_path)
+    assert "done" in check(capi, "calibrates", library)
+    known = Segmenter(library, k=2, structures=("disc", "core"), engine="fake", reach=math.inf)
+    image = np.full((48, 64), 60, np.uint8)
+    assert known.segment(image).quality.flag != "uncalibrated"
 
 
 def start(capi: Installed, fake_library: Path, **env: str) -> tuple[int, str]:

@@ -29,6 +29,12 @@ void wrapper() {
   auto segmenter = library.segmenter(&options);
   CHECK((segmenter.structures() == std::vector<std::string>{"core", "disc"}));
   segmenter.warm_up(1);
+  try {
+    segmenter.calibrate();
+    CHECK(false);
+  } catch (const recallseg::Error& error) {
+    CHECK(error.status() == RECALLSEG_E_LIBRARY_WRITE);
+  }
   Query query;
   const auto result = segmenter.segment(query.image, query.output);
   CHECK(result.timings().size() == result.summary().timing_count);

@@ -255,6 +255,34 @@ RECALLSEG_API recallseg_status recallseg_segmenter_structure(recallseg_segmenter
 /* Run on a blank image, so that the first query is as fast as the next. */
 RECALLSEG_API recallseg_status recallseg_segmenter_warm_up(recallseg_segmenter *segmenter,
                                                            int32_t runs);
+/* Told how far a calibration is, on the calling thread; must not throw. 0: go on; any other value:
+ * stop, nothing is stored. */
+typedef int32_t (*recallseg_progress_callback)(uint64_t done, uint64_t total, void *user);
+
+/* Segment every exemplar from the others, and store in the library what is normal: from then on a
+ * result's quality is OK or SUSPECT. It holds for this segmenter's settings and structures; what is
+ * stored for others is kept. The library must be open for writing and have kept its images. Costs a
+ * query for each exemplar; other threads' queries of this segmenter take turns with it. progress may
+ * be null; stopped by it: RECALLSEG_E_STATE. */
+RECALLSEG_API recallseg_status recallseg_segmenter_calibrate(recallseg_segmenter *segmenter,
+                                                             recallseg_progress_callback progress,
+                                                             void *user);
+
+typedef struct recallseg_calibration {
+  uint32_t struct_size;
+  int32_t calibrated;  /* 0: too few exemplars; its quality stays UNCALIBRATED */
+  uint64_t exemplars;  /* that were left out in turn and found */
+  double distance;     /* largest usual cosine distance to the nearest exemplar */
+  double iou;          /* least usual estimate; NaN if not calibrated */
+  double dice;         /* median, of the left-out exemplars with their own masks; NaN if none */
+} recallseg_calibration;
+#define RECALLSEG_CALIBRATION_INIT {sizeof(recallseg_calibration), 0, 0, 0, 0, 0}
+
+/* Of one structure, what the last recallseg_segmenter_calibrate of this handle found;
+ * RECALLSEG_E_STATE before the first. */
+RECALLSEG_API recallseg_status
+recallseg_segmenter_get_calibration(recallseg_segmenter *segmenter, size_t index,
+                                    recallseg_calibration *calibration);
 RECALLSEG_API recallseg_status recallseg_segmenter_close(recallseg_segmenter *segmenter);
 
 /* Where results go: memory of the caller, never copied. */

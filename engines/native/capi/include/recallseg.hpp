@@ -202,6 +202,25 @@ class Segmenter : public Owned<recallseg_segmenter, recallseg_segmenter_close> {
     }
     return names;
   }
+  // Segment every exemplar from the others, and store in the library what is normal. `progress`
+  // returns whether to go on; must not throw.
+  std::map<std::string, recallseg_calibration> calibrate(
+      const std::function<bool(uint64_t done, uint64_t total)>& progress = nullptr) const {
+    using Progress = std::function<bool(uint64_t, uint64_t)>;
+    const recallseg_progress_callback pass_on = [](uint64_t done, uint64_t total, void* user) {
+      const auto& ask = *static_cast<const Progress*>(user);
+      return int32_t{ask && !ask(done, total)};
+    };
+    check(recallseg_segmenter_calibrate(get(), pass_on, const_cast<Progress*>(&progress)));
+    std::map<std::string, recallseg_calibration> found;
+    const auto names = structures();
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      auto value = sized<recallseg_calibration>();
+      check(recallseg_segmenter_get_calibration(get(), i, &value));
+      found[names[i]] = value;
+    }
+    return found;
+  }
   void warm_up(int runs = 2) const { check(recallseg_segmenter_warm_up(get(), runs)); }
   // Throws DeadlineMissed; deadline_ms = 0 is none.
   Result segment(const recallseg_image& image, const recallseg_output& output,

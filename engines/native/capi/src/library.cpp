@@ -38,6 +38,29 @@ void open(const char* function, const char* folder, const recallseg_library_opti
   publish(std::move(opened), library);
 }
 
+struct Progress {
+  recallseg_progress_callback callback;
+  void* user;
+};
+
+// report(address, done, total), called by Python under the GIL; the callback runs without it.
+PyObject* report(PyObject*, PyObject* arguments) {
+  bool go_on = false;
+  const recallseg_status status = guarded([&] {
+    Reader reader(arguments);
+    const auto& to = *reinterpret_cast<const Progress*>(reader.integer());
+    const auto done = static_cast<std::uint64_t>(reader.integer());
+    const auto total = static_cast<std::uint64_t>(reader.integer());
+    PyThreadState* const thread = python.PyEval_SaveThread();
+    go_on = !is_ending() && (to.callback == nullptr || to.callback(done, total, to.user) == 0);
+    python.PyEval_RestoreThread(thread);
+  });
+  if (status != RECALLSEG_OK) return raise_last_error();
+  return python.PyLong_FromLongLong(go_on ? 1 : 0);
+}
+
+PyMethodDef report_definition = {"report", report, METH_VARARGS, nullptr};
+
 Ref mask_tuple(Loan& loan, const recallseg_mask& mask, const recallseg_image& image) {
   const std::string name =
       "mask of '" + std::string(required_text(mask.structure, "structure")) + "'";
@@ -212,6 +235,53 @@ recallseg_status recallseg_segmenter_warm_up(recallseg_segmenter* segmenter, int
     if (runs < 1 || runs > 1000) refuse("runs must be 1 to 1000, got " + std::to_string(runs));
     const Gil gil;
     call("warm_up", self->object, runs);
+  });
+}
+
+recallseg_status recallseg_segmenter_calibrate(recallseg_segmenter* segmenter,
+                                               recallseg_progress_callback progress, void* user) {
+  return guarded([&] {
+    require_ready();
+    const auto self = get<Segmenter>(segmenter);
+    const Progress to{progress, user};
+    std::vector<recallseg_calibration> found;
+    {
+      const Gil gil;
+      const Ref answer =
+          call("calibrate", self->object,
+               checked((python.PyCFunction_NewEx)(&report_definition, nullptr, nullptr)),
+               static_cast<long long>(reinterpret_cast<std::intptr_t>(&to)));
+      Reader structures(answer.get());
+      for (std::size_t i = structures.size(); i > 0; --i) {
+        Reader reader(structures.next());
+        recallseg_calibration one = RECALLSEG_CALIBRATION_INIT;
+        one.calibrated = reader.truth() ? 1 : 0;
+        one.exemplars = static_cast<std::uint64_t>(reader.integer());
+        one.distance = reader.real();
+        one.iou = reader.real();
+        one.dice = reader.real();
+        found.push_back(one);
+      }
+    }
+    const std::lock_guard<std::mutex> lock(self->mutex);
+    self->calibrations = std::move(found);
+  });
+}
+
+recallseg_status recallseg_segmenter_get_calibration(recallseg_segmenter* segmenter, size_t index,
+                                                     recallseg_calibration* calibration) {
+  return guarded([&] {
+    require_ready();
+    const auto self = get<Segmenter>(segmenter);
+    const std::lock_guard<std::mutex> lock(self->mutex);
+    if (self->calibrations.empty())
+      throw Error(RECALLSEG_E_STATE,
+                  "this segmenter was not calibrated: call recallseg_segmenter_calibrate before");
+    if (index >= self->calibrations.size())
+      refuse("there are " + std::to_string(self->calibrations.size()) + " structures, not one " +
+             std::to_string(index));
+    write_struct(self->calibrations[index], calibration, sizeof(recallseg_calibration),
+                 "calibration");
   });
 }
 

@@ -31,6 +31,8 @@ class Segmenter final : public Object {
   const std::shared_ptr<Library> library;
   Ref object;  // recallseg.runtime.services.c_interface.Query
   std::vector<std::string> structures;
+  std::mutex mutex;
+  std::vector<recallseg_calibration> calibrations;  // by structure; empty before the first
 };
 
 // Tuples for Python of counted arrays of the caller.

@@ -31,12 +31,14 @@ __all__ = [
     "PropagateOption",
     "ReachOption",
     "StrictOption",
+    "TagOption",
     "ThreadsOption",
     "VoiOption",
     "emit_json",
     "note",
     "one_of",
     "open_audit",
+    "parse_tags",
     "parsed",
     "progress_bar",
     "say_notice",
@@ -184,6 +186,9 @@ StackOption = Annotated[
     Optional[str],
     typer.Option("--stack", help="Which of several stacks of a DICOM series: number or StackID."),
 ]
+TagOption = Annotated[
+    Optional[list[str]], typer.Option("--tag", help="name=value; may be given again.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
 
@@ -254,6 +259,14 @@ def split_tags(items: list[str] | None) -> dict[str, str]:
             raise InputError(f"tag '{name}' is given twice.")
         tags[name] = value
     return tags
+
+
+def parse_tags(items: list[str] | None) -> dict[str, str]:
+    """Parse ``--tag`` options; other syntax is a usage error."""
+    try:
+        return split_tags(items)
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint="--tag") from error
 
 
 def note(message: str) -> None:

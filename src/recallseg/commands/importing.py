@@ -17,16 +17,18 @@ from recallseg.commands.common import (
     PlaneOption,
     PrecisionOption,
     StackOption,
+    TagOption,
     ThreadsOption,
     VoiOption,
     emit_json,
     note,
+    parse_tags,
     parsed,
     progress_bar,
     say_notice,
     tell_passed,
 )
-from recallseg.commands.library import MissingOption, TagOption, parse_missing, parse_tags
+from recallseg.commands.library import MissingOption, parse_missing
 
 __all__ = ["import_"]
 

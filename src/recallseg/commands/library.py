@@ -7,24 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
+from recallseg.commands.asking import Asking, grouped
 from recallseg.commands.common import (
     EngineOption,
     JsonOption,
     LibraryArgument,
     PrecisionOption,
-    ReachOption,
+    TagOption,
     ThreadsOption,
     emit_json,
     note,
     one_of,
+    parse_tags,
     parsed,
     progress_bar,
     say_notice,
-    split_list,
-    split_tags,
 )
 from recallseg.engines.errors import InputError
-from recallseg.runtime.segmenting.reach import REACH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,15 +32,12 @@ if TYPE_CHECKING:
     from recallseg.runtime.library.calibrations import StoredCalibration
     from recallseg.runtime.model.preprocess import Intensity
 
-__all__ = ["LabelsOption", "MissingOption", "TagOption", "app", "parse_missing", "parse_tags"]
+__all__ = ["LabelsOption", "MissingOption", "app", "parse_missing"]
 
 app = typer.Typer(no_args_is_help=True, help="Make, fill, inspect and repair a library.")
 
 LabelsOption = Annotated[
     str, typer.Option("--labels", help="Structures by label value, e.g. 1=liver,2=spleen.")
-]
-TagOption = Annotated[
-    Optional[list[str]], typer.Option("--tag", help="name=value; may be given again.")
 ]
 MissingOption = Annotated[
     str,
@@ -243,40 +239,18 @@ def rebuild(
 
 
 @app.command()
-def calibrate(
-    library: LibraryArgument,
-    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4,
-    reach: ReachOption = REACH,
-    structures: Annotated[
-        Optional[str], typer.Option(help="Which; others keep what they have.", show_default="all")
-    ] = None,
-    tag: TagOption = None,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@grouped
+def calibrate(library: LibraryArgument, asking: Asking, as_json: JsonOption = False) -> None:
     """Segment every exemplar from the others, and store what is normal (for the quality flag).
 
-    It holds for queries with the same settings; those for other settings are kept.
+    It holds for queries with the same settings; those for other settings or structures are kept.
     """
     from recallseg.runtime.library import Library
-    from recallseg.runtime.segmenting.segmenter import Segmenter
 
-    names = None if structures is None else parsed(split_list, structures, "--structures")
-    tags = parse_tags(tag)
+    asking.check()
     with Library.open(library, mode="write") as opened:
         say_notice(opened.bundle.notice)
-        segmenter = Segmenter(
-            opened,
-            k=k,
-            structures=names,
-            tags=tags,
-            reach=reach,
-            engine=engine,
-            precision=precision,
-            threads=threads,
-        )
+        segmenter = asking.segmenter(opened)
         with progress_bar("Calibrating", len(opened)) as step:
             thresholds = segmenter.calibrate(_counted(step))
     if as_json:
@@ -317,14 +291,6 @@ def parse_missing(text: str) -> Literal["absent", "unknown"]:
     if text == "absent" or text == "unknown":
         return "absent" if text == "absent" else "unknown"
     raise InputError(f"'{text}' must be 'absent' or 'unknown'.")
-
-
-def parse_tags(items: list[str] | None) -> dict[str, str]:
-    """Parse ``--tag`` options; other syntax is a usage error."""
-    try:
-        return split_tags(items)
-    except InputError as error:
-        raise typer.BadParameter(str(error), param_hint="--tag") from error
 
 
 def _intensity(text: str) -> Intensity:

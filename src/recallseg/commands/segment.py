@@ -8,41 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from recallseg.commands.asking import Asking, Handling, grouped
 from recallseg.commands.common import (
-    AsStoredOption,
-    AuditHeadOption,
-    AuditKeyOption,
-    AuditOption,
-    CleanUpOption,
-    EngineOption,
     JsonOption,
     LibraryArgument,
-    PlaneOption,
-    PrecisionOption,
-    PreviewOption,
-    PropagateOption,
-    ReachOption,
     StackOption,
     StrictOption,
-    ThreadsOption,
     TimeOption,
-    VoiOption,
     emit_json,
     note,
     one_of,
-    open_audit,
     parsed,
     progress_bar,
     say_notice,
-    split_clean_ups,
-    split_list,
     split_time,
     tell_passed,
 )
-from recallseg.commands.library import TagOption, parse_tags
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.json_text import printable
-from recallseg.runtime.segmenting.reach import REACH
 
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import Finding, Item
@@ -59,6 +42,7 @@ def _format(name: str | None) -> str | None:
     return name if name is None else one_of(name, FORMATS, "format")
 
 
+@grouped
 def segment(
     library: LibraryArgument,
     paths: Annotated[
@@ -69,15 +53,8 @@ def segment(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for NAME.mask.png and NAME.json.")],
-    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4,
-    reach: ReachOption = REACH,
-    structures: Annotated[
-        Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
-    ] = None,
-    tag: TagOption = None,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
-    threads: ThreadsOption = None,
+    asking: Asking,
+    handling: Handling,
     kind: Annotated[
         Optional[str],
         typer.Option(
@@ -86,65 +63,29 @@ def segment(
             callback=_format,
         ),
     ] = None,
-    plane: PlaneOption = None,
-    propagate: PropagateOption = 0,
-    clean_up: CleanUpOption = None,
-    preview: PreviewOption = False,
-    voi: VoiOption = False,
     time: TimeOption = None,
     stack: StackOption = None,
-    codes: Annotated[
-        Optional[Path],
-        typer.Option(help="Codes of structures (TOML or JSON) for SEG and .seg.nrrd."),
-    ] = None,
-    as_stored: AsStoredOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     strict: StrictOption = False,
-    audit: AuditOption = None,
-    audit_key: AuditKeyOption = None,
-    audit_head: AuditHeadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images, and volumes slice by slice, by recalling the library's exemplars."""
-    from recallseg.runtime.formats.concepts import read_concepts
     from recallseg.runtime.formats.finding import find_inputs
     from recallseg.runtime.formats.reading import count_item
     from recallseg.runtime.library import Library
-    from recallseg.runtime.segmenting.segmenter import Segmenter
-    from recallseg.runtime.volumes.outputs import VolumeSettings
 
-    names = None if structures is None else parsed(split_list, structures, "--structures")
-    tags = parse_tags(tag)
-    wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
-    settings = VolumeSettings(
-        plane,
-        "largest" in wanted,
-        "holes" in wanted,
-        preview,
-        voi,
-        {} if codes is None else read_concepts(codes),
-        as_stored,
-    )
+    asking.check()
+    settings = handling.volumes()
     chosen = None if time is None else parsed(split_time, time, "--time")
     found = find_inputs(paths, kind)
     jobs = _jobs(found, paths, output)
     if not overwrite:
         _refuse_existing(jobs)
-    log = open_audit(audit, audit_key, audit_head)
+    log = handling.log()
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     with Library.open(library) as opened:
-        segmenter = Segmenter(
-            opened,
-            k=k,
-            structures=names,
-            tags=tags,
-            reach=reach,
-            engine=engine,
-            precision=precision,
-            threads=threads,
-            frames=propagate,
-        )
+        segmenter = asking.segmenter(opened, handling.propagate)
         say_notice(segmenter.bundle.notice)
         with progress_bar("Segmenting", len(jobs)) as step:
             for item, base in jobs:

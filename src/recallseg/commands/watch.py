@@ -5,69 +5,36 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from threading import Event
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+from recallseg.commands.asking import Asking, Handling, grouped
 from recallseg.commands.common import (
-    AsStoredOption,
-    AuditHeadOption,
-    AuditKeyOption,
-    AuditOption,
-    CleanUpOption,
-    EngineOption,
     JsonOption,
-    PlaneOption,
-    PrecisionOption,
-    PreviewOption,
-    PropagateOption,
-    ReachOption,
-    ThreadsOption,
-    VoiOption,
     note,
-    open_audit,
-    parsed,
     say_notice,
-    split_clean_ups,
-    split_list,
     tell_passed,
 )
-from recallseg.commands.library import TagOption, parse_tags
 from recallseg.runtime.json_text import json_text, printable
-from recallseg.runtime.segmenting.reach import REACH
 
 __all__ = ["watch"]
 
 
+@grouped
 def watch(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Folder in which images arrive.")],
     library: Annotated[Path, typer.Option(help="Folder of the library.")],
     output: Annotated[Path, typer.Option(help="Folder for segmentations and their NAME.json.")],
-    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4,
-    reach: ReachOption = REACH,
-    structures: Annotated[
-        Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
-    ] = None,
-    tag: TagOption = None,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
-    threads: ThreadsOption = None,
+    asking: Asking,
+    handling: Handling,
     settle: Annotated[
         float,
         typer.Option(min=0, help="Seconds without a change until a file or series is complete."),
     ] = 2.0,
-    plane: PlaneOption = None,
-    propagate: PropagateOption = 0,
-    clean_up: CleanUpOption = None,
-    preview: PreviewOption = False,
-    voi: VoiOption = False,
-    as_stored: AsStoredOption = False,
     once: Annotated[
         bool, typer.Option("--once", help="End when all that is there is done.")
     ] = False,
-    audit: AuditOption = None,
-    audit_key: AuditKeyOption = None,
-    audit_head: AuditHeadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment every image, volume and DICOM series that arrives in a folder, once.
@@ -76,33 +43,17 @@ def watch(
     something could not be segmented.
     """
     from recallseg.runtime.library import Library
-    from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.watching import Watcher
-    from recallseg.runtime.volumes.outputs import VolumeSettings
 
-    names = None if structures is None else parsed(split_list, structures, "--structures")
-    tags = parse_tags(tag)
-    wanted = () if clean_up is None else parsed(split_clean_ups, clean_up, "--clean-up")
-    volumes = VolumeSettings(
-        plane, "largest" in wanted, "holes" in wanted, preview, voi, as_stored=as_stored
-    )
+    asking.check()
+    volumes = handling.volumes()
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     failed, told = False, set[str]()
     with Library.open(library) as opened:
-        segmenter = Segmenter(
-            opened,
-            k=k,
-            structures=names,
-            tags=tags,
-            reach=reach,
-            engine=engine,
-            precision=precision,
-            threads=threads,
-            frames=propagate,
-        )
-        log = open_audit(audit, audit_key, audit_head)
+        segmenter = asking.segmenter(opened, handling.propagate)
+        log = handling.log()
         with Watcher(
             segmenter, source, output, settle_s=settle, volumes=volumes, audit=log
         ) as watcher:

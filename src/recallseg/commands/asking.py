@@ -1,0 +1,163 @@
+"""What commands that segment are asked in common: how, with what engine, and what becomes of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
+
+import typer
+
+from recallseg.commands.common import (
+    AsStoredOption,
+    AuditHeadOption,
+    AuditKeyOption,
+    AuditOption,
+    CleanUpOption,
+    EngineOption,
+    PlaneOption,
+    PrecisionOption,
+    PreviewOption,
+    PropagateOption,
+    ReachOption,
+    TagOption,
+    ThreadsOption,
+    VoiOption,
+    open_audit,
+    parse_tags,
+    parsed,
+    split_clean_ups,
+    split_list,
+)
+from recallseg.runtime.segmenting.reach import REACH
+
+if TYPE_CHECKING:
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.segmenting.segmenter import Segmenter
+    from recallseg.runtime.services.audit import AuditLog
+    from recallseg.runtime.volumes.outputs import VolumeSettings
+
+__all__ = ["Asking", "Handling", "grouped"]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How to segment."""
+
+    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4
+    reach: ReachOption = REACH
+    structures: Annotated[
+        Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
+    ] = None
+    tag: TagOption = None
+    engine: EngineOption = "onnxruntime-cpu"
+    precision: PrecisionOption = "fp32"
+    threads: ThreadsOption = None
+
+    def check(self) -> None:
+        """Parse what has to be; raises BadParameter."""
+        self._parsed()
+
+    def segmenter(self, library: Library, frames: int = 0) -> Segmenter:
+        """Return a segmenter of an open library."""
+        from recallseg.runtime.segmenting.segmenter import Segmenter
+
+        names, tags = self._parsed()
+        return Segmenter(
+            library,
+            k=self.k,
+            structures=names,
+            tags=tags,
+            reach=self.reach,
+            engine=self.engine,
+            precision=self.precision,
+            threads=self.threads,
+            frames=frames,
+        )
+
+    def _parsed(self) -> tuple[list[str] | None, dict[str, str]]:
+        names = None
+        if self.structures is not None:
+            names = parsed(split_list, self.structures, "--structures")
+        return names, parse_tags(self.tag)
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What is done with volumes and results."""
+
+    plane: PlaneOption = None
+    propagate: PropagateOption = 0
+    clean_up: CleanUpOption = None
+    preview: PreviewOption = False
+    voi: VoiOption = False
+    codes: Annotated[
+        Optional[Path],
+        typer.Option(help="Codes of structures (TOML or JSON) for SEG and .seg.nrrd."),
+    ] = None
+    as_stored: AsStoredOption = False
+    audit: AuditOption = None
+    audit_key: AuditKeyOption = None
+    audit_head: AuditHeadOption = None
+
+    def volumes(self) -> VolumeSettings:
+        """Return the settings for volumes; raises BadParameter, and InputError for a bad file."""
+        from recallseg.runtime.formats.concepts import read_concepts
+        from recallseg.runtime.volumes.outputs import VolumeSettings
+
+        wanted = (
+            () if self.clean_up is None else parsed(split_clean_ups, self.clean_up, "--clean-up")
+        )
+        return VolumeSettings(
+            self.plane,
+            "largest" in wanted,
+            "holes" in wanted,
+            self.preview,
+            self.voi,
+            {} if self.codes is None else read_concepts(self.codes),
+            self.as_stored,
+        )
+
+    def log(self) -> AuditLog | None:
+        """Open the audit log, if there shall be one."""
+        return open_audit(self.audit, self.audit_key, self.audit_head)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of its parameters that are groups of options.
+
+    A group is a frozen dataclass like those above; the command gets one, made of what was given.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    shown: list[inspect.Parameter] = []
+    for name in inspect.signature(command).parameters:
+        kind = hints[name]
+        if not is_dataclass(kind):
+            default = inspect.signature(command).parameters[name].default
+            shown.append(_parameter(name, default, kind))
+            continue
+        groups[name] = kind
+        types = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            shown.append(_parameter(field.name, default, types[field.name]))
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )

@@ -82,7 +82,9 @@ def test_help_imports_neither_engines_nor_torch() -> None:
 
 
 def test_create_refuses_what_it_must(fake_bundle: Bundle, tmp_path: Path, library: Path) -> None:
-    assert "not empty" in call("library", "create", library, "--bundle", fake_bundle.path, status=1)
+    assert "there is a library in" in call(
+        "library", "create", library, "--bundle", fake_bundle.path, status=1
+    )
     assert "no bundle at" in call(
         "library", "create", tmp_path / "b", "--bundle", tmp_path / "none", status=1
     )

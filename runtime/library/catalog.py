@@ -22,6 +22,7 @@ from recallseg.runtime.library.origins import origins_note
 from recallseg.runtime.library.queries import CatalogQueries
 from recallseg.runtime.library.records import NewExemplar, Settings, State, StoredIndex
 from recallseg.runtime.library.shards import Place
+from recallseg.runtime.library.values import integer
 
 __all__ = ["Catalog"]
 
@@ -59,8 +60,9 @@ class Catalog(CatalogQueries):
             (generation,),
         )
         last = self.database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'shards'")
-        highest = int(last[0][0]) if last else 0
+        highest = integer(last[0][0], "the number of the last shard") if last else 0
         shard, slot = rows[0] if rows and not fresh else (highest + 1, 0)
+        integer(slot, "the slots of a shard")
         places = []
         for _ in range(count):
             if slot >= capacity:

@@ -213,6 +213,7 @@ class CatalogQueries:
             f"m.structure = {int(structure)} WHERE x.id IN ({{}})",
             [int(number) for number in numbers],
         )
+        _check_all_there(numbers, (row[0] for row in rows))
         return {
             number: (
                 text(key, "an exemplar's key", check_key),
@@ -227,9 +228,7 @@ class CatalogQueries:
         """Return the keys of exemplars, in the order of ``numbers``."""
         wanted = [int(number) for number in numbers]
         keys = dict(self._in_batches("SELECT id, key FROM exemplars WHERE id IN ({})", wanted))
-        lost = [number for number in wanted if number not in keys]
-        if lost:
-            raise LibraryCorruptError(f"the catalog is damaged: it has no exemplar {lost[0]}.")
+        _check_all_there(wanted, keys)
         return [text(keys[number], "an exemplar's key", check_key) for number in wanted]
 
     def places(self, keys: Sequence[str], structure: int) -> dict[str, tuple[Place, bytes]]:
@@ -505,6 +504,16 @@ class CatalogQueries:
 
 
 _EXEMPLARS = "SELECT id, key, content, height, width, created, source IS NOT NULL FROM exemplars"
+
+
+def _check_all_there(wanted: Iterable[int], found: Iterable[int]) -> None:
+    """Raise LibraryCorruptError if an exemplar that the catalog names is not in it."""
+    lost = set(wanted).difference(found)
+    if lost:
+        raise LibraryCorruptError(
+            f"the catalog is damaged: it names exemplar number {min(lost)} and has none. Restore "
+            "it from a backup."
+        )
 
 
 def _check_ascending(numbers: Sequence[Any], *, strictly: bool = True) -> None:

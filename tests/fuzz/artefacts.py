@@ -82,7 +82,7 @@ def _set_outside(folder: Path) -> None:
             file.write_bytes(_SECRET)
     for path in (folder / "outside").iterdir():
         if path.name not in ("secret", "000001.shard", "000000001.npz"):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def unharmed(folder: Path) -> bool:
@@ -105,6 +105,8 @@ def make(kind: str, number: int, seed: int, folder: Path) -> Path:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         with suppress(Exception):  # a second one may find nothing left that it could damage
             rng.choice(ways)(path, rng)
+        if any(file.is_fifo() for file in path.rglob("*")):
+            break  # who would damage that would wait for ever
     _set_outside(folder)  # the second may have gone through the link of the first
     return path
 
@@ -127,11 +129,13 @@ def use(path: Path) -> None:
             refused.append(str(error))
             return None
 
-    if os.path.lexists(path / "library.sqlite") or not os.path.lexists(path / "manifest.json"):
-        _use_library(path, attempt)
-    else:
-        _use_bundle(path, attempt)
-    mark("end")
+    try:
+        if os.path.lexists(path / "library.sqlite") or not os.path.lexists(path / "manifest.json"):
+            _use_library(path, attempt)
+        else:
+            _use_bundle(path, attempt)
+    finally:
+        mark("end")
     if not unharmed(path.parent):
         raise AssertionError("somebody else's files were changed")
     if refused:

@@ -17,6 +17,7 @@ import numpy as np
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import Annotated, Legend, Missing, Pair, read_pair
 from recallseg.runtime.reports.metrics import compare_masks
+from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import Result
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Evaluation:
     illustrations : for the largest k, lowest Dice first.
     workspace_bytes : what the segmenter set aside, by k.
     spacing : mm along rows and columns, or None for pixels.
+    provenance : what made the last result, by k.
     """
 
     structures: tuple[str, ...]
@@ -103,6 +105,7 @@ class Evaluation:
     illustrations: tuple[Illustration, ...] = field(repr=False)
     workspace_bytes: Mapping[int, int]
     spacing: tuple[float, float] | None
+    provenance: Mapping[int, Provenance]
 
 
 class PairSequence(Sequence[Annotated]):
@@ -162,7 +165,8 @@ def evaluate(
     Raises
     ------
     InputError
-        If a structure is unknown, there is nothing to do, or no image at all could be evaluated.
+        If a structure is unknown, there is nothing to do, or no image at all could be evaluated:
+        none can be read, says anything of the structures, or was held out of the library.
     """
     check_structures(library, structures)
     if not ks or not len(images):
@@ -172,6 +176,7 @@ def evaluate(
     failures: dict[str, str] = {}
     leaked: dict[str, None] = {}
     workspace: dict[int, int] = {}
+    provenance: dict[int, Provenance] = {}
     shown = _Shortlist(ILLUSTRATED)
     for k in ks:
         segmenter = make_segmenter(k)
@@ -189,6 +194,7 @@ def evaluate(
                 failures[name] = str(error)
             else:
                 same = _is_exemplar(library, annotated, result)
+                provenance[k] = result.provenance
                 rows = _compare(annotated, result, structures, k, same, spacing)
                 cases.extend(rows)
                 timings.append(Timing(annotated.name, k, result.timings))
@@ -203,6 +209,13 @@ def evaluate(
     if not cases:
         why = next(iter(failures.values()), "no image says anything of these structures")
         raise InputError(f"no image could be evaluated. The first reason: {why}")
+    if all(case.leaked for case in cases):
+        raise InputError(
+            f"there is nothing to evaluate: every image that says something of "
+            f"{', '.join(structures)} is an exemplar of this library ({len(leaked)} of "
+            f"{len(images)}: {', '.join([*leaked][:5])}), and would be compared with its own mask. "
+            "Give annotated images that were held out."
+        )
     return Evaluation(
         tuple(structures),
         tuple(ks),
@@ -213,6 +226,7 @@ def evaluate(
         shown.sorted(),
         workspace,
         spacing,
+        provenance,
     )
 
 
@@ -240,9 +254,12 @@ def _is_exemplar(library: Library, annotated: Annotated, result: Result) -> bool
     )
     if nearest is None or nearest.distance > SAME_IMAGE:
         return False
-    if not library.get(nearest.key).has_source:
+    try:
+        if not library.get(nearest.key).has_source:
+            return True
+        source, _ = library.source(nearest.key)
+    except InputError:  # removed by another process since it was recalled
         return True
-    source, _ = library.source(nearest.key)
     return bool(np.array_equal(source, annotated.image))
 
 

@@ -127,6 +127,7 @@ def to_json(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
         ],
         "latency_ms": {str(k): stages for k, stages in latency(evaluation).items()},
         "workspace_bytes": {str(k): size for k, size in evaluation.workspace_bytes.items()},
+        "provenance": {str(k): made.to_json() for k, made in evaluation.provenance.items()},
         "leaked": list(evaluation.leaked),
         "failures": dict(evaluation.failures),
     }

@@ -149,7 +149,10 @@ def finish(
     from recallseg.runtime.reports.summary import to_json, write_evaluation
 
     def source(key: str) -> tuple[NDArray[np.generic], Mapping[str, NDArray[np.bool_]]] | None:
-        return library.source(key) if library.get(key).has_source else None
+        try:
+            return library.source(key) if library.keeps_sources else None
+        except InputError:  # removed by another process since it was recalled
+            return None
 
     write_evaluation(evaluation, settings, render_report(evaluation, settings, source), output)
     if as_json:

@@ -252,6 +252,11 @@ def test_evaluate(library: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         call(*arguments, option, value, status=2)
     assert "no exemplar of 'liver'" in call(*arguments, "--labels", "1=liver,2=core", status=1)
+    write_pairs(tmp_path / "same", [0.4])
+    nothing = ("evaluate", library, tmp_path / "same", "--labels", LABELS, *FAKE)
+    told = call(*nothing, "--output", tmp_path / "none", status=1)
+    assert "nothing to evaluate" in told
+    assert not (tmp_path / "none").exists()
 
 
 def test_verify(fake_bundle: Bundle, tmp_path: Path) -> None:

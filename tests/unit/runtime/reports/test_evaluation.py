@@ -95,7 +95,7 @@ def test_without_sources_an_embedding_at_distance_zero_is_a_leak(
     with Library.create(tmp_path / "lib", fake_bundle, engine="fake", keep_sources=False) as made:
         for position in EXEMPLARS:
             made.add(disc(position).image, disc(position).masks)
-        assert run(made, [disc(0.4)], (1,)).leaked == ("disc-0.40",)
+        assert run(made, [disc(0.4), disc(0.5)], (1,)).leaked == ("disc-0.40",)
         page = _page(run(made, [disc(0.5)], (1,)), made)
         assert "source image not kept" in page
 
@@ -128,6 +128,8 @@ def test_a_broken_file_is_reported_and_the_rest_evaluated(library: Library, tmp_
 def test_nothing_to_evaluate(library: Library, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to evaluate"):
         run(library, [])
+    with pytest.raises(InputError, match=r"nothing to evaluate.* \(2 of 2: disc-0.40, disc-0.80\)"):
+        run(library, [disc(0.4), disc(0.8)])
     with pytest.raises(InputError, match="no exemplar of 'liver'"):
         evaluate(library, [disc(0.1)], ["liver"], (1,), maker(library))
     write_pairs(tmp_path / "pairs", [0.1])
@@ -145,7 +147,7 @@ def case(name: str, dice: float, **changes: object) -> Case:
 
 
 def summary_of(*cases: Case) -> Evaluation:
-    return Evaluation(("disc",), (4,), cases, (), {}, (), (), {4: 1}, None)
+    return Evaluation(("disc",), (4,), cases, (), {}, (), (), {4: 1}, None, {})
 
 
 def test_summary_numbers() -> None:
@@ -207,6 +209,9 @@ def test_files(library: Library, tmp_path: Path) -> None:
     assert summary["notice"].startswith("RANDOM WEIGHTS")
     assert summary["settings"]["library_digest"] == library.digest
     assert summary["leaked"] == ["disc-0.40"]
+    for k in (1, 3):
+        made = summary["provenance"][str(k)]
+        assert (made["recipe"]["k"], made["library_digest"]) == (k, library.digest)
     assert set(summary["latency_ms"]) == {"1", "3"}
     assert summary["latency_ms"]["1"]["total"]["p50"] > 0
     assert latency(found)[1]["total"]["p99"] >= latency(found)[1]["total"]["p50"]

@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 from support.dicom_series import write_series
 from support.pictures import disc, write_pairs
-from support.provenance import made_up
 
 from recallseg.runtime.formats.dicom import read_dicom
-from recallseg.runtime.formats.dicom_seg import write_segmentation
-from recallseg.runtime.formats.volume import Slicing
-from recallseg.runtime.volumes.slices import VolumeResult
+from recallseg.runtime.formats.dicom_seg import Algorithm, write_segmentation
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"<!-- run -->\n```(\w+)\n(.*?)```", re.DOTALL)
@@ -56,10 +53,8 @@ def write_annotated_series(folder: Path) -> None:
     image, labels = disc_volume(0.2)
     write_series(folder, image)
     volume = read_dicom(folder)
-    result = VolumeResult(
-        labels, {"disc": 1, "core": 2}, Slicing.of(volume), (), 0, {}, 0.0, made_up(), {}, "", ""
-    )
-    write_segmentation(folder / "seg.dcm", volume, result)
+    masks = {"disc": labels == 1, "core": labels == 2}
+    write_segmentation(folder / "seg.dcm", masks, volume, Algorithm("another's", {}))
 
 
 def run(command: list[str], folder: Path) -> str:

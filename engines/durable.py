@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replace_file", "replace_folder", "sync_folder", "write_file"]
+from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, replace_inside
+
+__all__ = ["replace_file", "replace_file_inside", "replace_folder", "sync_folder", "write_file"]
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 """What file systems say that cannot sync a folder: some of those on a network."""
@@ -30,10 +32,7 @@ def write_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> No
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, mode)
     try:
-        view = memoryview(data).cast("B")
-        while view.nbytes:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
+        _write_all(descriptor, data)
     finally:
         os.close(descriptor)
 
@@ -47,6 +46,26 @@ def replace_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> 
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def replace_file_inside(root: Path, name: str, data: bytes | memoryview) -> None:
+    """Replace a file by its name inside ``root``, a folder that may come from a stranger.
+
+    As :func:`replace_file`; see :mod:`recallseg.engines.inside` for what is refused. Folders on the
+    way are made.
+    """
+    temporary = name + ".tmp"
+    make_folder_inside(root, name.rpartition("/")[0])
+    remove_inside(root, temporary)
+    descriptor = open_inside(root, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        _write_all(descriptor, data)
+    except OSError:
+        remove_inside(root, temporary)  # a full disk needs the space
+        raise
+    finally:
+        os.close(descriptor)
+    replace_inside(root, temporary, name)
 
 
 @contextmanager
@@ -101,6 +120,13 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data).cast("B")
+    while view.nbytes:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.formats.concepts import Code, Concept, concepts_for
 from recallseg.runtime.formats.dicom import (
@@ -27,7 +28,6 @@ from recallseg.runtime.formats.dicom import (
 )
 from recallseg.runtime.formats.dicom_pixels import check_pixels, stored_frames
 from recallseg.runtime.formats.dicom_planes import Plane, item, place, planes_of
-from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.lattice import SAME_PLACE, Lattice, check_overlap, resample
 from recallseg.runtime.formats.volume import Volume
 
@@ -453,7 +453,7 @@ def write_segmentation(
     present = [name for name in masks if masks[name].any()]
     if not present:
         raise InputError("no structure was found, and DICOM knows no empty SEG.")
-    write_atomically(path, _encode(volume, masks, present, algorithm, concepts))
+    replace_file(path, _encode(volume, masks, present, algorithm, concepts))
 
 
 def _encode(

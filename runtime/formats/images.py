@@ -9,7 +9,6 @@ rescaled or converted else. With ``as_stored`` orientation and inversion are lef
 
 from __future__ import annotations
 
-import os
 import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.checks import check_image
@@ -38,7 +38,6 @@ __all__ = [
     "read_colours",
     "read_image",
     "read_label_map",
-    "write_atomically",
     "write_label_map",
 ]
 
@@ -177,28 +176,7 @@ def write_label_map(path: str | Path, label_map: NDArray[np.uint8]) -> None:
         raise InputError(
             f"a label map of shape {label_map.shape}, {label_map.dtype} cannot be PNG."
         )
-    write_atomically(path, data.tobytes())
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part of it.
-
-    Raises
-    ------
-    OSError
-        If the folder cannot be written; the half-written temporary file is removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_file(Path(path), data.tobytes())
 
 
 def _check_suffix(path: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.guards import BoundedReader, check_finite, check_size
-from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.lattice import SAME_PLACE
 from recallseg.runtime.formats.volume import Volume
 
@@ -143,7 +143,7 @@ def write_nifti(path: Path, label_map: NDArray[np.uint8], like: Volume) -> None:
         header.set_qform(like.affine_in("RAS"), code="scanner", strip_shears=True)
     image = kind(label_map, None, header)  # with an affine, nibabel would write its own
     data = image.to_bytes()
-    write_atomically(path, gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
+    replace_file(path, gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
 
 
 def _opened(path: Path) -> io.BufferedReader:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.concepts import Concept
 from recallseg.runtime.formats.guards import check_finite, check_size, expand
-from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.volume import Frame, Volume
 
 __all__ = ["count_nrrd", "read_nrrd", "read_seg_nrrd", "write_seg_nrrd"]
@@ -226,7 +226,7 @@ def write_seg_nrrd(
     }
     stream = io.BytesIO()
     nrrd.write(stream, np.asfortranarray(array), header, compression_level=6)
-    write_atomically(path, stream.getvalue())
+    replace_file(path, stream.getvalue())
 
 
 def _kind(header: Mapping[str, Any], axis: int) -> str:

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.archives import read_arrays
+from recallseg.engines.durable import replace_file_inside
 from recallseg.engines.errors import LibraryCorruptError
 from recallseg.engines.inside import read_inside, remove_inside
 from recallseg.engines.limits import max_bytes
 from recallseg.runtime.checks import check_image, check_name
-from recallseg.runtime.library.storage import write_durably
+from recallseg.runtime.library.storage import writing
 
 __all__ = ["SourceStore", "content_digest"]
 
@@ -70,7 +71,8 @@ class SourceStore:
         }
         archive = io.BytesIO()
         np.savez_compressed(archive, image=image, names=np.array(json.dumps(names)), **arrays)
-        write_durably(self._folder.parent, self._name(number), archive.getbuffer())
+        with writing(self.file(number)):
+            replace_file_inside(self._folder.parent, self._name(number), archive.getbuffer())
         return hashlib.sha256(archive.getbuffer()).digest()
 
     def read(

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recallseg.engines.errors import LibraryLockedError, LibraryWriteError
-from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, replace_inside
+from recallseg.engines.inside import open_inside
 
-__all__ = ["WriterLock", "write_all", "write_durably", "writing"]
+__all__ = ["WriterLock", "write_all", "writing"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -43,30 +43,6 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view.nbytes:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def write_durably(root: Path, name: str, data: bytes | memoryview) -> None:
-    """Replace a file in ``root``: readers see all old bytes or all new ones, also after a crash.
-
-    Raises
-    ------
-    LibraryWriteError
-        If the folder cannot be written, or it leads elsewhere; the file is then what it was.
-    """
-    temporary = name + ".tmp"
-    with writing(root / name):
-        make_folder_inside(root, name.rpartition("/")[0])
-        remove_inside(root, temporary)
-        descriptor = open_inside(root, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            write_all(descriptor, data, 0)
-            os.fsync(descriptor)
-        except OSError:
-            remove_inside(root, temporary)  # a full disk needs the space
-            raise
-        finally:
-            os.close(descriptor)
-        replace_inside(root, temporary, name)
 
 
 class WriterLock:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recallseg.runtime.formats.images import write_atomically
+from recallseg.engines.durable import replace_file
 from recallseg.runtime.reports.evaluation import Case, Evaluation
 from recallseg.runtime.reports.format import csv_text
 
@@ -144,12 +144,12 @@ def write_evaluation(evaluation: Evaluation, settings: Settings, page: str, outp
         If the folder cannot be written.
     """
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / "cases.csv", to_csv(evaluation.cases).encode())
+    replace_file(output / "cases.csv", to_csv(evaluation.cases).encode())
     summary = json.dumps(
         to_json(evaluation, settings), indent=1, allow_nan=False, ensure_ascii=False
     )
-    write_atomically(output / "summary.json", summary.encode())
-    write_atomically(output / "report.html", page.encode())
+    replace_file(output / "summary.json", summary.encode())
+    replace_file(output / "report.html", page.encode())
 
 
 def _spread(values: Sequence[float], worst: Any) -> dict[str, float]:

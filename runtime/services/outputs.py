@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from recallseg.engines.durable import replace_file
 from recallseg.runtime.formats.finding import MASK_SUFFIX
-from recallseg.runtime.formats.images import write_atomically, write_label_map
+from recallseg.runtime.formats.images import write_label_map
 from recallseg.runtime.json_text import json_text
 from recallseg.runtime.segmenting.result import Result
 
@@ -84,7 +85,7 @@ def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:
     }
     base.parent.mkdir(parents=True, exist_ok=True)
     write_label_map(mask_file(base), result.label_map)
-    write_atomically(record_file(base), json_text(record).encode())
+    replace_file(record_file(base), json_text(record).encode())
     return record
 
 

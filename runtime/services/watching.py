@@ -18,9 +18,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError, LibraryLockedError, OutputError
 from recallseg.runtime.formats.finding import Header, Item, PassedOver, file_item
-from recallseg.runtime.formats.images import write_atomically
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.library.storage import WriterLock
@@ -38,7 +38,7 @@ ASKED_AGAIN = 5
 """Times that an item is segmented while another process changes the library under it."""
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ)
 """Faults of one output; others (a full disk) are of all, and end the watch."""
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of write_atomically
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of replace_file
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Watcher:
     def _set_aside(self, item: Item, base: Path, why: str) -> Arrival:
         base.parent.mkdir(parents=True, exist_ok=True)
         failure = {"image": item.name, "files": list(item.signature), "error": why}
-        write_atomically(_failure_file(base, item), json_text(failure).encode())
+        replace_file(_failure_file(base, item), json_text(failure).encode())
         return Arrival(item.path, item.name, None, printable(why))
 
     def _write(self, item: Item, image: NDArray[Any] | Volume, base: Path) -> dict[str, Any]:

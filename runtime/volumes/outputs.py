@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.formats.concepts import Concept, concepts_for
 from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation, write_segmentation
-from recallseg.runtime.formats.images import write_atomically, write_label_map
+from recallseg.runtime.formats.images import write_label_map
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
@@ -210,7 +211,7 @@ def write_volume_result(
         "notes": notes,
         **(extra or {}),
     }
-    write_atomically(record_file(base), json_text(record).encode())
+    replace_file(record_file(base), json_text(record).encode())
     return record
 
 
@@ -242,6 +243,6 @@ def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Lib
 
     base.parent.mkdir(parents=True, exist_ok=True)
     sheet, page = (base.with_name(base.name + suffix) for suffix in PREVIEW_SUFFIXES)
-    write_atomically(sheet, contact_sheet(volume, result, library.intensity))
+    replace_file(sheet, contact_sheet(volume, result, library.intensity))
     text = render_volume_page(volume, result, library.intensity, source, printable(base.name))
-    write_atomically(page, text.encode())
+    replace_file(page, text.encode())

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from recallseg.commands.common import note, parsed, split_list
-from recallseg.runtime.formats.images import write_atomically
+from recallseg.engines.durable import replace_file
 from recallseg.runtime.services.sbom import make_sbom
 
 __all__ = ["sbom"]
@@ -31,5 +31,5 @@ def sbom(
     if output is None:
         typer.echo(text)
     else:
-        write_atomically(output, text.encode())
+        replace_file(output, text.encode())
         note(f"wrote {output}")

@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import pytest
 
+from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats import images
 from recallseg.runtime.formats.headers import declared_size
 from recallseg.runtime.formats.images import (
     read_image,
     read_label_map,
-    write_atomically,
     write_label_map,
 )
 
@@ -186,13 +186,13 @@ def test_a_write_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.json"
-    write_atomically(path, b"old")
+    replace_file(path, b"old")
 
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
+        replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -21,8 +21,9 @@ from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.lattice import check_overlap, resample
 from recallseg.runtime.formats.nifti import read_nifti
 from recallseg.runtime.formats.nrrd import read_nrrd, read_seg_nrrd
-from recallseg.runtime.formats.pairs import Annotated, Missing
+from recallseg.runtime.formats.pairs import Annotated, Missing, labelled
 from recallseg.runtime.formats.reading import read_item, read_volume, volume_format
+from recallseg.runtime.formats.rtstruct import is_structure_set, read_structure_set
 from recallseg.runtime.formats.volume import Slicing, Volume
 
 __all__ = [
@@ -116,7 +117,17 @@ def read_annotated_volume(
             for name, numbers in named.items()
         }
         return _with_notes(volume, (*drawn.notes, *notes), drawn.resampled), masks
+    if segmentation.is_file() and is_structure_set(segmentation):
+        names, outlined = read_structure_set(segmentation, volume)
+        named, notes = _named(segmentation, names, by_number)
+        masks = {
+            name: np.logical_or.reduce([outlined[number] for number in numbers])
+            for name, numbers in named.items()
+        }
+        return _with_notes(volume, notes, False), masks
     kind = volume_format(segmentation)
+    if kind == "image":
+        return volume, _drawn_on_picture(path, volume, segmentation, labels)
     if segmentation.name.lower().endswith(".seg.nrrd"):
         grid, segments = read_seg_nrrd(segmentation)
         named, notes = _named(segmentation, {n: s[0] for n, s in enumerate(segments, 1)}, by_number)
@@ -135,6 +146,21 @@ def read_annotated_volume(
         masks, notes = _labelled(segmentation, grid, labels), ()
     placed, more, other_grid = _placed(path, volume, segmentation, grid, masks, resampled)
     return _with_notes(volume, (*notes, *more), other_grid), placed
+
+
+def _drawn_on_picture(
+    path: Path, volume: Volume, segmentation: Path, labels: Mapping[int, str] | None
+) -> dict[str, NDArray[np.bool_]]:
+    """Split a picture's label map, of the one image that a DICOM file holds, into structures."""
+    if labels is None:
+        raise InputError(f"{segmentation} is a label map: say what its values mean with --labels.")
+    values = labelled(segmentation, labels)
+    if volume.frame != "image" or volume.shape[0] != 1 or values.shape != volume.shape[1:]:
+        raise InputError(
+            f"{segmentation} is a picture of {values.shape[0]}x{values.shape[1]} pixels, {path} is "
+            f"{volume.shape}: it can only be the mask of one image of its own size."
+        )
+    return {name: (values == value)[None] for value, name in labels.items()}
 
 
 def annotated_slices(

@@ -23,6 +23,9 @@ from recallseg.runtime.json_text import printable
 __all__ = ["AnnotatedVolume", "Annotations", "find_annotations"]
 
 
+PICTURE_MASKS = (".mask.png", ".mask.tif", ".mask.tiff", ".mask.bmp")
+
+
 @dataclass(frozen=True)
 class AnnotatedVolume:
     """A volume and the file of its segmentation."""
@@ -155,6 +158,8 @@ def _segmentations(item: Item, found: Finding) -> list[Path]:
     folder = item.path if item.path.is_dir() else item.path.parent
     whole = item.path.resolve() if item.path.is_dir() else item.path  # "." has no name
     named = [whole.with_name(volume_stem(whole) + suffix) for suffix in SEGMENTATIONS]
+    if item.kind == "dicom" and len(item.files) == 1:  # a radiograph and its drawn mask
+        named += [whole.with_name(volume_stem(whole) + suffix) for suffix in PICTURE_MASKS]
     by_name = [file for file in named if file.is_file() and file not in item.files]
     if by_name or item.kind != "dicom":
         return by_name

@@ -30,6 +30,7 @@ __all__ = [
     "Pair",
     "PairFolder",
     "find_pairs",
+    "labelled",
     "needs_labels",
     "parse_labels",
     "parse_legend",
@@ -350,11 +351,16 @@ class _Drawn:
             pairs.append(Pair(image, path, path, ((structure, path),) if structure else ()))
 
 
-def _by_label(
-    path: Path, labels: Mapping[int, str] | None, as_stored: bool
-) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-    if labels is None:
-        raise InputError(f"{path} is a label map: say what its values mean, --labels 1=liver.")
+def labelled(
+    path: Path, labels: Mapping[int, str], *, as_stored: bool = False
+) -> NDArray[np.unsignedinteger[Any]]:
+    """Read a label map HxW of which every value has a name; 0 and 255 alone become 0 and 1.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_label_map`, or if a value is not among ``labels``.
+    """
     label_map = read_label_map(path, as_stored=as_stored)
     values = [int(value) for value in np.unique(label_map) if value]
     if values == [np.iinfo(label_map.dtype).max] and list(labels) == [1]:
@@ -366,7 +372,18 @@ def _by_label(
             f"{path} has label {_listed(unknown)}, which --labels does not name; known are "
             f"{', '.join(f'{value}={name}' for value, name in labels.items())}.{lossy}"
         )
-    drawn = values or list(labels)[:1]  # one is empty then, and still says the size
+    return label_map
+
+
+def _by_label(
+    path: Path, labels: Mapping[int, str] | None, as_stored: bool
+) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+    if labels is None:
+        raise InputError(f"{path} is a label map: say what its values mean, --labels 1=liver.")
+    label_map = labelled(path, labels, as_stored=as_stored)
+    present = set(np.unique(label_map).tolist())
+    drawn = [value for value in labels if value in present] or list(labels)[:1]
+    # One that is empty still says the size.
     return {labels[value]: label_map == value for value in drawn}, tuple(labels.values())
 
 

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from recallseg.engines.digest import digest_json
+from recallseg.engines.errors import LibraryCorruptError
+from recallseg.runtime.checks import check_count, check_key, check_number, check_tags
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library.encoding import Origin
+from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["Provenance", "Recipe"]
 
@@ -63,6 +66,31 @@ class Recipe:
             "intensity": dict(self.intensity),
             "approximations": list(self.approximations),
         }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """Rebuild from :meth:`to_json`; raises LibraryCorruptError for anything else."""
+        names = {field.name for field in fields(cls)}
+        try:
+            given = {name: value for name, value in data.items() if name != "digest"}
+            texts = [given[name] for name in ("bundle_identity", "engine", "precision")]
+            for value in (*texts, given["memory_format"], *given["approximations"]):
+                check_key(value)
+            recipe = cls(
+                **{
+                    **given,
+                    "k": check_count(given["k"], "k", 1),
+                    "reach": check_number(float(given["reach"]), "reach", 1),
+                    "tags": check_tags(given["tags"]),
+                    "intensity": Intensity(**given["intensity"]).to_json(),
+                    "approximations": tuple(given["approximations"]),
+                }
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise LibraryCorruptError(f"the record of a recipe is damaged: {error!r}.") from error
+        if {*given} != names or not isinstance(recipe.head, bool):
+            raise LibraryCorruptError("the record of a recipe is damaged or of a newer RecallSeg.")
+        return recipe
 
     def __repr__(self) -> str:
         tags = "".join(f", {name}={value}" for name, value in self.tags.items())

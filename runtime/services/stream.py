@@ -20,6 +20,7 @@ from typing import Any
 from weakref import WeakSet
 
 from recallseg.engines.errors import DeadlineError, InputError, RecallSegError
+from recallseg.runtime.checks import check_count, check_number
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.latency import LatencyHistogram
@@ -140,9 +141,8 @@ class Stream:
         deadline_ms: float | None = None,
         queue: int = 1,
     ) -> None:
-        if queue < 1:
-            raise InputError(f"a stream's queue must hold at least one frame, got {queue}.")
-        if deadline_ms is not None and not deadline_ms > 0:
+        queue = check_count(queue, "a stream's queue", 1)
+        if deadline_ms is not None and check_number(deadline_ms, "a deadline", 0, " ms") == 0:
             raise InputError(f"a deadline must be more than 0 ms, got {deadline_ms}.")
         self._segmenter = segmenter
         self._on_result = on_result

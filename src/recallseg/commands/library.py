@@ -136,6 +136,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
             name: {"present": opened.count(name), "absent": opened.count(name, absent=True)}
             for name in opened.structures
         }
+        calibrations = [_calibration(one, opened) for one in opened.calibrations]
         if as_json:
             emit_json(
                 {
@@ -144,7 +145,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
                     "bundle_identity": opened.bundle_identity,
                     "intensity": opened.intensity.to_json(),
                     "memory_format": opened.memory_format,
-                    "calibrations": [_calibration(one, opened) for one in opened.calibrations],
+                    "calibrations": [one for _, one in calibrations],
                     "structures": structures,
                     "exemplars": [{**vars(e), "tags": dict(e.tags)} for e in exemplars],
                 }
@@ -169,6 +170,8 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
                 for name, number in structures.items()
             )
         )
+        for line, _ in calibrations:
+            console.print(line)
 
 
 @app.command()
@@ -264,17 +267,23 @@ def calibrate(library: LibraryArgument, asking: Asking, as_json: JsonOption = Fa
         )
 
 
-def _calibration(stored: StoredCalibration, library: Library) -> dict[str, Any]:
-    recipe = stored.data.get("provenance", {}).get("recipe", {})
-    tags = recipe.get("tags", {})
-    [learnt] = library.learnt(stored.recipe, [stored.structure], tags).values()
-    return {
+def _calibration(stored: StoredCalibration, library: Library) -> tuple[str, dict[str, Any]]:
+    """Return what was calibrated, for a person and as JSON values."""
+    from recallseg.runtime.segmenting.calibration import Thresholds
+    from recallseg.runtime.segmenting.recipe import Recipe
+
+    recipe = Recipe.from_json(stored.data.get("provenance", {}).get("recipe"))
+    [learnt] = library.learnt(stored.recipe, [stored.structure], recipe.tags).values()
+    of = len(learnt.embeddings)
+    outdated = "" if stored.current else ", before the library was encoded anew"
+    line = f"{stored.structure} calibrated with {learnt.made_with} of {of} for {recipe!r}{outdated}"
+    return line, {
         "structure": stored.structure,
-        "recipe": {"digest": stored.recipe, **recipe},
+        "recipe": {"digest": stored.recipe, **recipe.to_json()},
         "current": stored.current,
         "made_with": learnt.made_with,
-        "of": len(learnt.embeddings),
-        **stored.data.get("thresholds", {}),
+        "of": of,
+        **Thresholds.from_json(stored.data.get("thresholds")).to_json(),
     }
 
 

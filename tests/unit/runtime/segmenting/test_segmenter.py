@@ -25,7 +25,7 @@ from recallseg.engines.errors import (
 from recallseg.runtime.model.model import Model, View
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.segmenting.calibration import Thresholds
-from recallseg.runtime.segmenting.recipe import Provenance
+from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 
 SIZE = 64
 
@@ -380,6 +380,16 @@ def test_a_result_can_be_pickled_copied_and_compared(library: Library) -> None:
     assert result != "a result"
     with pytest.raises(TypeError, match="unhashable"):
         hash(result)
+    recipe = result.provenance.recipe
+    for one in (
+        recipe,
+        replace(recipe, reach=math.inf, tags={"a": "b"}, approximations=("pooled",)),
+    ):
+        assert Recipe.from_json(json.loads(json.dumps(one.to_json()))) == one
+    for wrong in ({}, [], {"k": True}, {"tags": [1]}, {"head": 1}, {"reach": "far"}, {"new": 1}):
+        data = {**recipe.to_json(), **wrong} if isinstance(wrong, dict) and wrong else wrong
+        with pytest.raises(LibraryCorruptError, match="the record of a recipe is damaged"):
+            Recipe.from_json(data)
     for value in (result.quality, result.provenance, result.scores, result.provenance.recipe):
         assert pickle.loads(pickle.dumps(value)) == value
 

@@ -234,10 +234,12 @@ def test_frames_are_copied_and_dlpack_is_taken(segmenter: Segmenter, held: Held)
 
 
 def test_wrong_settings_and_frames_are_refused(segmenter: Segmenter, library: Library) -> None:
-    with pytest.raises(InputError, match="queue"):
-        Stream(segmenter, print, queue=0)
-    with pytest.raises(InputError, match="deadline"):
-        Stream(segmenter, print, deadline_ms=0)
+    for queue in (0, True, "1", 1.0):
+        with pytest.raises(InputError, match="a stream's queue must be a whole number from 1"):
+            Stream(segmenter, print, queue=queue)  # type: ignore[arg-type]
+    for deadline in (0, -1, float("nan"), True, "5"):
+        with pytest.raises(InputError, match="a deadline must be"):
+            Stream(segmenter, print, deadline_ms=deadline)  # type: ignore[arg-type]
     with Stream(segmenter, print) as stream, pytest.raises(InputError, match="__dlpack__"):
         stream.push("frame")
     with pytest.raises(InputError, match="memories"):

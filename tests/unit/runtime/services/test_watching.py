@@ -199,6 +199,28 @@ def test_volumes_and_segmentations(segmenter: Segmenter, tmp_path: Path) -> None
     assert watch(segmenter, inbox) == []
 
 
+def test_an_exemplar_that_goes_while_its_picture_is_drawn_stops_no_watch(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    volume = np.stack([picture(i) for i in range(2)], axis=-1)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([1, 1, 3, 1.0])), inbox / "scan.nii.gz")
+    library, read = segmenter.library, Library.source
+    library.add(picture(9), {"half": picture(9) > 100})
+
+    def source(self: Library, key: str) -> object:
+        if key in self:
+            self.remove(key)
+        return read(self, key)
+
+    monkeypatch.setattr(Library, "source", source)
+    (arrival,) = watch(segmenter, inbox, volumes=VolumeSettings(preview=True))
+    assert arrival.error is None
+    assert len(library) == 1
+    assert (tmp_path / "out" / "scan.preview.html").is_file()
+
+
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_no_header_leads_out_of_the_output(segmenter: Segmenter, tmp_path: Path) -> None:
     inbox = tmp_path / "in"

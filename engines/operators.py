@@ -7,8 +7,10 @@ graph that has them needs them.
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from pathlib import Path
 
+from recallseg.engines.digest import digest_file
 from recallseg.engines.errors import EngineUnavailableError
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "STRIPE",
     "describe_operators",
     "needs_operators",
+    "operators_digest",
     "operators_library",
     "require_operators",
 ]
@@ -54,6 +57,21 @@ _HOW = "install recallseg with '-C wheel.cmake=true' (docs/native-kernels.md)"
 def operators_library() -> Path | None:
     """Return the library that sessions are to register, or None where it was not built."""
     return _LIBRARY if _LIBRARY.is_file() else None
+
+
+def operators_digest() -> str | None:
+    """Return the SHA-256 of the library, or None where it was not built."""
+    library = operators_library()
+    if library is None:
+        return None
+    found = library.stat()
+    return _digest(library, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _digest(library: Path, size: int, changed: int) -> str:
+    """Digest a file once, as long as it has one size and time; it is asked for with each result."""
+    return digest_file(library)
 
 
 def require_operators(what: str) -> Path:

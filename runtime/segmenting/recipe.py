@@ -115,6 +115,7 @@ class Provenance:
     frame_memories : most memories of earlier frames or slices that could be used.
     head : digest of the library's head; None without one.
     version : of RecallSeg.
+    operators : SHA-256 of the native operators that the graphs ran with; None if they need none.
     """
 
     recipe: Recipe
@@ -125,6 +126,7 @@ class Provenance:
     frame_memories: int
     head: str | None
     version: str
+    operators: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "graphs", FrozenMap(self.graphs))
@@ -175,6 +177,7 @@ class Provenance:
             "frame_memories": self.frame_memories,
             "head": self.head,
             "version": self.version,
+            "operators": self.operators,
         }
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from recallseg import __version__
 from recallseg.engines.device import Device
 from recallseg.engines.errors import InputError, StaleViewError
+from recallseg.engines.operators import operators_digest
 from recallseg.engines.precisions import find_precision
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.checks import check_count, check_number, check_tags
@@ -451,6 +452,7 @@ class Segmenter:
             self.frames,
             None,
             __version__,
+            operators_digest() if find_precision(self.precision).native else None,
         )
 
     def _memories(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import pickle
@@ -22,6 +23,7 @@ from recallseg.engines.errors import (
     LibraryCorruptError,
     LibraryWriteError,
 )
+from recallseg.engines.precisions import find_precision
 from recallseg.runtime.model.model import Model, View
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.segmenting.calibration import Thresholds
@@ -700,3 +702,24 @@ def test_results_are_written_where_the_caller_wants_them(library: Library) -> No
         np.testing.assert_array_equal(plane, mask)
     with pytest.raises(InputError, match="out must have shape"):
         segmenter.segment(image, out=(np.zeros((3, 3), np.uint8), None))
+
+
+def test_native_operators_are_part_of_what_made_a_result(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(0)[0]
+    segmenter = make(library)
+    plain = segmenter.segment(image).provenance
+    assert plain.operators is None
+    built = tmp_path / "_operators.so"
+    monkeypatch.setattr("recallseg.engines.operators._LIBRARY", built)
+    native = replace(find_precision("fp32"), native=True)
+    monkeypatch.setattr("recallseg.runtime.segmenting.segmenter.find_precision", lambda _: native)
+    digests = set()
+    for content in (b"one build", b"another one"):
+        built.write_bytes(content)
+        made = segmenter.segment(image).provenance
+        assert made.operators == hashlib.sha256(content).hexdigest()
+        assert made.to_json()["operators"] == made.operators
+        digests.add(made.digest)
+    assert len(digests | {plain.digest}) == 3

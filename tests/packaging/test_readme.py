@@ -65,8 +65,16 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def blocks(language: str) -> list[str]:
-    return [text for kind, text in BLOCK.findall(README.read_text()) if kind == language]
+def blocks(language: str, page: Path = README) -> list[str]:
+    return [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+
+
+def test_the_commands_of_the_security_page_run(folder: Path) -> None:
+    python = folder / "bin" / "python"
+    python.symlink_to(sys.executable)
+    for text in blocks("sh", README.parent / "docs" / "security.md"):
+        run(["bash", "-euc", text], folder)
+    assert "our-bundle" in {path.name for path in folder.iterdir()}
 
 
 def test_the_python_example_runs(folder: Path) -> None:

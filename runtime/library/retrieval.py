@@ -181,8 +181,11 @@ class Retrieval:
         index = StructureIndex(self._dimension, self._catalog.embeddings_of, graph, stored.last)
         with self._catalog.database.snapshot():
             index.remove(self._catalog.removals(stored.revision))
-            index.add(*self._catalog.embeddings(*slot, after=stored.last))
-        if index.many_removed:
+            numbers, vectors = self._catalog.embeddings(*slot, after=stored.last)
+            index.add(numbers, vectors)
+        if np.any(graph.contains(numbers.astype(np.uint64))):
+            self._build(slot)  # the catalog says less of the graph than is in it
+        elif index.many_removed:
             self._build(slot)
         elif index.worn:
             self._grow(slot, index, stored)

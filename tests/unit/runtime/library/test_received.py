@@ -315,6 +315,23 @@ def test_the_place_of_a_bundle_is_not_taken_from_the_catalog(
         _ = Library.open(tmp_path / "library").bundle
 
 
+def test_an_index_holds_what_the_catalog_says_or_is_built_anew(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (index, retrieval):
+        monkeypatch.setattr(module, "EXACT_LIMIT", 2)
+    with Library.open(library, mode="write") as opened:
+        opened.rebuild_index()
+        expected = opened.search(embedding(1), "nucleus", 3)
+    run_sql("UPDATE indexes SET last = 0")(library)
+    for mode in ("read", "write"):
+        with Library.open(library, mode=mode, encoder=HashEncoder()) as opened:
+            assert opened.search(embedding(1), "nucleus", 3) == expected
+            if mode == "write":
+                add(opened, 30)
+                assert len(opened.search(embedding(1), "nucleus", 9)) == 4
+
+
 def npz(name: str, data: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -112,18 +112,12 @@ def read_annotated_volume(
     if segmentation.is_file() and is_segmentation(segmentation):
         drawn = read_segmentation(segmentation, volume, resampled=resampled)
         named, notes = _named(segmentation, drawn.labels, by_number)
-        masks = {
-            name: np.logical_or.reduce([drawn.masks[number] for number in numbers])
-            for name, numbers in named.items()
-        }
+        masks = _united(named, drawn.masks)
         return _with_notes(volume, (*drawn.notes, *notes), drawn.resampled), masks
     if segmentation.is_file() and is_structure_set(segmentation):
         names, outlined = read_structure_set(segmentation, volume)
         named, notes = _named(segmentation, names, by_number)
-        masks = {
-            name: np.logical_or.reduce([outlined[number] for number in numbers])
-            for name, numbers in named.items()
-        }
+        masks = _united(named, outlined)
         return _with_notes(volume, notes, False), masks
     kind = volume_format(segmentation)
     if kind == "image":
@@ -131,10 +125,7 @@ def read_annotated_volume(
     if segmentation.name.lower().endswith(".seg.nrrd"):
         grid, segments = read_seg_nrrd(segmentation)
         named, notes = _named(segmentation, {n: s[0] for n, s in enumerate(segments, 1)}, by_number)
-        masks = {
-            name: np.logical_or.reduce([segments[number - 1][1] for number in numbers])
-            for name, numbers in named.items()
-        }
+        masks = _united(named, {n: s[1] for n, s in enumerate(segments, 1)})
     elif kind not in ("nifti", "nrrd"):
         raise InputError(f"{segmentation} is no segmentation of a volume: SEG, NIfTI or NRRD.")
     elif labels is None:
@@ -322,6 +313,17 @@ def structure_name(label: str) -> str:
     text = "".join(c if c.isprintable() else " " for c in text)
     text = text.replace("/", "-").replace("\\", "-")
     return " ".join(text.split()).lstrip(".").strip()[:MAX_NAME].strip()
+
+
+def _united(
+    named: Mapping[str, list[int]], masks: Mapping[int, NDArray[np.bool_]]
+) -> dict[str, NDArray[np.bool_]]:
+    """Return the masks by structure; those of several segments are united."""
+    united = {}
+    for name, numbers in named.items():
+        first, *others = (masks[number] for number in numbers)
+        united[name] = np.logical_or.reduce([first, *others]) if others else first
+    return united
 
 
 def _with_notes(volume: Volume, notes: tuple[str, ...], resampled: bool) -> Volume:

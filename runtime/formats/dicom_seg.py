@@ -8,6 +8,7 @@ and whether spatial locations are said to be preserved.
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from recallseg.runtime.formats.dicom import (
 )
 from recallseg.runtime.formats.dicom_pixels import check_pixels, stored_frames
 from recallseg.runtime.formats.dicom_planes import Plane, item, place, planes_of
+from recallseg.runtime.formats.guards import check_size
 from recallseg.runtime.formats.lattice import SAME_PLACE, Lattice, check_overlap, resample
 from recallseg.runtime.formats.volume import Volume
 
@@ -129,6 +131,7 @@ def read_segmentation(path: Path, volume: Volume, *, resampled: bool = False) ->
             notes.append(
                 f"{path.name} is fractional: voxels of {HALF:g} of its maximum or more are taken"
             )
+        check_size(path, [len(segments), *volume.shape], np.dtype(bool))
         masks = {number: np.zeros(volume.shape, bool) for number in segments}
         frames = _frames(path, header, segments, owners)
         if all(plane.where is None for plane in planes):
@@ -206,7 +209,8 @@ def _referred(header: Any) -> set[str]:
 
 
 def _sources(group: Any, *, preserved: bool = False) -> list[tuple[str, int]]:
-    """Return the images that a frame was derived from: instance UID, and frame from 1.
+    """Return the images that a frame was derived from: instance UID, and frame from 1 (0: of many
+    it does not say which).
 
     ``preserved``: only those whose place it says that it kept.
     """
@@ -215,7 +219,7 @@ def _sources(group: Any, *, preserved: bool = False) -> list[tuple[str, int]]:
         for each in derivation.get("SourceImageSequence") or ():
             if preserved and each.get("SpatialLocationsPreserved") != "YES":
                 continue
-            frames = each.get("ReferencedFrameNumber") or 1
+            frames = each.get("ReferencedFrameNumber") or 0
             numbers = [frames] if isinstance(frames, (int, str)) else list(frames)
             uid = str(each.get("ReferencedSOPInstanceUID", ""))
             found += [(uid, int(number)) for number in numbers]
@@ -229,11 +233,15 @@ def _check_preserved(path: Path, header: Any, planes: Sequence[Plane], volume: V
     source = volume.origin
     if not isinstance(source, DicomSource):
         return
-    known = {(p.instance[1], p.frame + 1): p for p in source.planes}
+    known: dict[tuple[str, int], list[Plane]] = defaultdict(list)
+    for each in source.planes:
+        known[each.instance[1], each.frame + 1].append(each)
+        known[each.instance[1], 0].append(each)
     for plane, group in zip(
         planes, header.get("PerFrameFunctionalGroupsSequence") or (), strict=False
     ):
-        own = [known[each] for each in _sources(group, preserved=True) if each in known]
+        named = _sources(group, preserved=True)
+        own = [p for each in named if each in known for p in known[each]]
         if not own:
             continue
         normal = own[0].at.normal
@@ -366,6 +374,7 @@ def _put_by_reference(
     if volume.frame != "image" or not isinstance(source, DicomSource):
         raise InputError(f"{path}: its frames have no place, so they cannot be laid on a volume.")
     known = {(p.instance[1], p.frame + 1): index for index, p in enumerate(source.planes)}
+    known |= {(p.instance[1], 0): i for i, p in enumerate(source.planes) if p.frames == 1}
     groups = header.get("PerFrameFunctionalGroupsSequence") or [None] * len(planes)
     shared = item(header, "SharedFunctionalGroupsSequence")
     for frame, number, mask in frames:

@@ -11,6 +11,7 @@ import pydicom
 import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from support.dicom_series import write_series
+from support.multi_frame import write_multi_frame
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
@@ -245,6 +246,30 @@ def test_one_slice_of_one_image(tmp_path: Path) -> None:
     mask = mask_of()[:1]
     _, masks = read(tmp_path / "one", drawn(tmp_path / "one", mask.astype(np.uint8), ["a"]))
     assert np.array_equal(masks["a"], mask)
+
+
+def test_a_reference_to_a_whole_multi_frame_object_says_no_frame(tmp_path: Path) -> None:
+    """Its frames are on their own planes, and the flag is no contradiction of that."""
+    array = STACK.astype(np.int16)
+    path = write_multi_frame(tmp_path / "m.dcm", array, [4, 2, 0, 1, 3])
+    image = pydicom.dcmread(path)
+    stored = mask_of()[[4, 2, 0, 1, 3]].astype(np.uint8)
+    segmentation = drawn(path, stored, ["a"], images=[image])
+    for group in segmentation.PerFrameFunctionalGroupsSequence:
+        del group.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber
+    _, masks = read(path, segmentation)
+    assert np.array_equal(masks["a"], mask_of())
+
+
+def test_more_masks_than_fit_are_refused_with_a_figure(
+    series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.random.default_rng(1).integers(0, 31, STACK.shape).astype(np.uint8)
+    segmentation = drawn(series, labels, [f"s{n}" for n in range(1, 31)], "LABELMAP")
+    assert len(read(series, segmentation)[1]) == 30
+    monkeypatch.setenv("RECALLSEG_MAX_BYTES", str(20 * STACK.size))
+    with pytest.raises(InputError, match="GiB of pixels"):
+        read(series, segmentation)
 
 
 def test_a_segment_that_is_not_described_is_refused(series: Path) -> None:

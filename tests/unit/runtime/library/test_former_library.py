@@ -20,6 +20,8 @@ from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import BundleError, LibraryMismatchError
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
+DIGEST = "ad49bbdd1eac78092e1fbf85c394af76426654d72a056119a7c0675bff53b15d"
+"""Of the library, as records of the first edition cite it."""
 FORMER = "e4ae56aaf273f4eed75a4cc3127087daae8a74f0839a4d9b8579960635a108ae"
 
 
@@ -59,6 +61,24 @@ def test_it_can_be_added_to_and_calls_itself_anew_when_rebuilt(folder: Path) -> 
         assert library.bundle_identity == library.bundle.identity
         assert library.digest == before
         assert library.verify().ok
+
+
+def test_what_it_never_recorded_is_unrecorded_and_its_digest_is_kept(folder: Path) -> None:
+    with Library.open(folder, "demo", mode="write") as library:
+        assert library.origins == ((None, 2),)
+        image, masks = library.source("first")
+        result = Segmenter(library, k=2).segment(image)
+        assert result.provenance.library_digest == library.digest == DIGEST
+        assert result.provenance.to_json()["memories"] == [{"origin": "unrecorded", "exemplars": 2}]
+        assert result.quality.flag == "uncalibrated"
+        key = library.add(image[::-1].copy(), {"disc": masks["disc"][::-1].copy()})
+        [(origin, count), unrecorded] = library.origins
+        assert origin is not None
+        assert (origin.engine, origin.precision, count) == ("onnxruntime-cpu", "fp32", 1)
+        assert unrecorded == (None, 2)
+        library.remove(key)
+        assert library.digest == DIGEST
+        assert library.origins == ((None, 2),)
 
 
 def test_a_bundle_of_format_1_still_opens_and_still_says_the_same(

@@ -108,7 +108,9 @@ def object_kind(dataset: Any) -> str:
     from pydicom.uid import UID
 
     name = UID(uid).name.removesuffix(" Storage")
-    return name if name and name != uid else "object without pixels"
+    if not name or name == uid:
+        return "object without pixels"
+    return f"{name} without pixels" if "Image" in name else name
 
 
 def find_series(folder: Path) -> list[Path]:

@@ -181,6 +181,8 @@ def write_label_map(path: str | Path, label_map: NDArray[np.uint8]) -> None:
 
 def _check_suffix(path: Path) -> None:
     suffix = path.suffix.lower()
+    if suffix == ".gz" and not path.name.lower().endswith(".nii.gz"):
+        raise InputError(f"{path} is packed: unpack it first (gunzip).")
     if suffix in _VOLUMES:
         raise InputError(
             f"{path}: a {suffix} file is a volume, not an image; images are "

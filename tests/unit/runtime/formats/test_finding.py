@@ -279,3 +279,10 @@ def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         find_in_folder(tmp_path)
     with pytest.raises(InputError, match="no folder"):
         find_in_folder(tmp_path / "none")
+
+
+def test_an_image_that_lost_its_pixels_is_told_as_one(tmp_path: Path) -> None:
+    write_object(tmp_path / "a.dcm", CT)
+    assert reasons(find_in_folder(tmp_path)) == {
+        "a.dcm": "CT Image without pixels, not an image",
+    }

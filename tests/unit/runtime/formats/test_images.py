@@ -158,6 +158,8 @@ def test_pages_pickles_and_foreign_formats_are_refused(tmp_path: Path) -> None:
     for name in ("a.dcm", "a.nii", "a.nii.gz"):
         with pytest.raises(InputError, match="is a volume"):
             read_image(tmp_path / name)
+    with pytest.raises(InputError, match="unpack it first"):
+        read_image(tmp_path / "a.dcm.gz")
     with pytest.raises(InputError, match="not a known image format"):
         read_image(tmp_path / "a.txt")
     with pytest.raises(InputError, match="there is no file"):

@@ -29,6 +29,7 @@ from recallseg.commands.common import (
     split_list,
     split_numbers,
 )
+from recallseg.engines import defaults
 from recallseg.engines.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def latency(
     output: OutputOption,
     k: Annotated[str, typer.Option("--k", help="How many exemplars to recall.")] = "1,4,16",
     structures: Annotated[str, typer.Option(help="How many structures to ask for.")] = "1",
-    engine: EnginesOption = "onnxruntime-cpu",
-    precision: PrecisionsOption = "fp32",
+    engine: EnginesOption = defaults.ENGINE,
+    precision: PrecisionsOption = defaults.PRECISION,
     queries: Annotated[int, typer.Option(min=1, help="Queries at every k and number.")] = 20,
     baselines: Annotated[
         Optional[str],
@@ -165,8 +166,8 @@ def soak(
         Optional[str],
         typer.Option(help="Names in a library; how many for a bundle.", show_default="all, or 1"),
     ] = None,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
     query_size: SideOption = 512,
     as_json: JsonOption = False,

@@ -33,6 +33,7 @@ from recallseg.commands.common import (
     split_list,
     split_numbers,
 )
+from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.library import Library
@@ -127,8 +128,8 @@ def stream(
         typer.Option(help="Milliseconds from push to result.", show_default="none"),
     ] = None,
     query_size: Annotated[int, typer.Option("--query-size", min=16, help="Side in pixels.")] = 512,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -32,6 +32,7 @@ from recallseg.commands.common import (
     say_notice,
     split_list,
 )
+from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.formats.volume import Slicing
@@ -122,8 +123,8 @@ def volumes(
     ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
     memories: Annotated[str, typer.Option(help="Numbers of memories beside 0.")] = "1,3",
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -123,9 +123,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:
-    view = memoryview(data).cast("B")
+    view, offset = memoryview(data).cast("B"), 0
     while view.nbytes:
-        view = view[os.write(descriptor, view) :]
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
     os.fsync(descriptor)
 
 

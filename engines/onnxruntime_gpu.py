@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from recallseg.engines import defaults
 from recallseg.engines.device import DeviceTensor, open_device
 from recallseg.engines.device_engine import MOST_BINDINGS, Binding, DeviceEngine, binding_key
 from recallseg.engines.digest import digest_json
@@ -73,7 +74,7 @@ class OnnxRuntimeGpu(DeviceEngine):
         path: Path,
         options: EngineOptions | None = None,
         *,
-        precision: str = "fp32",
+        precision: str = defaults.PRECISION,
         folder: Path | None = None,
         proving: bool = False,
     ) -> None:

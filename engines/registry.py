@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from recallseg.engines import defaults
 from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.engines.precisions import find_precision
@@ -52,7 +53,7 @@ def check_choice(name: str, precision: str, threads: int | None) -> type[Engine]
 def load_engines(
     bundle: Bundle,
     name: str,
-    precision: str = "fp32",
+    precision: str = defaults.PRECISION,
     *,
     options: EngineOptions | None = None,
     graphs: tuple[str, ...] = GRAPHS,

@@ -21,6 +21,7 @@ from recallseg.commands.common import (
     say_notice,
     split_list,
 )
+from recallseg.engines import defaults
 
 if TYPE_CHECKING:
     from recallseg.benchmarks.accuracy.run import Accuracy
@@ -56,8 +57,8 @@ def accuracy(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few images only, to see that it works.")
     ] = False,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -15,6 +15,7 @@ from recallseg.benchmarks.accuracy.baselines import copy_mask, copy_nearest_by_p
 from recallseg.benchmarks.accuracy.dataset import MOST_ANNOTATED, Dataset, spread
 from recallseg.benchmarks.accuracy.recall import COUNTS, RandomLibrary, fill, member_tag
 from recallseg.benchmarks.accuracy.unet import UNetSettings, train_unet
+from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
@@ -106,8 +107,8 @@ class Plan:
     draws: int = 2
     most_queries: int = 64
     unet: UNetSettings | None = None
-    engine: str = "onnxruntime-cpu"
-    precision: str = "fp32"
+    engine: str = defaults.ENGINE
+    precision: str = defaults.PRECISION
     threads: int | None = None
 
 

@@ -16,6 +16,7 @@ from recallseg.benchmarks.accuracy.measure import Case, Outcome, Plan, count_ste
 from recallseg.benchmarks.accuracy.page import render_page
 from recallseg.benchmarks.accuracy.tables import tables_to_json
 from recallseg.benchmarks.accuracy.unet import UNetSettings
+from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import Annotated
@@ -55,8 +56,8 @@ def run_accuracy(
     unet: bool = True,
     unet_steps: int = 200,
     quick: bool = False,
-    engine: str = "onnxruntime-cpu",
-    precision: str = "fp32",
+    engine: str = defaults.ENGINE,
+    precision: str = defaults.PRECISION,
     threads: int | None = None,
     begin: Begin = lambda title, steps: lambda name: None,
 ) -> Accuracy:

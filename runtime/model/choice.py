@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.onnxruntime_cpu import usable_cores
@@ -16,8 +17,8 @@ __all__ = ["Choice"]
 class Choice(NamedTuple):
     """Engine, precision, CPU threads (None: all cores), use of the GPU (None: whichever)."""
 
-    engine: str = "onnxruntime-cpu"
-    precision: str = "fp32"
+    engine: str = defaults.ENGINE
+    precision: str = defaults.PRECISION
     threads: int | None = None
     gpu: GpuOptions | None = None
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg import __version__
+from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.device import Device
@@ -124,8 +125,8 @@ class Model(ABC):
         cls,
         bundle: Bundle | str | Path,
         *,
-        engine: str = "onnxruntime-cpu",
-        precision: str = "fp32",
+        engine: str = defaults.ENGINE,
+        precision: str = defaults.PRECISION,
         threads: int | None = None,
         gpu: GpuOptions | None = None,
         keep_bytes: int = KEEP_BYTES,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg import __version__
+from recallseg.engines import defaults
 from recallseg.engines.device import Device
 from recallseg.engines.errors import InputError, StaleViewError
 from recallseg.engines.operators import operators_digest
@@ -94,7 +95,7 @@ class Segmenter:
         self,
         library: Library | str | Path,
         *,
-        k: int = 4,
+        k: int = defaults.K,
         structures: Sequence[str] | None = None,
         engine: str | None = None,
         precision: str | None = None,

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recallseg.runtime.library import Library, database, shards, storage
+from recallseg.runtime.library import Library, database, shards, sources
 from support.fake_library import HashEncoder, StubBundle, draw
 
 STEPS: dict[str, tuple[Any, str]] = {
@@ -32,7 +32,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "append": (shards.ShardWriter, "append"),
     "begin-shard": (shards.ShardWriter, "_begin"),
     "sync-shard": (shards.ShardWriter, "sync"),
-    "durable-write": (storage, "write_durably"),
+    "durable-write": (sources, "replace_file_inside"),
 }
 
 

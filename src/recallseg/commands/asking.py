@@ -32,6 +32,7 @@ from recallseg.commands.common import (
     split_clean_ups,
     split_list,
 )
+from recallseg.engines import defaults
 from recallseg.runtime.segmenting.reach import REACH
 
 if TYPE_CHECKING:
@@ -47,14 +48,14 @@ __all__ = ["Asking", "Handling", "grouped"]
 class Asking:
     """How to segment."""
 
-    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = 4
+    k: Annotated[int, typer.Option("--k", min=1, help="Most exemplars to recall.")] = defaults.K
     reach: ReachOption = REACH
     structures: Annotated[
         Optional[str], typer.Option(help="Which, in the order of label values.", show_default="all")
     ] = None
     tag: TagOption = None
-    engine: EngineOption = "onnxruntime-cpu"
-    precision: PrecisionOption = "fp32"
+    engine: EngineOption = defaults.ENGINE
+    precision: PrecisionOption = defaults.PRECISION
     threads: ThreadsOption = None
 
     def check(self) -> None:

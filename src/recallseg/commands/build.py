@@ -16,6 +16,7 @@ from recallseg.commands.common import (
     say_notice,
     split_list,
 )
+from recallseg.engines import defaults
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
@@ -29,7 +30,7 @@ def build(
         typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or the name of a shipped one."),
     ],
     engine: Annotated[str, typer.Option("--engine", help="tensorrt-rtx or tensorrt.")],
-    precision: PrecisionOption = "fp32",
+    precision: PrecisionOption = defaults.PRECISION,
     target: Annotated[
         Optional[str],
         typer.Option(
@@ -39,7 +40,9 @@ def build(
             show_default="sm86,sm89,sm120 or current",
         ),
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Memories that are usual; made fastest.")] = 4,
+    k: Annotated[
+        int, typer.Option(min=1, help="Memories that are usual; made fastest.")
+    ] = defaults.K,
     max_k: Annotated[int, typer.Option(min=1, help="Most memories of one call.")] = 16,
     n: Annotated[int, typer.Option(min=1, help="Structures that are usual.")] = 1,
     max_n: Annotated[int, typer.Option(min=1, help="Most structures of one call.")] = 4,

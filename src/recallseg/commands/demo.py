@@ -19,6 +19,7 @@ from recallseg.commands.common import (
     say_notice,
 )
 from recallseg.commands.evaluate import finish
+from recallseg.engines import defaults
 from recallseg.engines.errors import InputError
 
 __all__ = ["demo"]
@@ -34,8 +35,8 @@ def demo(
     bundle: Annotated[
         str, typer.Option(help="Folder of a bundle, or the name of a shipped one.")
     ] = "demo",
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
     calibrate: Annotated[
         bool,

@@ -27,6 +27,7 @@ from recallseg.commands.common import (
     tell_passed,
 )
 from recallseg.commands.library import MissingOption, parse_missing
+from recallseg.engines import defaults
 from recallseg.engines.errors import InputError
 from recallseg.runtime.segmenting.reach import REACH
 
@@ -56,7 +57,9 @@ def evaluate(
         typer.Option(help="Folder of masks, or a COCO file.", show_default="beside"),
     ] = None,
     as_stored: AsStoredOption = False,
-    k: Annotated[str, typer.Option("--k", help="Most exemplars to recall, e.g. 1,4,16.")] = "4",
+    k: Annotated[str, typer.Option("--k", help="Most exemplars to recall, e.g. 1,4,16.")] = str(
+        defaults.K
+    ),
     reach: ReachOption = REACH,
     structures: Annotated[
         Optional[str], typer.Option(help="Which of the labelled structures.", show_default="all")
@@ -66,8 +69,8 @@ def evaluate(
         Optional[str],
         typer.Option(help="Pixel size in mm, rows,columns: distances then are in mm."),
     ] = None,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -29,6 +29,7 @@ from recallseg.commands.common import (
     tell_passed,
 )
 from recallseg.commands.library import MissingOption, parse_missing
+from recallseg.engines import defaults
 
 __all__ = ["import_"]
 
@@ -92,8 +93,8 @@ def import_(
             "--strict", help="Stop at the first file that fails; status 1 if any was left out."
         ),
     ] = False,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -23,6 +23,7 @@ from recallseg.commands.common import (
     progress_bar,
     say_notice,
 )
+from recallseg.engines import defaults
 from recallseg.engines.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ def add(
     key: Annotated[
         Optional[str], typer.Option(help="Name of the exemplar.", show_default="from its content")
     ] = None,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
 ) -> None:
     """Add one annotated image; prints its key."""
@@ -221,8 +222,8 @@ def rebuild(
     index_only: Annotated[
         bool, typer.Option("--index-only", help="Only the search index.")
     ] = False,
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
 ) -> None:
     """Encode every exemplar anew from its stored image, for instance for another bundle."""

@@ -14,6 +14,7 @@ from recallseg.commands.common import (
     emit_json,
     say_notice,
 )
+from recallseg.engines import defaults
 
 __all__ = ["verify"]
 
@@ -23,8 +24,8 @@ def verify(
         str,
         typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or the name of a shipped one."),
     ],
-    engine: EngineOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    engine: EngineOption = defaults.ENGINE,
+    precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -125,7 +125,7 @@ def killing(at: int, kill: Callable[[], None]) -> tuple[list[str], Callable[...,
     return seen, wrap
 
 
-CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace", "rmdir", "unlink")
+CALLS = ("mkdir", "open", "pwrite", "fsync", "rename", "replace", "rmdir", "unlink")
 
 
 def with_hooks(monkeypatch: pytest.MonkeyPatch, at: int, kill: Callable[[], None]) -> list[str]:

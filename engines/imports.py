@@ -1,6 +1,6 @@
 """Packages that are there only if their extra was installed, and the one door to ONNX Runtime.
 
-From 1.32 on, ONNX Runtime on Linux reports to its maker: as soon as it is imported it writes
+From 1.29 on, ONNX Runtime on Linux reports to its maker: as soon as it is imported it writes
 ``~/.cache/Microsoft/DeveloperTools/.onnxruntime/{deviceid,onnxruntime.db}`` (executable, names of
 graphs, timings, texts of errors), and some seconds later it looks for the collector's address. It
 reads ``ORT_DISABLE_TELEMETRY`` once, while it is loaded; ``disable_telemetry_events()`` comes after
@@ -57,7 +57,7 @@ def import_onnxruntime(part: str = "", *, wanted_by: str, extra: str = "cpu") ->
     if _too_late:
         _too_late = False
         warnings.warn(
-            "onnxruntime was imported before recallseg, with its telemetry on: since version 1.32 "
+            "onnxruntime was imported before recallseg, with its telemetry on: since version 1.29 "
             "it then writes below ~/.cache/Microsoft and reports to its maker. Import recallseg "
             f"first, or start the process with {VARIABLE}=1.",
             RuntimeWarning,

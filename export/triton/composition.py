@@ -30,7 +30,7 @@ class TritonPythonModel:
         if reports and os.environ.get("ORT_DISABLE_TELEMETRY", "").lower() not in ("1", "true"):
             # The server has loaded it by now: this process cannot switch it off for the server.
             pb_utils.Logger.log_warn(
-                "this server may run an ONNX Runtime that reports to its maker (from version 1.32 "
+                "this server may run an ONNX Runtime that reports to its maker (from version 1.29 "
                 "on): start tritonserver with ORT_DISABLE_TELEMETRY=1 in its environment"
             )
 

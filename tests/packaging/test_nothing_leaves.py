@@ -30,7 +30,7 @@ import onnxruntime
 print(onnxruntime.__version__, int(result.masks["a"].sum()))
 time.sleep(max(0.0, float(sys.argv[1]) + start - time.monotonic()))
 """
-# From 1.32 on the collector is looked for 15 to 25 seconds after the import.
+# 1.32 looks for the collector 15 to 25 seconds after its import; it reports since 1.29.
 SECONDS = "30"
 ALLOWED = (
     *("1.20.1", "1.21.1", "1.22.1", "1.23.2", "1.24.4", "1.25.1", "1.26.0", "1.27.0", "1.28.0"),

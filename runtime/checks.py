@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.pixels.interface import check_shape, shape_text
 
 __all__ = [
     "check_annotation",
@@ -18,7 +19,6 @@ __all__ = [
     "check_mask",
     "check_name",
     "check_number",
-    "check_shape",
     "check_tags",
 ]
 
@@ -57,20 +57,6 @@ def check_image(image: Any) -> NDArray[Any]:
     return np.ascontiguousarray(image, image.dtype.newbyteorder("="))
 
 
-def check_shape(shape: tuple[int, ...]) -> None:
-    """Raise InputError unless an image of this shape is HxW (grey) or HxWx3 (RGB), and not empty.
-
-    HxWx1 and HxWx4 are refused rather than guessed at.
-    """
-    if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
-        raise InputError(
-            f"an image must have shape HxW (grey) or HxWx3 (RGB), got "
-            f"{_shape(shape)}.{_shape_hint(shape)}"
-        )
-    if 0 in shape:
-        raise InputError(f"the image is empty: its shape is {_shape(shape)}.")
-
-
 def check_mask(
     mask: Any, shape: tuple[int, ...], name: str = "mask", *, allow_empty: bool = False
 ) -> NDArray[np.bool_]:
@@ -97,7 +83,7 @@ def check_mask(
         )
     if mask.shape != tuple(shape[:2]):
         raise InputError(
-            f"the mask of '{name}' has shape {_shape(mask.shape)}, the image is "
+            f"the mask of '{name}' has shape {shape_text(mask.shape)}, the image is "
             f"{shape[0]}x{shape[1]} (height x width). Draw it on the image's own grid, or resample "
             "it."
         )
@@ -244,21 +230,6 @@ def check_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
             )
         checked[check_name(name, "tag")] = value
     return dict(sorted(checked.items()))
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(str(size) for size in shape) or "no axes"
-
-
-def _shape_hint(shape: tuple[int, ...]) -> str:
-    last = shape[-1] if len(shape) == 3 else 0
-    if last == 1:
-        return " Drop the last axis: image[..., 0]."
-    if last == 4:
-        return " Drop the opacity channel: image[..., :3]."
-    if len(shape) == 3 and shape[0] == 3:
-        return " Put the channels last: numpy.moveaxis(image, 0, -1)."
-    return " Of a volume, pass one slice at a time." if len(shape) == 3 else ""
 
 
 def _some(values: Iterable[Any]) -> str:

@@ -16,7 +16,12 @@ import numpy as np
 
 from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import EngineUnavailableError, InputError
-from recallseg.engines.pixels.interface import MOST_STRUCTURES, percentile_ranks, window_gain
+from recallseg.engines.pixels.interface import (
+    MOST_STRUCTURES,
+    check_shape,
+    percentile_ranks,
+    window_gain,
+)
 from recallseg.engines.pixels.native import DTYPES
 
 __all__ = ["DevicePixels", "Kernels", "kernel_image"]
@@ -204,10 +209,7 @@ class DevicePixels:
     def _image(image: Any) -> _Array:
         source = _Array.of(image)
         source.must_be(DTYPES, "an image on the device")
-        if len(source.shape) not in (2, 3) or source.shape[2:] not in ((), (3,)):
-            raise InputError(f"an image must be HxW or HxWx3, got {source.shape}.")
-        if 0 in source.shape:
-            raise InputError(f"the image is empty: its shape is {source.shape}.")
+        check_shape(source.shape)
         return source
 
     def finish(

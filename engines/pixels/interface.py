@@ -25,7 +25,9 @@ __all__ = [
     "PREPARE_TOLERANCE",
     "Pixels",
     "Target",
+    "check_shape",
     "percentile_ranks",
+    "shape_text",
     "window_gain",
 ]
 
@@ -265,9 +267,38 @@ def window_gain(low: float, high: float) -> np.float32:
     return gain
 
 
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Raise InputError unless an image of this shape is HxW (grey) or HxWx3 (RGB), and not empty.
+
+    HxWx1 and HxWx4 are refused rather than guessed at.
+    """
+    if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
+        raise InputError(
+            f"an image must have shape HxW (grey) or HxWx3 (RGB), got "
+            f"{shape_text(shape)}.{_shape_hint(shape)}"
+        )
+    if 0 in shape:
+        raise InputError(f"the image is empty: its shape is {shape_text(shape)}.")
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape as people write it: 480x640x3."""
+    return "x".join(str(size) for size in shape) or "no axes"
+
+
+def _shape_hint(shape: tuple[int, ...]) -> str:
+    last = shape[-1] if len(shape) == 3 else 0
+    if last == 1:
+        return " Drop the last axis: image[..., 0]."
+    if last == 4:
+        return " Drop the opacity channel: image[..., :3]."
+    if len(shape) == 3 and shape[0] == 3:
+        return " Put the channels last: numpy.moveaxis(image, 0, -1)."
+    return " Of a volume, pass one slice at a time." if len(shape) == 3 else ""
+
+
 def _check_image(image: NDArray[Any]) -> None:
-    if image.ndim not in (2, 3) or image.size == 0 or (image.ndim == 3 and image.shape[2] != 3):
-        raise InputError(f"an image must be HxW or HxWx3 and not empty, got {image.shape}.")
+    check_shape(image.shape)
     if image.dtype.kind not in "iuf":
         raise InputError(f"an image must have an integer or floating dtype, got {image.dtype}.")
 

@@ -22,9 +22,10 @@ from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.engines.pixels import open_pixels
 from recallseg.engines.pixels.device import DevicePixels, kernel_image
+from recallseg.engines.pixels.interface import check_shape
 from recallseg.engines.pixels.native import DTYPES
 from recallseg.engines.registry import engine_class
-from recallseg.runtime.checks import check_image, check_shape
+from recallseg.runtime.checks import check_image
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Shapes, bytes_of
 from recallseg.runtime.model.device_room import Frames, Places, Room

@@ -435,10 +435,10 @@ def check_segmentation(
 
 
 def write_segmentation(
-    path: Path,
+    path: str | Path,
     masks: Mapping[str, NDArray[np.bool_]],
     volume: Volume,
-    algorithm: Algorithm,
+    algorithm: Algorithm | None = None,
     concepts: Mapping[str, Concept] | None = None,
 ) -> None:
     """Write masks as a BINARY SEG on the source's own pixel grid: in full, or not at all.
@@ -447,6 +447,7 @@ def write_segmentation(
     ----------
     masks : boolean IxJxK by structure; they may overlap.
     volume : as read by :func:`recallseg.runtime.formats.dicom.read_dicom`.
+    algorithm : what made the masks; None: this version of RecallSeg.
     concepts : coded meaning by structure; what is not there comes from
         :func:`recallseg.runtime.formats.concepts.concepts_for`.
 
@@ -459,10 +460,13 @@ def write_segmentation(
     OSError
         If the folder cannot be written.
     """
+    from recallseg import __version__
+
     present = [name for name in masks if masks[name].any()]
     if not present:
         raise InputError("no structure was found, and DICOM knows no empty SEG.")
-    replace_file(path, _encode(volume, masks, present, algorithm, concepts))
+    made_by = algorithm or Algorithm(__version__, {})
+    replace_file(Path(path), _encode(volume, masks, present, made_by, concepts))
 
 
 def _encode(

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
     from recallseg.engines.device import open_device
     from recallseg.engines.errors import RecallSegError
+    from recallseg.runtime.formats.dicom_seg import write_segmentation
+    from recallseg.runtime.formats.reading import read_volume
+    from recallseg.runtime.formats.volume import Volume
     from recallseg.runtime.library import Library
     from recallseg.runtime.model.model import GpuOptions, Model
     from recallseg.runtime.segmenting.recipe import Provenance, Recipe
     from recallseg.runtime.segmenting.result import Result
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.stream import Frame, Stream
+    from recallseg.runtime.volumes.slices import segment_volume
 
 __version__ = "0.1.0"
 
@@ -39,8 +43,12 @@ __all__ = [
     "Result",
     "Segmenter",
     "Stream",
+    "Volume",
     "__version__",
     "open_device",
+    "read_volume",
+    "segment_volume",
+    "write_segmentation",
 ]
 
 _HOMES = {
@@ -56,6 +64,10 @@ _HOMES = {
     "Frame": "recallseg.runtime.services.stream",
     "Segmenter": "recallseg.runtime.segmenting.segmenter",
     "Stream": "recallseg.runtime.services.stream",
+    "Volume": "recallseg.runtime.formats.volume",
+    "read_volume": "recallseg.runtime.formats.reading",
+    "segment_volume": "recallseg.runtime.volumes.slices",
+    "write_segmentation": "recallseg.runtime.formats.dicom_seg",
 }
 
 # Before anything here, or in the program after this line, can import ONNX Runtime.

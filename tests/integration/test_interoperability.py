@@ -241,6 +241,17 @@ def test_a_seg_of_dcmqi_is_read(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(own["liver"], mask)
 
 
+def test_the_public_functions_read_and_write(tmp_path: Path) -> None:
+    import recallseg
+
+    volume = recallseg.read_volume(source(tmp_path, "axial") and tmp_path / "series")
+    assert isinstance(volume, recallseg.Volume)
+    masks = masks_of(volume)
+    recallseg.write_segmentation(str(tmp_path / "x.dcm"), masks, volume)
+    _, own = read_annotated_volume(tmp_path / "series", tmp_path / "x.dcm", None)
+    assert all(np.array_equal(own[name], mask) for name, mask in masks.items())
+
+
 def test_characters_of_a_patients_name_are_kept(tmp_path: Path) -> None:
     volume = source(tmp_path, "axial")
     header = volume.origin.header

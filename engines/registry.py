@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 from recallseg.engines import defaults
 from recallseg.engines.engine import Engine, EngineOptions
@@ -45,8 +46,11 @@ def engine_class(name: str) -> type[Engine]:
 def check_choice(name: str, precision: str, threads: int | None) -> type[Engine]:
     """Return the class behind an engine's name; InputError if it cannot be asked for like this."""
     find_precision(precision)
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, got {threads}.")
+    given: Any = threads
+    whole = isinstance(given, Integral) and not isinstance(given, bool)
+    if given is not None and not (whole and given >= 1):
+        kind = "" if whole else f" ({type(given).__name__})"
+        raise InputError(f"threads must be a whole number from 1, got {given!r}{kind}.")
     return engine_class(name)
 
 

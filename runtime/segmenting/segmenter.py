@@ -261,6 +261,7 @@ class Segmenter:
         On a GPU a query is prepared, or recorded, for each number of memories that may come, also
         for those that the library has no exemplars for yet.
         """
+        runs = check_count(runs, "runs", 1)
         side = self.bundle.geometry.image_size
         blank = np.zeros((side, side), np.uint8)
         every = self.device is not None and self.reach < math.inf
@@ -587,6 +588,11 @@ class Segmenter:
         known = self.library.structures
         if isinstance(structures, str):
             raise InputError(f"structures must be a list of names, got the string '{structures}'.")
+        if structures is not None and not isinstance(structures, Sequence):
+            raise InputError(
+                "structures must be a list or tuple of names, in the order of their label values, "
+                f"got {structures!r} ({type(structures).__name__})."
+            )
         if not known:
             raise InputError("the library is empty: add annotated images before segmenting.")
         chosen = tuple(self._carried(known) if structures is None else structures)

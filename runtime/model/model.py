@@ -136,7 +136,8 @@ class Model(ABC):
         Parameters
         ----------
         bundle : an open one, a folder, or the name of one that is shipped.
-        engine, precision : see docs/names.md.
+        engine, precision : of :data:`ENGINES` and :data:`PRECISIONS` of
+            :mod:`recallseg.engines.registry`.
         threads : CPU threads; None means all cores that this process may use.
         gpu : how an engine on a GPU uses it; None for its defaults. Engines on the CPU refuse it.
         keep_bytes : most bytes of looks that are kept, see :meth:`View.keep`.
@@ -663,7 +664,7 @@ class View:
     def keep(self) -> Kept:
         """Copy out what the image has become, so that :meth:`Model.put` can bring it back.
 
-        It stays where the model runs: :attr:`Kept.nbytes`, about 20 MB at 1024 px. Of all kept
+        It stays where the model runs: :attr:`Kept.nbytes`, 17 MB at 1024 px. Of all kept
         looks, the least recently used go when they take more than the model's ``keep_bytes``.
 
         Raises

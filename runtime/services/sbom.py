@@ -1,11 +1,14 @@
 """A software bill of materials (CycloneDX) of what runs: packages, interpreter, native libraries.
 
 What is listed is what is installed, read from the distributions' own metadata; a package that
-RecallSeg needs and that is missing is an error, not a gap.
+RecallSeg needs and that is missing is an error, not a gap. Wheels bring shared libraries of their
+own (OpenCV's: OpenSSL, FFmpeg, ...), which no package manager sees: each is listed with its hash.
+So are bundles, whose weights and graphs run as much as any code.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import platform
@@ -25,28 +28,37 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 from packaging.requirements import Requirement
 
+from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 
 __all__ = ["make_sbom", "needed_libraries"]
 
 ROOT = "recallseg"
+_VENDORED = re.compile(
+    r"(?P<name>lib.+?)(?:-[0-9a-f]{8})*(?:\.(?P<inner>[0-9.]+))?\.so(?:\.(?P<version>.+))?"
+)
 LICENCE_NAME = 80
 """Longest licence name taken from a metadata field that may also hold the whole text."""
 
 
-def make_sbom(extras: Sequence[str], libraries: Sequence[Path] = ()) -> str:
+def make_sbom(
+    extras: Sequence[str], libraries: Sequence[Path] = (), bundles: Sequence[str | Path] = ()
+) -> str:
     """Return the bill as CycloneDX 1.6 JSON.
 
     Parameters
     ----------
     extras : of recallseg, that the device uses, e.g. ``("cpu",)``.
     libraries : shared libraries (ELF) to list with what they link to, e.g. librecallseg.so.
+    bundles : folders, or names of shipped ones.
 
     Raises
     ------
     InputError
         If recallseg or something that it needs is not installed, an extra is unknown, or a file is
         no ELF library.
+    BundleError
+        If a bundle cannot be opened.
     """
     bom = Bom()
     needs: dict[str, list[str]] = {}
@@ -58,6 +70,14 @@ def make_sbom(extras: Sequence[str], libraries: Sequence[Path] = ()) -> str:
     native = [_interpreter()]
     for file in libraries:
         native += _native_components(file, bom)
+    for source in bundles:
+        native.append(_bundle_component(Bundle.open(source)))
+    for name, dist in found.items():
+        vendored = list(_vendored(name, dist))
+        for component in vendored:
+            bom.components.add(component)
+        if vendored:
+            bom.register_dependency(components[name], vendored)
     for component in (*components.values(), *native):
         if component is not root:
             bom.components.add(component)
@@ -164,6 +184,47 @@ def _python_component(dist: Distribution) -> Component:
     if record := dist.read_text("RECORD"):  # itself a list of every file's SHA-256
         digest = hashlib.sha256(record.encode()).hexdigest()
         component.properties.add(Property(name="recallseg:record-sha256", value=digest))
+    return component
+
+
+def _vendored(name: str, dist: Distribution) -> Iterator[Component]:
+    """Yield the shared libraries that a wheel brings beside its own (``NAME.libs``)."""
+    for file in dist.files or ():
+        found = _VENDORED.fullmatch(file.name)
+        if found is None or not file.parts[0].endswith(".libs"):
+            continue
+        component = Component(
+            type=ComponentType.LIBRARY,
+            name=found["name"],
+            version=found["version"] or found["inner"],
+            bom_ref=f"{name}:{file.name}",
+            description=f"inside the wheel of {name} {dist.version}",
+        )
+        if file.hash is not None and file.hash.mode == "sha256":
+            raw = base64.urlsafe_b64decode(f"{file.hash.value}=")
+            component.hashes.add(HashType(alg=HashAlgorithm.SHA_256, content=raw.hex()))
+        yield component
+
+
+def _bundle_component(bundle: Bundle) -> Component:
+    """Return a bundle, with the digests of its weights and of every file of its manifest."""
+    properties = {"identity": bundle.identity}
+    for role, weights in (("segmenter", bundle.segmenter), ("embedder", bundle.embedder)):
+        properties[f"{role}"] = f"{weights.architecture}, {weights.source}, {weights.licence}"
+        properties[f"{role}-digest"] = weights.digest
+    for key, entry in bundle.manifest["graphs"].items():
+        properties[f"graph-sha256:{key}"] = entry["sha256"]
+        if "data" in entry:
+            properties[f"weights-sha256:{key}"] = entry["data"]["sha256"]
+    component = Component(
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        name=bundle.name,
+        version=bundle.identity[:16],
+        bom_ref=f"bundle:{bundle.identity}",
+        hashes=[_hash(bundle.path / "manifest.json")],
+    )
+    for name, value in properties.items():
+        component.properties.add(Property(name=f"recallseg:{name}", value=value))
     return component
 
 

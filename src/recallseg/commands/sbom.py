@@ -24,10 +24,14 @@ def sbom(
     library: Annotated[
         Optional[list[Path]], typer.Option(help="Also list this library and what it links to.")
     ] = None,
+    bundle: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Also list this bundle: weights, graphs, digests; may be given again."),
+    ] = None,
 ) -> None:
-    """Write a bill of materials: packages, versions, licences, interpreter, native libraries."""
+    """Write a bill of materials: packages, versions, licences, native libraries, bundles."""
     names = [] if extras == "none" else parsed(split_list, extras, "--extras")
-    text = make_sbom(names, library or ())
+    text = make_sbom(names, library or (), bundle or ())
     if output is None:
         typer.echo(text)
     else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
+from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.services.sbom import make_sbom, needed_libraries
 
@@ -60,3 +62,30 @@ def test_linked_libraries_are_those_that_readelf_tells(tmp_path: Path) -> None:
 def test_an_unknown_extra_is_refused() -> None:
     with pytest.raises(InputError, match="no extra 'steam'"):
         make_sbom(("steam",))
+
+
+def test_what_wheels_bring_inside_is_listed_with_its_hash(bill: str) -> None:
+    data = json.loads(bill)
+    inside = {c["bom-ref"]: c for c in data["components"] if ".libs" not in c["name"]}
+    wheel = distribution("opencv-python-headless")
+    brought = [f for f in wheel.files or () if f.parts[0].endswith(".libs")]
+    assert brought  # OpenSSL, FFmpeg and others
+    for file in brought:
+        component = inside[f"opencv-python-headless:{file.name}"]
+        told = component["hashes"][0]["content"]
+        assert told == hashlib.sha256(Path(str(file.locate())).read_bytes()).hexdigest()
+    names = {c["name"] for c in data["components"]}
+    assert {"libcrypto", "libssl", "libavcodec"} <= names
+
+
+def test_a_bundle_is_listed_with_its_weights_and_graphs() -> None:
+    bundle = Bundle.open("demo")
+    text = make_sbom(("cpu",), bundles=("demo",))
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    (found,) = (c for c in json.loads(text)["components"] if c["type"] == "machine-learning-model")
+    properties = {p["name"]: p["value"] for p in found["properties"]}
+    assert properties["recallseg:identity"] == bundle.identity
+    assert properties["recallseg:segmenter-digest"] == bundle.segmenter.digest
+    path, variant = bundle.graph_file("attend", ("portable",), "fp32")
+    told = properties[f"recallseg:graph-sha256:{variant}/fp32/attend"]
+    assert told == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -30,6 +30,9 @@ from recallseg.runtime.library.values import binary, integer, text, timestamp
 
 __all__ = ["CatalogQueries", "unknown_key"]
 
+_LEAST_BYTES = 64
+"""Of an exemplar in the catalog: its digests alone take more. ``list`` and progress bars believe a
+library's length, so it is not just any number."""
 UNIT_TOLERANCE = 1e-2
 """An embedding is stored with length 1; also one rounded to fp16 is within this."""
 _BATCH = 400  # below SQLite's oldest limit of 999 variables per statement
@@ -96,7 +99,12 @@ class CatalogQueries:
         return State(
             integer(revision, "the library's revision"),
             integer(generation, "the library's generation", 1),
-            integer(exemplars, "the number of exemplars"),
+            integer(
+                exemplars,
+                "the number of exemplars",
+                0,
+                self.database.path.stat().st_size // _LEAST_BYTES,
+            ),
             integer(digest_sum, "the sum of the exemplars' digests", 0, 2**256),
         )
 

@@ -82,7 +82,8 @@ def _set_outside(folder: Path) -> None:
             file.write_bytes(_SECRET)
     for path in (folder / "outside").iterdir():
         if path.name not in ("secret", "000001.shard", "000000001.npz"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if is_folder else path.unlink()
 
 
 def unharmed(folder: Path) -> bool:

@@ -470,6 +470,7 @@ def test_files_belong_to_whom_the_folder_belongs(tmp_path: Path) -> None:
         "UPDATE state SET revision = 'x'",
         "UPDATE state SET exemplars = -1",
         "UPDATE state SET exemplars = 4611686018427387904",
+        "UPDATE state SET exemplars = 1000000000",
         "UPDATE state SET digest_sum = 'no number'",
         "UPDATE structures SET name = '../../x'",
         "UPDATE structures SET name = char(27) || '[2J'",

@@ -50,7 +50,7 @@ OPERATORS = {
     "": frozenset(_STANDARD.split()),
     "ai.onnx": frozenset(_STANDARD.split()),
     "com.microsoft": frozenset(_MICROSOFT.split()),
-    "recallseg": frozenset(("Linear", "Attention", "QuantizedAttention")),
+    "recallseg": frozenset(("Linear", "HalfLinear", "Attention", "QuantizedAttention")),
 }
 """Operators by domain: what a network of tensors needs. Left out is what branches and repeats
 (``If``, ``Loop``, ``Scan``, sequences), decodes text and images, or names files (``EPContext``)."""

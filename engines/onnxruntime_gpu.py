@@ -2,16 +2,18 @@
 
 A session's tensors are bound to addresses on the device and its work goes to our stream; nothing is
 copied and nobody waits. A provider is used only after it has reproduced the bundle's golden tensors
-on this very GPU. Nothing here was executed on a GPU yet; everything short of it is tested with a
+on this very GPU. What ran where: docs/status.md; everything short of a GPU is tested with a
 stand-in.
 """
 
 from __future__ import annotations
 
 import re
+import weakref
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,11 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from recallseg.engines import defaults
-from recallseg.engines.device import DeviceTensor, open_device
+from recallseg.engines.device import Device, DeviceTensor, Stream, open_device
 from recallseg.engines.device_engine import MOST_BINDINGS, Binding, DeviceEngine, binding_key
 from recallseg.engines.digest import digest_json
 from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import (
+    DeviceLostError,
     DeviceMemoryError,
     EngineRunError,
     EngineUnavailableError,
@@ -85,6 +88,11 @@ class OnnxRuntimeGpu(DeviceEngine):
         self._runtime = load_provider(self.provider, self.name)
         settings = self._runtime.SessionOptions()
         settings.log_severity_level = 3
+        # The default logger writes to standard error at every load and first run: "No registered
+        # plugin EP device found" (a way of loading providers that is not used here) and
+        # "[cudnn_frontend] Error: No execution plans support the graph" (of one way of several that
+        # it tries). What fails in earnest is raised as well.
+        self._runtime.set_default_logger_severity(4)
         if precision.endswith("native"):
             library = require_operators(f"graph '{spec.name}' in {precision}")
             settings.register_custom_ops_library(str(library))
@@ -114,6 +122,9 @@ class OnnxRuntimeGpu(DeviceEngine):
                 "those that this onnxruntime-gpu was built with (docs/gpu.md)."
             )
         self._bindings: OrderedDict[Binding, tuple[Any, Any]] = OrderedDict()
+        # A session must not go while its work is queued: callbacks on the stream would own what it
+        # held, and CUDA lets nothing be freed there.
+        weakref.finalize(self, _drain, self.device, self.stream).atexit = False
 
     @classmethod
     def require_library(cls) -> None:
@@ -264,6 +275,13 @@ class OnnxRuntimeGpu(DeviceEngine):
             "cuda_graph": self.options.cuda_graphs,
             "cache": str(self.folder),
         }
+
+
+def _drain(device: Device, stream: Stream) -> None:
+    """Wait for a stream; one of a lost device has nothing left to do."""
+    with suppress(DeviceLostError):
+        device.enter()
+        stream.synchronize()
 
 
 def worst(verdicts: Mapping[str, Verdict]) -> Verdict:

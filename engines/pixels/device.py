@@ -24,12 +24,14 @@ from recallseg.engines.pixels.interface import (
 )
 from recallseg.engines.pixels.native import DTYPES
 
-__all__ = ["DevicePixels", "Kernels", "kernel_image"]
+__all__ = ["WHOLE", "DevicePixels", "Kernels", "kernel_image"]
 
 SPAN_BYTES = 20  # struct Span of core.h
 _BINS, _COARSE, _RUN = 65536 + 32768, 256, 8  # of kernels.cu
 _COUNTERS = _BINS + _BINS // _COARSE
 _FOUND = 6  # values at ranks, float64
+WHOLE = DTYPES[:3]
+"""Whole numbers of up to 16 bits: their percentiles are found on the device."""
 _SQUARE = (32, 8, 1)
 _LINE = (256, 1, 1)
 _MOST_BLOCKS_Y = 65535  # CUDA's limit on the second and third side of a grid
@@ -111,7 +113,7 @@ class DevicePixels:
             If a shape, dtype or the room does not fit.
         """
         source, place = self._image(image), _Array.of(room)
-        source.must_be(DTYPES[:3], "an image whose percentiles are found on the device")
+        source.must_be(WHOLE, "an image whose percentiles are found on the device")
         if place.nbytes < self.WINDOW_BYTES or place.pointer % 8:
             raise InputError(
                 f"percentiles need {self.WINDOW_BYTES} bytes aligned to 8, got {place.nbytes}."

@@ -9,12 +9,14 @@ exact up to the order of summation:
   in one pass; a GELU's into ``BiasGelu``. A maximum over places commutes with them;
 - tokens lie in the order in which windows want them (:mod:`.order`), so that most partitions need
   no work; where windows do not divide the map, one ``Gather`` with a table of this configuration,
-  in which padding is one row of zeros, takes the place of pad, reshape and transpose;
+  in which padding is rows times 0, takes the place of pad, reshape and transpose;
 - convolutions that look at each place once are products, channels last; the neck's and the mask
   decoder's 1x1 convolutions behind it are one product; what depends on the model alone (positions,
   the first self-attention of ``decode``) is a constant;
 - object pointers are tokens beside those of their exemplar with an angle of zero, so that nothing
-  has to be joined after the rotation.
+  has to be joined after the rotation;
+- nothing is joined or split that is not of equal size: for other sizes ONNX Runtime's kernels copy
+  tables from pinned memory, which is lent out again while a recording still reads it.
 """
 
 from __future__ import annotations

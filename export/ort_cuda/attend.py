@@ -92,6 +92,9 @@ class CudaAttend(nn.Module):
     sin: Tensor
     position: Tensor
     offset: Tensor
+    of_memory: Tensor
+    of_pointer: Tensor
+    is_memory: Tensor
 
     def __init__(self, attend: Attend) -> None:
         super().__init__()
@@ -114,7 +117,14 @@ class CudaAttend(nn.Module):
             # Behind the places of a memory lie its pointer's tokens, which nothing rotates.
             constant(self, "cos", torch.cat([cos, torch.ones(more, cos.shape[1])]))
             constant(self, "sin", torch.cat([sin, torch.zeros(more, sin.shape[1])]))
-            constant(self, "position", attend.memory_position + attend.temporal[-1])
+            position = (attend.memory_position + attend.temporal[-1])[0]
+            constant(self, "position", torch.cat([position, torch.zeros(more, len(position[0]))]))
+            tokens = torch.arange(len(position) + more)
+            self.register_buffer("is_memory", (tokens < len(position))[:, None], persistent=False)
+            self.register_buffer("of_memory", tokens.clamp(max=len(position) - 1), persistent=False)
+            self.register_buffer(
+                "of_pointer", (tokens - len(position)).clamp(min=0), persistent=False
+            )
             constant(self, "offset", 0.1 * attend.image_position.transpose(0, 1))
 
     def forward(
@@ -126,17 +136,23 @@ class CudaAttend(nn.Module):
     ) -> Tensor:
         n, k, _, width = memories.shape
         values = memories.flatten(0, 1)
-        keys = values + self.position
         if self.attend.object_pointers and pointers is not None and pointer_time is not None:
             vectors, times = (
                 tokens.reshape(n * k, -1, width)
                 for tokens in self.attend.pointer_tokens(pointers, pointer_time)
             )
-            values = torch.cat([values, vectors], dim=1)
-            keys = torch.cat([keys, vectors + times], dim=1)
+            longer = values.index_select(1, self.of_memory)
+            values = self._joined(longer, vectors)
+            keys = self._joined(longer + self.position, vectors + times)
+        else:
+            keys = values + self.position
         x = features.flatten(2).transpose(1, 2) + self.offset
         normed = self.norm(x)
         for layer in self.layers:
             normed, x = layer(normed, x, keys, values, self.cos, self.sin, (n, k))
         out: Tensor = normed.transpose(1, 2).unflatten(-1, features.shape[-2:])
         return out
+
+    def _joined(self, longer: Tensor, pointers: Tensor) -> Tensor:
+        """Put tokens of pointers behind those of memories, which were lengthened for them."""
+        return torch.where(self.is_memory, longer, pointers.index_select(1, self.of_pointer))

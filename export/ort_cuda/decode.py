@@ -23,7 +23,7 @@ __all__ = ["CudaDecode"]
 
 
 class _Joined(nn.Module):
-    """Several products of the same rows in one, with a row of constants each.
+    """Several products of the same rows in one, equally wide, with a row of constants each.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class _Joined(nn.Module):
 
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor | None]], tokens: int) -> None:
         super().__init__()
-        self.widths = [len(weight) for weight, _ in parts]
+        (self.width,) = {len(weight) for weight, _ in parts}
         offset = torch.cat(
             [
                 torch.zeros(tokens, len(w)) if more is None else more.expand(tokens, -1)
@@ -44,7 +44,7 @@ class _Joined(nn.Module):
         self.product = Product(torch.cat([weight for weight, _ in parts]), offset)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return list(self.product(x).split(self.widths, dim=-1))
+        return list(self.product(x).split(self.width, dim=-1))
 
 
 class _Attention(nn.Module):
@@ -100,20 +100,24 @@ class _Layer(nn.Module):
             ],
             len(position),
         )
-        of_tokens = [
-            (writing.k_proj.weight, tokens @ writing.k_proj.weight.T),
-            (writing.v_proj.weight, None),
-        ]
+        self.of_tokens = _Joined(
+            [
+                (writing.k_proj.weight, tokens @ writing.k_proj.weight.T),
+                (writing.v_proj.weight, None),
+            ],
+            len(tokens),
+        )
+        self.onward: _Joined | None = None
         if following is not None:
-            of_tokens += [
-                (
-                    following.q_proj.weight,
-                    tokens @ following.q_proj.weight.T + following.q_proj.bias,
-                ),
-                (following.k_proj.weight, tokens @ following.k_proj.weight.T),
-                (following.v_proj.weight, None),
-            ]
-        self.of_tokens = _Joined(of_tokens, len(tokens))
+            query, key = following.q_proj, following.k_proj
+            self.onward = _Joined(
+                [
+                    (query.weight, tokens @ query.weight.T + query.bias),
+                    (key.weight, tokens @ key.weight.T),
+                    (following.v_proj.weight, None),
+                ],
+                len(tokens),
+            )
         self.query = Product(
             reading.q_proj.weight, tokens @ reading.q_proj.weight.T + reading.q_proj.bias
         )
@@ -148,7 +152,8 @@ class _Layer(nn.Module):
         queries = self.after_reading(read, queries)
         inner = self.second(self.activation(self.first(queries)))
         queries = self.after_layers(inner, queries)
-        key, value, *projected = self.of_tokens(queries)
+        key, value = self.of_tokens(queries)
+        projected = [] if self.onward is None else self.onward(queries)
         image = self.after_writing(self.writing(image_query, key, value), image)
         return queries, projected, image
 

@@ -75,8 +75,6 @@ def _heads(attention: Any) -> int:
 class CudaEmbed(nn.Module):
     """:class:`recallseg.export.graphs.Embed` for one image, as this package's docstring says."""
 
-    before: Tensor
-
     def __init__(self, dinov2: Dinov2Model | Dinov2WithRegistersModel) -> None:
         super().__init__()
         embeddings: Any = dinov2.embeddings
@@ -89,14 +87,16 @@ class CudaEmbed(nn.Module):
         before = [embeddings.cls_token.detach()[0] + position[:1]]
         if hasattr(embeddings, "register_tokens"):
             before.append(embeddings.register_tokens.detach()[0])
-        constant(self, "before", torch.cat(before))
-        self.patches = Patches(convolution, side, np.arange(side * side), position[1:])
+        # Rows that see nothing of the image, and then those of its patches.
+        count = sum(map(len, before))
+        token = np.concatenate([np.full(count, -1), np.arange(side * side)])
+        self.patches = Patches(convolution, side, token, torch.cat([*before, position[1:]]))
         self.norm = layers[0].norm1
         norms = [layer.norm1 for layer in layers[1:]] + [dinov2.layernorm]
         self.layers = nn.ModuleList(map(_Layer, layers, norms))
 
     def forward(self, image: Tensor) -> Tensor:
-        x = torch.cat([self.before, self.patches(image)])
+        x = self.patches(image)
         normed = self.norm(x)
         for layer in self.layers:
             normed, x = layer(normed, x)

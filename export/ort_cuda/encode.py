@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from recallseg.export.fused import skip_norm
 from recallseg.export.graphs import Encode
 from recallseg.export.ort_cuda.order import Order
 from recallseg.export.ort_cuda.parts import (
+    Chosen,
     Patches,
     Product,
     SelfAttention,
@@ -37,8 +37,6 @@ class _Block(nn.Module):
 
     attention_bias: Tensor
     bias: Tensor
-    table: Tensor
-    nothing: Tensor
 
     def __init__(self, block: Any, order: Order, following: nn.LayerNorm | None) -> None:
         super().__init__()
@@ -50,7 +48,6 @@ class _Block(nn.Module):
         self.order = order.pooled() if self.pooled else order
         joint, out = block.attn.qkv, block.attn.proj
         query, key, value = zip(joint.weight.chunk(3), joint.bias.chunk(3), strict=True)
-        in_order = np.array_equal(windows.back, np.arange(len(windows.back)))
         self.attention = SelfAttention(
             query,
             key,
@@ -60,15 +57,9 @@ class _Block(nn.Module):
             float(block.attn.scale),
             windows=len(windows.rows),
             pooled=self.pooled,
-            back=None if in_order else windows.back,
+            back=Chosen(windows.back, windows.rows.size // (4 if self.pooled else 1)),
         )
-        table = windows.rows.ravel()
-        self.partitioned = not np.array_equal(table, np.arange(order.side**2))
-        self.padded = bool((windows.rows == order.side**2).any())
-        if self.partitioned:
-            self.register_buffer("table", torch.from_numpy(table), persistent=False)
-        if self.padded:
-            constant(self, "nothing", torch.zeros(1, int(block.dim)))
+        self.partition = Chosen(windows.rows.ravel(), order.side**2)
         bias = self.attention.bias
         self.projected = block.dim != block.dim_out
         if self.projected:  # its bias is added behind the maximum
@@ -88,9 +79,8 @@ class _Block(nn.Module):
         if self.projected:
             skip = self.projection(normed)
             skip = pool(skip) if self.pooled else skip
-        seen = torch.cat([normed, self.nothing]) if self.padded else normed
-        seen = seen.index_select(0, self.table) if self.partitioned else seen
-        normed, x = skip_norm(self.attention(seen), skip, self.norm, self.attention_bias)
+        seen = self.attention(self.partition(normed))
+        normed, x = skip_norm(seen, skip, self.norm, self.attention_bias)
         out = self.layers(normed)
         if self.following is None:
             return x, x + out

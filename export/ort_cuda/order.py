@@ -39,9 +39,8 @@ def _grid(side: int) -> tuple[Integers, Integers]:
 class Windows:
     """A partition into windows, as row numbers in memory.
 
-    ``rows`` is (windows)x(tokens of a window); a number of its padding is that of the row behind
-    the last. ``back`` gives for every place in memory (after pooling, if there is one) its row in
-    the windows' output.
+    ``rows`` is (windows)x(tokens of a window), -1 for padding. ``back`` gives for every place in
+    memory (after pooling, if there is one) its row in the windows' output.
     """
 
     rows: Integers
@@ -101,7 +100,7 @@ class Order:
         y, x = y[ranked], x[ranked]
         inside = (y < self.side) & (x < self.side)
         place = _along(y, x, self.square, self.side // self.square)
-        rows = np.where(inside, place, self.side**2).reshape(count**2, window**2)
+        rows = np.where(inside, place, -1).reshape(count**2, window**2)
         target = self
         if pooled:
             target, y, x = self.pooled(), y[::4] // 2, x[::4] // 2

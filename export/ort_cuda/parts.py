@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from recallseg.engines.errors import ExportError
 from recallseg.export.fused import attend_fused, bias_gelu
 
-__all__ = ["Patches", "Product", "SelfAttention", "TwoLayers", "constant", "folded", "pool"]
+__all__ = [
+    "Chosen",
+    "Patches",
+    "Product",
+    "SelfAttention",
+    "TwoLayers",
+    "constant",
+    "folded",
+    "pool",
+]
 
 
 def constant(module: nn.Module, name: str, value: Tensor) -> None:
@@ -57,6 +66,32 @@ def folded(value: Tensor, out: nn.Linear) -> Tensor:
     return bias
 
 
+class Chosen(nn.Module):
+    """Rows of TxC by number: zeros where a number is -1; nothing is done if all stay as they are.
+
+    Parameters
+    ----------
+    numbers : of rows below ``count``.
+    count : T.
+    """
+
+    numbers: Tensor
+    there: Tensor
+
+    def __init__(self, numbers: NDArray[np.int64], count: int) -> None:
+        super().__init__()
+        self.same = np.array_equal(numbers, np.arange(count))
+        self.padded = bool((numbers < 0).any())
+        self.register_buffer("numbers", torch.from_numpy(np.maximum(numbers, 0)), persistent=False)
+        constant(self, "there", torch.from_numpy(numbers >= 0)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.same:
+            return x
+        found = x.index_select(0, self.numbers)
+        return found * self.there if self.padded else found
+
+
 class SelfAttention(nn.Module):
     """Queries, keys and values of windows of rows; the output has no bias yet, see ``bias``.
 
@@ -67,11 +102,10 @@ class SelfAttention(nn.Module):
     heads, scale : of the attention.
     windows : how many the rows are; their tokens lie one behind the other.
     pooled : whether every four queries become their largest.
-    back : rows of the output to keep, in this order; None for all as they are.
+    back : rows of the output to keep; None for all as they are.
     """
 
     query_bias: Tensor
-    back: Tensor
 
     def __init__(
         self,
@@ -84,7 +118,7 @@ class SelfAttention(nn.Module):
         *,
         windows: int = 1,
         pooled: bool = False,
-        back: NDArray[np.int64] | None = None,
+        back: Chosen | None = None,
     ) -> None:
         super().__init__()
         self.query, self.key, self.value = (Product(part[0]) for part in (query, key, value))
@@ -92,9 +126,7 @@ class SelfAttention(nn.Module):
         self.out = Product(out.weight)
         self.bias = folded(value[1], out)
         self.heads, self.scale, self.windows, self.pooled = heads, scale, windows, pooled
-        self.reordered = back is not None
-        if back is not None:
-            self.register_buffer("back", torch.from_numpy(back), persistent=False)
+        self.back = back
 
     def forward(self, x: Tensor) -> Tensor:
         query = self.query(x)
@@ -108,8 +140,8 @@ class SelfAttention(nn.Module):
             scale=self.scale,
         )
         found = found.reshape(-1, found.shape[-1])
-        if self.reordered:
-            found = found.index_select(0, self.back)
+        if self.back is not None:
+            found = self.back(found)
         out: Tensor = self.out(found)
         return out
 
@@ -141,12 +173,10 @@ class Patches(nn.Module):
     ----------
     convolution : square, with one stride and one padding.
     side : of the map of places.
-    token : for every row that is made, the number of its place row by row.
+    token : for every row that is made, the number of its place row by row; -1 for a row that sees
+        nothing of the image.
     position : TxC', to be added, in the order of ``token``.
     """
-
-    table: Tensor
-    nothing: Tensor
 
     def __init__(
         self, convolution: nn.Conv2d, side: int, token: NDArray[np.int64], position: Tensor
@@ -168,27 +198,20 @@ class Patches(nn.Module):
         blocks = around.unflatten(3, (reach, step)).unflatten(2, (reach, step))
         # outputs x inputs x by x y x bx x x -> outputs x (by, bx, inputs, y, x)
         joined = blocks.permute(0, 2, 4, 1, 3, 5).flatten(1)
-        bias = convolution.bias
-        offset = position if bias is None else position + bias
+        offset = position.clone()
+        if convolution.bias is not None:
+            offset[torch.from_numpy(token >= 0)] += convolution.bias
         self.product = Product(joined, offset)
         y, x = np.divmod(token, side)
         near = np.arange(first, last + 1)
         by = y[:, None, None] + near[None, :, None]
         bx = x[:, None, None] + near[None, None, :]
-        inside = (by >= 0) & (by < side) & (bx >= 0) & (bx < side)
-        table = np.where(inside, by * side + bx, side * side).reshape(len(token), -1)
-        self.padded = bool((~inside).any())
-        self.ordered = table.shape[1] == 1 and np.array_equal(table.ravel(), np.arange(side**2))
-        self.register_buffer("table", torch.from_numpy(table.ravel()), persistent=False)
+        inside = (by >= 0) & (by < side) & (bx >= 0) & (bx < side) & (y >= 0)[:, None, None]
+        self.blocks = Chosen(np.where(inside, by * side + bx, -1).ravel(), side**2)
         self.width = weight.shape[1] * step * step
-        constant(self, "nothing", torch.zeros(1, self.width))
 
     def forward(self, image: Tensor) -> Tensor:
         cut = image[0].unflatten(2, (self.side, self.step)).unflatten(1, (self.side, self.step))
         blocks = cut.permute(1, 3, 0, 2, 4).reshape(-1, self.width)
-        if self.padded:
-            blocks = torch.cat([blocks, self.nothing])
-        if not self.ordered:
-            blocks = blocks.index_select(0, self.table)
-        out: Tensor = self.product(blocks.reshape(self.product.bias.shape[0], -1))
+        out: Tensor = self.product(self.blocks(blocks).reshape(len(self.product.bias), -1))
         return out

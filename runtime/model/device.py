@@ -21,7 +21,7 @@ from recallseg.engines.device import Device, DeviceTensor, adopt_tensor, on_gpu,
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.engines.pixels import open_pixels
-from recallseg.engines.pixels.device import DevicePixels, kernel_image
+from recallseg.engines.pixels.device import WHOLE, DevicePixels, kernel_image
 from recallseg.engines.pixels.interface import check_shape
 from recallseg.engines.pixels.native import DTYPES
 from recallseg.engines.registry import engine_class
@@ -191,20 +191,30 @@ class DeviceModel(Model):
                 pixels.prepare(raw, window, tensor, normalisation[name], self._stream)
         self._prepared.record(self._stream)
 
-    def _place(self, image: Any, intensity: Intensity) -> tuple[Any, tuple[float, float]]:
-        """Return an image on the device, and the window of its intensities."""
+    def _place(self, image: Any, intensity: Intensity) -> tuple[Any, Any]:
+        """Return an image on the device, and the window of its intensities, here or there."""
+        there = intensity.mode == "percentile" and image.dtype in WHOLE
         if isinstance(image, DeviceTensor):
+            if there:
+                return image, self._window(image, intensity)
             looked_at: NDArray[Any] = np.empty(0, image.dtype)
             if intensity.mode == "percentile" or image.dtype.kind == "f":
                 looked_at = check_image(self._fetch(image))
             return image, intensity_window(looked_at, intensity, self._pixels)
-        window = intensity_window(image, intensity, self._pixels)
+        window = None if there else intensity_window(image, intensity, self._pixels)
         dtype = image.dtype if image.dtype in DTYPES else np.dtype(np.float32)
         staged = self._room.pinned("image", image.shape, dtype)
         staged[...] = image
         raw = self._room.on_device("image", image.shape, dtype)
         self._stream.copy_in(raw, staged)
-        return raw, window
+        return raw, self._window(raw, intensity) if window is None else window
+
+    def _window(self, image: DeviceTensor, intensity: Intensity) -> DeviceTensor:
+        """Queue the search for an image's percentiles on the device."""
+        found = self._room.on_device("window", (DevicePixels.WINDOW_BYTES,), np.uint8)
+        pixels = self._device_pixels(1, 1)
+        pixels.percentile_window(image, intensity.low, intensity.high, found, self._stream)
+        return found
 
     def _embed(self, encode: bool) -> tuple[NDArray[np.float32], bool]:
         tensor = self._buffers["embedding"]

@@ -17,6 +17,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from support.native import passed
 
+from recallseg.engines.graph_check import OPERATORS
 from recallseg.engines.operators import DOMAIN, HALF_LINEAR
 from recallseg.export.native import use_half_linear
 
@@ -103,6 +104,7 @@ def test_it_computes_what_the_nodes_computed(
     fused = use_half_linear(plain)
     found = [(node.domain, node.op_type) for node in fused.graph.node]
     assert found == [(DOMAIN, HALF_LINEAR)] * 3 + [("", "MatMul")]
+    assert HALF_LINEAR in OPERATORS[DOMAIN]  # a bundle may have it
     assert [node.op_type for node in plain.graph.node][:2] == ["MatMul", "BiasGelu"]
     rng = np.random.default_rng(1)
     # The second size is another plan of the same node, the third the first again.

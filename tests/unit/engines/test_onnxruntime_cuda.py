@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,9 @@ def test_it_runs_on_our_stream_without_waiting(session: type[FakeSession], demo:
         stream = side if graph == "embed" else device.stream
         assert chosen["user_compute_stream"] == str(stream.handle)
         assert chosen["use_tf32"] == "0"
+        # Nothing is recorded, and pinned memory is not given back from the stream either.
+        assert chosen["enable_cuda_graph"] == "1"
+    assert {run["gpu_graph_id"] for _, run in session.runs} == {"-1"}
     assert {run["disable_synchronize_execution_providers"] for _, run in session.runs} == {"1"}
 
 
@@ -94,6 +99,46 @@ def test_tensors_on_the_device_are_neither_copied_nor_waited_for(
     half = DeviceTensor(image.address, image.shape, np.dtype(np.float16), image)
     with pytest.raises(EngineRunError, match="must be float32 of shape"):
         engine.run({"image": half}, {"embedding": embedding})
+
+
+def test_what_is_queued_is_done_before_a_session_goes(
+    session: type[FakeSession], demo: Bundle
+) -> None:
+    """A session's last pinned memory must not be freed from the stream: CUDA forbids it there."""
+    device = HostGpu.open()
+    engines = load_engines(demo, NAME, options=EngineOptions(device=device), graphs=("embed",))
+    gone = weakref.ref(engines["embed"]._session)  # type: ignore[attr-defined]
+    alive: list[bool] = []
+    wait = device.driver.synchronize_stream
+
+    def waited(stream: int) -> None:
+        alive.append(gone() is not None)
+        wait(stream)
+
+    device.driver.synchronize_stream = waited  # type: ignore[method-assign]
+    try:
+        del engines
+        gc.collect()
+    finally:
+        del device.driver.synchronize_stream
+    assert gone() is None
+    assert alive == [True]
+
+
+def test_attention_of_one_wide_head_is_flash_attention(
+    session: type[FakeSession], demo: Bundle, tmp_path: Path
+) -> None:
+    options = {
+        precision: OnnxRuntimeCuda._provider_options(
+            load_engines(demo, NAME, graphs=("attend",))["attend"],  # type: ignore[arg-type]
+            precision,
+        )
+        for precision in ("fp32", "fp16")
+    }
+    assert "sdpa_kernel" not in options["fp32"]
+    assert options["fp16"]["sdpa_kernel"] == "1"
+    encode = load_engines(demo, NAME, graphs=("encode",))["encode"]
+    assert "sdpa_kernel" not in encode._provider_options("fp16")  # type: ignore[attr-defined]
 
 
 def test_each_binding_has_a_recording_of_its_own(session: type[FakeSession], demo: Bundle) -> None:

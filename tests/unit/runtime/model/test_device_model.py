@@ -35,7 +35,16 @@ from recallseg.runtime.model.memory_cache import MemoryCache
 from recallseg.runtime.model.model import GpuOptions, Model, View, Wanted
 from recallseg.runtime.model.preprocess import Intensity
 
-NAMES = ("recallseg_spans", "recallseg_prepare", "recallseg_finish", "recallseg_gather_half")
+NAMES = (
+    "recallseg_clear",
+    "recallseg_histogram",
+    "recallseg_rank",
+    "recallseg_window",
+    "recallseg_spans",
+    "recallseg_prepare",
+    "recallseg_finish",
+    "recallseg_gather_half",
+)
 STRUCTURES = ("disc", "core")
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import atexit
 import ctypes
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +52,8 @@ class PyCuda(Driver):
                 "engine onnxruntime-cpu",
             )
         self._kept: dict[int, Any] = {}
-        self._pushed = 0
+        self._here = threading.local()  # its `pushed`: see _Pushed
+        self._ended = False
         self._statuses = _statuses_by_words()
         self._call("init")
 
@@ -95,16 +98,19 @@ class PyCuda(Driver):
 
     def set_context(self, context: int) -> None:
         current = self._call("get_current", of=self._api.Context)
-        if current is None or int(current.handle) != context:
-            self._call("push", of=self._kept[context])
-            if not self._pushed:  # PyCUDA aborts a process that ends with a context of its own
-                atexit.register(self._pop)
-            self._pushed += 1
+        if self._ended or (current is not None and int(current.handle) == context):
+            return
+        if not hasattr(self._here, "pushed"):
+            self._here.pushed = _Pushed(self._api)
+            if threading.current_thread() is threading.main_thread():
+                atexit.register(self._end)
+        self._call("push", of=self._kept[context])
+        self._here.pushed.count += 1
 
-    def _pop(self) -> None:
-        for _ in range(self._pushed):
-            self._api.Context.pop()
-        self._pushed = 0
+    def _end(self) -> None:
+        """Leave the main thread's contexts as they were found; nothing is pushed any more."""
+        self._ended = True
+        self._here.pushed.pop()
 
     def synchronize(self) -> None:
         self._call("synchronize", of=self._api.Context)
@@ -214,6 +220,25 @@ class PyCuda(Driver):
             self._kept[stream],
             of=self._kept[function],
         )
+
+
+class _Pushed:
+    """The contexts that one thread has pushed, given back when it ends.
+
+    PyCUDA keeps a stack for each thread, and aborts the process if one ends that is not empty.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self._api, self.count = api, 0
+
+    def pop(self) -> None:
+        while self.count:
+            self.count -= 1
+            with suppress(self._api.Error):  # of a lost device; the rest still has to go
+                self._api.Context.pop()
+
+    def __del__(self) -> None:  # with the thread's state, on the thread itself
+        self.pop()
 
 
 def pack(arguments: Sequence[Any]) -> bytes:

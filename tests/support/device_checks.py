@@ -6,11 +6,13 @@ process loads one driver.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import json
 import sys
 from collections.abc import Callable
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,10 +189,33 @@ def check_memory(device: Device) -> None:
     device.allocate(1 << 10).close()  # goes on
 
 
+def check_threads(device: Device) -> None:
+    """A thread that worked on the device ends, and nothing of the process ends with it."""
+    found = [np.zeros_like(NUMBERS) for _ in range(3)]
+
+    def work(out: Any) -> None:
+        device.enter()
+        tensor = device.tensor(NUMBERS.shape)
+        stream = device.new_stream()
+        stream.copy_in(tensor, NUMBERS)
+        stream.copy_out(out, tensor)
+        stream.synchronize()
+
+    for out in found:
+        thread = Thread(target=work, args=(out,))
+        thread.start()
+        thread.join()
+        assert np.array_equal(out, NUMBERS)
+    check_copies(device)  # this thread's context is what it was
+
+
 CHECKS = {name[6:]: check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
 def main(provider: Any) -> int:
+    late: list[Device] = []
+    # Runs after whatever the provider registers.
+    atexit.register(lambda: [device.enter() for device in late])
     device = open_device(provider)
     passed = []
     for name, check in CHECKS.items():
@@ -198,6 +223,7 @@ def main(provider: Any) -> int:
         passed.append(name)
     gc.collect()
     assert device.live_bytes == 0, device.live_bytes
+    late.append(device)
     print(
         json.dumps({"provider": device.driver.name, "passed": passed, "device": str(device.facts)})
     )

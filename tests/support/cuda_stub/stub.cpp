@@ -41,6 +41,7 @@ std::recursive_mutex lock;
 std::map<std::uintptr_t, Block> device_blocks, pinned_blocks;
 std::set<void*> streams, events, graphs, modules;
 thread_local void* current = nullptr;
+thread_local std::vector<void*> below;  // contexts that were current before it
 Status dead = 0;
 double now = 0;
 std::map<std::string, int> calls;
@@ -174,10 +175,16 @@ Status cuDevicePrimaryCtxRetain(void** context, int) {
 Status cuDevicePrimaryCtxRelease_v2(int) { return kDone; }
 Status cuCtxGetCurrent(void** context) { *context = current; return kDone; }
 Status cuCtxSetCurrent(void* context) { ENTER("cuCtxSetCurrent"); current = context; return kDone; }
-Status cuCtxPushCurrent_v2(void* context) { current = context; return kDone; }
+Status cuCtxPushCurrent_v2(void* context) {
+  below.push_back(current);
+  current = context;
+  return kDone;
+}
 Status cuCtxPopCurrent_v2(void** context) {
+  if (!current) return kInvalidContext;
   if (context) *context = current;
-  current = nullptr;
+  current = below.empty() ? nullptr : below.back();
+  if (!below.empty()) below.pop_back();
   return kDone;
 }
 Status cuCtxGetDevice(int* device) { *device = 0; return current ? kDone : kInvalidContext; }

@@ -31,9 +31,10 @@ from recallseg.runtime.model.buffers import Shapes, bytes_of
 from recallseg.runtime.model.device_room import Frames, Places, Room
 from recallseg.runtime.model.host import host_copy
 from recallseg.runtime.model.memory_cache import MemoryCache
-from recallseg.runtime.model.model import Finished, Gather, GpuOptions, Model
+from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.postprocess import check_out, finish_masks
 from recallseg.runtime.model.preprocess import Intensity, intensity_window, prepare_image
+from recallseg.runtime.model.view import Finished, Gather
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 
 __all__ = ["DeviceModel"]

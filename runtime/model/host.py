@@ -17,9 +17,10 @@ from recallseg.engines.pixels import open_pixels
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Shapes, bytes_of
-from recallseg.runtime.model.model import Finished, Gather, Model
+from recallseg.runtime.model.model import Model
 from recallseg.runtime.model.postprocess import finish_masks
 from recallseg.runtime.model.preprocess import Intensity, prepare_image
+from recallseg.runtime.model.view import Finished, Gather
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 
 __all__ = ["HostModel", "available_memory", "host_copy"]

@@ -7,14 +7,12 @@ until the next look. Threads take turns, first come, first served.
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,31 +25,25 @@ from recallseg.engines.device import Device
 from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import (
-    EngineRunError,
     InputError,
     ModelClosedError,
-    StaleViewError,
 )
 from recallseg.engines.registry import check_choice, load_engines
 from recallseg.runtime.library.encoding import Encoded, Origin
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Buffers, Shapes, buffer_shapes, bytes_of
 from recallseg.runtime.model.frame_memories import FrameMemories
-from recallseg.runtime.model.preprocess import Intensity, prepare_mask
+from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.turns import Turns
+from recallseg.runtime.model.view import Finished, Gather, Kept, KeptLooks, View, groups
 
-__all__ = ["Finished", "GpuOptions", "Kept", "Model", "View", "Wanted", "groups"]
-
-Item = TypeVar("Item")
+__all__ = ["GpuOptions", "Model"]
 
 ENCODING = ("embed", "encode", "memorize")
 """Graphs that make of an annotated image what a library stores."""
 KEPT = ("features", "skip0", "skip1")
 """Buffers that a look fills and a question reads."""
 KEEP_BYTES = 256 << 20
-
-Gather = Callable[[Sequence[StoredMemory], NDArray[Any], NDArray[np.float32]], None]
-"""Copies stored memories to the host, as :meth:`Library.gather` does."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +62,6 @@ class GpuOptions:
     device: Device | None = None
     cuda_graphs: bool = False
     cache_bytes: int = 256 << 20
-
-
-class Wanted(NamedTuple):
-    """One structure's part in a call of ``attend``: its position, and exemplars' memories."""
-
-    position: int
-    memories: Sequence[StoredMemory]
-
-
-class Finished(NamedTuple):
-    """What comes out: n masks HxW, label map HxW, IoU estimates n, object scores n."""
-
-    masks: list[Any]
-    label_map: Any
-    iou: NDArray[np.float32]
-    object_score: NDArray[np.float32]
 
 
 class Model(ABC):
@@ -116,7 +92,7 @@ class Model(ABC):
         self._engines: dict[str, Engine] = {}
         self._composition = Composition(self._engines)
         self._buffers = Buffers(bundle, self._allocate)
-        self._kept = _Kept(keep_bytes, bytes_of(self._kept_shapes()))
+        self._kept = KeptLooks(keep_bytes, bytes_of(self._kept_shapes()))
         self._looks = 0
         self._closed = False
 
@@ -491,301 +467,3 @@ class Model(ABC):
             f"{type(self).__name__}({self.bundle.name}, {self.engine} {self.precision}; {state}, "
             f"{self.nbytes / 2**20:.0f} MiB)"
         )
-
-
-class View:
-    """The image that is on a model, until the next look. Made by :meth:`Model.look`.
-
-    A question goes through :meth:`begin`; for each group of structures :meth:`recall`,
-    :meth:`attend`, :meth:`decode`; then :meth:`finish`. Structures that are in no group come out as
-    absent. Every method raises StaleViewError once another image is on the model.
-
-    Attributes
-    ----------
-    shape : height and width of the image in pixels.
-    """
-
-    def __init__(
-        self, model: Model, look: int, shape: tuple[int, int], graphs: Sequence[str]
-    ) -> None:
-        self.shape = shape
-        self._model, self._look, self._graphs = model, look, graphs
-        self._embedding: NDArray[np.float32] | None = None
-        self._encoded = False
-        self._n, self._k = 0, 0
-        self._members: list[int] = []
-        self._decoded: set[int] = set()
-
-    @property
-    def embedding(self) -> NDArray[np.float32]:
-        """The embedding: D, of unit length."""
-        with self._model.turns:
-            self._check("embed" if self._embedding is None else "")
-            if self._embedding is None:
-                beside = "encode" in self._graphs and not self._encoded
-                self._embedding, ran = self._model._embed(beside)
-                self._encoded |= ran
-            return self._embedding
-
-    def encode(self) -> None:
-        """Make the image's features, if they are not there yet."""
-        with self._model.turns:
-            self._check("" if self._encoded else "encode")
-            if not self._encoded:
-                self._model._run("encode")
-                self._encoded = True
-
-    def begin(self, n: int) -> None:
-        """Begin a question of n structures."""
-        with self._model.turns:
-            self._check()
-            self._model._settle("question")
-            self._n = n
-            self._decoded.clear()
-
-    def recall(
-        self,
-        gather: Gather,
-        wanted: Sequence[Wanted],
-        k: int,
-        frames: FrameMemories | None = None,
-    ) -> None:
-        """Gather k memories for each structure of a group: its exemplars', then earlier frames'.
-
-        Parameters
-        ----------
-        gather : copies exemplars' memories, see :meth:`recallseg.Library.gather`.
-        wanted : the group, at most ``max_n`` of the bundle's geometry.
-        frames : has k less the exemplars' memories, or more, of each structure.
-
-        Raises
-        ------
-        EngineRunError
-            If that is more than was reserved.
-        """
-        model, n = self._model, len(wanted)
-        with model.turns:
-            self._check()
-            if not model._buffers.holds(n, k):
-                raise EngineRunError(
-                    f"{n} structures with {k} memories each are more than this model has room for. "
-                    "Reserve it first: model.reserve(n, k, graphs=...)."
-                )
-            g = model.bundle.geometry
-            tokens = model._buffers.part("memories", (n, k, g.tokens, g.memory_dim))
-            pointers = model._buffers.part("pointers", (n, k, g.channels))
-            for row, (position, stored) in enumerate(wanted):
-                own = len(stored)
-                model._recall(gather, stored, tokens[row], pointers[row])
-                if frames is not None:
-                    frames.gather(position, tokens[row][own:], pointers[row][own:], model._copy)
-            self._members, self._k = [one.position for one in wanted], k
-
-    def attend(self) -> None:
-        """Condition the features on what was recalled."""
-        with self._model.turns:
-            self._check()
-            self.encode()
-            self._model._run("attend", len(self._members), self._k)
-
-    def decode(self) -> None:
-        """Make the logits and scores of the group."""
-        model, n = self._model, len(self._members)
-        with model.turns:
-            self._check()
-            model._run("decode", n, self._k)
-            made = model._buffers.of("decode", n, self._k)
-            for name, every in (
-                ("logits", "all_logits"),
-                ("iou", "all_iou"),
-                ("object_score", "all_scores"),
-            ):
-                found, target = made[name], model._buffers[every]
-                for row, position in enumerate(self._members):
-                    model._copy(target[position : position + 1], found[row : row + 1])
-            self._decoded.update(self._members)
-
-    def finish(self, out: tuple[Any, Any] = (None, None)) -> Finished:
-        """Make masks and label map on the image's own grid; ends the question.
-
-        Parameters
-        ----------
-        out : label map and masks to write into, or None; see :meth:`Segmenter.segment`.
-        """
-        model = self._model
-        with model.turns:
-            self._check()
-            left_out = [row for row in range(self._n) if row not in self._decoded]
-            if left_out:
-                model._leave_out(left_out)
-            found = model._finish(self._n, self.shape, out)
-            if not (np.isfinite(found.iou).all() and np.isfinite(found.object_score).all()):
-                raise EngineRunError(
-                    f"the engine gave IoU estimates {found.iou.tolist()} and object scores "
-                    f"{found.object_score.tolist()}: numbers that are not finite. Use another "
-                    "precision or engine."
-                )
-            return found
-
-    def logits(self) -> NDArray[np.float32]:
-        """Return a copy of the question's logits, nx(S/4)x(S/4); NaN where none were made."""
-        with self._model.turns:
-            self._check()
-            return self._model._fetch(self._model._buffers["all_logits"][: self._n])
-
-    def memorize(self, masks: Sequence[Any]) -> tuple[Any, Any]:
-        """Make memories of masks HxW, as many as one call takes (``max_n``) at most.
-
-        Returns
-        -------
-        memories, pointers : nxTx64 and nxC float32 where the model runs; the next call replaces
-            them.
-        """
-        model, n = self._model, len(masks)
-        with model.turns:
-            self._check()
-            self.encode()
-            planes = model._masks(n)
-            for plane, mask in zip(planes[:, 0], masks, strict=True):
-                prepare_mask(mask if isinstance(mask, np.ndarray) else model._fetch(mask), plane)
-            model._memorize(planes)
-            made = model._buffers.of("memorize", n)
-            return made["memories"], made["pointers"]
-
-    def remember(self, frames: FrameMemories, masks: Mapping[int, Any]) -> None:
-        """Add memories of this image's masks HxW, by position of the structure, to ``frames``."""
-        model = self._model
-        with model.turns:
-            for group in groups(list(masks), model.bundle.geometry.max_n):
-                memories, pointers = self.memorize([masks[position] for position in group])
-                for row, position in enumerate(group):
-                    frames.add(position, memories[row], pointers[row], model._copy)
-
-    def keep(self) -> Kept:
-        """Copy out what the image has become, so that :meth:`Model.put` can bring it back.
-
-        It stays where the model runs: :attr:`Kept.nbytes`, 17 MB at 1024 px. Of all kept
-        looks, the least recently used go when they take more than the model's ``keep_bytes``.
-
-        Raises
-        ------
-        InputError
-            If ``keep_bytes`` is less than one takes.
-        HostMemoryError, DeviceMemoryError
-        """
-        model = self._model
-        with model.turns:
-            embedding = self.embedding if "embed" in self._graphs else self._embedding
-            self.encode()
-            kept, tensors = model._kept.take(model, self.shape, embedding)
-            for name, tensor in tensors.items():
-                model._copy(tensor, model._buffers[name])
-            return kept
-
-    def _check(self, graph: str = "") -> None:
-        self._model._begin_turn()
-        if self._look != self._model._looks:
-            raise StaleViewError(
-                "this view is stale: another image is on the model now. Look at the image again, "
-                "or keep the view (view.keep()) and put it back (model.put(kept))."
-            )
-        if graph and graph not in self._graphs:
-            raise InputError(
-                f"'{graph}' was not asked for in this look: model.look(image, intensity, graphs)."
-            )
-
-    def __repr__(self) -> str:
-        state = "valid" if self._look == self._model._looks else "stale"
-        return f"View({self.shape[0]}x{self.shape[1]}, {state})"
-
-
-class Kept:
-    """What an image became, copied out by :meth:`View.keep`; brought back by :meth:`Model.put`.
-
-    Its room is given back by :meth:`close`, or when nothing refers to it any more.
-
-    Attributes
-    ----------
-    model : where it can be put.
-    shape : height and width of the image.
-    embedding : D of unit length, or None if it was not asked for.
-    nbytes : what it takes.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        shape: tuple[int, int],
-        embedding: NDArray[np.float32] | None,
-        nbytes: int,
-    ) -> None:
-        self.model, self.shape, self.embedding, self.nbytes = model, shape, embedding, nbytes
-
-    def close(self) -> None:
-        """Give its room back; it cannot be put any more."""
-        self.model._kept.drop(id(self))
-
-
-class _Kept:
-    """A bounded pool of kept looks, the least recently used of which goes first."""
-
-    def __init__(self, most: int, each: int) -> None:
-        self._most, self._each = most, each
-        self._held: OrderedDict[int, dict[str, Any]] = OrderedDict()  # by the id of a Kept
-        self._free: list[dict[str, Any]] = []
-
-    def take(
-        self, model: Model, shape: tuple[int, int], embedding: NDArray[np.float32] | None
-    ) -> tuple[Kept, dict[str, Any]]:
-        """Return a new one and the tensors that it consists of."""
-        if self._each > self._most:
-            raise InputError(
-                f"a kept look takes {self._each / 2**20:.1f} MiB, and this model may keep "
-                f"{self._most / 2**20:.1f} MiB. Open it with larger keep_bytes."
-            )
-        if not self._free and (len(self._held) + 1) * self._each > self._most:
-            self.drop(next(iter(self._held)))
-        if self._free:
-            tensors = self._free.pop()
-        else:
-            shapes = model._kept_shapes()
-            model._require(shapes, 0, 0, (), "A kept look")
-            tensors = {name: model._allocate(size) for name, size in shapes.items()}
-        kept = Kept(model, shape, embedding, self._each)
-        self._held[id(kept)] = tensors
-        weakref.finalize(kept, self.drop, id(kept))
-        return kept, tensors
-
-    def find(self, kept: Kept) -> dict[str, Any]:
-        """Return its tensors."""
-        tensors = self._held.get(id(kept))
-        if tensors is None:
-            raise StaleViewError(
-                f"this kept look was dropped: the model keeps {self._most // self._each}, and more "
-                "were kept since (or it was closed). Look at the image again, or open the model "
-                "with larger keep_bytes."
-            )
-        self._held.move_to_end(id(kept))
-        return tensors
-
-    def drop(self, name: int) -> None:
-        """Give one's tensors back. Runs whenever the interpreter likes: it takes no lock."""
-        tensors = self._held.pop(name, None)
-        if tensors is not None:
-            self._free.append(tensors)
-
-    def clear(self) -> None:
-        """Drop all, and their tensors."""
-        self._held.clear()
-        self._free.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held now."""
-        return (len(self._held) + len(self._free)) * self._each
-
-
-def groups(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
-    """Yield items in groups of at most ``most``; of none there are none."""
-    for start in range(0, len(items), max(1, most)):
-        yield items[start : start + most]

@@ -25,7 +25,8 @@ from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
-from recallseg.runtime.model.model import GpuOptions, Model, View, Wanted, groups
+from recallseg.runtime.model.model import GpuOptions, Model
+from recallseg.runtime.model.view import View, Wanted, groups
 from recallseg.runtime.segmenting.acquisition import Acquisition, differences
 from recallseg.runtime.segmenting.calibration import (
     InForce,

@@ -32,8 +32,9 @@ from recallseg.engines.errors import (
 from recallseg.runtime.model import device as device_model
 from recallseg.runtime.model.device import DeviceModel
 from recallseg.runtime.model.memory_cache import MemoryCache
-from recallseg.runtime.model.model import GpuOptions, Model, View, Wanted
+from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.model.view import View, Wanted
 
 NAMES = (
     "recallseg_clear",

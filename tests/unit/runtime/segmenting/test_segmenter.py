@@ -24,8 +24,9 @@ from recallseg.engines.errors import (
     LibraryWriteError,
 )
 from recallseg.engines.precisions import find_precision
-from recallseg.runtime.model.model import Model, View
+from recallseg.runtime.model.model import Model
 from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.model.view import View
 from recallseg.runtime.segmenting.calibration import Thresholds
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 

@@ -18,6 +18,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +40,7 @@ from recallseg.runtime.json_text import printable
 __all__ = ["DecodingLimits", "IsolatedDecoder"]
 
 LOOK_S = 0.2  # between two looks at whether to stop
+START_S = 120.0  # for the process to start, on a busy or small machine
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -182,6 +184,17 @@ class IsolatedDecoder:
                 env={**os.environ, "PYTHONPATH": paths},
             )
             self._link = Connection(ours.detach())
+        if not self._link.poll(START_S):  # its own time is not the first item's
+            self.close()
+            raise OSError(f"the process that reads files did not start within {START_S:.0f} s")
+        try:
+            self._link.recv()
+        except EOFError:
+            self.close()
+            raise OSError(
+                f"the process that reads files could not start within {self._limits.memory_bytes} "
+                "bytes of address space"
+            ) from None
         return self._link
 
 
@@ -225,6 +238,9 @@ def _answer(question: Any) -> Any:
 
 
 def _serve(link: Connection[Any, Any]) -> None:
+    with suppress(ModuleNotFoundError):  # told when a file needs it
+        import pydicom.pixels  # noqa: F401  # takes seconds on a small machine
+    link.send("ready")
     while True:
         try:
             question = link.recv()

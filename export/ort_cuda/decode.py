@@ -296,7 +296,8 @@ class CudaDecode(nn.Module):
         iou = found[1, :, 1 : 1 + self.masks].sigmoid()
         best = iou.argmax(dim=-1)
         row = torch.arange(n, device=best.device)
-        weights = found[2:, :, : self.channels][best, row]
+        # Not as a slice of the masks' rows, which ONNX Runtime would turn into an unequal split.
+        weights = found[best + 2, row][:, : self.channels]
 
         x = self.up1(image)
         x = self.between(x, _nested(skip1, self.side, 1).expand(n, -1, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from transformers import Sam2VideoModel
@@ -111,6 +113,27 @@ def test_the_ort_cuda_variant_moves_no_more_than_it_must(exported: Bundle) -> No
     assert encode["Transpose"] == 4
     # Keys and values have no bias left; queries and the first rows do.
     assert encode["Add"] <= encode["MultiHeadAttention"] + 6
+
+
+@pytest.mark.parametrize("graph", ["embed", "encode", "attend", "decode"])
+def test_the_ort_cuda_variant_joins_and_splits_equal_sizes_only(
+    exported: Bundle, tmp_path: Path, graph: str
+) -> None:
+    """For others ONNX Runtime on CUDA copies tables from pinned memory, recordings or not."""
+    settings = onnxruntime.SessionOptions()
+    settings.enable_profiling = True
+    settings.profile_file_prefix = str(tmp_path / "trace")
+    path, _ = exported.graph_file(graph, ("ort-cuda",), "fp32")
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    spec = exported.specs[graph]
+    inputs = example_inputs(spec, torch.Generator().manual_seed(2), n=2, k=3)
+    session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        facts = event.get("args", {})
+        sides = {"Concat": "input_type_shape", "Split": "output_type_shape"}
+        parts = facts.get(sides.get(facts.get("op_name", ""), ""), [])
+        shapes = [tuple(part["float"]) for part in parts if "float" in part]
+        assert len(set(shapes)) <= 1, (event["name"], shapes)
 
 
 @pytest.mark.parametrize("object_pointers", [True, False])

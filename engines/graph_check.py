@@ -94,6 +94,7 @@ class _Check:
         self._data_bytes = data.stat().st_size if data is not None else 0
         self._bits = 8 * (len(content) + self._data_bytes)
         self._fields = 0
+        self._nodes: list[tuple[list[str], list[str]]] = []
 
     def model(self, start: int, end: int) -> None:
         graphs = 0
@@ -114,11 +115,41 @@ class _Check:
                 self._tensor(at, stop)
             elif number == 15:  # sparse_initializer
                 self._sparse(at, stop)
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Refuse a graph that goes in circles, which ONNX Runtime looks for in vain for long."""
+        makers: dict[str, int] = {}
+        for index, (_, outputs) in enumerate(self._nodes):
+            for name in outputs:
+                if name and makers.setdefault(name, index) != index:
+                    raise self._refused(f"makes {name!a} twice")
+        waits = [len({makers[n] for n in inputs if n in makers}) for inputs, _ in self._nodes]
+        users: dict[int, set[int]] = {}
+        for index, (inputs, _) in enumerate(self._nodes):
+            for name in inputs:
+                if name in makers:
+                    users.setdefault(makers[name], set()).add(index)
+        ready = [index for index, count in enumerate(waits) if count == 0]
+        done = 0
+        while ready:
+            done += 1
+            for user in users.get(ready.pop(), ()):
+                waits[user] -= 1
+                if waits[user] == 0:
+                    ready.append(user)
+        if done < len(self._nodes):
+            raise self._refused("goes in circles: an operator needs what is made of its own output")
 
     def _node(self, start: int, end: int) -> None:
         operator, domain, attributes = "", "", []
+        inputs: list[str] = []
+        outputs: list[str] = []
+        self._nodes.append((inputs, outputs))
         for number, at, stop in self._parts(start, end):
-            if number == 4:
+            if number in (1, 2):
+                (inputs if number == 1 else outputs).append(self._text(at, stop))
+            elif number == 4:
                 operator = self._text(at, stop)
             elif number == 7:
                 domain = self._text(at, stop)

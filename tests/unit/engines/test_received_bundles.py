@@ -88,6 +88,18 @@ def functions() -> onnx.ModelProto:
     return made
 
 
+def circular() -> onnx.ModelProto:
+    return model(
+        helper.make_node("Add", ["x", "b"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Relu", ["b"], ["y"]),
+    )
+
+
+def made_twice() -> onnx.ModelProto:
+    return model(helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Abs", ["x"], ["y"]))
+
+
 def enormous() -> onnx.ModelProto:
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2**20, 2**20])
     return model(helper.make_node("Add", ["x", "w"], ["y"]), constants=(tensor,))
@@ -104,6 +116,8 @@ def enormous() -> onnx.ModelProto:
         (loop, "operator 'Loop'"),
         (hidden_graph, "graph inside of an operator Identity"),
         (functions, "functions"),
+        (circular, "goes in circles"),
+        (made_twice, "makes 'y' twice"),
         (enormous, r"constant of \[1048576, 1048576\]"),
         (
             lambda: model(helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft")),

@@ -377,7 +377,7 @@ class Bundle:
     def __repr__(self) -> str:
         g = self.geometry
         return (
-            f"Bundle({self.name!r}, {self.segmenter.architecture} at {g.image_size} px, "
+            f"recallseg.Bundle({self.name!r}, {self.segmenter.architecture} at {g.image_size} px, "
             f"{self.embedder.architecture} at {g.embed_size} px, weights {self.segmenter.source}, "
             f"identity {self.identity[:12]})"
         )

@@ -170,3 +170,7 @@ class CheckpointError(ExportError):
 
 class ParityError(ExportError):
     """An exported graph does not reproduce the PyTorch model within its tolerance."""
+
+
+for _name in __all__:  # tracebacks and pickles name what a caller can import and catch
+    globals()[_name].__module__ = "recallseg.errors"

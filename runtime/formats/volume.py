@@ -131,7 +131,10 @@ class Volume:
     def __repr__(self) -> str:
         size = "x".join(map(str, self.array.shape))
         spacing = " x ".join(f"{s:.3g}" for s in self.spacing)
-        return f"Volume({size} {self.array.dtype}, {spacing} mm, {self.frame}, {self.modality})"
+        return (
+            f"recallseg.Volume({size} {self.array.dtype}, {spacing} mm, {self.frame}, "
+            f"{self.modality})"
+        )
 
 
 @dataclass(frozen=True)

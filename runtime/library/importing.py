@@ -21,7 +21,7 @@ from recallseg.runtime.formats.annotated_volumes import (
     annotated_slices,
     read_annotated_volume,
 )
-from recallseg.runtime.formats.annotations import AnnotatedVolume, Annotations
+from recallseg.runtime.formats.annotations import AnnotatedVolume, Annotations, find_annotations
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.pairs import (
     Annotated,
@@ -162,7 +162,7 @@ def _scale(volume: Volume, plane: str | None) -> dict[str, str]:
 
 def import_exemplars(
     library: Library,
-    found: Annotations,
+    found: Annotations | str | Path,
     *,
     labels: Mapping[int, str] | None = None,
     legend: Legend | None = None,
@@ -179,7 +179,8 @@ def import_exemplars(
 
     Parameters
     ----------
-    found : by :func:`recallseg.runtime.formats.annotations.find_annotations`.
+    found : a file or folder, or what
+        :func:`recallseg.runtime.formats.annotations.find_annotations` found there.
     labels, legend, as_stored, missing : see :func:`read_pair`.
     choice : which slices of volumes; all that show something by default.
     plane, read : see :func:`import_volume`.
@@ -190,10 +191,13 @@ def import_exemplars(
     Raises
     ------
     InputError
-        If label maps have no ``labels``; if ``strict`` and one cannot be used.
+        If there is nothing annotated; if label maps have no ``labels``; if ``strict`` and one
+        cannot be used.
     LibraryWriteError
         If the library cannot be written.
     """
+    if not isinstance(found, Annotations):
+        found = find_annotations(found)
     if labels is None and legend is None and needs_labels(found.pairs):
         raise InputError("say what the values of the label maps mean: --labels 1=liver,2=spleen.")
     if found.unclear and strict:

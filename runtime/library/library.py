@@ -184,7 +184,7 @@ class Library:
 
     def __repr__(self) -> str:
         return (
-            f"Library({str(self.path)!r}, {self._store.state.exemplars} exemplars of "
+            f"recallseg.Library({str(self.path)!r}, {self._store.state.exemplars} exemplars of "
             f"{', '.join(self._store.structures) or 'nothing'}, digest {self.digest[:12]})"
         )
 

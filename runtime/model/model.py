@@ -464,6 +464,6 @@ class Model(ABC):
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{', '.join(self.graphs) or 'nothing'} loaded"
         return (
-            f"{type(self).__name__}({self.bundle.name}, {self.engine} {self.precision}; {state}, "
+            f"recallseg.Model({self.bundle.name}, {self.engine} {self.precision}; {state}, "
             f"{self.nbytes / 2**20:.0f} MiB)"
         )

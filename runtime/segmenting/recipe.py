@@ -95,9 +95,9 @@ class Recipe:
     def __repr__(self) -> str:
         tags = "".join(f", {name}={value}" for name, value in self.tags.items())
         return (
-            f"Recipe(k={self.k}, reach={self.reach:g}{tags}, {self.engine} {self.precision}, "
-            f"memories in {self.memory_format}, bundle {self.bundle_identity[:12]}, digest "
-            f"{self.digest[:12]})"
+            f"recallseg.Recipe(k={self.k}, reach={self.reach:g}{tags}, {self.engine} "
+            f"{self.precision}, memories in {self.memory_format}, bundle "
+            f"{self.bundle_identity[:12]}, digest {self.digest[:12]})"
         )
 
 
@@ -182,6 +182,6 @@ class Provenance:
 
     def __repr__(self) -> str:
         return (
-            f"Provenance({self.recipe!r}, library {self.library_digest[:12]}, RecallSeg "
+            f"recallseg.Provenance({self.recipe!r}, library {self.library_digest[:12]}, RecallSeg "
             f"{self.version}, digest {self.digest[:12]})"
         )

@@ -179,6 +179,6 @@ class Result:
         notice = f", {self.notice}" if self.notice else ""
         recipe = self.provenance.recipe
         return (
-            f"Result({found}; quality {self.quality.flag}, k={recipe.k}, {recipe.engine} "
+            f"recallseg.Result({found}; quality {self.quality.flag}, k={recipe.k}, {recipe.engine} "
             f"{recipe.precision}, {self.timings.get('total', 0.0):.1f} ms{notice})"
         )

@@ -667,8 +667,8 @@ class Segmenter:
 
     def __repr__(self) -> str:
         return (
-            f"Segmenter({', '.join(self.structures)}; k={self.k}, {self.engine} {self.precision}, "
-            f"buffers {self.required_bytes / 2**20:.0f} MiB)"
+            f"recallseg.Segmenter({', '.join(self.structures)}; k={self.k}, {self.engine} "
+            f"{self.precision}, buffers {self.required_bytes / 2**20:.0f} MiB)"
         )
 
 

@@ -272,7 +272,7 @@ class Stream:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{number} {name}" for name, number in self._counts.items())
-        return f"Stream({self._state.value}; {counts}; {self._latency!r})"
+        return f"recallseg.Stream({self._state.value}; {counts}; {self._latency!r})"
 
     def _work(self) -> None:
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from recallseg import errors
 from recallseg.engines.imports import disable_telemetry
 
 if TYPE_CHECKING:
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
     from recallseg.engines.device import open_device
     from recallseg.engines.errors import RecallSegError
     from recallseg.runtime.formats.dicom_seg import write_segmentation
+    from recallseg.runtime.formats.images import read_image
     from recallseg.runtime.formats.reading import read_volume
     from recallseg.runtime.formats.volume import Volume
     from recallseg.runtime.library import Library
+    from recallseg.runtime.library.importing import import_exemplars
     from recallseg.runtime.model.model import GpuOptions, Model
+    from recallseg.runtime.model.preprocess import Intensity
+    from recallseg.runtime.reports.evaluation import evaluate
     from recallseg.runtime.segmenting.recipe import Provenance, Recipe
-    from recallseg.runtime.segmenting.result import Result
+    from recallseg.runtime.segmenting.result import Result, Score
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.stream import Frame, Stream
     from recallseg.runtime.volumes.slices import segment_volume
@@ -35,17 +40,23 @@ __all__ = [
     "Bundle",
     "Frame",
     "GpuOptions",
+    "Intensity",
     "Library",
     "Model",
     "Provenance",
     "RecallSegError",
     "Recipe",
     "Result",
+    "Score",
     "Segmenter",
     "Stream",
     "Volume",
     "__version__",
+    "errors",
+    "evaluate",
+    "import_exemplars",
     "open_device",
+    "read_image",
     "read_volume",
     "segment_volume",
     "write_segmentation",
@@ -61,10 +72,15 @@ _HOMES = {
     "Provenance": "recallseg.runtime.segmenting.recipe",
     "Recipe": "recallseg.runtime.segmenting.recipe",
     "Result": "recallseg.runtime.segmenting.result",
+    "Score": "recallseg.runtime.segmenting.result",
+    "Intensity": "recallseg.runtime.model.preprocess",
     "Frame": "recallseg.runtime.services.stream",
     "Segmenter": "recallseg.runtime.segmenting.segmenter",
     "Stream": "recallseg.runtime.services.stream",
     "Volume": "recallseg.runtime.formats.volume",
+    "evaluate": "recallseg.runtime.reports.evaluation",
+    "import_exemplars": "recallseg.runtime.library.importing",
+    "read_image": "recallseg.runtime.formats.images",
     "read_volume": "recallseg.runtime.formats.reading",
     "segment_volume": "recallseg.runtime.volumes.slices",
     "write_segmentation": "recallseg.runtime.formats.dicom_seg",

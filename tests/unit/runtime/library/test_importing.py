@@ -11,7 +11,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import find_pairs, parse_labels
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.importing import import_pairs
+from recallseg.runtime.library.importing import import_exemplars, import_pairs
 
 POSITIONS = [0.1, 0.3, 0.5, 0.7]
 NAMES = [f"disc-{position:.2f}" for position in POSITIONS]
@@ -61,3 +61,10 @@ def test_a_bad_file(fake_bundle: Bundle, tmp_path: Path) -> None:
         report = import_pairs(library, pairs, labels)
         assert list(report.failed) == [NAMES[1]]
         assert len(library) == 3
+
+
+def test_a_folder_is_enough(fake_bundle: Bundle, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", POSITIONS[:2])
+    with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
+        report = import_exemplars(library, tmp_path / "pairs", labels=parse_labels(LABELS))
+        assert [*report.added.values()] == NAMES[:2]

@@ -84,7 +84,7 @@ def test_adding_and_segmenting_load_every_graph_once(
     library.add(picture(1)[0], {"square": picture(1)[1]})
     assert sorted(loaded) == GRAPHS
     assert len({id(segmenter.model) for segmenter in segmenters}) == 1
-    assert repr(segmenters[0].model).startswith("HostModel(fake, fake fp32; embed, encode,")
+    assert repr(segmenters[0].model).startswith("recallseg.Model(fake, fake fp32; embed, encode,")
 
 
 def test_a_reader_loads_no_graph_that_only_adding_needs(

@@ -33,7 +33,7 @@ class StoredCalibration:
 
     Attributes
     ----------
-    recipe : digest of the recipe that it holds for.
+    recipe : digest of the recipe that it was made for.
     structure : that it holds for.
     data : JSON values.
     last : number of the newest exemplar that it was made with.
@@ -53,7 +53,8 @@ class Learnt:
 
     Attributes
     ----------
-    calibration : None if there is none for this recipe, or it is damaged.
+    calibration : None if there is none for this recipe, or it is damaged. One that was made under a
+        former identity of the bundle holds until there is one under today's.
     damage : what is wrong with it; empty if nothing is.
     others : whether there are any of the structure for other recipes.
     embeddings : N x D, of the exemplars that show the structure, in order of addition.
@@ -103,26 +104,29 @@ def calibrations(store: Store) -> tuple[StoredCalibration, ...]:
         return tuple(_parse(*note, generation) for note in store.catalog.notes(PREFIX))
 
 
-def marks(store: Store, recipe: str) -> tuple[tuple[str, str], ...]:
-    """Return what changes whenever a calibration of this recipe does; fast."""
-    return tuple(store.catalog.notes(f"{PREFIX}{recipe} "))
+def marks(store: Store, recipes: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Return what changes whenever a calibration of one of these recipes does; fast."""
+    return tuple(note for one in recipes for note in store.catalog.notes(f"{PREFIX}{one} "))
 
 
 def learnt(
-    store: Store, recipe: str, structures: Sequence[str], tags: Mapping[str, str]
+    store: Store, recipes: Sequence[str], structures: Sequence[str], tags: Mapping[str, str]
 ) -> dict[str, Learnt]:
-    """Return what is known of each structure; only exemplars with all ``tags`` count."""
+    """Return what is known of each structure; only exemplars with all ``tags`` count.
+
+    Of several recipes, which mean the same, the first that was calibrated counts.
+    """
     with store.lock:
         store.refresh()
         with store.catalog.database.snapshot():
             store.see_newest()
             notes = dict(store.catalog.notes(PREFIX))
-            return {name: _learnt(store, recipe, name, tags, notes) for name in structures}
+            return {name: _learnt(store, recipes, name, tags, notes) for name in structures}
 
 
 def _learnt(
     store: Store,
-    recipe: str,
+    recipes: Sequence[str],
     structure: str,
     tags: Mapping[str, str],
     notes: Mapping[str, str],
@@ -132,13 +136,15 @@ def _learnt(
     if tags:
         wanted = np.isin(numbers, store.catalog.numbers(row.id, True, tags))
         numbers, vectors = numbers[wanted], vectors[wanted]
-    name, own, damage = f"{PREFIX}{recipe} {structure}", None, ""
-    if name in notes:
+    names = [f"{PREFIX}{recipe} {structure}" for recipe in recipes]
+    own, damage = None, ""
+    for name in (name for name in names if name in notes):
         try:
             own = _parse(name, notes[name], store.state.generation)
         except LibraryCorruptError as error:  # told in every result, and replaced by the next one
             damage = str(error)
-    others = any(_split(each)[1] == structure and each != name for each in notes)
+        break
+    others = any(_split(each)[1] == structure and each not in names for each in notes)
     made_with = 0 if own is None else int((numbers <= own.last).sum())
     return Learnt(own, damage, others, vectors, made_with)
 

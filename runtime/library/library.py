@@ -606,21 +606,27 @@ class Library:
         """Whether an older program calibrated it, without saying with which settings."""
         return self._store.catalog.note(calibrations.FORMER) is not None
 
-    def calibration_marks(self, recipe: str) -> tuple[tuple[str, str], ...]:
-        """Return what changes whenever a calibration of a recipe does; fast."""
-        return calibrations.marks(self._store, recipe)
+    def calibration_marks(self, recipes: Sequence[str]) -> tuple[tuple[str, str], ...]:
+        """Return what changes whenever a calibration of one of these recipes does; fast."""
+        return calibrations.marks(self._store, recipes)
 
     def learnt(
-        self, recipe: str, structures: Sequence[str], tags: Mapping[str, str]
+        self, recipes: Sequence[str], structures: Sequence[str], tags: Mapping[str, str]
     ) -> dict[str, Learnt]:
         """Return calibration and embeddings by structure; only exemplars with all ``tags`` count.
+
+        Parameters
+        ----------
+        recipes : digests of one recipe under the bundle's identities, today's first: the first that
+            was calibrated counts.
+        structures, tags : what is asked for.
 
         Raises
         ------
         InputError
             For an unknown structure.
         """
-        return calibrations.learnt(self._store, recipe, structures, check_tags(tags))
+        return calibrations.learnt(self._store, recipes, structures, check_tags(tags))
 
 
 def _choice(

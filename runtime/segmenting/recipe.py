@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from recallseg.engines.digest import digest_json
@@ -23,7 +23,8 @@ UNRECORDED = "unrecorded"
 class Recipe:
     """The settings of a question, without the library's contents.
 
-    Results of one recipe can be compared; what was calibrated for one holds for no other.
+    Results of one recipe can be compared; what was calibrated for one holds for no other, except
+    where only the bundle's identity differs, and is a former one of the same bundle.
 
     Attributes
     ----------
@@ -56,6 +57,11 @@ class Recipe:
     def digest(self) -> str:
         """SHA-256 over all fields, hex."""
         return digest_json(self.to_json())
+
+    def digests(self, former_identities: Iterable[str]) -> tuple[str, ...]:
+        """Return its digest, then those that it had under former identities of the bundle."""
+        former = (replace(self, bundle_identity=one).digest for one in former_identities)
+        return (self.digest, *former)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; an infinite reach is the text ``inf``."""

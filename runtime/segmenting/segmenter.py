@@ -139,7 +139,7 @@ class Segmenter:
             self.library.intensity.to_json(),
             find_precision(self.precision).approximations,
         )
-        self._recipe_digest = self.recipe.digest
+        self._recipes = self.recipe.digests(self.bundle.former_identities)
         self._limits_now: dict[str, InForce] = {}
         self._limits_of: Any = None
 
@@ -560,9 +560,9 @@ class Segmenter:
 
     def _limits(self) -> Mapping[str, InForce]:
         """Return what holds for the library, and its calibrations, as they are now."""
-        state = self.library.digest, self.library.calibration_marks(self._recipe_digest)
+        state = self.library.digest, self.library.calibration_marks(self._recipes)
         if self._limits_of != state:
-            learnt = self.library.learnt(self._recipe_digest, self.structures, self.tags)
+            learnt = self.library.learnt(self._recipes, self.structures, self.tags)
             self._limits_now = {name: in_force(found) for name, found in learnt.items()}
             self._limits_of = state
         return self._limits_now

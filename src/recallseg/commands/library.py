@@ -274,7 +274,7 @@ def _calibration(stored: StoredCalibration, library: Library) -> tuple[str, dict
     from recallseg.runtime.segmenting.recipe import Recipe
 
     recipe = Recipe.from_json(stored.data.get("provenance", {}).get("recipe"))
-    [learnt] = library.learnt(stored.recipe, [stored.structure], recipe.tags).values()
+    [learnt] = library.learnt([stored.recipe], [stored.structure], recipe.tags).values()
     of = len(learnt.embeddings)
     outdated = "" if stored.current else ", before the library was encoded anew"
     line = f"{stored.structure} calibrated with {learnt.made_with} of {of} for {recipe!r}{outdated}"

@@ -104,6 +104,38 @@ def test_a_new_library_does_not_open_with_the_older_bundle_and_is_told_why(
         Library.open(tmp_path / "new", format_1)
 
 
+def test_what_was_calibrated_under_a_former_identity_stays_in_force(
+    tmp_path: Path, format_1: Bundle
+) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.normal(100, 10, (96, 96))
+    mask = np.zeros((96, 96), bool)
+    mask[30:60, 40:75] = True
+    image[mask] += 80
+    place = tmp_path / "library"
+    with Library.create(place, format_1) as library:
+        for _ in range(6):
+            library.add(image + rng.normal(0, 3, image.shape), {"disc": mask})
+        before = Segmenter(library, k=2).calibrate()
+    with Library.open(place, "demo", mode="write") as library:
+        assert library.bundle.identity != FORMER == library.bundle_identity
+        segmenter = Segmenter(library, k=2)
+        quality = segmenter.segment(image).quality
+        assert quality.calibrated == {"disc": (6, 6)}
+        assert quality.mend == ""
+        other = Segmenter(library, k=3).segment(image).quality
+        assert (other.flag, dict(other.calibrated)) == ("uncalibrated", {})
+        assert "calibrated for other settings" in other.mend
+        # Under today's identity it stands beside that one, and counts before it.
+        assert segmenter.calibrate().keys() == before.keys()
+        assert len(library.calibrations) == 2
+        name = f"calibration {segmenter.recipe.digest} disc"
+        library._store.catalog.set_note(name, "{}")
+        assert "damaged" in segmenter.segment(image).quality.mend
+    with Library.open(place, format_1) as library:  # which older programs still read
+        assert Segmenter(library, k=2).segment(image).quality.calibrated == {"disc": (6, 6)}
+
+
 def test_other_weights_are_refused_whatever_they_were_called(tmp_path: Path) -> None:
     former = make_fake_bundle(tmp_path / "former", weights_digest="1" * 64)
     heir = make_fake_bundle(

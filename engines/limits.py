@@ -11,7 +11,7 @@ import re
 
 from recallseg.engines.errors import InputError
 
-__all__ = ["DEFAULT_BYTES", "describe_bytes", "max_bytes"]
+__all__ = ["DEFAULT_BYTES", "describe_bytes", "max_bytes", "parse_bytes"]
 
 DEFAULT_BYTES = 2**32
 """Four gigabytes of pixels: above every volume of a scanner, below what a workstation has."""
@@ -27,12 +27,15 @@ def max_bytes() -> int:
         If the variable is no size like 512M, 8GiB or 1000000.
     """
     text = os.environ.get("RECALLSEG_MAX_BYTES")
-    if not text:
-        return DEFAULT_BYTES
+    return parse_bytes(text, "RECALLSEG_MAX_BYTES") if text else DEFAULT_BYTES
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """Return a size in bytes; InputError, naming ``name``, if it is none like 512M or 8GiB."""
     found = re.fullmatch(r"(\d{1,18})\s*([kmgt]?)(i?b)?", text.strip().lower())
     if found is None or int(found[1]) == 0:
         raise InputError(
-            f"RECALLSEG_MAX_BYTES must be a size like 512M or 8GiB, got {text!r}. Mend or unset it."
+            f"{name} must be a size like 512M or 8GiB, got {text!r}. Mend or unset it."
         )
     return int(found[1]) * _UNITS[found[2]]
 

@@ -8,10 +8,8 @@ as the same user, and what it sends back is trusted.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
-import resource
 import signal
 import socket
 import stat
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.child import bound_process, python_command, python_environment
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import max_bytes
 from recallseg.runtime.formats.finding import DicomHeader, Header, Item, read_header
@@ -41,7 +40,6 @@ __all__ = ["DecodingLimits", "IsolatedDecoder"]
 
 LOOK_S = 0.2  # between two looks at whether to stop
 START_S = 120.0  # for the process to start, on a busy or small machine
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def _default_memory() -> int:
@@ -170,18 +168,14 @@ class IsolatedDecoder:
         self.close()
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            command = [
-                *(sys.executable, "-m", __spec__.name if __spec__ else __name__),
-                *(str(theirs.fileno()), str(self._limits.memory_bytes), str(os.getpid())),
-            ]
-            paths = os.pathsep.join(path for path in sys.path if path)
+            arguments = (theirs.fileno(), self._limits.memory_bytes, os.getpid())
             self._process = subprocess.Popen(  # noqa: S603  # this Python, this module
-                command,
+                python_command(__name__, *map(str, arguments)),
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": paths},
+                env=python_environment(),
             )
             self._link = Connection(ours.detach())
         if not self._link.poll(START_S):  # its own time is not the first item's
@@ -266,16 +260,8 @@ def _serve(link: Connection[Any, Any]) -> None:
             return  # it was not waited for
 
 
-def _main(descriptor: int, memory: int, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the watcher's to hear
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before that
-            return
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _serve(Connection(descriptor))
-
-
-if __name__ == "__main__":
-    _main(*map(int, sys.argv[1:4]))
+def main() -> None:
+    """Read what is asked for, until nobody asks any more; see :class:`IsolatedDecoder`."""
+    descriptor, memory, parent = map(int, sys.argv[1:4])
+    if bound_process(parent, memory):
+        _serve(Connection(descriptor))

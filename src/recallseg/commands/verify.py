@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -27,19 +27,40 @@ def verify(
     engine: EngineOption = defaults.ENGINE,
     precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
+    most_memory: Annotated[
+        Optional[str],
+        typer.Option(
+            "--most-memory",
+            metavar="SIZE",
+            help="Memory that graphs may take, like 8GiB; on the CPU only.",
+            show_default="the machine's, at most 16GiB",
+        ),
+    ] = None,
+    most_seconds: Annotated[
+        float, typer.Option("--most-seconds", help="Time that it may take, in seconds.")
+    ] = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare an engine with a bundle's golden tensors, on this machine."""
+    """Compare an engine with a bundle's golden tensors, on this machine.
+
+    The graphs run in a process of its own, which is ended when it takes too much memory or time.
+    """
+    from recallseg.engines.bounded import verify_bounded
     from recallseg.engines.bundle import Bundle
     from recallseg.engines.engine import EngineOptions
-    from recallseg.engines.registry import load_engines
-    from recallseg.engines.verification import verify_engines
+    from recallseg.engines.limits import parse_bytes
     from recallseg.runtime.library.own import remember_bundle
 
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
-    engines = load_engines(opened, engine, precision, options=EngineOptions(threads))
-    result = verify_engines(opened, engines, precision, strict=False)
+    result = verify_bounded(
+        opened,
+        engine,
+        precision,
+        EngineOptions(threads),
+        most_memory=parse_bytes(most_memory, "--most-memory") if most_memory else None,
+        most_seconds=most_seconds,
+    )
     if result.passed:
         for identity in (opened.identity, *opened.former_identities):
             remember_bundle(identity, opened.path)

@@ -12,7 +12,10 @@ from support.fake_tensorrt import HostGpu, make_tensorrt
 from typer.testing import CliRunner
 
 from recallseg.cli import app
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.registry import load_engines
 from recallseg.engines.tensorrt import building, loading
+from recallseg.engines.verification import verify_engines
 
 
 @pytest.fixture
@@ -47,7 +50,8 @@ def test_build_verify_list_clear(api: Any) -> None:
     assert {tuple(plan["states"].values()) for plan in listed} == {("verified",)}
     text = run("cache", "list").stdout
     assert "verified on sm87 Stand-in, driver 12.6" in text
-    assert run("verify", "demo", "--engine", "tensorrt").exit_code == 0
+    bundle = Bundle.open("demo")  # in this process, where the stand-in is
+    assert verify_engines(bundle, load_engines(bundle, "tensorrt"), "fp32").passed
     assert "was in the cache" in run("build", "demo", "--engine", "tensorrt", "--max-k", "8").stdout
     cleared = json.loads(run("cache", "clear", "--engine", "tensorrt", "--stale", "--json").stdout)
     assert cleared["plans"] == 0

@@ -59,8 +59,7 @@ class Catalog(CatalogQueries):
             "SELECT id, slots FROM shards WHERE generation = ? ORDER BY id DESC LIMIT 1",
             (generation,),
         )
-        last = self.database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'shards'")
-        highest = integer(last[0][0], "the number of the last shard") if last else 0
+        highest = self.last_shard()
         shard, slot = rows[0] if rows and not fresh else (highest + 1, 0)
         integer(slot, "the slots of a shard")
         places = []

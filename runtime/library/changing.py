@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
@@ -15,7 +16,6 @@ from recallseg.runtime.library.encoding import ExemplarEncoder, check_encoded
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import NewExemplar
 from recallseg.runtime.library.sources import content_digest
-from recallseg.runtime.library.storage import writing
 from recallseg.runtime.library.store import Store
 
 __all__ = ["add", "remove"]
@@ -83,11 +83,13 @@ def add(
                 if (
                     store.catalog.next_number() == number
                 ):  # not committed: give a full disk its space back
-                    store.sources.remove(number)
+                    with suppress(LibraryWriteError):  # or the next who opens it does
+                        store.sources.remove(number)
                 raise
             store.see_own()
             if number % SAVE_EVERY == 0:
-                store.retrieval.save_worn()
+                with suppress(LibraryWriteError):  # it is added; closing saves, or says why not
+                    store.retrieval.save_worn()
             return name
 
 
@@ -95,9 +97,14 @@ def remove(store: Store, key: str) -> None:
     """Remove an exemplar from the catalog, and its source."""
     store.check_writable("remove")
     with store.changing, store.lock:
-        number = store.catalog.remove(key)
+        number = store.on_a_full_disk(lambda: store.catalog.remove(key))
         if number is None:
             raise unknown_key(key)
-        with writing(store.sources.file(number)):
-            store.sources.remove(number)
         store.see_own()
+        try:
+            store.sources.remove(number)
+        except LibraryWriteError as error:
+            raise LibraryWriteError(
+                f"exemplar '{key}' is removed, but its image could not be deleted and is still on "
+                f"the disk: {error} It is deleted when the library is next opened for writing."
+            ) from error

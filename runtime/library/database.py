@@ -30,7 +30,7 @@ from recallseg.runtime.library.catalog_file import (
     check_schema,
     create_catalog_file,
 )
-from recallseg.runtime.library.storage import writing
+from recallseg.runtime.library.storage import advice, writing
 
 __all__ = ["FORMAT_VERSION", "Database"]
 
@@ -137,9 +137,7 @@ class Database:
         except (FileNotFoundError, NotADirectoryError):
             empty = True
         except OSError as error:
-            raise LibraryWriteError(
-                f"cannot open {path}: {error.strerror}. Check the folder's permissions."
-            ) from error
+            raise _cannot_open(path, error) from error
         if empty:
             raise LibraryNotFoundError(
                 f"there is no library in {path.parent}: {path.name} is missing or empty. Make one "
@@ -287,10 +285,7 @@ class Database:
         if "interrupted" in text:
             return self._corrupt("it holds more rows than a file of its size can")
         if "unable to open" in text:
-            return LibraryWriteError(
-                f"cannot open {self.path}: {text}. If its last write was interrupted, open it "
-                "once where it can be written."
-            )
+            return _cannot_open(self.path, error)
         return self._corrupt(error)
 
     def _corrupt(self, error: Exception | str) -> LibraryCorruptError:
@@ -320,6 +315,20 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
             uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
     except sqlite3.OperationalError as error:
-        raise LibraryWriteError(
-            f"cannot open {path}: {error}. Check the folder's permissions."
-        ) from error
+        raise _cannot_open(path, error) from error
+
+
+def _cannot_open(path: Path, error: Exception) -> LibraryError:
+    """Return the error for a file that cannot be opened; where SQLite is silent, ask the system."""
+    if not isinstance(error, OSError):
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as found:
+            error = found
+    if isinstance(error, OSError):
+        hint = advice(error) or "Check the folder's permissions."
+        return LibraryWriteError(f"cannot open {path}: {error.strerror or error}. {hint}")
+    return LibraryWriteError(
+        f"cannot open {path}: {error}. If its last write was interrupted, open it once where it "
+        "can be written."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from recallseg.runtime.library.store import Store
 __all__ = ["append", "compact", "rebuild", "rebuild_index", "reclaim", "verify"]
 
 _PAGE = 256
+_MOMENT_S = 0.2
 
 Progress = Callable[[int, int], None]
 
@@ -54,10 +56,19 @@ def reclaim(store: Store) -> None:
     with writing(memories):
         catalog.check_room()
         _remove_unnamed(memories, catalog)
-        store.sources.remove(catalog.next_number())
-        removed = catalog.last_removed()
-        if removed is not None:
-            store.sources.remove(removed)
+    _remove_stray(store)
+
+
+def _remove_stray(store: Store) -> None:
+    """Delete images of exemplars that were removed, and of one that was not added in full.
+
+    A number beyond is of an exemplar that this catalog never knew: it is an older one, restored
+    from a backup, and the image may be the only copy.
+    """
+    following = store.catalog.next_number()
+    for number in store.sources.stray(store.catalog.with_sources):
+        if number <= following:
+            store.sources.remove(number)
 
 
 def compact(store: Store) -> int:
@@ -68,6 +79,7 @@ def compact(store: Store) -> int:
             store.catalog, store.reader, store.writer, store.memories, store.state.generation
         )
         store.see_own()
+        _remove_stray(store)
         return freed
 
 
@@ -231,7 +243,38 @@ def _verify(store: Store, progress: Progress) -> LibraryReport:
             f"catalog: {misplaced} memories lie outside of their shard or where another lies"
         )
     indexes, found = store.retrieval.check()
-    return LibraryReport(seen, memories, kept, indexes, tuple(problems + found))
+    return LibraryReport(seen, memories, kept, indexes, tuple(problems + found + _unnamed(store)))
+
+
+def _unnamed(store: Store) -> list[str]:
+    """Return what is wrong with files that nothing names, though no writer is at work on them."""
+    found = _unnamed_files(store)
+    if found:
+        time.sleep(_MOMENT_S)  # another process may be between a commit and what it deletes then
+        again = _unnamed_files(store)
+        found = {path: why for path, why in found.items() if path in again}
+    return [f"{path} {why}" for path, why in found.items()]
+
+
+def _unnamed_files(store: Store) -> dict[Path, str]:
+    goes = "it is deleted when the library is next opened for writing."
+    found = {}
+    stray, following = store.sources.stray(store.catalog.with_sources), store.catalog.next_number()
+    for number in stray:
+        if number < following:
+            found[store.sources.file(number)] = f"is the image of a removed exemplar; {goes}"
+        elif number > following:
+            found[store.sources.file(number)] = (
+                "is an image that the catalog knows nothing of. If the catalog was restored from a "
+                "backup, keep a copy before anything is added; else delete it."
+            )
+    names = [name for name in list_inside(store.path, store.memories.name) if is_shard(name)]
+    named = {shard_file(store.memories, shard).name for shard in store.catalog.shards()}
+    newest = store.catalog.last_shard()
+    for name in names:
+        if name not in named and int(name.partition(".")[0]) <= newest:
+            found[store.memories / name] = f"holds memories that the catalog does not name; {goes}"
+    return found
 
 
 def _begin_generation(catalog: Catalog, settings: Settings) -> int:

@@ -169,6 +169,19 @@ class CatalogQueries:
         source = rows[0][0] if rows else None
         return None if source is None else binary(source, "the digest of a source", 32)
 
+    def with_sources(self, first: int, last: int) -> set[int]:
+        """Return which numbers from ``first`` to ``last`` are of exemplars that have a source."""
+        rows = self.database.execute(
+            "SELECT id FROM exemplars WHERE id BETWEEN ? AND ? AND source IS NOT NULL",
+            (first, last),
+        )
+        return {number for (number,) in rows}
+
+    def last_shard(self) -> int:
+        """Return the highest number that a shard had; 0 if there was none."""
+        rows = self.database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'shards'")
+        return integer(rows[0][0], "the number of the last shard") if rows else 0
+
     def numbers(self, structure: int, present: bool, tags: Mapping[str, str]) -> NDArray[np.int64]:
         """Return the sorted numbers of a structure's exemplars that have all ``tags``."""
         joins = "".join(
@@ -403,11 +416,6 @@ class CatalogQueries:
                     f"the catalog is damaged: shard {shard} has {slots} slots, and a memory in "
                     f"slot {last}. Restore the library from a backup."
                 )
-
-    def last_removed(self) -> int | None:
-        """Return the number of the exemplar that was removed last."""
-        rows = self.database.execute("SELECT exemplar FROM removals ORDER BY revision DESC LIMIT 1")
-        return integer(rows[0][0], "an exemplar's number", 1) if rows else None
 
     def _in_batches(self, statement: str, values: Sequence[Any]) -> list[Any]:
         rows = []

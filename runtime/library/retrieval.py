@@ -291,18 +291,30 @@ def _write(graph: Index, folder: Path, name: str) -> tuple[bytes, bytes]:
     # USearch opens it by its path: what is there by then is this new, ordinary file.
     os.close(open_inside(root, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     try:
-        graph.save(str(root / temporary))
-    except RuntimeError as error:  # what USearch raises when a write fails
-        raise OSError(None, str(error)) from error
-    descriptor = open_inside(root, temporary, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    quick, digest = file_digests(root / temporary, whole=True)
-    replace_inside(root, temporary, f"{folder.name}/{name}")
+        try:
+            graph.save(str(root / temporary))
+        except RuntimeError as error:  # what USearch raises when a write fails, but not the last
+            raise _cut_off(str(error)) from error
+        descriptor = open_inside(root, temporary, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if open_graph(root / temporary, graph.ndim, len(graph), view=True) is None:
+            raise _cut_off("the file is not what was to be written")
+        quick, digest = file_digests(root / temporary, whole=True)
+        replace_inside(root, temporary, f"{folder.name}/{name}")
+    except BaseException:
+        with suppress(OSError):  # a full disk needs the space
+            remove_inside(root, temporary)
+        raise
     remember_index(digest, _stat(folder / name))
     return quick, digest
+
+
+def _cut_off(said: str) -> OSError:
+    """Return the error of an index that USearch did not write whole; it does not say why."""
+    return OSError(None, f"the index was cut off ({said}); the disk or quota is full, most likely")
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import LibraryCorruptError, LibraryVersionError
 from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, sync_inside
 from recallseg.runtime.library.encoding import MemoryLayout
-from recallseg.runtime.library.storage import write_all, writing
+from recallseg.runtime.library.storage import unreadable, write_all, writing
 from recallseg.runtime.library.values import integer
 
 __all__ = [
@@ -234,10 +234,8 @@ class ShardReader:
                 os.close(descriptor)
                 raise
         except OSError as error:
-            raise LibraryCorruptError(
-                f"shard {path} cannot be read: {error.strerror or error}. Restore it, or rebuild "
-                "the library with 'recallseg library rebuild'."
-            ) from error
+            mend = "Restore it, or rebuild the library with 'recallseg library rebuild'."
+            raise unreadable(f"shard {path}", error, mend) from error
 
 
 class ShardWriter:

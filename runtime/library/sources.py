@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from numpy.typing import NDArray
 from recallseg.engines.archives import read_arrays
 from recallseg.engines.durable import replace_file_inside
 from recallseg.engines.errors import LibraryCorruptError
-from recallseg.engines.inside import read_inside, remove_inside
+from recallseg.engines.inside import list_inside, read_inside, remove_inside
 from recallseg.engines.limits import max_bytes
 from recallseg.runtime.checks import check_image, check_name
-from recallseg.runtime.library.storage import writing
+from recallseg.runtime.library.storage import unreadable, writing
 
 __all__ = ["SourceStore", "content_digest"]
 
 FILES_PER_FOLDER = 1000
+_MEND = "Restore the file, or remove the exemplar and add it again."
+_NAME = re.compile(r"([0-9]{9,})\.npz(\.tmp)?")
 
 
 def content_digest(
@@ -84,12 +87,15 @@ class SourceStore:
         ------
         LibraryCorruptError
             If the file is missing or not what was written.
+        LibraryError
+            If permission, memory or open files lack to read it.
         """
         path = self.file(number)
         try:
             data = read_inside(self._folder.parent, self._name(number), max_bytes())
         except OSError as error:
-            raise _corrupt(path, key, error.strerror or str(error)) from error
+            what = f"the source of exemplar '{key}' ({path})"
+            raise unreadable(what, error, _MEND) from error
         if hashlib.sha256(data).digest() != digest:
             raise _corrupt(path, key, "its SHA-256 is not the one recorded")
         try:
@@ -104,9 +110,37 @@ class SourceStore:
         return image, masks
 
     def remove(self, number: int) -> None:
-        """Delete an exemplar's source if it is there."""
-        for name in (self._name(number), self._name(number) + ".tmp"):
-            remove_inside(self._folder.parent, name)
+        """Delete an exemplar's source if it is there; LibraryWriteError if that cannot be."""
+        with writing(self.file(number)):
+            for name in (self._name(number), self._name(number) + ".tmp"):
+                remove_inside(self._folder.parent, name)
+
+    def stray(self, kept: Callable[[int, int], set[int]]) -> list[int]:
+        """Return the numbers of which a file is here, and no exemplar.
+
+        Parameters
+        ----------
+        kept : returns the exemplars with a source, from a first to a last number.
+
+        Raises
+        ------
+        LibraryError
+            If a folder cannot be listed.
+        """
+        found: set[int] = set()
+        try:
+            for folder in list_inside(self._folder.parent, self._folder.name):
+                if not (folder.isascii() and folder.isdigit()):
+                    continue
+                first = int(folder) * FILES_PER_FOLDER
+                names = list_inside(self._folder.parent, f"{self._folder.name}/{folder}")
+                here = {int(match[1]) for match in map(_NAME.fullmatch, names) if match}
+                last = first + FILES_PER_FOLDER - 1
+                ours = {n for n in here if first <= n <= last}
+                found |= ours - kept(first, last) if ours else set()
+        except OSError as error:
+            raise unreadable(str(self._folder), error, "Restore it.") from error
+        return sorted(found)
 
     def _name(self, number: int) -> str:
         return self.file(number).relative_to(self._folder.parent).as_posix()
@@ -121,6 +155,5 @@ def _mask(packed: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 def _corrupt(path: Path, key: str, why: str) -> LibraryCorruptError:
     return LibraryCorruptError(
-        f"the source of exemplar '{key}' ({path}) cannot be used: {why}. Restore the file, or "
-        "remove the exemplar and add it again."
+        f"the source of exemplar '{key}' ({path}) cannot be used: {why}. {_MEND}"
     )

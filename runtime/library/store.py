@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from recallseg.engines.digest import digest_json
 from recallseg.engines.errors import (
@@ -34,6 +35,8 @@ CATALOG, LOCK, MEMORIES, SOURCES, INDEX = (
     "index",
 )
 
+Value = TypeVar("Value")
+
 
 class Store:
     """Everything of a library that is on the disk; what works on it takes ``lock`` meanwhile.
@@ -56,6 +59,8 @@ class Store:
         self.lock = threading.RLock()
         self.sources = SourceStore(path / SOURCES)
         self._writer_lock = writer_lock
+        if writer_lock is not None:
+            writer_lock.hold_room()
         self.load()
 
     @classmethod
@@ -198,6 +203,18 @@ class Store:
         if number is None:
             raise unknown_key(key)
         return number
+
+    def on_a_full_disk(self, change: Callable[[], Value]) -> Value:
+        """Make a change that must be possible on a full disk, with the room held back for it."""
+        try:
+            return change()
+        except LibraryWriteError:
+            if self._writer_lock is None or not self._writer_lock.give_room():
+                raise
+            try:
+                return change()
+            finally:
+                self._writer_lock.hold_room()
 
     def check_writable(self, what: str) -> None:
         """Raise LibraryWriteError if it was opened for reading."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sqlite3
 import subprocess
@@ -207,10 +208,10 @@ print(refused, len(library))
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB, where this user may mount one."""
+    """A file system of 640 KiB, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=640k", "none", str(disk)]
     if (
         shutil.which("mount") is None
         or subprocess.run(command, capture_output=True).returncode != 0
@@ -218,6 +219,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("this user may not mount a small tmpfs")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Take all that is left of a disk."""
+    with path.open("ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x")
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017
 
 
 def test_a_disk_that_really_fills_up(small_disk: Path) -> None:
@@ -229,11 +240,16 @@ def test_a_disk_that_really_fills_up(small_disk: Path) -> None:
                 keys.append(add(library, n))
             except LibraryWriteError as error:
                 refused.append(str(error))
-        assert len(refused) > 10
+        assert len(refused) > 5
         assert all("full" in message for message in refused)
         assert [e.key for e in library] == keys
         assert library.verify().ok
+        fill(small_disk / "rest")
         library.remove(keys.pop(3))  # removing must be possible on a full disk
+        fill(small_disk / "rest")
+    with Library.open(small_disk / "library", mode="write", encoder=HashEncoder()) as library:
+        library.remove(keys.pop(3))
+        (small_disk / "rest").unlink()
         keys.append(add(library, 3))
     with Library.open(small_disk / "library") as reader:
         assert [e.key for e in reader] == keys

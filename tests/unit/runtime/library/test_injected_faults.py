@@ -1,0 +1,209 @@
+"""What a library does when single calls of the system fail, on a copy of which nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.fake_library import HashEncoder, add, create, embedding
+
+from recallseg.engines.errors import (
+    LibraryCorruptError,
+    LibraryError,
+    LibraryLockedError,
+    LibraryWriteError,
+)
+from recallseg.runtime.library import Library
+from recallseg.runtime.library import index as index_module
+from recallseg.runtime.library import retrieval as retrieval_module
+from recallseg.runtime.library.storage import WriterLock
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    return create(tmp_path / "library")
+
+
+def reopen(library: Library) -> Library:
+    library.close()
+    return Library.open(library.path, mode="write", encoder=HashEncoder())
+
+
+@contextmanager
+def failing(name: str, number: int, code: int) -> Iterator[list[int]]:
+    """Let the n-th call of a function of ``os`` from now on fail; yield how many there were."""
+    real, calls = getattr(os, name), [0]
+
+    def call(*values: object, **named: object) -> object:
+        calls[0] += 1
+        if calls[0] == number:
+            raise OSError(code, os.strerror(code))
+        return real(*values, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, name, call)
+        yield calls
+
+
+def test_a_lock_that_cannot_be_noted_or_taken_is_not_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "writer.lock"
+    with failing("pwrite", 1, errno.ENOSPC) as calls:
+        lock = WriterLock(path)
+    assert calls == [1]
+    with pytest.raises(LibraryLockedError, match="written by another process"):
+        WriterLock(path)
+    lock.release()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(descriptor: int, how: int) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(LibraryWriteError, match="No locks available"):
+            WriterLock(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    again = WriterLock(path)
+    with pytest.raises(
+        LibraryLockedError, match=rf"written by process {os.getpid()} on [^\0\n]+\. W"
+    ):
+        WriterLock(path)
+    again.release()
+
+
+def test_an_image_that_could_not_be_deleted_is_told_found_and_deleted(library: Library) -> None:
+    keys = [add(library, n) for n in range(4)]
+    for key in keys[:2]:
+        with (
+            failing("unlink", 1, errno.EBUSY),
+            pytest.raises(LibraryWriteError, match=f"'{key}' is removed, but its image could not"),
+        ):
+            library.remove(key)
+    before = library.digest
+    library.remove(keys[2])  # another removal does not make the ones before forgotten
+    assert len(library) == 1
+    assert library.digest != before
+    with Library.open(library.path) as reader:
+        assert reader.digest == library.digest
+        problems = reader.verify().problems
+    assert [("is the image of a removed exemplar" in each) for each in problems] == [True, True]
+    assert "000000001.npz" in problems[0]
+    assert len([*library.path.rglob("*.npz")]) == 3
+    with reopen(library) as library:
+        assert library.verify().ok
+        assert len([*library.path.rglob("*.npz")]) == 1
+        assert keys[3] in library
+
+
+def test_images_beyond_a_restored_catalog_are_told_and_kept(library: Library) -> None:
+    add(library, 0)
+    library.close()
+    catalog = library.path / "library.sqlite"
+    backup = catalog.read_bytes()
+    library = reopen(library)
+    add(library, 1)
+    add(library, 2)
+    library.close()
+    catalog.write_bytes(backup)
+    with reopen(library) as library:
+        (problem,) = library.verify().problems
+        assert "000000003.npz is an image that the catalog knows nothing of" in problem
+
+
+CALLS = ("open", "pwrite", "fsync", "replace", "mkdir", "unlink", "ftruncate", "fstat", "listdir")
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EMFILE])
+def test_every_call_of_the_system_may_fail(library: Library, name: str, code: int) -> None:
+    kept = {add(library, 0, key="0"), add(library, 1, key="1")}
+
+    for removing in (False, True):
+        for number in range(2, 40):
+            if removing and str(number) not in library:
+                add(library, number, key=str(number))
+            with failing(name, number - 1, code) as calls:
+                try:
+                    if removing:
+                        library.remove(str(number))
+                    else:
+                        add(library, number, key=str(number))
+                except LibraryError as error:
+                    assert str(library.path) in str(error)  # noqa: PT017
+                    assert f"{os.strerror(code)}. " in str(error)  # noqa: PT017
+                    if code == errno.EMFILE:
+                        assert "ulimit" in str(error)  # noqa: PT017
+            there = {exemplar.key for exemplar in library}
+            assert kept <= there
+            assert len(library) == len(there)
+            if calls[0] < number - 1:
+                break
+        else:
+            raise AssertionError(f"more than {number} calls of {name}")
+        library = reopen(library)
+        report = library.verify()
+        assert report.ok, report
+        assert len(library) == len([*library.path.rglob("*.npz")])
+    library.close()
+
+
+def test_too_many_open_files_are_no_damage(library: Library) -> None:
+    key = add(library, 0)
+    library.close()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reader = Library.open(library.path)
+    calls: list[Callable[[], object]] = [
+        lambda: reader.source(key),
+        lambda: reader.memories([key], "nucleus"),
+        lambda: Library.open(library.path),
+        lambda: Library.open(library.path, mode="write"),
+    ]
+    for call in calls:
+        held = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 4096), limits[1]))
+        try:
+            while True:
+                try:
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+                except OSError:
+                    break
+            with pytest.raises(LibraryError, match=r"Too many open files\. .*ulimit") as caught:
+                call()
+        finally:
+            for descriptor in held:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert not isinstance(caught.value, LibraryCorruptError)
+        assert "again" not in str(caught.value)
+    assert reader.verify().ok
+
+
+@pytest.mark.parametrize("cut", [1, 200])
+def test_an_index_that_was_cut_off_is_never_built(
+    library: Library, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    """USearch reports a failed write, but not that of its last buffer."""
+    for module in (index_module, retrieval_module):
+        monkeypatch.setattr(module, "EXACT_LIMIT", 20)
+    for n in range(60):
+        add(library, n, key=str(n))
+    library.rebuild_index()
+    (index,) = (library.path / "index").iterdir()
+    good = index.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) - cut, limits[1]))
+    try:
+        with pytest.raises(LibraryWriteError, match="cut off"):
+            library.rebuild_index()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*(library.path / "index").iterdir()] == [index]
+    assert index.read_bytes() == good
+    assert library.verify().ok
+    assert library.search(embedding(7), "nucleus", 1)[0].key == "7"

@@ -151,6 +151,7 @@ def find_in_folder(
     *,
     links: bool = True,
     by_folder: bool = True,
+    kind: str | None = None,
     headers: Headers | None = None,
     read: Callable[[Path], Header] | None = None,
 ) -> Finding:
@@ -162,6 +163,7 @@ def find_in_folder(
         which anybody may leave one, does not.
     by_folder : name a DICOM image that has a folder to itself after that folder, for people. Else
         by its identity, which stays when others arrive beside it.
+    kind : one of :data:`FORMATS`: of images, only those are taken.
     headers : DICOM headers read before; brought up to date.
     read : reads a header, as :func:`read_header` does.
 
@@ -178,7 +180,13 @@ def find_in_folder(
     found = _Sorted(folder, passed, {} if headers is None else headers, read or read_header)
     for path, status in _walk(folder, links, passed):
         found.take(path, (1, status.st_size, status.st_mtime_ns))
-    return found.finish(by_folder)
+    whole = found.finish(by_folder)
+    if kind is None:
+        return whole
+    others = [each for each in whole.items if each.kind != kind]
+    passed += [PassedOver(each.path, f"{each.kind}, not {kind}") for each in others]
+    items = tuple(each for each in whole.items if each.kind == kind)
+    return replace(whole, items=items, passed=tuple(passed))
 
 
 def find_inputs(paths: Sequence[Path], kind: str | None = None) -> Finding:
@@ -204,11 +212,7 @@ def find_inputs(paths: Sequence[Path], kind: str | None = None) -> Finding:
     loose: dict[Path, _Sorted] = {}
     for path in paths:
         if path.is_dir():
-            part = find_in_folder(path)
-            if kind is not None:
-                others = [each for each in part.items if each.kind != kind]
-                passed += [PassedOver(e.path, f"{e.kind}, not {kind}") for e in others]
-                part = replace(part, items=tuple(e for e in part.items if e.kind == kind))
+            part = find_in_folder(path, kind=kind)
             items += part.items
             masks += part.masks
             passed += part.passed

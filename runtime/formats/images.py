@@ -41,6 +41,7 @@ __all__ = [
     "write_label_map",
 ]
 
+MOST_NPY_HEADER = 10_000
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
 _VOLUMES = (".dcm", ".dicom", ".nii", ".gz", ".nrrd")
 _SILENT = 0
@@ -275,7 +276,14 @@ def _opaque(opacity: NDArray[Any]) -> bool:
 
 
 def _read_array(path: Path) -> NDArray[Any]:
-    _bytes_of(path, count=1)
+    start = _bytes_of(path, count=12)
+    # Checked here, because NumPy reads as much as the file states before it looks at its own limit.
+    header = int.from_bytes(start[8:10] if start[6:7] == b"\x01" else start[8:12], "little")
+    if start.startswith(b"\x93NUMPY") and header > MOST_NPY_HEADER:
+        raise InputError(
+            f"{path} is not a NumPy array file: it states a header of {header} bytes, NumPy reads "
+            f"{MOST_NPY_HEADER}. Save it with numpy.save."
+        )
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         pixels = array.size // 3 if array.ndim == 3 else array.size

@@ -32,7 +32,7 @@ from recallseg.engines.errors import InputError
 from recallseg.engines.limits import max_bytes
 from recallseg.runtime.formats.finding import DicomHeader, Header, Item, read_header
 from recallseg.runtime.formats.images import read_image
-from recallseg.runtime.formats.reading import read_item
+from recallseg.runtime.formats.reading import count_item, read_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import printable
 
@@ -75,6 +75,18 @@ class DecodingLimits:
         return min(self.most_seconds, self.seconds + self.seconds_per_mb * item.signature[1] / 1e6)
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What the other process is asked of an item: its pixels, or how many volumes it holds."""
+
+    item: Item
+    count: bool
+    voi: bool = False
+    as_stored: bool = False
+    time: int | None = None
+    stack: str | None = None
+
+
 class IsolatedDecoder:
     """Reads items one after the other in a process that is started when it is first needed."""
 
@@ -86,15 +98,38 @@ class IsolatedDecoder:
         self._link: Connection[Any, Any] | None = None
 
     def read(
-        self, item: Item, *, voi: bool = False, as_stored: bool = False
+        self,
+        item: Item,
+        *,
+        voi: bool = False,
+        as_stored: bool = False,
+        time: int | None = None,
+        stack: str | None = None,
     ) -> NDArray[Any] | Volume | None:
         """Return an image HxW or HxWx3, or a volume; None if ``stop`` said so meanwhile.
+
+        Parameters
+        ----------
+        voi, time, stack : see :func:`recallseg.runtime.formats.reading.read_volume`.
+        as_stored : see :func:`recallseg.runtime.formats.images.read_image`.
 
         Raises
         ------
         InputError
             If it cannot be read, is no regular file any more, or breaks a limit.
         """
+        found = self._of_item(_Question(item, False, voi, as_stored, time, stack))
+        assert found is None or isinstance(found, np.ndarray | Volume)
+        return found
+
+    def count(self, item: Item, stack: str | None = None) -> int | None:
+        """Return how many volumes an item holds at one place; None and errors as :meth:`read`."""
+        found = self._of_item(_Question(item, True, stack=stack))
+        assert found is None or isinstance(found, int)
+        return found
+
+    def _of_item(self, question: _Question) -> Any:
+        item = question.item
         if item.trouble:
             raise InputError(item.trouble)
         size = item.signature[1]
@@ -103,10 +138,9 @@ class IsolatedDecoder:
                 f"{printable(item.path)} has {size} bytes; at most {self._limits.file_bytes} are "
                 "read here."
             )
-        found = self._ask((item, voi, as_stored), item.path, self._limits.time_for(item))
+        found = self._ask(question, item.path, self._limits.time_for(item))
         if isinstance(found, str):
             raise InputError(found)
-        assert found is None or isinstance(found, np.ndarray | Volume)
         return found
 
     def read_header(self, path: Path) -> Header:
@@ -218,17 +252,19 @@ def _receive(link: Connection[Any, Any]) -> Any:
     return pickle.loads(head, buffers=buffers)  # noqa: S301  # of our own process, see above
 
 
-def _answer(question: Any) -> Any:
-    files = (question,) if isinstance(question, Path) else question[0].files
+def _answer(question: Path | _Question) -> Any:
+    files = (question,) if isinstance(question, Path) else question.item.files
     for path in files:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return f"{printable(path)} is no regular file any more."
     if isinstance(question, Path):
         return read_header(question)
-    item, voi, as_stored = question
+    item = question.item
+    if question.count:
+        return count_item(item, question.stack)
     if item.kind == "image":
-        return read_image(item.path, as_stored=as_stored)
-    return read_item(item, voi=voi)
+        return read_image(item.path, as_stored=question.as_stored)
+    return read_item(item, voi=question.voi, time=question.time, stack=question.stack)
 
 
 def _serve(link: Connection[Any, Any]) -> None:
@@ -240,7 +276,7 @@ def _serve(link: Connection[Any, Any]) -> None:
             question = link.recv()
         except EOFError:
             return
-        path = question if isinstance(question, Path) else question[0].path
+        path = question if isinstance(question, Path) else question.item.path
         too_much = f"{printable(path)} needs more memory than an item may take."
         found: Any
         try:

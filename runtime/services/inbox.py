@@ -32,15 +32,20 @@ class Inbox:
     ----------
     source : the folder.
     settle_s : seconds without a change after which an item is complete.
-    read : reads DICOM headers, see :func:`find_in_folder`.
+    read, kind : see :func:`find_in_folder`.
     """
 
     def __init__(
-        self, source: Path, settle_s: float, read: Callable[[Path], Header] | None = None
+        self,
+        source: Path,
+        settle_s: float,
+        read: Callable[[Path], Header] | None = None,
+        kind: str | None = None,
     ) -> None:
         self._source = source
         self._settle_s = settle_s
         self._read = read
+        self._kind = kind
         self._seen: dict[tuple[Path, str], tuple[Signature, float]] = {}
         self._headers: Headers = {}
         self.passed: tuple[PassedOver, ...] = ()
@@ -49,7 +54,12 @@ class Inbox:
     def look(self, is_done: Callable[[Item], bool]) -> tuple[list[Item], bool]:
         """Return complete items that are not done, and whether others are still being written."""
         found = find_in_folder(
-            self._source, links=False, by_folder=False, headers=self._headers, read=self._read
+            self._source,
+            links=False,
+            by_folder=False,
+            kind=self._kind,
+            headers=self._headers,
+            read=self._read,
         )
         self.passed = found.passed
         complete: list[Item] = []

@@ -21,6 +21,7 @@ __all__ = [
     "mask_file",
     "output_base",
     "record_file",
+    "time_base",
     "volume_files",
     "write_result",
 ]
@@ -55,6 +56,11 @@ def mask_file(base: Path) -> Path:
 def record_file(base: Path) -> Path:
     """Return where the record goes; if it is there, the result is complete."""
     return base.with_name(f"{base.name}.json")
+
+
+def time_base(base: Path, time: int) -> Path:
+    """Return what takes the place of ``base`` for one of several volumes of an item, from 1."""
+    return base.with_name(f"{base.name}.time{time}")
 
 
 def volume_files(base: Path) -> list[Path]:

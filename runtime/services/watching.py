@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -28,7 +28,7 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.inbox import Inbox
-from recallseg.runtime.services.outputs import output_base, record_file, write_result
+from recallseg.runtime.services.outputs import output_base, record_file, time_base, write_result
 from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files
 
 __all__ = ["Arrival", "Watcher"]
@@ -68,6 +68,7 @@ class Watcher:
     source, output : folders; neither may lie in the other. Only one watcher may write to an output.
     settle_s : seconds without a change.
     volumes : how volumes are treated.
+    kind : one of :data:`recallseg.runtime.formats.reading.FORMATS`: only such images are taken.
     audit : log in which every segmentation is recorded.
     limits : what one item may take while it is decoded.
 
@@ -85,6 +86,7 @@ class Watcher:
         *,
         settle_s: float = 2.0,
         volumes: VolumeSettings | None = None,
+        kind: str | None = None,
         audit: AuditLog | None = None,
         limits: DecodingLimits | None = None,
     ) -> None:
@@ -109,9 +111,10 @@ class Watcher:
         self._output = output
         self._decoder = IsolatedDecoder(limits)
         self._source = source
-        self._inbox = Inbox(source, settle_s, self._header)
+        self._inbox = Inbox(source, settle_s, self._header, kind)
         self._volumes = volumes or VolumeSettings()
         self._audit = audit
+        self._set_aside: dict[str, str] = {}
         for left in output.rglob(".*.tmp"):  # of a watch that was killed; the lock says it is ours
             if _TEMPORARY.fullmatch(left.name):
                 left.unlink(missing_ok=True)
@@ -133,12 +136,15 @@ class Watcher:
         """
         self._decoder.stop = stop.is_set
         while not stop.is_set():
+            self._set_aside = {}
             arrived, unsettled = self._inbox.look(self._is_done)
             for item in arrived:
-                arrival = None if stop.is_set() else self._segment(item)
-                if arrival is None:
+                if stop.is_set():
                     return
-                yield arrival
+                for arrival in self._segment(item):
+                    if arrival is None:
+                        return
+                    yield arrival
             if once and not arrived and not unsettled:
                 return
             if not arrived:
@@ -148,6 +154,11 @@ class Watcher:
     def passed(self) -> tuple[PassedOver, ...]:
         """What the last look at the folder passed over, with reasons."""
         return self._inbox.passed
+
+    @property
+    def set_aside(self) -> Mapping[str, str]:
+        """Names of what the last look found set aside already, by this watch or another: why."""
+        return self._set_aside
 
     def close(self) -> None:
         """Let another process watch into the output folder."""
@@ -175,45 +186,88 @@ class Watcher:
 
     def _is_done(self, item: Item) -> bool:
         base = self._base(item)
-        record = _read_record(record_file(base))
-        if record is not None and record.get("image") == item.name:
-            return int(record.get("files", 1)) >= len(item.files)
+        if self._is_written(item, base):
+            return True
+        several = _read_record(record_file(time_base(base, 1))) or {}
+        count = several.get("volumes", 0) if self._volumes.time == "all" else 0
+        if count and all(self._is_written(item, time_base(base, n + 1)) for n in range(count)):
+            return True
         failure = _read_record(_failure_file(base, item))
-        return failure is not None and tuple(failure.get("files", ())) == item.signature
+        if failure is None or tuple(failure.get("files", ())) != item.signature:
+            return False
+        if any(failure.get(name) != asked for name, asked in self._chosen().items()):
+            return False  # of several volumes or stacks another is asked for
+        self._set_aside[item.name] = str(failure.get("error"))
+        return True
 
-    def _segment(self, item: Item) -> Arrival | None:
-        """Return what became of an item; None if it was not begun because it is to stop."""
+    def _is_written(self, item: Item, base: Path) -> bool:
+        record = _read_record(record_file(base))
+        if record is None or record.get("image") != item.name:
+            return False
+        return int(record.get("files", 1)) >= len(item.files)
+
+    def _chosen(self) -> dict[str, int | str | None]:
+        return {"time": self._volumes.time, "stack": self._volumes.stack}
+
+    def _segment(self, item: Item) -> Iterator[Arrival | None]:
+        """Yield what became of each volume of an item; None if it is to stop before one."""
         base = self._base(item)
         try:
-            other = _read_record(record_file(base))
-            if other is not None and other.get("image") != item.name:
-                raise InputError(
-                    f"{item.path}: {record_file(base)} is of {other.get('image')}. Rename one."
+            times: list[int | None] = [None]
+            if self._volumes.time != "all":
+                times = [self._volumes.time]
+            elif item.kind != "image":
+                count = self._decoder.count(item, self._volumes.stack)
+                if count is None:
+                    yield None
+                    return
+                times = list(range(1, count + 1))
+            for time in times:
+                several = time is not None and len(times) > 1
+                target = time_base(base, time) if several and time is not None else base
+                other = _read_record(record_file(target))
+                if other is not None and other.get("image") != item.name:
+                    raise InputError(
+                        f"{item.path}: {record_file(target)} is of {other.get('image')}. Rename "
+                        "one."
+                    )
+                image = self._decoder.read(
+                    item,
+                    voi=self._volumes.voi,
+                    as_stored=self._volumes.as_stored,
+                    time=time,
+                    stack=self._volumes.stack,
                 )
-            image = self._decoder.read(
-                item,
-                voi=self._volumes.voi,
-                as_stored=self._volumes.as_stored,
-            )
-            if image is None:
-                return None
-            record = self._write(item, image, base)
+                if image is None:
+                    yield None
+                    return
+                extra = {"time": time, "volumes": len(times)} if several else {}
+                record = self._write(item, image, target, extra)
+                yield Arrival(item.path, item.name, record, None)
         except OSError as error:
             if error.errno not in _OF_THE_NAME:
                 raise
-            return Arrival(item.path, item.name, None, f"{printable(base)}: {error.strerror}")
+            yield Arrival(item.path, item.name, None, f"{printable(base)}: {error.strerror}")
+            return
         except (InputError, OutputError, MemoryError) as error:
-            return self._set_aside(item, base, str(error) or "it needs more memory than there is")
+            yield self._put_aside(item, base, str(error) or "it needs more memory than there is")
+            return
         _failure_file(base, item).unlink(missing_ok=True)
-        return Arrival(item.path, item.name, record, None)
 
-    def _set_aside(self, item: Item, base: Path, why: str) -> Arrival:
+    def _put_aside(self, item: Item, base: Path, why: str) -> Arrival:
         base.parent.mkdir(parents=True, exist_ok=True)
-        failure = {"image": item.name, "files": list(item.signature), "error": why}
+        failure = {
+            "image": item.name,
+            "files": list(item.signature),
+            **{name: asked for name, asked in self._chosen().items() if asked is not None},
+            "error": why,
+        }
         replace_file(_failure_file(base, item), json_text(failure).encode())
         return Arrival(item.path, item.name, None, printable(why))
 
-    def _write(self, item: Item, image: NDArray[Any] | Volume, base: Path) -> dict[str, Any]:
+    def _write(
+        self, item: Item, image: NDArray[Any] | Volume, base: Path, extra: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Segment an item and write what was found; return the record.
 
         Another process may remove an exemplar between its being found and being read: then the
@@ -222,13 +276,15 @@ class Watcher:
         for attempt in range(ASKED_AGAIN):
             library = self._segmenter.library.digest
             try:
-                return self._write_once(item, image, base)
+                return self._write_once(item, image, base, extra)
             except InputError:
                 if attempt == ASKED_AGAIN - 1 or self._segmenter.library.digest == library:
                     raise
         raise AssertionError("not reached")
 
-    def _write_once(self, item: Item, image: NDArray[Any] | Volume, base: Path) -> dict[str, Any]:
+    def _write_once(
+        self, item: Item, image: NDArray[Any] | Volume, base: Path, extra: Mapping[str, Any]
+    ) -> dict[str, Any]:
         if not isinstance(image, Volume):
             result = self._segmenter.segment(image)
             if self._audit is not None:
@@ -242,7 +298,7 @@ class Watcher:
             kind=item.kind,
             source=item.name,
             log=self._audit,
-            extra={"files": len(item.files)},
+            extra={"files": len(item.files), **extra},
         )
         return record
 

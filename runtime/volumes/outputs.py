@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,8 @@ class VolumeSettings:
     concepts : coded meaning by structure, beyond the built-in table; see
         :mod:`recallseg.runtime.formats.concepts`.
     as_stored : of pictures, see :func:`recallseg.runtime.formats.images.read_image`.
+    time, stack : see :func:`recallseg.runtime.formats.reading.read_volume`; ``all`` volumes at one
+        place are segmented one by one.
     """
 
     plane: str | None = None
@@ -66,6 +68,8 @@ class VolumeSettings:
     voi: bool = False
     concepts: Mapping[str, Concept] = field(default_factory=dict)
     as_stored: bool = False
+    time: int | Literal["all"] | None = None
+    stack: str | None = None
 
 
 def segment_to_files(

@@ -18,19 +18,24 @@ from recallseg.commands.common import (
     AuditOption,
     CleanUpOption,
     EngineOption,
+    FormatOption,
     PlaneOption,
     PrecisionOption,
     PreviewOption,
     PropagateOption,
     ReachOption,
+    StackOption,
+    StrictOption,
     TagOption,
     ThreadsOption,
+    TimeOption,
     VoiOption,
     open_audit,
     parse_tags,
     parsed,
     split_clean_ups,
     split_list,
+    split_time,
 )
 from recallseg.engines import defaults
 from recallseg.runtime.segmenting.reach import REACH
@@ -88,7 +93,7 @@ class Asking:
 
 @dataclass(frozen=True)
 class Handling:
-    """What is done with volumes and results."""
+    """What is taken of what there is, and what is done with it and with results."""
 
     plane: PlaneOption = None
     propagate: PropagateOption = 0
@@ -100,6 +105,10 @@ class Handling:
         typer.Option(help="Codes of structures (TOML or JSON) for SEG and .seg.nrrd."),
     ] = None
     as_stored: AsStoredOption = False
+    format: FormatOption = None
+    time: TimeOption = None
+    stack: StackOption = None
+    strict: StrictOption = False
     audit: AuditOption = None
     audit_key: AuditKeyOption = None
     audit_head: AuditHeadOption = None
@@ -120,6 +129,8 @@ class Handling:
             self.voi,
             {} if self.codes is None else read_concepts(self.codes),
             self.as_stored,
+            None if self.time is None else parsed(split_time, self.time, "--time"),
+            self.stack,
         )
 
     def log(self) -> AuditLog | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 import typer
 
@@ -22,6 +22,7 @@ __all__ = [
     "AuditOption",
     "CleanUpOption",
     "EngineOption",
+    "FormatOption",
     "JsonOption",
     "LegendOption",
     "LibraryArgument",
@@ -30,9 +31,11 @@ __all__ = [
     "PreviewOption",
     "PropagateOption",
     "ReachOption",
+    "StackOption",
     "StrictOption",
     "TagOption",
     "ThreadsOption",
+    "TimeOption",
     "VoiOption",
     "emit_json",
     "note",
@@ -46,6 +49,7 @@ __all__ = [
     "split_list",
     "split_numbers",
     "split_tags",
+    "split_time",
     "tell_passed",
 ]
 
@@ -53,6 +57,7 @@ T = TypeVar("T")
 
 CLEAN_UPS = ("largest", "holes")
 PLANES = ("axial", "coronal", "sagittal")
+FORMATS = ("dicom", "nifti", "nrrd", "image")
 
 LibraryArgument = Annotated[
     Path, typer.Argument(metavar="LIB", help="Folder of the library.", show_default=False)
@@ -74,6 +79,10 @@ def _precision(name: str) -> str:
 
 def _plane(name: str | None) -> str | None:
     return name if name is None else one_of(name, PLANES, "plane")
+
+
+def _format(name: str | None) -> str | None:
+    return name if name is None else one_of(name, FORMATS, "format")
 
 
 def _reach(value: float) -> float:
@@ -174,6 +183,14 @@ LegendOption = Annotated[
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Exit with status 1 if any file was passed over.")
 ]
+FormatOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--format",
+        callback=_format,
+        help="dicom, nifti, nrrd or image, where a name does not tell; of folders, only such.",
+    ),
+]
 TimeOption = Annotated[
     Optional[str],
     typer.Option(
@@ -210,10 +227,10 @@ def parsed(parse: Callable[[str], T], text: str, option: str) -> T:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-def split_time(text: str) -> int | None:
-    """Parse which volume: a number from 1, or None for ``all``; raises InputError otherwise."""
+def split_time(text: str) -> int | Literal["all"]:
+    """Parse which volume: a number from 1, or ``all``; raises InputError otherwise."""
     if text == "all":
-        return None
+        return "all"
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise InputError(f"--time must be a number from 1, or all; got '{text}'.")
     return int(text)

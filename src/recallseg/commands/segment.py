@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,16 +12,10 @@ from recallseg.commands.asking import Asking, Handling, grouped
 from recallseg.commands.common import (
     JsonOption,
     LibraryArgument,
-    StackOption,
-    StrictOption,
-    TimeOption,
     emit_json,
     note,
-    one_of,
-    parsed,
     progress_bar,
     say_notice,
-    split_time,
     tell_passed,
 )
 from recallseg.engines.errors import InputError, OutputError
@@ -34,12 +28,6 @@ if TYPE_CHECKING:
     from recallseg.runtime.volumes.outputs import VolumeSettings
 
 __all__ = ["segment"]
-
-FORMATS = ("dicom", "nifti", "nrrd", "image")
-
-
-def _format(name: str | None) -> str | None:
-    return name if name is None else one_of(name, FORMATS, "format")
 
 
 @grouped
@@ -55,18 +43,7 @@ def segment(
     output: Annotated[Path, typer.Option(help="Folder for NAME.mask.png and NAME.json.")],
     asking: Asking,
     handling: Handling,
-    kind: Annotated[
-        Optional[str],
-        typer.Option(
-            "--format",
-            help="dicom, nifti, nrrd or image, where a name does not tell.",
-            callback=_format,
-        ),
-    ] = None,
-    time: TimeOption = None,
-    stack: StackOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
-    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images, and volumes slice by slice, by recalling the library's exemplars."""
@@ -76,8 +53,7 @@ def segment(
 
     asking.check()
     settings = handling.volumes()
-    chosen = None if time is None else parsed(split_time, time, "--time")
-    found = find_inputs(paths, kind)
+    found = find_inputs(paths, handling.format)
     jobs = _jobs(found, paths, output)
     if not overwrite:
         _refuse_existing(jobs)
@@ -93,11 +69,11 @@ def segment(
                     if item.kind == "image":
                         done = iter([_segment_image(segmenter, item, base, settings, log)])
                     else:
-                        times = [chosen]
-                        if time == "all":
-                            times = list(range(1, count_item(item, stack) + 1))
+                        times = [None if settings.time == "all" else settings.time]
+                        if settings.time == "all":
+                            times = list(range(1, count_item(item, settings.stack) + 1))
                         done = _segment_volume(
-                            segmenter, item, base, settings, times, stack, overwrite, log
+                            segmenter, item, base, settings, times, overwrite, log
                         )
                     for record, line in done:
                         records.append(record)
@@ -117,7 +93,7 @@ def segment(
     for path_text, why in failed.items():
         note(f"failed: {path_text}: {why}")
     tell_passed(found.passed)
-    if failed or (strict and found.passed):
+    if failed or (handling.strict and found.passed):
         raise typer.Exit(1)
 
 
@@ -140,21 +116,23 @@ def _segment_volume(
     base: Path,
     settings: VolumeSettings,
     times: Sequence[int | None],
-    stack: str | None,
     overwrite: bool,
     log: AuditLog | None,
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Segment a volume, or each of several at one place: those get names of their own."""
     from recallseg.runtime.formats.reading import read_item
     from recallseg.runtime.formats.volume import Slicing
+    from recallseg.runtime.services.outputs import time_base
     from recallseg.runtime.volumes.outputs import segment_to_files
 
     for time in times:
         with progress_bar(f"Reading {printable(item.name)}", len(item.files)) as step:
             each = step if len(item.files) > 1 else lambda image: None  # one file has many
-            volume = read_item(item, voi=settings.voi, time=time, stack=stack, progress=each)
+            volume = read_item(
+                item, voi=settings.voi, time=time, stack=settings.stack, progress=each
+            )
         slices = Slicing.of(volume, settings.plane).count(volume)
-        target = base if len(times) == 1 else base.with_name(f"{base.name}.time{time}")
+        target = base if time is None or len(times) == 1 else time_base(base, time)
         if target != base and not overwrite:
             _refuse_existing([(item, target)])
         with progress_bar(printable(item.name), slices) as step:

@@ -40,7 +40,8 @@ def watch(
     """Segment every image, volume and DICOM series that arrives in a folder, once.
 
     Stop it with Ctrl-C or SIGTERM; after a restart it goes on where it was. Exit status 1 if
-    something could not be segmented.
+    something could not be segmented; with --strict also if something was set aside before, or
+    passed over.
     """
     from recallseg.runtime.library import Library
     from recallseg.runtime.services.watching import Watcher
@@ -50,19 +51,26 @@ def watch(
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    failed, told = False, set[str]()
+    failures, told = set[str](), set[str]()
     with Library.open(library) as opened:
         segmenter = asking.segmenter(opened, handling.propagate)
         log = handling.log()
         with Watcher(
-            segmenter, source, output, settle_s=settle, volumes=volumes, audit=log
+            segmenter,
+            source,
+            output,
+            settle_s=settle,
+            volumes=volumes,
+            kind=handling.format,
+            audit=log,
         ) as watcher:
             say_notice(segmenter.bundle.notice)
             segmenter.warm_up()
             if not as_json:
                 note(f"watching {source}")
             for arrival in watcher.run(stop, once=once):
-                failed |= arrival.record is None
+                if arrival.record is None:
+                    failures.add(arrival.name)
                 mend = arrival.record["quality"]["mend"] if arrival.record else ""
                 if mend and mend not in told:
                     told.add(mend)
@@ -77,7 +85,14 @@ def watch(
                     quality = arrival.record["quality"]
                     flag = quality.get("flag") or f"slices {quality['flags']}"
                     typer.echo(printable(f"{arrival.name}  {flag}, {total:.0f} ms"))
-            if not as_json:
-                tell_passed(watcher.passed)
-    if failed:
+            left_out = bool(watcher.passed or watcher.set_aside)
+            if as_json and left_out:
+                passed = {str(each.path): each.reason for each in watcher.passed}
+                aside = dict(watcher.set_aside)
+                typer.echo(json_text({"passed_over": passed, "set_aside": aside}, indent=None))
+            for name, why in watcher.set_aside.items():
+                if name not in failures:
+                    note(f"set aside before: {name}: {why}")
+            tell_passed(watcher.passed)
+    if failures or (handling.strict and left_out):
         raise typer.Exit(1)

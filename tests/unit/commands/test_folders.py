@@ -196,6 +196,61 @@ def test_evaluate_takes_what_import_takes(library: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["structures"]
 
 
+def dynamic(path: Path, times: int = 3) -> Path:
+    """Write a NIfTI of several volumes, whose disc lies elsewhere in each."""
+    volumes = [np.stack([disc(0.2 + 0.3 * t).image.T] * 2, axis=-1) for t in range(times)]
+    path.parent.mkdir(exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(np.stack(volumes, axis=-1), np.diag([1, 1, 3, 1])), path)
+    return path
+
+
+def test_a_watcher_is_told_which_of_several_volumes(library: Path, tmp_path: Path) -> None:
+    scan = dynamic(tmp_path / "in" / "dyn.nii.gz")
+
+    def watch(out: str, *more: object, status: int = 0) -> str:
+        told = call("watch", scan.parent, "--library", library, "--output", tmp_path / out,
+                    "--k", 1, "--once", "--settle", 0, *more, status=status)  # fmt: skip
+        return str(told.output)
+
+    assert "--time 1 to 3" in watch("out", status=1)
+    assert "failed" not in watch("out")  # set aside, and not met again
+    assert "set aside before: dyn.nii.gz" in watch("out", "--strict", status=1)
+    watch("out", "--time", 2)  # another question than the one that failed
+    assert list(records(tmp_path / "out")) == ["dyn"]
+    assert not list((tmp_path / "out").glob("*.error.json"))
+    watch("all", "--time", "all")
+    names = [f"dyn.time{time}" for time in (1, 2, 3)]
+    assert sorted(records(tmp_path / "all")) == names
+    call("segment", library, scan, "--output", tmp_path / "by hand", "--k", 1, "--time", "all")
+
+    def mask(folder: str, name: str) -> np.ndarray:
+        return np.asarray(nibabel.load(tmp_path / folder / f"{name}.mask.nii.gz").dataobj)
+
+    for name in names:
+        np.testing.assert_array_equal(mask("all", name), mask("by hand", name))
+    np.testing.assert_array_equal(mask("out", "dyn"), mask("by hand", "dyn.time2"))
+    assert not np.array_equal(mask("all", "dyn.time1"), mask("all", "dyn.time3"))
+    assert "dyn.nii.gz  " not in watch("all", "--time", "all")  # all of them are there
+    (tmp_path / "all" / "dyn.time2.json").unlink()
+    assert watch("all", "--time", "all").count("dyn.nii.gz  ") == 3
+
+
+def test_a_watcher_is_told_which_stack_and_format(library: Path, tmp_path: Path) -> None:
+    write_series(tmp_path / "in", planes())
+    cv2.imwrite(str(tmp_path / "in" / "a.png"), disc(0.4).image)
+    arguments = ("watch", tmp_path / "in", "--library", library, "--k", 1, "--once", "--settle", 0)
+    told = call(*arguments, "--output", tmp_path / "out", "--format", "image", "--strict", "--json",
+                status=1)  # fmt: skip
+    assert list(records(tmp_path / "out")) == ["a"]
+    *_, last = told.stdout.splitlines()
+    assert "dicom, not image" in json.loads(last)["passed_over"].values()
+    call(*arguments, "--output", tmp_path / "none", "--format", "dicom", "--stack", 5, status=1)
+    call(*arguments, "--output", tmp_path / "one", "--format", "dicom", "--stack", 1)
+    assert [record["shape"] for record in records(tmp_path / "one").values()] == [[3, 64, 64]]
+    call(*arguments, "--output", tmp_path / "x", "--format", "jpeg", status=2)
+    call(*arguments, "--output", tmp_path / "x", "--time", "0", status=2)
+
+
 NAMES = [b"r\xf6ntgen", b"\xff", "日本".encode(), b"line\nbreak", b"a'b\"c;d", b"x" * 240]
 
 

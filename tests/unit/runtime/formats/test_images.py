@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -145,6 +146,21 @@ def test_large_arrays_are_refused_before_they_are_read(
         read_image(tmp_path / "a.npy")
     np.save(tmp_path / "b.npy", np.zeros((10, 10, 3), np.uint8))
     assert read_image(tmp_path / "b.npy").shape == (10, 10, 3)
+
+
+def test_a_header_that_states_more_than_there_is_takes_no_memory(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((4, 4), np.uint8))
+    data = bytearray((tmp_path / "a.npy").read_bytes())
+    data[6] = 3  # whose header's length has four bytes
+    data[8:12] = b"\xff\xff\xff\xff"
+    (tmp_path / "a.npy").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="header of 4294967295 bytes"):
+            read_image(tmp_path / "a.npy")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_pages_pickles_and_foreign_formats_are_refused(tmp_path: Path) -> None:

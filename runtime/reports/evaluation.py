@@ -1,5 +1,7 @@
 """Segment images whose masks are known and compare: one row per image, structure and k.
 
+A volume is compared slice by slice; its Dice as a whole is in the summary.
+
 A query that is itself an exemplar would be compared with its own mask: it is found, said, and kept
 out of every summary.
 """
@@ -10,21 +12,43 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.annotated_volumes import (
+    SliceChoice,
+    annotated_slices,
+    read_annotated_volume,
+)
+from recallseg.runtime.formats.annotations import Annotations
+from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.pairs import Annotated, Legend, Missing, Pair, read_pair
+from recallseg.runtime.formats.volume import Slicing
+from recallseg.runtime.library.importing import VolumeReader
 from recallseg.runtime.reports.metrics import compare_masks
+from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import Result
+from recallseg.runtime.volumes.slices import acquisition_of
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
-__all__ = ["Case", "Evaluation", "Illustration", "PairSequence", "Timing", "evaluate"]
+__all__ = [
+    "Case",
+    "Evaluation",
+    "Illustration",
+    "Images",
+    "Source",
+    "Timing",
+    "evaluate",
+    "sources_of",
+]
 
 SAME_IMAGE = 1e-4
 """Cosine distance up to which a query is compared with its nearest exemplar pixel by pixel. An
@@ -39,7 +63,8 @@ class Case:
 
     ``hd95`` is in mm (pixels if the spacing is unknown), volumes in its square; ``iou_estimate``,
     ``object_score`` and ``nearest_distance`` are the model's own (see ``Score``); ``recalled`` are
-    keys, nearest first; ``leaked``: the image is an exemplar of the library.
+    keys, nearest first; ``leaked``: the image is an exemplar of the library; ``volume``: what a
+    slice is of, empty for other images.
     """
 
     case: str
@@ -57,6 +82,7 @@ class Case:
     object_score: float
     recalled: tuple[str, ...]
     leaked: bool
+    volume: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,8 +118,10 @@ class Evaluation:
     leaked : names of images that are exemplars of the library.
     illustrations : for the largest k, lowest Dice first.
     workspace_bytes : what the segmenter set aside, by k.
-    spacing : mm along rows and columns, or None for pixels.
+    in_mm : whether distances are in mm; else in pixels.
     provenance : what made the last result, by k.
+    unmentioned : names of images and volumes that say nothing of the structures.
+    notes : what had to be decided while volumes were read, by name.
     """
 
     structures: tuple[str, ...]
@@ -104,63 +132,118 @@ class Evaluation:
     leaked: tuple[str, ...]
     illustrations: tuple[Illustration, ...] = field(repr=False)
     workspace_bytes: Mapping[int, int]
-    spacing: tuple[float, float] | None
+    in_mm: bool
     provenance: Mapping[int, Provenance]
+    unmentioned: tuple[str, ...] = ()
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-class PairSequence(Sequence[Annotated]):
-    """Pairs of a folder, each read when it is asked for: a folder may be larger than memory."""
+@dataclass(frozen=True)
+class Images:
+    """What a source holds.
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        labels: Mapping[int, str] | None,
-        missing: Missing = "absent",
-        *,
-        legend: Legend | None = None,
-        as_stored: bool = False,
-    ) -> None:
-        self._pairs, self._labels, self._missing = pairs, labels, missing
-        self._legend, self._as_stored = legend, as_stored
+    Attributes
+    ----------
+    annotated : an image, or every slice of a volume.
+    acquisition : scale and side of all of them.
+    notes : what had to be decided while they were read.
+    """
 
-    def __len__(self) -> int:
-        return len(self._pairs)
+    annotated: tuple[Annotated, ...]
+    acquisition: Acquisition = field(default_factory=Acquisition)
+    notes: tuple[str, ...] = ()
 
-    def name(self, index: int) -> str:
-        """Return a pair's name without reading it."""
-        return self._pairs[index].name
 
-    def __getitem__(self, index: int) -> Annotated:  # type: ignore[override]  # no slices
-        return read_pair(
-            self._pairs[index],
-            self._labels,
-            self._missing,
-            legend=self._legend,
-            as_stored=self._as_stored,
-        )
+@dataclass(frozen=True)
+class Source:
+    """An image or a volume, read when it is asked for: a folder may be larger than memory.
+
+    ``read`` raises InputError if it cannot be read.
+    """
+
+    name: str
+    read: Callable[[], Images]
+    is_volume: bool = False
+
+    @classmethod
+    def of(cls, annotated: Annotated) -> Source:
+        """Return an image that was read already."""
+        return cls(annotated.name, lambda: Images((annotated,)))
+
+
+def sources_of(
+    found: Annotations,
+    labels: Mapping[int, str] | None,
+    missing: Missing = "absent",
+    *,
+    legend: Legend | None = None,
+    as_stored: bool = False,
+    plane: str | None = None,
+    read: VolumeReader = read_annotated_volume,
+) -> list[Source]:
+    """Return everything annotated in a folder; of volumes all slices, also those without a mask.
+
+    Parameters
+    ----------
+    found : by :func:`recallseg.runtime.formats.annotations.find_annotations`.
+    labels, missing, legend, as_stored : see :func:`read_pair`.
+    plane, read : see :func:`recallseg.runtime.library.importing.import_volume`.
+    """
+
+    def picture(pair: Pair) -> Images:
+        return Images((read_pair(pair, labels, missing, legend=legend, as_stored=as_stored),))
+
+    def slices(item: Item, segmentation: Path) -> Images:
+        volume, masks = read(item, segmentation, labels)
+        name = item.relative.as_posix()
+        every = SliceChoice(empty=True)
+        cut = annotated_slices(volume, masks, name, every, plane=plane, missing=missing)
+        acquisition = acquisition_of(volume, Slicing.of(volume, plane))
+        return Images(tuple(cut), acquisition, volume.notes)
+
+    def refuse(why: str) -> Images:
+        raise InputError(why)
+
+    return [
+        *(Source(pair.name, partial(picture, pair)) for pair in found.pairs),
+        *(
+            Source(
+                each.item.relative.as_posix(),
+                partial(slices, each.item, each.segmentation),
+                is_volume=True,
+            )
+            for each in found.volumes
+        ),
+        *(
+            Source(name, partial(refuse, why), is_volume=True)
+            for name, why in found.unclear.items()
+        ),
+    ]
 
 
 def evaluate(
     library: Library,
-    images: Sequence[Annotated],
+    images: Sequence[Annotated | Source],
     structures: Sequence[str],
     ks: Sequence[int],
     make_segmenter: Callable[[int], Segmenter],
     *,
     spacing: tuple[float, float] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> Evaluation:
     """Segment every image with every k and compare with its masks.
 
     Parameters
     ----------
     library : where exemplars come from.
-    images : annotated images; one that raises InputError when it is read is recorded as failed.
+    images : annotated images, or what reads them (:func:`sources_of`); one that raises InputError
+        when it is read is recorded as failed.
     structures : which to compare; the library must know each.
     ks : how many exemplars to recall.
     make_segmenter : gives a segmenter of the library for one k and these structures.
-    spacing : pixel size in mm along rows and columns.
-    progress : called after each image and k with the image's name.
+    spacing : pixel size in mm along rows and columns, of images that do not bring their own.
+        Without it distances are in mm if there are only volumes, and in pixels otherwise.
+    progress : called after each image and k with its name, and what part it is of its source.
 
     Raises
     ------
@@ -175,6 +258,10 @@ def evaluate(
     timings: list[Timing] = []
     failures: dict[str, str] = {}
     leaked: dict[str, None] = {}
+    unmentioned: dict[str, None] = {}
+    notes: dict[str, tuple[str, ...]] = {}
+    sources = [Source.of(each) if isinstance(each, Annotated) else each for each in images]
+    in_mm = spacing is not None or all(source.is_volume for source in sources)
     workspace: dict[int, int] = {}
     provenance: dict[int, Provenance] = {}
     shown = _Shortlist(ILLUSTRATED)
@@ -182,30 +269,50 @@ def evaluate(
         segmenter = make_segmenter(k)
         workspace[k] = segmenter.required_bytes
         warm = False
-        for index in range(len(images)):
-            name = _name(images, index)
+        for source in sources:
             try:
-                annotated = images[index]
-                if not warm:  # the first query pays for lazy initialisation, not for segmentation
-                    segmenter.segment(annotated.image)
-                    warm = True
-                result = segmenter.segment(annotated.image)
+                found = source.read()
+                size = found.acquisition.spacing or spacing if in_mm else None
+                if in_mm and size is None:
+                    raise InputError(
+                        f"{source.name} does not say how large its pixels are, and distances are "
+                        "to be in mm: give --spacing."
+                    )
             except InputError as error:
-                failures[name] = str(error)
-            else:
-                same = _is_exemplar(library, annotated, result)
-                provenance[k] = result.provenance
-                rows = _compare(annotated, result, structures, k, same, spacing)
-                cases.extend(rows)
-                timings.append(Timing(annotated.name, k, result.timings))
-                if same:
-                    leaked[annotated.name] = None
-                elif rows and k == max(ks):
-                    dice = float(np.mean([row.dice for row in rows]))
-                    by_structure = {row.structure: row for row in rows}
-                    shown.offer(Illustration(annotated, result, by_structure, dice))
-            if progress is not None:
-                progress(name)
+                failures[source.name] = str(error)
+                if progress is not None:
+                    progress(source.name, 1.0)
+                continue
+            if found.notes:
+                notes[source.name] = found.notes
+            told = [each for each in found.annotated if _tells(each, structures)]
+            if not told:
+                unmentioned[source.name] = None
+                if progress is not None:
+                    progress(source.name, 1.0)
+            for annotated in told:
+                try:
+                    if not warm:  # the first query pays for lazy initialisation
+                        segmenter.segment(annotated.image)
+                        warm = True
+                    result = segmenter.segment(annotated.image, acquisition=found.acquisition)
+                except InputError as error:
+                    failures[annotated.name] = str(error)
+                else:
+                    same = _is_exemplar(library, annotated, result)
+                    provenance[k] = result.provenance
+                    volume = source.name if source.is_volume else ""
+                    rows = _compare(annotated, result, structures, k, same, size, volume)
+                    cases.extend(rows)
+                    timings.append(Timing(annotated.name, k, result.timings))
+                    if same:
+                        leaked[annotated.name] = None
+                    elif k == max(ks):
+                        dice = float(np.mean([row.dice for row in rows]))
+                        by_structure = {row.structure: row for row in rows}
+                        shown.offer(Illustration(annotated, result, by_structure, dice))
+                if progress is not None:
+                    progress(annotated.name, 1.0 / len(told))
     if not cases:
         why = next(iter(failures.values()), "no image says anything of these structures")
         raise InputError(f"no image could be evaluated. The first reason: {why}")
@@ -213,8 +320,8 @@ def evaluate(
         raise InputError(
             f"there is nothing to evaluate: every image that says something of "
             f"{', '.join(structures)} is an exemplar of this library ({len(leaked)} of "
-            f"{len(images)}: {', '.join([*leaked][:5])}), and would be compared with its own mask. "
-            "Give annotated images that were held out."
+            f"{len({case.case for case in cases})}: {', '.join([*leaked][:5])}), and would be "
+            "compared with its own mask. Give annotated images that were held out."
         )
     return Evaluation(
         tuple(structures),
@@ -225,8 +332,10 @@ def evaluate(
         tuple(leaked),
         shown.sorted(),
         workspace,
-        spacing,
+        in_mm,
         provenance,
+        tuple(unmentioned),
+        notes,
     )
 
 
@@ -241,8 +350,8 @@ def check_structures(library: Library, structures: Sequence[str]) -> None:
         )
 
 
-def _name(images: Sequence[Annotated], index: int) -> str:
-    return images.name(index) if isinstance(images, PairSequence) else images[index].name
+def _tells(annotated: Annotated, structures: Sequence[str]) -> bool:
+    return any(name in annotated.masks or name in annotated.absent for name in structures)
 
 
 def _is_exemplar(library: Library, annotated: Annotated, result: Result) -> bool:
@@ -270,6 +379,7 @@ def _compare(
     k: int,
     leaked: bool,
     spacing: tuple[float, float] | None,
+    volume: str,
 ) -> list[Case]:
     rows = []
     for structure in structures:
@@ -297,6 +407,7 @@ def _compare(
                 object_score=score.object_score,
                 recalled=tuple(recalled.key for recalled in result.recalled[structure]),
                 leaked=leaked,
+                volume=volume,
             )
         )
     return rows

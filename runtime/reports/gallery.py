@@ -100,7 +100,7 @@ class Gallery:
         )
 
     def _numbers(self, illustration: Illustration) -> str:
-        unit = "mm" if self._evaluation.spacing else "px"
+        unit = "mm" if self._evaluation.in_mm else "px"
         parts = []
         for name, case in illustration.cases.items():
             parts.append(

@@ -17,7 +17,12 @@ from recallseg.runtime.reports.gallery import Gallery, Source
 from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.reports.pictures import colour, legend
 from recallseg.runtime.reports.plot import dice_plot
-from recallseg.runtime.reports.summary import StructureSummary, latency, summarise
+from recallseg.runtime.reports.summary import (
+    StructureSummary,
+    latency,
+    summarise,
+    summarise_volumes,
+)
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
@@ -109,6 +114,7 @@ def render_report(evaluation: Evaluation, settings: Settings, source: Source) ->
             _head(settings, evaluation),
             _figures(evaluation, summaries),
             _summary(evaluation, summaries),
+            _volumes(evaluation),
             _charts(evaluation),
             _remarks(evaluation),
             Gallery(evaluation, settings.intensity, source).render(),
@@ -161,7 +167,7 @@ def _figures(evaluation: Evaluation, summaries: tuple[StructureSummary, ...]) ->
 
 
 def _summary(evaluation: Evaluation, summaries: tuple[StructureSummary, ...]) -> str:
-    unit = "mm" if evaluation.spacing else "px"
+    unit = "mm" if evaluation.in_mm else "px"
     rows = []
     for s in summaries:
         fill = colour(evaluation.structures.index(s.structure))
@@ -193,6 +199,24 @@ def _summary(evaluation: Evaluation, summaries: tuple[StructureSummary, ...]) ->
         '<p class="caption">Median [quartiles] over the images that show the structure. Missed: it '
         "is there, the mask is empty. False positives: it is absent, the mask is not empty. "
         "Flagged: the quality flag says that a person should look.</p></section>"
+    )
+
+
+def _volumes(evaluation: Evaluation) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(v.volume)}</th><td>{escape(v.structure)}</td><td>{v.k}</td>'
+        f"<td>{v.slices}</td><td><b>{number(v.dice, 3)}</b></td></tr>"
+        for v in summarise_volumes(evaluation)
+    )
+    if not rows:
+        return ""
+    titles = ("Volume", "Structure", "k", "Slices", "Dice")
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    return (
+        '<section><h2>Volumes as a whole</h2><div class="scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        '<p class="caption">Dice over the voxels of all slices compared, exemplars left out.</p>'
+        "</section>"
     )
 
 
@@ -235,6 +259,12 @@ def _remarks(evaluation: Evaluation) -> str:
         parts.append(
             f"<p><b>{plural(len(evaluation.leaked), 'image')} left out of every number:</b> the "
             f"same pixels are in the library, so its own mask was recalled ({names}).</p>"
+        )
+    if evaluation.unmentioned:
+        names = ", ".join(map(escape, evaluation.unmentioned[:20]))
+        parts.append(
+            f"<p><b>{plural(len(evaluation.unmentioned), 'source')} left out:</b> nothing is said "
+            f"there of these structures ({names}).</p>"
         )
     for name, why in evaluation.failures.items():
         parts.append(f"<p><b>{escape(name)} could not be evaluated:</b> {escape(why)}</p>")

@@ -20,7 +20,15 @@ from recallseg.runtime.reports.format import csv_text
 if TYPE_CHECKING:
     from recallseg.runtime.reports.page import Settings
 
-__all__ = ["StructureSummary", "latency", "summarise", "to_csv", "write_evaluation"]
+__all__ = [
+    "StructureSummary",
+    "VolumeSummary",
+    "latency",
+    "summarise",
+    "summarise_volumes",
+    "to_csv",
+    "write_evaluation",
+]
 
 SCHEMA = "recallseg-evaluation/1"
 WORST = 5
@@ -87,6 +95,38 @@ def summarise(evaluation: Evaluation) -> tuple[StructureSummary, ...]:
     return tuple(summaries)
 
 
+@dataclass(frozen=True)
+class VolumeSummary:
+    """One volume, structure and k, leaked slices left out.
+
+    ``dice`` is that of all voxels of the ``slices`` compared; 1 if neither mask has any, NaN if no
+    slice is left.
+    """
+
+    volume: str
+    structure: str
+    k: int
+    slices: int
+    dice: float
+
+
+def summarise_volumes(evaluation: Evaluation) -> tuple[VolumeSummary, ...]:
+    """Summarise by volume, structure and k."""
+    found: dict[tuple[str, str, int], list[Case]] = {}
+    for row in evaluation.cases:
+        if row.volume:
+            found.setdefault((row.volume, row.structure, row.k), [])
+            if not row.leaked:
+                found[row.volume, row.structure, row.k].append(row)
+    summaries = []
+    for (volume, structure, k), rows in found.items():
+        sizes = [row.reference_volume + row.predicted_volume for row in rows]
+        shared = sum(row.dice * size for row, size in zip(rows, sizes, strict=True))
+        dice = shared / sum(sizes) if sum(sizes) else 1.0 if rows else math.nan
+        summaries.append(VolumeSummary(volume, structure, k, len(rows), dice))
+    return tuple(summaries)
+
+
 def latency(evaluation: Evaluation) -> dict[int, dict[str, dict[str, float]]]:
     """Return p50, p90 and p99 in ms by k and stage, ``total`` last."""
     result: dict[int, dict[str, dict[str, float]]] = {}
@@ -120,15 +160,18 @@ def to_json(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
         "schema": SCHEMA,
         "notice": settings.notice,
         "settings": settings.to_json(),
-        "unit": "mm" if evaluation.spacing else "pixels",
+        "unit": "mm" if evaluation.in_mm else "pixels",
         "structures": [
             {**vars(s), "worst": [{"case": case, "dice": dice} for case, dice in s.worst]}
             for s in summarise(evaluation)
         ],
+        "volumes": [vars(volume) for volume in summarise_volumes(evaluation)],
         "latency_ms": {str(k): stages for k, stages in latency(evaluation).items()},
         "workspace_bytes": {str(k): size for k, size in evaluation.workspace_bytes.items()},
         "provenance": {str(k): made.to_json() for k, made in evaluation.provenance.items()},
         "leaked": list(evaluation.leaked),
+        "unmentioned": list(evaluation.unmentioned),
+        "notes": {name: list(notes) for name, notes in evaluation.notes.items()},
         "failures": dict(evaluation.failures),
     }
     cleaned: dict[str, Any] = _without_nan(document)

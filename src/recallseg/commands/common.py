@@ -26,11 +26,14 @@ __all__ = [
     "JsonOption",
     "LegendOption",
     "LibraryArgument",
+    "OneTimeOption",
     "PlaneOption",
     "PrecisionOption",
     "PreviewOption",
     "PropagateOption",
     "ReachOption",
+    "ResampleOption",
+    "SegmentsOption",
     "StackOption",
     "StrictOption",
     "TagOption",
@@ -51,6 +54,7 @@ __all__ = [
     "split_tags",
     "split_time",
     "tell_passed",
+    "tell_unlabelled",
 ]
 
 T = TypeVar("T")
@@ -83,6 +87,10 @@ def _plane(name: str | None) -> str | None:
 
 def _format(name: str | None) -> str | None:
     return name if name is None else one_of(name, FORMATS, "format")
+
+
+def _segments(name: str) -> str:
+    return one_of(name, ("union", "by-number"), "way to take segments")
 
 
 def _reach(value: float) -> float:
@@ -203,6 +211,22 @@ StackOption = Annotated[
     Optional[str],
     typer.Option("--stack", help="Which of several stacks of a DICOM series: number or StackID."),
 ]
+OneTimeOption = Annotated[
+    Optional[int],
+    typer.Option("--time", min=1, help="Which of several volumes at one place, from 1."),
+]
+ResampleOption = Annotated[
+    bool,
+    typer.Option("--resample", help="Take masks of another grid too, by the nearest voxel."),
+]
+SegmentsOption = Annotated[
+    str,
+    typer.Option(
+        "--segments",
+        callback=_segments,
+        help="Segments of one name: 'union', or 'by-number' to keep them apart.",
+    ),
+]
 TagOption = Annotated[
     Optional[list[str]], typer.Option("--tag", help="name=value; may be given again.")
 ]
@@ -291,6 +315,15 @@ def note(message: str) -> None:
     from recallseg.runtime.json_text import printable
 
     typer.echo(printable(message), err=True)
+
+
+def tell_unlabelled(unlabelled: Sequence[Path]) -> None:
+    """Say which images and volumes have no mask."""
+    if unlabelled:
+        these = ", ".join(map(str, unlabelled))
+        note(
+            f"{len(unlabelled)} images have no label map or segmentation and were left out: {these}"
+        )
 
 
 def tell_passed(passed: Sequence[PassedOver]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -14,9 +15,16 @@ from recallseg.commands.common import (
     JsonOption,
     LegendOption,
     LibraryArgument,
+    OneTimeOption,
+    PlaneOption,
     PrecisionOption,
     ReachOption,
+    ResampleOption,
+    SegmentsOption,
+    StackOption,
+    StrictOption,
     ThreadsOption,
+    VoiOption,
     emit_json,
     note,
     parsed,
@@ -25,10 +33,12 @@ from recallseg.commands.common import (
     split_list,
     split_numbers,
     tell_passed,
+    tell_unlabelled,
 )
 from recallseg.commands.library import MissingOption, parse_missing
 from recallseg.engines import defaults
 from recallseg.engines.errors import InputError
+from recallseg.runtime.json_text import printable
 from recallseg.runtime.segmenting.reach import REACH
 
 if TYPE_CHECKING:
@@ -46,7 +56,7 @@ __all__ = ["evaluate", "finish", "print_tables"]
 
 def evaluate(
     library: LibraryArgument,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="NAME.png with NAME.mask.png.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="As for 'library import'.")],
     output: Annotated[Path, typer.Option(help="Folder for cases.csv, summary.json, report.html.")],
     labels: Annotated[
         Optional[str], typer.Option(help="Structures by label value, e.g. 1=liver,2=spleen.")
@@ -54,8 +64,17 @@ def evaluate(
     legend: LegendOption = None,
     mask: Annotated[
         Optional[Path],
-        typer.Option(help="Folder of masks, or a COCO file.", show_default="beside"),
+        typer.Option(
+            help="Folder of masks, or a COCO file; of one volume, its segmentation.",
+            show_default="beside",
+        ),
     ] = None,
+    plane: PlaneOption = None,
+    voi: VoiOption = False,
+    time: OneTimeOption = None,
+    stack: StackOption = None,
+    resample: ResampleOption = False,
+    segments: SegmentsOption = "union",
     as_stored: AsStoredOption = False,
     k: Annotated[str, typer.Option("--k", help="Most exemplars to recall, e.g. 1,4,16.")] = str(
         defaults.K
@@ -67,23 +86,27 @@ def evaluate(
     missing: MissingOption = "absent",
     spacing: Annotated[
         Optional[str],
-        typer.Option(help="Pixel size in mm, rows,columns: distances then are in mm."),
+        typer.Option(
+            help="Pixel size in mm, rows,columns, of what does not say it; distances then are mm."
+        ),
     ] = None,
     engine: EngineOption = defaults.ENGINE,
     precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment images whose masks are known, and compare."""
+    """Segment images, and volumes slice by slice, whose masks are known, and compare."""
+    from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
+    from recallseg.runtime.formats.annotations import find_annotations
     from recallseg.runtime.formats.pairs import (
         BACKGROUND,
-        find_pairs,
         needs_labels,
         parse_labels,
         parse_legend,
     )
     from recallseg.runtime.library import Library
-    from recallseg.runtime.reports.evaluation import PairSequence, check_structures
+    from recallseg.runtime.reports.evaluation import check_structures, sources_of
     from recallseg.runtime.reports.evaluation import evaluate as run
     from recallseg.runtime.reports.page import Settings
     from recallseg.runtime.segmenting.segmenter import Segmenter
@@ -100,7 +123,15 @@ def evaluate(
         raise typer.BadParameter(
             f"--labels or --legend has no '{unlabelled[0]}'.", param_hint="--structures"
         )
-    found = find_pairs(folder, mask)
+    read = partial(
+        read_annotated_volume,
+        voi=voi,
+        time=time,
+        stack=stack,
+        resampled=resample,
+        by_number=segments == "by-number",
+    )
+    found = find_annotations(folder, mask)
     if by_label is None and by_colour is None and needs_labels(found.pairs):
         raise InputError("say what the values of the label maps mean: --labels 1=liver,2=spleen.")
     with Library.open(library) as opened:
@@ -120,11 +151,17 @@ def evaluate(
                 threads=threads,
             )
 
-        with progress_bar("Evaluating", len(found.pairs) * len(ks)) as step:
+        with progress_bar("Evaluating", len(found) * len(ks)) as step:
             evaluation = run(
                 opened,
-                PairSequence(
-                    found.pairs, by_label, unlooked, legend=by_colour, as_stored=as_stored
+                sources_of(
+                    found,
+                    by_label,
+                    unlooked,
+                    legend=by_colour,
+                    as_stored=as_stored,
+                    plane=plane,
+                    read=read,
                 ),
                 wanted,
                 ks,
@@ -135,19 +172,29 @@ def evaluate(
         settings = Settings.of(
             opened, f"Evaluation of {folder.resolve().name}", engine, precision, threads
         )
-        finish(evaluation, settings, opened, output, as_json=as_json)
-    if found.unlabelled:
-        these = ", ".join(map(str, found.unlabelled))
-        note(f"{len(found.unlabelled)} images have no label map and were left out: {these}")
+        left_out = {
+            "unlabelled": [str(path) for path in found.unlabelled],
+            "passed_over": {str(each.path): each.reason for each in found.passed},
+        }
+        finish(evaluation, settings, opened, output, as_json=as_json, left_out=left_out)
+    tell_unlabelled(found.unlabelled)
     tell_passed(found.passed)
-    if evaluation.failures:
+    if evaluation.failures or (
+        strict and (found.unlabelled or found.passed or evaluation.unmentioned)
+    ):
         raise typer.Exit(1)
 
 
 def finish(
-    evaluation: Evaluation, settings: Settings, library: Library, output: Path, *, as_json: bool
+    evaluation: Evaluation,
+    settings: Settings,
+    library: Library,
+    output: Path,
+    *,
+    as_json: bool,
+    left_out: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the files, and print what they say in short."""
+    """Write the files, and print what they say in short; ``left_out`` is printed with the JSON."""
     from recallseg.runtime.reports.page import render_report
     from recallseg.runtime.reports.summary import to_json, write_evaluation
 
@@ -159,7 +206,7 @@ def finish(
 
     write_evaluation(evaluation, settings, render_report(evaluation, settings, source), output)
     if as_json:
-        emit_json(to_json(evaluation, settings))
+        emit_json({**to_json(evaluation, settings), **(left_out or {})})
     else:
         print_tables(evaluation)
         typer.echo(f"page: {output / 'report.html'}")
@@ -168,6 +215,14 @@ def finish(
             f"{len(evaluation.leaked)} images are exemplars of this library and left out of "
             f"every number: {', '.join(evaluation.leaked[:5])}"
         )
+    if evaluation.unmentioned:
+        note(
+            f"{len(evaluation.unmentioned)} say nothing of {', '.join(evaluation.structures)} and "
+            f"were left out: {', '.join(evaluation.unmentioned)}"
+        )
+    for name, texts in evaluation.notes.items():
+        for text in texts:
+            note(f"{name}: {text}")
     for name, why in evaluation.failures.items():
         note(f"failed: {name}: {why}")
 
@@ -178,10 +233,10 @@ def print_tables(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from recallseg.runtime.reports.summary import latency, summarise
+    from recallseg.runtime.reports.summary import latency, summarise, summarise_volumes
 
     console = Console()
-    unit = "mm" if evaluation.spacing else "px"
+    unit = "mm" if evaluation.in_mm else "px"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("structure", overflow="fold")
     for title in ("k", "n", "Dice", "quartiles", "worst", f"HD95 {unit}", "missed", "false+"):
@@ -200,6 +255,17 @@ def print_tables(evaluation: Evaluation) -> None:
         )
     console.print("Agreement with the reference, medians over the images that show the structure")
     console.print(table)
+    if volumes := summarise_volumes(evaluation):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("volume", overflow="fold")
+        table.add_column("structure", overflow="fold")
+        for title in ("k", "slices", "Dice"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for v in volumes:
+            numbers = (str(v.k), str(v.slices), _number(v.dice, 3))
+            table.add_row(printable(v.volume), v.structure, *numbers)
+        console.print("Volumes as a whole, Dice of all voxels")
+        console.print(table)
     by_k = latency(evaluation)
     stages = dict.fromkeys(stage for values in by_k.values() for stage in values)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -14,8 +14,11 @@ from recallseg.commands.common import (
     JsonOption,
     LegendOption,
     LibraryArgument,
+    OneTimeOption,
     PlaneOption,
     PrecisionOption,
+    ResampleOption,
+    SegmentsOption,
     StackOption,
     TagOption,
     ThreadsOption,
@@ -27,6 +30,7 @@ from recallseg.commands.common import (
     progress_bar,
     say_notice,
     tell_passed,
+    tell_unlabelled,
 )
 from recallseg.commands.library import MissingOption, parse_missing
 from recallseg.engines import defaults
@@ -71,19 +75,10 @@ def import_(
     ] = False,
     plane: PlaneOption = None,
     voi: VoiOption = False,
-    time: Annotated[
-        Optional[int],
-        typer.Option("--time", min=1, help="Which of several volumes at one place, from 1."),
-    ] = None,
+    time: OneTimeOption = None,
     stack: StackOption = None,
-    resample: Annotated[
-        bool,
-        typer.Option("--resample", help="Take masks of another grid too, by the nearest voxel."),
-    ] = False,
-    segments: Annotated[
-        str,
-        typer.Option(help="Segments of one name: 'union', or 'by-number' to keep them apart."),
-    ] = "union",
+    resample: ResampleOption = False,
+    segments: SegmentsOption = "union",
     as_stored: AsStoredOption = False,
     missing: MissingOption = "absent",
     tag: TagOption = None,
@@ -108,8 +103,6 @@ def import_(
     from recallseg.runtime.library import Library
     from recallseg.runtime.library.importing import import_exemplars
 
-    if segments not in ("union", "by-number"):
-        raise typer.BadParameter("expected union or by-number.", param_hint="--segments")
     read = partial(
         read_annotated_volume,
         voi=voi,
@@ -153,12 +146,7 @@ def import_(
             f"{len(report.added)} added, {len(report.skipped)} already there, {len(report.failed)} "
             f"failed; the library has {count} exemplars"
         )
-    if found.unlabelled:
-        these = ", ".join(map(str, found.unlabelled))
-        note(
-            f"{len(found.unlabelled)} images have no label map or segmentation and were left out: "
-            f"{these}"
-        )
+    tell_unlabelled(found.unlabelled)
     tell_passed(found.passed)
     for name, texts in report.notes.items():
         for text in texts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from typer.testing import CliRunner
 
 from recallseg import cli
 from recallseg.engines.bundle import Bundle
+from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
+from recallseg.runtime.formats.reading import read_volume
 from recallseg.runtime.library import Library
 
 SR = "1.2.840.10008.5.1.4.1.1.88.33"
@@ -191,7 +194,7 @@ def test_evaluate_takes_what_import_takes(library: Path, tmp_path: Path) -> None
         cv2.imwrite(str(tmp_path / "in" / f"a.mask.{name}.png"), mask.astype(np.uint8) * 255)
     cv2.imwrite(str(tmp_path / "in" / "alone.png"), disc(0.4).image)
     told = call("evaluate", library, tmp_path / "in", "--output", tmp_path / "out", "--k", 1)
-    assert "1 images have no label map and were left out" in told.output
+    assert "1 images have no label map or segmentation and were left out" in told.output
     assert "alone.png" in told.output
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["structures"]
 
@@ -249,6 +252,85 @@ def test_a_watcher_is_told_which_stack_and_format(library: Path, tmp_path: Path)
     assert [record["shape"] for record in records(tmp_path / "one").values()] == [[3, 64, 64]]
     call(*arguments, "--output", tmp_path / "x", "--format", "jpeg", status=2)
     call(*arguments, "--output", tmp_path / "x", "--time", "0", status=2)
+
+
+def annotated_series(folder: Path, positions: tuple[float, ...]) -> None:
+    """Write a series, and the label map of its disc beside it, with axes of its own."""
+    shown = [disc(position) for position in positions]
+    write_series(folder, np.stack([each.image.astype(np.uint16) for each in shown]))
+    label = np.stack([each.masks["disc"].T for each in shown], axis=-1)
+    affine = read_volume(folder).affine[:, [2, 1, 0, 3]]
+    affine[:2] *= -1  # NIfTI is RAS
+    nibabel.save(nibabel.Nifti1Image(label.astype(np.uint8), affine), f"{folder}.mask.nii.gz")
+
+
+def test_volumes_are_evaluated_slice_by_slice_and_whole(library: Path, tmp_path: Path) -> None:
+    annotated_series(tmp_path / "in" / "p1", (0.1, 0.3, 0.6))
+    annotated_series(tmp_path / "in" / "p2", (0.2, 0.5))  # 0.5 is an exemplar
+    write_series(tmp_path / "in" / "alone", planes())
+    write_object(tmp_path / "in" / "SR.dcm", SR)
+    cv2.imwrite(str(tmp_path / "in" / "bare.png"), disc(0.4).image)
+    arguments = ("evaluate", library, tmp_path / "in", "--labels", "1=disc", "--output",
+                 tmp_path / "out", "--k", 1, "--json")  # fmt: skip
+    found = json.loads(call(*arguments).stdout)
+    with open(tmp_path / "out" / "cases.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["volume"]) for row in rows] == [
+        *((f"p1-axial-000{i}", "p1") for i in range(3)),
+        *((f"p2-axial-000{i}", "p2") for i in range(2)),
+    ]
+    assert found["unit"] == "mm"
+    assert found["leaked"] == ["p2-axial-0001"]
+    assert {v["volume"]: v["slices"] for v in found["volumes"]} == {"p1": 3, "p2": 1}
+    call("segment", library, tmp_path / "in" / "p1", "--output", tmp_path / "seg", "--k", 1,
+         "--structures", "disc")  # fmt: skip
+    volume, masks = read_annotated_volume(
+        tmp_path / "in" / "p1", tmp_path / "seg" / "p1.seg.dcm", None
+    )
+    predicted = masks["disc"]
+    _, truth = read_annotated_volume(
+        tmp_path / "in" / "p1", tmp_path / "in" / "p1.mask.nii.gz", {1: "disc"}
+    )
+    dice = 2 * (predicted & truth["disc"]).sum() / (predicted.sum() + truth["disc"].sum())
+    (whole,) = [v["dice"] for v in found["volumes"] if v["volume"] == "p1"]
+    assert whole == pytest.approx(dice)
+    assert 0 < whole < 1
+    pixel = volume.spacing[1] * volume.spacing[2]
+    sizes = [float(row["reference_volume"]) for row in rows[:3]]
+    assert sizes == pytest.approx([n * pixel for n in truth["disc"].sum(axis=(1, 2))])
+    assert sorted(found["unlabelled"]) == [str(tmp_path / "in" / n) for n in ("alone", "bare.png")]
+    assert list(found["passed_over"]) == [str(tmp_path / "in" / "SR.dcm")]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Volumes as a whole" in page
+    call(*arguments, "--strict", status=1)
+
+
+def test_evaluate_leaves_nothing_out_in_silence(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_pairs(tmp_path / "in", [0.3])
+    cv2.imwrite(str(tmp_path / "in" / "other.png"), disc(0.6).image)
+    other = disc(0.6).masks["disc"].astype(np.uint8) * 255
+    cv2.imwrite(str(tmp_path / "in" / "other.mask.spleen.png"), other)
+    arguments = ("evaluate", library, tmp_path / "in", "--labels", LABELS, "--missing", "unknown",
+                 "--output", tmp_path / "out", "--k", 1, "--structures", "disc")  # fmt: skip
+    told = call(*arguments)
+    assert "1 say nothing of disc and were left out: other" in told.output
+    found = json.loads(call(*arguments, "--json", "--strict", status=1).stdout)
+    assert found["unmentioned"] == ["other"]
+    assert found["passed_over"] == {}
+    assert "other" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "in" / "other.png").unlink()
+    (tmp_path / "in" / "other.mask.spleen.png").unlink()
+    call(*arguments, "--strict")
+
+
+def test_distances_of_volumes_without_a_size_are_asked_for(library: Path, tmp_path: Path) -> None:
+    annotated_series(tmp_path / "in" / "p1", (0.1, 0.3))
+    write_pairs(tmp_path / "in" / "pictures", [0.3])
+    arguments = ("evaluate", library, tmp_path / "in", "--labels", LABELS, "--output",
+                 tmp_path / "out", "--k", 1, "--json")  # fmt: skip
+    assert json.loads(call(*arguments).stdout)["unit"] == "pixels"
+    assert json.loads(call(*arguments, "--spacing", "0.5,0.5").stdout)["unit"] == "mm"
 
 
 NAMES = [b"r\xf6ntgen", b"\xff", "日本".encode(), b"line\nbreak", b"a'b\"c;d", b"x" * 240]

@@ -16,15 +16,16 @@ from support.pictures import LABELS, disc, write_pairs
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.pairs import Annotated, find_pairs, parse_labels
+from recallseg.runtime.formats.annotations import find_annotations
+from recallseg.runtime.formats.pairs import Annotated, parse_labels
 from recallseg.runtime.library import Library
 from recallseg.runtime.reports.evaluation import (
     Case,
     Evaluation,
     Illustration,
-    PairSequence,
     _Shortlist,
     evaluate,
+    sources_of,
 )
 from recallseg.runtime.reports.page import Settings, render_report
 from recallseg.runtime.reports.summary import (
@@ -60,7 +61,14 @@ def run(library: Library, images: list[Annotated], ks: tuple[int, ...] = (1, 3))
 def test_one_row_per_image_structure_and_k(library: Library) -> None:
     steps: list[str] = []
     images = [disc(0.1), disc(0.5)]
-    found = evaluate(library, images, STRUCTURES, (1, 3), maker(library), progress=steps.append)
+    found = evaluate(
+        library,
+        images,
+        STRUCTURES,
+        (1, 3),
+        maker(library),
+        progress=lambda name, part: steps.append(name),
+    )
     assert [(row.case, row.structure, row.k) for row in found.cases] == [
         (image.name, structure, k) for k in (1, 3) for image in images for structure in STRUCTURES
     ]
@@ -119,7 +127,7 @@ def test_absent_and_unknown_structures(library: Library) -> None:
 def test_a_broken_file_is_reported_and_the_rest_evaluated(library: Library, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", [0.1, 0.3, 0.5])
     (tmp_path / "pairs" / "disc-0.30.png").write_bytes(b"no image")
-    pairs = PairSequence(find_pairs(tmp_path / "pairs").pairs, parse_labels(LABELS))
+    pairs = sources_of(find_annotations(tmp_path / "pairs"), parse_labels(LABELS))
     found = evaluate(library, pairs, STRUCTURES, (2,), maker(library))
     assert list(found.failures) == ["disc-0.30"]
     assert {row.case for row in found.cases} == {"disc-0.10", "disc-0.50"}
@@ -134,7 +142,7 @@ def test_nothing_to_evaluate(library: Library, tmp_path: Path) -> None:
         evaluate(library, [disc(0.1)], ["liver"], (1,), maker(library))
     write_pairs(tmp_path / "pairs", [0.1])
     (tmp_path / "pairs" / "disc-0.10.mask.png").write_bytes(b"no image")
-    pairs = PairSequence(find_pairs(tmp_path / "pairs").pairs, parse_labels(LABELS))
+    pairs = sources_of(find_annotations(tmp_path / "pairs"), parse_labels(LABELS))
     with pytest.raises(InputError, match=r"no image could be evaluated.*disc-0\.10\.mask\.png"):
         evaluate(library, pairs, STRUCTURES, (1,), maker(library))
 
@@ -147,7 +155,7 @@ def case(name: str, dice: float, **changes: object) -> Case:
 
 
 def summary_of(*cases: Case) -> Evaluation:
-    return Evaluation(("disc",), (4,), cases, (), {}, (), (), {4: 1}, None, {})
+    return Evaluation(("disc",), (4,), cases, (), {}, (), (), {4: 1}, False, {})
 
 
 def test_summary_numbers() -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.pixels.interface import check_shape, shape_text
+from recallseg.runtime.arrays import as_array
 
 __all__ = [
     "check_annotation",
@@ -31,16 +32,16 @@ def check_image(image: Any) -> NDArray[Any]:
 
     Any integer or floating dtype is taken. HxWx1 and HxWx4 are refused rather than guessed at.
 
+    Parameters
+    ----------
+    image : whatever :func:`recallseg.runtime.arrays.as_array` takes.
+
     Raises
     ------
     InputError
-        If it is no array, has another dtype or shape, is empty, or has NaN or infinite pixels.
+        If it is no such array, has another dtype or shape, is empty, or has NaN or infinite pixels.
     """
-    if not isinstance(image, np.ndarray):
-        raise InputError(
-            f"an image must be a numpy array HxW or HxWx3, got {type(image).__name__}. Convert it "
-            "with numpy.asarray(image)."
-        )
+    image = as_array(image, "an image")
     if not (np.issubdtype(image.dtype, np.integer) or np.issubdtype(image.dtype, np.floating)):
         raise InputError(
             f"an image must have an integer or floating dtype, got {image.dtype}. Convert it, for "
@@ -66,7 +67,7 @@ def check_mask(
 
     Parameters
     ----------
-    mask : HxW.
+    mask : HxW; whatever :func:`recallseg.runtime.arrays.as_array` takes.
     shape : shape of the image it belongs to; the first two axes count.
     name : structure, for the message.
     allow_empty : take a mask without any pixel set.
@@ -76,11 +77,7 @@ def check_mask(
     InputError
         If it is no such array, has another size, other values, or no pixel set.
     """
-    if not isinstance(mask, np.ndarray):
-        raise InputError(
-            f"the mask of '{name}' must be a numpy array, got {type(mask).__name__}. Convert it "
-            "with numpy.asarray(mask)."
-        )
+    mask = as_array(mask, f"the mask of '{name}'")
     if mask.shape != tuple(shape[:2]):
         raise InputError(
             f"the mask of '{name}' has shape {shape_text(mask.shape)}, the image is "

@@ -9,6 +9,7 @@ rescaled or converted else. With ``as_stored`` orientation and inversion are lef
 
 from __future__ import annotations
 
+import os
 import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.device.memory import on_gpu
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
+from recallseg.runtime.arrays import as_array
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.formats.headers import (
     Meaning,
@@ -35,6 +38,7 @@ from recallseg.runtime.formats.headers import (
 __all__ = [
     "IMAGE_SUFFIXES",
     "is_image",
+    "open_image",
     "read_colours",
     "read_image",
     "read_label_map",
@@ -87,6 +91,30 @@ def read_image(path: str | Path, *, as_stored: bool = False) -> NDArray[Any]:
         return check_image(image)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def open_image(image: Any) -> Any:
+    """Return a caller's image as an array: the one way in, for queries and exemplars alike.
+
+    Parameters
+    ----------
+    image : a path, see :func:`read_image`; what :func:`recallseg.runtime.arrays.as_array` takes; or
+        an array on a GPU, which is returned as it is.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is none of these.
+
+    Examples
+    --------
+    >>> write_label_map("image.png", np.zeros((48, 64), np.uint8))
+    >>> open_image("image.png").shape
+    (48, 64)
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(Path(image))
+    return image if on_gpu(image) else as_array(image, "an image")
 
 
 def read_label_map(path: str | Path, *, as_stored: bool = False) -> NDArray[Any]:

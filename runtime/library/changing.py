@@ -7,10 +7,9 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from numpy.typing import NDArray
-
 from recallseg.engines.errors import InputError, LibraryWriteError
 from recallseg.runtime.checks import check_annotation, check_image, check_key, check_tags
+from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.encoding import ExemplarEncoder, check_encoded
 from recallseg.runtime.library.queries import unknown_key
@@ -27,15 +26,15 @@ SAVE_EVERY = 4096
 def add(
     store: Store,
     encoder: Callable[[], ExemplarEncoder],
-    image: NDArray[Any],
-    masks: Mapping[str, NDArray[Any]],
+    image: Any,
+    masks: Mapping[str, Any],
     absent: tuple[str, ...],
     tags: Mapping[str, str] | None,
     key: str | None,
 ) -> str:
     """Add an exemplar; ``encoder`` is asked for when nothing else is wrong with the input."""
     store.check_writable("add")
-    pixels = check_image(image)
+    pixels = check_image(open_image(image))
     checked, missing = check_annotation(masks, absent, pixels.shape)
     labels = check_tags(tags)
     with store.changing:

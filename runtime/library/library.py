@@ -14,6 +14,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError, LibraryCorruptError
 from recallseg.engines.pixels import open_pixels
 from recallseg.runtime.checks import check_image, check_tags
+from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library import calibrations, changing, maintenance, recalling
 from recallseg.runtime.library.binding import (
     Binding,
@@ -476,8 +477,8 @@ class Library:
 
     def add(
         self,
-        image: NDArray[Any],
-        masks: Mapping[str, NDArray[Any]],
+        image: Any,
+        masks: Mapping[str, Any],
         *,
         absent: tuple[str, ...] = (),
         tags: Mapping[str, str] | None = None,
@@ -487,8 +488,10 @@ class Library:
 
         Parameters
         ----------
-        image : HxW grey or HxWx3 RGB, integer or floating.
-        masks : structure -> mask HxW, boolean or of 0 and 1, not empty.
+        image : HxW grey or HxWx3 RGB, integer or floating: a path, a numpy array, a PIL image, or
+            what offers DLPack on the CPU, e.g. a PyTorch tensor.
+        masks : structure -> mask HxW, boolean or of 0 and 1, not empty; no path, since the numbers
+            of a mask file have to be given a meaning, see :func:`recallseg.import_exemplars`.
         absent : structures that the image is known not to show.
         tags : e.g. ``{"modality": "MR"}``, for filtered search.
         key : name of the exemplar; by default the first 32 hex digits of the content's SHA-256, so
@@ -506,8 +509,10 @@ class Library:
         encoder = self._binding.encoder
         return changing.add(self._store, encoder, image, masks, absent, tags, key)
 
-    def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
+    def embed(self, image: Any) -> NDArray[np.float32]:
         """Return the embedding (D, unit length) that an image would be stored with.
+
+        ``image`` is what :meth:`add` takes.
 
         Raises
         ------
@@ -516,7 +521,7 @@ class Library:
         EngineRunError
             If the encoder fails.
         """
-        return self._binding.encoder().embed(check_image(image))
+        return self._binding.encoder().embed(check_image(open_image(image)))
 
     def remove(self, key: str) -> None:
         """Remove an exemplar; the space of its memories is freed by :meth:`compact`.

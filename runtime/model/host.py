@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import Device, adopt_tensor, on_gpu, open_device
 from recallseg.engines.engine import EngineOptions
-from recallseg.engines.errors import HostMemoryError, InputError
+from recallseg.engines.errors import HostMemoryError
 from recallseg.engines.pixels import open_pixels
+from recallseg.runtime.arrays import as_array
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Shapes, bytes_of
@@ -137,23 +138,8 @@ class HostModel(Model):
 
 
 def host_copy(image: Any) -> NDArray[Any]:
-    """Return a copy of an array of the host, numpy's or one that offers DLPack."""
-    copied: NDArray[Any]
-    if isinstance(image, np.ndarray):
-        copied = image.copy()
-        return copied
-    if not hasattr(image, "__dlpack__"):
-        raise InputError(
-            "a frame must be a numpy array, or have __cuda_array_interface__ or __dlpack__; got "
-            f"{type(image).__name__}."
-        )
-    try:
-        copied = np.from_dlpack(image).copy()
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"the frame's data cannot be reached from the CPU: {error}. Copy it there first."
-        ) from error
-    return copied
+    """Return a copy of what :func:`recallseg.runtime.arrays.as_array` takes."""
+    return np.array(as_array(image, "a frame"))
 
 
 def available_memory() -> int | None:

@@ -29,6 +29,7 @@ from recallseg.engines.errors import (
     ModelClosedError,
 )
 from recallseg.engines.registry import check_choice, load_engines
+from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library.encoding import Encoded, Origin
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Buffers, Shapes, buffer_shapes, bytes_of
@@ -254,7 +255,7 @@ class Model(ABC):
     # An image
 
     def check(self, image: Any) -> Any:
-        """Return a caller's image HxW or HxWx3 as something to look at.
+        """Return a caller's image HxW or HxWx3, see :meth:`look`, as something to look at.
 
         Raises
         ------
@@ -263,7 +264,7 @@ class Model(ABC):
         """
         with self.turns:
             self._begin_turn()
-            return self._check(image)
+            return self._check(open_image(image))
 
     def look(
         self, image: Any, intensity: Intensity, graphs: Sequence[str] = ("embed", "encode")
@@ -272,7 +273,8 @@ class Model(ABC):
 
         Parameters
         ----------
-        image : HxW grey or HxWx3 RGB of any real dtype, see :meth:`check`.
+        image : HxW grey or HxWx3 RGB of any real dtype: as a path, a numpy array, a PIL image, or
+            what offers DLPack (PyTorch); on a GPU also ``__cuda_array_interface__``.
         intensity : the rule from pixel values to 0..1.
         graphs : those of ``embed`` and ``encode`` that will be asked for.
 
@@ -282,7 +284,7 @@ class Model(ABC):
         """
         with self.turns:
             self._begin_turn()
-            checked = self._check(image)
+            checked = self._check(open_image(image))
             if not all(graph in self._engines for graph in graphs):
                 self.reserve(graphs=graphs)
             self._settle("look")

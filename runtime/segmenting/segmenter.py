@@ -21,6 +21,7 @@ from recallseg.engines.operators import operators_digest
 from recallseg.engines.precisions import find_precision
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.checks import check_count, check_number, check_tags
+from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
@@ -182,8 +183,9 @@ class Segmenter:
 
         Parameters
         ----------
-        image : HxW grey or HxWx3 RGB, integer or floating, any size. An engine on a GPU also takes
-            a contiguous array that lies there (``__cuda_array_interface__`` or DLPack).
+        image : HxW grey or HxWx3 RGB, integer or floating, any size: a path, a numpy array, a PIL
+            image, or what offers DLPack on the CPU, e.g. a PyTorch tensor. An engine on a GPU also
+            takes a contiguous array that lies there (``__cuda_array_interface__`` or DLPack).
         deadline_ms : most milliseconds from this call to the result, waiting for other threads
             included; None for no limit. Looked at between stages.
         out : a label map (uint8 HxW) and masks (bool nxHxW) to write into; None for new ones. With
@@ -216,8 +218,13 @@ class Segmenter:
         timings = Timings(deadline_ms)
         if frame_memories is not None:
             self._check_frame_memories(frame_memories)
+        # Files are read before the turn on the model that others wait for.
         return self._segment(
-            image, timings, out=out, frame_memories=frame_memories, acquisition=acquisition
+            open_image(image),
+            timings,
+            out=out,
+            frame_memories=frame_memories,
+            acquisition=acquisition,
         )
 
     def frame_memories(self) -> FrameMemories:
@@ -235,12 +242,12 @@ class Segmenter:
             )
         return self.model.frame_memories(len(self.structures), self.frames)
 
-    def distance(self, image: NDArray[Any]) -> float:
+    def distance(self, image: Any) -> float:
         """Return the cosine distance (0..2) to the nearest exemplar that shows a structure.
 
         Costs an embedding and a search. ``image`` and what is raised: see :meth:`segment`.
         """
-        embedding = self.model.embed(image, self.library.intensity)
+        embedding = self.model.embed(open_image(image), self.library.intensity)
         recalled = self.library.recall(embedding, self.structures, 1, tags=self.tags)
         return min(_nearest(found.matches) for found in recalled.found.values())
 

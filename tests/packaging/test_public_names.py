@@ -16,6 +16,8 @@ from recallseg import errors
 MODULES_WITH_EXAMPLES = (
     "recallseg",
     "recallseg.errors",
+    "recallseg.runtime.arrays",
+    "recallseg.runtime.formats.images",
 )
 
 

@@ -20,7 +20,13 @@ from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.encoding import Origin
 from recallseg.runtime.library.origins import origins_note
 from recallseg.runtime.library.queries import CatalogQueries
-from recallseg.runtime.library.records import NewExemplar, Settings, State, StoredIndex
+from recallseg.runtime.library.records import (
+    NewExemplar,
+    Settings,
+    State,
+    StoredIndex,
+    exemplar_digest,
+)
 from recallseg.runtime.library.shards import Place
 from recallseg.runtime.library.values import integer
 
@@ -151,6 +157,23 @@ class Catalog(CatalogQueries):
             db.execute("INSERT INTO removals VALUES (?, ?)", (state.revision + 1, number))
             self._advance(state, -1, -int.from_bytes(digest, "big"))
         return int(number)
+
+    def retag(self, key: str, tags: Mapping[str, str]) -> bool:
+        """Give an exemplar other tags, in one commit; False if there is no such key."""
+        db = self.database
+        with db.transaction():
+            rows = db.execute("SELECT id, content, digest FROM exemplars WHERE key = ?", (key,))
+            if not rows:
+                return False
+            number, content, before = rows[0]
+            digest = exemplar_digest(key, content, tags)
+            db.execute("UPDATE exemplars SET digest = ? WHERE id = ?", (digest, number))
+            db.execute("DELETE FROM tags WHERE exemplar = ?", (number,))
+            values = [(number, name, value) for name, value in tags.items()]
+            db.execute_many("INSERT INTO tags VALUES (?, ?, ?)", values)
+            change = int.from_bytes(digest, "big") - int.from_bytes(before, "big")
+            self._advance(self.state(), 0, change)
+        return True
 
     def _advance(self, state: State, exemplars: int, digest: int) -> None:
         total = (state.digest_sum + digest) % DIGEST_MODULUS

@@ -1,4 +1,4 @@
-"""Adding an exemplar to a library, and removing one."""
+"""Adding an exemplar to a library, changing one, and removing one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recallseg.runtime.library.records import NewExemplar
 from recallseg.runtime.library.sources import content_digest
 from recallseg.runtime.library.store import Store
 
-__all__ = ["add", "remove"]
+__all__ = ["add", "remove", "retag"]
 
 SAVE_EVERY = 4096
 """Exemplars added between looks at whether the search indexes should be saved."""
@@ -107,3 +107,13 @@ def remove(store: Store, key: str) -> None:
                 f"exemplar '{key}' is removed, but its image could not be deleted and is still on "
                 f"the disk: {error} It is deleted when the library is next opened for writing."
             ) from error
+
+
+def retag(store: Store, key: str, tags: Mapping[str, str] | None) -> None:
+    """Give an exemplar other tags."""
+    store.check_writable("retag")
+    labels = check_tags(tags)
+    with store.changing, store.lock:
+        if not store.catalog.retag(key, labels):
+            raise unknown_key(key)
+        store.see_own()

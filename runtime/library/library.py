@@ -284,8 +284,11 @@ class Library:
             yield from (exemplar for _, exemplar in page)
             after = page[-1][0]
 
+    def __getitem__(self, key: str) -> Exemplar:
+        return self.get(key)
+
     def get(self, key: str) -> Exemplar:
-        """Return one exemplar; raises InputError if there is no such key."""
+        """Return one exemplar, as ``library[key]`` does; raises InputError if there is none."""
         exemplar = self._store.catalog.exemplar(key)
         if exemplar is None:
             raise unknown_key(key)
@@ -534,6 +537,34 @@ class Library:
             If the library is open for reading only or cannot be written.
         """
         changing.remove(self._store, key)
+
+    def retag(self, key: str, tags: Mapping[str, str] | None) -> None:
+        """Give an exemplar other tags, instead of those that it has; in full or not at all.
+
+        The library's digest changes with them; embedding and memories do not.
+
+        Parameters
+        ----------
+        tags : as for :meth:`add`; None for none.
+
+        Raises
+        ------
+        InputError
+            If there is no such key, or for unusable tags.
+        LibraryWriteError
+            If the library is open for reading only or cannot be written.
+
+        Examples
+        --------
+        >>> with Library.create("cases", "demo") as library:
+        ...     image = np.zeros((64, 64), np.uint8)
+        ...     image[16:48, 16:48] = 255
+        ...     _ = library.add(image, {"square": image > 0}, key="a", tags={"view": "axial"})
+        ...     library.retag("a", {**library["a"].tags, "scanner": "3 T"})
+        ...     print(library["a"].tags)
+        {'scanner': '3 T', 'view': 'axial'}
+        """
+        changing.retag(self._store, key, tags)
 
     def compact(self) -> int:
         """Write the memories in use to new shards, delete the old ones, return the bytes freed."""

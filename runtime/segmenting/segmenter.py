@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -226,6 +228,50 @@ class Segmenter:
             frame_memories=frame_memories,
             acquisition=acquisition,
         )
+
+    def segment_many(
+        self, images: Iterable[Any], *, progress: Progress | None = None
+    ) -> list[Result]:
+        """Segment a list of images, one after the other; a bad one is told before any is done.
+
+        A method of its own, so that :meth:`segment` always returns one result. All are looked at
+        first: a file is read, checked and let go, and read again when its turn comes, so that a
+        list of paths needs the memory of one image. The graphs take one image at a time, and other
+        threads have their turns in between.
+
+        Parameters
+        ----------
+        images : each as for :meth:`segment`.
+        progress : is told how many are done, of how many.
+
+        Returns
+        -------
+        list
+            A result for each, in their order.
+
+        Raises
+        ------
+        InputError
+            If an image cannot be used, with its position in the list, counted from 0; no result is
+            given then.
+        EngineRunError, ModelClosedError
+        """
+        if isinstance(images, (str, bytes, PathLike, Mapping)) or hasattr(images, "ndim"):
+            raise InputError(
+                f"images must be a list of images, got one {type(images).__name__}. Use "
+                "segment(image), or put it into a list."
+            )
+        images = [*images]
+        for position, image in enumerate(images):
+            with _at(position):
+                self.model.check(open_image(image))
+        results = []
+        for position, image in enumerate(images):
+            with _at(position):
+                results.append(self.segment(image))
+            if progress is not None:
+                progress(len(results), len(images))
+        return results
 
     def frame_memories(self) -> FrameMemories:
         """Return room for the memories of one sequence of frames or slices, empty.
@@ -677,6 +723,15 @@ class Segmenter:
             f"recallseg.Segmenter({', '.join(self.structures)}; k={self.k}, {self.engine} "
             f"{self.precision}, buffers {self.required_bytes / 2**20:.0f} MiB)"
         )
+
+
+@contextmanager
+def _at(position: int) -> Iterator[None]:
+    """Say of an InputError at which position of a list of images it arose."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"images[{position}]: {error}") from error
 
 
 def _nearest(recalled: Sequence[Match]) -> float:

@@ -18,6 +18,7 @@ MODULES_WITH_EXAMPLES = (
     "recallseg.errors",
     "recallseg.runtime.arrays",
     "recallseg.runtime.formats.images",
+    "recallseg.runtime.library.library",
 )
 
 

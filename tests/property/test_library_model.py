@@ -42,6 +42,7 @@ class LibraryMachine(RuleBasedStateMachine):
         )
         self.reader = Library.open(path)
         self.model: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {}
+        self.tags: dict[str, dict[str, str]] = {}
 
     @rule(number=NUMBERS, shown=st.sets(st.sampled_from(NAMES)), absent=st.sampled_from(NAMES))
     def add(self, number: int, shown: set[str], absent: str) -> None:
@@ -56,6 +57,7 @@ class LibraryMachine(RuleBasedStateMachine):
         else:
             self.writer.add(*arguments, **options)
             self.model[str(number)] = (number, present, missing)
+            self.tags[str(number)] = {"parity": str(number % 2)}
 
     @rule(number=NUMBERS)
     def remove(self, number: int) -> None:
@@ -64,6 +66,16 @@ class LibraryMachine(RuleBasedStateMachine):
                 self.writer.remove(str(number))
         else:
             self.writer.remove(str(number))
+
+    @rule(number=NUMBERS, parity=st.sampled_from(["0", "1"]), more=st.booleans())
+    def retag(self, number: int, parity: str, more: bool) -> None:
+        tags = {"parity": parity, **({"more": "yes"} if more else {})}
+        if str(number) not in self.model:
+            with pytest.raises(InputError, match="no exemplar"):
+                self.writer.retag(str(number), tags)
+        else:
+            self.writer.retag(str(number), tags)
+            self.tags[str(number)] = tags
 
     @rule()
     def reopen_writer(self) -> None:
@@ -94,7 +106,7 @@ class LibraryMachine(RuleBasedStateMachine):
         known = {
             key: (1 - float(self.embedding(number) @ vector), structure in missing)
             for key, (number, present, missing) in self.model.items()
-            if structure in (*present, *missing) and parity in (None, str(number % 2))
+            if structure in (*present, *missing) and parity in (None, self.tags[key]["parity"])
         }
         shown = sorted(d for d, absent in known.values() if not absent)
         if not shown:
@@ -142,6 +154,7 @@ class LibraryMachine(RuleBasedStateMachine):
             }
             assert {k: (n, set(p), a) for k, (n, p, a) in found.items()} == ordered
             assert len(library) == len(self.model)
+            assert all(library[key].tags == self.tags[key] for key in self.model)
             for name in NAMES:
                 assert library.count(name) == sum(name in p for _, p, _ in self.model.values())
         assert self.writer.digest == self.reader.digest

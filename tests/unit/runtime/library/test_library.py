@@ -25,6 +25,7 @@ from recallseg.engines.errors import (
     InputError,
     LibraryError,
     LibraryMismatchError,
+    LibraryWriteError,
 )
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.encoding import Encoded
@@ -379,3 +380,32 @@ def test_an_encoder_that_is_wrong_is_noticed(tmp_path: Path, wrong, message) -> 
         add(library, 1)
     assert len(library) == 0
     assert library.verify().ok
+
+
+def test_other_tags_are_found_and_the_former_ones_are_not(tmp_path: Path) -> None:
+    with create(tmp_path / "library") as library, Library.open(tmp_path / "library") as reader:
+        add(library, 1, key="a", tags={"view": "axial"})
+        add(library, 2, key="b", tags={"view": "axial"})
+        assert reader.count("nucleus", tags={"view": "axial"}) == 2
+        library.retag("a", {"view": "sagittal"})
+        for each in (library, reader):
+            assert [e.key for e in each] == ["a", "b"]
+            assert each["a"].tags == {"view": "sagittal"}
+            assert each.count("nucleus", tags={"view": "axial"}) == 1
+            found = each.search(embedding(1), "nucleus", 2, tags={"view": "sagittal"})
+            assert [match.key for match in found] == ["a"]
+        assert library.verify().problems == ()
+        with create(tmp_path / "other") as other:  # as if it had been added so
+            add(other, 1, key="a", tags={"view": "sagittal"})
+            add(other, 2, key="b", tags={"view": "axial"})
+            assert library.digest == other.digest
+        library.retag("a", None)
+        assert library["a"].tags == {}
+        with pytest.raises(InputError, match="no exemplar 'c'"):
+            library.retag("c", {})
+        with pytest.raises(InputError, match="must map names"):
+            library.retag("a", ["view"])  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="no exemplar 'c'"):
+            library["c"]
+        with pytest.raises(LibraryWriteError, match="open for reading"):
+            reader.retag("a", {})

@@ -728,3 +728,30 @@ def test_native_operators_are_part_of_what_made_a_result(
         assert made.to_json()["operators"] == made.operators
         digests.add(made.digest)
     assert len(digests | {plain.digest}) == 3
+
+
+def test_a_list_of_images_gives_what_each_gives(library: Library, tmp_path: Path) -> None:
+    np.save(tmp_path / "image.npy", picture(2)[0])
+    images = [picture(0)[0], tmp_path / "image.npy", picture(1, colour=True)[0]]
+    segmenter, seen = make(library), []
+    results = segmenter.segment_many(iter(images), progress=lambda *done: seen.append(done))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    for image, result in zip(images, results, strict=True):
+        np.testing.assert_array_equal(result.label_map, segmenter.segment(image).label_map)
+    assert segmenter.segment_many([]) == []
+
+
+@pytest.mark.parametrize("bad", [np.zeros((3, 4, 4)), "nowhere.png", np.full((4, 4), np.nan)])
+def test_a_bad_image_of_a_list_is_named_before_any_is_done(library: Library, bad: Any) -> None:
+    done: list[int] = []
+    with pytest.raises(InputError, match=r"^images\[1\]: "):
+        make(library).segment_many(
+            [picture(0)[0], bad, picture(1)[0]], progress=lambda count, _: done.append(count)
+        )
+    assert not done
+
+
+@pytest.mark.parametrize("one", ["image.png", Path("image.png"), np.zeros((3, 8, 8), np.uint8)])
+def test_one_image_is_no_list(library: Library, one: Any) -> None:
+    with pytest.raises(InputError, match="list of images, got one"):
+        make(library).segment_many(one)

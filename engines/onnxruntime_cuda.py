@@ -12,19 +12,15 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from recallseg.engines.device import DeviceTensor
 from recallseg.engines.device_engine import MOST_BINDINGS
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError
-from recallseg.engines.onnxruntime_gpu import OnnxRuntimeGpu, worst
-from recallseg.engines.proof import prove
+from recallseg.engines.onnxruntime_gpu import OnnxRuntimeGpu, Sessions
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verdicts import Verdict
-
-if TYPE_CHECKING:
-    from recallseg.engines.bundle import Bundle
 
 __all__ = ["OnnxRuntimeCuda", "work_on_the_cpu"]
 
@@ -42,6 +38,26 @@ half as fast again as cuDNN's, which is the default (296 and 188 TFLOP/s at 65,6
 Heads elsewhere are narrow. In fp32 there is neither."""
 
 
+class TracedSessions(Sessions):
+    """Sessions that are looked at while they are proven.
+
+    A provider may leave nodes to the CPU, and ONNX Runtime's switch against that counts the shape
+    computations, which belong there. So the nodes of the golden run are looked at.
+    """
+
+    def prove(self) -> dict[str, Verdict]:
+        engines: Mapping[str, Any] = self.make(GRAPHS, proving=True)
+        verdicts = self.judge(engines)
+        found = [(node, graph) for graph in engines for node in engines[graph].finish_trace()]
+        if not all(verdict.passed for verdict in verdicts.values()):
+            return verdicts
+        if found:
+            node, graph = found[0]
+            reason = f"{len(found)} nodes ran on the CPU, first {node} of graph '{graph}'"
+            return {**verdicts, graph: replace(verdicts[graph], passed=False, reason=reason)}
+        return super().prove() if self.options.cuda_graphs else verdicts
+
+
 class OnnxRuntimeCuda(OnnxRuntimeGpu):
     """A graph as a session on the CUDA provider; see :class:`OnnxRuntimeGpu`."""
 
@@ -50,6 +66,7 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
     provider: ClassVar[str] = "CUDAExecutionProvider"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "fp16-native", "bf16", "mixed")
     most: ClassVar[int] = 16
+    sessions: ClassVar[type[Sessions]] = TracedSessions
 
     def _provider_options(self, precision: str) -> dict[str, str]:
         attention = ATTENTION.get(self.spec.name) if precision != "fp32" else None
@@ -78,33 +95,6 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
         if proving:
             settings.enable_profiling = True
             settings.profile_file_prefix = str(self.folder / "trace")
-
-    @classmethod
-    def prove_all(
-        cls, bundle: Bundle, make: Any, precision: str, device: str, options: EngineOptions
-    ) -> Verdict:
-        """Run the golden case, look where each node ran, and judge both.
-
-        A provider may leave nodes to the CPU, and ONNX Runtime's switch against that counts the
-        shape computations, which belong there. So the nodes of the golden run are looked at.
-        """
-        engines: dict[str, OnnxRuntimeCuda] = make(GRAPHS, proving=True)
-        verdict = worst(prove(bundle, engines, precision, device, most=cls.most))
-        astray = {graph: engine.finish_trace() for graph, engine in engines.items()}
-        found = [f"{node} of graph '{graph}'" for graph, nodes in astray.items() for node in nodes]
-        if found and verdict.passed:
-            return replace(
-                verdict,
-                passed=False,
-                reason=f"{len(found)} nodes ran on the CPU, first {found[0]}",
-            )
-        if options.cuda_graphs and verdict.passed:
-            replayed: dict[str, OnnxRuntimeCuda] = make(GRAPHS)
-            for _ in range(3):  # as it is, recorded, replayed
-                verdict = worst(prove(bundle, replayed, precision, device, most=cls.most))
-                if not verdict.passed:
-                    break
-        return verdict
 
     def finish_trace(self) -> list[str]:
         """End the profile of a session made for the proof; return what ran on the CPU.

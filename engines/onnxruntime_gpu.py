@@ -31,21 +31,74 @@ from recallseg.engines.errors import (
     EngineRunError,
     EngineUnavailableError,
     InputError,
-    VerificationError,
 )
 from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.operators import require_operators
 from recallseg.engines.paths import cache_folder
-from recallseg.engines.proof import prove
+from recallseg.engines.proof import Candidate
 from recallseg.engines.specs import GRAPHS, GraphSpec
-from recallseg.engines.verdicts import Verdict, Verdicts, writing
+from recallseg.engines.verdicts import Verdicts, writing
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
-__all__ = ["OnnxRuntimeGpu", "load_provider"]
+__all__ = ["OnnxRuntimeGpu", "Sessions", "load_provider"]
 
 _NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+class Sessions(Candidate):
+    """A bundle's graphs as sessions, and one record of all five beside what was compiled.
+
+    Those of a proof are not used: they hold memory for the largest k.
+
+    Parameters
+    ----------
+    kind, variants : what makes them, of which graph variants.
+    bundle, precision, options : see :class:`Candidate`; the first GPU if there is no device.
+    """
+
+    def __init__(
+        self,
+        kind: type[OnnxRuntimeGpu],
+        bundle: Bundle,
+        precision: str,
+        options: EngineOptions,
+        variants: tuple[str, ...],
+    ) -> None:
+        version = load_provider(kind.provider, kind.name).__version__
+        options = replace(options, device=options.device or open_device())
+        super().__init__(kind.name, bundle, precision, options)
+        self._kind = kind
+        self._files = {graph: bundle.graph_file(graph, variants, precision) for graph in GRAPHS}
+        self._digests = {
+            graph: bundle.graph_digest(graph, variant, precision)
+            for graph, (_, variant) in self._files.items()
+        }
+        subject = digest_json(
+            [self._digests, version, precision, kind._settings(options), self.device]
+        )
+        self._folder = cache_folder() / kind.name / subject[:32]
+        # Whoever removes what was compiled removes what was said of it.
+        self.records = {GRAPHS: Verdicts(self._folder / "state.json", subject)}
+        self.most = kind.most
+        self.again = f"remove {self._folder} and try again"
+
+    def make(
+        self, graphs: tuple[str, ...], *, proving: bool = False
+    ) -> Mapping[str, OnnxRuntimeGpu]:
+        made = {}
+        for graph in graphs:
+            made[graph] = self._kind(
+                self.bundle.specs[graph],
+                self._files[graph][0],
+                self.options,
+                precision=self.precision,
+                folder=self._folder / graph,
+                proving=proving,
+            )
+            made[graph].graph_digest = self._digests[graph]
+        return made
 
 
 class OnnxRuntimeGpu(DeviceEngine):
@@ -56,7 +109,7 @@ class OnnxRuntimeGpu(DeviceEngine):
     spec, path, options : as for every engine.
     precision : of the graph.
     folder : where the provider may keep what it compiled; made if it is not there.
-    proving : made for the proof only, see :meth:`prove_all`.
+    proving : made for the proof only.
 
     Raises
     ------
@@ -70,6 +123,8 @@ class OnnxRuntimeGpu(DeviceEngine):
     precisions: ClassVar[tuple[str, ...]]
     most: ClassVar[int]
     """The largest k that the proof asks for."""
+    sessions: ClassVar[type[Sessions]] = Sessions
+    """How they are proven."""
 
     def __init__(
         self,
@@ -164,65 +219,7 @@ class OnnxRuntimeGpu(DeviceEngine):
             raise InputError(
                 f"engine '{cls.name}' offers {', '.join(cls.precisions)}, not '{precision}'."
             )
-        runtime = load_provider(cls.provider, cls.name)
-        options = replace(options, device=options.device or open_device())
-        device = str(options.device.facts) if options.device else ""
-        accepted = variants or cls.variants
-        files = {graph: bundle.graph_file(graph, accepted, precision) for graph in GRAPHS}
-        digests = {
-            g: bundle.graph_digest(g, variant, precision) for g, (_, variant) in files.items()
-        }
-        subject = digest_json(
-            [digests, runtime.__version__, precision, cls._settings(options), device]
-        )
-        folder = cache_folder() / cls.name / subject[:32]
-
-        def make(wanted: tuple[str, ...], *, proving: bool = False) -> dict[str, OnnxRuntimeGpu]:
-            made = {}
-            for graph in wanted:
-                made[graph] = cls(
-                    bundle.specs[graph],
-                    files[graph][0],
-                    options,
-                    precision=precision,
-                    folder=folder / graph,
-                    proving=proving,
-                )
-                made[graph].graph_digest = digests[graph]
-            return made
-
-        # Beside what was compiled, so that whoever removes that removes what was said of it.
-        record = Verdicts(folder / "state.json", subject)
-        known = record.find(device, bundle.golden_digest)
-        if known is not None and not known.passed:
-            raise VerificationError(
-                f"engine '{cls.name}' in {precision} was refused on {device}: {known.reason}. "
-                f"Choose another precision, or remove {folder} and try again."
-            )
-        if known is None:
-            verdict = cls.prove_all(bundle, make, precision, device, options)
-            record.record(verdict)
-            if not verdict.passed:
-                raise VerificationError(
-                    f"engine '{cls.name}' in {precision} is not used on {device}: "
-                    f"{verdict.reason}. Choose another precision or engine."
-                )
-        return {**make(graphs)}
-
-    @classmethod
-    def prove_all(
-        cls, bundle: Bundle, make: Any, precision: str, device: str, options: EngineOptions
-    ) -> Verdict:
-        """Run the golden case; return the first verdict against it, or the last one.
-
-        With CUDA graphs it is run three times: as it is, recorded, and replayed.
-        """
-        engines = make(GRAPHS, proving=True)
-        for _ in range(3 if options.cuda_graphs else 1):
-            verdict = worst(prove(bundle, engines, precision, device, most=cls.most))
-            if not verdict.passed:
-                break
-        return verdict
+        return cls.sessions(cls, bundle, precision, options, variants or cls.variants).load(graphs)
 
     def _enqueue(
         self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
@@ -282,11 +279,6 @@ def _drain(device: Device, stream: Stream) -> None:
     with suppress(DeviceLostError):
         device.enter()
         stream.synchronize()
-
-
-def worst(verdicts: Mapping[str, Verdict]) -> Verdict:
-    """Return the first verdict that refuses, or the last one."""
-    return next((v for v in verdicts.values() if not v.passed), list(verdicts.values())[-1])
 
 
 def load_provider(provider: str, engine: str) -> Any:

@@ -1,5 +1,7 @@
 """From measurements to verdicts: which of five compiled graphs may be used on this device.
 
+What it takes until engines on a GPU are used is said here, once; a backend says how they are made.
+
 The golden case has three exemplars. A kernel that is wrong beyond some number of keys (PITFALLS 5)
 passes it, so ``attend`` is asked once more with as many memories as it was built for. That needs no
 further golden tensors: the same exemplar recalled k times has k equal keys for every one, the
@@ -9,31 +11,22 @@ repeated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition, Features, Prediction, Recall
-from recallseg.engines.engine import Engine, Tensor
+from recallseg.engines.engine import Engine, EngineOptions, Tensor
+from recallseg.engines.errors import VerificationError
 from recallseg.engines.golden import GoldenTensors, run_case
 from recallseg.engines.precisions import find_precision
 from recallseg.engines.specs import GRAPHS
-from recallseg.engines.verdicts import Verdict
+from recallseg.engines.verdicts import Verdict, Verdicts
 from recallseg.engines.verification import Check, compare_with_golden, relative_error
 
-__all__ = ["check_repeated", "prove"]
-
-_MADE_BY = {
-    "embedding": "embed",
-    "features": "encode",
-    "skip0": "encode",
-    "skip1": "encode",
-    "memories": "memorize",
-    "pointers": "memorize",
-    "conditioned": "attend",
-}
-"""Which graph makes a tensor; the rest comes from ``decode``."""
+__all__ = ["Candidate"]
 
 _AFTER: Mapping[str, tuple[str, ...]] = {
     "embed": (),
@@ -45,95 +38,145 @@ _AFTER: Mapping[str, tuple[str, ...]] = {
 """Whose errors reach a graph: it is only judged when these are right."""
 
 
-def prove(
-    bundle: Bundle, engines: Mapping[str, Engine], precision: str, device: str, *, most: int
-) -> dict[str, Verdict]:
-    """Run the golden case and the repeated memories; judge each graph.
+class Candidate(ABC):
+    """A bundle's graphs as one backend compiled them for one GPU: used once they were proven there.
 
     Parameters
     ----------
-    bundle, engines : all five graphs, in the form that is to be judged.
-    precision : chooses the tolerance.
-    device : for the record.
+    engine : the backend's name.
+    bundle, precision : whose graphs.
+    options : with the device.
+
+    Attributes
+    ----------
+    device : the GPU, driver included, as verdicts name it.
+    records : where verdicts are kept, by the graphs that one speaks of.
     most : the largest k that the engines take.
+    again : for messages, what gives another chance to what was refused.
+    always : whether they are proven at each start, whatever the records say.
+    """
 
-    Returns
-    -------
-    verdicts : by graph. A graph behind a wrong one is missing: its inputs were wrong, so that
+    records: Mapping[tuple[str, ...], Verdicts]
+    most: int
+    again: str
+    always: bool = False
+
+    def __init__(self, engine: str, bundle: Bundle, precision: str, options: EngineOptions) -> None:
+        self.engine, self.bundle, self.precision, self.options = engine, bundle, precision, options
+        self.device = str(options.device.facts) if options.device else ""
+
+    @abstractmethod
+    def make(self, graphs: tuple[str, ...]) -> Mapping[str, Engine]:
+        """Return engines that run these graphs."""
+
+    def load(self, graphs: tuple[str, ...]) -> dict[str, Engine]:
+        """Return engines that reproduced the bundle's golden tensors on this GPU, now or before.
+
+        What nobody proved here yet is proven now, all five graphs together, and recorded.
+
+        Raises
+        ------
+        VerificationError
+            If one was refused, now or before; with the tensor and its error.
+        EngineRunError
+            If one fails altogether; that is not recorded.
+        PlanError
+            If the outcome cannot be stored.
+        """
+        known = [
+            record.find(self.device, self.bundle.golden_digest)
+            for spoken_of, record in self.records.items()
+            if not {*graphs}.isdisjoint(spoken_of)
+        ]
+        self._refuse(verdict for verdict in known if verdict is not None)
+        if self.always or None in known:
+            verdicts = self.prove()
+            for spoken_of, record in self.records.items():
+                said = [verdicts[graph] for graph in spoken_of if graph in verdicts]
+                if said:  # the first that refuses, or the last one
+                    record.record(next((each for each in said if not each.passed), said[-1]))
+            self._refuse(verdicts.values())
+        return {**self.make(graphs)}
+
+    def prove(self) -> dict[str, Verdict]:
+        """Judge each graph: as it is and, if CUDA graphs are wanted, recorded and replayed."""
+        engines = self.make(GRAPHS)
+        for _ in range(3 if self.options.cuda_graphs else 1):
+            verdicts = self.judge(engines)
+            if not all(verdict.passed for verdict in verdicts.values()):
+                break
+        return verdicts
+
+    def judge(self, engines: Mapping[str, Engine]) -> dict[str, Verdict]:
+        """Run the golden case and the repeated memories; judge each graph.
+
+        A graph behind a wrong one is missing in what is returned: its inputs were wrong, so that
         nothing is known of it.
-
-    Raises
-    ------
-    EngineRunError
-        If an engine fails altogether; that says nothing of its numbers and is not recorded.
-    """
-    golden = GoldenTensors.load(bundle.golden_file)
-    composition = Composition(engines)
-    found = run_case(golden.case, composition, bundle.geometry, bundle.normalisation, bundle.memory)
-    name = engines["embed"].name
-    checks = [
-        *compare_with_golden(bundle, golden, found, name, precision, strict=False).checks,
-        *check_repeated(bundle, composition, found, precision, most),
-    ]
-    verdicts: dict[str, Verdict] = {}
-    for graph in GRAPHS:
-        if any(before not in verdicts or not verdicts[before].passed for before in _AFTER[graph]):
-            continue
-        own = [check for check in checks if _maker(check.tensor) == graph]
-        wrong = [check for check in own if not check.passed]
-        reason = ""
-        if wrong:
-            reason = (
-                f"'{wrong[0].tensor}' of graph '{graph}' is off by {wrong[0].error:.2e}, allowed "
-                f"is {wrong[0].tolerance:.0e}"
-            )
-        verdicts[graph] = Verdict(
-            not reason,
-            device,
-            bundle.golden_digest,
-            tuple((check.tensor, check.error, check.tolerance) for check in own),
-            reason,
+        """
+        bundle, golden = self.bundle, GoldenTensors.load(self.bundle.golden_file)
+        composition = Composition(engines)
+        found = run_case(
+            golden.case, composition, bundle.geometry, bundle.normalisation, bundle.memory
         )
-    return verdicts
-
-
-def check_repeated(
-    bundle: Bundle,
-    composition: Composition,
-    found: Mapping[str, Tensor],
-    precision: str,
-    most: int,
-) -> list[Check]:
-    """Compare ``attend`` on repeated memories with what it made of each of them once.
-
-    Parameters
-    ----------
-    found : a run of the golden case; its memories and query features are used.
-    most : repetitions go up to this k.
-    """
-    features = Features(found["features"], found["skip0"], found["skip1"])
-    exemplars = found["memories"].shape[1]
-
-    def attend(count: int, k: int) -> Tensor:
-        recall = Recall.allocate(bundle.geometry, 1, k, bundle.memory)
-        for i in range(k):
-            recall.memories[0, i] = found["memories"][0, i % count]
-            recall.pointers[0, i] = found["pointers"][0, i % count]
-        prediction = Prediction.allocate(bundle.geometry, 1)
-        composition.attend(features, recall, prediction)
-        return prediction.conditioned
-
-    checks = []
-    for count in (1, exemplars):
-        k = most // count * count
-        if k > count:
-            once = found["conditioned"][:1] if count == exemplars else attend(1, 1)
-            error = relative_error(attend(count, k), np.asarray(once))
-            checks.append(
-                Check(f"conditioned at k={k}", error, find_precision(precision).tolerance)
+        asked = (self.engine, self.precision)
+        checks = [
+            *compare_with_golden(bundle, golden, found, *asked, strict=False).checks,
+            *self._repeated(composition, found),
+        ]
+        makers = {made.name: name for name in GRAPHS for made in bundle.specs[name].outputs}
+        by: dict[str, list[Check]] = {graph: [] for graph in GRAPHS}
+        for check in checks:  # masks come of what 'decode' makes
+            by[makers.get(check.tensor.partition(" ")[0], "decode")].append(check)
+        verdicts: dict[str, Verdict] = {}
+        for graph, own in by.items():
+            if not all(before in verdicts and verdicts[before].passed for before in _AFTER[graph]):
+                continue
+            reasons = [
+                f"'{check.tensor}' of graph '{graph}' is off by {check.error:.2e}, allowed is "
+                f"{check.tolerance:.0e}"
+                for check in own
+                if not check.passed
+            ]
+            verdicts[graph] = Verdict(
+                not reasons,
+                self.device,
+                bundle.golden_digest,
+                tuple((check.tensor, check.error, check.tolerance) for check in own),
+                reasons[0] if reasons else "",
             )
-    return checks
+        return verdicts
 
+    def _repeated(self, composition: Composition, found: Mapping[str, Tensor]) -> list[Check]:
+        """Compare ``attend`` on repeated memories with what it made of each of them once.
 
-def _maker(tensor: str) -> str:
-    return _MADE_BY.get(tensor.partition(" ")[0], "decode")
+        Its inputs are those of ``found``, a run of the golden case.
+        """
+        bundle, checks = self.bundle, []
+        features = Features(found["features"], found["skip0"], found["skip1"])
+        exemplars = found["memories"].shape[1]
+
+        def attend(count: int, k: int) -> Tensor:
+            recall = Recall.allocate(bundle.geometry, 1, k, bundle.memory)
+            for i in range(k):
+                recall.memories[0, i] = found["memories"][0, i % count]
+                recall.pointers[0, i] = found["pointers"][0, i % count]
+            prediction = Prediction.allocate(bundle.geometry, 1)
+            composition.attend(features, recall, prediction)
+            return prediction.conditioned
+
+        for count in (1, exemplars):
+            k = self.most // count * count
+            if k > count:
+                once = found["conditioned"][:1] if count == exemplars else attend(1, 1)
+                error = relative_error(attend(count, k), np.asarray(once))
+                allowed = find_precision(self.precision).tolerance
+                checks.append(Check(f"conditioned at k={k}", error, allowed))
+        return checks
+
+    def _refuse(self, verdicts: Iterable[Verdict]) -> None:
+        for verdict in verdicts:
+            if not verdict.passed:
+                raise VerificationError(
+                    f"engine '{self.engine}' in {self.precision} was refused on {self.device}: "
+                    f"{verdict.reason}. Choose another precision or engine, or {self.again}."
+                )

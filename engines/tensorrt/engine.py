@@ -104,9 +104,9 @@ class TensorRt(DeviceEngine):
         variants: tuple[str, ...] | None = None,
     ) -> dict[str, Engine]:
         """Load plans that were verified on this GPU; verify them first if they were not yet."""
-        from recallseg.engines.tensorrt.loading import load_verified
+        from recallseg.engines.tensorrt.loading import Plans
 
-        return load_verified(cls, bundle, precision, options, graphs)
+        return Plans(cls, bundle, precision, options).load(graphs)
 
     @classmethod
     def require_library(cls) -> None:

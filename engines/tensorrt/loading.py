@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from recallseg.engines.device import DeviceFacts, open_device
-from recallseg.engines.engine import Engine, EngineOptions
-from recallseg.engines.errors import EngineUnavailableError, VerificationError
-from recallseg.engines.proof import prove
+from recallseg.engines.engine import EngineOptions
+from recallseg.engines.errors import EngineUnavailableError
+from recallseg.engines.proof import Candidate
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.tensorrt.building import VARIANTS
 from recallseg.engines.tensorrt.flavour import FLAVOURS
@@ -19,77 +20,49 @@ if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
     from recallseg.engines.tensorrt.engine import TensorRt
 
-__all__ = ["find_plans", "load_verified"]
+__all__ = ["Plans", "find_plans"]
 
 
-def load_verified(
-    kind: type[TensorRt],
-    bundle: Bundle,
-    precision: str,
-    options: EngineOptions,
-    graphs: tuple[str, ...],
-    cache: PlanCache | None = None,
-) -> dict[str, Engine]:
-    """Return engines of plans that reproduced the bundle's golden tensors on this GPU.
+class Plans(Candidate):
+    """The best set of plans for this GPU, each with a record beside it.
 
-    Plans that nobody verified here yet are verified now, all five together, and the outcome is
-    stored beside them.
+    Parameters
+    ----------
+    kind, bundle, precision : what runs them, and of what.
+    options : see :class:`Candidate`; without a device, the first GPU is opened.
 
     Raises
     ------
     EngineUnavailableError
         If TensorRT, the GPU or a complete set of plans is missing.
-    PlanError
-        If a plan is damaged or not taken by this TensorRT.
-    VerificationError
-        If a plan was refused, now or before; with the tensor and its error.
     """
-    flavour = FLAVOURS[kind.name]
-    version = str(flavour.load().__version__)
-    gpu = options.device or open_device()
-    device = gpu.facts
-    plans = find_plans(bundle, kind.name, precision, version, device, cache or PlanCache())
 
-    def make(wanted: tuple[str, ...]) -> dict[str, TensorRt]:
-        made = {}
-        for graph in wanted:
-            path, _ = bundle.graph_file(graph, VARIANTS, precision)
-            made[graph] = kind(bundle.specs[graph], plans[graph], gpu, path, options)
-            made[graph].graph_digest = plans[graph].key.graph_digest
-        return made
+    again = "build it again: recallseg build --rebuild"
 
-    known = {
-        graph: plan.verdicts.find(str(device), bundle.golden_digest)
-        for graph, plan in plans.items()
-    }
-    for graph in graphs:
-        verdict = known[graph]
-        if verdict is not None and not verdict.passed:
-            raise VerificationError(
-                f"the {kind.name} plan of graph '{graph}' in {precision} was refused on {device}: "
-                f"{verdict.reason}. Choose another precision, or build it again: recallseg build "
-                "--rebuild."
-            )
-    proven = all(verdict is not None for graph, verdict in known.items() if graph in graphs)
-    # What a plan does when it is recorded and replayed is asked at every start: it takes as long as
-    # one query, and is in no record.
-    if proven and not options.cuda_graphs:
-        return dict(make(graphs))
-    engines = make(GRAPHS)
-    most = Profile.from_json(plans["attend"].key.profile).k.most
-    verdicts = prove(bundle, engines, precision, str(device), most=most)
-    for _ in range(2 if options.cuda_graphs else 0):
-        if all(verdict.passed for verdict in verdicts.values()):
-            verdicts = prove(bundle, engines, precision, str(device), most=most)
-    for graph, verdict in verdicts.items():
-        plans[graph].verdicts.record(verdict)
-    refused = [verdict for verdict in verdicts.values() if not verdict.passed]
-    if refused:
-        raise VerificationError(
-            f"engine '{kind.name}' in {precision} is not used on {device}: {refused[0].reason}. "
-            "Choose another precision, or build it again: recallseg build --rebuild."
-        )
-    return {graph: engines[graph] for graph in graphs}
+    def __init__(
+        self, kind: type[TensorRt], bundle: Bundle, precision: str, options: EngineOptions
+    ) -> None:
+        version = str(FLAVOURS[kind.name].load().__version__)
+        self._kind, self._gpu = kind, options.device or open_device()
+        super().__init__(kind.name, bundle, precision, replace(options, device=self._gpu))
+        facts = self._gpu.facts
+        self._plans = find_plans(bundle, kind.name, precision, version, facts, PlanCache())
+        self.records = {(graph,): self._plans[graph].verdicts for graph in GRAPHS}
+        self.most = Profile.from_json(self._plans["attend"].key.profile).k.most
+        # What a plan does when it is recorded and replayed is asked at every start: it takes as
+        # long as one query, and is in no record.
+        self.always = options.cuda_graphs
+        self._made: dict[str, TensorRt] = {}
+
+    def make(self, graphs: tuple[str, ...]) -> Mapping[str, TensorRt]:
+        """Return engines; those that were proven are used."""
+        for graph in graphs:
+            if graph not in self._made:
+                path, _ = self.bundle.graph_file(graph, VARIANTS, self.precision)
+                plan, spec = self._plans[graph], self.bundle.specs[graph]
+                self._made[graph] = self._kind(spec, plan, self._gpu, path, self.options)
+                self._made[graph].graph_digest = plan.key.graph_digest
+        return {graph: self._made[graph] for graph in graphs}
 
 
 def find_plans(

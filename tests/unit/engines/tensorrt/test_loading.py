@@ -29,6 +29,7 @@ from recallseg.engines.errors import (
     PlanError,
     VerificationError,
 )
+from recallseg.engines.proof import Candidate
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.tensorrt import building, loading
@@ -97,7 +98,7 @@ def test_the_first_load_verifies_and_the_second_remembers(
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("verified twice")
 
-    monkeypatch.setattr(loading, "prove", never)
+    monkeypatch.setattr(Candidate, "judge", never)
     assert list(load_engines(demo, "tensorrt", graphs=("embed",))) == ["embed"]
     description = load_engines(demo, "tensorrt", graphs=("embed",))["embed"].describe()
     assert description["device"] == "sm87 Stand-in, driver 12.6"
@@ -213,7 +214,8 @@ def test_a_wrong_engine_is_refused_with_tensor_and_error(api: Any, demo: Bundle,
     assert "refused" not in {state for name, state in found.items() if name != graph}
     # It stays refused without being run again, whatever the engine would do now.
     setattr(api, hook, make_tensorrt().spoil if hook == "spoil" else lambda model: None)
-    with pytest.raises(VerificationError, match=rf"'{tensor}'"):
+    said = rf"was refused on sm87.*'{tensor}'.*, or build it again: recallseg build --rebuild\."
+    with pytest.raises(VerificationError, match=said):
         load_engines(demo, "tensorrt", graphs=(graph,))
 
 
@@ -223,13 +225,13 @@ def test_another_driver_or_golden_file_is_verified_anew(
     build(demo, "ampere+")
     load_engines(demo, "tensorrt")
     seen: list[str] = []
-    real = loading.prove
+    real = Candidate.judge
 
-    def watch(bundle: Any, engines: Any, precision: str, device: str, **more: Any) -> Any:
-        seen.append(device)
-        return real(bundle, engines, precision, device, **more)
+    def watch(candidate: Candidate, engines: Any) -> Any:
+        seen.append(candidate.device)
+        return real(candidate, engines)
 
-    monkeypatch.setattr(loading, "prove", watch)
+    monkeypatch.setattr(Candidate, "judge", watch)
     load_engines(demo, "tensorrt")
     assert seen == []
     monkeypatch.setattr(HostGpu, "facts", replace(HostGpu.facts, driver="12.8"))
@@ -262,7 +264,7 @@ def test_a_plan_for_another_gpu_is_not_loaded(
 ) -> None:
     build(demo, *targets)
     monkeypatch.setattr(HostGpu, "facts", gpu)
-    monkeypatch.setattr(loading, "prove", lambda *args, **more: {})
+    monkeypatch.setattr(Candidate, "judge", lambda self, engines: {})
     if fits:
         assert list(load_engines(demo, "tensorrt")) == list(GRAPHS)
     else:
@@ -279,7 +281,7 @@ def test_a_plan_of_another_version_is_not_loaded(
         load_engines(demo, "tensorrt")
     build(demo, "version", "ampere+")
     monkeypatch.setattr(api, "__version__", "10.4.0")
-    monkeypatch.setattr(loading, "prove", lambda *args, **more: {})
+    monkeypatch.setattr(Candidate, "judge", lambda self, engines: {})
     monkeypatch.setattr(api, "Runtime", make_tensorrt("10.4.0").Runtime)
     with pytest.raises(PlanError, match="does not take plan"):  # the stand-in is not so lenient
         load_engines(demo, "tensorrt")

@@ -314,7 +314,8 @@ def evaluate(
                 if progress is not None:
                     progress(annotated.name, 1.0 / len(told))
     if not cases:
-        why = next(iter(failures.values()), "no image says anything of these structures")
+        nothing = f"no image says anything of {', '.join(structures)}: {', '.join(unmentioned)}"
+        why = next(iter(failures.values()), nothing)
         raise InputError(f"no image could be evaluated. The first reason: {why}")
     if all(case.leaked for case in cases):
         raise InputError(

@@ -204,6 +204,13 @@ class Watcher:
         record = _read_record(record_file(base))
         if record is None or record.get("image") != item.name:
             return False
+        asked, time = self._volumes.time, record.get("time")
+        if time is not None and base == self._base(item):  # is that the volume that is asked for?
+            if asked == "all":
+                if record.get("volumes") != 1:
+                    return False
+            elif asked not in (None, time):
+                return False
         return int(record.get("files", 1)) >= len(item.files)
 
     def _chosen(self) -> dict[str, int | str | None]:
@@ -241,7 +248,9 @@ class Watcher:
                 if image is None:
                     yield None
                     return
-                extra = {"time": time, "volumes": len(times)} if several else {}
+                extra: dict[str, int] = {} if time is None else {"time": time}
+                if self._volumes.time == "all":
+                    extra["volumes"] = len(times)
                 record = self._write(item, image, target, extra)
                 yield Arrival(item.path, item.name, record, None)
         except OSError as error:

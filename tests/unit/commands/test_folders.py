@@ -221,7 +221,14 @@ def test_a_watcher_is_told_which_of_several_volumes(library: Path, tmp_path: Pat
     watch("out", "--time", 2)  # another question than the one that failed
     assert list(records(tmp_path / "out")) == ["dyn"]
     assert not list((tmp_path / "out").glob("*.error.json"))
+    watch("out", "--time", 3)
+    assert records(tmp_path / "out")["dyn"]["notes"][0] == "volume 3 of 3"
+    assert "dyn.nii.gz  " not in watch("out", "--time", 3)
+    watch("out", "--time", 2)
+    watch("all", "--time", 1)  # is not all of them
+    assert list(records(tmp_path / "all")) == ["dyn"]
     watch("all", "--time", "all")
+    (tmp_path / "all" / "dyn.json").unlink()
     names = [f"dyn.time{time}" for time in (1, 2, 3)]
     assert sorted(records(tmp_path / "all")) == names
     call("segment", library, scan, "--output", tmp_path / "by hand", "--k", 1, "--time", "all")
@@ -319,6 +326,10 @@ def test_evaluate_leaves_nothing_out_in_silence(library: Path, tmp_path: Path) -
     assert found["unmentioned"] == ["other"]
     assert found["passed_over"] == {}
     assert "other" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "in" / "disc-0.30.png").unlink()
+    (tmp_path / "in" / "disc-0.30.mask.png").unlink()
+    assert "no image says anything of disc: other" in call(*arguments, status=1).output
+    write_pairs(tmp_path / "in", [0.3])
     (tmp_path / "in" / "other.png").unlink()
     (tmp_path / "in" / "other.mask.spleen.png").unlink()
     call(*arguments, "--strict")

@@ -21,6 +21,7 @@ __all__ = [
     "make_folder_inside",
     "open_folder_inside",
     "open_inside",
+    "others_may_write",
     "read_inside",
     "remove_inside",
     "replace_inside",
@@ -170,6 +171,60 @@ def sync_inside(root: Path, name: str = "") -> None:
     """Make new, renamed and removed names in a folder survive a power loss."""
     with open_folder_inside(root, name) as descriptor:
         os.fsync(descriptor)
+
+
+def others_may_write(root: Path, name: str = "") -> str:
+    """Say why what is in a folder may not be one's own word, as OpenSSH looks at keys.
+
+    Looked at are ``root``, ``name`` in it and all below that: each belongs to this user or to the
+    superuser, nobody else can write it, and below ``root`` nothing is a link. What lies in a folder
+    that nobody else can enter may have any permissions. What is not there is nobody's.
+
+    Returns
+    -------
+    str
+        The path, what is wrong with it, and the command that mends it; empty if nothing is.
+
+    Raises
+    ------
+    OSError
+        If something cannot be looked at.
+    """
+    closed = False
+    path = root
+    for part in ("", *_parts(root, name)):
+        path = path / part
+        try:
+            found = path.lstat() if part else path.stat()
+        except FileNotFoundError:
+            return ""
+        if told := _foreign(path, found, closed):
+            return told
+        closed = closed or not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH)
+    if not path.is_dir():
+        return ""
+    for folder, folders, files in os.walk(path):
+        for entry in (*folders, *files):
+            below = Path(folder, entry)
+            try:
+                told = _foreign(below, below.lstat(), closed)
+            except FileNotFoundError:  # of another process, and gone again
+                continue
+            if told:
+                return told
+    return ""
+
+
+def _foreign(path: Path, found: os.stat_result, closed: bool) -> str:
+    if stat.S_ISLNK(found.st_mode):
+        return f"{path} is a link: put the file or folder itself there"
+    if found.st_uid not in (0, os.geteuid()):
+        return (
+            f"{path} belongs to user {found.st_uid}: chown it to user {os.geteuid()}, or remove it"
+        )
+    if not closed and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write {path}: chmod go-w {path}, if you know who wrote it"
+    return ""
 
 
 def _parts(root: Path, name: str) -> list[str]:

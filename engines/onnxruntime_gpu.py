@@ -37,7 +37,7 @@ from recallseg.engines.operators import require_operators
 from recallseg.engines.paths import cache_folder
 from recallseg.engines.proof import Candidate
 from recallseg.engines.specs import GRAPHS, GraphSpec
-from recallseg.engines.verdicts import Verdicts, writing
+from recallseg.engines.verdicts import Verdicts, refuse_foreign, writing
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
@@ -78,7 +78,11 @@ class Sessions(Candidate):
         subject = digest_json(
             [self._digests, version, precision, kind._settings(options), self.device]
         )
-        self._folder = cache_folder() / kind.name / subject[:32]
+        root = cache_folder() / kind.name
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        refuse_foreign(root, subject[:32])
+        self._folder = root / subject[:32]
         # Whoever removes what was compiled removes what was said of it.
         self.records = {GRAPHS: Verdicts(self._folder / "state.json", subject)}
         self.most = kind.most

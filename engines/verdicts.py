@@ -12,8 +12,9 @@ from typing import Any
 
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import PlanError
+from recallseg.engines.inside import others_may_write
 
-__all__ = ["Verdict", "Verdicts", "writing"]
+__all__ = ["Verdict", "Verdicts", "refuse_foreign", "writing"]
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,16 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write to the plan cache: {path}: {error.strerror or error}. {hint}; "
             "plans that were there before are unharmed."
         ) from error
+
+
+def refuse_foreign(root: Path, name: str) -> None:
+    """Raise PlanError if others could have written what was compiled: it would run as this user."""
+    try:
+        told = others_may_write(root, name)
+    except OSError as error:
+        raise PlanError(f"plan {root / name} cannot be read: {error}.") from error
+    if told:
+        raise PlanError(
+            f"a compiled plan is a program, and this one may be somebody else's: {told}. "
+            "Or set RECALLSEG_CACHE to a folder of your own and build it again: recallseg build."
+        )

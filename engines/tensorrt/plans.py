@@ -31,7 +31,7 @@ from recallseg.engines.digest import digest_file, digest_json
 from recallseg.engines.durable import replace_folder, write_file
 from recallseg.engines.errors import PlanError
 from recallseg.engines.paths import cache_folder
-from recallseg.engines.verdicts import Verdicts, writing
+from recallseg.engines.verdicts import Verdicts, refuse_foreign, writing
 
 __all__ = ["FORMAT_VERSION", "Plan", "PlanCache", "PlanKey"]
 
@@ -77,7 +77,14 @@ class Plan:
     made: Mapping[str, Any]
 
     def read(self) -> bytes:
-        """Return the serialized plan; PlanError when it is not the one that was stored."""
+        """Return the serialized plan.
+
+        Raises
+        ------
+        PlanError
+            If it is not the one that was stored, or others may write it.
+        """
+        refuse_foreign(self.folder.parent, self.folder.name)
         try:
             data = (self.folder / "plan").read_bytes()
         except OSError as error:
@@ -109,7 +116,14 @@ class PlanCache:
         self.folder = folder or cache_folder() / "plans"
 
     def find(self, key: PlanKey) -> Plan | None:
-        """Return the plan of exactly this key, checked; None if there is none or it is damaged."""
+        """Return the plan of exactly this key, checked; None if there is none or it is damaged.
+
+        Raises
+        ------
+        PlanError
+            If others may write it.
+        """
+        refuse_foreign(self.folder, key.digest)
         plan = self._open(self.folder / key.digest)
         if plan is None or plan.key != key:
             return None
@@ -152,7 +166,7 @@ class PlanCache:
         """Hold the right to build this plan; a second process waits until the first is done."""
         path = self.folder / f".{key.digest}.lock"
         with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             file = path.open("wb")
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,7 +1,8 @@
 """Files and folders that are there in full or not at all, also after a crash.
 
 Everything that replaces something on the disk does it here: what was there stays until the new
-stands, and a process that dies leaves at most a hidden folder, which the next one removes.
+stands, and a process that dies leaves at most a hidden file or folder beside it, which the next one
+that replaces the same removes. Errors of the system name the file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from pathlib import Path
 
 from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, replace_inside
 
-__all__ = ["replace_file", "replace_file_inside", "replace_folder", "sync_folder", "write_file"]
+__all__ = [
+    "make_folder",
+    "replace_file",
+    "replace_file_inside",
+    "replace_folder",
+    "sync_folder",
+    "write_file",
+]
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 """What file systems say that cannot sync a folder: some of those on a network."""
@@ -32,19 +40,24 @@ def write_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> No
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, mode)
     try:
-        _write_all(descriptor, data)
+        with _naming(path):
+            _write_all(descriptor, data)
     finally:
         os.close(descriptor)
 
 
 def replace_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
     """Replace ``path``: a reader sees all old bytes or all new ones; OSError as the system does."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, descriptor = _claim(path.with_name(f".{path.name}.tmp"), mode)
     try:
-        write_file(temporary, data, mode=mode)
-        os.replace(temporary, path)
+        with _naming(path):
+            _write_all(descriptor, data)
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # still locked: it is nobody else's
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
     sync_folder(path.parent)
 
 
@@ -59,7 +72,8 @@ def replace_file_inside(root: Path, name: str, data: bytes | memoryview) -> None
     remove_inside(root, temporary)
     descriptor = open_inside(root, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        _write_all(descriptor, data)
+        with _naming(root / name):
+            _write_all(descriptor, data)
     except OSError:
         remove_inside(root, temporary)  # a full disk needs the space
         raise
@@ -83,8 +97,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         As the system gives it; what was at ``path`` is there then.
     """
     path = Path(os.path.realpath(path))
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True)
+    make_folder(path.parent)
     token = secrets.token_hex(4)
     work, before = (path.with_name(f".{path.name}.{kind}-{token}") for kind in ("new", "old"))
     with ExitStack() as stack:
@@ -114,12 +127,86 @@ def sync_folder(folder: Path) -> None:
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with _naming(folder):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path, *, mode: int = 0o777) -> None:
+    """Make a folder, and those above it, whose names survive a power loss; there may be one.
+
+    OSError as the system gives it. ``mode`` are the permissions of ``path``, less the user's mask.
+    """
+    missing = []
+    place = path.absolute()
+    while not place.is_dir():
+        missing.append(place)
+        place = place.parent
+    for place in reversed(missing):
+        try:
+            place.mkdir(mode if place is missing[0] else 0o777)
+        except FileExistsError:
+            if not place.is_dir():
+                raise
+        with suppress(PermissionError):  # a folder above that others may only pass through
+            sync_folder(place.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an error of the system say which file it is about, where it does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _claim(temporary: Path, mode: int) -> tuple[Path, int]:
+    """Make and lock a new file; return its path and descriptor.
+
+    What a process that died has left there goes; one that lives is waited for. Where nothing can be
+    locked, as on some file systems of a network, it gets a name that no other process uses.
+    """
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    while True:
+        try:
+            descriptor, left = os.open(temporary, new, mode), False
+        except FileExistsError:
+            try:
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except FileNotFoundError:
+                continue
+            left = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            os.close(descriptor)
+            if not left:
+                temporary.unlink(missing_ok=True)
+            other = temporary.with_name(f"{temporary.stem}.{secrets.token_hex(4)}.tmp")
+            return other, os.open(other, new, mode)
+        if not _is_at(descriptor, temporary):
+            os.close(descriptor)  # it took its place, or was removed, while it was waited for
+        elif left:
+            try:
+                temporary.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+        else:
+            return temporary, descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -135,7 +222,8 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             descriptor = os.open(Path(place, name), os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                os.fsync(descriptor)
+                with _naming(Path(place, name)):
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         sync_folder(Path(place))

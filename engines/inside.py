@@ -152,7 +152,11 @@ def make_folder_inside(root: Path, name: str) -> None:
             except FileExistsError:
                 pass
             else:
-                os.fsync(parent)
+                try:
+                    os.fsync(parent)
+                except OSError:
+                    os.rmdir(part, dir_fd=parent)  # or nobody would make its name durable later
+                    raise
         done = f"{done}/{part}".lstrip("/")
     with open_folder_inside(root, name):
         """What was there is a folder too."""

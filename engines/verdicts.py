@@ -59,19 +59,19 @@ class Verdicts:
             record = self._read()[device]
             checks = tuple((str(n), float(e), float(t)) for n, e, t in record["checks"])
             found = Verdict(**{**record, "checks": checks})
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OSError, TypeError, ValueError):
             return None
         return found if found.golden == golden and found.device == device else None
 
     def record(self, verdict: Verdict) -> None:
-        """Store a verdict; PlanError if it cannot be written."""
+        """Store a verdict; PlanError if it cannot be written, or those before cannot be read."""
         # JSON has no infinity: an error that is not finite is stored as the largest float.
         checks = [[name, min(error, 1e308), limit] for name, error, limit in verdict.checks]
-        state = {
-            "subject": self.subject,
-            "verdicts": {**self._read(), verdict.device: {**asdict(verdict), "checks": checks}},
-        }
         with writing(self.path):
+            state = {
+                "subject": self.subject,
+                "verdicts": {**self._read(), verdict.device: {**asdict(verdict), "checks": checks}},
+            }
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, json.dumps(state, indent=1, allow_nan=False).encode())
 
@@ -83,14 +83,22 @@ class Verdicts:
                 device: "verified" if record["passed"] else "refused"
                 for device, record in self._read().items()
             }
-        except (KeyError, TypeError):
+        except (KeyError, OSError, TypeError):
             return {}
 
     def _read(self) -> dict[str, Any]:
+        """Return what was said; nothing if it is damaged, which verifying again mends.
+
+        OSError if there is something that cannot be read: it may not be replaced by less.
+        """
         try:
-            state = json.loads(self.path.read_bytes())
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        try:
+            state = json.loads(data)
             return dict(state["verdicts"]) if state["subject"] == self.subject else {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return {}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from recallseg.engines.digest import digest_json
+from recallseg.engines.durable import make_folder
 from recallseg.engines.errors import (
     InputError,
     LibraryError,
@@ -69,7 +70,7 @@ class Store:
         with writing(folder):
             if folder.exists() and not folder.is_dir():
                 raise LibraryError(f"{folder} is a file; a library needs a folder of its own.")
-            folder.mkdir(0o700, parents=True, exist_ok=True)  # patients' images
+            make_folder(folder, mode=0o700)  # patients' images
             # An interrupted creation leaves an empty catalog, its journal and the lock.
             left = {item.name for item in folder.iterdir()} - {LOCK, CATALOG, CATALOG + "-journal"}
         if left:

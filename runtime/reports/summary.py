@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recallseg.engines.durable import replace_file
+from recallseg.engines.durable import make_folder, replace_file
 from recallseg.runtime.reports.evaluation import Case, Evaluation
 from recallseg.runtime.reports.format import csv_text
 
@@ -186,7 +186,7 @@ def write_evaluation(evaluation: Evaluation, settings: Settings, page: str, outp
     OSError
         If the folder cannot be written.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     replace_file(output / "cases.csv", to_csv(evaluation.cases).encode())
     summary = json.dumps(
         to_json(evaluation, settings), indent=1, allow_nan=False, ensure_ascii=False

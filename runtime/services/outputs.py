@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from recallseg.engines.durable import replace_file
+from recallseg.engines.durable import make_folder, replace_file
 from recallseg.runtime.formats.finding import MASK_SUFFIX
 from recallseg.runtime.formats.images import write_label_map
 from recallseg.runtime.json_text import json_text
@@ -19,6 +21,7 @@ __all__ = [
     "PREVIEW_SUFFIXES",
     "VOLUME_SUFFIXES",
     "mask_file",
+    "no_halves",
     "output_base",
     "record_file",
     "time_base",
@@ -89,10 +92,39 @@ def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:
         "recallseg": __version__,
         **result.to_json(),
     }
-    base.parent.mkdir(parents=True, exist_ok=True)
-    write_label_map(mask_file(base), result.label_map)
-    replace_file(record_file(base), json_text(record).encode())
+    make_folder(base.parent)
+    with no_halves(base, mask_file(base)):
+        write_label_map(mask_file(base), result.label_map)
+        replace_file(record_file(base), json_text(record).encode())
     return record
+
+
+@contextmanager
+def no_halves(base: Path, *written: Path) -> Iterator[None]:
+    """Where a result fails, remove those of its files that were not there before it.
+
+    So it can be asked for again. If one was there and has been replaced, the record before is of
+    another, and goes.
+    """
+    before = {path: _state(path) for path in written}
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if any(found is not None and _state(path) != found for path, found in before.items()):
+                record_file(base).unlink(missing_ok=True)
+            for path, found in before.items():
+                if found is None:
+                    path.unlink(missing_ok=True)
+        raise
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _safe(name: str, *, folder: bool = False) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from recallseg.engines.durable import replace_file
+from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError, LibraryLockedError, OutputError
 from recallseg.runtime.formats.finding import Header, Item, PassedOver, file_item
 from recallseg.runtime.formats.volume import Volume
@@ -38,7 +38,7 @@ ASKED_AGAIN = 5
 """Times that an item is segmented while another process changes the library under it."""
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ)
 """Faults of one output; others (a full disk) are of all, and end the watch."""
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of replace_file
+_TEMPORARY = re.compile(r"\..+\.(png|json|gz|nrrd|dcm|html)(\.[0-9a-f]+)?\.tmp")  # of replace_file
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Watcher:
             )
         if not settle_s >= 0:
             raise InputError(f"seconds to settle must be 0 or more, got {settle_s}.")
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         try:
             self._lock = WriterLock(output / LOCK)
         except LibraryLockedError as error:
@@ -264,7 +264,7 @@ class Watcher:
         _failure_file(base, item).unlink(missing_ok=True)
 
     def _put_aside(self, item: Item, base: Path, why: str) -> Arrival:
-        base.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(base.parent)
         failure = {
             "image": item.name,
             "files": list(item.signature),

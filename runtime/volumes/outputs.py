@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.durable import replace_file
+from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.formats.concepts import Concept, concepts_for
 from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation, write_segmentation
@@ -28,7 +28,9 @@ from recallseg.runtime.services.outputs import (
     PREVIEW_SUFFIXES,
     VOLUME_SUFFIXES,
     mask_file,
+    no_halves,
     record_file,
+    volume_files,
 )
 from recallseg.runtime.volumes.slices import VolumeResult, clean_up, segment_volume
 
@@ -105,10 +107,11 @@ def segment_to_files(
     read_with = {"voi": settings.voi}
     if log is not None:
         log.record(volume.array, result.label_map, {**result.to_audit(volume), **read_with})
-    if settings.preview:
-        write_preview(base, volume, result, segmenter.library)
     extra = {**read_with, **(extra or {})}
-    record = write_volume_result(base, volume, kind, result, source, extra, settings.concepts)
+    with no_halves(base, *volume_files(base)):
+        if settings.preview:
+            write_preview(base, volume, result, segmenter.library)
+        record = write_volume_result(base, volume, kind, result, source, extra, settings.concepts)
     return result, record
 
 
@@ -130,7 +133,7 @@ def check_output(
     """
     folder = base.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp"):
             pass
         free = shutil.disk_usage(folder).free
@@ -178,7 +181,7 @@ def write_volume_result(
     """
     from recallseg import __version__
 
-    base.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(base.parent)
     if volume.frame == "image":
         single = volume.shape[0] == 1
         target = mask_file(base) if single else base.with_name(base.name + VOLUME_SUFFIXES["nifti"])
@@ -245,7 +248,7 @@ def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Lib
         except InputError:  # removed by another process since it was recalled
             return None
 
-    base.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(base.parent)
     sheet, page = (base.with_name(base.name + suffix) for suffix in PREVIEW_SUFFIXES)
     replace_file(sheet, contact_sheet(volume, result, library.intensity))
     text = render_volume_page(volume, result, library.intensity, source, printable(base.name))

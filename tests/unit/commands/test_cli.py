@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -183,6 +185,34 @@ def test_segment(library: Path, query: Path, tmp_path: Path) -> None:
     assert (out / "query.json").read_bytes() == before
     call("segment", library, query, "--output", out, "--k", 3, "--overwrite", *FAKE)
     assert json.loads((out / "query.json").read_text())["provenance"]["recipe"]["k"] == 3
+
+
+def test_segment_can_be_repeated_after_a_failure(
+    library: Path, query: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for at in (1, 2):
+        replace, calls = os.replace, [0]
+
+        def fail(*values: Any, **named: Any) -> None:
+            calls[0] += 1  # noqa: B023
+            if calls[0] == at:  # noqa: B023
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(*values, **named)  # noqa: B023
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", fail)
+            told = call("segment", library, query, "--output", out, *FAKE, status=1)
+        assert str(out / "query.") in told  # which file it was
+        assert "No space left" in told
+        assert [*out.iterdir()] == []
+    call("segment", library, query, "--output", out, *FAKE)
+    assert sorted(path.name for path in out.iterdir()) == ["query.json", "query.mask.png"]
+    with pytest.MonkeyPatch.context() as patch:
+        calls[0] = 0
+        patch.setattr(os, "replace", fail)  # the record's, of a mask that replaced another
+        call("segment", library, query, "--output", out, "--overwrite", *FAKE, status=1)
+    assert [path.name for path in out.iterdir()] == ["query.mask.png"]  # no record of another
 
 
 def test_segment_a_folder(library: Path, pairs: Path, tmp_path: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
 from recallseg.engines import durable
-from recallseg.engines.durable import replace_file, replace_folder
+from recallseg.engines.durable import make_folder, replace_file, replace_folder
+from recallseg.engines.inside import make_folder_inside
 
 
 def fill(folder: Path, text: str) -> None:
@@ -154,3 +157,102 @@ def test_a_file_system_that_cannot_sync_a_folder_is_no_reason_to_stop(
     monkeypatch.setattr(durable.os, "fsync", refuse)
     replace_file(tmp_path / "file", b"data")
     assert (tmp_path / "file").read_bytes() == b"data"
+
+
+def test_a_file_that_a_killed_process_left_is_removed_and_a_living_one_is_waited_for(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "file"
+    code = f"""
+import os, sys, time
+from pathlib import Path
+from recallseg.engines import durable
+def slow(source, target, replace=os.replace):
+    print("there", flush=True)
+    sys.stdin.readline()
+    replace(source, target)
+os.replace = slow
+durable.replace_file(Path({str(place)!r}), b"theirs")
+"""
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"there\n"
+        return process
+
+    process = start()
+    process.kill()
+    process.communicate()
+    assert len(os.listdir(tmp_path)) == 1
+    replace_file(place, b"mine")
+    assert os.listdir(tmp_path) == ["file"]
+    process = start()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(replace_file, place, b"last")
+        assert not wait([waiting], 0.2).done
+        assert place.read_bytes() == b"mine"
+        process.communicate(b"\n")
+        waiting.result(10)
+    assert place.read_bytes() == b"last"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_many_threads_replace_one_file(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    with ThreadPoolExecutor(8) as pool:
+        [*pool.map(lambda n: replace_file(place, bytes([n]) * (1000 + n)), range(60))]
+    data = place.read_bytes()
+    assert data == data[:1] * (1000 + data[0])
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_where_nothing_can_be_locked_names_are_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".file.tmp").write_bytes(b"another's")
+    replace_file(tmp_path / "file", b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"
+    assert sorted(os.listdir(tmp_path)) == [".file.tmp", "file"]
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync"])
+def test_an_error_of_the_system_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*values: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, name, full)
+    with pytest.raises(OSError, match="No space") as caught:
+        replace_file(tmp_path / "file", b"data")
+    assert caught.value.filename == str(tmp_path / "file")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_names_of_new_folders_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number)),
+    )
+    make_folder(tmp_path / "a" / "b")
+    assert synced == [str(tmp_path), str(tmp_path / "a")]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file")
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.EIO, "x")))
+    with pytest.raises(OSError, match="x"):
+        make_folder_inside(tmp_path, "sources/000000")
+    assert not (tmp_path / "sources").exists()  # so that the next one syncs its name

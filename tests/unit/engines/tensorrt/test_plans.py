@@ -236,6 +236,15 @@ def test_verdicts_belong_to_a_plan_a_device_and_golden_tensors(cache: PlanCache)
     (plan.folder / "state.json").write_text("{")
     assert plan.verdicts.states == {}
     assert plan.verdicts.find("gpu a", "golden 1") is None
+    # What cannot be read now is not replaced by less.
+    plan.verdicts.record(bad)
+    whole = (plan.folder / "state.json").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: os.open(path / "no folder", os.O_RDONLY))
+        assert plan.verdicts.find("gpu b", "golden 1") is None
+        with pytest.raises(PlanError, match=r"state\.json: Not a directory"):
+            plan.verdicts.record(bad)
+    assert (plan.folder / "state.json").read_bytes() == whole
 
 
 def test_clear_takes_what_it_is_told(cache: PlanCache) -> None:

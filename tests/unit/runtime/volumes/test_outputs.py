@@ -109,6 +109,19 @@ def count_segmentations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+def test_a_result_that_fails_leaves_no_half(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = read_volume(write_series(tmp_path / "s", ARRAY)[0].parent)
+    base, shown = tmp_path / "o" / "x", VolumeSettings(preview=True)
+    monkeypatch.setattr(outputs, "json_text", lambda record: 1 / 0)  # the record, which is last
+    with Library.open(library) as opened:
+        segmenter = Segmenter(opened, k=1, engine="fake")
+        with pytest.raises(ZeroDivisionError):
+            segment_to_files(segmenter, volume, base, shown, kind="nrrd", source="s")
+    assert os.listdir(base.parent) == []  # so that it can be asked for again
+
+
 def test_an_output_that_cannot_be_written_is_known_before_the_work(
     tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

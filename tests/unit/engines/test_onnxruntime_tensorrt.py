@@ -9,8 +9,14 @@ import pytest
 from support.fake_onnxruntime import FakeSession, install
 
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.errors import EngineUnavailableError, InputError, VerificationError
+from recallseg.engines.errors import (
+    EngineUnavailableError,
+    InputError,
+    PlanError,
+    VerificationError,
+)
 from recallseg.engines.onnxruntime_tensorrt import OnnxRuntimeTensorRt, provider_options
+from recallseg.engines.paths import cache_folder
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.tensorrt.profile import Profile
@@ -65,6 +71,20 @@ def test_another_version_has_other_caches(
     session.made.clear()
     load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
     assert not before & caches(session)
+
+
+def test_what_others_could_have_compiled_is_refused(
+    session: type[FakeSession], demo: Bundle
+) -> None:
+    load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
+    root = cache_folder() / "onnxruntime-tensorrt"
+    assert root.stat().st_mode & 0o777 == 0o700
+    (verdict,) = root.glob("*/state.json")  # what says that it was proven
+    verdict.chmod(0o666)
+    load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))  # nobody else can come here
+    root.chmod(0o755)
+    with pytest.raises(PlanError, match=f"others may write {verdict}"):
+        load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
 
 
 def test_a_wrong_session_is_refused_and_stays_so(session: type[FakeSession], demo: Bundle) -> None:

@@ -30,9 +30,12 @@ from recallseg.runtime.library.records import (
 from recallseg.runtime.library.shards import Place
 from recallseg.runtime.library.values import integer
 
-__all__ = ["Catalog"]
+__all__ = ["ADDING", "Catalog"]
 
 DIGEST_MODULUS = 1 << 256
+ADDING = "adding"
+"""The note, first and last number, of exemplars whose images are written before one commit makes
+all of them visible: a process that dies meanwhile leaves images that belong to nothing."""
 
 
 class Catalog(CatalogQueries):
@@ -76,34 +79,50 @@ class Catalog(CatalogQueries):
             slot += 1
         return places
 
-    def add(self, new: NewExemplar) -> None:
-        """Make an exemplar visible, in one commit."""
+    def adding(self) -> range:
+        """Return the numbers of exemplars that are being added together, and not there yet."""
+        note = self.note(ADDING)
+        if note is None:
+            return range(0)
+        numbers = [int(part) if part.isdecimal() else part for part in note.split()]
+        first, last = (*numbers, None, None)[:2]
+        first = integer(first, "the first number of exemplars being added", 1)
+        last = integer(last, "the last number of exemplars being added", first)
+        return range(first, last + 1) if first == self.next_number() else range(0)
+
+    def add(self, *exemplars: NewExemplar) -> None:
+        """Make exemplars visible, in one commit."""
+        with self.database.transaction():
+            for new in exemplars:
+                self._add(new)
+            self.set_note(ADDING, None)
+
+    def _add(self, new: NewExemplar) -> None:
         db = self.database
-        with db.transaction():
-            state = self.state()
-            db.execute(
-                "INSERT INTO exemplars VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    new.number,
-                    new.key,
-                    new.content,
-                    new.height,
-                    new.width,
-                    new.created,
-                    new.source,
-                    new.digest,
-                ),
-            )
-            for present, names in ((1, tuple(new.memories)), (0, new.absent)):
-                for name in names:
-                    db.execute(
-                        "INSERT INTO annotations VALUES (?, ?, ?)",
-                        (self._count_structure(name, bool(present), 1), present, new.number),
-                    )
-            rows = [(new.number, name, value) for name, value in new.tags.items()]
-            db.execute_many("INSERT INTO tags VALUES (?, ?, ?)", rows)
-            self.add_encoding(new.number, state.generation, new.embedding, new.memories, new.origin)
-            self._advance(state, 1, int.from_bytes(new.digest, "big"))
+        state = self.state()
+        db.execute(
+            "INSERT INTO exemplars VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                new.number,
+                new.key,
+                new.content,
+                new.height,
+                new.width,
+                new.created,
+                new.source,
+                new.digest,
+            ),
+        )
+        for present, names in ((1, tuple(new.memories)), (0, new.absent)):
+            for name in names:
+                db.execute(
+                    "INSERT INTO annotations VALUES (?, ?, ?)",
+                    (self._count_structure(name, bool(present), 1), present, new.number),
+                )
+        rows = [(new.number, name, value) for name, value in new.tags.items()]
+        db.execute_many("INSERT INTO tags VALUES (?, ?, ?)", rows)
+        self.add_encoding(new.number, state.generation, new.embedding, new.memories, new.origin)
+        self._advance(state, 1, int.from_bytes(new.digest, "big"))
 
     def add_encoding(
         self,

@@ -1,95 +1,210 @@
-"""Adding an exemplar to a library, changing one, and removing one."""
+"""Adding exemplars to a library, changing one, and removing one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Optional, TypedDict
 
-from recallseg.engines.errors import InputError, LibraryWriteError
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import InputError, LibraryError, LibraryWriteError
 from recallseg.runtime.checks import check_annotation, check_image, check_key, check_tags
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library import maintenance
+from recallseg.runtime.library.catalog import ADDING
 from recallseg.runtime.library.encoding import ExemplarEncoder, check_encoded
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import NewExemplar
 from recallseg.runtime.library.sources import content_digest
 from recallseg.runtime.library.store import Store
 
-__all__ = ["add", "remove", "retag"]
+__all__ = ["Addition", "add", "add_many", "remove", "retag"]
 
 SAVE_EVERY = 4096
 """Exemplars added between looks at whether the search indexes should be saved."""
 
+Progress = Callable[[int, int], None]
 
-def add(
-    store: Store,
-    encoder: Callable[[], ExemplarEncoder],
-    image: Any,
-    masks: Mapping[str, Any],
-    absent: tuple[str, ...],
-    tags: Mapping[str, str] | None,
-    key: str | None,
-) -> str:
+
+class Addition(TypedDict, total=False):
+    """One exemplar to add, by the names that :meth:`recallseg.Library.add` gives its parts."""
+
+    image: Any
+    masks: Mapping[str, Any]
+    absent: tuple[str, ...]
+    tags: Optional[Mapping[str, str]]
+    key: Optional[str]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What can be added: pixels, masks and names as they will be stored."""
+
+    pixels: NDArray[Any]
+    masks: dict[str, NDArray[np.bool_]]
+    absent: tuple[str, ...]
+    tags: dict[str, str]
+    content: str
+    key: str
+
+
+def add(store: Store, encoder: Callable[[], ExemplarEncoder], item: Addition) -> str:
     """Add an exemplar; ``encoder`` is asked for when nothing else is wrong with the input."""
     store.check_writable("add")
-    pixels = check_image(open_image(image))
-    checked, missing = check_annotation(masks, absent, pixels.shape)
-    labels = check_tags(tags)
+    checked = _check(item)
     with store.changing:
-        content = content_digest(pixels, checked, missing)
-        name = content[:32] if key is None else check_key(key)
-        if store.catalog.number(name) is not None:
-            same = "" if key else " (the same image with the same masks)"
-            raise InputError(
-                f"the library already has an exemplar '{name}'{same}. Remove it first, or "
-                "give another key."
-            )
-        # Queries go on meanwhile, and take their turns on the model.
-        encoded = check_encoded(
-            encoder().encode(pixels, checked),
-            tuple(checked),
-            store.settings.embedding_dim,
-            store.settings.layout,
-        )
-        with store.lock:
-            number = store.catalog.next_number()
-            try:
-                source = None
-                if store.settings.keep_sources:
-                    source = store.sources.write(number, pixels, checked)
-                memories = maintenance.append(
-                    store.catalog, store.writer, encoded, store.state.generation
-                )
-                store.catalog.add(
-                    NewExemplar(
-                        number=number,
-                        key=name,
-                        content=content,
-                        height=pixels.shape[0],
-                        width=pixels.shape[1],
-                        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                        source=source,
-                        tags=labels,
-                        absent=missing,
-                        embedding=encoded.embedding,
-                        memories=memories,
-                        origin=encoded.origin,
+        _refuse_known(store, checked.key, item)
+        _add_all(store, encoder, [checked], 1, len(checked.masks), _no_progress)
+    return checked.key
+
+
+def add_many(
+    store: Store,
+    encoder: Callable[[], ExemplarEncoder],
+    items: Iterable[Addition],
+    progress: Progress | None,
+) -> list[str]:
+    """Add exemplars in one commit: all, or none."""
+    store.check_writable("add")
+    items = [*items]
+    contents: dict[str, tuple[int, str]] = {}
+    memories = 0
+    with store.changing:
+        # What was checked is let go: files, and masks of other dtypes, need room for one only.
+        for position, item in enumerate(items):
+            with _at(position):
+                checked = _check(item)
+                _refuse_known(store, checked.key, item)
+                if checked.key in contents:
+                    raise InputError(
+                        f"it has the key '{checked.key}' of items[{contents[checked.key][0]}]. "
+                        "Give it another."
                     )
-                )
-            except LibraryWriteError:
-                if (
-                    store.catalog.next_number() == number
-                ):  # not committed: give a full disk its space back
-                    with suppress(LibraryWriteError):  # or the next who opens it does
-                        store.sources.remove(number)
-                raise
-            store.see_own()
-            if number % SAVE_EVERY == 0:
-                with suppress(LibraryWriteError):  # it is added; closing saves, or says why not
-                    store.retrieval.save_worn()
-            return name
+            contents[checked.key] = position, checked.content
+            memories += len(checked.masks)
+
+        def again() -> Iterator[_Checked]:
+            for key, (position, content) in contents.items():
+                with _at(position):
+                    checked = _check(items[position])
+                    if (checked.key, checked.content) != (key, content):
+                        raise InputError("it was changed while it was added. Add it again.")
+                yield checked
+
+        if items:
+            _add_all(store, encoder, again(), len(items), memories, progress or _no_progress)
+    return [*contents]
+
+
+def _check(item: Addition) -> _Checked:
+    if not isinstance(item, Mapping):
+        raise InputError(
+            f"an exemplar to add must map the names of add() to what it takes, e.g. "
+            f"dict(image=..., masks=...), got {type(item).__name__}."
+        )
+    names = Addition.__annotations__
+    unknown = [name for name in item if name not in names]
+    missing = [name for name in ("image", "masks") if name not in item]
+    if unknown or missing:
+        what = f"has '{unknown[0]}'" if unknown else f"has no '{missing[0]}'"
+        raise InputError(f"an exemplar to add {what}; its parts are {', '.join(names)}.")
+    pixels = check_image(open_image(item["image"]))
+    masks, absent = check_annotation(item["masks"], item.get("absent", ()), pixels.shape)
+    content, key = content_digest(pixels, masks, absent), item.get("key")
+    name = content[:32] if key is None else check_key(key)
+    return _Checked(pixels, masks, absent, check_tags(item.get("tags")), content, name)
+
+
+def _refuse_known(store: Store, key: str, item: Addition) -> None:
+    if store.catalog.number(key) is not None:
+        same = "" if item.get("key") else " (the same image with the same masks)"
+        raise InputError(
+            f"the library already has an exemplar '{key}'{same}. Remove it first, or give another "
+            "key."
+        )
+
+
+def _add_all(
+    store: Store,
+    encoder: Callable[[], ExemplarEncoder],
+    exemplars: Iterable[_Checked],
+    count: int,
+    memories: int,
+    progress: Progress,
+) -> None:
+    """Encode and write exemplars, with so many memories in all; one commit makes them visible."""
+    catalog, sources, writer = store.catalog, store.sources, store.writer
+    with store.lock:
+        first = catalog.next_number()
+        places = iter(catalog.allocate(memories, writer.capacity, store.state.generation))
+        if count > 1:  # the images of more than one are found again by whoever cleans up
+            catalog.set_note(ADDING, f"{first} {first + count - 1}")
+    written: list[NewExemplar] = []
+    try:
+        for number, one in enumerate(exemplars, first):
+            # Queries go on meanwhile, and take their turns on the model.
+            encoded = check_encoded(
+                encoder().encode(one.pixels, one.masks),
+                tuple(one.masks),
+                store.settings.embedding_dim,
+                store.settings.layout,
+            )
+            source = None
+            if store.settings.keep_sources:
+                source = sources.write(number, one.pixels, one.masks)
+            new = NewExemplar(
+                number=number,
+                key=one.key,
+                content=one.content,
+                height=one.pixels.shape[0],
+                width=one.pixels.shape[1],
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                source=source,
+                tags=one.tags,
+                absent=one.absent,
+                embedding=encoded.embedding,
+                memories=maintenance.write_memories(writer, places, encoded),
+                origin=encoded.origin,
+            )
+            written.append(new)
+            if len(written) < count:
+                progress(len(written), count)
+        for shard in {place.shard for new in written for place, _ in new.memories.values()}:
+            writer.sync(shard)
+        with store.lock:
+            catalog.add(*written)
+    except BaseException:
+        # Not committed: give a full disk its space back.
+        with store.lock, suppress(LibraryError):  # or the next who opens it does
+            if catalog.next_number() == first:
+                for number in range(first, first + len(written) + 1):
+                    sources.remove(number)
+                if count > 1:
+                    catalog.set_note(ADDING, None)
+        raise
+    with store.lock:
+        store.see_own()
+        if (first - 1) // SAVE_EVERY < written[-1].number // SAVE_EVERY:
+            with suppress(LibraryWriteError):  # it is added; closing saves, or says why not
+                store.retrieval.save_worn()
+    progress(count, count)
+
+
+@contextmanager
+def _at(position: int) -> Iterator[None]:
+    """Say of an InputError at which position of a list it arose."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"items[{position}]: {error}") from error
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 def remove(store: Store, key: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -510,7 +510,46 @@ class Library:
             If the encoder fails or gives wrong tensors.
         """
         encoder = self._binding.encoder
-        return changing.add(self._store, encoder, image, masks, absent, tags, key)
+        item = changing.Addition(image=image, masks=masks, absent=absent, tags=tags, key=key)
+        return changing.add(self._store, encoder, item)
+
+    def add_many(
+        self, items: Iterable[changing.Addition], *, progress: Progress | None = None
+    ) -> list[str]:
+        """Add annotated images in one commit, and return their keys: all are added, or none.
+
+        All are looked at before the first is encoded: files are read, checked and let go, and read
+        again when their turn comes, so that a list of paths needs the memory of one image. Until
+        the commit at the end nobody sees any of them, also if the process dies.
+
+        Parameters
+        ----------
+        items : for each a mapping with the parts that :meth:`add` takes, by its names.
+        progress : is told how many are encoded and written, of how many; that all are when they are
+            there.
+
+        Raises
+        ------
+        InputError
+            As :meth:`add`, with the position in the list, counted from 0; also for a key that two
+            of them have.
+        LibraryWriteError, EngineRunError
+            As :meth:`add`; nothing was added.
+
+        Examples
+        --------
+        >>> pictures = [np.full((64, 64), 50, np.uint8) for _ in range(3)]
+        >>> for i, picture in enumerate(pictures):
+        ...     picture[16 * i : 16 * i + 16] = 250
+        >>> with Library.create("many", "demo") as library:
+        ...     items = [
+        ...         {"image": picture, "masks": {"bar": picture > 200}, "key": f"bar {i}"}
+        ...         for i, picture in enumerate(pictures)
+        ...     ]
+        ...     print(library.add_many(items))
+        ['bar 0', 'bar 1', 'bar 2']
+        """
+        return changing.add_many(self._store, self._binding.encoder, items, progress)
 
     def embed(self, image: Any) -> NDArray[np.float32]:
         """Return the embedding (D, unit length) that an image would be stored with.

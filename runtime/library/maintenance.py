@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import LibraryError
 from recallseg.engines.inside import list_inside, remove_inside, sync_inside
 from recallseg.runtime.library.binding import Binding, bundle_settings, open_bundle
-from recallseg.runtime.library.catalog import Catalog
+from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
 from recallseg.runtime.library.exemplar import LibraryReport
 from recallseg.runtime.library.records import Settings
@@ -28,7 +28,7 @@ from recallseg.runtime.library.sources import SourceStore
 from recallseg.runtime.library.storage import writing
 from recallseg.runtime.library.store import Store
 
-__all__ = ["append", "compact", "rebuild", "rebuild_index", "reclaim", "verify"]
+__all__ = ["append", "compact", "rebuild", "rebuild_index", "reclaim", "verify", "write_memories"]
 
 _PAGE = 256
 _MOMENT_S = 0.2
@@ -41,12 +41,21 @@ def append(
 ) -> dict[str, tuple[Place, bytes]]:
     """Write an exemplar's memories durably; return their places and digests by structure."""
     places = catalog.allocate(len(encoded.memories), writer.capacity, generation)
-    written = {
-        name: (place, writer.append(place, pack(writer.layout, memory, encoded.pointers[name])))
-        for place, (name, memory) in zip(places, encoded.memories.items(), strict=True)
-    }
+    written = write_memories(writer, iter(places), encoded)
     for shard in {place.shard for place in places}:
         writer.sync(shard)
+    return written
+
+
+def write_memories(
+    writer: ShardWriter, places: Iterator[Place], encoded: Encoded
+) -> dict[str, tuple[Place, bytes]]:
+    """Write an exemplar's memories at the next places, not durably yet; return as above."""
+    written = {}
+    for name, memory in encoded.memories.items():
+        place = next(places)
+        record = pack(writer.layout, memory, encoded.pointers[name])
+        written[name] = place, writer.append(place, record)
     return written
 
 
@@ -60,15 +69,17 @@ def reclaim(store: Store) -> None:
 
 
 def _remove_stray(store: Store) -> None:
-    """Delete images of exemplars that were removed, and of one that was not added in full.
+    """Delete images of exemplars that were removed, and of those that were not added in full.
 
     A number beyond is of an exemplar that this catalog never knew: it is an older one, restored
     from a backup, and the image may be the only copy.
     """
-    following = store.catalog.next_number()
+    following, adding = store.catalog.next_number(), store.catalog.adding()
     for number in store.sources.stray(store.catalog.with_sources):
-        if number <= following:
+        if number <= following or number in adding:
             store.sources.remove(number)
+    if adding:
+        store.catalog.set_note(ADDING, None)
 
 
 def compact(store: Store) -> int:
@@ -260,7 +271,10 @@ def _unnamed_files(store: Store) -> dict[Path, str]:
     goes = "it is deleted when the library is next opened for writing."
     found = {}
     stray, following = store.sources.stray(store.catalog.with_sources), store.catalog.next_number()
+    adding = store.catalog.adding()
     for number in stray:
+        if number in adding:
+            continue  # being added, or deleted when the library is next opened for writing
         if number < following:
             found[store.sources.file(number)] = f"is the image of a removed exemplar; {goes}"
         elif number > following:

@@ -173,3 +173,35 @@ def test_killed_at_every_step(folder: Path, writers: Writers, step: str, occurre
     for occurrence in range(1, occurrences + 1):
         assert crashes.run(step, occurrence)
     print(f"{crashes.kills} kills before '{step}', {crashes.returned} adds returned, 0 lost")
+
+
+@pytest.mark.parametrize(
+    ("step", "occurrences"),
+    [("write", 8), ("fsync", 14), ("rename", 4), ("statement", 60), ("append", 7)],
+)
+def test_of_many_all_are_there_or_none(
+    folder: Path, writers: Writers, step: str, occurrences: int
+) -> None:
+    path, known = folder / "library", set[str]()
+    with Library.create(path, StubBundle(), encoder=HashEncoder(), shard_bytes=6000):
+        pass
+    for occurrence in range(1, occurrences + 1, 3 if step == "statement" else 1):
+        lines, killed = writers.run(path, len(known), f"many-{step}", occurrence)
+        assert killed
+        known |= {line[2:] for line in lines if line.startswith("+ ")}
+        with Library.open(path, mode="write", encoder=HashEncoder()) as library:
+            assert library.verify().problems == ()
+            found = {exemplar.key for exemplar in library}
+            assert known <= found
+            assert len(found - known) in (0, 3)
+            assert len([*(path / "sources").rglob("*.npz*")]) == len(found)
+            known = found
+            for key in found:
+                image, masks = library.source(key)
+                assert np.array_equal(image, draw(int(key.split()[1]))[0])
+                encoded = HashEncoder().encode(image, masks)
+                assert library.search(encoded.embedding, "wall", 1)[0].key == key
+                memories = np.zeros((1, GEOMETRY.tokens, GEOMETRY.memory_dim), np.float32)
+                pointers = np.zeros((1, GEOMETRY.channels), np.float32)
+                library.gather(library.memories([key], "wall"), memories, pointers)
+                assert np.array_equal(pointers[0], encoded.pointers["wall"])

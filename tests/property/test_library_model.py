@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,27 @@ class LibraryMachine(RuleBasedStateMachine):
         else:
             self.writer.add(*arguments, **options)
             self.model[str(number)] = (number, present, missing)
+            self.tags[str(number)] = {"parity": str(number % 2)}
+
+    @rule(numbers=st.lists(NUMBERS, max_size=4))
+    def add_many(self, numbers: list[int]) -> None:
+        drawn = [(number, *draw(number)) for number in numbers]
+        items: list[Any] = [
+            {
+                "image": image,
+                "masks": {"nucleus": mask, "wall": ~mask},
+                "tags": {"parity": str(number % 2)},
+                "key": str(number),
+            }
+            for number, image, mask in drawn
+        ]
+        if len({*numbers}) < len(numbers) or {*map(str, numbers)} & {*self.model}:
+            with pytest.raises(InputError, match=r"^items\[[0-3]\]: .*(already|has the key)"):
+                self.writer.add_many(items)
+            return
+        assert self.writer.add_many(iter(items)) == [*map(str, numbers)]
+        for number in numbers:
+            self.model[str(number)] = (number, ("nucleus", "wall"), ())
             self.tags[str(number)] = {"parity": str(number % 2)}
 
     @rule(number=NUMBERS)

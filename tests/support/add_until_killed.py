@@ -67,14 +67,28 @@ def half_written(occurrence: int) -> None:
     os.pwrite = replaced  # type: ignore[assignment]
 
 
+def many(first: int) -> list[Any]:
+    """Return three exemplars, as ``add_many`` takes them."""
+    drawn = [(number, *draw(number)) for number in range(first, first + 3)]
+    return [
+        {"image": image, "masks": {"nucleus": mask, "wall": ~mask}, "key": f"case {number}"}
+        for number, image, mask in drawn
+    ]
+
+
 def write_until_killed(path: str, first: int, step: str, occurrence: int, ready: int) -> None:
-    """Add exemplars for ever, removing every fifth again."""
+    """Add exemplars for ever, removing every fifth again; after ``many-``, three at a time."""
+    together, step = step.startswith("many-"), step.removeprefix("many-")
     with Library.open(path, mode="write", encoder=HashEncoder()) as library:
         if step == "half-write":
             half_written(occurrence)
         elif step != "after":
             kill_before(step, occurrence)
         os.write(ready, b"1")
+        while together:
+            keys = library.add_many(many(first))
+            os.write(1, "".join(f"+ {key}\n" for key in keys).encode())
+            first += len(keys)
         for number in itertools.count(first):
             image, mask = draw(number)
             masks = {"nucleus": mask, "wall": ~mask} if number % 3 else {"nucleus": mask}

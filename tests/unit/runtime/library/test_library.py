@@ -6,6 +6,7 @@ import json
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -409,3 +410,76 @@ def test_other_tags_are_found_and_the_former_ones_are_not(tmp_path: Path) -> Non
             library["c"]
         with pytest.raises(LibraryWriteError, match="open for reading"):
             reader.retag("a", {})
+
+
+def items_of(*numbers: int) -> list[Any]:
+    drawn = [(number, *draw(number)) for number in numbers]
+    return [{"image": i, "masks": {"nucleus": m}, "key": f"case {n}"} for n, i, m in drawn]
+
+
+def test_many_are_what_one_by_one_would_be(library: Library, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with create(tmp_path / "other", shard_bytes=4096 + 2 * 320) as other:
+        keys = other.add_many(items_of(1, 2, 3), progress=lambda *done: seen.append(done))
+        assert keys == ["case 1", "case 2", "case 3"]
+        for number in (1, 2, 3):
+            add(library, number, key=f"case {number}")
+        assert other.digest == library.digest
+        assert other.verify().problems == ()
+        assert len(list(other.path.rglob("*.shard"))) > 1  # they went on in a new one
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert library.add_many([]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": np.zeros((3, 4, 4))}, "image"),
+        ({"masks": {"nucleus": np.zeros((12, 9), bool)}}, "is empty"),
+        ({"key": "case 1"}, r"key 'case 1' of items\[0\]"),
+        ({"key": "there"}, "already has an exemplar 'there'"),
+        ({"tag": "x"}, "has 'tag'"),
+        ({"image": "nowhere.png"}, "there is no file"),
+    ],
+)
+def test_a_bad_one_of_many_is_named_and_nothing_is_encoded(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    encoded: list[object] = []
+
+    class Counting(HashEncoder):
+        def encode(self, image: Any, masks: Any) -> Encoded:
+            encoded.append(image)
+            return super().encode(image, masks)
+
+    with create(tmp_path / "library", encoder=Counting()) as library:
+        add(library, 9, key="there")
+        items = items_of(1, 2, 3)
+        items[1].update(change)
+        with pytest.raises(InputError, match=rf"^items\[1\]: .*{message}"):
+            library.add_many(items)
+        assert [e.key for e in library] == ["there"]
+        assert len(encoded) == 1
+
+
+def test_many_that_are_interrupted_leave_nothing(library: Library) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            assert len(library) == 0
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        library.add_many(items_of(1, 2, 3), progress=interrupt)
+    assert len(library) == 0
+    assert not [*library.path.rglob("*.npz*")]
+    assert library.add_many(items_of(4, 5)) == ["case 4", "case 5"]
+    assert library.verify().problems == ()
+
+
+def test_images_written_beside_a_catalog_that_waits_are_no_problem(library: Library) -> None:
+    with Library.open(library.path) as reader:
+        found = []
+        library.add_many(
+            items_of(1, 2, 3), progress=lambda done, _: found.append(reader.verify().problems)
+        )
+    assert found == [(), (), ()]

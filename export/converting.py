@@ -97,7 +97,7 @@ def convert_bundle(
         elif PRECISIONS[precision].made_by != "floating":
             _check_for_cpu(source, precision)
     with write_bundle(output, overwrite=overwrite) as work:
-        shutil.copytree(source.path, work, dirs_exist_ok=True)
+        _copy(source.path, work)
         (work / SIGNATURE).unlink(missing_ok=True)  # of the manifest before
         manifest: dict[str, Any] = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
         golden = GoldenTensors.load(source.golden_file)
@@ -114,6 +114,19 @@ def convert_bundle(
         write_manifest(work, manifest)
         Bundle.open(work)
     return Bundle.open(output)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a bundle's files; ExportError with the first that could not be."""
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except shutil.Error as error:  # its text is a list of tuples
+        failed = error.args[0]
+        path, _, why = failed[0]
+        more = f" (and {len(failed) - 1} more files)" if len(failed) > 1 else ""
+        raise ExportError(
+            f"{path} cannot be copied: {why}{more}. Free some space, or see that it can be read."
+        ) from error
 
 
 def _compare(

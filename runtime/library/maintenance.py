@@ -26,7 +26,7 @@ from recallseg.runtime.library.shards import (
 )
 from recallseg.runtime.library.sources import SourceStore
 from recallseg.runtime.library.storage import writing
-from recallseg.runtime.library.store import Store
+from recallseg.runtime.library.store import INDEX, Store
 
 __all__ = ["append", "compact", "rebuild", "rebuild_index", "reclaim", "verify", "write_memories"]
 
@@ -288,6 +288,11 @@ def _unnamed_files(store: Store) -> dict[Path, str]:
     for name in names:
         if name not in named and int(name.partition(".")[0]) <= newest:
             found[store.memories / name] = f"holds memories that the catalog does not name; {goes}"
+    for name in store.retrieval.unnamed():
+        found[store.path / INDEX / name] = (
+            "is a search index that the catalog does not name; it is deleted when a library that "
+            "was opened for writing is closed."
+        )
     return found
 
 

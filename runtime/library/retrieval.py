@@ -129,15 +129,19 @@ class Retrieval:
 
     def clean(self) -> None:
         """Delete index files that the catalog does not name."""
+        with writing(self._folder):
+            for name in [*self.unnamed(), _TEMPORARY]:
+                remove_inside(self._folder.parent, f"{self._folder.name}/{name}")
+
+    def unnamed(self) -> list[str]:
+        """Return the names of index files that the catalog does not name; OSError as it comes."""
+        files = list_inside(self._folder.parent, self._folder.name)
         named = {
             stored.file
             for slot in self._catalog.stored_indexes()
             if (stored := self._catalog.stored_index(*slot)) is not None
         }
-        with writing(self._folder):
-            for name in list_inside(self._folder.parent, self._folder.name):
-                if (_NAME.fullmatch(name) or name == _TEMPORARY) and name not in named:
-                    remove_inside(self._folder.parent, f"{self._folder.name}/{name}")
+        return [name for name in files if _NAME.fullmatch(name) and name not in named]
 
     def check(self) -> tuple[int, list[str]]:
         """Compare every index file with its digest; return how many there are and what is wrong."""

@@ -207,3 +207,21 @@ def test_an_index_that_was_cut_off_is_never_built(
     assert index.read_bytes() == good
     assert library.verify().ok
     assert library.search(embedding(7), "nucleus", 1)[0].key == "7"
+
+
+def test_files_that_nothing_names_are_found(library: Library) -> None:
+    add(library, 0)
+    library.compact()
+    (library.path / "index").mkdir()
+    left = (
+        library.path / "index" / "1-present-1-1-1.usearch",
+        library.path / "memories" / "000001.shard",
+    )
+    for path in left:
+        path.write_bytes(b"left")
+    (library.path / "index" / "mine.txt").touch()
+    problems = library.verify().problems
+    assert sorted(each.split()[0] for each in problems) == [str(path) for path in left]
+    reopen(library).close()
+    assert not any(path.exists() for path in left)
+    assert Library.open(library.path).verify().ok

@@ -90,9 +90,11 @@ class Catalog(CatalogQueries):
         last = integer(last, "the last number of exemplars being added", first)
         return range(first, last + 1) if first == self.next_number() else range(0)
 
-    def add(self, *exemplars: NewExemplar) -> None:
-        """Make exemplars visible, in one commit."""
+    def add(self, *exemplars: NewExemplar, instead: str | None = None) -> None:
+        """Make exemplars visible, ``instead`` of the one with that key, in one commit."""
         with self.database.transaction():
+            if instead is not None:
+                self._remove(instead)
             for new in exemplars:
                 self._add(new)
             self.set_note(ADDING, None)
@@ -157,24 +159,27 @@ class Catalog(CatalogQueries):
 
     def remove(self, key: str) -> int | None:
         """Forget an exemplar in one commit and return its number; None if there is no such key."""
+        with self.database.transaction():
+            return self._remove(key)
+
+    def _remove(self, key: str) -> int | None:
         db = self.database
-        with db.transaction():
-            rows = db.execute("SELECT id, digest FROM exemplars WHERE key = ?", (key,))
-            if not rows:
-                return None
-            state = self.state()
-            number, digest = rows[0]
-            for present, name in db.execute(
-                "SELECT a.present, s.name FROM annotations a JOIN structures s ON s.id = "
-                "a.structure WHERE a.exemplar = ?",
-                (number,),
-            ):
-                self._count_structure(name, bool(present), -1)
-            db.execute("DELETE FROM exemplars WHERE id = ?", (number,))
-            for table in ("annotations", "tags", "encodings", "memories"):
-                db.execute(f"DELETE FROM {table} WHERE exemplar = ?", (number,))
-            db.execute("INSERT INTO removals VALUES (?, ?)", (state.revision + 1, number))
-            self._advance(state, -1, -int.from_bytes(digest, "big"))
+        rows = db.execute("SELECT id, digest FROM exemplars WHERE key = ?", (key,))
+        if not rows:
+            return None
+        state = self.state()
+        number, digest = rows[0]
+        for present, name in db.execute(
+            "SELECT a.present, s.name FROM annotations a JOIN structures s ON s.id = "
+            "a.structure WHERE a.exemplar = ?",
+            (number,),
+        ):
+            self._count_structure(name, bool(present), -1)
+        db.execute("DELETE FROM exemplars WHERE id = ?", (number,))
+        for table in ("annotations", "tags", "encodings", "memories"):
+            db.execute(f"DELETE FROM {table} WHERE exemplar = ?", (number,))
+        db.execute("INSERT INTO removals VALUES (?, ?)", (state.revision + 1, number))
+        self._advance(state, -1, -int.from_bytes(digest, "big"))
         return int(number)
 
     def retag(self, key: str, tags: Mapping[str, str]) -> bool:

@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError, LibraryError, LibraryWriteError
-from recallseg.runtime.checks import check_annotation, check_image, check_key, check_tags
+from recallseg.runtime.checks import (
+    check_annotation,
+    check_image,
+    check_key,
+    check_mask,
+    check_tags,
+)
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.catalog import ADDING
@@ -22,7 +28,7 @@ from recallseg.runtime.library.records import NewExemplar
 from recallseg.runtime.library.sources import content_digest
 from recallseg.runtime.library.store import Store
 
-__all__ = ["Addition", "add", "add_many", "remove", "retag"]
+__all__ = ["Addition", "add", "add_many", "remove", "replace_mask", "retag"]
 
 SAVE_EVERY = 4096
 """Exemplars added between looks at whether the search indexes should be saved."""
@@ -135,6 +141,7 @@ def _add_all(
     count: int,
     memories: int,
     progress: Progress,
+    instead: str | None = None,
 ) -> None:
     """Encode and write exemplars, with so many memories in all; one commit makes them visible."""
     catalog, sources, writer = store.catalog, store.sources, store.writer
@@ -176,7 +183,7 @@ def _add_all(
         for shard in {place.shard for new in written for place, _ in new.memories.values()}:
             writer.sync(shard)
         with store.lock:
-            catalog.add(*written)
+            catalog.add(*written, instead=instead)
     except BaseException:
         # Not committed: give a full disk its space back.
         with store.lock, suppress(LibraryError):  # or the next who opens it does
@@ -215,13 +222,47 @@ def remove(store: Store, key: str) -> None:
         if number is None:
             raise unknown_key(key)
         store.see_own()
-        try:
-            store.sources.remove(number)
-        except LibraryWriteError as error:
-            raise LibraryWriteError(
-                f"exemplar '{key}' is removed, but its image could not be deleted and is still on "
-                f"the disk: {error} It is deleted when the library is next opened for writing."
-            ) from error
+        _delete_source(store, number, f"exemplar '{key}' is removed, but its image")
+
+
+def replace_mask(
+    store: Store, encoder: Callable[[], ExemplarEncoder], key: str, structure: str, mask: Any
+) -> None:
+    """Give an exemplar another mask of a structure, in one commit."""
+    store.check_writable("replace a mask")
+    with store.changing:
+        number, exemplar = store.number(key), store.catalog.exemplar(key)
+        digest = store.catalog.source_digest(number)
+        if exemplar is None:
+            raise unknown_key(key)
+        if structure not in exemplar.structures:
+            raise InputError(
+                f"exemplar '{key}' has no mask of '{structure}' to replace; it has "
+                f"{', '.join(exemplar.structures) or 'none'}. Remove it, and add it anew."
+            )
+        if digest is None:
+            raise InputError(
+                f"the library {store.path} did not keep the image of exemplar '{key}', so it "
+                "cannot be encoded anew. Remove it, and add it with the other mask."
+            )
+        image, masks = store.sources.read(number, digest, key)
+        masks[structure] = check_mask(mask, image.shape, structure)
+        content = content_digest(image, masks, exemplar.absent)
+        new = _Checked(image, masks, exemplar.absent, dict(exemplar.tags), content, key)
+        _add_all(store, encoder, [new], 1, len(masks), _no_progress, instead=key)
+        with store.lock:
+            done = f"the mask of exemplar '{key}' is replaced, but the former copy of its image"
+            _delete_source(store, number, done)
+
+
+def _delete_source(store: Store, number: int, done: str) -> None:
+    try:
+        store.sources.remove(number)
+    except LibraryWriteError as error:
+        raise LibraryWriteError(
+            f"{done} could not be deleted and is still on the disk: {error} It is "
+            "deleted when the library is next opened for writing."
+        ) from error
 
 
 def retag(store: Store, key: str, tags: Mapping[str, str] | None) -> None:

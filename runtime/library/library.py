@@ -313,8 +313,8 @@ class Library:
         try:
             return store.sources.read(number, digest, key)
         except LibraryCorruptError:
-            if store.catalog.number(key) != number:  # removed by another process meanwhile
-                raise unknown_key(key) from None
+            if store.number(key) != number:  # another process replaced it meanwhile, or removed it
+                return self.source(key)
             raise
 
     def embeddings(
@@ -576,6 +576,28 @@ class Library:
             If the library is open for reading only or cannot be written.
         """
         changing.remove(self._store, key)
+
+    def replace_mask(self, key: str, structure: str, mask: Any) -> None:
+        """Give an exemplar another mask of a structure that it shows; in full or not at all.
+
+        It is encoded anew from its stored image. Key, tags and the other masks stay; it counts as
+        the newest exemplar from then on, and no calibration was made with it.
+
+        Parameters
+        ----------
+        mask : HxW, as for :meth:`add`.
+
+        Raises
+        ------
+        InputError
+            If there is no such key, it has no mask of that structure, its image was not kept, or
+            for an unusable mask.
+        LibraryCorruptError
+            If its stored image is damaged.
+        LibraryWriteError, EngineRunError
+            As :meth:`add`.
+        """
+        changing.replace_mask(self._store, self._binding.encoder, key, structure, mask)
 
     def retag(self, key: str, tags: Mapping[str, str] | None) -> None:
         """Give an exemplar other tags, instead of those that it has; in full or not at all.

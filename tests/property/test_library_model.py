@@ -89,6 +89,22 @@ class LibraryMachine(RuleBasedStateMachine):
         else:
             self.writer.remove(str(number))
 
+    @rule(number=NUMBERS)
+    def replace_mask(self, number: int) -> None:
+        """The other way round; twice is the first again."""
+        _, present, missing = self.model.get(str(number), (0, (), ()))
+        before = self.writer.digest
+        if "nucleus" not in present:
+            with pytest.raises(InputError, match=r"no (exemplar|mask)"):
+                self.writer.replace_mask(str(number), "nucleus", draw(number)[1])
+            assert self.writer.digest == before
+            return
+        mask = self.writer.source(str(number))[1]["nucleus"]
+        self.writer.replace_mask(str(number), "nucleus", ~mask)
+        assert np.array_equal(self.writer.source(str(number))[1]["nucleus"], ~mask)
+        assert self.writer.digest != before
+        assert self.writer.get(str(number)).absent == missing
+
     @rule(number=NUMBERS, parity=st.sampled_from(["0", "1"]), more=st.booleans())
     def retag(self, number: int, parity: str, more: bool) -> None:
         tags = {"parity": parity, **({"more": "yes"} if more else {})}

@@ -483,3 +483,22 @@ def test_images_written_beside_a_catalog_that_waits_are_no_problem(library: Libr
             items_of(1, 2, 3), progress=lambda done, _: found.append(reader.verify().problems)
         )
     assert found == [(), (), ()]
+
+
+def test_another_mask_is_as_if_it_had_been_added_so(library: Library, tmp_path: Path) -> None:
+    image, mask = draw(1)
+    library.add(image, {"nucleus": mask, "wall": mask}, absent=("cyst",), tags={"a": "b"}, key="x")
+    library.replace_mask("x", "wall", ~mask)
+    with create(tmp_path / "other") as other:
+        other.add(
+            image, {"nucleus": mask, "wall": ~mask}, absent=("cyst",), tags={"a": "b"}, key="x"
+        )
+        assert library.digest == other.digest
+    assert library.verify().problems == ()
+    assert len([*library.path.rglob("*.npz")]) == 1
+    assert library.count("wall") == 1
+    with pytest.raises(InputError, match="no mask of 'cyst'"):
+        library.replace_mask("x", "cyst", mask)
+    with pytest.raises(InputError, match="is empty"):
+        library.replace_mask("x", "wall", np.zeros_like(mask))
+    assert library.get("x").structures == ("nucleus", "wall")

@@ -282,7 +282,10 @@ def _drain(device: Device, stream: Stream) -> None:
     """Wait for a stream; one of a lost device has nothing left to do."""
     with suppress(DeviceLostError):
         device.enter()
-        stream.synchronize()
+        if stream.owned:
+            stream.synchronize()
+        else:  # its owner may have ended it since, and then its handle is nobody's
+            device.synchronize()
 
 
 def load_provider(provider: str, engine: str) -> Any:

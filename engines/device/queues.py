@@ -25,10 +25,12 @@ class Stream:
     Attributes
     ----------
     handle : CUDA's, as an integer.
+    owned : whether it lives as long as this object; a caller may end its own at any time.
     """
 
     def __init__(self, device: Device, handle: int | None = None) -> None:
         self._device = device
+        self.owned = handle is None
         if handle is None:
             self.handle = device.call(device.driver.create_stream)
             weakref.finalize(self, device.destroy, "destroy_stream", self.handle)

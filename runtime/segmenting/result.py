@@ -151,6 +151,12 @@ class Result:
             "notice": self.notice,
         }
 
+    def to_audit(self) -> dict[str, Any]:
+        """Return what an audit log keeps: ``to_json``, less the command that names a folder."""
+        record = self.to_json()
+        del record["quality"]["mend"]
+        return record
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Result):
             return NotImplemented

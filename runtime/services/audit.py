@@ -125,7 +125,8 @@ class AuditLog:
         ----------
         image, label_map : pixels as they were segmented, and what came out. Only their digests are
             kept.
-        fields : JSON values that say how, see ``Result.to_json``; nothing that names a patient.
+        fields : JSON values that say how, see ``Result.to_audit``; nothing that names a patient or
+            a file.
 
         Raises
         ------

@@ -297,7 +297,7 @@ class Watcher:
         if not isinstance(image, Volume):
             result = self._segmenter.segment(image)
             if self._audit is not None:
-                self._audit.record(image, result.label_map, result.to_json())
+                self._audit.record(image, result.label_map, result.to_audit())
             return write_result(base, result, item.name)
         _, record = segment_to_files(
             self._segmenter,

@@ -168,8 +168,12 @@ class VolumeResult:
         }
 
     def to_audit(self, volume: Volume) -> dict[str, Any]:
-        """Return what an audit log keeps: ``to_json``, exemplars of all slices as one list."""
+        """Return what an audit log keeps: ``to_json``, exemplars of all slices as one list.
+
+        The command that calibrates is left out: it names a folder.
+        """
         fields = self.to_json(volume)
+        del fields["quality"]["mend"]
         slices = fields.pop("slices")
         keys = {key for s in slices for found in s["recalled"].values() for key in found}
         return fields | {"recalled": sorted(keys)}

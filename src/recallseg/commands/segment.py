@@ -106,7 +106,7 @@ def _segment_image(
     image = read_image(item.path, as_stored=settings.as_stored)
     result = segmenter.segment(image)
     if log is not None:
-        log.record(image, result.label_map, result.to_json())
+        log.record(image, result.label_map, result.to_audit())
     return write_result(base, result, item.name), f"{mask_file(base)}  {result!r}"
 
 

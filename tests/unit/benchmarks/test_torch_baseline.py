@@ -81,7 +81,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_named(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch_baseline.torch, "compile", refuse)
     remarks: list[str] = []
-    compiled = torch_baseline._Compiled("encode", nn.Identity(), remarks)
+    compiled = torch_baseline._Compiled("encode", nn.Identity(), remarks, mode=None)
     given = torch.ones(2)
     assert compiled(given) is given
     assert compiled(given) is given

@@ -30,7 +30,7 @@ def segmented(tmp_path: Path, fake_bundle: Bundle) -> Entry:
     image[:32] = 200
     library.add(image, {"top": image > 100}, tags={"patient": "Jane Doe"})
     result = Segmenter(library, k=1, engine="fake").segment(image)
-    return image, result.label_map, result.to_json()
+    return image, result.label_map, result.to_audit()
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def run(provider: str, stub: Path | None, **more: str) -> subprocess.CompletedPr
 
 def _ours(done: subprocess.CompletedProcess[str]) -> list[str]:
     """The error that ended the program; PyCUDA has its say at the end, too."""
-    name = "recallseg.engines.errors."
+    name = "recallseg.errors."
     return [line for line in done.stderr.splitlines() if line.startswith(name)]
 
 

@@ -60,7 +60,7 @@ def campaign(tmp_path: Path, library: Path, good: int, hostile: int, timeout: fl
     seconds = time.monotonic() - before
     assert done.returncode == 1, done.stderr[-2000:]  # something could not be segmented
     assert b"Traceback" not in done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
+    *told, left_out = [json.loads(line) for line in done.stdout.splitlines()]
     images = [each["image"] for each in told if "error" not in each]
     assert len(images) == len(set(images) | set()) or len(images) > good
     assert sorted(name for name in images if name.startswith("good ")) == sorted(wanted)
@@ -69,13 +69,16 @@ def campaign(tmp_path: Path, library: Path, good: int, hostile: int, timeout: fl
     assert sorted(r["image"] for r in records if r["image"].startswith("good ")) == sorted(wanted)
     errors = list(out.rglob("*.error.json"))
     assert len(errors) == sum("error" in each for each in told) > hostile // 4
+    assert len(left_out["passed_over"]) > hostile // 4
     entries = verify_audit_log(tmp_path / "audit.jsonl").entries
     assert entries == len(records)
 
     again = subprocess.run(
         command(tmp_path, library, "--once", "--json"), capture_output=True, timeout=timeout
     )
-    assert (again.returncode, again.stdout) == (0, b"")  # none of them is met again
+    assert again.returncode == 0
+    (told_again,) = [json.loads(line) for line in again.stdout.splitlines()]  # none is met again
+    assert len(told_again["set_aside"]) == len(errors)
     assert verify_audit_log(tmp_path / "audit.jsonl").entries == entries
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(

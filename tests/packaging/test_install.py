@@ -50,7 +50,8 @@ def test_the_wheel_holds_every_room_and_no_test(wheel: Path) -> None:
         "recallseg/__init__.py",
         "recallseg/py.typed",
         "recallseg/engines/specs.py",
-        "recallseg/runtime/segmenter.py",
+        "recallseg/commands/segment.py",
+        "recallseg/runtime/segmenting/segmenter.py",
         "recallseg/export/graphs.py",
         "recallseg/benchmarks/__init__.py",
     ):

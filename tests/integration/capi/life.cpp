@@ -291,7 +291,7 @@ void logging() {
                           &answer, RECALLSEG_LOG_INFO));
   init();
   recallseg_library* library = open_library();
-  CHECK(seen.find("opened Library(") != std::string::npos && highest == RECALLSEG_LOG_INFO);
+  CHECK(seen.find("opened recallseg.Library(") != std::string::npos && highest == RECALLSEG_LOG_INFO);
   open_segmenter(library);
   CHECK(seen.find("RANDOM WEIGHTS") != std::string::npos && highest == RECALLSEG_LOG_WARNING);
   GIVES(RECALLSEG_OK, recallseg_set_log(nullptr, nullptr, 0));

@@ -15,7 +15,7 @@ void wrapper() {
   recallseg::init();
   CHECK(std::string(recallseg::info().package_version) == RECALLSEG_VERSION);
   auto library = recallseg::Library::open(library_folder);
-  CHECK(library && logged.find("opened Library(") != std::string::npos);
+  CHECK(library && logged.find("opened recallseg.Library(") != std::string::npos);
   recallseg::set_log(nullptr);
   const auto facts = library.info();
   CHECK(facts.exemplars == 5 && facts.structures == 2 && std::strlen(facts.digest) == 64);

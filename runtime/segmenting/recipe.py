@@ -98,13 +98,15 @@ class Recipe:
             raise LibraryCorruptError("the record of a recipe is damaged or of a newer RecallSeg.")
         return recipe
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         tags = "".join(f", {name}={value}" for name, value in self.tags.items())
         return (
-            f"recallseg.Recipe(k={self.k}, reach={self.reach:g}{tags}, {self.engine} "
-            f"{self.precision}, memories in {self.memory_format}, bundle "
-            f"{self.bundle_identity[:12]}, digest {self.digest[:12]})"
+            f"k={self.k}, reach={self.reach:g}{tags}, {self.engine} {self.precision}, memories in "
+            f"{self.memory_format}, bundle {self.bundle_identity[:12]}, digest {self.digest[:12]}"
         )
+
+    def __repr__(self) -> str:
+        return f"recallseg.Recipe({self})"
 
 
 @dataclass(frozen=True)

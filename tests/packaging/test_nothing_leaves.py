@@ -12,6 +12,7 @@ import pytest
 from support.tracing import Trace, trace
 
 import recallseg
+from recallseg.engines import imports
 
 SOURCE = Path(__file__).parents[2]
 SEGMENTS_ONE = """
@@ -110,7 +111,7 @@ def test_a_trace_sees_sockets_and_files(tmp_path: Path) -> None:
 
 
 def test_onnxruntime_has_one_door() -> None:
-    door = Path(recallseg.__file__).parent / "engines" / "imports.py"
+    door = Path(imports.__file__)
     rooms = [
         Path(__import__(f"recallseg.{name}", fromlist=["x"]).__file__).parent
         for name in ("engines", "runtime", "export", "benchmarks", "commands")

@@ -277,7 +277,7 @@ def _calibration(stored: StoredCalibration, library: Library) -> tuple[str, dict
     [learnt] = library.learnt([stored.recipe], [stored.structure], recipe.tags).values()
     of = len(learnt.embeddings)
     outdated = "" if stored.current else ", before the library was encoded anew"
-    line = f"{stored.structure} calibrated with {learnt.made_with} of {of} for {recipe!r}{outdated}"
+    line = f"{stored.structure} calibrated with {learnt.made_with} of {of} for {recipe}{outdated}"
     return line, {
         "structure": stored.structure,
         "recipe": {"digest": stored.recipe, **recipe.to_json()},

@@ -133,7 +133,7 @@ def test_library_life(library: Path, pairs: Path, tmp_path: Path) -> None:
     assert {one["structure"] for one in stored} == {"disc", "core"}
     assert all(one["recipe"]["k"] == 2 and one["current"] for one in stored)
     assert all(one["made_with"] == one["of"] for one in stored)
-    assert "disc calibrated with 6 of 6 for Recipe(k=2, reach=3" in call("library", "list", library)
+    assert "disc calibrated with 6 of 6 for k=2, reach=3" in call("library", "list", library)
 
 
 def test_verify_reports_damage(library: Path) -> None:

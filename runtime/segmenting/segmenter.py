@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from itertools import cycle, islice
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -164,12 +163,7 @@ class Segmenter:
     def __enter__(self) -> Segmenter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def segment(

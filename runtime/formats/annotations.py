@@ -16,7 +16,7 @@ from recallseg.runtime.formats.finding import (
     find_inputs,
 )
 from recallseg.runtime.formats.images import is_image
-from recallseg.runtime.formats.pairs import Pair, find_pairs
+from recallseg.runtime.formats.pairs import Legend, Pair, find_pairs, needs_labels
 from recallseg.runtime.formats.reading import volume_stem
 from recallseg.runtime.json_text import printable
 
@@ -54,6 +54,13 @@ class Annotations:
 
     def __len__(self) -> int:
         return len(self.pairs) + len(self.volumes) + len(self.unclear)
+
+    def check_named(self, labels: Mapping[int, str] | None, legend: Legend | None) -> None:
+        """Raise InputError if there are label maps, and nothing says what their values mean."""
+        if labels is None and legend is None and needs_labels(self.pairs):
+            raise InputError(
+                "say what the values of the label maps mean: --labels 1=liver,2=spleen."
+            )
 
 
 def find_annotations(path: str | Path, mask: str | Path | None = None) -> Annotations:

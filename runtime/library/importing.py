@@ -28,7 +28,6 @@ from recallseg.runtime.formats.pairs import (
     Legend,
     Missing,
     Pair,
-    needs_labels,
     read_pair,
 )
 from recallseg.runtime.formats.volume import SPACING_TAG, Slicing, Volume
@@ -198,8 +197,7 @@ def import_exemplars(
     """
     if not isinstance(found, Annotations):
         found = find_annotations(found)
-    if labels is None and legend is None and needs_labels(found.pairs):
-        raise InputError("say what the values of the label maps mean: --labels 1=liver,2=spleen.")
+    found.check_named(labels, legend)
     if found.unclear and strict:
         raise InputError(next(iter(found.unclear.values())))
     report = import_pairs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
@@ -13,6 +14,7 @@ from recallseg.engines.errors import InputError
 
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import PassedOver
+    from recallseg.runtime.library.importing import VolumeReader
     from recallseg.runtime.services.audit import AuditLog
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "split_time",
     "tell_passed",
     "tell_unlabelled",
+    "volume_reader",
 ]
 
 T = TypeVar("T")
@@ -241,6 +244,22 @@ def open_audit(path: Path | None, key: Path | None, head: Path | None) -> AuditL
     if path is None:
         return None
     return AuditLog(path, key=None if key is None else read_audit_key(key), head=head)
+
+
+def volume_reader(
+    voi: bool, time: int | None, stack: str | None, resample: bool, segments: str
+) -> VolumeReader:
+    """Return what reads an annotated volume as the options of its names say."""
+    from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
+
+    return partial(
+        read_annotated_volume,
+        voi=voi,
+        time=time,
+        stack=stack,
+        resampled=resample,
+        by_number=segments == "by-number",
+    )
 
 
 def parsed(parse: Callable[[str], T], text: str, option: str) -> T:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -34,6 +33,7 @@ from recallseg.commands.common import (
     split_numbers,
     tell_passed,
     tell_unlabelled,
+    volume_reader,
 )
 from recallseg.commands.library import MissingOption, parse_missing
 from recallseg.engines import defaults
@@ -97,11 +97,9 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Segment images, and volumes slice by slice, whose masks are known, and compare."""
-    from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
     from recallseg.runtime.formats.annotations import find_annotations
     from recallseg.runtime.formats.pairs import (
         BACKGROUND,
-        needs_labels,
         parse_labels,
         parse_legend,
     )
@@ -123,17 +121,9 @@ def evaluate(
         raise typer.BadParameter(
             f"--labels or --legend has no '{unlabelled[0]}'.", param_hint="--structures"
         )
-    read = partial(
-        read_annotated_volume,
-        voi=voi,
-        time=time,
-        stack=stack,
-        resampled=resample,
-        by_number=segments == "by-number",
-    )
+    read = volume_reader(voi, time, stack, resample, segments)
     found = find_annotations(folder, mask)
-    if by_label is None and by_colour is None and needs_labels(found.pairs):
-        raise InputError("say what the values of the label maps mean: --labels 1=liver,2=spleen.")
+    found.check_named(by_label, by_colour)
     with Library.open(library) as opened:
         named = [name for name in named if name != BACKGROUND]
         wanted: Sequence[str] = chosen or named or opened.structures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -31,6 +30,7 @@ from recallseg.commands.common import (
     say_notice,
     tell_passed,
     tell_unlabelled,
+    volume_reader,
 )
 from recallseg.commands.library import MissingOption, parse_missing
 from recallseg.engines import defaults
@@ -97,20 +97,13 @@ def import_(
 
     Tags of DICOM slices are taken from their header: modality, body part, view; no patient's.
     """
-    from recallseg.runtime.formats.annotated_volumes import SliceChoice, read_annotated_volume
+    from recallseg.runtime.formats.annotated_volumes import SliceChoice
     from recallseg.runtime.formats.annotations import find_annotations
     from recallseg.runtime.formats.pairs import parse_labels, parse_legend
     from recallseg.runtime.library import Library
     from recallseg.runtime.library.importing import import_exemplars
 
-    read = partial(
-        read_annotated_volume,
-        voi=voi,
-        time=time,
-        stack=stack,
-        resampled=resample,
-        by_number=segments == "by-number",
-    )
+    read = volume_reader(voi, time, stack, resample, segments)
     names = None if labels is None else parsed(parse_labels, labels, "--labels")
     colours = None if legend is None else parsed(parse_legend, legend, "--legend")
     tags = parse_tags(tag)

@@ -76,11 +76,6 @@ class StructureIndex:
         return (len(self._base) if self._base is not None else 0) - len(self._removed)
 
     @property
-    def tail_size(self) -> int:
-        """How many embeddings are searched exactly."""
-        return self._tail
-
-    @property
     def tail(self) -> Vectors:
         """Numbers and embeddings that are searched exactly, as views."""
         return self._numbers[: self._tail], self._vectors[: self._tail]

@@ -513,7 +513,7 @@ class Segmenter:
     ) -> list[list[StoredMemory]]:
         """Return the memories to attend to, by position of the structure.
 
-        None for a structure that is absent by the evidence of the nearest exemplars.
+        An empty list for a structure that is absent by the evidence of the nearest exemplars.
         """
         memories: list[list[StoredMemory]] = []
         for name, matches in recalled.items():

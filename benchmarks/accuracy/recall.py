@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -45,7 +45,7 @@ class RandomLibrary(Library):
         k: int,
         *,
         tags: Mapping[str, str] | None = None,
-        without: str | None = None,
+        without: Collection[str] = (),
     ) -> Recollection:
         """Return ``k`` exemplars that show each structure, chosen at random; all if fewer do."""
         everything = super().recall(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -413,7 +413,7 @@ class Library:
         k: int,
         *,
         tags: Mapping[str, str] | None = None,
-        without: str | None = None,
+        without: Collection[str] = (),
     ) -> Recollection:
         """Return what :meth:`search` finds for each structure, with memories, of one state.
 
@@ -424,7 +424,7 @@ class Library:
         ----------
         embedding, k, tags : as for :meth:`search`.
         structures : as they were named when added.
-        without : key of an exemplar that is passed over.
+        without : keys of exemplars that are passed over.
 
         Raises
         ------

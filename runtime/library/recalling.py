@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def recall(
     structures: Sequence[str],
     k: int,
     tags: Mapping[str, str] | None,
-    without: str | None = None,
+    without: Collection[str] = (),
     *,
     hold: bool = True,
 ) -> Recollection:
@@ -44,7 +44,9 @@ def recall(
             store.retrieval.prepare(row.id)
         with store.catalog.database.snapshot():
             store.see_newest()
-            left_out = None if without is None else store.catalog.number(without)
+            left_out = {
+                number for key in without if (number := store.catalog.number(key)) is not None
+            }
             return Recollection(
                 store.digest,
                 store.origins(),
@@ -96,18 +98,18 @@ def _find(
     row: StructureRow,
     k: int,
     tags: Mapping[str, str],
-    left_out: int | None,
+    left_out: Collection[int],
     *,
     hold: bool,
 ) -> Found:
-    """Search for one structure, within a snapshot; ``left_out`` is an exemplar's number."""
+    """Search for one structure, within a snapshot; ``left_out`` are exemplars' numbers."""
     retrieval = store.retrieval
 
     def nearest(present: bool, most: int) -> list[tuple[float, int]]:
-        wanted = min(most + (left_out is not None), retrieval.size(row.id, present, tags))
+        wanted = min(most + len(left_out), retrieval.size(row.id, present, tags))
         numbers, distances = retrieval.search(vector, row.id, present, wanted, tags)
         both = zip(distances.tolist(), numbers.tolist(), strict=True)
-        return [pair for pair in both if pair[1] != left_out][:most]
+        return [pair for pair in both if pair[1] not in left_out][:most]
 
     shown = nearest(True, k)
     farthest = shown[-1][0] if shown else math.inf
@@ -121,7 +123,10 @@ def _find(
             held[key] = _stored(store, key, row.name, *place)
         memory = "" if place is None else place[1].hex()
         matches.append(Match(key, distance, place is None, memory))
-    return Found(tuple(matches), held, retrieval.size(row.id, True, tags))
+    available = retrieval.size(row.id, True, tags)
+    if left_out:
+        available -= np.isin(store.catalog.numbers(row.id, True, tags), [*left_out]).sum()
+    return Found(tuple(matches), held, int(available))
 
 
 def _stored(store: Store, key: str, structure: str, place: Place, digest: bytes) -> StoredMemory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
 from os import PathLike
@@ -174,6 +174,7 @@ class Segmenter:
         out: tuple[Any, Any] = (None, None),
         frame_memories: FrameMemories | None = None,
         acquisition: Acquisition | None = None,
+        without: Collection[str] = (),
     ) -> Result:
         """Segment one image.
 
@@ -191,6 +192,7 @@ class Segmenter:
             absent or suspect are not.
         acquisition : what is known of its scale and side; recalled exemplars of another scale, or
             of the other side, then are a reason to look.
+        without : keys of exemplars that are passed over, e.g. of the patient whose image it is.
 
         Returns
         -------
@@ -221,6 +223,7 @@ class Segmenter:
             out=out,
             frame_memories=frame_memories,
             acquisition=acquisition,
+            without=without,
         )
 
     def segment_many(
@@ -368,7 +371,7 @@ class Segmenter:
         dice: dict[str, list[float]] = {name: [] for name in self.structures}
         for done, exemplar in enumerate(exemplars):
             image, masks = self.library.source(exemplar.key)
-            result = self._segment(image, Timings(), excluded=exemplar.key)
+            result = self._segment(image, Timings(), without=(exemplar.key,))
             for name in self.structures:
                 if name in masks and result.scores[name].present:
                     iou[name].append(result.scores[name].iou)
@@ -400,26 +403,26 @@ class Segmenter:
         image: Any,
         timings: Timings,
         *,
-        excluded: str | None = None,
+        without: Collection[str] = (),
         out: tuple[Any, Any] = (None, None),
         frame_memories: FrameMemories | None = None,
         exemplars: int | None = None,
         acquisition: Acquisition | None = None,
     ) -> Result:
-        """Run a query, without the exemplar of the key ``excluded``.
+        """Run a query, without the exemplars of these keys.
 
         With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up.
         """
         with timings.locked(self.model.turns):
             return self._answer(
-                image, timings, excluded, out, frame_memories, exemplars, acquisition
+                image, timings, without, out, frame_memories, exemplars, acquisition
             )
 
     def _answer(
         self,
         image: Any,
         timings: Timings,
-        excluded: str | None,
+        without: Collection[str],
         out: tuple[Any, Any],
         frame_memories: FrameMemories | None,
         exemplars: int | None,
@@ -436,7 +439,7 @@ class Segmenter:
             embedding = view.embedding
         with timings("search"):
             recollection = self.library.recall(
-                embedding, self.structures, self.k, tags=self.tags, without=excluded
+                embedding, self.structures, self.k, tags=self.tags, without=without
             )
             recalled = {
                 name: within_reach(found.matches, self.reach)

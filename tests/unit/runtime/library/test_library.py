@@ -316,9 +316,21 @@ def test_k_is_the_most_that_is_recalled(library: Library) -> None:
     )
     assert found["nucleus"].available == 3
     assert [match.key for match in found["wall"].matches] == ["lacks it"]  # as with k = 1
-    without = library.recall(embedding(7), ["wall"], 9, without="lacks it").found["wall"]
+    without = library.recall(embedding(7), ["wall"], 9, without=["lacks it"]).found["wall"]
     assert [(match.key, match.absent) for match in without.matches] == [("farther", True)]
     assert without.memories == {}
+
+
+def test_exemplars_that_are_passed_over_are_none_to_choose_from(library: Library) -> None:
+    for n in range(4):
+        add(library, n, key=str(n))
+    found = library.recall(embedding(1), ["nucleus"], 3, without=["1", "3", "unknown"])
+    one = found.found["nucleus"]
+    assert {match.key for match in one.matches} == {"0", "2"}
+    assert one.available == 2
+    nothing = library.recall(embedding(1), ["nucleus"], 3, without=["0", "1", "2", "3"])
+    assert nothing.found["nucleus"].matches == ()
+    assert nothing.found["nucleus"].available == 0
 
 
 def test_what_was_recalled_can_be_read_whatever_happens_then(tmp_path: Path) -> None:

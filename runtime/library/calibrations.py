@@ -37,6 +37,7 @@ class StoredCalibration:
     structure : that it holds for.
     data : JSON values.
     last : number of the newest exemplar that it was made with.
+    without : numbers of those that were retired then.
     current : whether the memories are those that it was made with; not so after a rebuild.
     """
 
@@ -45,6 +46,7 @@ class StoredCalibration:
     data: Mapping[str, Any]
     last: int
     current: bool
+    without: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +59,9 @@ class Learnt:
         former identity of the bundle holds until there is one under today's.
     damage : what is wrong with it; empty if nothing is.
     others : whether there are any of the structure for other recipes.
-    embeddings : N x D, of the exemplars that show the structure, in order of addition.
-    made_with : how many of these, from the first on, ``calibration`` was made with.
+    embeddings : N x D, of the exemplars that show the structure: those that ``calibration`` was
+        made with, then the others, both in order of addition.
+    made_with : how many these are.
     """
 
     calibration: StoredCalibration | None
@@ -74,7 +77,7 @@ def store_calibrations(
     """Store JSON values by structure, each in the place of the one before of its recipe."""
     store.check_writable("store a calibration")
     with store.lock:
-        last = store.number(newest)
+        last, retired = store.number(newest), store.catalog.retired_numbers()
         try:
             notes = {
                 f"{PREFIX}{recipe} {check_name(structure)}": json.dumps(
@@ -82,6 +85,7 @@ def store_calibrations(
                         "format_version": FORMAT_VERSION,
                         "generation": store.state.generation,
                         "last": last,
+                        **({"without": retired} if retired else {}),
                         "data": dict(values),
                     },
                     allow_nan=False,
@@ -92,7 +96,7 @@ def store_calibrations(
             raise InputError(
                 f"a calibration must consist of finite JSON values: {error}."
             ) from error
-        with store.catalog.database.transaction():
+        with store.catalog.change("calibrate", details={"recipe": recipe}):
             for name, value in notes.items():
                 store.catalog.set_note(name, value)
 
@@ -145,7 +149,10 @@ def _learnt(
             damage = str(error)
         break
     others = any(_split(each)[1] == structure and each not in names for each in notes)
-    made_with = 0 if own is None else int((numbers <= own.last).sum())
+    made_with = 0
+    if own is not None:
+        used = (numbers <= own.last) & ~np.isin(numbers, own.without)
+        vectors, made_with = np.concatenate([vectors[used], vectors[~used]]), int(used.sum())
     return Learnt(own, damage, others, vectors, made_with)
 
 
@@ -154,7 +161,9 @@ def _parse(name: str, value: str, generation: int) -> StoredCalibration:
     try:
         stored = json.loads(value)
         version, data = stored["format_version"], stored["data"]
-        made, last = stored["generation"], stored["last"]
+        made, last, without = stored["generation"], stored["last"], stored.get("without", [])
+        if not isinstance(without, list):
+            raise ValueError("what it was made without")
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(structure, repr(error)) from error
     if version != FORMAT_VERSION or not isinstance(data, dict):
@@ -165,6 +174,7 @@ def _parse(name: str, value: str, generation: int) -> StoredCalibration:
         data,
         integer(last, "the newest exemplar of a calibration"),
         integer(made, "the generation of a calibration", 1) == generation,
+        tuple(integer(number, "an exemplar's number", 1) for number in without),
     )
 
 

@@ -9,7 +9,8 @@ mean nothing until then. Exemplar numbers are never used again after a removal.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.encoding import Origin
+from recallseg.runtime.library.history import PREFIX, note_text
 from recallseg.runtime.library.origins import origins_note
-from recallseg.runtime.library.queries import CatalogQueries
+from recallseg.runtime.library.queries import RETIRED, CatalogQueries
 from recallseg.runtime.library.records import (
     NewExemplar,
     Settings,
@@ -90,9 +92,31 @@ class Catalog(CatalogQueries):
         last = integer(last, "the last number of exemplars being added", first)
         return range(first, last + 1) if first == self.next_number() else range(0)
 
-    def add(self, *exemplars: NewExemplar, instead: str | None = None) -> None:
-        """Make exemplars visible, ``instead`` of the one with that key, in one commit."""
+    @contextmanager
+    def change(
+        self, what: str, numbers: Iterable[int] = (), details: Mapping[str, str] | None = None
+    ) -> Iterator[None]:
+        """Make a change in one commit, with a note on what is done to which exemplars."""
         with self.database.transaction():
+            before = self.state().revision
+            yield
+            revision = self.state().revision
+            name = self.database.value(
+                "SELECT max(name) FROM settings WHERE name >= ? AND name < ?", (PREFIX, "at!")
+            )
+            following = 1 + int((name or "0").removeprefix(PREFIX))
+            text = note_text(what, before, revision, numbers, details or {})
+            self.set_note(f"{PREFIX}{following:012d}", text)
+
+    def add(
+        self,
+        *exemplars: NewExemplar,
+        instead: str | None = None,
+        what: str = "add",
+        details: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make exemplars visible, ``instead`` of the one with that key, in one commit."""
+        with self.change(what, [new.number for new in exemplars], details):
             if instead is not None:
                 self._remove(instead)
             for new in exemplars:
@@ -159,45 +183,83 @@ class Catalog(CatalogQueries):
 
     def remove(self, key: str) -> int | None:
         """Forget an exemplar in one commit and return its number; None if there is no such key."""
-        with self.database.transaction():
-            return self._remove(key)
-
-    def _remove(self, key: str) -> int | None:
-        db = self.database
-        rows = db.execute("SELECT id, digest FROM exemplars WHERE key = ?", (key,))
-        if not rows:
+        number = self.number(key)
+        if number is None:
             return None
+        with self.change("remove", [number]):
+            self._remove(key)
+        return number
+
+    def _remove(self, key: str) -> None:
+        db = self.database
         state = self.state()
-        number, digest = rows[0]
-        for present, name in db.execute(
-            "SELECT a.present, s.name FROM annotations a JOIN structures s ON s.id = "
-            "a.structure WHERE a.exemplar = ?",
-            (number,),
-        ):
-            self._count_structure(name, bool(present), -1)
+        [(number, digest)] = db.execute("SELECT id, digest FROM exemplars WHERE key = ?", (key,))
+        counted = not self.is_retired(number)
+        if counted:
+            self._count(number, -1)
         db.execute("DELETE FROM exemplars WHERE id = ?", (number,))
         for table in ("annotations", "tags", "encodings", "memories"):
             db.execute(f"DELETE FROM {table} WHERE exemplar = ?", (number,))
         db.execute("INSERT INTO removals VALUES (?, ?)", (state.revision + 1, number))
-        self._advance(state, -1, -int.from_bytes(digest, "big"))
-        return int(number)
+        if counted:
+            self._advance(state, -1, -int.from_bytes(digest, "big"))
+        else:
+            self._advance(state, 0, 0)
+
+    def retire(self, numbers: Sequence[int], *, retired: bool) -> None:
+        """Take exemplars out of recall, counts and digest, or back in, in one commit.
+
+        What they consist of stays. Search indexes learn of it as of a removal.
+        """
+        db, sign = self.database, -1 if retired else 1
+        with self.change("retire" if retired else "reinstate", numbers):
+            if retired:
+                db.upgrade()
+            for number in numbers:
+                state = self.state()
+                if retired:
+                    self._count(number, -1)
+                    db.execute("INSERT INTO removals VALUES (?, ?)", (state.revision + 1, number))
+                else:
+                    db.execute("DELETE FROM removals WHERE exemplar = ?", (number,))
+                db.execute(
+                    "UPDATE annotations SET present = present - ? WHERE exemplar = ?",
+                    (sign * RETIRED, number),
+                )
+                if not retired:
+                    self._count(number, 1)
+                self._advance(
+                    state, sign, sign * int.from_bytes(self.exemplar_digest(number), "big")
+                )
+
+    def _count(self, number: int, change: int) -> None:
+        """Count an exemplar that is not retired in the rows of its structures."""
+        for present, name in self.database.execute(
+            "SELECT a.present, s.name FROM annotations a JOIN structures s ON s.id = "
+            "a.structure WHERE a.exemplar = ?",
+            (number,),
+        ):
+            self._count_structure(name, bool(present), change)
 
     def retag(self, key: str, tags: Mapping[str, str]) -> bool:
         """Give an exemplar other tags, in one commit; False if there is no such key."""
-        db = self.database
-        with db.transaction():
-            rows = db.execute("SELECT id, content, digest FROM exemplars WHERE key = ?", (key,))
-            if not rows:
-                return False
-            number, content, before = rows[0]
-            digest = exemplar_digest(key, content, tags)
-            db.execute("UPDATE exemplars SET digest = ? WHERE id = ?", (digest, number))
+        db, number = self.database, self.number(key)
+        if number is None:
+            return False
+        with self.change("retag", [number]):
+            content = db.value("SELECT content FROM exemplars WHERE id = ?", (number,))
             db.execute("DELETE FROM tags WHERE exemplar = ?", (number,))
             values = [(number, name, value) for name, value in tags.items()]
             db.execute_many("INSERT INTO tags VALUES (?, ?, ?)", values)
-            change = int.from_bytes(digest, "big") - int.from_bytes(before, "big")
-            self._advance(self.state(), 0, change)
+            self._set_digest(number, exemplar_digest(key, content, tags))
         return True
+
+    def _set_digest(self, number: int, digest: bytes) -> None:
+        """Give an exemplar another digest, and the library with it."""
+        before = self.exemplar_digest(number)
+        self.database.execute("UPDATE exemplars SET digest = ? WHERE id = ?", (digest, number))
+        change = int.from_bytes(digest, "big") - int.from_bytes(before, "big")
+        self._advance(self.state(), 0, 0 if self.is_retired(number) else change)
 
     def _advance(self, state: State, exemplars: int, digest: int) -> None:
         total = (state.digest_sum + digest) % DIGEST_MODULUS
@@ -221,7 +283,7 @@ class Catalog(CatalogQueries):
     def switch(self, generation: int, settings: Settings) -> None:
         """Make a complete generation the current one and forget all others, in one commit."""
         db = self.database
-        with db.transaction():
+        with self.change("rebuild", details={"bundle": settings.bundle_name}):
             self.set_note("library", settings.to_text())
             self.set_note("rebuild", None)
             self.set_note(origins_note(self.state().generation), None)
@@ -240,7 +302,7 @@ class Catalog(CatalogQueries):
     def move(self, moves: Sequence[tuple[Place, Place]], generation: int) -> None:
         """Give memories new places in new shards and forget the old shards, in one commit."""
         db = self.database
-        with db.transaction():
+        with self.change("compact"):
             db.execute("DELETE FROM shards WHERE generation = ?", (generation,))
             db.execute_many(
                 "UPDATE memories SET shard = ?, slot = ? WHERE generation = ? AND shard = ? AND "

@@ -28,7 +28,7 @@ from recallseg.runtime.library.records import NewExemplar
 from recallseg.runtime.library.sources import content_digest
 from recallseg.runtime.library.store import Store
 
-__all__ = ["Addition", "add", "add_many", "remove", "replace_mask", "retag"]
+__all__ = ["Addition", "add", "add_many", "remove", "replace_mask", "retag", "retire"]
 
 SAVE_EVERY = 4096
 """Exemplars added between looks at whether the search indexes should be saved."""
@@ -126,8 +126,14 @@ def _check(item: Addition) -> _Checked:
 
 
 def _refuse_known(store: Store, key: str, item: Addition) -> None:
-    if store.catalog.number(key) is not None:
+    number = store.catalog.number(key)
+    if number is not None:
         same = "" if item.get("key") else " (the same image with the same masks)"
+        if store.catalog.is_retired(number):
+            raise InputError(
+                f"the library already has an exemplar '{key}'{same}, which is retired. Reinstate "
+                "it, remove it first, or give another key."
+            )
         raise InputError(
             f"the library already has an exemplar '{key}'{same}. Remove it first, or give another "
             "key."
@@ -141,9 +147,12 @@ def _add_all(
     count: int,
     memories: int,
     progress: Progress,
-    instead: str | None = None,
+    instead: tuple[str, str] | None = None,
 ) -> None:
-    """Encode and write exemplars, with so many memories in all; one commit makes them visible."""
+    """Encode and write exemplars, with so many memories in all; one commit makes them visible.
+
+    ``instead`` is the key of an exemplar that goes, and the structure that it has another mask of.
+    """
     catalog, sources, writer = store.catalog, store.sources, store.writer
     with store.lock:
         first = catalog.next_number()
@@ -183,7 +192,12 @@ def _add_all(
         for shard in {place.shard for new in written for place, _ in new.memories.values()}:
             writer.sync(shard)
         with store.lock:
-            catalog.add(*written, instead=instead)
+            if instead is None:
+                catalog.add(*written)
+            else:
+                key, structure = instead
+                details = {"structure": structure}
+                catalog.add(*written, instead=key, what="replace_mask", details=details)
     except BaseException:
         # Not committed: give a full disk its space back.
         with store.lock, suppress(LibraryError):  # or the next who opens it does
@@ -235,6 +249,8 @@ def replace_mask(
         digest = store.catalog.source_digest(number)
         if exemplar is None:
             raise unknown_key(key)
+        if exemplar.retired:
+            raise InputError(f"exemplar '{key}' is retired. Reinstate it to change it.")
         if structure not in exemplar.structures:
             raise InputError(
                 f"exemplar '{key}' has no mask of '{structure}' to replace; it has "
@@ -249,7 +265,7 @@ def replace_mask(
         masks[structure] = check_mask(mask, image.shape, structure)
         content = content_digest(image, masks, exemplar.absent)
         new = _Checked(image, masks, exemplar.absent, dict(exemplar.tags), content, key)
-        _add_all(store, encoder, [new], 1, len(masks), _no_progress, instead=key)
+        _add_all(store, encoder, [new], 1, len(masks), _no_progress, (key, structure))
         with store.lock:
             done = f"the mask of exemplar '{key}' is replaced, but the former copy of its image"
             _delete_source(store, number, done)
@@ -273,3 +289,18 @@ def retag(store: Store, key: str, tags: Mapping[str, str] | None) -> None:
         if not store.catalog.retag(key, labels):
             raise unknown_key(key)
         store.see_own()
+
+
+def retire(store: Store, keys: str | Iterable[str], *, retired: bool) -> None:
+    """Take exemplars out of use, or into it again."""
+    store.check_writable("retire" if retired else "reinstate")
+    named = [keys] if isinstance(keys, str) else [*dict.fromkeys(keys)]
+    with store.changing, store.lock:
+        numbers = [store.number(key) for key in named]
+        for key, number in zip(named, numbers, strict=True):
+            if store.catalog.is_retired(number) is retired:
+                state = "is retired already" if retired else "is not retired"
+                raise InputError(f"exemplar '{key}' {state}; nothing was changed.")
+        if numbers:
+            store.on_a_full_disk(lambda: store.catalog.retire(numbers, retired=retired))
+            store.see_own()

@@ -34,9 +34,10 @@ from recallseg.runtime.library.storage import advice, writing
 
 __all__ = ["FORMAT_VERSION", "Database"]
 
-FORMAT_VERSION = 2
-"""Newest format read. 1: memories in fp16. 2: they may be int8. A library carries the lowest that
-can hold it, so that older programs open what they understand."""
+FORMAT_VERSION = 3
+"""Newest format read. 1: memories in fp16. 2: they may be int8. 3: exemplars may be retired (their
+annotations' ``present`` is 2 more), and there are the tables of ``_SCHEMA_3``. A library carries
+the lowest that can hold it, so that older programs open what they understand."""
 APPLICATION_ID = 0x52534547  # "RSEG"
 BUSY_SECONDS = 30.0
 """How long to wait for another process's commit or read, both of milliseconds."""
@@ -81,6 +82,13 @@ CREATE TABLE indexes (structure INTEGER NOT NULL, present INTEGER NOT NULL,
                       PRIMARY KEY (structure, present)) WITHOUT ROWID;
 """
 
+_SCHEMA_3 = """
+-- Images of exemplars up to number last name this structure so, in their files.
+CREATE TABLE former_names (name TEXT NOT NULL, last INTEGER NOT NULL, structure INTEGER NOT NULL,
+                           PRIMARY KEY (name, last)) WITHOUT ROWID;
+"""
+"""What a library gets when it first needs it; see :meth:`Database.upgrade`."""
+
 
 class Database:
     """One connection. May be shared between threads: each statement or transaction takes a lock."""
@@ -106,9 +114,7 @@ class Database:
             database.execute("PRAGMA page_size=8192")
             database._prepare()
             with database.transaction():
-                for statement in _SCHEMA.split(";\n"):
-                    if statement.strip():
-                        database.execute(statement)
+                database._run(_SCHEMA)
                 for statement, values in fill:
                     database.execute(statement, values)
                 database.execute(f"PRAGMA application_id={APPLICATION_ID}")
@@ -168,12 +174,28 @@ class Database:
                     f"the library in {path.parent} has format {version}; this RecallSeg reads up "
                     f"to {FORMAT_VERSION}. Update RecallSeg."
                 )
-            check_schema(path, objects, _SCHEMA)
+            check_schema(path, objects, _SCHEMA + (_SCHEMA_3 if version >= 3 else ""))
             database._prepare()
         except BaseException:
             database.close()
             raise
         return database
+
+    @property
+    def format_version(self) -> int:
+        """The format that the file has now."""
+        return int(self.value("PRAGMA user_version"))
+
+    def upgrade(self) -> None:
+        """Bring the file to the newest format, within a transaction; harmless when repeated."""
+        if self.format_version < FORMAT_VERSION:
+            self._run(_SCHEMA_3)
+            self.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+
+    def _run(self, statements: str) -> None:
+        for statement in statements.split(";\n"):
+            if statement.strip():
+                self.execute(statement)
 
     def close(self) -> None:
         """Close the connection; harmless when called again."""

@@ -25,6 +25,7 @@ class Exemplar:
     created : when it was added, ISO 8601, UTC.
     content : SHA-256 of pixels, masks and absent structures.
     has_source : whether image and masks were kept.
+    retired : whether it was retired: it is kept, and not recalled.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Exemplar:
     created: str
     content: str = field(repr=False)
     has_source: bool
+    retired: bool = False
 
 
 @dataclass(frozen=True)

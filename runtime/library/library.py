@@ -25,7 +25,6 @@ from recallseg.runtime.library.calibrations import Learnt, StoredCalibration
 from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder, Origin
 from recallseg.runtime.library.exemplar import (
     Exemplar,
-    LibraryReport,
     Match,
     Recollection,
     StoredMemory,
@@ -34,6 +33,7 @@ from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
 from recallseg.runtime.library.store import Store
+from recallseg.runtime.library.upkeep import Upkeep
 from recallseg.runtime.model.preprocess import Intensity
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _PAGE = 256
 Progress = Callable[[int, int], None]
 
 
-class Library:
+class Library(Upkeep):
     """An open library. Make one with :meth:`create` or :meth:`open`; close it, or use ``with``.
 
     Any number of processes may read while one writes. Every method sees what others have committed.
@@ -265,14 +265,18 @@ class Library:
         return self._store.state.exemplars
 
     def __contains__(self, key: object) -> bool:
+        """Whether there is an exemplar with this key, in use or retired."""
         return isinstance(key, str) and self._store.catalog.number(key) is not None
 
     def __iter__(self) -> Iterator[Exemplar]:
-        """Yield exemplars in order of addition; changes made meanwhile may be seen or not."""
+        """Yield exemplars in order of addition, without retired ones.
+
+        Changes made meanwhile may be seen or not.
+        """
         catalog, after = self._store.catalog, 0
         while True:
             with catalog.database.snapshot():
-                page = catalog.exemplars(after, _PAGE)
+                page = catalog.exemplars(after, _PAGE, retired=False)
             if not page:
                 return
             yield from (exemplar for _, exemplar in page)
@@ -282,7 +286,13 @@ class Library:
         return self.get(key)
 
     def get(self, key: str) -> Exemplar:
-        """Return one exemplar, as ``library[key]`` does; raises InputError if there is none."""
+        """Return one exemplar, in use or retired, as ``library[key]`` does.
+
+        Raises
+        ------
+        InputError
+            If there is none.
+        """
         exemplar = self._store.catalog.exemplar(key)
         if exemplar is None:
             raise unknown_key(key)
@@ -560,7 +570,9 @@ class Library:
         return self._binding.encoder().embed(check_image(open_image(image)))
 
     def remove(self, key: str) -> None:
-        """Remove an exemplar; the space of its memories is freed by :meth:`compact`.
+        """Erase an exemplar for good; the space of its memories is freed by :meth:`compact`.
+
+        To take one out of use and keep it, :meth:`retire` it.
 
         Raises
         ------
@@ -620,46 +632,6 @@ class Library:
         {'scanner': '3 T', 'view': 'axial'}
         """
         changing.retag(self._store, key, tags)
-
-    def compact(self) -> int:
-        """Write the memories in use to new shards, delete the old ones, return the bytes freed."""
-        return maintenance.compact(self._store)
-
-    def rebuild(
-        self,
-        bundle: Bundle | str | Path | None = None,
-        *,
-        encoder: ExemplarEncoder | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Encode every exemplar anew from its source, for another bundle or the same.
-
-        Until the one commit at the end the library is what it was. When interrupted, the next call
-        for the same bundle goes on where this one was. Other processes must open it again.
-
-        Parameters
-        ----------
-        bundle : what it shall belong to; None for its own.
-        encoder : used instead of the bundle's own.
-        progress : told how many exemplars are done, of how many.
-
-        Raises
-        ------
-        LibraryError
-            If sources were not kept.
-        LibraryCorruptError
-            If a source is damaged; remove that exemplar to go on.
-        LibraryWriteError, EngineRunError
-        """
-        maintenance.rebuild(self._store, self._binding, bundle, encoder, progress)
-
-    def rebuild_index(self) -> None:
-        """Build the search indexes anew."""
-        maintenance.rebuild_index(self._store)
-
-    def verify(self, progress: Progress | None = None) -> LibraryReport:
-        """Compare everything stored with its digest, and report what is wrong. Reads every byte."""
-        return maintenance.verify(self._store, progress)
 
     # Calibration
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.errors import LibraryError
+from recallseg.engines.errors import LibraryCorruptError, LibraryError
 from recallseg.engines.inside import list_inside, remove_inside, sync_inside
 from recallseg.runtime.library.binding import Binding, bundle_settings, open_bundle
 from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
 from recallseg.runtime.library.exemplar import LibraryReport
+from recallseg.runtime.library.history import history
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import (
     Place,
@@ -179,7 +180,7 @@ def _encode_all(
 ) -> int:
     """Encode every exemplar for ``settings`` as a new generation, and return that."""
     generation = _begin_generation(catalog, settings)
-    total = catalog.state().exemplars
+    total = catalog.state().exemplars + len(catalog.retired_numbers())
     done = total - catalog.count_not_encoded(generation)
     while page := catalog.not_encoded(generation, _PAGE):
         for number, exemplar in page:
@@ -216,7 +217,7 @@ def _verify(store: Store, progress: Progress) -> LibraryReport:
         if row[0] != "ok"
     ]
     state = catalog.state()
-    memories, kept, seen, total, after = 0, 0, 0, 0, 0
+    memories, kept, seen, retired, total, after = 0, 0, 0, 0, 0, 0
     while page := catalog.exemplars(after, _PAGE):
         keys = {number: exemplar.key for number, exemplar in page}
         problems += catalog.check_rows(page, store.settings.embedding_dim)
@@ -242,17 +243,24 @@ def _verify(store: Store, progress: Progress) -> LibraryReport:
                 except LibraryError as error:
                     problems.append(str(error))
             seen += 1
-            total += int.from_bytes(catalog.exemplar_digest(number), "big")
-            progress(seen, state.exemplars)
+            retired += exemplar.retired
+            if not exemplar.retired:
+                total += int.from_bytes(catalog.exemplar_digest(number), "big")
+            progress(seen, state.exemplars + retired)
         after = page[-1][0]
-    if seen != state.exemplars or total % (1 << 256) != state.digest_sum:
+    if seen - retired != state.exemplars or total % (1 << 256) != state.digest_sum:
         problems.append(
-            f"catalog: {seen} exemplars found, whose digests do not add up to the library's"
+            f"catalog: {seen - retired} exemplars in use found, whose digests do not add up to the "
+            "library's"
         )
     if misplaced := store.catalog.misplaced():
         problems.append(
             f"catalog: {misplaced} memories lie outside of their shard or where another lies"
         )
+    try:
+        history(catalog)
+    except LibraryCorruptError as error:
+        problems.append(str(error))
     indexes, found = store.retrieval.check()
     return LibraryReport(seen, memories, kept, indexes, tuple(problems + found + _unnamed(store)))
 

@@ -35,6 +35,9 @@ _LEAST_BYTES = 64
 library's length, so it is not just any number."""
 UNIT_TOLERANCE = 1e-2
 """An embedding is stored with length 1; also one rounded to fp16 is within this."""
+RETIRED = 2
+"""Is added to ``present`` of a retired exemplar's annotations, so that no search sees them."""
+_RETIRED = f"EXISTS (SELECT 1 FROM annotations WHERE exemplar = id AND present >= {RETIRED})"
 _BATCH = 400  # below SQLite's oldest limit of 999 variables per statement
 
 
@@ -70,9 +73,8 @@ class CatalogQueries:
     def notes(self, prefix: str) -> list[tuple[str, str]]:
         """Return name and text of all notes whose names begin so, in order of their names."""
         rows = self.database.execute(
-            "SELECT name, value FROM settings WHERE name >= ? AND substr(name, 1, ?) = ? ORDER BY "
-            "name",
-            (prefix, len(prefix), prefix),
+            "SELECT name, value FROM settings WHERE name >= ? AND name < ? ORDER BY name",
+            (prefix, f"{prefix[:-1]}{chr(ord(prefix[-1]) + 1)}"),
         )
         if not all(isinstance(part, str) for row in rows for part in row):
             raise LibraryCorruptError(f"the catalog is damaged: a note '{prefix}' is no text.")
@@ -118,9 +120,10 @@ class CatalogQueries:
         counts = [0] * len(known.origins)
         for span in known.spans:
             counts[span.origin] += self.database.value(
-                "SELECT count(*) FROM exemplars WHERE id BETWEEN ? AND ?", (span.first, span.last)
+                f"SELECT count(*) FROM exemplars WHERE id BETWEEN ? AND ? AND NOT {_RETIRED}",
+                (span.first, span.last),
             )
-        total = self.database.value("SELECT count(*) FROM exemplars")
+        total = self.state().exemplars
         found: list[tuple[Origin | None, int]] = [*zip(known.origins, counts, strict=True)]
         return [pair for pair in [*found, (None, total - sum(counts))] if pair[1]]
 
@@ -149,10 +152,16 @@ class CatalogQueries:
         rows = self.database.execute("SELECT id FROM exemplars WHERE key = ?", (key,))
         return integer(rows[0][0], "an exemplar's number", 1) if rows else None
 
-    def exemplars(self, after: int = 0, limit: int = -1) -> list[tuple[int, Exemplar]]:
-        """Return exemplars with numbers above ``after``, in order of addition."""
+    def exemplars(
+        self, after: int = 0, limit: int = -1, *, retired: bool | None = None
+    ) -> list[tuple[int, Exemplar]]:
+        """Return exemplars with numbers above ``after``, in order of addition.
+
+        ``retired`` asks for those only that are retired, or that are not.
+        """
+        which = "" if retired is None else f" AND {'' if retired else 'NOT '}{_RETIRED}"
         rows = self.database.execute(
-            _EXEMPLARS + " WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+            f"{_EXEMPLARS} WHERE id > ?{which} ORDER BY id LIMIT ?", (after, limit)
         )
         _check_ascending([after, *(row[0] for row in rows)])
         return [self._exemplar(row) for row in rows]
@@ -162,6 +171,23 @@ class CatalogQueries:
         with self.database.snapshot():
             rows = self.database.execute(_EXEMPLARS + " WHERE key = ?", (key,))
             return self._exemplar(rows[0])[1] if rows else None
+
+    def is_retired(self, number: int) -> bool:
+        """Whether an exemplar is retired."""
+        return bool(
+            self.database.value(
+                "SELECT coalesce(max(present), 0) >= ? FROM annotations WHERE exemplar = ?",
+                (RETIRED, number),
+            )
+        )
+
+    def retired_numbers(self) -> list[int]:
+        """Return the numbers of retired exemplars, ascending; few are, or none."""
+        rows = self.database.execute(
+            "SELECT DISTINCT exemplar FROM annotations WHERE present >= ? ORDER BY exemplar",
+            (RETIRED,),
+        )
+        return [integer(row[0], "an exemplar's number", 1) for row in rows]
 
     def source_digest(self, number: int) -> bytes | None:
         """Return the SHA-256 of an exemplar's source file, or None if it was not kept."""
@@ -378,7 +404,7 @@ class CatalogQueries:
         """Return how many exemplars have no encoding of ``generation`` yet."""
         return int(
             self.database.value(
-                "SELECT (SELECT exemplars FROM state) - (SELECT count(*) FROM encodings WHERE "
+                "SELECT (SELECT count(*) FROM exemplars) - (SELECT count(*) FROM encodings WHERE "
                 "generation = ?)",
                 (generation,),
             )
@@ -489,13 +515,19 @@ class CatalogQueries:
         what = f"exemplar '{key}'"
         text(content, f"the content digest of {what}", check_key)
         names: dict[int, list[str]] = {0: [], 1: []}
+        retired = set()
         for present, name in self.database.execute(
             "SELECT a.present, s.name FROM annotations a JOIN structures s ON s.id = a.structure "
             "WHERE a.exemplar = ? ORDER BY s.id",
             (number,),
         ):
-            shown = integer(present, f"a flag of {what}", 0, 1)
-            names[shown].append(text(name, "a structure's name", check_name))
+            flag = integer(present, f"a flag of {what}", 0, RETIRED + 1)
+            names[flag % RETIRED].append(text(name, "a structure's name", check_name))
+            retired.add(flag >= RETIRED)
+        if len(retired) > 1:
+            raise LibraryCorruptError(
+                f"the catalog is damaged: {what} is half retired. Restore it from a backup."
+            )
         tags = dict(
             self.database.execute(
                 "SELECT name, value FROM tags WHERE exemplar = ? ORDER BY name", (number,)
@@ -515,6 +547,7 @@ class CatalogQueries:
             timestamp(created, f"the time of {what}"),
             content,
             bool(has_source),
+            True in retired,
         )
         return number, exemplar
 

@@ -80,10 +80,11 @@ class Retrieval:
         self._tagged.clear()
         if state.generation != self._state.generation:
             self._indexes.clear()
+        counts = self._counts() if self._indexes else {}
         for slot, index in list(self._indexes.items()):
             index.remove(self._catalog.removals(self._state.revision))
             index.add(*self._catalog.embeddings(*slot, after=index.last))
-            if index.worn:
+            if index.worn or len(index) != counts.get(slot):  # or older ones were reinstated
                 del self._indexes[slot]
         self._state = state
 
@@ -171,6 +172,14 @@ class Retrieval:
             self._tagged[key] = self._catalog.numbers(*slot, tags)
         return self._tagged[key]
 
+    def _counts(self) -> dict[Slot, int]:
+        """Return how many exemplars each index must have."""
+        return {
+            (row.id, present): count
+            for row in self._catalog.structures()
+            for present, count in ((True, row.present), (False, row.absent))
+        }
+
     def _index(self, slot: Slot) -> StructureIndex:
         if slot not in self._indexes:
             self._load(slot)
@@ -187,8 +196,11 @@ class Retrieval:
             index.remove(self._catalog.removals(stored.revision))
             numbers, vectors = self._catalog.embeddings(*slot, after=stored.last)
             index.add(numbers, vectors)
+            count = self._counts().get(slot)
         if np.any(graph.contains(numbers.astype(np.uint64))):
             self._build(slot)  # the catalog says less of the graph than is in it
+        elif len(index) != count:
+            self._build(slot)  # it was built while some were retired that are reinstated
         elif index.many_removed:
             self._build(slot)
         elif index.worn:

@@ -44,6 +44,7 @@ class LibraryMachine(RuleBasedStateMachine):
         self.reader = Library.open(path)
         self.model: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {}
         self.tags: dict[str, dict[str, str]] = {}
+        self.retired: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {}
 
     @rule(number=NUMBERS, shown=st.sets(st.sampled_from(NAMES)), absent=st.sampled_from(NAMES))
     def add(self, number: int, shown: set[str], absent: str) -> None:
@@ -52,7 +53,7 @@ class LibraryMachine(RuleBasedStateMachine):
         missing = () if absent in shown else (absent,)
         arguments = (image, dict.fromkeys(present, mask))
         options = {"absent": missing, "tags": {"parity": str(number % 2)}, "key": str(number)}
-        if str(number) in self.model:
+        if str(number) in {*self.model, *self.retired}:
             with pytest.raises(InputError, match="already"):
                 self.writer.add(*arguments, **options)
         else:
@@ -72,7 +73,8 @@ class LibraryMachine(RuleBasedStateMachine):
             }
             for number, image, mask in drawn
         ]
-        if len({*numbers}) < len(numbers) or {*map(str, numbers)} & {*self.model}:
+        known = {*self.model, *self.retired}
+        if len({*numbers}) < len(numbers) or {*map(str, numbers)} & known:
             with pytest.raises(InputError, match=r"^items\[[0-3]\]: .*(already|has the key)"):
                 self.writer.add_many(items)
             return
@@ -83,11 +85,24 @@ class LibraryMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBERS)
     def remove(self, number: int) -> None:
-        if self.model.pop(str(number), None) is None:
+        known = self.retired if str(number) in self.retired else self.model
+        if known.pop(str(number), None) is None:
             with pytest.raises(InputError, match="no exemplar"):
                 self.writer.remove(str(number))
         else:
             self.writer.remove(str(number))
+
+    @rule(numbers=st.sets(NUMBERS, max_size=3), back=st.booleans())
+    def retire(self, numbers: set[int], back: bool) -> None:
+        before, after = (self.retired, self.model) if back else (self.model, self.retired)
+        change = self.writer.reinstate if back else self.writer.retire
+        keys = [str(number) for number in numbers]
+        if {*keys} <= {*before}:
+            change(keys)
+            after.update((key, before.pop(key)) for key in keys)
+        else:
+            with pytest.raises(InputError, match=r"no exemplar|nothing was changed"):
+                change(keys)
 
     @rule(number=NUMBERS)
     def replace_mask(self, number: int) -> None:
@@ -95,7 +110,7 @@ class LibraryMachine(RuleBasedStateMachine):
         _, present, missing = self.model.get(str(number), (0, (), ()))
         before = self.writer.digest
         if "nucleus" not in present:
-            with pytest.raises(InputError, match=r"no (exemplar|mask)"):
+            with pytest.raises(InputError, match=r"no (exemplar|mask)|is retired"):
                 self.writer.replace_mask(str(number), "nucleus", draw(number)[1])
             assert self.writer.digest == before
             return
@@ -108,7 +123,7 @@ class LibraryMachine(RuleBasedStateMachine):
     @rule(number=NUMBERS, parity=st.sampled_from(["0", "1"]), more=st.booleans())
     def retag(self, number: int, parity: str, more: bool) -> None:
         tags = {"parity": parity, **({"more": "yes"} if more else {})}
-        if str(number) not in self.model:
+        if str(number) not in {*self.model, *self.retired}:
             with pytest.raises(InputError, match="no exemplar"):
                 self.writer.retag(str(number), tags)
         else:
@@ -192,7 +207,9 @@ class LibraryMachine(RuleBasedStateMachine):
             }
             assert {k: (n, set(p), a) for k, (n, p, a) in found.items()} == ordered
             assert len(library) == len(self.model)
-            assert all(library[key].tags == self.tags[key] for key in self.model)
+            both = {*self.model, *self.retired}
+            assert all(library[key].tags == self.tags[key] for key in both)
+            assert {e.key for e in library.retired} == {*self.retired}
             for name in NAMES:
                 assert library.count(name) == sum(name in p for _, p, _ in self.model.values())
         assert self.writer.digest == self.reader.digest
@@ -201,6 +218,11 @@ class LibraryMachine(RuleBasedStateMachine):
     @rule()
     def verify(self) -> None:
         assert self.writer.verify().problems == ()
+        changes = self.writer.history()
+        added = {key for change in changes if "add" in change.what for key in change.exemplars}
+        assert {*self.model, *self.retired} <= added | {
+            key for change in changes if change.what == "replace_mask" for key in change.exemplars
+        }
 
     @staticmethod
     def embedding(number: int) -> np.ndarray:

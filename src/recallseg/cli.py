@@ -21,6 +21,7 @@ from recallseg import __version__
 from recallseg.commands.audit import app as audit_app
 from recallseg.commands.build import build
 from recallseg.commands.cache import app as cache_app
+from recallseg.commands.config import app as config_app
 from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
 from recallseg.commands.evaluate import evaluate
@@ -55,6 +56,11 @@ EXTRAS = {
     "cyclonedx": "sbom",
     "packageurl": "sbom",
     "packaging": "sbom",
+    "prometheus_client": "services",
+    "pydantic": "services",
+    "pydantic_settings": "services",
+    "pynetdicom": "node",
+    "dicomweb_client": "node",
 }
 """Which extra brings a package that may be missing."""
 
@@ -183,6 +189,7 @@ app.command()(verify)
 app.add_typer(cache_app, name="cache")
 app.add_typer(audit_app, name="audit")
 app.add_typer(sign_app, name="sign")
+app.add_typer(config_app, name="config")
 app.command()(doctor)
 _mount_lazily(
     "export",

@@ -1,0 +1,1 @@
+"""The DICOM node: receives series, segments them, and sends the answer on."""

@@ -1,0 +1,167 @@
+"""The libraries and segmenters that rules ask, opened when first needed and kept up to date.
+
+Between two questions a library may have been added to, fitted anew, rebuilt for another bundle,
+replaced by another folder, or taken away. All of that is seen when the next question is asked:
+what changed is opened again, and what is gone is a LibraryNotFoundError until it is back.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from recallseg.engines.errors import (
+    InputError,
+    LibraryError,
+    LibraryMismatchError,
+    RecallSegError,
+)
+from recallseg.runtime.library import Library
+from recallseg.runtime.library.store import CATALOG
+from recallseg.runtime.model.choice import Choice
+from recallseg.runtime.model.model import Model
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.services.rules import Rule
+
+__all__ = ["Questions", "check_rule"]
+
+
+@dataclass
+class _Open:
+    segmenter: Segmenter
+    place: tuple[int, int]  # device and inode of the catalog: another file is another library
+
+
+class Questions:
+    """Segmenters of rules. Rules of one bundle, engine and precision share a model.
+
+    May be shared between threads; queries take turns on their model.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._open: dict[str, _Open] = {}
+        self._models: list[Model] = []
+
+    def segmenter(self, rule: Rule) -> Segmenter:
+        """Return the segmenter of a rule, as its library is now.
+
+        It may be used until the next call for the same rule.
+
+        Raises
+        ------
+        LibraryNotFoundError
+            If the library is gone; ask again when it is back.
+        LibraryError, BundleError, EngineError, InputError
+            As :class:`recallseg.Segmenter` says.
+        """
+        with self._lock:
+            try:
+                place = _place(rule.library)
+            except OSError:
+                self.forget(rule)
+                place = (0, 0)  # opening it tells what is wrong
+            known = self._open.get(rule.name)
+            if known is not None and known.place == place:
+                try:
+                    if not known.segmenter.library.refresh():
+                        return known.segmenter
+                    made = self._make(rule, known.segmenter.library)
+                    self._open[rule.name] = _Open(made, place)
+                    return made
+                except LibraryMismatchError:
+                    pass  # rebuilt for another bundle
+            self.forget(rule)
+            library = Library.open(rule.library)
+            try:
+                made = self._make(rule, library)
+            except BaseException:
+                library.close()
+                raise
+            self._open[rule.name] = _Open(made, place)
+            return made
+
+    def warm_up(self, rules: Iterable[Rule]) -> dict[str, RecallSegError]:
+        """Open what rules ask and let each answer once; return what failed, by rule."""
+        failed = {}
+        for rule in rules:
+            try:
+                self.segmenter(rule).warm_up(1)
+            except RecallSegError as error:
+                failed[rule.name] = error
+        return failed
+
+    def forget(self, rule: Rule) -> None:
+        """Close what a rule asked, so that the next question opens it anew."""
+        with self._lock:
+            known = self._open.pop(rule.name, None)
+            if known is not None:
+                with suppress(LibraryError):  # it may be gone
+                    known.segmenter.library.close()
+
+    def close(self) -> None:
+        """Close everything. Harmless if repeated."""
+        with self._lock:
+            for known in self._open.values():
+                with suppress(LibraryError):
+                    known.segmenter.library.close()
+            self._open.clear()
+            for model in self._models:
+                model.close()
+            self._models.clear()
+
+    def _make(self, rule: Rule, library: Library) -> Segmenter:
+        recipe = rule.recipe
+        choice = Choice(recipe.engine, recipe.precision, recipe.threads)
+        model = next(
+            (
+                each
+                for each in self._models
+                if choice.serves(each) and each.bundle.known_as(library.bundle_identity)
+            ),
+            None,
+        )
+        if model is None:
+            model = choice.open(library.bundle)
+            self._models.append(model)
+        return Segmenter(
+            library,
+            k=recipe.k,
+            reach=recipe.reach,
+            tags=recipe.tags,
+            structures=rule.structures,
+            frames=rule.volumes.propagate,
+            model=model,
+        )
+
+
+def check_rule(rule: Rule) -> str:
+    """Return what keeps a rule from being asked, without opening a model; empty if nothing does."""
+    try:
+        rule.volumes.settings()
+        Choice().but(rule.recipe.engine, rule.recipe.precision, rule.recipe.threads)
+        with Library.open(rule.library) as library:
+            known = library.structures
+            if not known:
+                raise InputError(f"the library {rule.library} is empty.")
+            unknown = [name for name in rule.structures or () if name not in known]
+            if unknown:
+                raise InputError(
+                    f"the library {rule.library} has no exemplar of '{unknown[0]}'; it knows "
+                    f"{', '.join(known)}."
+                )
+            most = library.bundle.geometry.max_k
+            if rule.recipe.k + rule.volumes.propagate > most:
+                raise InputError(f"k and propagate may be {most} together, no more.")
+    except RecallSegError as error:
+        return f"rule '{rule.name}': {error}"
+    return ""
+
+
+def _place(library: Path) -> tuple[int, int]:
+    found = os.stat(library / CATALOG)
+    return found.st_dev, found.st_ino

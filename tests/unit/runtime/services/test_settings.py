@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from support.services import half_library, wait_until
+from typer.testing import CliRunner
+
+from recallseg import Bundle, Library
+from recallseg.cli import app
+from recallseg.engines.errors import InputError, LibraryNotFoundError, OutputError
+from recallseg.runtime.services.logs import Marks, ServiceLog, configure_logs
+from recallseg.runtime.services.metrics import Metrics, MetricsServer
+from recallseg.runtime.services.questions import Questions
+from recallseg.runtime.services.rules import Arriving, Rule, When, fitting
+from recallseg.runtime.services.running import STOPPED_LATE, run_service
+from recallseg.runtime.services.settings import EXAMPLES, example, read_configuration
+
+RULE = '[[rules]]\nname = "a"\nlibrary = "lib"\n'
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "service.toml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.toml")), ids=lambda file: file.stem)
+def test_examples_are_right_and_explain_every_setting_of_their_section(
+    file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "conf.toml").write_text(example(file.stem))
+    configuration = read_configuration(tmp_path / "conf.toml")
+    section = getattr(configuration, file.stem)
+    told = file.read_text()
+    missing = [
+        name
+        for name in type(section).model_fields
+        if not re.search(rf"\b{name}\b", told) and name not in ("idle_s", "most_pdu_bytes")
+    ]
+    assert not missing
+    assert section.host == "127.0.0.1"
+
+
+def test_there_is_a_unit_and_a_containerfile() -> None:
+    unit = (EXAMPLES / "recallseg-node.service").read_text()
+    assert "Type=notify" in unit
+    assert "recallseg node --config" in unit
+    assert "recallseg" in (EXAMPLES / "Containerfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[node]\nprot = 104", "no setting 'node.prot'; did you mean 'node.port'?"),
+        ("[nod]\nport = 104", "no setting 'nod'; did you mean 'node'?"),
+        (RULE + "structure = ['x']", "'rules[1].structure'; did you mean 'rules[1].structures'?"),
+        (RULE + "when = {modalty = 'MR'}", "did you mean 'rules[1].when.modality'?"),
+        (RULE + "[rules.recipe]\nkk = 4", "did you mean 'rules[1].recipe.k'?"),
+        (
+            "[node.destinations.pacs]\ntype = 'dicom'\nhst = 'x'\nhost='y'\nport=1\nae_title='A'",
+            "hst'; did you mean 'node.destinations.pacs.host'?",
+        ),
+        ("[node.destinations.pacs]\ntype = 'ftp'", "node.destinations.pacs"),
+        ("[node]\nport = 70000", "node.port: Input should be less than or equal to 65535, got 700"),
+        ("[node]\nae_title = 'A TITLE THAT IS TOO LONG'", "1 to 16 printable"),
+        ("[[rules]]\nname = 'a'", "'rules[1].library' is missing"),
+        (RULE + RULE, "two rules are named 'a'"),
+        (RULE + "destinations = ['pacs']", "there is no node.destinations.pacs"),
+        ("[node", "no TOML"),
+        ("[node]\nwibble = 1", "known are"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(InputError) as failure:
+        read_configuration(written(tmp_path, text))
+    assert told in str(failure.value)
+
+
+def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path) -> None:
+    text = (
+        "stop_s = -1\n[node]\nport = 'x'\n[node.destinations.p]\ntype='stow-rs'\nurl='http://a'\n"
+    )
+    with pytest.raises(InputError) as failure:
+        read_configuration(written(tmp_path, text + "password_file = 7\n"))
+    told = str(failure.value)
+    assert "stop_s" in told
+    assert "node.port" in told
+    assert "got 7" not in told
+    with pytest.raises(InputError, match="cannot be read"):
+        read_configuration(tmp_path / "none.toml")
+
+
+def test_paths_are_meant_from_the_file_and_the_environment_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, "[node]\nport = 104\nquiet_s = 2\n" + RULE)
+    monkeypatch.setenv("RECALLSEG__NODE__PORT", "11113")
+    configuration = read_configuration(file)
+    assert configuration.node is not None
+    assert (configuration.node.port, configuration.node.quiet_s) == (11113, 2)
+    assert configuration.rules[0].library == tmp_path / "lib"
+    monkeypatch.setenv("RECALLSEG__NOED__PORT", "1")
+    with pytest.raises(InputError, match=r"RECALLSEG__NOED__PORT.*did you mean 'node'"):
+        read_configuration(file)
+
+
+@pytest.mark.parametrize(
+    ("when", "fits"),
+    [
+        ({}, True),
+        ({"modality": "mr"}, True),
+        ({"modality": ["CT", "M?"]}, True),
+        ({"modality": "M"}, False),
+        ({"series_description": "*T2*TSE*"}, True),
+        ({"series_description": "t2"}, False),
+        ({"sender": "SCANNER*"}, True),
+        ({"sender": "PACS"}, False),
+        ({"body_part": "HEAD"}, False),
+        ({"parameters": {"protocol": "liver*"}}, True),
+        ({"parameters": {"protocol": "liver*", "other": "x"}}, False),
+        ({"modality": "MR", "called": "RECALLSEG"}, True),
+    ],
+)
+def test_rules_fit_what_they_say(when: dict[str, object], fits: bool) -> None:
+    arriving = Arriving(
+        modality="MR",
+        series_description="ax t2_tse fs",
+        senders=("ROUTER", "scanner1"),
+        called="RECALLSEG",
+        parameters={"protocol": "Liver 2"},
+    )
+    rule = Rule(name="a", library=Path("lib"), when=When(**when))  # type: ignore[arg-type]
+    assert (fitting([rule], arriving) == (rule,)) is fits
+
+
+def test_config_check_tells_what_is_not_there(tmp_path: Path, fake_bundle: Bundle) -> None:
+    half_library(tmp_path / "lib", fake_bundle)
+    good = 'state = "s"\n' + RULE + 'destinations = ["pacs"]\n[node]\n[node.destinations.pacs]\n'
+    good += "type='dicom'\nhost='127.0.0.1'\nport=1\nae_title='A'\n"
+    done = CliRunner().invoke(app, ["config", "check", str(written(tmp_path, good))])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "s").exists()  # a check writes nothing
+    bad = good.replace('"lib"', '"gone"') + "[audit]\nlog = 'none/log'\n"
+    bad += "[node.tls]\ncertificate = 'c.pem'\nkey = 'k.pem'\nauthorities = 'a.pem'\n"
+    done = CliRunner().invoke(app, ["config", "check", str(written(tmp_path, bad)), "--json"])
+    assert done.exit_code == 1
+    told = json.loads(done.stdout)["problems"]
+    assert [
+        word for word in ("rule 'a'", "audit.log", "node.tls") if not any(word in p for p in told)
+    ] == []
+    asks = good.replace("destinations", "structures = ['liver']\ndestinations", 1)
+    done = CliRunner().invoke(app, ["config", "check", str(written(tmp_path, asks))])
+    assert "no exemplar of 'liver'; it knows half" in done.output
+
+
+def test_config_example_prints_one_that_is_right() -> None:
+    done = CliRunner().invoke(app, ["config", "example", "node"])
+    assert done.stdout == (EXAMPLES / "node.toml").read_text()
+    assert CliRunner().invoke(app, ["config", "example", "fax"]).exit_code == 1
+
+
+def test_marks_need_the_key(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "keys" / "marks")
+    assert marks.of("1.2.3") == Marks(tmp_path / "keys" / "marks").of("1.2.3")
+    assert marks.of("1.2.3") != Marks(tmp_path / "other").of("1.2.3")
+    assert (tmp_path / "keys" / "marks").stat().st_mode & 0o077 == 0
+    (tmp_path / "bad").write_bytes(b"short")
+    with pytest.raises(InputError, match="no key"):
+        Marks(tmp_path / "bad")
+
+
+def test_logs_are_structured_and_tell_of_an_error_its_kind_only() -> None:
+    stream = StringIO()
+    configure_logs("json", "info", stream)
+    log = ServiceLog("node")
+    log.info("received", objects=3)
+    log.error("failed", error=ValueError("Doe^Jane has no liver"))
+    log.debug("nothing")
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert (first["event"], first["objects"], first["level"]) == ("received", 3, "info")
+    assert second["error"] == "ValueError"
+    assert "Doe" not in stream.getvalue()
+    configure_logs("text", "info", stream)
+    log.info("received", objects=4)
+    assert stream.getvalue().endswith("node: received objects=4\n")
+
+
+def test_metrics_and_health_over_http() -> None:
+    metrics = Metrics("node")
+    metrics.refused("space")
+    metrics.queue("waiting", 3)
+    with metrics.stage("segment"):
+        pass
+    waits, lives = ["the library"], [True]
+    metrics.ready_when("rules", lambda: waits[0])
+    metrics.alive_while("worker", lambda: lives[0])
+    server = MetricsServer(metrics, "127.0.0.1", 0)
+
+    def get(path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}") as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    try:
+        status, text = get("/metrics")
+        assert status == 200
+        assert 'recallseg_refusals_total{reason="space",service="node"} 1.0' in text
+        assert 'recallseg_stage_seconds_count{service="node",stage="segment"} 1.0' in text
+        assert get("/healthz")[0] == 200
+        assert get("/readyz") == (503, '{"waits_for": {"rules": "the library"}}')
+        waits[0], lives[0] = "", False
+        assert get("/readyz")[0] == 200
+        assert get("/healthz") == (503, '{"dead": ["worker"]}')
+        assert get("/etc/passwd")[0] == 404
+        with pytest.raises(OutputError, match="cannot be served"):
+            MetricsServer(metrics, "127.0.0.1", server.port)
+    finally:
+        server.close()
+
+
+class Sleeper:
+    """A service that takes its time to stop."""
+
+    def __init__(self, stops_in: float = 0.0) -> None:
+        self.stops_in, self.log = stops_in, list[str]()
+
+    def start(self) -> None:
+        self.log.append("start")
+
+    def alive(self) -> bool:
+        return True
+
+    def stop(self, seconds: float) -> None:
+        time.sleep(self.stops_in)
+        self.log.append("stop")
+
+
+def test_sigterm_stops_a_service_and_systemd_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        service = Sleeper()
+        threading.Timer(0.2, os.kill, (os.getpid(), 15)).start()
+        assert run_service(service, "node", stop_s=5)
+        assert service.log == ["start", "stop"]
+        told = [systemd.recv(100).decode() for _ in range(2)]
+        assert told[0] == "READY=1"
+        assert "STOPPING=1" in {
+            told[1],
+            systemd.recv(100).decode() if told[1] != "STOPPING=1" else "",
+        }
+
+
+LATE = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from recallseg.runtime.services.running import run_service
+class Stuck:
+    def start(self): print("up", flush=True)
+    def alive(self): return True
+    def stop(self, seconds): time.sleep(60)
+run_service(Stuck(), "node", stop_s=0.5)
+"""
+
+
+def test_a_service_that_does_not_stop_is_cut_off() -> None:
+    tests = str(Path(__file__).parents[3])
+    with subprocess.Popen(
+        [sys.executable, "-c", LATE.format(tests=tests)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        begin = time.monotonic()
+        process.terminate()
+        assert process.wait(20) == STOPPED_LATE
+        assert time.monotonic() - begin < 10
+
+
+def rule_of(folder: Path, **fields: object) -> Rule:
+    recipe = {"k": 1, "engine": "fake"}
+    return Rule.model_validate({"name": "a", "library": folder, "recipe": recipe, **fields})
+
+
+def test_a_library_that_changes_between_two_questions_is_seen(
+    tmp_path: Path, fake_bundle: Bundle
+) -> None:
+    folder = half_library(tmp_path / "lib", fake_bundle)
+    questions = Questions()
+    rule = rule_of(folder)
+    first = questions.segmenter(rule)
+    assert questions.segmenter(rule) is first
+    image, masks = first.library.source(next(iter(first.library)).key)
+    with Library.open(folder, mode="write", engine="fake") as library:
+        library.add(image + 1, {"other": masks["half"]})
+    assert questions.segmenter(rule).structures == ("half", "other")
+    folder.rename(tmp_path / "away")
+    with pytest.raises(LibraryNotFoundError):
+        questions.segmenter(rule)
+    half_library(folder, fake_bundle, "third")  # another library in its place
+    assert questions.segmenter(rule).structures == ("third",)
+    (tmp_path / "lib").rename(tmp_path / "gone")
+    (tmp_path / "away").rename(folder)  # replaced while in use
+    assert questions.segmenter(rule).structures == ("half", "other")
+    twin = questions.segmenter(rule_of(tmp_path / "gone", name="b"))
+    assert twin.model is questions.segmenter(rule).model  # one model for rules of one kind
+    questions.close()
+    assert twin.model.closed
+    wait_until(lambda: True)

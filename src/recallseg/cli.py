@@ -27,6 +27,15 @@ from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
 from recallseg.commands.evaluate import evaluate
 from recallseg.commands.importing import import_
+from recallseg.commands.keeping import (
+    backup,
+    history,
+    merge,
+    reinstate,
+    rename,
+    restore,
+    retire,
+)
 from recallseg.commands.library import app as library_app
 from recallseg.commands.segment import segment
 from recallseg.commands.sign import app as sign_app
@@ -182,6 +191,8 @@ def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
 app.command()(demo)
 library_app.command("import")(import_)
 library_app.command("next")(next_)
+for _command in (retire, reinstate, rename, merge, backup, restore, history):
+    library_app.command()(_command)
 app.add_typer(library_app, name="library")
 app.command()(segment)
 app.command()(watch)

@@ -142,6 +142,21 @@ class AuditLog:
             }
         )
 
+    def note(self, event: str, fields: Mapping[str, Any]) -> str:
+        """Append an entry about something else than a segmentation, durably; return its digest.
+
+        Parameters
+        ----------
+        event : what was done, e.g. ``accept``.
+        fields : JSON values; nothing that names a patient or a file.
+
+        Raises
+        ------
+        AuditError
+            If the entry cannot be written: then do not do it.
+        """
+        return self._append({"event": event, **fields})
+
     def _append(self, fields: dict[str, Any]) -> str:
         try:
             with self._locked() as file:

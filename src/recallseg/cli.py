@@ -21,23 +21,14 @@ from recallseg import __version__
 from recallseg.commands.audit import app as audit_app
 from recallseg.commands.build import build
 from recallseg.commands.cache import app as cache_app
-from recallseg.commands.choosing import next_
 from recallseg.commands.config import app as config_app
 from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
 from recallseg.commands.evaluate import evaluate
 from recallseg.commands.importing import import_
-from recallseg.commands.keeping import (
-    backup,
-    history,
-    merge,
-    reinstate,
-    rename,
-    restore,
-    retire,
-)
 from recallseg.commands.library import app as library_app
 from recallseg.commands.segment import segment
+from recallseg.commands.serve import serve
 from recallseg.commands.sign import app as sign_app
 from recallseg.commands.verify import verify
 from recallseg.commands.watch import watch
@@ -70,6 +61,9 @@ EXTRAS = {
     "pydantic": "services",
     "pydantic_settings": "services",
     "pynetdicom": "node",
+    "blosc2": "serve",
+    "fastapi": "serve",
+    "uvicorn": "serve",
     "dicomweb_client": "node",
 }
 """Which extra brings a package that may be missing."""
@@ -190,12 +184,10 @@ def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
 
 app.command()(demo)
 library_app.command("import")(import_)
-library_app.command("next")(next_)
-for _command in (retire, reinstate, rename, merge, backup, restore, history):
-    library_app.command()(_command)
 app.add_typer(library_app, name="library")
 app.command()(segment)
 app.command()(watch)
+app.command()(serve)
 app.command()(evaluate)
 app.command()(build)
 app.command()(verify)

@@ -1,0 +1,1 @@
+"""The server for people: nnInteractive's protocol, our own API and one page."""

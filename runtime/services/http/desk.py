@@ -1,0 +1,276 @@
+"""What all clients of a server share: the library, the model, the audit log; and who may change it.
+
+Nothing is written to the library but by :meth:`Desk.accept`, and by what a person does in the
+gallery. Each is in the audit log before it is done.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from threading import Lock, RLock
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import RecallSegError
+from recallseg.runtime.checks import check_name
+from recallseg.runtime.formats.volume import SPACING_TAG
+from recallseg.runtime.library import Library
+from recallseg.runtime.library.changing import Addition
+from recallseg.runtime.segmenting.result import Result
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.http.drafts import CANNOT, Correcting, Draft, Place
+from recallseg.runtime.services.http.limits import RefusedError
+
+__all__ = ["Desk"]
+
+Which = Literal["corrected", "all"]
+SPREAD_FRAMES = 3
+"""Slices whose memories the next one attends to, beside the library's exemplars."""
+
+
+class Desk:
+    """A library that is open for writing, and what proposes from it.
+
+    Parameters
+    ----------
+    library : open for writing, if anything shall be accepted.
+    audit : where every change is recorded.
+    segmenter : makes one of the library; takes what :class:`Segmenter` does.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        audit: AuditLog,
+        segmenter: Callable[..., Segmenter] = Segmenter,
+    ) -> None:
+        self.library, self.audit = library, audit
+        self._make = segmenter
+        self._made: tuple[tuple[str, ...], Segmenter] | None = None
+        self._making, self._changing = Lock(), RLock()
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """Those that the library has exemplars of."""
+        return self.library.structures
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the bundle can correct by prompts."""
+        return "correct" in self.library.bundle.specs
+
+    @property
+    def notice(self) -> str:
+        """What must be said of the weights."""
+        return self.library.bundle.notice
+
+    def segmenter(self) -> Segmenter | None:
+        """Return what segments all structures that there are now; None while there are none."""
+        with self._making:
+            known = self.library.structures
+            if not known:
+                return None
+            if self._made is None or self._made[0] != known:
+                self._made = known, self._make(self.library)
+            return self._made[1]
+
+    def propose(self, image: NDArray[Any]) -> Result | None:
+        """Segment a slice HxW(x3) from the library; None while that is empty."""
+        segmenter = self.segmenter()
+        return None if segmenter is None else segmenter.segment(np.ascontiguousarray(image))
+
+    def correct(self, image: NDArray[Any]) -> Correcting:
+        """Begin to correct a slice HxW(x3)."""
+        raise RefusedError(409, CANNOT)
+
+    def spread(
+        self,
+        structure: str,
+        image: NDArray[Any],
+        mask: NDArray[np.bool_],
+        others: Iterable[NDArray[Any]],
+    ) -> Iterator[NDArray[np.bool_]]:
+        """Yield masks of slices that follow on one whose mask is right, each from those before.
+
+        Raises
+        ------
+        RefusedError
+            409 if the library has no exemplar of the structure yet.
+        """
+        if structure not in self.library.structures:
+            raise RefusedError(
+                409,
+                f"'{structure}' can be carried on when the library has an exemplar of it: accept "
+                "this slice first.",
+            )
+        segmenter = self._make(self.library, frames=SPREAD_FRAMES)
+        memories = segmenter.frame_memories()
+        model = segmenter.model
+        with model.turns:
+            view = model.look(np.ascontiguousarray(image), self.library.intensity)
+            position = segmenter.structures.index(structure)
+            view.remember(memories, {position: np.ascontiguousarray(mask)})
+        for other in others:
+            result = segmenter.segment(np.ascontiguousarray(other), frame_memories=memories)
+            yield result.masks[structure]
+
+    # Changes
+
+    def accept(
+        self,
+        draft: Draft,
+        who: str,
+        structures: Collection[str],
+        *,
+        absent: Collection[str] = (),
+        which: Which = "corrected",
+        tags: Mapping[str, str] | None = None,
+    ) -> list[str]:
+        """Make exemplars of a draft's slices, all or none; return their keys.
+
+        Parameters
+        ----------
+        who : accepts it.
+        structures : whose masks are right: a slice without a pixel says that it is absent there.
+        absent : that a person looked for and did not find.
+        which : ``corrected``: the slices that a person worked on, or, if on none, those that show
+            one of the structures; ``all``: every slice.
+        tags : of the exemplars, beside what is known of the image.
+
+        Raises
+        ------
+        RefusedError
+            If nothing is left to be accepted.
+        AuditError
+            If it cannot be recorded; the library is as it was.
+        """
+        names = [check_name(name) for name in dict.fromkeys([*structures, *absent])]
+        if not names:
+            raise RefusedError(400, "nothing was accepted: name at least one structure.")
+        given = self._tags(draft, tags)
+        items = []
+        for place in self._places(draft, names, which):
+            masks = {
+                name: mask
+                for name in names
+                if name not in absent and (mask := draft.mask(name, place)).any()
+            }
+            items.append(
+                Addition(
+                    image=np.ascontiguousarray(draft.picture(place)),
+                    masks={name: np.ascontiguousarray(mask) for name, mask in masks.items()},
+                    absent=tuple(name for name in names if name not in masks),
+                    tags=given(place),
+                    key=secrets.token_hex(16),
+                )
+            )
+        if not any(item["masks"] for item in items):
+            raise RefusedError(
+                409,
+                f"there is no pixel of {', '.join(names)} in what would be accepted. Draw it, or "
+                "accept it together with a structure that is there.",
+            )
+        keys = [str(item["key"]) for item in items]
+        entry = {
+            "who": who,
+            "exemplars": keys,
+            "structures": names,
+            "shape": list(draft.shape),
+            "corrections": {name: dict(draft.counts.get(name, {})) for name in names},
+            "proposal": draft.proposal_record(names),
+        }
+        with self._changing:
+            retired = {one.key for one in self.library.retired}
+            former = [k for k in draft.accepted if k in self.library and k not in retired]
+            if former:
+                entry["instead_of"] = former
+            self._record("accept", entry)
+            self._do("accept", entry, lambda: self.library.add_many(items))
+            draft.accepted = keys
+            if former:  # which the next revert can bring back
+                self.library.retire(former)
+        return keys
+
+    def reject(self, draft: Draft, who: str, reason: str) -> None:
+        """Record that a person found a draft's proposals no good; the library stays as it is."""
+        self._record(
+            "reject",
+            {
+                "who": who,
+                "reason": reason,
+                "shape": list(draft.shape),
+                "proposal": draft.proposal_record(list(draft.masks)),
+            },
+        )
+
+    def retag(self, key: str, tags: Mapping[str, str], who: str) -> None:
+        """Give an exemplar other tags."""
+        self._change("retag", key, who, lambda: self.library.retag(key, tags))
+
+    def retire(self, key: str, who: str) -> None:
+        """Take an exemplar out of use; it stays in the library."""
+        self._change("retire", key, who, lambda: self.library.retire(key))
+
+    def reinstate(self, key: str, who: str) -> None:
+        """Take a retired exemplar into use again."""
+        self._change("reinstate", key, who, lambda: self.library.reinstate(key))
+
+    def remove(self, key: str, who: str) -> None:
+        """Remove an exemplar for good."""
+        self._change("remove", key, who, lambda: self.library.remove(key))
+
+    def _change(self, event: str, key: str, who: str, change: Callable[[], object]) -> None:
+        with self._changing:
+            self.library.get(key)
+            entry = {"who": who, "exemplars": [key]}
+            self._record(event, entry)
+            self._do(event, entry, change)
+
+    def _record(self, event: str, fields: Mapping[str, Any]) -> None:
+        self.audit.note(event, {**fields, "library_digest": self.library.digest})
+
+    def _do(self, event: str, entry: Mapping[str, Any], change: Callable[[], object]) -> None:
+        """Make a change that was recorded; that it failed is recorded too."""
+        try:
+            change()
+        except (RecallSegError, MemoryError) as error:
+            self.audit.note(
+                f"{event}-failed",
+                {
+                    "who": entry["who"],
+                    "exemplars": entry["exemplars"],
+                    "error": type(error).__name__,
+                },
+            )
+            raise
+
+    @staticmethod
+    def _places(draft: Draft, names: Collection[str], which: Which) -> list[Place]:
+        if which == "all":
+            return [Place(draft.axis, index) for index in range(draft.shape[draft.axis])]
+        worked = {place for name in names for place in draft.corrected.get(name, ())}
+        if worked:
+            return sorted(worked, key=lambda place: (place.axis, place.index))
+        across = tuple(axis for axis in range(3) if axis != draft.axis)
+        shown = np.zeros(draft.shape[draft.axis], bool)
+        for name in names:
+            if name in draft.masks:
+                shown |= draft.masks[name].any(across)
+        return [Place(draft.axis, int(index)) for index in np.flatnonzero(shown)]
+
+    @staticmethod
+    def _tags(draft: Draft, tags: Mapping[str, str] | None) -> Callable[[Place], Mapping[str, str]]:
+        volume = draft.volume
+
+        def given(place: Place) -> Mapping[str, str]:
+            scale = {}
+            if volume.in_mm:
+                rows, columns = draft.cuts[place.axis].spacing(volume)
+                scale = {SPACING_TAG: f"{rows:.6g}x{columns:.6g}"}
+            return {**volume.tags, **scale, **(tags or {})}
+
+        return given

@@ -1,0 +1,234 @@
+"""The images of a folder that wait to be annotated: the newest first, or what would teach most.
+
+Clients name an image by a mark of it and never by a path, so that none leads out of the folder.
+What would teach most is what is least like all that is known: the library's exemplars, and the
+images that stand before it in the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock, Thread
+from time import monotonic
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import InputError, RecallSegError
+from recallseg.runtime.formats.finding import Headers, Item, find_in_folder
+from recallseg.runtime.formats.volume import Slicing, Volume
+from recallseg.runtime.library import Library
+from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
+from recallseg.runtime.services.http.cuts import stack
+from recallseg.runtime.services.http.limits import RefusedError
+
+__all__ = ["Entry", "Order", "Worklist", "farthest_first"]
+
+Order = Literal["newest", "teaching"]
+State = Literal["new", "accepted", "rejected"]
+LOOK_S = 2.0
+"""Between two looks at the folder."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of the list.
+
+    Attributes
+    ----------
+    mark : names it, as long as the server runs.
+    name : for people.
+    kind : its format.
+    state : what was done with it.
+    teaches : distance (0..2) to the nearest of what is known and stands before it; None where that
+        has not been found out yet.
+    trouble : why it cannot be opened.
+    """
+
+    mark: str
+    name: str
+    kind: str
+    state: State
+    teaches: float | None
+    trouble: str
+
+
+class Worklist:
+    """Looks at a folder; reads images in a process of its own; orders them in a thread of its own.
+
+    Parameters
+    ----------
+    folder : whose images are served, and those of the folders below. Links are not followed.
+    library : whose exemplars are known already.
+    """
+
+    def __init__(
+        self, folder: Path, library: Library, limits: DecodingLimits | None = None
+    ) -> None:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder.")
+        self._folder, self._library = folder, library
+        self._decoder = IsolatedDecoder(limits)
+        self._reading = Lock()
+        self._secret = secrets.token_bytes(32)
+        self._headers: Headers = {}
+        self._items: dict[str, Item] = {}
+        self._looked = -LOOK_S
+        self._looking = Lock()
+        self._states: dict[str, State] = {}
+        self._embeddings: dict[tuple[str, Any], NDArray[np.float32]] = {}
+        self._troubles: dict[tuple[str, Any], str] = {}
+        self._stop = Event()
+        self._decoder.stop = self._stop.is_set
+        self._thread = Thread(target=self._embed_all, name="worklist", daemon=True)
+
+    def start(self) -> None:
+        """Begin to find out what would teach most."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End what runs."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._decoder.close()
+
+    def entries(self, order: Order) -> list[Entry]:
+        """Return all images; those that are done come last."""
+        items = self._look()
+        teaches: Mapping[str, float] = {}
+        if order == "newest":
+            marks = sorted(items, key=lambda mark: items[mark].signature[2], reverse=True)
+        else:
+            teaches = self._ranked(items)
+            rest = [mark for mark in items if mark not in teaches]
+            marks = [*teaches, *rest]
+        marks.sort(key=lambda mark: self._states.get(mark, "new") != "new")
+        return [
+            Entry(
+                mark,
+                items[mark].name,
+                items[mark].kind,
+                self._states.get(mark, "new"),
+                teaches.get(mark),
+                items[mark].trouble or self._troubles.get(self._version(mark, items[mark]), ""),
+            )
+            for mark in marks
+        ]
+
+    def open(self, mark: str) -> tuple[Volume, str]:
+        """Read an image; return it and its name.
+
+        Raises
+        ------
+        RefusedError
+            404 for a mark that is none of the list.
+        InputError
+            For an image that cannot be read.
+        """
+        item = self._look().get(mark)
+        if item is None:
+            raise RefusedError(404, "there is no such image in the list (any more).")
+        return self._read(item), item.name
+
+    def settle(self, mark: str, state: State) -> None:
+        """Note what was done with an image."""
+        if mark in self._items:
+            self._states[mark] = state
+
+    def _look(self) -> dict[str, Item]:
+        with self._looking:
+            if monotonic() - self._looked >= LOOK_S:
+                found = find_in_folder(self._folder, links=False, headers=self._headers)
+                self._items = {self._mark(item): item for item in found.items}
+                self._looked = monotonic()
+            return self._items
+
+    def _mark(self, item: Item) -> str:
+        name = f"{item.relative}\0{item.suffix}".encode("utf-8", "surrogateescape")
+        return hmac.new(self._secret, name, hashlib.sha256).hexdigest()[:24]
+
+    @staticmethod
+    def _version(mark: str, item: Item) -> tuple[str, Any]:
+        return mark, item.signature
+
+    def _read(self, item: Item) -> Volume:
+        with self._reading:
+            image = self._decoder.read(item)
+        if image is None:
+            raise RefusedError(503, "the server is being stopped.")
+        return image if isinstance(image, Volume) else stack(image[None])
+
+    def _embed_all(self) -> None:
+        while not self._stop.is_set():
+            for mark, item in self._look().items():
+                version = self._version(mark, item)
+                if version in self._embeddings or version in self._troubles:
+                    continue
+                try:
+                    self._embeddings[version] = self._library.embed(_middle(self._read(item)))
+                except (RecallSegError, MemoryError) as error:
+                    self._troubles[version] = str(error)
+                if self._stop.is_set():
+                    return
+            self._stop.wait(LOOK_S)
+
+    def _ranked(self, items: Mapping[str, Item]) -> dict[str, float]:
+        """Return the distances of those that are embedded, in their order."""
+        marks, vectors = [], []
+        for mark, item in items.items():
+            vector = self._embeddings.get(self._version(mark, item))
+            if vector is not None and self._states.get(mark, "new") == "new":
+                marks.append(mark)
+                vectors.append(vector)
+        if not marks:
+            return {}
+        held = [self._library.embeddings(name)[1] for name in self._library.structures]
+        known = np.concatenate(held) if held else np.zeros((0, len(vectors[0])), np.float32)
+        order, distances = farthest_first(np.stack(vectors), known)
+        return {marks[i]: float(distance) for i, distance in zip(order, distances, strict=True)}
+
+
+def farthest_first(
+    vectors: NDArray[np.float32],
+    known: NDArray[np.float32],
+    distance: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]] = lambda a, b: 1 - a @ b.T,
+) -> tuple[list[int], list[float]]:
+    """Order vectors so that each is the one farthest from all that is known and before it.
+
+    Parameters
+    ----------
+    vectors : NxD, of unit length.
+    known : MxD; with none the first is the one nearest to the mean of all.
+
+    Returns
+    -------
+    list, list
+        Positions, and the distance of each to the nearest of what was before it.
+    """
+    if len(known):
+        nearest = distance(vectors, known).min(1)
+    else:
+        nearest = np.full(len(vectors), 2.0)
+        nearest[int((vectors @ vectors.mean(0)).argmax())] = np.nextafter(2.0, 3.0)
+    order: list[int] = []
+    distances: list[float] = []
+    for _ in range(len(vectors)):
+        chosen = int(nearest.argmax())
+        order.append(chosen)
+        distances.append(float(nearest[chosen]))
+        nearest = np.minimum(nearest, distance(vectors, vectors[chosen : chosen + 1])[:, 0])
+        nearest[order] = -1.0
+    return order, distances
+
+
+def _middle(volume: Volume) -> NDArray[Any]:
+    """Return the slice in the middle, upright."""
+    cut = Slicing.of(volume)
+    return np.ascontiguousarray(cut.view(volume.array, cut.count(volume) // 2))

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from recallseg.engines.ownership import foreign
+
 __all__ = [
     "ForeignFileError",
     "list_inside",
@@ -74,11 +76,11 @@ def open_folder_inside(root: Path, name: str = "") -> Iterator[int]:
         os.close(descriptor)
 
 
-def open_inside(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
+def open_inside(root: Path, name: str, flags: int = os.O_RDONLY, mode: int | None = None) -> int:
     """Open a regular file by its name inside ``root`` and return its descriptor.
 
     A new file (``O_CREAT``) gets the permissions of ``root``, so that what belongs to one user
-    stays that user's, and a library that is shared on purpose stays shared.
+    stays that user's, and a library that is shared on purpose stays shared; or those of ``mode``.
 
     Raises
     ------
@@ -90,7 +92,8 @@ def open_inside(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
     """
     *folders, last = _parts(root, name or ".")
     with open_folder_inside(root, "/".join(folders)) as parent:
-        mode = root.stat().st_mode & 0o666 if flags & os.O_CREAT else 0
+        if mode is None:
+            mode = root.stat().st_mode & 0o666 if flags & os.O_CREAT else 0
         try:
             descriptor = os.open(last, flags & ~os.O_TRUNC | _FILE, mode, dir_fd=parent)
         except OSError as error:
@@ -202,7 +205,7 @@ def others_may_write(root: Path, name: str = "") -> str:
             found = path.lstat() if part else path.stat()
         except FileNotFoundError:
             return ""
-        if told := _foreign(path, found, closed):
+        if told := foreign(path, found, closed=closed):
             return told
         closed = closed or not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH)
     if not path.is_dir():
@@ -211,23 +214,11 @@ def others_may_write(root: Path, name: str = "") -> str:
         for entry in (*folders, *files):
             below = Path(folder, entry)
             try:
-                told = _foreign(below, below.lstat(), closed)
+                told = foreign(below, below.lstat(), closed=closed)
             except FileNotFoundError:  # of another process, and gone again
                 continue
             if told:
                 return told
-    return ""
-
-
-def _foreign(path: Path, found: os.stat_result, closed: bool) -> str:
-    if stat.S_ISLNK(found.st_mode):
-        return f"{path} is a link: put the file or folder itself there"
-    if found.st_uid not in (0, os.geteuid()):
-        return (
-            f"{path} belongs to user {found.st_uid}: chown it to user {os.geteuid()}, or remove it"
-        )
-    if not closed and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write {path}: chmod go-w {path}, if you know who wrote it"
     return ""
 
 

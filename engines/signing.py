@@ -26,6 +26,7 @@ from recallseg.engines.digest import digest_file
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError, SignatureError
 from recallseg.engines.inside import read_inside
+from recallseg.engines.ownership import foreign
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -150,8 +151,10 @@ def check_private(path: Path) -> None:
         found = path.stat()
     except OSError as error:
         raise InputError(f"the key {path} cannot be read: {error.strerror}.") from error
-    if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077:
-        raise InputError(f"others may read the key {path}. Make it yours alone: chmod 600 {path}")
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"the key {path} is no file.")
+    if told := foreign(path, found, secret=True):
+        raise InputError(f"the key is not yours alone: {told}")
 
 
 def read_trusted(path: str | Path) -> tuple[PublicKey, ...]:
@@ -168,11 +171,8 @@ def read_trusted(path: str | Path) -> tuple[PublicKey, ...]:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"the trusted keys {path} cannot be read: {error}.") from error
-    if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise InputError(
-            f"others may write the trusted keys {path}, so whom it trusts is not yours to say. "
-            f"Own it, and: chmod go-w {path}"
-        )
+    if told := foreign(path, found):
+        raise InputError(f"whom the trusted keys name is not yours to say: {told}")
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split(None, 2)

@@ -20,11 +20,13 @@ __all__ = [
     "check_mask",
     "check_name",
     "check_number",
+    "check_origin",
     "check_tags",
 ]
 
 MAX_NAME = 64
 MAX_KEY = 256
+MAX_ORIGIN = 4096
 
 
 def check_image(image: Any) -> NDArray[Any]:
@@ -172,6 +174,24 @@ def check_key(key: Any) -> str:
             f"{str(key)[:80]!r} ({type(key).__name__})."
         )
     return key
+
+
+def check_origin(name: Any) -> str:
+    """Return where an exemplar came from, empty for None; what is not printable is escaped.
+
+    Raises
+    ------
+    InputError
+        If it is no text, or has more than 4096 characters.
+    """
+    if name is None:
+        return ""
+    if not isinstance(name, str) or len(name) > MAX_ORIGIN:
+        raise InputError(
+            f"an exemplar's name must be text of at most {MAX_ORIGIN} characters, got "
+            f"{str(name)[:80]!r} ({type(name).__name__})."
+        )
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def check_count(value: Any, what: str, least: int, most: int | None = None) -> int:

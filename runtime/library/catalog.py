@@ -181,13 +181,18 @@ class Catalog(CatalogQueries):
                 (place.shard, generation, place.slot + 1),
             )
 
-    def remove(self, key: str) -> int | None:
-        """Forget an exemplar in one commit and return its number; None if there is no such key."""
+    def remove(self, key: str, note: str | None = None) -> int | None:
+        """Forget an exemplar in one commit and return its number; None if there is no such key.
+
+        ``note`` is set to the key with it.
+        """
         number = self.number(key)
         if number is None:
             return None
         with self.change("remove", [number]):
             self._remove(key)
+            if note is not None:
+                self.set_note(note, key)
         return number
 
     def _remove(self, key: str) -> None:

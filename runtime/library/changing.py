@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Optional, TypedDict
 
@@ -17,12 +17,14 @@ from recallseg.runtime.checks import (
     check_image,
     check_key,
     check_mask,
+    check_origin,
     check_tags,
 )
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.catalog import ADDING
 from recallseg.runtime.library.encoding import ExemplarEncoder, check_encoded
+from recallseg.runtime.library.identifiers import FORGET, Identity, random_key
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import NewExemplar
 from recallseg.runtime.library.sources import content_digest
@@ -34,6 +36,7 @@ SAVE_EVERY = 4096
 """Exemplars added between looks at whether the search indexes should be saved."""
 
 Progress = Callable[[int, int], None]
+_SAME = " (the same image with the same masks)"
 
 
 class Addition(TypedDict, total=False):
@@ -44,6 +47,7 @@ class Addition(TypedDict, total=False):
     absent: tuple[str, ...]
     tags: Optional[Mapping[str, str]]
     key: Optional[str]
+    name: Optional[str]
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,19 @@ class _Checked:
     tags: dict[str, str]
     content: str
     key: str
+    identity: Identity | None
+    """What is to be told of it; None: that is known, and stays."""
 
 
 def add(store: Store, encoder: Callable[[], ExemplarEncoder], item: Addition) -> str:
     """Add an exemplar; ``encoder`` is asked for when nothing else is wrong with the input."""
     store.check_writable("add")
-    checked = _check(item)
+    key = _key(item)
+    checked = _check(item, key)
     with store.changing:
-        _refuse_known(store, checked.key, item)
-        _add_all(store, encoder, [checked], 1, len(checked.masks), _no_progress)
-    return checked.key
+        _refuse_known(store, checked, item)
+        _add_all(store, encoder, [_concealed(store, checked)], 1, len(checked.masks), _no_progress)
+    return key
 
 
 def add_many(
@@ -78,40 +85,52 @@ def add_many(
     store.check_writable("add")
     items = [*items]
     contents: dict[str, tuple[int, str]] = {}
+    first: dict[str, int] = {}
     memories = 0
     with store.changing:
+        known = store.catalog.contents()
         # What was checked is let go: files, and masks of other dtypes, need room for one only.
         for position, item in enumerate(items):
             with _at(position):
-                checked = _check(item)
-                _refuse_known(store, checked.key, item)
-                if checked.key in contents:
+                key = _key(item)
+                checked = _check(item, key)
+                _refuse_known(store, checked, item, known)
+                if key in contents:
                     raise InputError(
-                        f"it has the key '{checked.key}' of items[{contents[checked.key][0]}]. "
-                        "Give it another."
+                        f"it has the key '{key}' of items[{contents[key][0]}]. Give it another."
                     )
-            contents[checked.key] = position, checked.content
+                before = first.setdefault(checked.content, position)
+                if before != position and item.get("key") is None:
+                    raise InputError(f"it is items[{before}] again{_SAME}. Give it a key.")
+            contents[key] = position, checked.content
             memories += len(checked.masks)
 
         def again() -> Iterator[_Checked]:
             for key, (position, content) in contents.items():
                 with _at(position):
-                    checked = _check(items[position])
-                    if (checked.key, checked.content) != (key, content):
+                    checked = _check(items[position], key)
+                    if checked.content != content:
                         raise InputError("it was changed while it was added. Add it again.")
-                yield checked
+                    concealed = _concealed(store, checked)
+                yield concealed
 
         if items:
             _add_all(store, encoder, again(), len(items), memories, progress or _no_progress)
     return [*contents]
 
 
-def _check(item: Addition) -> _Checked:
+def _key(item: Addition) -> str:
+    """Return the key of an exemplar to add: the given one, or one that says nothing."""
     if not isinstance(item, Mapping):
         raise InputError(
             f"an exemplar to add must map the names of add() to what it takes, e.g. "
             f"dict(image=..., masks=...), got {type(item).__name__}."
         )
+    key = item.get("key")
+    return random_key() if key is None else check_key(key)
+
+
+def _check(item: Addition, key: str) -> _Checked:
     names = Addition.__annotations__
     unknown = [name for name in item if name not in names]
     missing = [name for name in ("image", "masks") if name not in item]
@@ -120,23 +139,40 @@ def _check(item: Addition) -> _Checked:
         raise InputError(f"an exemplar to add {what}; its parts are {', '.join(names)}.")
     pixels = check_image(open_image(item["image"]))
     masks, absent = check_annotation(item["masks"], item.get("absent", ()), pixels.shape)
-    content, key = content_digest(pixels, masks, absent), item.get("key")
-    name = content[:32] if key is None else check_key(key)
-    return _Checked(pixels, masks, absent, check_tags(item.get("tags")), content, name)
+    content = content_digest(pixels, masks, absent)
+    identity = Identity(key, check_origin(item.get("name")))
+    return _Checked(pixels, masks, absent, check_tags(item.get("tags")), content, key, identity)
 
 
-def _refuse_known(store: Store, key: str, item: Addition) -> None:
-    number = store.catalog.number(key)
+def _concealed(store: Store, checked: _Checked) -> _Checked:
+    """Hash what identifies; what it was goes to the table of identifiers."""
+    tags = store.identifiers.conceal(checked.tags, adding=True)
+    hidden = {name: value for name, value in checked.tags.items() if tags[name] != value}
+    told = checked.identity and replace(checked.identity, tags=hidden)
+    return replace(checked, tags=tags, identity=told)
+
+
+def _refuse_known(
+    store: Store, checked: _Checked, item: Addition, contents: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a key that is taken; without one, an image that is there already under any.
+
+    ``contents`` are those of the library, where they have been read.
+    """
+    known, same = checked.key, ""
+    if item.get("key") is None:
+        found = store.catalog.with_content(checked.content) if contents is None else ""
+        known, same = found or (contents or {}).get(checked.content, ""), _SAME
+    number = store.catalog.number(known) if known else None
     if number is not None:
-        same = "" if item.get("key") else " (the same image with the same masks)"
-        if store.catalog.is_retired(number):
-            raise InputError(
-                f"the library already has an exemplar '{key}'{same}, which is retired. Reinstate "
-                "it, remove it first, or give another key."
-            )
+        state = (
+            ", which is retired. Reinstate it, remove it"
+            if store.catalog.is_retired(number)
+            else ". Remove it"
+        )
         raise InputError(
-            f"the library already has an exemplar '{key}'{same}. Remove it first, or give another "
-            "key."
+            f"the library already has an exemplar '{known}'{same}{state} first, or give "
+            f"{'a' if same else 'another'} key."
         )
 
 
@@ -160,6 +196,7 @@ def _add_all(
         if count > 1:  # the images of more than one are found again by whoever cleans up
             catalog.set_note(ADDING, f"{first} {first + count - 1}")
     written: list[NewExemplar] = []
+    identities: list[Identity] = []
     try:
         for number, one in enumerate(exemplars, first):
             # Queries go on meanwhile, and take their turns on the model.
@@ -187,11 +224,13 @@ def _add_all(
                 origin=encoded.origin,
             )
             written.append(new)
+            if one.identity is not None:
+                identities.append(one.identity)
             if len(written) < count:
                 progress(len(written), count)
         for shard in {place.shard for new in written for place, _ in new.memories.values()}:
             writer.sync(shard)
-        with store.lock:
+        with store.identifiers.telling(identities), store.lock:
             if instead is None:
                 catalog.add(*written)
             else:
@@ -232,10 +271,14 @@ def remove(store: Store, key: str) -> None:
     """Remove an exemplar from the catalog, and its source."""
     store.check_writable("remove")
     with store.changing, store.lock:
-        number = store.on_a_full_disk(lambda: store.catalog.remove(key))
+        known = FORGET if store.identifiers.knows(key) else None
+        number = store.on_a_full_disk(lambda: store.catalog.remove(key, known))
         if number is None:
             raise unknown_key(key)
         store.see_own()
+        if known:
+            with suppress(LibraryWriteError):  # or the next who opens it for writing does
+                store.identifiers.forget()
         _delete_source(store, number, f"exemplar '{key}' is removed, but its image")
 
 
@@ -264,7 +307,8 @@ def replace_mask(
         image, masks = store.sources.read(number, digest, key)
         masks[structure] = check_mask(mask, image.shape, structure)
         content = content_digest(image, masks, exemplar.absent)
-        new = _Checked(image, masks, exemplar.absent, dict(exemplar.tags), content, key)
+        tags = dict(exemplar.tags)
+        new = _Checked(image, masks, exemplar.absent, tags, content, key, None)
         _add_all(store, encoder, [new], 1, len(masks), _no_progress, (key, structure))
         with store.lock:
             done = f"the mask of exemplar '{key}' is replaced, but the former copy of its image"
@@ -286,8 +330,18 @@ def retag(store: Store, key: str, tags: Mapping[str, str] | None) -> None:
     store.check_writable("retag")
     labels = check_tags(tags)
     with store.changing, store.lock:
-        if not store.catalog.retag(key, labels):
+        former = store.catalog.exemplar(key)
+        if former is None:
             raise unknown_key(key)
+        known = store.identifiers.of(key, former.tags)
+        hashed = store.identifiers.conceal(labels, adding=True)
+        hidden = {
+            **{n: value for n, value in known.tags.items() if hashed.get(n) == former.tags[n]},
+            **{n: value for n, value in labels.items() if hashed[n] != value},
+        }
+        with store.identifiers.telling([replace(known, tags=hidden)]):
+            if not store.catalog.retag(key, hashed):
+                raise unknown_key(key)
         store.see_own()
 
 

@@ -29,6 +29,7 @@ from recallseg.runtime.library.exemplar import (
     Recollection,
     StoredMemory,
 )
+from recallseg.runtime.library.identifiers import Identity
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
@@ -251,7 +252,7 @@ class Library(Upkeep):
         ----------
         tags : count only exemplars that have all of these.
         """
-        wanted = check_tags(tags)
+        wanted = self.conceal(tags)
         self.refresh()
         row = self._store.structures.get(structure)
         if row is None:
@@ -297,6 +298,31 @@ class Library(Upkeep):
         if exemplar is None:
             raise unknown_key(key)
         return exemplar
+
+    def whois(self, key: str) -> Identity:
+        """Return what a key stands for: name, tags, group, as far as that was told.
+
+        It is in a file of the library that only its owner can read, and that copies are made
+        without. A key from before :meth:`anonymise` is known too.
+
+        Raises
+        ------
+        InputError
+            If there is no such key.
+        LibraryError
+            If others may read that file, or it is damaged.
+        """
+        return self._store.whois(key)
+
+    def conceal(self, tags: Mapping[str, str] | None) -> dict[str, str]:
+        """Return tags as the library's exemplars have them: hashed where they identify somebody.
+
+        Raises
+        ------
+        InputError
+            For unusable tags, or one that identifies where the library cannot know it.
+        """
+        return self._store.identifiers.conceal(check_tags(tags))
 
     def source(self, key: str) -> tuple[NDArray[Any], dict[str, NDArray[np.bool_]]]:
         """Return image and masks as they were added.
@@ -413,7 +439,8 @@ class Library(Upkeep):
         InputError
             For an unknown structure, a k that is no whole number from 1, or an unusable embedding.
         """
-        found = recalling.recall(self._store, embedding, (structure,), k, tags, hold=False).found
+        wanted = self.conceal(tags)
+        found = recalling.recall(self._store, embedding, (structure,), k, wanted, hold=False).found
         return [*found[structure].matches]
 
     def recall(
@@ -443,7 +470,7 @@ class Library(Upkeep):
         LibraryCorruptError
             If a shard is missing or cut off.
         """
-        return recalling.recall(self._store, embedding, structures, k, tags, without)
+        return recalling.recall(self._store, embedding, structures, k, self.conceal(tags), without)
 
     def memories(self, keys: Sequence[str], structure: str) -> list[StoredMemory]:
         """Return the memories of a structure of these exemplars.
@@ -490,6 +517,7 @@ class Library(Upkeep):
         absent: tuple[str, ...] = (),
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
+        name: str | None = None,
     ) -> str:
         """Add an annotated image and return its key. It is stored in full or not at all.
 
@@ -500,9 +528,11 @@ class Library(Upkeep):
         masks : structure -> mask HxW, boolean or of 0 and 1, not empty; no path, since the numbers
             of a mask file have to be given a meaning, see :func:`recallseg.import_exemplars`.
         absent : structures that the image is known not to show.
-        tags : e.g. ``{"modality": "MR"}``, for filtered search.
-        key : name of the exemplar; by default the first 32 hex digits of the content's SHA-256, so
-            that adding the same image and masks again is noticed.
+        tags : e.g. ``{"modality": "MR"}``, for filtered search. Values that identify somebody are
+            hashed, see :func:`recallseg.runtime.library.identifiers.identifies`.
+        key : of the exemplar. It stands in records of other patients, so it is random unless given;
+            then the same image with the same masks is refused if it is there already.
+        name : where it comes from, e.g. its file: only :meth:`whois` tells.
 
         Raises
         ------
@@ -514,7 +544,9 @@ class Library(Upkeep):
             If the encoder fails or gives wrong tensors.
         """
         encoder = self._binding.encoder
-        item = changing.Addition(image=image, masks=masks, absent=absent, tags=tags, key=key)
+        item = changing.Addition(
+            image=image, masks=masks, absent=absent, tags=tags, key=key, name=name
+        )
         return changing.add(self._store, encoder, item)
 
     def add_many(
@@ -689,7 +721,7 @@ class Library(Upkeep):
         InputError
             For an unknown structure.
         """
-        return calibrations.learnt(self._store, recipes, structures, check_tags(tags))
+        return calibrations.learnt(self._store, recipes, structures, self.conceal(tags))
 
 
 def _choice(

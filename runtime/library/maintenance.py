@@ -67,6 +67,7 @@ def reclaim(store: Store) -> None:
         catalog.check_room()
         _remove_unnamed(memories, catalog)
     _remove_stray(store)
+    store.identifiers.clear_remains()
 
 
 def _remove_stray(store: Store) -> None:

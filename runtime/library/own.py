@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from contextlib import suppress
 from pathlib import Path
 
 from recallseg.engines.durable import replace_file
 from recallseg.engines.inside import read_inside, remove_inside
+from recallseg.engines.ownership import foreign
 from recallseg.engines.paths import state_folder
 
 __all__ = ["forget_index", "known_bundles", "knows_index", "remember_bundle", "remember_index"]
@@ -73,7 +73,7 @@ def _read(kind: str, name: str) -> object:
         root = state_folder()
         for place in (root, root / kind, root / kind / name):
             found = place.lstat() if place != root else place.stat()
-            if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            if foreign(place, found):
                 return None
         noted: object = json.loads(read_inside(root, f"{kind}/{name}", _MOST))
         return noted

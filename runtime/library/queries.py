@@ -152,6 +152,21 @@ class CatalogQueries:
         rows = self.database.execute("SELECT id FROM exemplars WHERE key = ?", (key,))
         return integer(rows[0][0], "an exemplar's number", 1) if rows else None
 
+    def with_content(self, content: str) -> str | None:
+        """Return the key of an exemplar with this content, or None; looks at every exemplar."""
+        rows = self.database.execute(
+            "SELECT key FROM exemplars WHERE content = ? LIMIT 1", (content,)
+        )
+        return text(rows[0][0], "an exemplar's key", check_key) if rows else None
+
+    def contents(self) -> dict[str, str]:
+        """Return the key of an exemplar by content."""
+        rows = self.database.execute("SELECT content, key FROM exemplars")
+        return {
+            text(content, "a content digest", check_key): text(key, "an exemplar's key", check_key)
+            for content, key in rows
+        }
+
     def exemplars(
         self, after: int = 0, limit: int = -1, *, retired: bool | None = None
     ) -> list[tuple[int, Exemplar]]:

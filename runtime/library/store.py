@@ -19,6 +19,7 @@ from recallseg.engines.errors import (
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.encoding import Origin
+from recallseg.runtime.library.identifiers import Identifiers, Identity
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings, StructureRow
 from recallseg.runtime.library.retrieval import Retrieval
@@ -45,7 +46,7 @@ class Store:
     Attributes
     ----------
     path : the library's folder.
-    catalog, sources, reader, writer, retrieval : its files.
+    catalog, sources, identifiers, reader, writer, retrieval : its files.
     settings, state, structures : what the catalog said when it was last looked at.
     changing : held by whoever changes the library, while a model encodes too; taken before a turn
         of the model and before ``lock``.
@@ -59,6 +60,7 @@ class Store:
         self.changing = threading.RLock()
         self.lock = threading.RLock()
         self.sources = SourceStore(path / SOURCES)
+        self.identifiers = Identifiers(path, catalog)
         self._writer_lock = writer_lock
         if writer_lock is not None:
             writer_lock.hold_room()
@@ -204,6 +206,16 @@ class Store:
         if number is None:
             raise unknown_key(key)
         return number
+
+    def whois(self, key: str) -> Identity:
+        """Return what a key stands for, or one that it had; raises InputError if there is none."""
+        exemplar = self.catalog.exemplar(key)
+        if exemplar is None:
+            now = self.identifiers.formerly(key)
+            exemplar = None if now is None else self.catalog.exemplar(now)
+        if exemplar is None:
+            raise unknown_key(key)
+        return self.identifiers.of(exemplar.key, exemplar.tags)
 
     def on_a_full_disk(self, change: Callable[[], Value]) -> Value:
         """Make a change that must be possible on a full disk, with the room held back for it."""

@@ -21,7 +21,7 @@ from recallseg.engines.errors import InputError, StaleViewError
 from recallseg.engines.operators import operators_digest
 from recallseg.engines.precisions import find_precision
 from recallseg.engines.verification import mask_dice
-from recallseg.runtime.checks import check_count, check_number, check_tags
+from recallseg.runtime.checks import check_count, check_number
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import Library
@@ -119,7 +119,7 @@ class Segmenter:
         beside = f"memories of earlier frames beside k = {self.k}"
         self.frames = check_count(frames, beside, 0, most - self.k)
         self.reach = check_number(reach, "reach", 1, " (times the nearest distance)")
-        self.tags = FrozenMap(check_tags(tags))
+        self.tags = FrozenMap(self.library.conceal(tags))
         self.structures = self._check_structures(structures)
         self.labels = FrozenMap({name: i + 1 for i, name in enumerate(self.structures)})
         self.model = model or self.library.model(engine, precision, threads, gpu)

@@ -28,7 +28,7 @@ def test_every_exemplar_says_how_it_was_made(tmp_path: Path) -> None:
     create(path).close()
     for number, origin in enumerate([FP32, FP32, None, FP32, INT8]):  # None: an older program
         with opened(path, origin) as library:
-            add(library, number)
+            add(library, number, key=str(number))
     reader = Library.open(path)
     assert reader.origins == ((FP32, 3), (INT8, 1), (None, 1))
     found = reader.recall(embedding(0), ["nucleus"], 1)
@@ -39,7 +39,7 @@ def test_every_exemplar_says_how_it_was_made(tmp_path: Path) -> None:
         assert library.origins == reader.origins == ((FP32, 2), (INT8, 1), (None, 1))
         library.rebuild(StubBundle(), encoder=HashEncoder(origin=INT8))
         assert library.origins == ((INT8, 4),)
-        add(library, 0)
+        add(library, 0, key="0")
         assert library.origins == ((INT8, 5),)
     assert Library.open(path).digest == digest  # what was annotated, as ever
 

@@ -148,7 +148,7 @@ def _concealed(store: Store, checked: _Checked) -> _Checked:
     """Hash what identifies; what it was goes to the table of identifiers."""
     tags = store.identifiers.conceal(checked.tags, adding=True)
     hidden = {name: value for name, value in checked.tags.items() if tags[name] != value}
-    told = checked.identity and replace(checked.identity, tags=hidden)
+    told = replace(checked.identity or Identity(checked.key), tags=hidden)
     return replace(checked, tags=tags, identity=told)
 
 

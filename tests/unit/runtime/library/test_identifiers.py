@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.fake_library import HashEncoder, add, create, draw, embedding
 
 from recallseg.engines.errors import InputError, LibraryCorruptError, LibraryError
 from recallseg.runtime.library import Library
@@ -16,7 +17,6 @@ from recallseg.runtime.library.identifiers import (
     is_random_key,
     random_key,
 )
-from tests.support.fake_library import HashEncoder, add, create, draw, embedding
 
 UID = "1.2.840.113619.2.55.3.604688119"
 
@@ -85,7 +85,8 @@ def test_names_and_values_are_in_the_table_alone(library: Library) -> None:
     assert is_random_key(key)
     library = reopen(library)
     stored = library[key].tags
-    assert is_hashed(stored["patient"]) and stored["modality"] == "MR"
+    assert is_hashed(stored["patient"])
+    assert stored["modality"] == "MR"
     assert stored["patient"] == library[other].tags["patient"] != library[third].tags["patient"]
     assert not grep(library, "Mueller")
     table = library.path / IDENTIFIERS
@@ -142,7 +143,7 @@ def test_a_copy_without_the_table_works_and_learns_nothing_wrong(library: Librar
 
 def test_a_library_without_identifying_tags_says_so(library: Library) -> None:
     add(library, 1)
-    with pytest.raises(InputError, match="no exemplar of the library .* identifies somebody"):
+    with pytest.raises(InputError, match=r"no exemplar of the library .* identifies somebody"):
         library.count("nucleus", tags={"patient": "p1"})
     assert not (library.path / IDENTIFIERS).exists()
 
@@ -201,7 +202,8 @@ def test_what_was_never_committed_is_forgotten(
     with table.open("ab") as file:  # a process that died between the table and the commit
         file.write(b'{"key":"gone","name":"Schmidt"}\n{"key":"half","na')
     library = Library.open(library.path, mode="write", encoder=HashEncoder())
-    assert b"Schmidt" not in table.read_bytes() and b"half" not in table.read_bytes()
+    assert b"Schmidt" not in table.read_bytes()
+    assert b"half" not in table.read_bytes()
     assert library.whois(key).name == "Mueller"
     other = add(library, 3, name="Meier")
     library = reopen(library)
@@ -225,8 +227,8 @@ def test_many_are_told_in_one_go(library: Library) -> None:
     ]
     keys = library.add_many(items)  # type: ignore[arg-type]
     assert [library.whois(key).name for key in keys] == [f"file {n}" for n in range(5)]
+    image = np.full((8, 8), 3, np.uint8)
     with pytest.raises(InputError, match=r"items\[1\]: it is items\[0\] again"):
-        image = np.full((8, 8), 3, np.uint8)
         library.add_many([{"image": image, "masks": {"nucleus": image > 0}}] * 2)
     with pytest.raises(InputError, match=r"items\[0\]: .*already has an exemplar"):
         library.add_many(items[2:3])  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from recallseg.runtime.library.shards import (
     shard_file,
 )
 from recallseg.runtime.library.sources import SourceStore
-from recallseg.runtime.library.storage import writing
+from recallseg.runtime.library.storage import unreadable, writing
 from recallseg.runtime.library.store import INDEX, Store
 
 __all__ = ["append", "compact", "rebuild", "rebuild_index", "reclaim", "verify", "write_memories"]
@@ -87,7 +87,7 @@ def _remove_stray(store: Store) -> None:
 def compact(store: Store) -> int:
     """Copy the memories in use to new shards and delete the others; return the bytes freed."""
     store.check_writable("compact")
-    with store.changing, store.lock:
+    with store.changing, store.lock, writing(store.memories):
         freed = _compact(
             store.catalog, store.reader, store.writer, store.memories, store.state.generation
         )
@@ -122,8 +122,7 @@ def _compact(
     if target is not None:
         writer.sync(target.shard)
     catalog.move(moves, generation)
-    with writing(memories):
-        _remove_unnamed(memories, catalog)
+    _remove_unnamed(memories, catalog)
     return before - _shard_bytes(memories)
 
 
@@ -268,11 +267,14 @@ def _verify(store: Store, progress: Progress) -> LibraryReport:
 
 def _unnamed(store: Store) -> list[str]:
     """Return what is wrong with files that nothing names, though no writer is at work on them."""
-    found = _unnamed_files(store)
-    if found:
-        time.sleep(_MOMENT_S)  # another process may be between a commit and what it deletes then
-        again = _unnamed_files(store)
-        found = {path: why for path, why in found.items() if path in again}
+    try:
+        found = _unnamed_files(store)
+        if found:
+            time.sleep(_MOMENT_S)  # another process may be between a commit and what it deletes
+            again = _unnamed_files(store)
+            found = {path: why for path, why in found.items() if path in again}
+    except OSError as error:
+        raise unreadable(str(store.path), error, "Restore it.") from error
     return [f"{path} {why}" for path, why in found.items()]
 
 

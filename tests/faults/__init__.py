@@ -1,0 +1,1 @@
+"""Faults of the system, injected into everything that writes: ``python -m faults --help``."""

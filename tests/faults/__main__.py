@@ -1,0 +1,107 @@
+"""Inject faults into everything that writes: ``PYTHONPATH=tests python -m faults --output DIR``.
+
+Every call of an operation to the system below its folder is made to fail, once in each way that it
+can. ``--only add`` takes the operations of that name, ``--every 7`` one call in seven. ``--cuts``
+cuts the power in the life of a library instead, in so many images of the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from time import perf_counter
+
+from faults.shim import build
+
+
+def main() -> int:
+    """Run; exit status 1 if anything was found."""
+    parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
+    parser.add_argument("--only", action="append", help="operations whose name has this")
+    parser.add_argument("--every", type=int, default=1, help="one call in so many")
+    parser.add_argument("--first", type=int, default=1, help="the first of them")
+    parser.add_argument("--cuts", type=int, help="cut the power so often")
+    parser.add_argument("--seed", type=int, default=0, help="of what the power cuts leave")
+    parser.add_argument("--output", type=Path, required=True, help="folder for faults.json")
+    chosen = parser.parse_args()
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    if "faults_shim" not in os.environ.get("LD_PRELOAD", ""):
+        made = build(chosen.output)
+        with tempfile.TemporaryDirectory(prefix="recallseg-own-") as own:
+            environment = {
+                **os.environ,
+                "LD_PRELOAD": str(made),
+                "RECALLSEG_STATE": f"{own}/state",
+                "RECALLSEG_CACHE": f"{own}/cache",
+                "COLUMNS": "300",
+            }
+            command = [sys.executable, "-m", "faults", *sys.argv[1:]]
+            return subprocess.run(command, env=environment, check=False).returncode
+    if chosen.cuts:
+        return _cut(chosen.cuts, chosen.seed, chosen.output)
+    from faults.campaign import run_operation
+    from faults.operations import OPERATIONS
+
+    report, start = {}, perf_counter()
+    counts: Counter[str] = Counter()
+    for name, operation in OPERATIONS.items():
+        if chosen.only and not any(part in name for part in chosen.only):
+            continue
+        began = perf_counter()
+        with tempfile.TemporaryDirectory(prefix="recallseg-faults-", dir=_memory()) as work:
+            found = run_operation(operation, Path(work), every=chosen.every, first=chosen.first)
+        seconds = round(perf_counter() - began, 1)
+        counts.update(found.counts)
+        report[name] = {"counts": found.counts, "seconds": seconds, "violations": found.violations}
+        print(f"{name}: {dict(found.counts)} in {seconds} s", flush=True)
+    whole = {
+        "every": chosen.every,
+        "seconds": round(perf_counter() - start, 1),
+        "counts": counts,
+        "operations": report,
+    }
+    (chosen.output / "faults.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    bad = sum(len(one["violations"]) for one in report.values())  # type: ignore[arg-type]
+    print(f"{counts['cases']} cases, {counts['fired']} faults injected, {bad} violations")
+    return 1 if bad else 0
+
+
+def _cut(cuts: int, seed: int, output: Path) -> int:
+    from faults.operations import LIFE, library_state
+    from faults.power import cut_everywhere, record
+
+    counts: Counter[str] = Counter()
+    found, start = [], perf_counter()
+    with tempfile.TemporaryDirectory(prefix="recallseg-faults-", dir=_memory()) as work:
+        root, base, log = Path(work, "root"), Path(work, "base"), Path(work, "log")
+        root.mkdir()
+        base.mkdir()
+        states = record(root, log, LIFE, library_state)
+        logs = [log.with_suffix(f".{number}") for number in range(len(LIFE))]
+        for counted, said in cut_everywhere(
+            base, root, logs, states, library_state, cuts=cuts, seed=seed
+        ):
+            counts.update(counted)
+            if said:
+                found.append(said)
+                print(said, flush=True)
+    seconds = round(perf_counter() - start, 1)
+    report = {"seed": seed, "seconds": seconds, "counts": counts, "violations": found}
+    (output / "power.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(f"{sum(counts.values())} images of the disk after a power cut, {len(found)} violations")
+    return 1 if found else 0
+
+
+def _memory() -> str | None:
+    """Where there is a file system in memory, that: syncing a disk is not what is tested."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

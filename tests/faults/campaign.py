@@ -1,0 +1,193 @@
+"""Lets every call of an operation fail, one at a time, and looks at what is left.
+
+A process with everything imported is forked for each fault: the child copies the prepared folder,
+does the operation with the fault, and judges. What must hold, whatever failed:
+
+- the operation returns, or raises one of our errors, which names what it could not do;
+- the folder reads and verifies, and is in the state before the operation or the one after it;
+  after it, where the operation had returned;
+- the operation can be done next, without the fault, and no file is left that is not there
+  otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from faults.operations import CommandError, Operation, names
+from faults.shim import FAULTS, Fault, injecting
+from recallseg.engines.errors import RecallSegError
+
+__all__ = ["Found", "run_operation"]
+
+SECONDS = 60
+"""How long one case may take, of which nearly none takes one."""
+UNSEEN = ("rebuild", "rebuild_index", "read")
+"""Operations that change nothing that a reader sees."""
+_VARYING = re.compile(r"[0-9a-f]{6,}|\d+")
+
+
+@dataclass
+class Found:
+    """What came of one operation's faults: how many ended how, and what should not have been."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Verdict:
+    calls: int = 0
+    fired: int = 0
+    outcome: str = ""  # "done", or the kind of error
+    said: str = ""
+    violations: list[str] = field(default_factory=list)
+
+
+def run_operation(
+    operation: Operation,
+    work: Path,
+    *,
+    every: int = 1,
+    first: int = 1,
+    faults: tuple[Fault, ...] = FAULTS,
+    progress: Callable[[str], None] = print,
+) -> Found:
+    """Let every call fail once in each way; ``every`` and ``first`` take one in so many."""
+    base, found = work / "base", Found()
+    base.mkdir(parents=True)
+    operation.prepare(base)
+    before = operation.state(base)
+    clean = work / "clean"
+    shutil.copytree(base, clean)
+    operation.run(clean)
+    after, there = operation.state(clean), _kinds(names(clean))
+    shutil.rmtree(clean)
+    if (before == after) != operation.name.endswith(UNSEEN):
+        raise AssertionError(f"what {operation.name} does is not seen in its state: {after}")
+    judge = _Judge(operation, base, work, before, after, there)
+    for fault in faults:
+        calls = _in_child(lambda fault=fault: judge.case(fault, 0)).calls  # type: ignore[misc]
+        for number in range(first, calls + 1, every):
+            verdict = _in_child(lambda n=number, fault=fault: judge.case(fault, n))  # type: ignore[misc]
+            found.counts["cases"] += 1
+            found.counts["fired"] += verdict.fired > 0
+            found.counts[verdict.outcome] += 1
+            for violation in verdict.violations:
+                text = f"{operation.name} {fault} at {number} of {calls}: {violation}"
+                found.violations.append(text)
+                progress(text)
+    return found
+
+
+@dataclass
+class _Judge:
+    operation: Operation
+    base: Path
+    work: Path
+    before: Any
+    after: Any
+    there: Counter[str]
+
+    def case(self, fault: Fault, number: int) -> _Verdict:
+        """Do the operation with one fault; runs in a process of its own."""
+        root = self.work / "case"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.base, root)
+        verdict = _Verdict()
+        with injecting(root, fault, number) as injected:
+            try:
+                self.operation.run(root)
+                verdict.outcome = "done"
+            except RecallSegError as error:
+                verdict.outcome, verdict.said = type(error).__name__, str(error)
+            except CommandError as error:
+                verdict.outcome, verdict.said = "exit", str(error)
+            except BaseException as error:
+                verdict.outcome = f"bare {type(error).__name__}"
+                verdict.violations.append(
+                    f"raised {error!r}: {traceback.format_exc().splitlines()[-16:-1:3]}"
+                )
+        verdict.calls, verdict.fired = injected.calls, injected.fired
+        if not number:
+            return verdict
+        if "defect" in verdict.said or "Traceback" in verdict.said:
+            verdict.violations.append(f"called a defect: {verdict.said}")
+        if verdict.outcome == "InputError":
+            verdict.violations.append(f"called a fault of the input: {verdict.said}")
+        if verdict.outcome not in ("done",) and not _names_a_place(verdict.said, root):
+            verdict.violations.append(f"names no file or folder: {verdict.said}")
+        self._look(root, verdict)
+        return verdict
+
+    def _look(self, root: Path, verdict: _Verdict) -> None:
+        try:
+            state = self.operation.state(root)
+        except BaseException as error:
+            verdict.violations.append(f"({verdict.outcome}) then unreadable: {error!r}")
+            return
+        partial = self.operation.partial(state, self.after)
+        if state not in (self.before, self.after) and not partial:
+            verdict.violations.append(f"({verdict.outcome}) neither before nor after: {state}")
+        elif verdict.outcome == "done" and state != self.after:
+            verdict.violations.append("returned, but was not done")
+        try:
+            self.operation.run(root)
+        except (RecallSegError, CommandError) as error:
+            if state != self.after:
+                verdict.violations.append(f"({verdict.outcome}) cannot be done again: {error}")
+        except BaseException as error:
+            verdict.violations.append(f"({verdict.outcome}) the next call raised {error!r}")
+        with suppress(Exception):
+            state = self.operation.state(root)
+        if state != self.after:
+            verdict.violations.append(f"done again, it is {state}")
+        if left := _kinds(names(root)) - self.there:
+            verdict.violations.append(f"({verdict.outcome}) left behind: {dict(left)}")
+
+
+def _kinds(found: set[str]) -> Counter[str]:
+    """Count names, without the numbers in them."""
+    return Counter(_VARYING.sub("#", name) for name in found)
+
+
+def _names_a_place(said: str, root: Path) -> bool:
+    return str(root) in said.replace("\n", "") or "case" in said
+
+
+def _in_child(act: Callable[[], _Verdict]) -> _Verdict:
+    """Run in a forked process; one that dies or hangs is a violation."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(reading)
+            signal.alarm(SECONDS)
+            for descriptor in (1, 2):  # what it says is not for the campaign's reader
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            with os.fdopen(writing, "w", encoding="utf-8") as answer:
+                json.dump(asdict(act()), answer)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as answer:
+        text = answer.read()
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0 and text:
+        return _Verdict(**json.loads(text))
+    how = "did not end in time" if code == -signal.SIGALRM else f"ended with {code}"
+    return _Verdict(outcome="died", violations=[f"the process {how}"])

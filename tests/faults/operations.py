@@ -1,0 +1,268 @@
+"""What is done while faults are injected, and what must hold of its folder afterwards.
+
+Each operation works below one folder: ``prepare`` makes what it starts from, ``run`` does it,
+``state`` reads what is there, checks it against its digests, and raises if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from support.fake_bundle import make_fake_bundle
+from support.fake_library import HashEncoder, StubBundle, draw, embedding
+from support.pictures import LABELS, disc, write_pairs
+
+from recallseg.cli import main
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.errors import LibraryNotFoundError
+from recallseg.runtime.library import Library
+
+__all__ = ["LIFE", "OPERATIONS", "CommandError", "Operation", "library_state", "names"]
+
+
+class CommandError(Exception):
+    """A command ended with another exit status than 0; the text is what it said."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something that writes; the callables take the folder below which it all happens.
+
+    ``partial`` tells whether a state is on the way to the one after, where an operation of many
+    parts keeps what it has done.
+    """
+
+    name: str
+    prepare: Callable[[Path], None]
+    run: Callable[[Path], Any]
+    state: Callable[[Path], Any]
+    partial: Callable[[Any, Any], bool] = lambda state, after: False
+
+
+def _exemplar(number: int) -> dict[str, Any]:
+    image, mask = draw(number)
+    masks = {"nucleus": mask, "wall": ~mask} if number % 2 else {"nucleus": mask}
+    return {"image": image, "masks": masks, "tags": {"n": str(number)}, "key": f"case {number}"}
+
+
+def _library(root: Path, exemplars: int = 4) -> None:
+    with Library.create(root / "library", StubBundle(), encoder=HashEncoder()) as library:
+        for number in range(exemplars):
+            library.add(**_exemplar(number))
+
+
+@contextlib.contextmanager
+def _writing(root: Path) -> Iterator[Library]:
+    with Library.open(root / "library", mode="write", encoder=HashEncoder()) as library:
+        yield library
+
+
+def library_state(root: Path) -> Any:
+    """Everything that a library holds, read anew; None where there is none."""
+    try:
+        opened = Library.open(root / "library", encoder=HashEncoder())
+    except LibraryNotFoundError:
+        return None
+    with opened as library:
+        # What an operation that failed has left is deleted by the next one; names() looks then.
+        problems = [one for one in library.verify().problems if "is deleted when" not in one]
+        if problems:
+            raise AssertionError(f"verify found: {problems}")
+        found = {}
+        for one in library:
+            image, masks = library.source(one.key)
+            parts = [np.asarray(image).tobytes(), *(masks[name].tobytes() for name in masks)]
+            for name in one.structures:
+                (memory,) = library.memories([one.key], name)
+                parts.append(memory.digest)
+            digest = hashlib.sha256(b"".join(parts)).hexdigest()
+            found[one.key] = (one.structures, one.absent, tuple(sorted(one.tags.items())), digest)
+        asked = embedding(0)
+        for name in library.structures:
+            hits = {hit.key for hit in library.search(asked, name, k=100) if not hit.absent}
+            there = {key for key, value in found.items() if name in value[0]}
+            if hits != there:
+                raise AssertionError(f"search finds {sorted(hits)}, there are {sorted(there)}")
+    return found
+
+
+def _on_library(name: str, act: Callable[[Library], Any], exemplars: int = 4) -> Operation:
+    def run(root: Path) -> None:
+        with _writing(root) as library:
+            act(library)
+
+    return Operation(f"library.{name}", lambda root: _library(root, exemplars), run, library_state)
+
+
+def _replace(library: Library) -> None:
+    library.replace_mask("case 1", "wall", draw(77)[1])
+
+
+def _create(root: Path) -> None:
+    Library.create(root / "library", StubBundle(), encoder=HashEncoder()).close()
+
+
+def _remove_and_compact(library: Library) -> None:
+    if "case 1" in library:
+        library.remove("case 1")
+    library.compact()
+
+
+def _read(root: Path) -> None:
+    """Everything that only reads."""
+    with Library.open(root / "library", encoder=HashEncoder()) as library:
+        for one in library:
+            library.source(one.key)
+        library.search(embedding(0), "nucleus", k=3)
+        library.recall(embedding(0), ["nucleus"], 2)
+        library.verify()
+
+
+def _command(*arguments: str) -> Callable[[Path], None]:
+    """Run ``recallseg`` in this process; ``{root}`` in an argument is the folder."""
+
+    def run(root: Path) -> None:
+        said = io.StringIO()
+        values = [argument.replace("{root}", str(root)) for argument in arguments]
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            sys.argv = ["recallseg", *values]
+            try:
+                main()
+            except SystemExit as end:
+                if end.code:
+                    raise CommandError(f"exit status {end.code}: {said.getvalue()}") from None
+
+    return run
+
+
+def _with_bundle(root: Path) -> None:
+    make_fake_bundle(root / "bundle")
+    write_pairs(root / "annotated", [0.2, 0.5, 0.8])
+    _command("library", "create", "{root}/library", "--bundle", "{root}/bundle")(root)
+
+
+_IMPORT = _command(
+    *("library", "import", "{root}/library", "{root}/annotated"),
+    *("--labels", LABELS, "--engine", "fake"),
+)
+
+
+def _with_library(root: Path) -> None:
+    _with_bundle(root)
+    _IMPORT(root)
+    (root / "new").mkdir()
+    for number in range(2):
+        cv2.imwrite(str(root / "new" / f"q{number}.png"), disc(0.35 + 0.1 * number).image)
+
+
+def _files_state(*folders: str) -> Callable[[Path], Any]:
+    """The names in folders of outputs; pictures must be whole."""
+
+    def state(root: Path) -> Any:
+        found = {}
+        for folder in folders:
+            for path in sorted((root / folder).rglob("*")) if (root / folder).exists() else []:
+                if path.suffix == ".png" and cv2.imread(str(path)) is None:
+                    raise AssertionError(f"{path.name} is not a whole picture")
+                if path.suffix == ".json":
+                    json.loads(path.read_text(encoding="utf-8"))
+                found[str(path.relative_to(root))] = path.is_dir() or path.stat().st_size > 0
+        return found
+
+    return state
+
+
+def _command_library_state(root: Path) -> Any:
+    with Library.open(root / "library", root / "bundle") as library:
+        report = library.verify()
+        if not report.ok:
+            raise AssertionError(f"verify found: {report}")
+        calibrated = len(library.calibrations)
+        return sorted((one.content, one.structures) for one in library), calibrated
+
+
+def _bundle_state(root: Path) -> Any:
+    return {
+        name: Bundle.open(root / name).identity if (root / name).exists() else None
+        for name in ("bundle", "copy")
+    }
+
+
+def _some_exemplars(state: Any, after: Any) -> bool:
+    return set(state[0]) <= set(after[0])
+
+
+def _some_results(state: Any, after: Any) -> bool:
+    """Whether no result lacks its record or its mask."""
+    masks = {name.removesuffix(".mask.png") for name in state if name.endswith(".mask.png")}
+    records = {name.removesuffix(".json") for name in state if name.endswith(".json")}
+    return set(state) <= set(after) and records <= masks
+
+
+_SEGMENT = _command(
+    *("segment", "{root}/library", "{root}/new/q0.png", "{root}/new/q1.png"),
+    *("--output", "{root}/out", "--engine", "fake"),
+)
+
+OPERATIONS = {
+    one.name: one
+    for one in (
+        Operation("library.create", lambda root: None, _create, library_state),
+        _on_library("add", lambda library: library.add(**_exemplar(7))),
+        _on_library("add_many", lambda library: library.add_many(map(_exemplar, (7, 8, 9)))),
+        _on_library("remove", lambda library: library.remove("case 1")),
+        _on_library("replace_mask", _replace),
+        _on_library("retag", lambda library: library.retag("case 2", {"view": "axial"})),
+        _on_library(
+            "rebuild", lambda library: library.rebuild(StubBundle(), encoder=HashEncoder())
+        ),
+        _on_library("rebuild_index", lambda library: library.rebuild_index()),
+        _on_library("compact", _remove_and_compact),
+        Operation("library.read", _library, _read, library_state),
+        Operation("import", _with_bundle, _IMPORT, _command_library_state, _some_exemplars),
+        Operation(
+            "calibrate",
+            _with_library,
+            _command("library", "calibrate", "{root}/library", "--engine", "fake"),
+            _command_library_state,
+        ),
+        Operation("segment", _with_library, _SEGMENT, _files_state("out"), _some_results),
+    )
+}
+
+
+def _adding(number: int) -> Callable[[Path], None]:
+    return _on_library("", lambda library: library.add(**_exemplar(number))).run
+
+
+LIFE: list[Callable[[Path], Any]] = [
+    _create,
+    *(_adding(number) for number in range(4)),
+    *(
+        OPERATIONS[f"library.{name}"].run
+        for name in ("add_many", "replace_mask", "retag", "remove", "compact", "rebuild")
+    ),
+    _on_library("", lambda library: library.remove("case 8")).run,
+    OPERATIONS["library.rebuild_index"].run,
+]
+"""A library's life, step by step, for those who cut the power in it."""
+
+
+def names(root: Path) -> set[str]:
+    """Return what is below a folder, by relative name."""
+    return {
+        os.path.relpath(os.path.join(place, name), root)
+        for place, folders, files in os.walk(root)
+        for name in (*folders, *files)
+    }

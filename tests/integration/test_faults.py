@@ -1,0 +1,41 @@
+"""A part of the campaign of injected faults; ``python -m faults`` is the whole of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim is for Linux")
+TESTS = Path(__file__).parents[1]
+
+
+def campaign(output: Path, *options: str, report: str) -> dict[str, Any]:
+    python_path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "faults", "--output", output, *options],
+        env={**os.environ, "PYTHONPATH": python_path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads((output / report).read_text())
+    return found
+
+
+def test_no_single_fault_of_the_system_harms_a_library(tmp_path: Path) -> None:
+    found = campaign(tmp_path, "--every", "31", "--only", "library.", report="faults.json")
+    assert found["counts"]["cases"] == found["counts"]["fired"] > 150
+    assert found["counts"]["LibraryWriteError"] > 50  # they do reach what is done
+
+
+def test_no_power_cut_takes_what_was_acknowledged(tmp_path: Path) -> None:
+    found = campaign(tmp_path, "--cuts", "160", "--seed", "3", report="power.json")
+    assert sum(found["counts"].values()) >= 160

@@ -113,6 +113,9 @@ class DicomHeader:
     frames: int
     placed: bool
     refers_to: tuple[str, ...]  # SeriesInstanceUIDs of what a segmentation was drawn on
+    study: str = ""
+    body_part: str = ""
+    description: str = ""  # of the series
 
 
 Header = Union["DicomHeader", str, None]
@@ -484,6 +487,7 @@ def read_header(path: Path) -> Header:
         *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber"),
         *("Rows", "Columns", "NumberOfFrames", "ImagePositionPatient"),
         *("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"),
+        *("SpecificCharacterSet", "StudyInstanceUID", "BodyPartExamined", "SeriesDescription"),
     ]
     if not is_dicom(path):
         return None
@@ -503,6 +507,9 @@ def read_header(path: Path) -> Header:
                 int(frames) if frames.isascii() and frames.isdecimal() else 1,
                 bool(header.get("ImagePositionPatient")),
                 tuple(_series_referred_to(header)),
+                str(header.get("StudyInstanceUID", "") or ""),
+                str(header.get("BodyPartExamined", "") or "").strip(),
+                str(header.get("SeriesDescription", "") or "").strip(),
             )
     except InputError as error:
         return str(error)

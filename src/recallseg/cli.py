@@ -27,6 +27,7 @@ from recallseg.commands.doctor import doctor
 from recallseg.commands.evaluate import evaluate
 from recallseg.commands.importing import import_
 from recallseg.commands.library import app as library_app
+from recallseg.commands.node import app as node_app
 from recallseg.commands.segment import segment
 from recallseg.commands.serve import serve
 from recallseg.commands.sign import app as sign_app
@@ -195,6 +196,7 @@ app.add_typer(cache_app, name="cache")
 app.add_typer(audit_app, name="audit")
 app.add_typer(sign_app, name="sign")
 app.add_typer(config_app, name="config")
+app.add_typer(node_app, name="node")
 app.command()(doctor)
 _mount_lazily(
     "export",

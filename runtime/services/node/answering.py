@@ -1,0 +1,307 @@
+"""From a complete series to answers on the disk: rules decide, jobs are done one after the other.
+
+A job's answers, with their UIDs, appear as one folder before any of them is sent. A job that was
+killed finds either that folder, and goes on from it, or nothing, and begins anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from recallseg.engines.durable import replace_folder, write_file
+from recallseg.engines.errors import (
+    AuditError,
+    EngineError,
+    InputError,
+    LibraryError,
+    OutputError,
+    RecallSegError,
+)
+from recallseg.runtime.formats.finding import DicomHeader, Item, find_in_folder
+from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.json_text import json_text, printable
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.decoding import IsolatedDecoder
+from recallseg.runtime.services.logs import ServiceLog
+from recallseg.runtime.services.metrics import Metrics
+from recallseg.runtime.services.node.receiving import Arrivals, HeaderReaders
+from recallseg.runtime.services.node.settings import RetrySettings
+from recallseg.runtime.services.node.store import Answer, Job, NodeStore
+from recallseg.runtime.services.node.texts import write_capture, write_report
+from recallseg.runtime.services.outputs import PREVIEW_SUFFIXES, VOLUME_SUFFIXES, time_base
+from recallseg.runtime.services.questions import Questions
+from recallseg.runtime.services.rules import Arriving, Rule, fitting
+from recallseg.runtime.volumes.outputs import segment_to_files
+
+__all__ = ["Answerer", "Decider", "backoff"]
+
+MANIFEST = "answers.json"
+ASKED_AGAIN = 5
+"""Times that a job is tried again while another process changes the library under it."""
+
+
+def backoff(settings: RetrySettings, attempts: int) -> float:
+    """Return the seconds until what failed so often is tried again."""
+    return float(min(settings.most_s, settings.first_s * 2.0 ** min(attempts, 30)))
+
+
+class Decider:
+    """Makes jobs of series that are complete."""
+
+    def __init__(
+        self,
+        store: NodeStore,
+        arrivals: Arrivals,
+        rules: Mapping[str, Rule],
+        readers: HeaderReaders,
+        metrics: Metrics,
+    ) -> None:
+        self._store, self._arrivals, self._rules = store, arrivals, rules
+        self._readers, self._metrics = readers, metrics
+        self._log = ServiceLog("node.decide")
+
+    def look(self) -> int:
+        """Decide about every series that is complete; return how many that were."""
+        for series in self._store.asked_again():
+            self._decide(series)
+        done = self._arrivals.complete()
+        for series in done:
+            self._decide(series)
+        return len(done)
+
+    def _decide(self, series: str) -> None:
+        content, whole = self._store.content(series)
+        if content == self._store.decided(series):
+            return  # the same objects again
+        rules: tuple[Rule, ...] = ()
+        state, note = "decided", ""
+        if not whole:
+            state = "incomplete"
+            note = (
+                "objects came late, after the others had been removed, so the series is not whole. "
+                "Send all of it again"
+            )
+        else:
+            header = self._readers(self._store.files(series)[0])
+            if isinstance(header, DicomHeader):
+                senders, called = self._store.senders(series)
+                rules = fitting(
+                    self._rules.values(),
+                    Arriving(
+                        header.modality, header.body_part, header.description, senders, called
+                    ),
+                )
+                if not rules:
+                    state = "unmatched"
+                    note = (
+                        f"no rule fits modality {header.modality!r}, body part "
+                        f"{header.body_part!r}, series description {header.description!r} from "
+                        f"{', '.join(senders)}. Add one, then: recallseg node retry"
+                    )
+            else:
+                state, note = "unreadable", str(header or "no DICOM")
+        self._store.decide(series, content, [rule.name for rule in rules], state, note)
+        self._metrics.done(f"series {state}")
+        say = self._log.info if state == "decided" else self._log.warning
+        say("series complete", series=series, state=state, rules=[rule.name for rule in rules])
+
+
+class _StoppedError(Exception):
+    """The node stops, so a job is left for the next one."""
+
+
+class Answerer:
+    """Segments what jobs ask for.
+
+    Parameters
+    ----------
+    made : is called when answers can be sent.
+    """
+
+    def __init__(
+        self,
+        store: NodeStore,
+        rules: Mapping[str, Rule],
+        questions: Questions,
+        readers: HeaderReaders,
+        audit: AuditLog | None,
+        retry: RetrySettings,
+        metrics: Metrics,
+        made: Callable[[], None],
+    ) -> None:
+        self._store, self._rules, self._questions = store, rules, questions
+        self._readers, self._audit, self._retry = readers, audit, retry
+        self._metrics, self._made = metrics, made
+        self._log = ServiceLog("node.answer")
+        self.stop = threading.Event()
+        """Once set, what is begun is left at the next slice."""
+        self._decoder = IsolatedDecoder()
+        self._decoder.stop = self.stop.is_set
+
+    def close(self) -> None:
+        """End the process that decodes."""
+        self._decoder.close()
+
+    def warm_up(self) -> dict[str, RecallSegError]:
+        """Open what rules ask, and let it answer once; return what failed, by rule."""
+        return self._questions.warm_up(self._rules.values())
+
+    def do_next(self) -> bool:
+        """Do the job that is due; return whether there was one."""
+        job = self._store.next_job()
+        if job is None:
+            return False
+        try:
+            self._do(job)
+        except _StoppedError:
+            return False
+        except (LibraryError, EngineError, AuditError, OSError, MemoryError) as error:
+            # Of the node, not of the series: it is tried until it works.
+            if isinstance(error, (LibraryError, EngineError)) and job.rule in self._rules:
+                self._questions.forget(self._rules[job.rule])
+            self._put_off(job, error)
+        except (InputError, OutputError) as error:
+            self._log.error("not segmented", series=job.series, rule=job.rule, error=error)
+            self._metrics.done("not segmented")
+            self._store.drop_job(job, "failed", printable(error))
+        except Exception as error:  # a defect, which must not end the node
+            self._log.error("defect", series=job.series, rule=job.rule, error=error)
+            self._store.drop_job(job, "failed", f"defect: {type(error).__name__}: {error}")
+        return True
+
+    def _put_off(self, job: Job, error: BaseException) -> None:
+        wait = backoff(self._retry, job.attempts)
+        self._log.warning("put off", series=job.series, rule=job.rule, error=error, seconds=wait)
+        why = printable(error) or type(error).__name__
+        self._store.put_off_job(job, self._store.clock() + wait, why)
+
+    def _do(self, job: Job) -> None:
+        rule = self._rules.get(job.rule)
+        if rule is None:
+            raise InputError(f"there is no rule '{job.rule}' any more.")
+        folder = self._store.answers / str(job.id)
+        if not folder.exists():
+            with self._store.linked(job) as files, self._metrics.stage("answer"):
+                if files is None:
+                    self._store.drop_job(job, "superseded")
+                    return
+                with replace_folder(folder) as new:
+                    self._fill(new, files, rule)
+        answers, note = _read(folder)
+        if self._store.content(job.series)[0] != job.content:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing of it has been sent
+            self._store.drop_job(job, "superseded")
+            return
+        self._store.finish_job(job, answers, rule.destinations, note)
+        self._metrics.done("segmented")
+        self._log.info(
+            "segmented", series=job.series, rule=rule.name, job=job.id, answers=len(answers)
+        )
+        self._made()
+
+    def _fill(self, folder: Path, files: Path, rule: Rule) -> None:
+        """Segment everything in ``files`` into ``folder``."""
+        found = find_in_folder(
+            files, links=False, by_folder=False, kind="dicom", read=self._readers
+        )
+        segmenter = self._questions.segmenter(rule)
+        troubles: list[str] = []
+        answers: list[Answer] = []
+        for number, item in enumerate(found.items):
+            try:
+                answers += self._segment(folder / f"{number:04d}", item, rule, segmenter)
+            except (InputError, OutputError) as error:
+                troubles.append(printable(error).replace(f"{files}/", ""))
+        if not found.items:
+            troubles = [each.reason for each in found.passed] or ["there is no image"]
+        if not answers and troubles:
+            raise InputError("; ".join(dict.fromkeys(troubles)))
+        text = json_text({"answers": [each._asdict() for each in answers], "troubles": troubles})
+        write_file(folder / MANIFEST, text.encode())
+
+    def _segment(self, base: Path, item: Item, rule: Rule, segmenter: Segmenter) -> list[Answer]:
+        handling = rule.volumes
+        times: list[int | None] = [handling.time if isinstance(handling.time, int) else None]
+        if handling.time == "all":
+            count = self._decoder.count(item, handling.stack)
+            if count is None:
+                raise _StoppedError
+            times = list(range(1, count + 1))
+        answers = []
+        for time_point in times:
+            volume = self._decoder.read(
+                item, voi=handling.voi, time=time_point, stack=handling.stack
+            )
+            if volume is None:
+                raise _StoppedError
+            assert isinstance(volume, Volume)  # a picture's reader gives one too
+            target = base if len(times) == 1 or time_point is None else time_base(base, time_point)
+            answers += self._write(target, item, volume, rule, segmenter)
+        return answers
+
+    def _write(
+        self, base: Path, item: Item, volume: Volume, rule: Rule, segmenter: Segmenter
+    ) -> list[Answer]:
+        def look(_: str) -> None:
+            if self.stop.is_set():
+                raise _StoppedError
+
+        if volume.frame == "image" and not (rule.preview or rule.report):
+            raise InputError(
+                "a picture without a place in the patient: no SEG is made of it. Let the rule ask "
+                "for a preview or a report"
+            )
+        begin = time.perf_counter()
+        for attempt in range(ASKED_AGAIN):
+            before = segmenter.library.digest
+            try:
+                _, record = segment_to_files(
+                    segmenter,
+                    volume,
+                    base,
+                    rule.volumes.settings(preview=rule.preview),
+                    kind="dicom",
+                    source=item.name,
+                    log=self._audit,
+                    progress=look,
+                    extra={"files": len(item.files), "rule": rule.name},
+                )
+                break
+            except InputError:
+                if attempt == ASKED_AGAIN - 1 or segmenter.library.digest == before:
+                    raise
+        self._metrics.took("segment", time.perf_counter() - begin)
+        answers = []
+        segmentation = base.with_name(base.name + VOLUME_SUFFIXES["dicom"])
+        if segmentation.exists():
+            answers.append(_answer(segmentation))
+        if rule.report:
+            report = base.with_name(f"{base.name}.sr.dcm")
+            write_report(report, volume, record, rule.name)
+            answers.append(_answer(report))
+        if rule.preview:
+            capture = base.with_name(f"{base.name}.sc.dcm")
+            write_capture(capture, volume, base.with_name(base.name + PREVIEW_SUFFIXES[0]))
+            answers.append(_answer(capture))
+        return answers
+
+
+def _answer(file: Path) -> Answer:
+    from pydicom.filereader import read_file_meta_info
+
+    meta = read_file_meta_info(file)
+    return Answer(
+        file.name, str(meta.MediaStorageSOPClassUID), str(meta.MediaStorageSOPInstanceUID)
+    )
+
+
+def _read(folder: Path) -> tuple[list[Answer], str]:
+    found: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return [Answer(**each) for each in found["answers"]], "; ".join(found["troubles"])

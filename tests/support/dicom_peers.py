@@ -1,0 +1,119 @@
+"""DICOM programs that we did not write, as peers of a node: dcmtk, Orthanc."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DCMTK = pytest.mark.skipif(
+    shutil.which("storescu") is None, reason="dcmtk is not installed (apt install dcmtk)"
+)
+_ORTHANC = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
+ORTHANC = pytest.mark.skipif(
+    not Path(_ORTHANC).exists(), reason="Orthanc is not installed (apt install orthanc)"
+)
+_PLUGIN = next(Path("/usr").glob("share/orthanc/plugins/libOrthancDicomWeb.so"), None)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def dcmtk(program: str, port: int, *arguments: object, called: str = "RECALLSEG") -> str:
+    """Run a client of dcmtk; return what it said, with its exit status first."""
+    done = subprocess.run(
+        [program, "-v", "-aec", called, "127.0.0.1", str(port), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return f"{done.returncode}\n{done.stdout}{done.stderr}"
+
+
+class Orthanc:
+    """A running Orthanc."""
+
+    def __init__(self, dicom_port: int, http_port: int) -> None:
+        self.dicom_port, self.http_port = dicom_port, http_port
+
+    def get(self, path: str) -> Any:
+        """Ask its REST interface."""
+        url = f"http://127.0.0.1:{self.http_port}{path}"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def post(self, path: str, body: object) -> Any:
+        """Tell its REST interface."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self.http_port}{path}"
+        request = urllib.request.Request(url, data, method="POST")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def instances(self, modality: str = "SEG") -> list[dict[str, Any]]:
+        """The instances of a modality that it holds, with their tags."""
+        found = self.post(
+            "/tools/find",
+            {"Level": "Instance", "Query": {"Modality": modality}, "Expand": True},
+        )
+        return list(found)
+
+
+@contextmanager
+def orthanc(folder: Path, node_port: int = 1, **options: Any) -> Iterator[Orthanc]:
+    """Run Orthanc, which knows a node on ``node_port`` as modality ``node``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dicom_port = options.pop("dicom_port", None) or free_port()
+    http_port = options.pop("http_port", None) or free_port()
+    configuration = {
+        "Name": "peer",
+        "StorageDirectory": str(folder / "db"),
+        "IndexDirectory": str(folder / "db"),
+        "HttpPort": http_port,
+        "DicomPort": dicom_port,
+        "DicomAet": "ORTHANC",
+        "RemoteAccessAllowed": False,
+        "AuthenticationEnabled": False,
+        "DicomModalities": {"node": ["RECALLSEG", "127.0.0.1", node_port]},
+        "Plugins": [str(_PLUGIN)] if _PLUGIN else [],
+        "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+        "StableAge": 1,
+        **options,
+    }
+    (folder / "orthanc.json").write_text(json.dumps(configuration))
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [_ORTHANC, str(folder / "orthanc.json")], stdout=log, stderr=subprocess.STDOUT
+        )
+        peer = Orthanc(dicom_port, http_port)
+        try:
+            end = time.monotonic() + 60
+            while True:
+                try:
+                    peer.get("/system")
+                    break
+                except OSError:
+                    assert time.monotonic() < end, (folder / "log").read_text()
+                    assert process.poll() is None, (folder / "log").read_text()
+                    time.sleep(0.05)
+            yield peer
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from recallseg.engines.errors import BundleError
 
-__all__ = ["OPERATORS", "check_graph"]
+__all__ = ["OPERATORS", "check_graph", "find_outputs", "with_output"]
 
 _STANDARD = """
     Abs Acos Add And ArgMax ArgMin Asin Atan Attention AveragePool BatchNormalization BitShift
@@ -84,6 +84,33 @@ def check_graph(path: Path, data: Path | None) -> None:
         _Check(path, content, data).model(0, size)
 
 
+def find_outputs(path: Path, operators: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the first outputs of these operators, in the order of the graph."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        check = _Check(path, content, None)
+        return tuple(check.outputs(operators))
+
+
+def with_output(graph: bytes, name: str) -> bytes:
+    """Return an ONNX model that gives one of its inner tensors too.
+
+    A message that is appended to a Protocol Buffers message is merged with it: this one holds a
+    graph (field 7) with one more output (field 12) of this name (field 1).
+    """
+    value = b"\x0a" + _length(len(name.encode())) + name.encode()
+    output = b"\x62" + _length(len(value)) + value
+    return graph + b"\x3a" + _length(len(output)) + output
+
+
+def _length(number: int) -> bytes:
+    """Return a varint."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])
+
+
 class _Check:
     """One walk through a file; positions are those of the file."""
 
@@ -116,6 +143,18 @@ class _Check:
             elif number == 15:  # sparse_initializer
                 self._sparse(at, stop)
         self._check_order()
+
+    def outputs(self, operators: Collection[str]) -> Iterator[str]:
+        """Yield the first outputs of nodes that are one of ``operators``."""
+        for number, start, end in self._parts(0, len(self._content)):
+            if number != 7:
+                continue
+            for part, at, stop in self._parts(start, end):
+                if part != 1:
+                    continue
+                fields = [(n, self._text(a, s)) for n, a, s in self._parts(at, stop) if n in (2, 4)]
+                if dict(fields).get(4) in operators:
+                    yield next(text for n, text in fields if n == 2)
 
     def _check_order(self) -> None:
         """Refuse a graph that goes in circles, which ONNX Runtime looks for in vain for long."""

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.benchmarks.accuracy.dataset import Dataset
 from recallseg.runtime.formats.pairs import Annotated
+from recallseg.runtime.reports.baselines import copy_mask
 
-__all__ = ["copy_mask", "copy_nearest_by_position"]
-
-
-def copy_mask(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return a mask on another image's grid HxW, as it is if the grids are alike."""
-    if mask.shape == shape:
-        return mask
-    height, width = shape
-    resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-    copied: NDArray[np.bool_] = resized.astype(bool)
-    return copied
+__all__ = ["copy_nearest_by_position"]
 
 
 def copy_nearest_by_position(

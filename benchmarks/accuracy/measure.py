@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.benchmarks.accuracy.baselines import copy_mask, copy_nearest_by_position
+from recallseg.benchmarks.accuracy.baselines import copy_nearest_by_position
 from recallseg.benchmarks.accuracy.dataset import MOST_ANNOTATED, Dataset, spread
 from recallseg.benchmarks.accuracy.recall import COUNTS, RandomLibrary, fill, member_tag
 from recallseg.benchmarks.accuracy.unet import UNetSettings, train_unet
@@ -19,6 +19,7 @@ from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
+from recallseg.runtime.reports.baselines import copy_mask
 from recallseg.runtime.reports.metrics import compare_masks
 from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.segmenter import Segmenter

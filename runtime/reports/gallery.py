@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.runtime.model.preprocess import Intensity
-from recallseg.runtime.reports.evaluation import Case, Evaluation, Illustration
+from recallseg.runtime.reports.cases import Case, Evaluation, Illustration
 from recallseg.runtime.reports.format import milliseconds, number
 from recallseg.runtime.reports.pictures import Thumbnail, colour, legend
 
@@ -40,7 +40,7 @@ class Gallery:
         shown = self._evaluation.illustrations
         if not shown:
             return ""
-        names = {timing.case for timing in self._evaluation.timings} - set(self._evaluation.leaked)
+        names = {timing.case for timing in self._evaluation.timings}
         if len(shown) == len(names):
             groups = [("Every image, lowest Dice first", shown)]
         else:

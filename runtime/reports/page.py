@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from html import escape
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recallseg.runtime.model.preprocess import Intensity
-from recallseg.runtime.reports.evaluation import Evaluation
+from recallseg.runtime.reports.cases import RECALLED, Arm, Evaluation
 from recallseg.runtime.reports.format import POLICY, milliseconds, number, plural, quartiles, spent
 from recallseg.runtime.reports.gallery import Gallery, Source
 from recallseg.runtime.reports.machine import describe_machine, package_versions
+from recallseg.runtime.reports.paired import budgets, by_group, differences
 from recallseg.runtime.reports.pictures import colour, legend
 from recallseg.runtime.reports.plot import dice_plot
 from recallseg.runtime.reports.summary import (
     StructureSummary,
     latency,
     summarise,
-    summarise_volumes,
 )
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ def render_report(evaluation: Evaluation, settings: Settings, source: Source) ->
             _figures(evaluation, summaries),
             _summary(evaluation, summaries),
             _volumes(evaluation),
+            _groups(evaluation),
+            _differences(evaluation),
+            _budgets(evaluation),
             _charts(evaluation),
             _remarks(evaluation),
             Gallery(evaluation, settings.intensity, source).render(),
@@ -153,7 +156,7 @@ def _figures(evaluation: Evaluation, summaries: tuple[StructureSummary, ...]) ->
     k = max(evaluation.ks)
     cards = [
         (f"Dice, {s.structure}", number(s.dice["median"], 3), quartiles(s.dice, 3), colour(i))
-        for i, s in enumerate(s for s in summaries if s.k == k)
+        for i, s in enumerate(s for s in summaries if (s.method, s.k) == (RECALLED, k))
     ]
     total = latency(evaluation)[k].get("total", {})
     fastest = milliseconds(total.get("p50", math.nan)), milliseconds(total.get("p90", math.nan))
@@ -179,18 +182,20 @@ def _summary(evaluation: Evaluation, summaries: tuple[StructureSummary, ...]) ->
             number(s.dice["worst"], 3),
             f"{number(s.iou['median'], 3)} <small>{quartiles(s.iou, 3)}</small>",
             f"{number(s.hd95['median'], 1)} <small>{quartiles(s.hd95, 1)}</small>",
+            number(s.surface_dice["median"], 3),
             str(s.missed),
             f"{s.false_positives} of {s.absent}" if s.absent else "-",
             str(s.flagged),
         )
         rows.append(
-            f'<tr><th scope="row">{swatch}{escape(s.structure)}</th><td>{s.k}</td>'
+            f'<tr><th scope="row">{swatch}{escape(s.structure)}</th>'
+            f"<td>{_way(Arm(s.method, s.k))}</td>"
             + "".join(f"<td>{cell}</td>" for cell in cells)
             + "</tr>"
         )
     titles = (
-        "Structure", "k", "Images", "Dice", "mean", "worst", "IoU", f"HD95 ({unit})", "Missed",
-        "False positives", "Flagged",
+        "Structure", "Method", "Images", "Dice", "mean", "worst", "IoU", f"HD95 ({unit})",
+        f"Surface Dice ({evaluation.tolerance:g} {unit})", "Missed", "False positives", "Flagged",
     )  # fmt: skip
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     return (
@@ -202,22 +207,124 @@ def _summary(evaluation: Evaluation, summaries: tuple[StructureSummary, ...]) ->
     )
 
 
-def _volumes(evaluation: Evaluation) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(v.volume)}</th><td>{escape(v.structure)}</td><td>{v.k}</td>'
-        f"<td>{v.slices}</td><td><b>{number(v.dice, 3)}</b></td></tr>"
-        for v in summarise_volumes(evaluation)
-    )
+def _way(arm: Arm) -> str:
+    """Name a way of segmenting."""
+    if arm.method == RECALLED:
+        return f"recalled, k = {arm.k}"
+    return arm.method + (f", k = {arm.k}" if arm.method == "match" else "")
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """Return a section with a table whose first cells are escaped texts; empty without rows."""
     if not rows:
         return ""
-    titles = ("Volume", "Structure", "k", "Slices", "Dice")
-    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
-    return (
-        '<section><h2>Volumes as a whole</h2><div class="scroll"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        '<p class="caption">Dice over the voxels of all slices compared, exemplars left out.</p>'
-        "</section>"
+    head = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{c}</td>" for c in row[1:]) + "</tr>"
+        for row in rows
     )
+    return (
+        f'<section><h2>{escape(title)}</h2><div class="scroll"><table><thead><tr>{head}</tr>'
+        f"</thead><tbody>{body}</tbody></table></div>"
+        f'<p class="caption">{escape(note)}</p></section>'
+    )
+
+
+def _volumes(evaluation: Evaluation) -> str:
+    unit = "mm" if evaluation.in_mm else "px"
+    return _table(
+        "Volumes as a whole",
+        ("Volume", "Structure", "Method", "Slices", "Dice", f"HD95 ({unit})",
+         f"Surface Dice ({evaluation.tolerance:g} {unit})", "Volume difference"),
+        [
+            (
+                escape(v.volume),
+                escape(v.structure),
+                _way(v.arm),
+                str(v.slices),
+                f"<b>{number(v.dice, 3)}</b>",
+                number(v.hd95, 1),
+                number(v.surface_dice, 3),
+                _percent(v.volume_difference),
+            )
+            for v in evaluation.volumes
+            if not v.annotated
+        ],
+        "All voxels of a volume in three dimensions. Volume difference: predicted less reference, "
+        "as a share of the reference.",
+    )  # fmt: skip
+
+
+def _groups(evaluation: Evaluation) -> str:
+    return _table(
+        "By patient",
+        ("Structure", "Of", "Method", "Groups", "Mean Dice", "95 % interval", "Worst group"),
+        [
+            (
+                escape(g.structure),
+                "volumes" if g.three_d else "images",
+                _way(g.arm),
+                str(g.groups),
+                f"<b>{number(g.mean, 3)}</b>",
+                _interval(g.low, g.high),
+                number(g.worst, 3),
+            )
+            for g in by_group(evaluation)
+        ],
+        "Each patient (or other group: file, folder) counts once. Interval: bootstrap over groups. "
+        + ("No exemplar of a query's own group was recalled." if evaluation.split else ""),
+    )
+
+
+def _differences(evaluation: Evaluation) -> str:
+    return _table(
+        "Against others, on the same images",
+        ("Structure", "Method", "Less that of", "Groups", "Difference in Dice", "95 % interval"),
+        [
+            (
+                escape(d.structure),
+                _way(d.arm),
+                _way(d.other),
+                str(d.groups),
+                f"<b>{d.mean:+.3f}</b>",
+                _interval(d.low, d.high, signed=True),
+            )
+            for d in differences(evaluation)
+        ],
+        "Mean over groups of paired differences. An interval that holds 0 tells nothing apart; "
+        "with few groups it is too narrow.",
+    )
+
+
+def _budgets(evaluation: Evaluation) -> str:
+    return _table(
+        "By number of annotated images",
+        ("Structure", "Method", "Annotated", "Draws", "Mean Dice", "Deviation", "Range"),
+        [
+            (
+                escape(b.structure),
+                b.method,
+                str(b.annotated) + (" (all)" if b.annotated == evaluation.exemplars else ""),
+                str(b.draws),
+                f"<b>{number(b.mean, 3)}</b>",
+                number(b.deviation, 3),
+                f"{number(b.lowest, 3)} to {number(b.highest, 3)}",
+            )
+            for b in budgets(evaluation)
+        ],
+        "Annotated images are drawn at random; deviation and range are over draws. A structure "
+        "that no drawn image shows counts as missed.",
+    )
+
+
+def _interval(low: float, high: float, *, signed: bool = False) -> str:
+    if math.isnan(low):
+        return "one group only"
+    return f"[{low:+.3f}, {high:+.3f}]" if signed else f"[{low:.3f}, {high:.3f}]"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:+.0f} %"
 
 
 def _charts(evaluation: Evaluation) -> str:
@@ -227,9 +334,7 @@ def _charts(evaluation: Evaluation) -> str:
             values[k, name] = [
                 row.dice
                 for row in evaluation.cases
-                if (row.k, row.structure) == (k, name)
-                and not row.leaked
-                and row.reference_volume > 0
+                if (row.structure, row.arm) == (name, Arm(RECALLED, k)) and row.reference_volume > 0
             ]
     by_k = latency(evaluation)
     stages = dict.fromkeys(stage for stages in by_k.values() for stage in stages)
@@ -254,12 +359,6 @@ def _charts(evaluation: Evaluation) -> str:
 
 def _remarks(evaluation: Evaluation) -> str:
     parts = []
-    if evaluation.leaked:
-        names = ", ".join(map(escape, evaluation.leaked[:20]))
-        parts.append(
-            f"<p><b>{plural(len(evaluation.leaked), 'image')} left out of every number:</b> the "
-            f"same pixels are in the library, so its own mask was recalled ({names}).</p>"
-        )
     if evaluation.unmentioned:
         names = ", ".join(map(escape, evaluation.unmentioned[:20]))
         parts.append(

@@ -1,4 +1,4 @@
-"""An evaluation in numbers and files: summary, ``cases.csv``, ``summary.json``, ``report.html``."""
+"""An evaluation in numbers and files: summary, CSV files, ``summary.json``, ``report.html``."""
 
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recallseg.engines.durable import make_folder, replace_file
-from recallseg.runtime.reports.evaluation import Case, Evaluation
+from recallseg.runtime.reports.cases import Case, Evaluation, VolumeCase
 from recallseg.runtime.reports.format import csv_text
+from recallseg.runtime.reports.paired import budgets, by_group, differences
 
 if TYPE_CHECKING:
     from recallseg.runtime.reports.page import Settings
 
 __all__ = [
     "StructureSummary",
-    "VolumeSummary",
     "latency",
     "summarise",
-    "summarise_volumes",
     "to_csv",
     "write_evaluation",
 ]
 
-SCHEMA = "recallseg-evaluation/1"
+SCHEMA = "recallseg-evaluation/2"
 WORST = 5
 
 
 @dataclass(frozen=True)
 class StructureSummary:
-    """One structure at one k, leaked images left out.
+    """One structure, method and k, with all exemplars.
 
-    Dice, IoU and HD95 are over images that show the structure: where it is absent, a correct empty
-    mask would count as 1 and flatter the rest; those are counted instead.
+    Dice, IoU, HD95 and surface Dice are over images that show the structure: where it is absent, a
+    correct empty mask would count as 1 and flatter the rest; those are counted instead.
 
     Attributes
     ----------
     present, absent : images that show the structure, and that are known not to.
-    dice, iou, hd95 : ``median, q1, q3, mean, worst``; NaN without values. HD95
+    dice, iou, hd95, surface_dice : ``median, q1, q3, mean, worst``; NaN without values. HD95
         leaves out the missed ones.
     missed : images that show the structure, but the predicted mask is empty.
     false_positives : images without the structure whose predicted mask is not empty.
@@ -53,12 +52,14 @@ class StructureSummary:
     """
 
     structure: str
+    method: str
     k: int
     present: int
     absent: int
     dice: dict[str, float]
     iou: dict[str, float]
     hd95: dict[str, float]
+    surface_dice: dict[str, float]
     missed: int
     false_positives: int
     flagged: int
@@ -66,64 +67,34 @@ class StructureSummary:
 
 
 def summarise(evaluation: Evaluation) -> tuple[StructureSummary, ...]:
-    """Summarise by structure and k, in the order asked for."""
+    """Summarise by structure, method and k, in the order asked for."""
     summaries = []
     for structure in evaluation.structures:
-        for k in evaluation.ks:
+        for arm in evaluation.arms:
+            if arm.annotated:
+                continue
             rows = [
-                row
-                for row in evaluation.cases
-                if row.structure == structure and row.k == k and not row.leaked
+                row for row in evaluation.cases if row.structure == structure and row.arm == arm
             ]
             present = sorted((r for r in rows if r.reference_volume > 0), key=lambda row: row.dice)
             absent = [row for row in rows if row.reference_volume == 0]
             summaries.append(
                 StructureSummary(
                     structure=structure,
-                    k=k,
+                    method=arm.method,
+                    k=arm.k,
                     present=len(present),
                     absent=len(absent),
                     dice=_spread([row.dice for row in present], worst=min),
                     iou=_spread([row.iou for row in present], worst=min),
                     hd95=_spread([row.hd95 for row in present], worst=max),
+                    surface_dice=_spread([row.surface_dice for row in present], worst=min),
                     missed=sum(row.predicted_volume == 0 for row in present),
                     false_positives=sum(row.predicted_volume > 0 for row in absent),
                     flagged=sum(row.quality == "suspect" for row in rows),
                     worst=tuple((row.case, row.dice) for row in present[:WORST]),
                 )
             )
-    return tuple(summaries)
-
-
-@dataclass(frozen=True)
-class VolumeSummary:
-    """One volume, structure and k, leaked slices left out.
-
-    ``dice`` is that of all voxels of the ``slices`` compared; 1 if neither mask has any, NaN if no
-    slice is left.
-    """
-
-    volume: str
-    structure: str
-    k: int
-    slices: int
-    dice: float
-
-
-def summarise_volumes(evaluation: Evaluation) -> tuple[VolumeSummary, ...]:
-    """Summarise by volume, structure and k."""
-    found: dict[tuple[str, str, int], list[Case]] = {}
-    for row in evaluation.cases:
-        if row.volume:
-            found.setdefault((row.volume, row.structure, row.k), [])
-            if not row.leaked:
-                found[row.volume, row.structure, row.k].append(row)
-    summaries = []
-    for (volume, structure, k), rows in found.items():
-        sizes = [row.reference_volume + row.predicted_volume for row in rows]
-        shared = sum(row.dice * size for row, size in zip(rows, sizes, strict=True))
-        dice = shared / sum(sizes) if sum(sizes) else 1.0 if rows else math.nan
-        summaries.append(VolumeSummary(volume, structure, k, len(rows), dice))
     return tuple(summaries)
 
 
@@ -143,11 +114,14 @@ def latency(evaluation: Evaluation) -> dict[int, dict[str, dict[str, float]]]:
     return result
 
 
-def to_csv(cases: Sequence[Case]) -> str:
-    """Return the rows as CSV (RFC 4180 quoting, LF line ends); HD95 is empty where undefined."""
+def to_csv(cases: Sequence[Case] | Sequence[VolumeCase]) -> str:
+    """Return the rows as CSV (RFC 4180 quoting, LF line ends); what is undefined is empty.
+
+    Of no rows the header of images is returned.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = [field.name for field in fields(Case)]
+    names = [field.name for field in fields(cases[0] if cases else Case)]
     writer.writerow(names)
     for case in cases:
         writer.writerow([_cell(getattr(case, name)) for name in names])
@@ -165,11 +139,22 @@ def to_json(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
             {**vars(s), "worst": [{"case": case, "dice": dice} for case, dice in s.worst]}
             for s in summarise(evaluation)
         ],
-        "volumes": [vars(volume) for volume in summarise_volumes(evaluation)],
+        "volumes": [
+            {**vars(v), "volume_difference": v.volume_difference}
+            for v in evaluation.volumes
+            if not v.annotated
+        ],
+        "groups": [{**vars(g), "arm": vars(g.arm)} for g in by_group(evaluation)],
+        "differences": [
+            {**vars(d), "arm": vars(d.arm), "other": vars(d.other)} for d in differences(evaluation)
+        ],
+        "budgets": [vars(budget) for budget in budgets(evaluation)],
+        "exemplars": evaluation.exemplars,
+        "split": evaluation.split,
+        "tolerance": evaluation.tolerance,
         "latency_ms": {str(k): stages for k, stages in latency(evaluation).items()},
         "workspace_bytes": {str(k): size for k, size in evaluation.workspace_bytes.items()},
         "provenance": {str(k): made.to_json() for k, made in evaluation.provenance.items()},
-        "leaked": list(evaluation.leaked),
         "unmentioned": list(evaluation.unmentioned),
         "notes": {name: list(notes) for name, notes in evaluation.notes.items()},
         "failures": dict(evaluation.failures),
@@ -181,6 +166,8 @@ def to_json(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
 def write_evaluation(evaluation: Evaluation, settings: Settings, page: str, output: Path) -> None:
     """Write ``cases.csv``, ``summary.json`` and ``report.html`` into ``output``, each in full.
 
+    And ``volumes.csv``, if there are whole volumes.
+
     Raises
     ------
     OSError
@@ -188,6 +175,8 @@ def write_evaluation(evaluation: Evaluation, settings: Settings, page: str, outp
     """
     make_folder(output)
     replace_file(output / "cases.csv", to_csv(evaluation.cases).encode())
+    if evaluation.volumes:
+        replace_file(output / "volumes.csv", to_csv(evaluation.volumes).encode())
     summary = json.dumps(
         to_json(evaluation, settings), indent=1, allow_nan=False, ensure_ascii=False
     )

@@ -49,6 +49,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "scipy": "evaluate",
+    "sklearn": "fit",
     "nibabel": "medical",
     "highdicom": "medical",
     "nrrd": "medical",

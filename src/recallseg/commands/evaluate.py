@@ -26,6 +26,7 @@ from recallseg.commands.common import (
     VoiOption,
     emit_json,
     note,
+    one_of,
     parsed,
     progress_bar,
     say_notice,
@@ -46,9 +47,10 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from rich.console import Console
 
     from recallseg.runtime.library import Library
-    from recallseg.runtime.reports.evaluation import Evaluation
+    from recallseg.runtime.reports.cases import Evaluation
     from recallseg.runtime.reports.page import Settings
 
 __all__ = ["evaluate", "finish", "print_tables"]
@@ -58,6 +60,37 @@ def evaluate(
     library: LibraryArgument,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="As for 'library import'.")],
     output: Annotated[Path, typer.Option(help="Folder for cases.csv, summary.json, report.html.")],
+    budgets: Annotated[
+        Optional[str],
+        typer.Option(help="Numbers of annotated images to recall from, e.g. 1,2,4, beside all."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Random choices of each budget.")] = 3,
+    baselines: Annotated[
+        Optional[str],
+        typer.Option(help="copy, forest (extra 'fit'), match: on the same images and split."),
+    ] = None,
+    split_by: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="GROUP",
+            help="Make LIB of FOLDER, and recall nothing of a query's own group: patient, folder, "
+            "file or name:REGEX.",
+        ),
+    ] = None,
+    folds: Annotated[
+        Optional[int],
+        typer.Option(min=2, help="With --split-by, deal groups to so many parts, leave one out."),
+    ] = None,
+    group_by: Annotated[
+        Optional[str],
+        typer.Option(metavar="GROUP", help="What counts as one patient.", show_default="file"),
+    ] = None,
+    bundle: Annotated[
+        str, typer.Option(help="With --split-by, what a new LIB belongs to.")
+    ] = "demo",
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Of surface Dice, in mm (pixels where not known).")
+    ] = 2.0,
     labels: Annotated[
         Optional[str], typer.Option(help="Structures by label value, e.g. 1=liver,2=spleen.")
     ] = None,
@@ -104,15 +137,22 @@ def evaluate(
         parse_legend,
     )
     from recallseg.runtime.library import Library
-    from recallseg.runtime.reports.evaluation import check_structures, sources_of
+    from recallseg.runtime.reports.annotated_sources import GroupRule, sources_of
+    from recallseg.runtime.reports.baselines import BASELINES
+    from recallseg.runtime.reports.evaluation import check_structures
     from recallseg.runtime.reports.evaluation import evaluate as run
     from recallseg.runtime.reports.page import Settings
+    from recallseg.runtime.reports.splitting import fill_pool
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
     by_label = None if labels is None else parsed(parse_labels, labels, "--labels")
     by_colour = None if legend is None else parsed(parse_legend, legend, "--legend")
     ks = parsed(split_numbers, k, "--k")
     size = None if spacing is None else parsed(_spacing, spacing, "--spacing")
+    counts = () if budgets is None else parsed(split_numbers, budgets, "--budgets")
+    others = () if baselines is None else parsed(split_list, baselines, "--baselines")
+    for one in others:
+        one_of(one, BASELINES, "baseline")
     unlooked = parsed(parse_missing, missing, "--missing")
     named = list(dict.fromkeys([*(by_label or {}).values(), *(by_colour or {}).values()]))
     chosen = None if structures is None else parsed(split_list, structures, "--structures")
@@ -121,14 +161,46 @@ def evaluate(
         raise typer.BadParameter(
             f"--labels or --legend has no '{unlabelled[0]}'.", param_hint="--structures"
         )
+    if (folds is not None or group_by is not None) and (split_by is None) is (folds is not None):
+        raise typer.BadParameter("--folds goes with --split-by, --group-by without it.")
+    rule = split_by or group_by
+    group = None if rule is None else parsed(GroupRule.parse, rule, "--split-by, --group-by")
     read = volume_reader(voi, time, stack, resample, segments)
     found = find_annotations(folder, mask)
     found.check_named(by_label, by_colour)
-    with Library.open(library) as opened:
-        named = [name for name in named if name != BACKGROUND]
+    named = [name for name in named if name != BACKGROUND]
+    sources = sources_of(
+        found,
+        by_label,
+        unlooked,
+        legend=by_colour,
+        as_stored=as_stored,
+        plane=plane,
+        read=read,
+        group=group,
+    )
+    if split_by is None or library.exists():
+        opened = Library.open(
+            library,
+            mode="read" if split_by is None else "write",
+            engine=engine,
+            precision=precision,
+            threads=threads,
+        )
+    else:
+        opened = Library.create(
+            library, bundle, engine=engine, precision=precision, threads=threads
+        )
+    with opened:
+        groups = None
+        if split_by is not None:
+            say_notice(opened.bundle.notice)
+            with progress_bar("Annotating", len(sources)) as step:
+                groups = fill_pool(opened, sources, chosen or named, step)
         wanted: Sequence[str] = chosen or named or opened.structures
         check_structures(opened, wanted)
-        say_notice(opened.bundle.notice)
+        if split_by is None:
+            say_notice(opened.bundle.notice)
 
         def make(k: int) -> Segmenter:
             return Segmenter(
@@ -141,22 +213,21 @@ def evaluate(
                 threads=threads,
             )
 
-        with progress_bar("Evaluating", len(found) * len(ks)) as step:
+        with progress_bar("Evaluating", len(found)) as step:
             evaluation = run(
                 opened,
-                sources_of(
-                    found,
-                    by_label,
-                    unlooked,
-                    legend=by_colour,
-                    as_stored=as_stored,
-                    plane=plane,
-                    read=read,
-                ),
+                sources,
                 wanted,
                 ks,
                 make,
                 spacing=size,
+                tolerance=tolerance,
+                budgets=counts,
+                draws=draws,
+                baselines=others,
+                groups=groups,
+                folds=folds,
+                threads=threads,
                 progress=step,
             )
         settings = Settings.of(
@@ -200,11 +271,6 @@ def finish(
     else:
         print_tables(evaluation)
         typer.echo(f"page: {output / 'report.html'}")
-    if evaluation.leaked:
-        note(
-            f"{len(evaluation.leaked)} images are exemplars of this library and left out of "
-            f"every number: {', '.join(evaluation.leaked[:5])}"
-        )
     if evaluation.unmentioned:
         note(
             f"{len(evaluation.unmentioned)} say nothing of {', '.join(evaluation.structures)} and "
@@ -223,18 +289,30 @@ def print_tables(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from recallseg.runtime.reports.summary import latency, summarise, summarise_volumes
+    from recallseg.runtime.reports.paired import budgets, by_group, differences
+    from recallseg.runtime.reports.summary import latency, summarise
 
     console = Console()
     unit = "mm" if evaluation.in_mm else "px"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("structure", overflow="fold")
-    for title in ("k", "n", "Dice", "quartiles", "worst", f"HD95 {unit}", "missed", "false+"):
+    for title in (
+        "method",
+        "k",
+        "n",
+        "Dice",
+        "quartiles",
+        "worst",
+        f"HD95 {unit}",
+        "missed",
+        "false+",
+    ):
         table.add_column(title, justify="right", no_wrap=True)
     for s in summarise(evaluation):
         table.add_row(
             s.structure,
-            str(s.k),
+            s.method,
+            str(s.k or "-"),
             str(s.present),
             _number(s.dice["median"], 3),
             f"{_number(s.dice['q1'], 3)}-{_number(s.dice['q3'], 3)}",
@@ -245,17 +323,49 @@ def print_tables(evaluation: Evaluation) -> None:
         )
     console.print("Agreement with the reference, medians over the images that show the structure")
     console.print(table)
-    if volumes := summarise_volumes(evaluation):
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("volume", overflow="fold")
-        table.add_column("structure", overflow="fold")
-        for title in ("k", "slices", "Dice"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for v in volumes:
-            numbers = (str(v.k), str(v.slices), _number(v.dice, 3))
-            table.add_row(printable(v.volume), v.structure, *numbers)
-        console.print("Volumes as a whole, Dice of all voxels")
-        console.print(table)
+    ways = {arm: f"{arm.method} {arm.k or ''}".strip() for arm in evaluation.arms}
+    whole = [
+        (printable(v.volume), v.structure, ways[v.arm], str(v.slices), _number(v.dice, 3),
+         _number(v.hd95, 1), _number(v.surface_dice, 3), _number(100 * v.volume_difference, 0))
+        for v in evaluation.volumes
+        if not v.annotated
+    ]  # fmt: skip
+    _print(
+        console,
+        "Volumes as a whole, all voxels",
+        ("volume", "structure", "method", "slices", "Dice", f"HD95 {unit}", "surface Dice", "+- %"),
+        whole,
+    )
+    _print(
+        console,
+        "By patient (group): mean Dice and its 95 % interval",
+        ("structure", "of", "method", "groups", "Dice", "from", "to", "worst"),
+        [
+            (g.structure, "volumes" if g.three_d else "images", ways[g.arm], str(g.groups),
+             *(_number(x, 3) for x in (g.mean, g.low, g.high, g.worst)))
+            for g in by_group(evaluation)
+        ],
+    )  # fmt: skip
+    _print(
+        console,
+        "Paired differences in Dice on the same images, 95 % interval",
+        ("structure", "method", "less", "groups", "difference", "from", "to"),
+        [
+            (d.structure, ways[d.arm], ways[d.other], str(d.groups),
+             *(_number(x, 3) for x in (d.mean, d.low, d.high)))
+            for d in differences(evaluation)
+        ],
+    )  # fmt: skip
+    _print(
+        console,
+        "By number of annotated images",
+        ("structure", "method", "annotated", "draws", "Dice", "deviation"),
+        [
+            (b.structure, b.method, str(b.annotated), str(b.draws), _number(b.mean, 3),
+             _number(b.deviation, 3))
+            for b in budgets(evaluation)
+        ],
+    )  # fmt: skip
     by_k = latency(evaluation)
     stages = dict.fromkeys(stage for values in by_k.values() for stage in values)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -268,6 +378,27 @@ def print_tables(evaluation: Evaluation) -> None:
         row = [f"{cell[p]:.1f}" if cell else "-" for cell in cells for p in ("p50", "p90")]
         table.add_row(stage, *row, style="bold" if stage == "total" else None)
     console.print("Latency in ms, median and 90th percentile")
+    console.print(table)
+
+
+def _print(
+    console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Print a table, texts to the left and numbers to the right; nothing without rows."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, head in enumerate(heads):
+        if place < 3:
+            table.add_column(head, overflow="fold")
+        else:
+            table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(title)
     console.print(table)
 
 

@@ -19,14 +19,9 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.annotations import find_annotations
 from recallseg.runtime.formats.pairs import Annotated, parse_labels
 from recallseg.runtime.library import Library
-from recallseg.runtime.reports.evaluation import (
-    Case,
-    Evaluation,
-    Illustration,
-    _Shortlist,
-    evaluate,
-    sources_of,
-)
+from recallseg.runtime.reports.annotated_sources import sources_of
+from recallseg.runtime.reports.cases import Arm, Case, Evaluation, Illustration
+from recallseg.runtime.reports.evaluation import _Shortlist, evaluate
 from recallseg.runtime.reports.page import Settings, render_report
 from recallseg.runtime.reports.summary import (
     latency,
@@ -72,9 +67,8 @@ def test_one_row_per_image_structure_and_k(library: Library) -> None:
     assert [(row.case, row.structure, row.k) for row in found.cases] == [
         (image.name, structure, k) for k in (1, 3) for image in images for structure in STRUCTURES
     ]
-    assert steps == [image.name for _ in range(2) for image in images]
+    assert steps == [image.name for image in images for _ in range(2)]
     assert all(len(row.recalled) == row.k for row in found.cases)
-    assert not found.leaked
     assert not found.failures
     assert {timing.k for timing in found.timings} == {1, 3}
     assert [shown.result.provenance.recipe.k for shown in found.illustrations] == [3, 3]
@@ -83,18 +77,22 @@ def test_one_row_per_image_structure_and_k(library: Library) -> None:
     assert max(row.dice for row in found.cases if row.structure == "disc") > 0.5
 
 
-def test_an_exemplar_as_query_is_found_and_left_out(library: Library) -> None:
-    found = run(library, [disc(0.1), disc(0.4, name="the same pixels")], (1,))
-    assert found.leaked == ("the same pixels",)
-    assert [row.leaked for row in found.cases] == [False, False, True, True]
-    assert all(summary.present == 1 for summary in summarise(found))
-    assert [shown.annotated.name for shown in found.illustrations] == ["disc-0.10"]
+def test_an_exemplar_as_query_is_an_error_before_the_work(library: Library) -> None:
+    images = [disc(0.1), disc(0.4, name="the same pixels")]
+
+    def make(k: int) -> Segmenter:
+        segmenter = maker(library)(k)
+        segmenter.segment = None  # type: ignore[method-assign,assignment]
+        return segmenter
+
+    with pytest.raises(InputError, match=r"1 images are.*the same pixels is exemplar 'disc-0\.40'"):
+        evaluate(library, images, STRUCTURES, (1,), make)
 
 
 def test_a_near_copy_is_no_leak(library: Library) -> None:
     other = disc(0.4, name="one pixel differs")
     other.image[0, 0] += 1
-    assert run(library, [other], (1,)).leaked == ()
+    assert len(run(library, [other], (1,)).cases) == 2
 
 
 def test_without_sources_an_embedding_at_distance_zero_is_a_leak(
@@ -103,7 +101,8 @@ def test_without_sources_an_embedding_at_distance_zero_is_a_leak(
     with Library.create(tmp_path / "lib", fake_bundle, engine="fake", keep_sources=False) as made:
         for position in EXEMPLARS:
             made.add(disc(position).image, disc(position).masks)
-        assert run(made, [disc(0.4), disc(0.5)], (1,)).leaked == ("disc-0.40",)
+        with pytest.raises(InputError, match=r"disc-0\.40 is exemplar"):
+            run(made, [disc(0.4), disc(0.5)], (1,))
         page = _page(run(made, [disc(0.5)], (1,)), made)
         assert "source image not kept" in page
 
@@ -136,8 +135,6 @@ def test_a_broken_file_is_reported_and_the_rest_evaluated(library: Library, tmp_
 def test_nothing_to_evaluate(library: Library, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to evaluate"):
         run(library, [])
-    with pytest.raises(InputError, match=r"nothing to evaluate.* \(2 of 2: disc-0.40, disc-0.80\)"):
-        run(library, [disc(0.4), disc(0.8)])
     with pytest.raises(InputError, match="no exemplar of 'liver'"):
         evaluate(library, [disc(0.1)], ["liver"], (1,), maker(library))
     write_pairs(tmp_path / "pairs", [0.1])
@@ -148,14 +145,14 @@ def test_nothing_to_evaluate(library: Library, tmp_path: Path) -> None:
 
 
 def case(name: str, dice: float, **changes: object) -> Case:
-    row = Case(
-        name, "disc", 4, dice, dice / 2, 3.0, 10.0, 10.0, 5.0, "ok", 0.1, 0.9, 5.0, ("a",), False
-    )
+    row = Case(name, "disc", 4, dice, dice / 2, 3.0, 10.0, 10.0, 5.0, "ok", 0.1, 0.9, 5.0, ("a",))
     return replace(row, **changes)  # type: ignore[arg-type]
 
 
 def summary_of(*cases: Case) -> Evaluation:
-    return Evaluation(("disc",), (4,), cases, (), {}, (), (), {4: 1}, False, {})
+    return Evaluation(
+        ("disc",), (4,), (Arm(k=4),), cases, (), (), {}, (), {4: 1}, False, 2.0, 9, False, {}
+    )
 
 
 def test_summary_numbers() -> None:
@@ -163,7 +160,6 @@ def test_summary_numbers() -> None:
     rows.append(case("missed", 0.0, predicted_volume=0.0, hd95=math.nan, quality="suspect"))
     rows.append(case("empty", 1.0, reference_volume=0.0, predicted_volume=0.0))
     rows.append(case("false", 0.0, reference_volume=0.0))
-    rows.append(case("leak", 0.0, leaked=True))
     found = summarise(summary_of(*rows))[0]
     assert (found.present, found.absent, found.missed, found.false_positives) == (5, 2, 1, 1)
     assert found.flagged == 1
@@ -182,7 +178,7 @@ def test_csv_has_the_promised_columns_and_survives_odd_names() -> None:
     assert text.startswith(promised)
     assert rows[0]["case"] == name
     assert rows[0]["hd95"] == ""
-    assert (rows[1]["dice"], rows[1]["leaked"]) == ("0.25", "no")
+    assert (rows[1]["dice"], rows[1]["method"]) == ("0.25", "recalled")
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+49", "-2", "@SUM(A1)", "\t=1"])
@@ -204,7 +200,7 @@ def _page(evaluation: Evaluation, library: Library) -> str:
 
 
 def test_files(library: Library, tmp_path: Path) -> None:
-    found = run(library, [disc(0.1), disc(0.5), disc(0.4)])
+    found = run(library, [disc(0.1), disc(0.5)])
     settings = Settings.of(library, "Test", "fake", "fp32", None)
     write_evaluation(found, settings, _page(found, library), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -216,7 +212,6 @@ def test_files(library: Library, tmp_path: Path) -> None:
     assert summary == json.loads(json.dumps(to_json(found, settings)))
     assert summary["notice"].startswith("RANDOM WEIGHTS")
     assert summary["settings"]["library_digest"] == library.digest
-    assert summary["leaked"] == ["disc-0.40"]
     for k in (1, 3):
         made = summary["provenance"][str(k)]
         assert (made["recipe"]["k"], made["library_digest"]) == (k, library.digest)

@@ -1,0 +1,168 @@
+"""What an evaluation finds: one row per image, structure and way of segmenting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from recallseg.runtime.formats.pairs import Annotated
+from recallseg.runtime.segmenting.recipe import Provenance
+from recallseg.runtime.segmenting.result import Result
+
+__all__ = ["RECALLED", "Arm", "Case", "Evaluation", "Illustration", "Timing", "VolumeCase"]
+
+RECALLED = "recalled"
+"""The method that is judged; others are baselines."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to segment every query.
+
+    Attributes
+    ----------
+    method : ``recalled``, or a baseline: ``copy``, ``forest``, ``match``.
+    k : most exemplars that are recalled (``copy``: 1, ``forest``: 0, it takes all).
+    annotated : how many exemplars there are to recall from, chosen at random; 0: all.
+    draw : which random choice.
+    """
+
+    method: str = RECALLED
+    k: int = 0
+    annotated: int = 0
+    draw: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image, structure and arm.
+
+    ``hd95`` is in mm (pixels if the spacing is unknown), volumes in its square; ``iou_estimate``,
+    ``object_score`` and ``nearest_distance`` are the model's own (see ``Score``), NaN for
+    baselines; ``recalled`` are keys, nearest first; ``volume``: what a slice is of, empty for other
+    images; ``group``: a hash of what the image belongs to (patient, folder, file), made with a key
+    of this run; ``method``, ``annotated`` and ``draw``: see ``Arm``.
+    """
+
+    case: str
+    structure: str
+    k: int
+    dice: float
+    iou: float
+    hd95: float
+    reference_volume: float
+    predicted_volume: float
+    latency_ms: float
+    quality: str
+    nearest_distance: float
+    iou_estimate: float
+    object_score: float
+    recalled: tuple[str, ...]
+    surface_dice: float = 0.0
+    method: str = RECALLED
+    annotated: int = 0
+    draw: int = 0
+    group: str = ""
+    volume: str = ""
+
+    @property
+    def arm(self) -> Arm:
+        """How it was segmented."""
+        return Arm(self.method, self.k, self.annotated, self.draw)
+
+
+@dataclass(frozen=True)
+class VolumeCase:
+    """One whole volume, structure and arm, compared in three dimensions.
+
+    ``hd95`` is in mm and volumes in cubic mm (pixels where the file states no lengths); NaN where
+    not every slice says something of the structure, ``slices`` being those that do.
+    """
+
+    volume: str
+    structure: str
+    k: int
+    slices: int
+    dice: float
+    iou: float
+    hd95: float
+    surface_dice: float
+    reference_volume: float
+    predicted_volume: float
+    method: str = RECALLED
+    annotated: int = 0
+    draw: int = 0
+    group: str = ""
+
+    @property
+    def arm(self) -> Arm:
+        """How it was segmented."""
+        return Arm(self.method, self.k, self.annotated, self.draw)
+
+    @property
+    def volume_difference(self) -> float:
+        """Predicted less reference volume, as a share of the reference; NaN without one."""
+        if not self.reference_volume:
+            return float("nan")
+        return (self.predicted_volume - self.reference_volume) / self.reference_volume
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds by stage of one query."""
+
+    case: str
+    k: int
+    stages: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """What a report shows of one image: pixels, reference and result. ``dice`` is the mean over
+    structures.
+    """
+
+    annotated: Annotated
+    result: Result
+    cases: Mapping[str, Case]
+    dice: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that an evaluation found.
+
+    Attributes
+    ----------
+    structures, ks : in the order asked for.
+    arms : every way in which each image was segmented, in the order of the tables.
+    cases, volumes : one per image (volume), structure and arm.
+    timings : one per image and k.
+    failures : name and message of images that could not be evaluated.
+    illustrations : for the largest k, lowest Dice first.
+    workspace_bytes : what the segmenter set aside, by k.
+    in_mm : whether distances are in mm; else in pixels.
+    tolerance : of surface Dice, in the same unit.
+    exemplars : how many the library has.
+    split : whether queries were recalled without their own group (or fold).
+    provenance : what made the last result, by k.
+    unmentioned : names of images and volumes that say nothing of the structures.
+    notes : what had to be decided while volumes were read, by name.
+    """
+
+    structures: tuple[str, ...]
+    ks: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    cases: tuple[Case, ...] = field(repr=False)
+    volumes: tuple[VolumeCase, ...] = field(repr=False)
+    timings: tuple[Timing, ...] = field(repr=False)
+    failures: Mapping[str, str]
+    illustrations: tuple[Illustration, ...] = field(repr=False)
+    workspace_bytes: Mapping[int, int]
+    in_mm: bool
+    tolerance: float
+    exemplars: int
+    split: bool
+    provenance: Mapping[int, Provenance]
+    unmentioned: tuple[str, ...] = ()
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

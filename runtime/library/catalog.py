@@ -253,11 +253,38 @@ class Catalog(CatalogQueries):
             return False
         with self.change("retag", [number]):
             content = db.value("SELECT content FROM exemplars WHERE id = ?", (number,))
-            db.execute("DELETE FROM tags WHERE exemplar = ?", (number,))
-            values = [(number, name, value) for name, value in tags.items()]
-            db.execute_many("INSERT INTO tags VALUES (?, ?, ?)", values)
+            self._set_tags(number, tags)
             self._set_digest(number, exemplar_digest(key, content, tags))
         return True
+
+    def rename(
+        self,
+        exemplars: Iterable[tuple[int, str, Mapping[str, str]]],
+        notes: Mapping[str, tuple[str, str] | None],
+    ) -> None:
+        """Give exemplars other keys and tags, in one commit, and notes other names and texts.
+
+        Parameters
+        ----------
+        exemplars : number, key, tags.
+        notes : what takes the place of a note; None: nothing.
+        """
+        db, exemplars = self.database, [*exemplars]
+        with self.change("anonymise", [number for number, _, _ in exemplars]):
+            for number, key, tags in exemplars:
+                content = db.value("SELECT content FROM exemplars WHERE id = ?", (number,))
+                db.execute("UPDATE exemplars SET key = ? WHERE id = ?", (key, number))
+                self._set_tags(number, tags)
+                self._set_digest(number, exemplar_digest(key, content, tags))
+            for name, new in notes.items():
+                self.set_note(name, None)
+                if new is not None:
+                    self.set_note(*new)
+
+    def _set_tags(self, number: int, tags: Mapping[str, str]) -> None:
+        self.database.execute("DELETE FROM tags WHERE exemplar = ?", (number,))
+        values = [(number, name, value) for name, value in tags.items()]
+        self.database.execute_many("INSERT INTO tags VALUES (?, ?, ?)", values)
 
     def _set_digest(self, number: int, digest: bytes) -> None:
         """Give an exemplar another digest, and the library with it."""

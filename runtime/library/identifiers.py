@@ -224,13 +224,17 @@ class Identifiers:
 
     # Hashing
 
-    def conceal(self, tags: Mapping[str, str], *, adding: bool = False) -> dict[str, str]:
+    def conceal(
+        self, tags: Mapping[str, str], *, adding: bool = False, beside_clear: bool = False
+    ) -> dict[str, str]:
         """Return tags with a keyed hash in place of each value that identifies.
 
         Parameters
         ----------
         tags : checked ones; values that are hashed already stay.
         adding : they are to be stored, so the secret is made where there is none.
+        beside_clear : also where the library has such values in the clear, which equal ones would
+            no longer be equal to.
 
         Raises
         ------
@@ -240,7 +244,8 @@ class Identifiers:
         hashed = dict(tags)
         for name, value in tags.items():
             if identifies(name, value) and not is_hashed(value):
-                self._refuse_clear(name, value)
+                if not beside_clear:
+                    self._refuse_clear(name, value)
                 hashed[name] = self.keyed_hash(f"tag {name}", value, adding=adding)
         return hashed
 
@@ -269,7 +274,7 @@ class Identifiers:
         return _PREFIX + hmac.new(self._secret, message, hashlib.sha256).hexdigest()
 
     def _refuse_clear(self, name: str, value: str) -> None:
-        """Refuse to hash beside values in the clear: equal ones would no longer be equal."""
+        """Raise InputError if the library has such a value in the clear."""
         probes = [("value < ?", _PREFIX), ("value >= ?", _AFTER)]
         if not identifies(name, ""):
             probes = [("value = ?", value)]
@@ -304,6 +309,13 @@ class Identifiers:
             )
 
     @property
+    def own(self) -> bool:
+        """Whether what is hashed in the catalog is so with this table's secret."""
+        with self._lock:
+            self._load()
+            return bool(self._secret) and self._catalog.note(NOTE) == self._secret_id
+
+    @property
     def _secret_id(self) -> str:
         """What tells secrets apart, and says nothing of them."""
         return hashlib.sha256(_CONTEXT + self._secret).hexdigest()[:16]
@@ -319,17 +331,20 @@ class Identifiers:
     # Change
 
     @contextmanager
-    def telling(self, identities: Sequence[Identity]) -> Iterator[None]:
+    def telling(
+        self, identities: Sequence[Identity], *, instead: Iterable[str] = ()
+    ) -> Iterator[None]:
         """Store what keys stand for, durably; the block then commits the exemplars.
 
-        If it raises, what was told is forgotten; else what had been told of the same keys is.
+        If it raises, what was told is forgotten; else what had been told of the same keys is, and
+        of those that they take the place of.
 
         Raises
         ------
         LibraryWriteError
             If the table cannot be written.
         """
-        keys = [identity.key for identity in identities]
+        keys = [*(identity.key for identity in identities), *instead]
         told = [identity for identity in identities if identity]
         with self._lock:
             before = self._of_keys(keys)

@@ -31,6 +31,7 @@ from recallseg.runtime.formats.pairs import (
     read_pair,
 )
 from recallseg.runtime.formats.volume import SPACING_TAG, Slicing, Volume
+from recallseg.runtime.library.identifiers import random_key
 from recallseg.runtime.library.sources import content_digest
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ImportReport",
+    "check_pattern",
     "import_annotated",
     "import_exemplars",
     "import_pairs",
@@ -78,6 +80,7 @@ def import_pairs(
     legend: Legend | None = None,
     as_stored: bool = False,
     tags: Mapping[str, str] | None = None,
+    key: str | None = None,
     strict: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ImportReport:
@@ -90,6 +93,7 @@ def import_pairs(
         library,
         [(pair.name, reading(pair)) for pair in pairs],
         tags=tags,
+        key=key,
         strict=strict,
         progress=progress,
     )
@@ -105,6 +109,7 @@ def import_volume(
     read: VolumeReader = read_annotated_volume,
     missing: Missing = "absent",
     tags: Mapping[str, str] | None = None,
+    key: str | None = None,
     strict: bool = False,
 ) -> ImportReport:
     """Add the chosen slices of a volume; a volume that cannot be used is one failure.
@@ -115,6 +120,7 @@ def import_volume(
     read : how; :func:`functools.partial` of the default takes options.
     choice, plane, missing : see :func:`annotated_slices`.
     tags : given to every slice, beside those of the volume.
+    key : see :func:`import_annotated`.
     strict : raise instead.
 
     Raises
@@ -146,6 +152,8 @@ def import_volume(
         library,
         [(each.name, lambda each=each: each) for each in chosen],  # type: ignore[misc]
         tags={**found.tags, **_scale(found, plane), **(tags or {})},
+        key=key,
+        origin=f"{item.path}, series {item.series}" if item.series else str(item.path),
         strict=strict,
     )
     return replace(report, notes={item.name: found.notes} if found.notes else {})
@@ -171,6 +179,7 @@ def import_exemplars(
     as_stored: bool = False,
     missing: Missing = "absent",
     tags: Mapping[str, str] | None = None,
+    key: str | None = None,
     strict: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ImportReport:
@@ -184,6 +193,7 @@ def import_exemplars(
     choice : which slices of volumes; all that show something by default.
     plane, read : see :func:`import_volume`.
     tags : given to every exemplar.
+    key : see :func:`import_annotated`.
     strict : stop at the first that cannot be used; what was added before stays.
     progress : called after each image and volume with its name.
 
@@ -208,6 +218,7 @@ def import_exemplars(
         legend=legend,
         as_stored=as_stored,
         tags=tags,
+        key=key,
         strict=strict,
         progress=progress,
     )
@@ -224,6 +235,7 @@ def import_exemplars(
             read=read,
             missing=missing,
             tags=tags,
+            key=key,
             strict=strict,
         )
         added |= report.added
@@ -235,11 +247,31 @@ def import_exemplars(
     return ImportReport(added, tuple(skipped), failed, notes)
 
 
+def check_pattern(key: str) -> None:
+    """Raise InputError unless keys can be made of a pattern."""
+    if not ("{name}" in key or "{number}" in key):
+        raise InputError(
+            f"a pattern of keys must have {{name}} or {{number}}, got '{key}': each exemplar has a "
+            "key of its own."
+        )
+
+
+def _key(library: Library, pattern: str | None, name: str) -> str:
+    if pattern is None:
+        return random_key()
+    number = len(library) + 1
+    while "{number}" in pattern and pattern.replace("{number}", str(number)) in library:
+        number += 1
+    return pattern.replace("{number}", str(number)).replace("{name}", name)
+
+
 def import_annotated(
     library: Library,
     sources: Sequence[tuple[str, Callable[[], Annotated]]],
     *,
     tags: Mapping[str, str] | None = None,
+    key: str | None = None,
+    origin: str = "",
     strict: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ImportReport:
@@ -247,9 +279,11 @@ def import_annotated(
 
     Parameters
     ----------
-    sources : names, and what gives the image. A name becomes the exemplar's key, or, where that is
-        taken, the library gives one.
+    sources : names, and what gives the image. Only :meth:`recallseg.Library.whois` tells a name.
     tags : given to every exemplar.
+    key : None for keys that say nothing; or a pattern in which ``{name}`` stands for the name and
+        ``{number}`` for a number that is free. Keys stand in records of other patients.
+    origin : where all of them come from, which is told with their names.
     strict : stop at the first that cannot be used; what was added before stays.
     progress : called after each with its name.
 
@@ -260,6 +294,8 @@ def import_annotated(
     LibraryWriteError
         If the library cannot be written.
     """
+    if key is not None:
+        check_pattern(key)
     known = {exemplar.content for exemplar in library}
     added: dict[str, str] = {}
     skipped: list[str] = []
@@ -276,7 +312,8 @@ def import_annotated(
                     annotated.masks,
                     absent=annotated.absent,
                     tags=dict(tags or {}),
-                    key=None if name in library else name,
+                    key=_key(library, key, name),
+                    name=f"{name} of {origin}" if origin else name,
                 )
                 known.add(content)
         except InputError as error:

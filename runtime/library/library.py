@@ -714,14 +714,15 @@ class Library(Upkeep):
         ----------
         recipes : digests of one recipe under the bundle's identities, today's first: the first that
             was calibrated counts.
-        structures, tags : what is asked for.
+        structures : what is asked for.
+        tags : as exemplars have them, see :meth:`conceal`.
 
         Raises
         ------
         InputError
             For an unknown structure.
         """
-        return calibrations.learnt(self._store, recipes, structures, self.conceal(tags))
+        return calibrations.learnt(self._store, recipes, structures, check_tags(tags))
 
 
 def _choice(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
-from recallseg.runtime.library import changing, maintenance
+from recallseg.runtime.library import anonymising, changing, maintenance
+from recallseg.runtime.library.anonymising import AnonymisingReport
 from recallseg.runtime.library.binding import Binding
 from recallseg.runtime.library.encoding import ExemplarEncoder
 from recallseg.runtime.library.exemplar import Exemplar, LibraryReport
@@ -98,6 +99,23 @@ class Upkeep:
         return history(self._store.catalog)
 
     # Care
+
+    def anonymise(self) -> AnonymisingReport:
+        """Give exemplars keys that say nothing, and hash tags that identify, in one commit.
+
+        For libraries of earlier versions, whose keys came from file names. Keys that are random or
+        made from the content stay. :meth:`recallseg.Library.whois` knows the former ones. Keys and
+        tags are part of the digest, which changes; memories and calibrations do not.
+
+        Where values were hashed by whoever made the library, and their table is not here, those
+        stay as they are, and new ones are hashed with a secret of one's own.
+
+        Raises
+        ------
+        LibraryWriteError
+            If the library is open for reading only or cannot be written.
+        """
+        return anonymising.anonymise(self._store)
 
     def compact(self) -> int:
         """Write the memories in use to new shards, delete the old ones, return the bytes freed."""

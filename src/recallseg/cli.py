@@ -25,6 +25,7 @@ from recallseg.commands.config import app as config_app
 from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
 from recallseg.commands.evaluate import evaluate
+from recallseg.commands.identifiers import anonymise, whois
 from recallseg.commands.importing import import_
 from recallseg.commands.library import app as library_app
 from recallseg.commands.node import app as node_app
@@ -186,6 +187,8 @@ def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
 
 app.command()(demo)
 library_app.command("import")(import_)
+library_app.command()(whois)
+library_app.command()(anonymise)
 app.add_typer(library_app, name="library")
 app.command()(segment)
 app.command()(watch)

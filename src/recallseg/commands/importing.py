@@ -82,6 +82,14 @@ def import_(
     as_stored: AsStoredOption = False,
     missing: MissingOption = "absent",
     tag: TagOption = None,
+    key: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Keys of exemplars, e.g. '{name}' or 'lung-{number}'. They stand in records of "
+            "other patients.",
+            show_default="random",
+        ),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option(
@@ -95,13 +103,14 @@ def import_(
 ) -> None:
     """Add annotated images or slices. Run it again to continue an interrupted import.
 
-    Tags of DICOM slices are taken from their header: modality, body part, view; no patient's.
+    Tags of DICOM slices are taken from their header: modality, body part, view; no patient's. Names
+    of files and UIDs go to the library's table of identifiers, see 'recallseg library whois'.
     """
     from recallseg.runtime.formats.annotated_volumes import SliceChoice
     from recallseg.runtime.formats.annotations import find_annotations
     from recallseg.runtime.formats.pairs import parse_labels, parse_legend
     from recallseg.runtime.library import Library
-    from recallseg.runtime.library.importing import import_exemplars
+    from recallseg.runtime.library.importing import check_pattern, import_exemplars
 
     read = volume_reader(voi, time, stack, resample, segments)
     names = None if labels is None else parsed(parse_labels, labels, "--labels")
@@ -109,6 +118,8 @@ def import_(
     tags = parse_tags(tag)
     unlooked = parsed(parse_missing, missing, "--missing")
     choice = parsed(lambda text: SliceChoice.parse(text, empty=empty), slices, "--slices")
+    if key is not None:
+        parsed(check_pattern, key, "--key")
     found = find_annotations(path, mask)
     with Library.open(
         library, mode="write", engine=engine, precision=precision, threads=threads
@@ -126,6 +137,7 @@ def import_(
                 as_stored=as_stored,
                 missing=unlooked,
                 tags=tags,
+                key=key,
                 strict=strict,
                 progress=step,
             )

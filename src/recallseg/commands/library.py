@@ -102,7 +102,11 @@ def add(
     missing: MissingOption = "absent",
     tag: TagOption = None,
     key: Annotated[
-        Optional[str], typer.Option(help="Name of the exemplar.", show_default="from its content")
+        Optional[str],
+        typer.Option(
+            help="Key of the exemplar; it stands in records of other patients.",
+            show_default="random",
+        ),
     ] = None,
     engine: EngineOption = defaults.ENGINE,
     precision: PrecisionOption = defaults.PRECISION,
@@ -119,11 +123,15 @@ def add(
     with Library.open(
         library, mode="write", engine=engine, precision=precision, threads=threads
     ) as opened:
-        typer.echo(
-            opened.add(
-                annotated.image, annotated.masks, absent=annotated.absent, tags=tags, key=key
-            )
+        made = opened.add(
+            annotated.image,
+            annotated.masks,
+            absent=annotated.absent,
+            tags=tags,
+            key=key,
+            name=str(image),
         )
+        typer.echo(made)
 
 
 @app.command("list")

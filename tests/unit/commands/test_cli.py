@@ -109,7 +109,10 @@ def test_create_refuses_what_it_must(fake_bundle: Bundle, tmp_path: Path, librar
 
 def test_library_life(library: Path, pairs: Path, tmp_path: Path) -> None:
     listed = answer("library", "list", library)
-    assert [e["key"] for e in listed["exemplars"]][:2] == ["disc-0.00", "disc-0.20"]
+    assert not any("disc" in exemplar["key"] for exemplar in listed["exemplars"])
+    known = answer("library", "whois", library)
+    assert [each["name"] for each in known][:2] == ["disc-0.00", "disc-0.20"]
+    assert "disc-0.20" in call("library", "whois", library, known[1]["key"])
     assert listed["structures"]["disc"] == {"present": 6, "absent": 0}
     assert "6 exemplars" in call("library", "list", library)
     assert "0 added, 6 already there" in call(

@@ -214,7 +214,7 @@ typedef struct recallseg_exemplar {
   size_t absent_count;
   const recallseg_tag *tags;
   size_t tag_count;
-  const char *key; /* null: made from the content */
+  const char *key; /* null: random */
 } recallseg_exemplar;
 #define RECALLSEG_EXEMPLAR_INIT {sizeof(recallseg_exemplar), 0, NULL, 0, NULL, 0, NULL, 0, NULL}
 

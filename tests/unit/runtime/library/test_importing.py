@@ -11,6 +11,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import find_pairs, parse_labels
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.identifiers import is_random_key
 from recallseg.runtime.library.importing import import_exemplars, import_pairs
 
 POSITIONS = [0.1, 0.3, 0.5, 0.7]
@@ -34,8 +35,10 @@ def test_interrupted_then_resumed(fake_bundle: Bundle, tmp_path: Path) -> None:
         assert len(library) == 2
         report = import_pairs(library, pairs, labels, tags={"modality": "MR"})
         assert report.skipped == tuple(NAMES[:2])
-        assert list(report.added.values()) == NAMES[2:]
-        assert library.get(NAMES[3]).tags == {"modality": "MR"}
+        assert list(report.added) == NAMES[2:]
+        assert all(is_random_key(key) for key in report.added.values())
+        assert [library.whois(key).name for key in report.added.values()] == NAMES[2:]
+        assert library.get(report.added[NAMES[3]]).tags == {"modality": "MR"}
         assert import_pairs(library, pairs, labels).skipped == tuple(NAMES)
         assert len(library) == 4
 
@@ -44,7 +47,8 @@ def test_other_masks_for_a_name_that_is_there(fake_bundle: Bundle, tmp_path: Pat
     write_pairs(tmp_path / "pairs", POSITIONS[:1])
     pairs = find_pairs(tmp_path / "pairs").pairs
     with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
-        import_pairs(library, pairs, {1: "disc", 2: "core"})
+        import_pairs(library, pairs, {1: "disc", 2: "core"}, key="{name}")
+        assert [exemplar.key for exemplar in library] == NAMES[:1]
         report = import_pairs(library, pairs, {1: "ring", 2: "core"})
         assert len(library) == 2
         assert report.added[NAMES[0]] != NAMES[0]
@@ -66,5 +70,8 @@ def test_a_bad_file(fake_bundle: Bundle, tmp_path: Path) -> None:
 def test_a_folder_is_enough(fake_bundle: Bundle, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", POSITIONS[:2])
     with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
-        report = import_exemplars(library, tmp_path / "pairs", labels=parse_labels(LABELS))
-        assert [*report.added.values()] == NAMES[:2]
+        labels = parse_labels(LABELS)
+        report = import_exemplars(library, tmp_path / "pairs", labels=labels, key="disc {number}")
+        assert report.added == {NAMES[0]: "disc 1", NAMES[1]: "disc 2"}
+        with pytest.raises(InputError, match=r"must have \{name\} or \{number\}, got 'disc'"):
+            import_exemplars(library, tmp_path / "pairs", labels=labels, key="disc")

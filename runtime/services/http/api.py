@@ -17,11 +17,12 @@ from recallseg import __version__
 from recallseg.engines.errors import InputError
 from recallseg.runtime.services.http import export, gallery
 from recallseg.runtime.services.http.desk import Desk, Which
-from recallseg.runtime.services.http.drafts import Change, Draft, Place, Prompt
+from recallseg.runtime.services.http.drafts import Draft
 from recallseg.runtime.services.http.leases import Lease, Leases
 from recallseg.runtime.services.http.limits import Budget, Limits, RefusedError
 from recallseg.runtime.services.http.nninteractive import ImageMeta, read_meta, volume_of
 from recallseg.runtime.services.http.packed import unpack
+from recallseg.runtime.services.http.prompts import Change, Place, Prompt
 from recallseg.runtime.services.http.seats import Seat
 from recallseg.runtime.services.http.worklist import Order, Worklist
 
@@ -52,10 +53,10 @@ class At(Strict):
 
 
 class Correct(At):
-    """A click (one point), a box (two corners), a scribble (points along it): x, y of pixels."""
+    """By a click (one point), a box (two corners), a scribble or a lasso: x, y of pixels."""
 
     structure: Text
-    kind: Literal["click", "box", "scribble"]
+    kind: Literal["click", "box", "scribble", "lasso"]
     points: Annotated[
         list[Annotated[list[Pixel], Field(min_length=2, max_length=2)]],
         Field(min_length=1, max_length=4096),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.volume import COARSER, Slicing, Volume
 
-__all__ = ["Box", "bounds", "box_of", "cuts_of", "filled", "scribble_points", "stack", "union_of"]
+__all__ = ["Box", "box_of", "cuts_of", "outline_of", "scribble_points", "stack", "union_of"]
 
 SCRIBBLE_POINTS = 12
 """That a scribble is taken for: it is sampled evenly."""
@@ -34,20 +34,15 @@ def scribble_points(mask: NDArray[np.bool_]) -> tuple[tuple[float, float], ...]:
     return tuple((float(x), float(y)) for x, y in points[chosen])
 
 
-def filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return a lasso with what its outlines enclose."""
+def outline_of(mask: NDArray[np.bool_]) -> tuple[tuple[float, float], ...]:
+    """Return (x, y) along the outline of the largest part of what was drawn round something."""
     import cv2
 
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    out = mask.astype(np.uint8)
-    cv2.drawContours(out, contours, -1, 1, cv2.FILLED)
-    return out.astype(bool)
-
-
-def bounds(mask: NDArray[np.bool_]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the corners (x, y) of the pixels of a mask that is not empty."""
-    ys, xs = np.nonzero(mask)
-    return (float(xs.min()), float(ys.min())), (float(xs.max()), float(ys.max()))
+    found, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    if not found:
+        return ()
+    largest = max(found, key=lambda each: (cv2.contourArea(each), len(each)))
+    return tuple((float(x), float(y)) for x, y in largest[:, 0])
 
 
 def stack(array: NDArray[Any], spacing: Iterable[float] | None = None) -> Volume:

@@ -22,8 +22,9 @@ from recallseg.runtime.library.changing import Addition
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.http.drafts import CANNOT, Correcting, Draft, Place
+from recallseg.runtime.services.http.drafts import Draft
 from recallseg.runtime.services.http.limits import RefusedError
+from recallseg.runtime.services.http.prompts import CANNOT, Correcting, Place
 
 __all__ = ["Desk"]
 

@@ -21,12 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.volume import Volume
-from recallseg.runtime.services.http.cuts import bounds, filled, scribble_points, stack, union_of
+from recallseg.runtime.services.http.cuts import outline_of, scribble_points, stack, union_of
 from recallseg.runtime.services.http.desk import Desk, Which
-from recallseg.runtime.services.http.drafts import Change, Draft, Place, Prompt
+from recallseg.runtime.services.http.drafts import Draft
 from recallseg.runtime.services.http.leases import Lease, Leases
 from recallseg.runtime.services.http.limits import Budget, Limits, RefusedError
 from recallseg.runtime.services.http.packed import pack, unpack
+from recallseg.runtime.services.http.prompts import Change, Place, Prompt
 from recallseg.runtime.services.http.seats import Seat
 
 __all__ = ["UPLOADS", "ImageMeta", "Properties", "protocol", "read_meta", "volume_of"]
@@ -354,12 +355,10 @@ def protocol(
         meta = read_meta(request, Marked)
         with lease.turn() as seat:
             draft, name = seat.draft, target_of(seat)
-            prompts = []
-            for place, mask in _marked(draft, unpack(data, limits.image_bytes), meta):
-                whole = filled(mask)
-                prompts.append(
-                    Prompt("lasso", name, place, bounds(whole), whole, meta.include_interaction)
-                )
+            prompts = [
+                Prompt("lasso", name, place, outline_of(mask), meta.include_interaction)
+                for place, mask in _marked(draft, unpack(data, limits.image_bytes), meta)
+            ]
             return prompted(seat, prompts, meta.run_prediction)
 
     @router.post("/add_initial_seg_interaction")

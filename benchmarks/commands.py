@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from recallseg.benchmarks.accuracy.commands import accuracy
+from recallseg.benchmarks.accuracy.commands import accuracy, choosing
 from recallseg.benchmarks.capi import capi
 from recallseg.benchmarks.gpu.commands import gpu
 from recallseg.benchmarks.pixels import pixels
@@ -241,6 +241,7 @@ def compare(
 
 
 bench.command()(accuracy)
+bench.command()(choosing)
 bench.command()(capi)
 bench.command()(gpu)
 bench.command()(pixels)

@@ -26,7 +26,7 @@ from recallseg.engines import defaults
 if TYPE_CHECKING:
     from recallseg.benchmarks.accuracy.run import Accuracy
 
-__all__ = ["accuracy"]
+__all__ = ["accuracy", "choosing"]
 
 
 def accuracy(
@@ -134,3 +134,46 @@ def _print_table(found: Accuracy) -> None:
             row = ["-" if value is None else f"{value:.3f}" for value in cells]
             table.add_row(outcome.dataset.name, structure, *row)
     Console().print(table)
+
+
+def choosing(
+    output: Annotated[Path, typer.Option("--output", help="Folder for choosing.csv.")],
+    bundle: Annotated[str, typer.Option("--bundle", help="Folder or name.")] = "demo",
+    data: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--data", help="Folder with archives of packages that ship images ('pip download')."
+        ),
+    ] = None,
+    datasets: Annotated[
+        Optional[str],
+        typer.Option("--datasets", help="Comma-separated names.", show_default="all that are here"),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Random choices of each budget.")] = 5,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure whether 'library next' saves annotations, against random choices."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from recallseg.benchmarks.accuracy.choosing import measure_choosing, tabulate, write_chosen
+    from recallseg.benchmarks.accuracy.datasets import load_datasets
+    from recallseg.engines.bundle import Bundle
+
+    names = None if datasets is None else parsed(split_list, datasets, "--datasets")
+    opened = Bundle.open(bundle)
+    loaded, missing = load_datasets(names, data)
+    output.mkdir(parents=True, exist_ok=True)
+    found = []
+    for dataset in loaded:
+        with progress_bar(dataset.name, 4 * (draws + 4)) as step:
+            found += measure_choosing(dataset, opened, draws=draws, threads=threads, step=step)
+        write_chosen(output / "choosing.csv", found)
+    for name, why in missing.items():
+        note(f"left out {name}: {why}")
+    header, rows = tabulate(found)
+    table = Table(*header, title="Mean Dice by annotated images", box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    say_notice(opened.notice)

@@ -29,6 +29,7 @@ from recallseg.runtime.formats.volume import Slicing, Volume
 __all__ = [
     "SliceChoice",
     "annotated_slices",
+    "farthest_first",
     "read_annotated_volume",
     "structure_name",
 ]
@@ -190,7 +191,8 @@ def annotated_slices(
         candidates = candidates[:: choice.n]
     elif choice.rule == "different" and embed is not None:
         pictures = [np.ascontiguousarray(slicing.view(volume.array, i)) for i in candidates]
-        candidates = _farthest(candidates, np.stack([embed(p) for p in pictures]), known, choice.n)
+        taken = farthest_first(np.stack([embed(p) for p in pictures]), known, choice.n)
+        candidates = [candidates[i] for i in sorted(taken)]
 
     def cut(index: int) -> Annotated:
         planes = {key: slicing.view(mask, index) for key, mask in masks.items()}
@@ -202,26 +204,29 @@ def annotated_slices(
     return [cut(index) for index in candidates]
 
 
-def _farthest(
-    candidates: list[int],
-    embeddings: NDArray[np.float32],
-    known: NDArray[np.float32] | None,
-    count: int,
+def farthest_first(
+    embeddings: NDArray[np.float32], known: NDArray[np.float32] | None, count: int
 ) -> list[int]:
-    """Take the candidate farthest from everything taken or known, again and again."""
+    """Return indices of embeddings, each the farthest from everything known and taken before.
+
+    Parameters
+    ----------
+    embeddings, known : N x D and M x D of unit length; where nothing is known, the most typical one
+        comes first.
+    """
     if known is not None and len(known):
         distance = 1 - (embeddings @ known.T).max(axis=1)
-    else:  # an empty library: begin with the most typical slice
+    else:
         distance = (embeddings @ embeddings.mean(axis=0)).astype(np.float32)
     taken: list[int] = []
-    for _ in range(min(count, len(candidates))):
+    for _ in range(min(count, len(embeddings))):
         best = int(np.argmax(distance))
         if not taken and (known is None or not len(known)):
-            distance = np.full(len(candidates), np.inf, np.float32)
+            distance = np.full(len(embeddings), np.inf, np.float32)
         taken.append(best)
         distance = np.minimum(distance, 1 - embeddings @ embeddings[best])
         distance[taken] = -1.0
-    return sorted(candidates[i] for i in taken)
+    return taken
 
 
 def _labelled(

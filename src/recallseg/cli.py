@@ -21,6 +21,7 @@ from recallseg import __version__
 from recallseg.commands.audit import app as audit_app
 from recallseg.commands.build import build
 from recallseg.commands.cache import app as cache_app
+from recallseg.commands.choosing import next_
 from recallseg.commands.config import app as config_app
 from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
@@ -189,6 +190,7 @@ app.command()(demo)
 library_app.command("import")(import_)
 library_app.command()(whois)
 library_app.command()(anonymise)
+library_app.command("next")(next_)
 app.add_typer(library_app, name="library")
 app.command()(segment)
 app.command()(watch)

@@ -17,10 +17,19 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError, LibraryCorruptError
 from recallseg.runtime.checks import check_name
+from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.store import Store
 from recallseg.runtime.library.values import hex_digest, integer, text
 
-__all__ = ["Learnt", "StoredCalibration", "calibrations", "learnt", "marks", "store_calibrations"]
+__all__ = [
+    "Learnt",
+    "StoredCalibration",
+    "calibrations",
+    "learnt",
+    "marks",
+    "notes_of",
+    "store_calibrations",
+]
 
 FORMAT_VERSION = 1
 FORMER = "calibration"
@@ -111,6 +120,12 @@ def calibrations(store: Store) -> tuple[StoredCalibration, ...]:
 def marks(store: Store, recipes: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Return what changes whenever a calibration of one of these recipes does; fast."""
     return tuple(note for one in recipes for note in store.catalog.notes(f"{PREFIX}{one} "))
+
+
+def notes_of(catalog: Catalog, old: str, new: str) -> dict[str, str]:
+    """Return the names of a structure's notes, and those that they get if it is renamed."""
+    names = [name for name, _ in catalog.notes(PREFIX) if _split(name)[1] == old]
+    return {name: f"{PREFIX}{_split(name)[0]} {new}" for name in names}
 
 
 def learnt(

@@ -310,6 +310,46 @@ class Catalog(CatalogQueries):
         )
         return int(self.database.value("SELECT id FROM structures WHERE name = ?", (name,)))
 
+    def rename_structure(
+        self,
+        structure: int,
+        old: str,
+        new: str,
+        contents: Mapping[int, str],
+        moved: Mapping[str, str],
+    ) -> None:
+        """Give a structure another name, in one commit.
+
+        ``contents`` are the digests of its exemplars' contents under that name, by number;
+        ``moved`` are notes that get other names. Images keep the name that they were stored with.
+        """
+        db = self.database
+        with self.change("rename_structure", contents, {"from": old, "to": new}):
+            db.upgrade()
+            for (other,) in db.execute("SELECT id FROM structures WHERE name = ?", (new,)):
+                # Of exemplars that are all removed.
+                db.execute("DELETE FROM structures WHERE id = ?", (other,))
+                for table in ("indexes", "former_names"):
+                    db.execute(f"DELETE FROM {table} WHERE structure = ?", (other,))
+            db.execute("UPDATE structures SET name = ? WHERE id = ?", (new, structure))
+            # Where there is a row already, nothing was stored under this name since.
+            db.execute(
+                "INSERT OR IGNORE INTO former_names VALUES (?, ?, ?)",
+                (old, self.next_number() - 1, structure),
+            )
+            for number, content in contents.items():
+                [(key,)] = db.execute("SELECT key FROM exemplars WHERE id = ?", (number,))
+                tags = dict(
+                    db.execute("SELECT name, value FROM tags WHERE exemplar = ?", (number,))
+                )
+                db.execute("UPDATE exemplars SET content = ? WHERE id = ?", (content, number))
+                self._set_digest(number, exemplar_digest(key, content, tags))
+            for before, after in moved.items():
+                text = self.note(before)
+                self.set_note(before, None)
+                self.set_note(after, text)
+            self._advance(self.state(), 0, 0)
+
     # Generations: all exemplars encoded anew
 
     def switch(self, generation: int, settings: Settings) -> None:

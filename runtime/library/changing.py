@@ -27,16 +27,19 @@ from recallseg.runtime.library.encoding import ExemplarEncoder, check_encoded
 from recallseg.runtime.library.identifiers import FORGET, Identity, random_key
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import NewExemplar
+from recallseg.runtime.library.shards import Place
 from recallseg.runtime.library.sources import content_digest
 from recallseg.runtime.library.store import Store
 
-__all__ = ["Addition", "add", "add_many", "remove", "replace_mask", "retag", "retire"]
+__all__ = ["Addition", "add", "add_many", "remove", "replace_mask", "retag", "retire", "write_all"]
 
 SAVE_EVERY = 4096
 """Exemplars added between looks at whether the search indexes should be saved."""
 
 Progress = Callable[[int, int], None]
 _SAME = " (the same image with the same masks)"
+Make = Callable[[int, Iterator[Place]], NewExemplar]
+"""Writes an exemplar under a number, its memories at the next places."""
 
 
 class Addition(TypedDict, total=False):
@@ -189,16 +192,10 @@ def _add_all(
 
     ``instead`` is the key of an exemplar that goes, and the structure that it has another mask of.
     """
-    catalog, sources, writer = store.catalog, store.sources, store.writer
-    with store.lock:
-        first = catalog.next_number()
-        places = iter(catalog.allocate(memories, writer.capacity, store.state.generation))
-        if count > 1:  # the images of more than one are found again by whoever cleans up
-            catalog.set_note(ADDING, f"{first} {first + count - 1}")
-    written: list[NewExemplar] = []
     identities: list[Identity] = []
-    try:
-        for number, one in enumerate(exemplars, first):
+
+    def encoded(one: _Checked) -> Make:
+        def make(number: int, places: Iterator[Place]) -> NewExemplar:
             # Queries go on meanwhile, and take their turns on the model.
             encoded = check_encoded(
                 encoder().encode(one.pixels, one.masks),
@@ -208,7 +205,7 @@ def _add_all(
             )
             source = None
             if store.settings.keep_sources:
-                source = sources.write(number, one.pixels, one.masks)
+                source = store.sources.write(number, one.pixels, one.masks)
             new = NewExemplar(
                 number=number,
                 key=one.key,
@@ -220,23 +217,55 @@ def _add_all(
                 tags=one.tags,
                 absent=one.absent,
                 embedding=encoded.embedding,
-                memories=maintenance.write_memories(writer, places, encoded),
+                memories=maintenance.write_memories(store.writer, places, encoded),
                 origin=encoded.origin,
             )
-            written.append(new)
             if one.identity is not None:
                 identities.append(one.identity)
+            return new
+
+        return make
+
+    def commit(written: list[NewExemplar]) -> None:
+        with store.identifiers.telling(identities), store.lock:
+            if instead is None:
+                store.catalog.add(*written)
+            else:
+                key, structure = instead
+                details = {"structure": structure}
+                store.catalog.add(*written, instead=key, what="replace_mask", details=details)
+
+    write_all(store, map(encoded, exemplars), count, memories, commit, progress)
+
+
+def write_all(
+    store: Store,
+    exemplars: Iterable[Make],
+    count: int,
+    memories: int,
+    commit: Callable[[list[NewExemplar]], None],
+    progress: Progress,
+) -> None:
+    """Let exemplars be written, with so many memories in all; one commit makes them visible.
+
+    Call with ``store.changing``. Each of ``exemplars`` writes one under its number, its memories to
+    the next places, and ``commit`` gets all of them.
+    """
+    catalog, sources, writer = store.catalog, store.sources, store.writer
+    with store.lock:
+        first = catalog.next_number()
+        places = iter(catalog.allocate(memories, writer.capacity, store.state.generation))
+        if count > 1:  # the images of more than one are found again by whoever cleans up
+            catalog.set_note(ADDING, f"{first} {first + count - 1}")
+    written: list[NewExemplar] = []
+    try:
+        for number, make in enumerate(exemplars, first):
+            written.append(make(number, places))
             if len(written) < count:
                 progress(len(written), count)
         for shard in {place.shard for new in written for place, _ in new.memories.values()}:
             writer.sync(shard)
-        with store.identifiers.telling(identities), store.lock:
-            if instead is None:
-                catalog.add(*written)
-            else:
-                key, structure = instead
-                details = {"structure": structure}
-                catalog.add(*written, instead=key, what="replace_mask", details=details)
+        commit(written)
     except BaseException:
         # Not committed: give a full disk its space back.
         with store.lock, suppress(LibraryError):  # or the next who opens it does
@@ -304,7 +333,9 @@ def replace_mask(
                 f"the library {store.path} did not keep the image of exemplar '{key}', so it "
                 "cannot be encoded anew. Remove it, and add it with the other mask."
             )
-        image, masks = store.sources.read(number, digest, key)
+        image, masks = store.sources.read(
+            number, digest, key, store.catalog.names_in_source(number)
+        )
         masks[structure] = check_mask(mask, image.shape, structure)
         content = content_digest(image, masks, exemplar.absent)
         tags = dict(exemplar.tags)

@@ -192,6 +192,18 @@ class Database:
             self._run(_SCHEMA_3)
             self.execute(f"PRAGMA user_version={FORMAT_VERSION}")
 
+    def copy(self, path: Path) -> None:
+        """Copy the file as it is committed now, in one piece, to a new one; others wait or not."""
+        with writing(path):
+            create_catalog_file(path)
+        made = _connect(path, "rw")
+        try:
+            with self._lock, self._explained():
+                self._check_open()
+                self._connection.backup(made)
+        finally:
+            made.close()
+
     def _run(self, statements: str) -> None:
         for statement in statements.split(";\n"):
             if statement.strip():

@@ -341,7 +341,7 @@ class Library(Upkeep):
             store.number(key)
             raise InputError(f"the library {self.path} did not keep the image of exemplar '{key}'.")
         try:
-            return store.sources.read(number, digest, key)
+            return store.sources.read(number, digest, key, store.catalog.names_in_source(number))
         except LibraryCorruptError:
             if store.number(key) != number:  # another process replaced it meanwhile, or removed it
                 return self.source(key)

@@ -188,7 +188,8 @@ def _encode_all(
             digest = catalog.source_digest(number)
             if digest is None:
                 raise LibraryError(f"the image of exemplar '{exemplar.key}' was not kept.")
-            image, masks = sources.read(number, digest, exemplar.key)
+            names = catalog.names_in_source(number)
+            image, masks = sources.read(number, digest, exemplar.key, names)
             encoded = check_encoded(
                 encoder.encode(image, masks), tuple(masks), settings.embedding_dim, settings.layout
             )
@@ -239,7 +240,7 @@ def _verify(store: Store, progress: Progress) -> LibraryReport:
             if source is not None:
                 kept += 1
                 try:
-                    sources.read(number, source, exemplar.key)
+                    sources.read(number, source, exemplar.key, {})
                 except LibraryError as error:
                     problems.append(str(error))
             seen += 1

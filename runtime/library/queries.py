@@ -204,6 +204,27 @@ class CatalogQueries:
         )
         return [integer(row[0], "an exemplar's number", 1) for row in rows]
 
+    def names_in_source(self, number: int) -> dict[str, str]:
+        """Return today's names of structures that an exemplar's image may know by others."""
+        if self.database.format_version < 3:
+            return {}
+        return {
+            text(old, "a former name", check_name): text(new, "a structure's name", check_name)
+            for old, new in self.database.execute(
+                "SELECT f.name, s.name FROM former_names f JOIN structures s ON s.id = f.structure "
+                "WHERE f.last = (SELECT min(last) FROM former_names WHERE name = f.name AND last "
+                ">= ?)",
+                (number,),
+            )
+        }
+
+    def annotated(self, structure: int) -> list[int]:
+        """Return the numbers of all exemplars that name a structure, retired ones too."""
+        rows = self.database.execute(
+            "SELECT exemplar FROM annotations WHERE structure = ? ORDER BY exemplar", (structure,)
+        )
+        return [integer(row[0], "an exemplar's number", 1) for row in rows]
+
     def source_digest(self, number: int) -> bytes | None:
         """Return the SHA-256 of an exemplar's source file, or None if it was not kept."""
         rows = self.database.execute("SELECT source FROM exemplars WHERE id = ?", (number,))

@@ -79,9 +79,11 @@ class SourceStore:
         return hashlib.sha256(archive.getbuffer()).digest()
 
     def read(
-        self, number: int, digest: bytes, key: str
+        self, number: int, digest: bytes, key: str, names: Mapping[str, str]
     ) -> tuple[NDArray[Any], dict[str, NDArray[np.bool_]]]:
         """Return image and masks as they were added.
+
+        ``names`` are today's of structures that have been renamed since, by those in the file.
 
         Raises
         ------
@@ -102,7 +104,7 @@ class SourceStore:
             arrays = read_arrays(data)
             image = check_image(arrays["image"])
             masks = {
-                check_name(name): _mask(arrays[f"mask{i}"], image.shape[:2])
+                names.get(check_name(name), name): _mask(arrays[f"mask{i}"], image.shape[:2])
                 for i, name in enumerate(json.loads(str(arrays["names"])))
             }
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -6,12 +6,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
-from recallseg.runtime.library import anonymising, changing, maintenance
+from recallseg.runtime.library import (
+    anonymising,
+    backups,
+    changing,
+    maintenance,
+    merging,
+    renaming,
+)
 from recallseg.runtime.library.anonymising import AnonymisingReport
 from recallseg.runtime.library.binding import Binding
 from recallseg.runtime.library.encoding import ExemplarEncoder
 from recallseg.runtime.library.exemplar import Exemplar, LibraryReport
 from recallseg.runtime.library.history import Change, history
+from recallseg.runtime.library.merging import MergeReport
 from recallseg.runtime.library.store import Store
 
 __all__ = ["Upkeep"]
@@ -97,6 +105,156 @@ class Upkeep:
             If it is damaged.
         """
         return history(self._store.catalog)
+
+    # Names, other libraries, copies
+
+    def rename_structure(self, old: str, new: str) -> None:
+        """Give a structure another name in every exemplar, retired ones too; all or nothing.
+
+        The library is what it would be had the exemplars been added with that name, keys excepted;
+        calibrations follow. Without stored images the digests of their contents are made from the
+        former ones, and a library of the same images added anew has others.
+
+        Parameters
+        ----------
+        old : a structure that some exemplar shows, or lacks.
+        new : a name that no exemplar has.
+
+        Raises
+        ------
+        InputError
+            If there is no such structure, ``new`` is in use, or is no name.
+        LibraryCorruptError
+            If a stored image is damaged.
+        LibraryWriteError
+            If the library is open for reading only or cannot be written.
+
+        Examples
+        --------
+        >>> with Library.create("cases", "demo") as library:
+        ...     image = np.zeros((64, 64), np.uint8)
+        ...     image[16:48, 16:48] = 255
+        ...     _ = library.add(image, {"sqare": image > 0}, key="a")
+        ...     library.rename_structure("sqare", "square")
+        ...     print(library.structures, [*library.source("a")[1]])
+        ('square',) ['square']
+        """
+        renaming.rename(self._store, old, new)
+
+    def merge(self, other: Upkeep | str | Path, *, progress: Progress | None = None) -> MergeReport:
+        """Add the exemplars of another library of the same bundle, all in one commit or none.
+
+        Exemplars with equal key, content and tags are passed over, and so are those that are
+        retired there; the report names them. Memories are copied where this library would make
+        them alike (engine, precision, format), or the image to make them anew was not kept; else
+        they are made anew. Calibrations stay as they are.
+
+        Parameters
+        ----------
+        other : an open library, or the folder of one; it is only read.
+        progress : told how many exemplars are written, of how many.
+
+        Raises
+        ------
+        LibraryMismatchError
+            If the other belongs to another bundle or has another intensity rule.
+        InputError
+            If it is this library; if an exemplar with a key that both have differs, or one has no
+            stored image and needs it. All are named, and nothing is added.
+        LibraryCorruptError
+            If a memory or image of the other is damaged.
+        LibraryError
+            If the other is changed meanwhile.
+        LibraryWriteError, EngineRunError
+            As :meth:`recallseg.Library.add`; nothing was added.
+
+        Examples
+        --------
+        >>> image = np.zeros((64, 64), np.uint8)
+        >>> image[16:48, 16:48] = 255
+        >>> with Library.create("one", "demo") as one, Library.create("two", "demo") as two:
+        ...     _ = one.add(image, {"square": image > 0}, key="a")
+        ...     _ = two.add(image, {"square": image > 0}, key="a")
+        ...     _ = two.add(255 - image, {"square": image > 0}, key="b")
+        ...     report = one.merge(two)
+        ...     print(report.added, report.equal, len(one))
+        ('b',) ('a',) 2
+        """
+        if isinstance(other, Upkeep):
+            return merging.merge(self._store, self._binding, other._store, progress)
+        opened = Store.open(Path(other), "read")
+        try:
+            return merging.merge(self._store, self._binding, opened, progress)
+        finally:
+            opened.abandon()
+
+    def backup(self, path: str | Path, *, progress: Progress | None = None) -> LibraryReport:
+        """Copy the library to a new folder, as it is at one moment, and verify the copy.
+
+        The copy is a library: it can be opened, or put back by :meth:`restore`. Others may read and
+        write meanwhile. Search indexes are left out: they are built anew when needed.
+
+        Parameters
+        ----------
+        path : a folder that is not there yet, or is empty; it appears when the copy is whole.
+        progress : told how many exemplars of the copy are verified, of how many.
+
+        Raises
+        ------
+        LibraryError
+            If something is in ``path`` already.
+        LibraryCorruptError
+            If the library is damaged; there is no copy then.
+        LibraryLockedError
+            If others remove from it faster than it can be copied.
+        LibraryWriteError
+            If ``path`` cannot be written.
+        """
+        return backups.backup(self._store, Path(path), progress)
+
+    @staticmethod
+    def restore(
+        backup: str | Path,
+        path: str | Path,
+        *,
+        over_newer: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Put a backup in the place of a library, or where there is none.
+
+        It is copied and verified first, and takes the library's place in the end; until then
+        nothing has changed. The backup stays. Who has the former library open keeps reading that:
+        open it again.
+
+        Parameters
+        ----------
+        backup : a folder that :meth:`backup` made.
+        path : of the library; it must not be open for writing.
+        over_newer : replace a library that has exemplars which the backup has not (by key, content
+            and tags), that was changed since, or that cannot be read.
+
+        Raises
+        ------
+        LibraryError
+            If the library is newer, or ``path`` holds something else.
+        LibraryNotFoundError, LibraryVersionError, LibraryCorruptError
+            If ``backup`` is no library, a newer program's, or damaged.
+        LibraryLockedError
+            If the library is open for writing.
+        LibraryWriteError
+            If it cannot be written.
+
+        Examples
+        --------
+        >>> with Library.create("cases", "demo") as library:
+        ...     image = np.zeros((64, 64), np.uint8)
+        ...     image[16:48, 16:48] = 255
+        ...     _ = library.add(image, {"square": image > 0}, key="a")
+        ...     print(library.backup("cases-monday").exemplars)
+        1
+        >>> Library.restore("cases-monday", "cases")
+        """
+        backups.restore(Path(backup), Path(path), over_newer=over_newer, progress=progress)
 
     # Care
 

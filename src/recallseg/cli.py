@@ -28,6 +28,15 @@ from recallseg.commands.doctor import doctor
 from recallseg.commands.evaluate import evaluate
 from recallseg.commands.identifiers import anonymise, whois
 from recallseg.commands.importing import import_
+from recallseg.commands.keeping import (
+    backup,
+    history,
+    merge,
+    reinstate,
+    rename,
+    restore,
+    retire,
+)
 from recallseg.commands.library import app as library_app
 from recallseg.commands.node import app as node_app
 from recallseg.commands.segment import segment
@@ -191,6 +200,8 @@ library_app.command("import")(import_)
 library_app.command()(whois)
 library_app.command()(anonymise)
 library_app.command("next")(next_)
+for _command in (retire, reinstate, rename, merge, backup, restore, history):
+    library_app.command()(_command)
 app.add_typer(library_app, name="library")
 app.command()(segment)
 app.command()(watch)

@@ -42,6 +42,7 @@ __all__ = [
     "ThreadsOption",
     "TimeOption",
     "VoiOption",
+    "counted",
     "emit_json",
     "note",
     "one_of",
@@ -397,3 +398,8 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, step="")
         yield lambda step, advance=1: progress.update(task, advance=advance, step=step)
+
+
+def counted(step: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return what a library tells its progress to, for a bar's ``step``."""
+    return lambda done, total: step("")

@@ -15,6 +15,7 @@ from recallseg.commands.common import (
     PrecisionOption,
     TagOption,
     ThreadsOption,
+    counted,
     emit_json,
     note,
     one_of,
@@ -27,8 +28,6 @@ from recallseg.engines import defaults
 from recallseg.engines.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from recallseg.runtime.library import Library
     from recallseg.runtime.library.calibrations import StoredCalibration
     from recallseg.runtime.model.preprocess import Intensity
@@ -140,7 +139,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
     from recallseg.runtime.library import Library
 
     with Library.open(library) as opened:
-        exemplars = list(opened)
+        exemplars, retired = list(opened), opened.retired
         structures = {
             name: {"present": opened.count(name), "absent": opened.count(name, absent=True)}
             for name in opened.structures
@@ -157,6 +156,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
                     "calibrations": [one for _, one in calibrations],
                     "structures": structures,
                     "exemplars": [{**vars(e), "tags": dict(e.tags)} for e in exemplars],
+                    "retired": [{**vars(e), "tags": dict(e.tags)} for e in retired],
                 }
             )
             return
@@ -179,6 +179,8 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
                 for name, number in structures.items()
             )
         )
+        if retired:
+            console.print(f"retired: {', '.join(e.key for e in retired)}")
         for line, _ in calibrations:
             console.print(line)
 
@@ -189,7 +191,7 @@ def remove(
     keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Exemplars to remove.")],
     compact: Annotated[bool, typer.Option("--compact", help="Then free their disk space.")] = False,
 ) -> None:
-    """Remove exemplars."""
+    """Erase exemplars for good; 'retire' takes them out of use and keeps them."""
     from recallseg.runtime.library import Library
 
     with Library.open(library, mode="write") as opened:
@@ -206,8 +208,11 @@ def verify(library: LibraryArgument, as_json: JsonOption = False) -> None:
     """Compare everything stored with its digests."""
     from recallseg.runtime.library import Library
 
-    with Library.open(library) as opened, progress_bar("Verifying", len(opened)) as step:
-        report = opened.verify(_counted(step))
+    with (
+        Library.open(library) as opened,
+        progress_bar("Verifying", len(opened) + len(opened.retired)) as step,
+    ):
+        report = opened.verify(counted(step))
     if as_json:
         emit_json({**vars(report), "ok": report.ok})
     else:
@@ -245,8 +250,8 @@ def rebuild(
         if index_only:
             opened.rebuild_index()
         else:
-            with progress_bar("Rebuilding", len(opened)) as step:
-                opened.rebuild(bundle, progress=_counted(step))
+            with progress_bar("Rebuilding", len(opened) + len(opened.retired)) as step:
+                opened.rebuild(bundle, progress=counted(step))
         note(f"{opened!r}")
 
 
@@ -264,7 +269,7 @@ def calibrate(library: LibraryArgument, asking: Asking, as_json: JsonOption = Fa
         say_notice(opened.bundle.notice)
         segmenter = asking.segmenter(opened)
         with progress_bar("Calibrating", len(opened)) as step:
-            thresholds = segmenter.calibrate(_counted(step))
+            thresholds = segmenter.calibrate(counted(step))
     if as_json:
         emit_json({name: value.to_json() for name, value in thresholds.items()})
         return
@@ -298,10 +303,6 @@ def _calibration(stored: StoredCalibration, library: Library) -> tuple[str, dict
 
 def _limit(value: float | None) -> str:
     return "(too few)" if value is None else f"{value:.3f}"
-
-
-def _counted(step: Callable[[str], None]) -> Callable[[int, int], None]:
-    return lambda done, total: step("")
 
 
 def parse_missing(text: str) -> Literal["absent", "unknown"]:

@@ -1,0 +1,206 @@
+"""Copies of a whole library: made while it is in use, and put back.
+
+A copy is a library itself. The catalog comes first, in one piece; files that it names never change
+their contents, so only those that somebody removes meanwhile (a compaction, a removal) are missed,
+and then there is a newer catalog to copy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from recallseg.engines.durable import replace_folder
+from recallseg.engines.errors import (
+    InputError,
+    LibraryCorruptError,
+    LibraryError,
+    LibraryLockedError,
+)
+from recallseg.engines.inside import make_folder_inside, open_inside
+from recallseg.runtime.library import maintenance
+from recallseg.runtime.library.catalog import ADDING, Catalog
+from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.exemplar import LibraryReport
+from recallseg.runtime.library.shards import shard_file
+from recallseg.runtime.library.storage import WriterLock, unreadable, writing
+from recallseg.runtime.library.store import CATALOG, LOCK, Store
+
+__all__ = ["backup", "restore"]
+
+_ATTEMPTS = 5
+_PAGE = 1000
+_BLOCK = 1 << 20
+
+Progress = Callable[[int, int], None]
+
+
+def backup(store: Store, target: Path, progress: Progress | None) -> LibraryReport:
+    """Copy a library to a new folder, whatever is done to it meanwhile."""
+    place = Path(os.path.realpath(target))
+    if place.is_relative_to(os.path.realpath(store.path)):
+        raise InputError(f"{target} lies in the library itself. Choose another folder.")
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise LibraryError(f"{target} is there already. Choose a folder that is not, or is empty.")
+    with store.changing, writing(target), replace_folder(target) as work:
+        return _copy(store, work, progress)
+
+
+def restore(copy: Path, target: Path, *, over_newer: bool, progress: Progress | None) -> None:
+    """Put a copy in the place of a library, or where there is none."""
+    if os.path.realpath(copy) == os.path.realpath(target):
+        raise InputError(f"{copy} is the library itself; name the folder of its backup.")
+    store = Store.open(copy, "read")
+    lock = None
+    try:
+        found = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        if found and not (target / CATALOG).is_file():
+            raise LibraryError(
+                f"{target} holds something that is no library. Choose another folder."
+            )
+        if found:
+            lock = WriterLock(target / LOCK)
+            if not over_newer:
+                _check_loses_nothing(store, target)
+        with writing(target), replace_folder(target) as work:
+            _copy(store, work, progress, what="restore")
+    finally:
+        store.abandon()
+        if lock is not None:
+            lock.release()
+
+
+def _check_loses_nothing(store: Store, target: Path) -> None:
+    """Raise LibraryError if a library has what its backup has not."""
+    mend = "Restore it to another folder; or over this one, if that shall go ('--over-newer')."
+    try:
+        there = Store.open(target, "read")
+    except LibraryError as error:
+        raise LibraryError(
+            f"{target} cannot be read, so nobody can tell what would be lost: {error} {mend}"
+        ) from error
+    try:
+        lost = _contents(there.catalog) - _contents(store.catalog)
+        if lost:
+            names = ", ".join(f"'{key}'" for key, _ in sorted(lost)[:5])
+            names += ", ..." if len(lost) > 5 else ""
+            raise LibraryError(
+                f"{len(lost)} exemplars of the library {target} are not so in the backup "
+                f"{store.path}, and would be lost: {names}. {mend}"
+            )
+        if there.state.revision > store.state.revision:
+            raise LibraryError(
+                f"the library {target} is newer than the backup {store.path}: its revision is "
+                f"{there.state.revision}, not {store.state.revision}. What was removed or retired "
+                f"since would come back. {mend}"
+            )
+    finally:
+        there.abandon()
+
+
+def _contents(catalog: Catalog) -> set[tuple[str, bytes]]:
+    """Return key and digest of every exemplar."""
+    found, after = set(), 0
+    with catalog.database.snapshot():
+        while page := catalog.exemplars(after, _PAGE):
+            found |= {(one.key, catalog.exemplar_digest(number)) for number, one in page}
+            after = page[-1][0]
+    return found
+
+
+def _copy(store: Store, work: Path, progress: Progress | None, what: str = "") -> LibraryReport:
+    """Fill an empty folder with a copy, and compare that with its digests.
+
+    Raises
+    ------
+    LibraryCorruptError
+        If the library is damaged, so that its copy would be.
+    LibraryLockedError
+        If others remove from it faster than it can be copied.
+    """
+    work.chmod(0o700)  # patients' images
+    for _ in range(_ATTEMPTS):
+        try:
+            _copy_once(store, work)
+            break
+        except FileNotFoundError:  # removed since the catalog was copied, or lost
+            (work / CATALOG).unlink()
+    else:
+        _copy_once_or_say(store, work)
+    copied = Store.open(work, "write")
+    try:
+        maintenance.reclaim(copied)  # what an attempt before took, and is removed since
+        if what:
+            revision = str(copied.state.revision)
+            with copied.catalog.change(what, details={"revision": revision}):
+                pass  # which leaves it the revision of its backup
+        report = maintenance.verify(copied, progress)
+    finally:
+        copied.abandon()
+    if not report.ok:
+        raise LibraryCorruptError(
+            f"the library {store.path} is damaged, so no copy was made: "
+            f"{'; '.join(report.problems[:3])}. Run 'recallseg library verify'."
+        )
+    (work / LOCK).unlink(missing_ok=True)
+    return report
+
+
+def _copy_once_or_say(store: Store, work: Path) -> None:
+    try:
+        _copy_once(store, work)
+    except FileNotFoundError as error:
+        (work / CATALOG).unlink()
+        lost = maintenance.verify(store, None).problems
+        if lost:
+            raise LibraryCorruptError(
+                f"the library {store.path} is damaged, so no copy was made: {lost[0]}"
+            ) from error
+        raise LibraryLockedError(
+            f"others remove exemplars of {store.path} faster than it is copied. Try again."
+        ) from error
+
+
+def _copy_once(store: Store, work: Path) -> None:
+    """Copy the catalog and all that it names; FileNotFoundError if some of that is gone."""
+    store.catalog.database.copy(work / CATALOG)
+    catalog = Catalog(Database.open(work / CATALOG, writable=True))
+    try:
+        with catalog.database.transaction():
+            pending = catalog.state().generation
+            for (generation,) in catalog.database.execute("SELECT DISTINCT generation FROM shards"):
+                if generation != pending:
+                    catalog.discard(generation)  # of a rebuild that is not done
+            catalog.set_note("rebuild", None)
+            catalog.set_note(ADDING, None)
+            catalog.database.execute("DELETE FROM indexes")  # every machine builds its own
+        for shard in catalog.shards():
+            name = f"{store.memories.name}/{shard_file(store.memories, shard).name}"
+            _copy_file(store.path, work, name, again=True)
+        after = 0
+        while page := catalog.exemplars(after, _PAGE):
+            for number, one in page:
+                if one.has_source:
+                    name = store.sources.file(number).relative_to(store.path).as_posix()
+                    _copy_file(store.path, work, name, again=False)
+            after = page[-1][0]
+    finally:
+        catalog.database.close()
+
+
+def _copy_file(root: Path, work: Path, name: str, *, again: bool) -> None:
+    """Copy a file by its name; one that is there is kept, unless ``again``."""
+    if not again and (work / name).exists():
+        return
+    try:
+        descriptor = open_inside(root, name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(str(root / name), error, "Restore the file.") from error
+    with os.fdopen(descriptor, "rb") as source:
+        make_folder_inside(work, name.rpartition("/")[0])
+        with (work / name).open("wb") as target:
+            shutil.copyfileobj(source, target, _BLOCK)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel, Sam2VideoModel
+from transformers import Dinov2Model, Dinov2WithRegistersModel
 
 from recallseg.engines.bundle import (
     FORMAT,
@@ -44,6 +44,7 @@ from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import compare_with_golden, relative_error
 from recallseg.export import ort_cpu, ort_cuda, tensorrt
 from recallseg.export.checkpoints import Loaded
+from recallseg.export.families import Segmenter, is_segmenter
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import OPSET, export_graph
 from recallseg.export.parity import (
@@ -120,11 +121,12 @@ def export_bundle(
     if pooled and "ort-cpu" not in variants:
         raise ExportError("precision 'pooled' is one of variant 'ort-cpu': export that too.")
     check_output(output, overwrite=overwrite)
-    segmenter, embedder = sam2.model, dinov2.model
-    if not isinstance(segmenter, Sam2VideoModel) or isinstance(embedder, Sam2VideoModel):
+    segmenter: Segmenter = sam2.model
+    embedder: Any = dinov2.model
+    if not is_segmenter(segmenter) or is_segmenter(embedder):
         raise ExportError(
-            f"a bundle takes a SAM 2 and a DINOv2, in this order; got {sam2.architecture} and "
-            f"{dinov2.architecture}."
+            f"a bundle takes a segmenter (SAM 2, EdgeTAM) and an embedder, in this order; got "
+            f"{sam2.architecture} and {dinov2.architecture}."
         )
     size = _embed_size(embedder, embed_size)
     _fix_positions(embedder, size)
@@ -286,7 +288,7 @@ def _fix_positions(model: Dinov2, size: int) -> None:
     embeddings.position_embeddings = nn.Parameter(fixed.clone(), requires_grad=False)
 
 
-def _pointer_time(model: Sam2VideoModel) -> float:
+def _pointer_time(model: Segmenter) -> float:
     """Every exemplar counts as the frame just before the query, the closest that SAM 2 knows."""
     return 1.0 / (int(model.config.max_object_pointers_in_encoder) - 1)
 

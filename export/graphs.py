@@ -1,4 +1,4 @@
-"""The five graphs as PyTorch modules around ``Sam2VideoModel`` and ``Dinov2Model``.
+"""The five graphs as PyTorch modules around a segmenter, SAM 2 or another, and an embedder.
 
 Each module takes and returns the tensors of the same name in :mod:`recallseg.engines.specs`; sizes
 come from the wrapped model's configuration. They hold no weights of their own, so that a module in
@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel, Sam2VideoModel
+from transformers import Dinov2Model, Dinov2WithRegistersModel
 
 from recallseg.engines.specs import Geometry
+from recallseg.export.families import Segmenter, segmenter_family
+from recallseg.export.families.rotation import rotation
 
 __all__ = ["Attend", "Decode", "Embed", "Encode", "Memorize", "build_graphs", "read_geometry"]
 
@@ -42,9 +44,9 @@ class Encode(nn.Module):
     ``skip1`` (strides 4 and 8) have been through the mask decoder's 1x1 convolutions.
     """
 
-    def __init__(self, sam2: Sam2VideoModel) -> None:
+    def __init__(self, sam2: Segmenter) -> None:
         super().__init__()
-        self.vision_encoder = sam2.vision_encoder
+        self.vision_encoder = segmenter_family(sam2).vision_encoder(sam2)
         self.conv_s0 = sam2.mask_decoder.conv_s0
         self.conv_s1 = sam2.mask_decoder.conv_s1
 
@@ -58,7 +60,7 @@ class MaskHead(nn.Module):
 
     image_position: Tensor
 
-    def __init__(self, sam2: Sam2VideoModel) -> None:
+    def __init__(self, sam2: Segmenter) -> None:
         super().__init__()
         self.prompt_encoder = sam2.prompt_encoder
         self.mask_decoder = sam2.mask_decoder
@@ -112,9 +114,10 @@ class Memorize(nn.Module):
     here, once.
     """
 
-    def __init__(self, sam2: Sam2VideoModel, head: MaskHead) -> None:
+    def __init__(self, sam2: Segmenter, head: MaskHead) -> None:
         super().__init__()
         self.memory_encoder = sam2.memory_encoder
+        self.to_tokens = segmenter_family(sam2).to_tokens(sam2)
         self.mask_downsample = sam2.mask_downsample
         self.object_pointer_proj = sam2.object_pointer_proj
         self.head = head
@@ -132,7 +135,7 @@ class Memorize(nn.Module):
         memory, _ = self.memory_encoder(features, masks * self.scale + self.bias)
         if self.occlusion is not None:
             memory = memory + ((1 - present) * self.occlusion)[..., None, None]
-        memories = memory.flatten(2).transpose(1, 2)
+        memories = self.to_tokens(memory)
 
         dense = self.head.prompt_encoder.mask_embed(self.mask_downsample(masks))
         _, iou, tokens, object_score = self.head(features, skip0, skip1, dense)
@@ -156,16 +159,22 @@ class Attend(nn.Module):
 
     Exemplars are conditioning frames, so all take the temporal position of one
     (``memory_temporal_positional_encoding[-1]``). Object pointers, if used, are split into tokens
-    of the memory's width that rotary encoding leaves alone.
+    of the memory's width that rotary encoding leaves alone. ``cos`` and ``sin`` (hw)x(D/2) turn
+    queries, ``key_cos`` and ``key_sin`` Tx(D/2) the keys of one memory.
     """
 
     image_position: Tensor
     memory_position: Tensor
+    cos: Tensor
+    sin: Tensor
+    key_cos: Tensor
+    key_sin: Tensor
 
-    def __init__(self, sam2: Sam2VideoModel, object_pointers: bool = True) -> None:
+    def __init__(self, sam2: Segmenter, object_pointers: bool = True) -> None:
         super().__init__()
         config = sam2.config
-        self.memory_attention = sam2.memory_attention
+        self.family = segmenter_family(sam2)
+        self.memory_attention = self.family.memory_attention(sam2)
         self.temporal = sam2.memory_temporal_positional_encoding
         self.time_projection = sam2.temporal_positional_encoding_projection_layer
         self.has_pointer_time = bool(config.enable_temporal_pos_encoding_for_object_pointers)
@@ -175,11 +184,14 @@ class Attend(nn.Module):
         image = sam2.vision_encoder.neck.position_encoding(
             (1, sam2.hidden_dim, h, w), "cpu", torch.float32
         )
-        memory = sam2.memory_encoder.position_encoding(
-            (1, sam2.mem_dim, h, w), "cpu", torch.float32
-        )
         self.register_buffer("image_position", image.flatten(2).permute(2, 0, 1), persistent=False)
-        self.register_buffer("memory_position", memory.flatten(2).transpose(1, 2), persistent=False)
+        self.register_buffer("memory_position", self.family.memory_position(sam2), persistent=False)
+        attention = sam2.memory_attention
+        cos, sin = rotation(attention, attention.position_ids)
+        key_cos, key_sin = self.family.key_rotation(sam2)
+        tables = {"cos": cos, "sin": sin, "key_cos": key_cos, "key_sin": key_sin}
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     def forward(
         self,
@@ -257,7 +269,7 @@ class Decode(nn.Module):
 
 
 def build_graphs(
-    sam2: Sam2VideoModel,
+    sam2: Segmenter,
     dinov2: Dinov2Model | Dinov2WithRegistersModel,
     *,
     object_pointers: bool = True,
@@ -274,11 +286,12 @@ def build_graphs(
 
 
 def read_geometry(
-    sam2: Sam2VideoModel, dinov2: Dinov2Model | Dinov2WithRegistersModel, *, embed_size: int
+    sam2: Segmenter, dinov2: Dinov2Model | Dinov2WithRegistersModel, *, embed_size: int
 ) -> Geometry:
     """Derive a bundle's geometry from the models' configurations."""
     channels = int(sam2.hidden_dim)
     size: Any = sam2.config.image_size  # one number in every SAM 2; pairs are allowed by type only
+    tokens, grid = segmenter_family(sam2).memory_shape(sam2)
     return Geometry(
         image_size=int(size),
         embed_size=embed_size,
@@ -288,4 +301,6 @@ def read_geometry(
         skip0_channels=channels // 8,
         skip1_channels=channels // 4,
         memory_dim=int(sam2.mem_dim),
+        tokens=tokens,
+        memory_grid=grid,
     )

@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel, Sam2VideoModel
+from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel
 
 from recallseg.engines.errors import ExportError
 from recallseg.export.attention import register_attention, use_attention
+from recallseg.export.families import Segmenter, segmenter_family
 from recallseg.export.fused import attend_fused, rotate
 from recallseg.export.graphs import Attend, Encode, build_graphs
 
@@ -117,8 +118,8 @@ class _SeparateAttention(nn.Module):
 def _separate_projections(encode: Encode) -> Encode:
     """Return a copy whose attention needs no split; the original stays as it is."""
     copied = copy.deepcopy(encode)
-    blocks: Any = copied.vision_encoder.backbone.blocks
-    for block in blocks:
+    vision: Any = copied.vision_encoder
+    for block in vision.backbone.blocks:
         block.attn = _SeparateAttention(block.attn)
     return copied
 
@@ -176,13 +177,12 @@ class FoldedAttend(nn.Module):
         self.cross = nn.ModuleList(_Cross(layer) for layer in attention.layers)
         self.norm = attention.layer_norm
         with torch.no_grad():
-            cos, sin = attention.rotary_emb(torch.zeros(1), attention.position_ids)
             position = attend.memory_position + attend.temporal[-1]
-        # The model repeats each angle for both channels of a pair; the operator wants it once.
-        cos, sin = (table.flatten(0, -2)[:, 0::2] for table in (cos, sin))
+        cos, sin = attend.cos, attend.sin
         self.side = math.isqrt(len(cos))
         # Angles grow linearly along both axes: the direction of the mean is that of the middle.
-        key_cos, key_sin = (self._pooled(table[None])[0] for table in (cos, sin))
+        tables_of_keys = (attend.key_cos, attend.key_sin)
+        key_cos, key_sin = (self._pooled(table[None])[0] for table in tables_of_keys)
         length = torch.hypot(key_cos, key_sin)
         tables = {"cos": cos, "sin": sin, "key_cos": key_cos / length, "key_sin": key_sin / length}
         for name, table in tables.items():
@@ -227,7 +227,8 @@ class FoldedAttend(nn.Module):
                 key = torch.cat([key, other], dim=1)
             found = attend_fused(query, key, values, heads=1, scale=cross.scale)
             x = x + cross.output(found)
-            x = x + layer.linear2(layer.activation(layer.linear1(layer.layer_norm3(x))))
+            first, activation, second = self.attend.family.inner_layers(layer)
+            x = x + second(activation(first(layer.layer_norm3(x))))
         out: Tensor = self.norm(x).transpose(1, 2).unflatten(-1, features.shape[-2:])
         return out
 
@@ -277,7 +278,7 @@ def _weigh(
 
 
 def build_ort_cpu_graphs(
-    sam2: Sam2VideoModel,
+    sam2: Segmenter,
     dinov2: Dinov2Model | Dinov2WithRegistersModel,
     *,
     object_pointers: bool = True,
@@ -303,8 +304,7 @@ def build_ort_cpu_graphs(
     folded = FoldedAttend(attend, pool).eval()
     if pool > 1:
         return {"attend": folded}
-    return {
-        "embed": modules["embed"],
-        "encode": _separate_projections(encode).eval(),
-        "attend": folded,
-    }
+    made: dict[str, nn.Module] = {"embed": modules["embed"], "attend": folded}
+    if segmenter_family(sam2).has_hiera:
+        made["encode"] = _separate_projections(encode).eval()
+    return made

@@ -1,8 +1,9 @@
 """The parity gate: does what was exported compute what the PyTorch model computes?
 
-Three steps. Are the five modules, composed, the complete ``Sam2VideoModel`` with exemplars as
+Three steps. Are the five modules, composed, the complete video model with exemplars as
 mask-conditioned frames and the query as the next frame? (Its pointer times are fed and its rounding
-of memories to bfloat16 is imitated, PITFALLS 19, so that what remains is arithmetic.) Is each
+of memories to bfloat16 is imitated where it rounds, PITFALLS 19, so that what remains is
+arithmetic.) Is each
 exported graph its module, on random and on image-like inputs? Are the five graphs, composed, the
 five modules?
 
@@ -21,8 +22,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Sam2VideoModel
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
 from recallseg.engines.bundle import MemorySemantics, Normalisation
 from recallseg.engines.composition import Composition, Features, Prediction, Recall
@@ -32,6 +31,7 @@ from recallseg.engines.errors import ParityError
 from recallseg.engines.golden import GoldenCase, network_images, network_masks
 from recallseg.engines.specs import Geometry, GraphSpec
 from recallseg.engines.verification import relative_error
+from recallseg.export.families import Segmenter, segmenter_family
 from recallseg.export.onnx_export import example_inputs
 
 __all__ = [
@@ -150,7 +150,7 @@ def check_graph(
 
 def check_definition(
     modules: Composition,
-    sam2: Sam2VideoModel,
+    sam2: Segmenter,
     case: GoldenCase,
     geometry: Geometry,
     normalisation: Normalisation,
@@ -169,6 +169,7 @@ def check_definition(
         If their mask logits differ, or if the reference finds no object: nothing was compared then.
     """
     k, n = case.masks.shape[:2]
+    family = segmenter_family(sam2)
     images = network_images(case, geometry.image_size, normalisation)
     masks = network_masks(case, geometry.image_size)
     expected, score = _run_video_model(sam2, images, masks, memory.object_pointers)
@@ -187,7 +188,9 @@ def check_definition(
     for i in range(k):
         modules.encode(images[i], features)
         modules.memorize(features, masks[i], tokens, pointers)
-        recall.memories[:, i] = torch.from_numpy(tokens).bfloat16().float().numpy()
+        recall.memories[:, i] = tokens
+        if family.rounds_memories:
+            recall.memories[:, i] = torch.from_numpy(tokens).bfloat16().float().numpy()
         recall.pointers[:, i] = pointers
     modules.encode(images[k], features)
     prediction = Prediction.allocate(geometry, n)
@@ -210,7 +213,7 @@ def check_end_to_end(
 
 
 def _run_video_model(
-    sam2: Sam2VideoModel,
+    sam2: Segmenter,
     images: list[Array],
     masks: list[Array],
     object_pointers: bool,
@@ -220,7 +223,7 @@ def _run_video_model(
     Without object pointers the model is told that no frame has one: its own code path for that.
     """
     video = torch.from_numpy(np.concatenate(images))
-    session = Sam2VideoInferenceSession(
+    session = segmenter_family(sam2).session_class(
         video=video,
         video_height=video.shape[-2],
         video_width=video.shape[-1],

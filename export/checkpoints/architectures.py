@@ -12,9 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Dinov2Config, Dinov2WithRegistersConfig, Sam2VideoConfig
+from transformers import (
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    EdgeTamVideoConfig,
+    Sam2VideoConfig,
+)
 
-from recallseg.engines.errors import InputError
+from recallseg.export.families.edgetam import EDGETAM_FAMILY
+from recallseg.export.families.repvit import RepVitConfig
+from recallseg.export.families.sam2 import SAM2_FAMILY
 
 __all__ = [
     "DINOV2",
@@ -23,20 +30,14 @@ __all__ = [
     "SAM2_ALIASES",
     "Dinov2Architecture",
     "Hiera",
-    "check_image_size",
     "dinov2_config",
     "dinov2_name",
+    "edgetam_config",
     "sam2_config",
     "sam2_name",
+    "set_edgetam_size",
     "set_image_size",
 ]
-
-COMMON_IMAGE_SIZES = (256, 384, 512, 768, 1024)
-"""Sizes that messages suggest; every multiple of :data:`IMAGE_SIZE_STEP` from 256 on works."""
-
-IMAGE_SIZE_STEP = 32
-"""Hiera's coarsest stride: the feature pyramid doubles that map and adds it to the next one, and
-the position embedding of one 8x8 window is tiled over the stride-4 map."""
 
 
 @dataclass(frozen=True)
@@ -113,22 +114,6 @@ DINOV2_TRAINING_SIZE = 518
 DINOV2_REGISTERS = 4
 
 
-def check_image_size(image_size: int) -> None:
-    """Raise InputError unless SAM 2 can run on squares of ``image_size`` pixels."""
-    smallest = COMMON_IMAGE_SIZES[0]
-    if (
-        not isinstance(image_size, int)
-        or isinstance(image_size, bool)
-        or image_size < smallest
-        or image_size % IMAGE_SIZE_STEP
-    ):
-        raise InputError(
-            f"image size {image_size!r} does not fit SAM 2. Choose one of "
-            f"{', '.join(map(str, COMMON_IMAGE_SIZES))}, or any other multiple of "
-            f"{IMAGE_SIZE_STEP} from {smallest} on."
-        )
-
-
 def set_image_size(config: Sam2VideoConfig, image_size: int) -> None:
     """Set every size in ``config`` that follows from the image size, in place.
 
@@ -140,7 +125,7 @@ def set_image_size(config: Sam2VideoConfig, image_size: int) -> None:
     InputError
         When the architecture cannot take that size.
     """
-    check_image_size(image_size)
+    SAM2_FAMILY.sizes.check(image_size, SAM2_FAMILY.title)
     vision: Any = config.vision_config
     backbone = vision.backbone_config
     first = image_size // backbone.patch_stride[0]
@@ -208,6 +193,47 @@ def sam2_name(config: Sam2VideoConfig) -> str:
     )
     name = next((name for name, hiera in SAM2.items() if hiera == found), "custom")
     return f"{'sam2.1' if newer else 'sam2'}-hiera-{name}"
+
+
+def set_edgetam_size(config: EdgeTamVideoConfig, image_size: int) -> None:
+    """Set every size in ``config`` that follows from the image size, in place.
+
+    Raises
+    ------
+    InputError
+        When EdgeTAM cannot take that size.
+    """
+    EDGETAM_FAMILY.sizes.check(image_size, EDGETAM_FAMILY.title)
+    vision: Any = config.vision_config
+    sizes = [image_size // stride for stride in (4, 8, 16)]
+    vision.backbone_feature_sizes = [[size, size] for size in sizes]
+    config.image_size = image_size
+    prompt: Any = config.prompt_encoder_config
+    prompt.image_size = image_size
+    config.memory_attention_rope_feat_sizes = [sizes[-1], sizes[-1]]
+
+
+def edgetam_config(
+    *, image_size: int, occlusion: bool = False, pointer_time: bool = False
+) -> EdgeTamVideoConfig:
+    """Return EdgeTAM's configuration; what the published weights lack is off.
+
+    Parameters
+    ----------
+    image_size : side of the square image in pixels.
+    occlusion : an embedding for the memory of an absent structure.
+    pointer_time : time codes for object pointers.
+    """
+    config = EdgeTamVideoConfig(
+        vision_config={
+            "model_type": "edgetam_vision_model",
+            "backbone_config": {"model_type": RepVitConfig.model_type},
+        },
+        enable_occlusion_spatial_embedding=occlusion,
+        enable_temporal_pos_encoding_for_object_pointers=pointer_time,
+    )
+    set_edgetam_size(config, image_size)
+    return config
 
 
 def dinov2_config(

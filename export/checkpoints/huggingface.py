@@ -12,15 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Dinov2Config, Dinov2WithRegistersConfig, Sam2VideoConfig
+from transformers import (
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    EdgeTamVideoConfig,
+    Sam2VideoConfig,
+)
 
 from recallseg.engines.errors import CheckpointError
-from recallseg.export.checkpoints.architectures import set_image_size
+from recallseg.export.checkpoints.architectures import set_edgetam_size, set_image_size
 from recallseg.export.checkpoints.files import read_tensors
 from recallseg.export.checkpoints.names import RENAMED, TWINS
+from recallseg.export.checkpoints.recognition import MODEL_TYPES
 from recallseg.export.checkpoints.strict import Piece
+from recallseg.export.families.repvit import RepVitConfig
 
-__all__ = ["read_dinov2_config", "read_licence", "read_sam2_config", "read_weights", "resolve"]
+__all__ = [
+    "read_dinov2_config",
+    "read_edgetam_config",
+    "read_licence",
+    "read_model_type",
+    "read_sam2_config",
+    "read_weights",
+    "resolve",
+]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Weight files in order of preference; each may instead be shards listed in ``NAME.index.json``."""
@@ -41,17 +56,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_model_type(folder: Path, expected: tuple[str, ...]) -> str:
+    """Return what the folder's ``config.json`` calls its model.
+
+    Raises
+    ------
+    CheckpointError
+        When there is none, or it is none of ``expected``.
+    """
+    return str(_read_config(folder, expected)["model_type"])
+
+
 def _read_config(folder: Path, expected: tuple[str, ...]) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
+        gate = " A gated model's files come once its licence was accepted on the hub."
         raise CheckpointError(
             f"'{folder}' has no config.json. Pass the folder that holds config.json and "
-            f"{WEIGHTS[0]}; in a Hugging Face cache that is snapshots/REVISION."
+            f"{WEIGHTS[0]}; in a Hugging Face cache that is snapshots/REVISION.{gate}"
         )
     data = _read_json(path)
-    if data.get("model_type") not in expected:
+    kind = data.get("model_type")
+    if kind not in expected:
+        known = f", which is {MODEL_TYPES[kind]}" if kind in MODEL_TYPES else ""
         raise CheckpointError(
-            f"'{path}' says model_type {data.get('model_type')!r}; expected "
+            f"'{path}' says model_type {kind!r}{known}; expected "
             f"{' or '.join(map(repr, expected))}. Pass the folder of the right model."
         )
     return data
@@ -78,6 +107,34 @@ def read_sam2_config(folder: Path, *, image_size: int) -> Sam2VideoConfig:
         config = Sam2VideoConfig.from_dict(data)
         set_image_size(config, image_size)
     # transformers' validation has error classes of its own, and nonsense can break it in any way.
+    except Exception as error:
+        raise _bad_config(folder, error) from error
+    return config
+
+
+def read_edgetam_config(folder: Path, *, image_size: int) -> EdgeTamVideoConfig:
+    """Read the configuration of an ``edgetam_video`` folder and set its image size.
+
+    Raises
+    ------
+    CheckpointError
+        When it is none, has another image encoder than RepViT-M1, or is damaged.
+    """
+    data = _read_config(folder, ("edgetam_video",))
+    try:
+        backbone = data["vision_config"]["backbone_config"]
+        name = str(backbone["architecture"]).removeprefix("timm/").split(".")[0]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _bad_config(folder, error) from error
+    if name != "repvit_m1":
+        raise CheckpointError(
+            f"'{folder / 'config.json'}' has the image encoder '{name}'; EdgeTAM's is repvit_m1, "
+            "and no other can be exported."
+        )
+    data["vision_config"]["backbone_config"] = {"model_type": RepVitConfig.model_type}
+    try:
+        config = EdgeTamVideoConfig.from_dict(data)
+        set_edgetam_size(config, image_size)
     except Exception as error:
         raise _bad_config(folder, error) from error
     return config

@@ -15,6 +15,7 @@ from transformers import Sam2VideoConfig
 
 from recallseg.engines.errors import CheckpointError
 from recallseg.export.checkpoints.architectures import SAM2, sam2_config
+from recallseg.export.checkpoints.recognition import families_in
 from recallseg.export.checkpoints.strict import Piece
 
 __all__ = ["infer_config", "is_meta_sam2", "resolve"]
@@ -113,8 +114,10 @@ _MASK_DOWNSAMPLER = re.compile(
 
 
 def is_meta_sam2(tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether the names are those of Meta's SAM 2 files."""
-    return any(name.startswith(("image_encoder.", "sam_mask_decoder.")) for name in tensors)
+    """Tell whether the names are those of Meta's SAM 2 files, and of no other family's."""
+    return set(families_in(tensors)) <= {"SAM 2"} and any(
+        name.startswith(("image_encoder.", "sam_mask_decoder.")) for name in tensors
+    )
 
 
 def infer_config(tensors: Mapping[str, Tensor], origin: str, *, image_size: int) -> Sam2VideoConfig:

@@ -33,10 +33,18 @@ LAYER_SCALE = 0.2
 PRESENT = 5.0
 """Bias of the object score: well above the score's own spread of about one."""
 
+BRANCH = 0.4
+"""Centre of the scales of RepViT's branches: features keep their size over two dozen sums."""
+
+GATE = 2.0
+"""Centre of the biases of RepViT's gates, which are then nearly open."""
+
 _POSITION_MATRIX = re.compile(r"(shared_image_embedding|shared_embedding)\.positional_embedding$")
 _LAYER_SCALE = re.compile(r"(layer_scale\d\.lambda1|memory_fuser\.layers\.\d+\.scale)$")
 _OBJECT_SCORE = "pred_obj_score_head.proj_out.bias"
 _TOKEN = re.compile(r"(_token|_tokens|_embed)\.weight$")
+_BRANCH = re.compile(r"(token_mixer\.conv1?|(channel_mixer|ffn)\.conv2)\.bn\.weight$")
+"""Scales of what RepViT adds to its features, 24 times."""
 _TRANSPOSED = re.compile(r"upscale_conv\d\.weight$")
 
 
@@ -58,7 +66,13 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         return LAYER_SCALE * (1 + SMALL * noise)
     if name.endswith(_OBJECT_SCORE):
         return PRESENT + SMALL * noise
-    if name.endswith(".weight") and "norm" in name:
+    if name.endswith(".running_var"):
+        return (1 + SMALL * noise).abs()
+    if _BRANCH.search(name):
+        return BRANCH * (1 + SMALL * noise)
+    if name.endswith(".se.fc2.bias"):
+        return GATE + SMALL * noise
+    if name.endswith(".weight") and ("norm" in name or name.endswith(".bn.weight")):
         return 1 + SMALL * noise
     if name.endswith(".weight") and len(shape) > 1 and not _TOKEN.search(name):
         fan_in = shape[0] if _TRANSPOSED.search(name) else math.prod(shape[1:])

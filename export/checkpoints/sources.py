@@ -1,23 +1,25 @@
-"""From a source (SRC on the command line) to a loaded model, the same way for both families."""
+"""From a source (SRC on the command line) to a loaded model, the same way for all families."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel, Sam2VideoModel
+from transformers import PreTrainedModel
 
 from recallseg.engines.errors import CheckpointError, InputError
 from recallseg.export.checkpoints import huggingface
 from recallseg.export.checkpoints.files import read_tensors
+from recallseg.export.checkpoints.fine_tuned import FineTuned
 from recallseg.export.checkpoints.names import former_digests, weights_digest
 from recallseg.export.checkpoints.random_weights import random_state
+from recallseg.export.checkpoints.recognition import said_of
 from recallseg.export.checkpoints.strict import Piece, assemble, instantiate, tensor_shapes
 
-__all__ = ["Family", "Loaded", "load"]
+__all__ = ["Loaded", "Loader", "load"]
 
 Source = Literal["pretrained", "demo", "random"]
 
@@ -46,7 +48,7 @@ class Loaded:
     description : one line for people.
     """
 
-    model: Sam2VideoModel | Dinov2Model | Dinov2WithRegistersModel
+    model: PreTrainedModel
     architecture: str
     source: Source
     digest: str
@@ -56,20 +58,24 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Family:
-    """What differs between loading SAM 2 and loading DINOv2.
+class Loader:
+    """What differs between loading one family and another.
 
     Attributes
     ----------
     title : for messages.
-    folder : subfolder of the demo weights.
+    folder : subfolder of the demo weights; empty where a family has none.
     hub_name, file_name : an official folder and file, for messages.
     architectures : what may follow ``random:``, for messages.
     official : configuration for what follows ``random:``, or None when there is none of that name.
+    model_types : what ``config.json`` of a Hugging Face folder may call it.
     read_config : configuration of a Hugging Face folder.
     is_meta, infer_config, resolve : recognise one of Meta's files, its configuration, its layout.
     model_class : of a configuration.
     name : architecture name of a configuration.
+    licence : of weights that do not say theirs.
+    fine_tuned : what is known of fine-tuned weights by the name of their file, or None.
+    ignored : ends of the names of tensors that a file may hold and that no model needs.
     """
 
     title: str
@@ -78,52 +84,80 @@ class Family:
     file_name: str
     architectures: tuple[str, ...]
     official: Callable[[str], Any]
+    model_types: tuple[str, ...]
     read_config: Callable[[Path], Any]
     is_meta: Callable[[Mapping[str, Tensor]], bool]
     infer_config: Callable[[Mapping[str, Tensor], str], Any]
     resolve: Callable[[str, Mapping[str, Tensor]], Piece]
     model_class: Callable[[Any], type[PreTrainedModel]]
     name: Callable[[Any], str]
+    licence: str = META_LICENCE
+    fine_tuned: Callable[[str], FineTuned | None] = lambda file: None
+    ignored: tuple[str, ...] = ()
 
 
-def load(family: Family, src: str, *, seed: int, licence: str | None) -> Loaded:
-    """Load ``src``; parameters and errors as in :func:`recallseg.export.checkpoints.load_sam2`."""
+def load(loaders: Sequence[Loader], src: str, *, seed: int, licence: str | None) -> Loaded:
+    """Load ``src`` by the loader that it is for.
+
+    Parameters and errors as in :func:`recallseg.export.checkpoints.load_segmenter`; the first of
+    ``loaders`` speaks for all of them in messages, and has the demo weights.
+    """
+    first = loaders[0]
     if src.startswith(RANDOM):
-        return _random(family, src, seed, licence)
+        return _random(loaders, src, seed, licence)
     if src == DEMO:
-        return _folder(family, _demo_folder(family), src, "demo", licence or OWN_LICENCE)
+        return _folder(first, _demo_folder(first), src, "demo", licence or OWN_LICENCE)
     path = Path(src).expanduser()
     if path.is_dir():
-        declared = licence or huggingface.read_licence(path) or META_LICENCE
-        return _folder(family, path, src, "pretrained", declared)
+        kinds = tuple(kind for loader in loaders for kind in loader.model_types)
+        kind = huggingface.read_model_type(path, kinds)
+        chosen = next(loader for loader in loaders if kind in loader.model_types)
+        declared = licence or huggingface.read_licence(path) or chosen.licence
+        return _folder(chosen, path, src, "pretrained", declared)
     if path.is_file():
-        return _meta_file(family, path, src, licence or META_LICENCE)
+        return _file(loaders, path, src, licence)
+    names = ", ".join(name for loader in loaders for name in loader.architectures)
     raise CheckpointError(
         f"'{src}' is no local folder or file. Nothing is downloaded: if it is a name on the "
         "Hugging Face hub, download it on a machine with access (hf download "
-        f"{family.hub_name} --local-dir FOLDER) and pass FOLDER. Or pass one of Meta's files "
-        f"({family.file_name}), {RANDOM}ARCHITECTURE ({', '.join(family.architectures)}) or {DEMO}."
+        f"{first.hub_name} --local-dir FOLDER) and pass FOLDER. Or pass a published file "
+        f"({_files(loaders)}), {RANDOM}ARCHITECTURE ({names}) or {DEMO}."
     )
 
 
-def _random(family: Family, src: str, seed: int, licence: str | None) -> Loaded:
+def _files(loaders: Sequence[Loader]) -> str:
+    return ", ".join(loader.file_name for loader in loaders if loader.file_name)
+
+
+def _random(loaders: Sequence[Loader], src: str, seed: int, licence: str | None) -> Loaded:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise InputError(f"seed {seed!r} cannot be used; expected an integer from 0 on.")
     kind = src[len(RANDOM) :]
-    config = family.read_config(_demo_folder(family)) if kind == DEMO else family.official(kind)
-    if config is None:
-        raise CheckpointError(
-            f"'{src}' names no {family.title} architecture. Choose "
-            f"{', '.join(RANDOM + name for name in (*family.architectures, DEMO))}."
+    if kind == DEMO:
+        chosen, config = loaders[0], loaders[0].read_config(_demo_folder(loaders[0]))
+    else:
+        known = ((loader, loader.official(kind)) for loader in loaders)
+        chosen, config = next(
+            ((loader, found) for loader, found in known if found is not None), (loaders[0], None)
         )
-    state = random_state(tensor_shapes(family.model_class(config), config), seed)
+    if config is None:
+        names = [name for loader in loaders for name in loader.architectures]
+        raise CheckpointError(
+            f"'{src}' names no {_titles(loaders)} architecture. Choose "
+            f"{', '.join(RANDOM + name for name in (*names, DEMO))}."
+        )
+    state = random_state(tensor_shapes(chosen.model_class(config), config), seed)
     how = f"random weights (seed {seed}): no useful masks come from them"
-    return _finish(family, config, state, "random", licence or OWN_LICENCE, how)
+    return _finish(chosen, config, state, "random", licence or OWN_LICENCE, how)
 
 
-def _folder(family: Family, path: Path, src: str, source: Source, licence: str) -> Loaded:
+def _titles(loaders: Sequence[Loader]) -> str:
+    return " or ".join(loader.title for loader in loaders)
+
+
+def _folder(family: Loader, path: Path, src: str, source: Source, licence: str) -> Loaded:
     config = family.read_config(path)
-    tensors = huggingface.read_weights(path)
+    tensors = _without(huggingface.read_weights(path), family.ignored)
     state = assemble(
         tensor_shapes(family.model_class(config), config),
         tensors,
@@ -135,27 +169,41 @@ def _folder(family: Family, path: Path, src: str, source: Source, licence: str) 
     return _finish(family, config, state, source, licence, how)
 
 
-def _meta_file(family: Family, path: Path, src: str, licence: str) -> Loaded:
+def _file(loaders: Sequence[Loader], path: Path, src: str, licence: str | None) -> Loaded:
     tensors = read_tensors(path)
-    if not family.is_meta(tensors):
+    chosen = next((loader for loader in loaders if loader.is_meta(tensors)), None)
+    if chosen is None:
         raise CheckpointError(
-            f"'{src}' is no {family.title} file in Meta's layout; its first tensors are "
-            f"{', '.join(repr(name) for name in list(tensors)[:3])}. Pass a file such as "
-            f"{family.file_name}, or, for a file from a Hugging Face folder, that folder."
+            f"'{src}' is no {_titles(loaders)} file in its publisher's layout; {said_of(tensors)}. "
+            f"Pass a file such as {_files(loaders)}, or, for a file from a Hugging Face folder, "
+            "that folder."
         )
-    config = family.infer_config(tensors, f"'{src}'")
+    tensors = _without(tensors, chosen.ignored)
+    config = chosen.infer_config(tensors, f"'{src}'")
     state = assemble(
-        tensor_shapes(family.model_class(config), config),
+        tensor_shapes(chosen.model_class(config), config),
         tensors,
-        family.resolve,
+        chosen.resolve,
         origin=f"'{src}'",
         hint="Pass the file as it was published, or a state_dict saved as a whole.",
     )
-    return _finish(family, config, state, "pretrained", licence, f"checkpoint file '{path.name}'")
+    known = chosen.fine_tuned(path.name)
+    how = f"checkpoint file '{path.name}'"
+    if known is not None:
+        how += f", called as {known.name}'s are"
+    stated = licence or (known.licence if known else chosen.licence)
+    loaded = _finish(chosen, config, state, "pretrained", stated, how)
+    if known is None:
+        return loaded
+    return replace(loaded, architecture=f"{loaded.architecture}-{known.name}")
+
+
+def _without(tensors: Mapping[str, Tensor], ends: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not (ends and name.endswith(ends))}
 
 
 def _finish(
-    family: Family, config: Any, state: Mapping[str, Tensor], source: Source, licence: str, how: str
+    family: Loader, config: Any, state: Mapping[str, Tensor], source: Source, licence: str, how: str
 ) -> Loaded:
     model: Any = instantiate(family.model_class(config), config, state)
     weights = model.state_dict()
@@ -172,7 +220,7 @@ def _finish(
     )
 
 
-def _demo_folder(family: Family) -> Path:
+def _demo_folder(family: Loader) -> Path:
     folder = DEMO_WEIGHTS / family.folder
     if not (folder / "config.json").is_file():
         raise CheckpointError(

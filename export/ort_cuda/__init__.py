@@ -26,8 +26,9 @@ from typing import Any
 
 import onnx
 from torch import nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel, Sam2VideoModel
+from transformers import Dinov2Model, Dinov2WithRegistersModel
 
+from recallseg.export.families import Segmenter, segmenter_family
 from recallseg.export.graphs import Attend, Decode, Encode, build_graphs
 from recallseg.export.ort_cuda.attend import CudaAttend
 from recallseg.export.ort_cuda.decode import CudaDecode
@@ -41,12 +42,12 @@ OPSET = 20
 
 
 def build_ort_cuda_graphs(
-    sam2: Sam2VideoModel,
+    sam2: Segmenter,
     dinov2: Dinov2Model | Dinov2WithRegistersModel,
     *,
     object_pointers: bool = True,
 ) -> dict[str, nn.Module]:
-    """Return this variant's modules by graph name; ``memorize`` is the portable one.
+    """Return this variant's modules by graph name; the others are the portable ones.
 
     Parameters
     ----------
@@ -65,12 +66,14 @@ def build_ort_cuda_graphs(
     ):  # for the type checker
         raise TypeError(f"{type(encode)}, {type(attend)}, {type(decode)}")
     size: Any = sam2.config.image_size  # one number in every SAM 2
-    return {
+    made: dict[str, nn.Module] = {
         "embed": CudaEmbed(dinov2).eval(),
-        "encode": CudaEncode(encode, int(size)).eval(),
         "attend": CudaAttend(attend).eval(),
         "decode": CudaDecode(decode).eval(),
     }
+    if segmenter_family(sam2).has_hiera:
+        made["encode"] = CudaEncode(encode, int(size)).eval()
+    return made
 
 
 def forget_unread_outputs(path: Path) -> None:

@@ -26,7 +26,7 @@ class _Layer(nn.Module):
     cross_bias: Tensor
     bias: Tensor
 
-    def __init__(self, layer: Any, following: nn.LayerNorm) -> None:
+    def __init__(self, layer: Any, inner: Any, following: nn.LayerNorm) -> None:
         super().__init__()
         own, cross = layer.self_attn, layer.cross_attn_image
         self.queries = nn.ModuleList(Product(a.q_proj.weight, a.q_proj.bias) for a in (own, cross))
@@ -37,10 +37,10 @@ class _Layer(nn.Module):
         constant(self, "self_bias", folded(own.v_proj.bias, own.o_proj))
         constant(self, "cross_bias", folded(cross.v_proj.bias, cross.o_proj))
         self.scales = float(own.scaling), float(cross.scaling)
-        self.first = Product(layer.linear1.weight, layer.linear1.bias)
-        self.second = Product(layer.linear2.weight)
-        self.activation = layer.activation
-        constant(self, "bias", layer.linear2.bias)
+        first, self.activation, second = inner
+        self.first = Product(first.weight, first.bias)
+        self.second = Product(second.weight)
+        constant(self, "bias", second.bias)
         self.norm2, self.norm3, self.following = layer.layer_norm2, layer.layer_norm3, following
 
     def forward(
@@ -49,23 +49,23 @@ class _Layer(nn.Module):
         x: Tensor,
         keys: Tensor,
         values: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        turn: tuple[Tensor, Tensor],
+        key_turn: tuple[Tensor, Tensor],
         shape: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         n, k = shape
         found = attend_fused(
-            _rotated(self.queries[0](normed), cos, sin),
-            _rotated(self.keys[0](normed), cos, sin),
+            _rotated(self.queries[0](normed), *turn),
+            _rotated(self.keys[0](normed), *turn),
             self.values[0](normed),
             heads=1,
             scale=self.scales[0],
         )
         normed, x = skip_norm(self.outs[0](found), x, self.norm2, self.self_bias)
-        query = _rotated(self.queries[1](normed), cos, sin)
+        query = _rotated(self.queries[1](normed), *turn)
         if query.shape[0] == 1:  # the first layer: until here nothing depended on the memories
             query = query.expand(n, -1, -1)
-        key = _rotated(self.keys[1](keys), cos, sin)
+        key = _rotated(self.keys[1](keys), *key_turn)
         value = self.values[1](values)
         found = attend_fused(
             query,
@@ -90,6 +90,8 @@ class CudaAttend(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    key_cos: Tensor
+    key_sin: Tensor
     position: Tensor
     offset: Tensor
     of_memory: Tensor
@@ -108,15 +110,16 @@ class CudaAttend(nn.Module):
         self.attend = attend
         self.norm = attention.layers[0].layer_norm1
         norms = [layer.layer_norm1 for layer in attention.layers[1:]] + [attention.layer_norm]
-        self.layers = nn.ModuleList(map(_Layer, attention.layers, norms))
+        inner = map(attend.family.inner_layers, attention.layers)
+        self.layers = nn.ModuleList(map(_Layer, attention.layers, inner, norms))
         with torch.no_grad():
-            cos, sin = attention.rotary_emb(torch.zeros(1), attention.position_ids)
-            # The model repeats each angle for both channels of a pair; the operator wants it once.
-            cos, sin = (table.flatten(0, -2)[:, 0::2] for table in (cos, sin))
+            constant(self, "cos", attend.cos)
+            constant(self, "sin", attend.sin)
             more = attend.splits if attend.object_pointers else 0
             # Behind the places of a memory lie its pointer's tokens, which nothing rotates.
-            constant(self, "cos", torch.cat([cos, torch.ones(more, cos.shape[1])]))
-            constant(self, "sin", torch.cat([sin, torch.zeros(more, sin.shape[1])]))
+            pairs = attend.cos.shape[1]
+            constant(self, "key_cos", torch.cat([attend.key_cos, torch.ones(more, pairs)]))
+            constant(self, "key_sin", torch.cat([attend.key_sin, torch.zeros(more, pairs)]))
             position = (attend.memory_position + attend.temporal[-1])[0]
             constant(self, "position", torch.cat([position, torch.zeros(more, len(position[0]))]))
             tokens = torch.arange(len(position) + more)
@@ -148,8 +151,9 @@ class CudaAttend(nn.Module):
             keys = values + self.position
         x = features.flatten(2).transpose(1, 2) + self.offset
         normed = self.norm(x)
+        turn, key_turn = (self.cos, self.sin), (self.key_cos, self.key_sin)
         for layer in self.layers:
-            normed, x = layer(normed, x, keys, values, self.cos, self.sin, (n, k))
+            normed, x = layer(normed, x, keys, values, turn, key_turn, (n, k))
         out: Tensor = normed.transpose(1, 2).unflatten(-1, features.shape[-2:])
         return out
 

@@ -104,9 +104,11 @@ def test_unknown_image_encoder_is_described(tmp_path: Path, tiny: State) -> None
 def test_file_of_the_other_model(tmp_path: Path, tiny: State) -> None:
     torch.save({"model": tiny}, tmp_path / "sam2.pt")
     torch.save(_mini_dinov2(architectures.Dinov2Architecture(64, 2)), tmp_path / "dinov2.pth")
-    with pytest.raises(CheckpointError, match="no DINOv2 file in Meta's layout"):
+    with pytest.raises(
+        CheckpointError, match=r"no DINOv2 file in its .* layout; it is one of SAM 2"
+    ):
         load_dinov2(str(tmp_path / "sam2.pt"))
-    with pytest.raises(CheckpointError, match="no SAM 2 file in Meta's layout"):
+    with pytest.raises(CheckpointError, match="no SAM 2 file in its publisher's layout"):
         _load(tmp_path / "dinov2.pth")
     with pytest.raises(CheckpointError, match=r"64 channels, 2 blocks.*none of DINOv2's"):
         load_dinov2(str(tmp_path / "dinov2.pth"))

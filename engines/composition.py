@@ -1,4 +1,4 @@
-"""The five engines in the order of the method, as functions of tensors and nothing else.
+"""The engines in the order of the method, as functions of tensors and nothing else.
 
 The export's end-to-end gate, the verification of built engines and the runtime's segmenter all call
 this one piece, so what was proven at export is what runs at the scanner. Every tensor belongs to
@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recallseg.engines.bundle import MemorySemantics
 from recallseg.engines.engine import AnyTensor, Engine, Tensor
 from recallseg.engines.specs import Geometry, GraphSpec, graph_specs
 
-__all__ = ["Composition", "Features", "Prediction", "Recall"]
+__all__ = ["Composition", "Features", "Prediction", "Prompts", "Recall"]
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,23 @@ class Prediction:
         return cls(**{spec.name: np.zeros(spec.resolve(n=n), np.float32) for spec in outputs})
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What a person said of one structure; at least one point, which may be none (label -1).
+
+    ``points`` 1xpx2 (x and y in pixels of SxS, whose centres are at whole numbers),
+    ``point_labels`` 1xp int32 (1 inside, 0 outside, 2 and 3 corners of a box, -1 none), ``prior``
+    1x1x(S/4)x(S/4) logits of the mask before, ``has_prior`` 1 bool.
+    """
+
+    points: Tensor
+    point_labels: NDArray[np.int32]
+    prior: Tensor
+    has_prior: NDArray[np.bool_]
+
+
 class Composition:
-    """Five engines as one model.
+    """Engines as one model.
 
     Parameters
     ----------
@@ -109,6 +125,10 @@ class Composition:
     def decode(self, image: Features, out: Prediction) -> None:
         """Conditioned features -> logits, IoU estimate and object score, all in ``out``."""
         self.run("decode", {**vars(image), **vars(out)})
+
+    def correct(self, image: Features, prompts: Prompts, out: Prediction) -> None:
+        """As :meth:`decode`, of one structure, with what a person said of it."""
+        self.run("correct", {**vars(image), **vars(prompts), **vars(out)})
 
     def run(self, graph: str, tensors: Mapping[str, AnyTensor]) -> None:
         """Run a graph on its inputs and outputs, which may lie on a device; others are ignored."""

@@ -20,7 +20,7 @@ LOGIT_GAIN = 20.0  # mask coverage 0..1 becomes a logit of -10..10, the range of
 
 
 class FakeEngine(Engine):
-    """Runs any of the five graphs by simple arithmetic; ignores the graph file."""
+    """Runs any of the graphs by simple arithmetic; ignores the graph file."""
 
     name: ClassVar[str] = "fake"
     variants: ClassVar[tuple[str, ...]] = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
@@ -52,6 +52,24 @@ class FakeEngine(Engine):
         coverage = inputs["memories"].mean(axis=(1, 3))
         places = conditioned.shape[2] * conditioned.shape[3]
         conditioned[:] = _nearest(coverage, places).reshape(-1, 1, *conditioned.shape[2:])
+
+    def _correct(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        self._decode(inputs, outputs)
+        logits = outputs["logits"][0]
+        if inputs["has_prior"][0]:
+            logits[:] = inputs["prior"][0, 0]
+        y, x = np.indices(logits.shape) * 4 + 1.5  # centres of the cells, in pixels of the image
+        corners = []
+        for (px, py), label in zip(inputs["points"][0], inputs["point_labels"][0], strict=True):
+            if label >= 2:
+                corners.append((px, py))
+            elif label >= 0:  # a click speaks for what is near
+                near = (x - px) ** 2 + (y - py) ** 2 <= (2.0 * logits.shape[0] / 8) ** 2
+                logits[near] = LOGIT_GAIN / 2 if label else -LOGIT_GAIN / 2
+        if len(corners) == 2:
+            (left, top), (right, bottom) = corners
+            inside = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
+            logits[:] = np.where(inside, LOGIT_GAIN / 2, -LOGIT_GAIN / 2)
 
     def _decode(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         coverage = inputs["conditioned"].mean(axis=1)

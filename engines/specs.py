@@ -18,13 +18,24 @@ from recallseg.engines.errors import BundleError, EngineRunError
 if TYPE_CHECKING:
     from recallseg.engines.device.memory import DeviceTensor
 
-__all__ = ["GRAPHS", "OPTIONAL_GRAPHS", "Geometry", "GraphSpec", "TensorSpec", "graph_specs"]
+__all__ = [
+    "GRAPHS",
+    "MOST_POINTS",
+    "OPTIONAL_GRAPHS",
+    "Geometry",
+    "GraphSpec",
+    "TensorSpec",
+    "graph_specs",
+]
 
 GRAPHS = ("embed", "encode", "memorize", "attend", "decode")
 """What every bundle has, in the order in which a new exemplar and a query meet them."""
 
 OPTIONAL_GRAPHS = ("correct",)
 """What a bundle may have beside them; :attr:`.Bundle.specs` says whether it does."""
+
+MOST_POINTS = 32
+"""Points that one call of ``correct`` takes, corners of a box included."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recallseg.engines.errors import ExportError
-from recallseg.engines.specs import Geometry, GraphSpec
+from recallseg.engines.specs import MOST_POINTS, Geometry, GraphSpec
 
 __all__ = ["OPSET", "example_inputs", "export_graph"]
 
@@ -19,20 +19,31 @@ OPSET = 18
 """Of the ``portable`` variant: every runtime and TensorRT in use accepts it."""
 
 _EXTERNAL_DATA_BYTES = 1_800_000_000  # an ONNX file is a protobuf message, which ends at 2 GiB
-_EXAMPLE = {"n": 2, "k": 3}  # neither 0 nor 1, which tracing would take for constants
+_EXAMPLE = {"n": 2, "k": 3, "p": 3}  # neither 0 nor 1, which tracing would take for constants
 
 
 def example_inputs(
-    spec: GraphSpec, generator: torch.Generator, *, n: int = 2, k: int = 3
+    spec: GraphSpec, generator: torch.Generator, *, n: int = 2, k: int = 3, p: int = 3
 ) -> dict[str, Tensor]:
-    """Draw random inputs of the right kind: masks of 0 and 1, times in 0..1, the rest normal."""
+    """Draw random inputs of the right kind.
+
+    Masks of 0 and 1, times in 0..1, points in the image, of every label; the rest normal.
+    """
     inputs: dict[str, Tensor] = {}
     for tensor in spec.inputs:
-        shape = tensor.resolve(n=n, k=k)
+        shape = tensor.resolve(n=n, k=k, p=p)
         if tensor.name == "masks":
             inputs[tensor.name] = (torch.rand(shape, generator=generator) > 0.5).float()
         elif tensor.name == "pointer_time":
             inputs[tensor.name] = torch.rand(shape, generator=generator)
+        elif tensor.name == "points":
+            logits = spec.outputs[0].resolve(n=n, k=k, p=p)  # a quarter of the image's side
+            inputs[tensor.name] = torch.rand(shape, generator=generator) * 4 * logits[-1]
+        elif tensor.name == "point_labels":
+            labels = torch.randint(-1, 4, shape, generator=generator, dtype=torch.int32)
+            inputs[tensor.name] = labels
+        elif tensor.name == "has_prior":
+            inputs[tensor.name] = torch.rand(shape, generator=generator) > 0.5
         else:
             inputs[tensor.name] = torch.randn(shape, generator=generator)
     return inputs
@@ -46,7 +57,7 @@ def export_graph(
     Parameters
     ----------
     module : in eval mode, on the CPU, fp32; takes and returns the tensors of ``spec`` in order.
-    spec : names and shapes; the symbols ``n`` and ``k`` become dynamic axes.
+    spec : names and shapes; the symbols ``n``, ``k`` and ``p`` become dynamic axes.
     geometry : gives the largest n and k.
     path : of the ``.onnx`` file.
     opset : version of the standard operators.
@@ -56,7 +67,7 @@ def export_graph(
     ExportError
         If the exporter fails, with its own words.
     """
-    limits = {"n": geometry.max_n, "k": geometry.max_k}
+    limits = {"n": geometry.max_n, "k": geometry.max_k, "p": MOST_POINTS}
     dims = {symbol: torch.export.Dim(symbol, min=1, max=limit) for symbol, limit in limits.items()}
     axes = tuple(
         {i: dims[size] for i, size in enumerate(tensor.shape) if isinstance(size, str)}

@@ -44,7 +44,10 @@ class FrozenMap(Mapping[K, V]):
 
 
 def same_fields(one: Any, other: Any, *passed_over: str) -> bool:
-    """Whether two values of one dataclass are equal; arrays are if all of their numbers are."""
+    """Whether two values of one dataclass are equal.
+
+    Arrays are if all of their numbers are; a NaN is equal to another.
+    """
     names = [field.name for field in fields(one) if field.name not in passed_over]
     return all(_same(getattr(one, name), getattr(other, name)) for name in names)
 
@@ -54,4 +57,6 @@ def _same(one: Any, other: Any) -> bool:
         return np.array_equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return [*one] == [*other] and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, float) and one != one:  # NaN stands for what is not known
+        return isinstance(other, float) and other != other
     return bool(one == other)

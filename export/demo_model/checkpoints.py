@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from recallseg.engines.durable import replace_folder
 
-__all__ = ["load_checkpoint", "save_checkpoint", "save_weights"]
+__all__ = ["load_checkpoint", "save_checkpoint", "save_tensors", "save_weights"]
 
 # Artefact stores and code hosts have limits on single files; eight parts of this size are enough.
 PART_BYTES = 15 * 1024 * 1024
@@ -38,6 +40,15 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any]:
     data = b"".join(part.read_bytes() for part in parts)
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     return state
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as half-precision safetensors, at once; those that are not floating stay."""
+    half = {n: v.half() if v.is_floating_point() else v for n, v in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    save_file({name: value.contiguous() for name, value in half.items()}, fresh)
+    os.replace(fresh, path)
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Sam2VideoModel
 
-from recallseg.export.demo_model.checkpoints import save_weights
+from recallseg.export.demo_model.checkpoints import save_tensors, save_weights
+from recallseg.export.demo_model.corrector_training import CorrectorTrainer, generate
 from recallseg.export.demo_model.embedder_training import EmbedderTrainer
 from recallseg.export.demo_model.recipe import load_recipe
 from recallseg.export.demo_model.segmenter_training import SegmenterTrainer, evaluate_segmenter
@@ -34,7 +36,9 @@ def _rounded(record: Mapping[str, float]) -> dict[str, float]:
 
 
 def _train(
-    trainer: SegmenterTrainer | EmbedderTrainer, name: str, arguments: argparse.Namespace
+    trainer: SegmenterTrainer | EmbedderTrainer | CorrectorTrainer,
+    name: str,
+    arguments: argparse.Namespace,
 ) -> None:
     """Train for a while, log every tenth step, and leave a checkpoint to go on from."""
     work = Path(arguments.work)
@@ -56,6 +60,8 @@ def _train(
             record: dict[str, Any] = {"step": trainer.step, "size": trainer.size, **means}
             if isinstance(trainer, SegmenterTrainer):
                 record["families"] = _rounded(trainer.scores)
+            if isinstance(trainer, CorrectorTrainer) and trainer.step % 200 == 0:
+                record["held_out"] = trainer.evaluate()
             _append(log, record)
             print(json.dumps(record), file=sys.stderr, flush=True)
             sums, count = {}, 0
@@ -78,6 +84,38 @@ def train_embedder(arguments: argparse.Namespace) -> None:
     """Train the DINOv2 part."""
     recipe = load_recipe(arguments.config)
     _train(EmbedderTrainer(recipe, arguments.device), "embedder", arguments)
+
+
+def _segmenter_of(arguments: argparse.Namespace) -> Sam2VideoModel:
+    """Return the finished segmenter that a corrector belongs to."""
+    model: Sam2VideoModel = Sam2VideoModel.from_pretrained(arguments.segmenter, dtype=torch.float32)
+    return model.eval()
+
+
+def generate_for_corrector(arguments: argparse.Namespace) -> None:
+    """Keep what the segmenter makes of generated images."""
+    model = _segmenter_of(arguments)
+    size: Any = model.config.image_size
+    seed = int(load_recipe(arguments.config)["corrector"]["seed"])
+    generate(model, Path(arguments.work) / "cache", int(size), seed, arguments.minutes)
+
+
+def train_corrector(arguments: argparse.Namespace) -> None:
+    """Train what corrects."""
+    work = Path(arguments.work)
+    recipe = load_recipe(arguments.config)
+    _train(
+        CorrectorTrainer(recipe, _segmenter_of(arguments), work / "cache"), "corrector", arguments
+    )
+
+
+def export_corrector(arguments: argparse.Namespace) -> None:
+    """Write the tensors of a checkpoint as half-precision safetensors."""
+    work = Path(arguments.work)
+    recipe = load_recipe(arguments.config)
+    trainer = CorrectorTrainer(recipe, _segmenter_of(arguments), work / "cache")
+    trainer.load(work / "corrector")
+    save_tensors(trainer.tensors(), Path(arguments.output))
 
 
 def export_segmenter(arguments: argparse.Namespace) -> None:
@@ -122,7 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     embedder = commands.add_parser("embedder", help="train the DINOv2 part")
     embedder.set_defaults(run=train_embedder)
-    for command in (segmenter, embedder):
+    keep = commands.add_parser("generate", help="keep what 'corrector' is trained on")
+    keep.set_defaults(run=generate_for_corrector)
+    corrector = commands.add_parser("corrector", help="train what corrects")
+    corrector.set_defaults(run=train_corrector)
+    for command in (segmenter, embedder, keep, corrector):
         command.add_argument("--minutes", type=float, default=9.0)
         command.add_argument("--save-minutes", type=float, default=4.0)
         command.add_argument("--device", default="cpu")
@@ -133,9 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.set_defaults(run=export_segmenter)
     write = commands.add_parser("export-embedder", help="write the embedder's weights")
     write.set_defaults(run=export_embedder)
+    tensors = commands.add_parser("export-corrector", help="write what corrects")
+    tensors.set_defaults(run=export_corrector)
+    for command in (keep, corrector, tensors):
+        command.add_argument("--segmenter", required=True, help="folder of the finished segmenter")
     for command in (export, write):
         command.add_argument("--output", required=True, help="model folder to write")
-    for command in (segmenter, embedder, export, write):
+    tensors.add_argument("--output", required=True, help="file to write")
+    for command in (segmenter, embedder, export, write, keep, corrector, tensors):
         command.add_argument("--work", required=True, help="folder of checkpoint and log")
     parsed = parser.parse_args(arguments)
     if parsed.threads:

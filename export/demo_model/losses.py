@@ -13,6 +13,7 @@ __all__ = [
     "appearance_loss",
     "coarse_loss",
     "hard_dice",
+    "mask_loss",
     "segmentation_loss",
 ]
 
@@ -45,7 +46,7 @@ def hard_dice(logits: Tensor, target: Tensor) -> Tensor:
     return torch.where(total > 0, 2.0 * overlap / total.clamp(min=1), 1.0)
 
 
-def _mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Dice plus cross-entropy per mask over the last two axes; soft targets are welcome."""
     found = logits.sigmoid()
     overlap = (found * target).flatten(-2).sum(-1)
@@ -74,13 +75,13 @@ def segmentation_loss(
         ``n``; 0 leaves a sample out.
     """
     target = F.avg_pool2d(masks[:, None], 4)
-    losses = _mask_loss(logits, target)
+    losses = mask_loss(logits, target)
     best = losses.argmin(dim=1)
     rows = torch.arange(len(best), device=best.device)
     # The best candidate is judged on a finer grid, so that the logits, enlarged bilinearly as in
     # deployment, put thin things and edges where they are within a pixel of the small grid.
     fine = F.interpolate(logits[rows, best][:, None], scale_factor=2.0, mode="bilinear")
-    best_loss = _mask_loss(fine, F.avg_pool2d(masks[:, None], 2))[:, 0]
+    best_loss = mask_loss(fine, F.avg_pool2d(masks[:, None], 2))[:, 0]
 
     with torch.no_grad():
         dice = hard_dice(logits, target)
@@ -97,7 +98,7 @@ def segmentation_loss(
 def coarse_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     """Loss of a coarse mask ``n x h x w`` read straight from the conditioned features."""
     stride = masks.shape[-1] // logits.shape[-1]
-    losses = _mask_loss(logits, F.avg_pool2d(masks[:, None], stride)[:, 0])
+    losses = mask_loss(logits, F.avg_pool2d(masks[:, None], stride)[:, 0])
     return (losses * weights).sum() / weights.sum().clamp(min=1.0)
 
 

@@ -518,6 +518,7 @@ class Library(Upkeep):
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
         name: str | None = None,
+        encoder: ExemplarEncoder | None = None,
     ) -> str:
         """Add an annotated image and return its key. It is stored in full or not at all.
 
@@ -533,6 +534,7 @@ class Library(Upkeep):
         key : of the exemplar. It stands in records of other patients, so it is random unless given;
             then the same image with the same masks is refused if it is there already.
         name : where it comes from, e.g. its file: only :meth:`whois` tells.
+        encoder : used instead of the library's own, for this exemplar.
 
         Raises
         ------
@@ -543,11 +545,12 @@ class Library(Upkeep):
         EngineRunError
             If the encoder fails or gives wrong tensors.
         """
-        encoder = self._binding.encoder
+        given = encoder
+        make = self._binding.encoder if given is None else lambda: given
         item = changing.Addition(
             image=image, masks=masks, absent=absent, tags=tags, key=key, name=name
         )
-        return changing.add(self._store, encoder, item)
+        return changing.add(self._store, make, item)
 
     def add_many(
         self, items: Iterable[changing.Addition], *, progress: Progress | None = None

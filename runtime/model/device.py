@@ -8,7 +8,7 @@ results are the CPU's, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -104,6 +104,19 @@ class DeviceModel(Model):
 
     def _copy(self, target: DeviceTensor, source: DeviceTensor) -> None:
         self._stream.copy(target, source)
+
+    def _write(self, target: DeviceTensor, array: NDArray[np.float32]) -> None:
+        self._stream.copy_in(target, np.ascontiguousarray(array))
+        self._stream.synchronize()
+
+    def _place_prompts(self, prompts: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        placed = {}
+        for name, array in prompts.items():
+            staged = self._room.pinned(name, array.shape, array.dtype)
+            staged[...] = array
+            placed[name] = self._room.on_device(name, array.shape, array.dtype)
+            self._stream.copy_in(placed[name], staged)
+        return placed
 
     def _fetch(self, tensor: DeviceTensor) -> NDArray[Any]:
         array = np.empty(tensor.shape, tensor.dtype)

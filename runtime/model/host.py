@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -65,6 +65,12 @@ class HostModel(Model):
 
     def _copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
         target[...] = source
+
+    def _write(self, target: NDArray[Any], array: NDArray[np.float32]) -> None:
+        target[...] = array
+
+    def _place_prompts(self, prompts: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        return dict(prompts)
 
     def _fetch(self, tensor: NDArray[Any]) -> NDArray[Any]:
         array: NDArray[Any] = tensor.copy()

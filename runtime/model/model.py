@@ -35,7 +35,15 @@ from recallseg.runtime.model.buffers import Buffers, Shapes, buffer_shapes, byte
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.turns import Turns
-from recallseg.runtime.model.view import Finished, Gather, Kept, KeptLooks, View, groups
+from recallseg.runtime.model.view import (
+    CONDITIONED,
+    Finished,
+    Gather,
+    Kept,
+    KeptLooks,
+    View,
+    groups,
+)
 
 __all__ = ["GpuOptions", "Model"]
 
@@ -92,7 +100,7 @@ class Model(ABC):
         self._engines: dict[str, Engine] = {}
         self._composition = Composition(self._engines)
         self._buffers = Buffers(bundle, self._allocate)
-        self._kept = KeptLooks(keep_bytes, bytes_of(self._kept_shapes()))
+        self._kept = KeptLooks(keep_bytes)
         self._looks = 0
         self._closed = False
 
@@ -304,11 +312,15 @@ class Model(ABC):
             tensors = self._kept.find(kept)
             self._settle("look")
             self._looks += 1
-            for name, tensor in tensors.items():
-                self._copy(self._buffers[name], tensor)
+            for name in KEPT:
+                self._copy(self._buffers[name], tensors[name])
             view = View(self, self._looks, kept.shape, ())
             view._embedding, view._encoded = kept.embedding, True
             return view
+
+    def keeps(self, kept: Kept) -> bool:
+        """Whether a kept look is still there; asking does not count as use."""
+        return kept in self._kept
 
     def embed(self, image: Any, intensity: Intensity) -> NDArray[np.float32]:
         """Return the embedding, D of unit length, of an image HxW or HxWx3."""
@@ -328,7 +340,17 @@ class Model(ABC):
         most = max(1, min(len(masks), self.bundle.geometry.max_n))  # none: of what it lacks
         with self.turns:
             self.reserve(masks=most, graphs=ENCODING)
-            view = self.look(image, intensity)
+            return self._encoded(self.look(image, intensity), masks)
+
+    def memorize_kept(self, kept: Kept, masks: Mapping[str, NDArray[np.bool_]]) -> Encoded:
+        """Do the same with an image that was kept, with its embedding, and is not encoded anew."""
+        most = max(1, min(len(masks), self.bundle.geometry.max_n))
+        with self.turns:
+            self.reserve(masks=most, graphs=ENCODING)
+            return self._encoded(self.put(kept), masks)
+
+    def _encoded(self, view: View, masks: Mapping[str, NDArray[np.bool_]]) -> Encoded:
+        with self.turns:
             embedding = view.embedding
             memories: dict[str, NDArray[np.float32]] = {}
             pointers: dict[str, NDArray[np.float32]] = {}
@@ -387,6 +409,14 @@ class Model(ABC):
     @abstractmethod
     def _copy(self, target: Any, source: Any) -> None:
         """Copy, or queue the copy of, one tensor to another of the same size."""
+
+    @abstractmethod
+    def _write(self, target: Any, array: NDArray[np.float32]) -> None:
+        """Copy from the host to a tensor of the same shape, and wait for it."""
+
+    @abstractmethod
+    def _place_prompts(self, prompts: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        """Return what a person said where the model runs."""
 
     @abstractmethod
     def _fetch(self, tensor: Any) -> NDArray[Any]:
@@ -453,9 +483,12 @@ class Model(ABC):
     def _run(self, graph: str, n: int = 1, k: int = 1) -> None:
         self._composition.run(graph, self._buffers.of(graph, n, k))
 
-    def _kept_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _kept_shapes(self, structures: int | None = None) -> dict[str, tuple[int, ...]]:
         outputs = {tensor.name: tensor for tensor in self.bundle.specs["encode"].outputs}
-        return {name: outputs[name].resolve() for name in KEPT}
+        shapes = {name: outputs[name].resolve() for name in KEPT}
+        if structures is not None:  # and those of one of which nothing is recalled
+            shapes[CONDITIONED] = (structures + 1, *shapes["features"][1:])
+        return shapes
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{', '.join(self.graphs) or 'nothing'} loaded"

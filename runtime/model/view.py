@@ -10,17 +10,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.composition import Prompts
 from recallseg.engines.errors import EngineRunError, InputError, StaleViewError
 from recallseg.runtime.library.exemplar import StoredMemory
+from recallseg.runtime.model.buffers import bytes_of
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.preprocess import prepare_mask
 
 if TYPE_CHECKING:
     from recallseg.runtime.model.model import Model
 
-__all__ = ["Finished", "Gather", "Kept", "KeptLooks", "View", "Wanted", "groups"]
+__all__ = [
+    "Corrected",
+    "Finished",
+    "Gather",
+    "Kept",
+    "KeptLooks",
+    "View",
+    "Wanted",
+    "groups",
+]
 
 Item = TypeVar("Item")
+
+CONDITIONED = "conditioned"
+
+_Tensors = dict[str, Any]
 
 Gather = Callable[[Sequence[StoredMemory], NDArray[Any], NDArray[np.float32]], None]
 """Copies stored memories to the host, as :meth:`Library.gather` does."""
@@ -40,6 +55,14 @@ class Finished(NamedTuple):
     label_map: Any
     iou: NDArray[np.float32]
     object_score: NDArray[np.float32]
+
+
+class Corrected(NamedTuple):
+    """One structure, corrected: logits (S/4)x(S/4), IoU estimate, object score."""
+
+    logits: NDArray[np.float32]
+    iou: float
+    object_score: float
 
 
 class View:
@@ -64,6 +87,11 @@ class View:
         self._n, self._k = 0, 0
         self._members: list[int] = []
         self._decoded: set[int] = set()
+
+    @property
+    def valid(self) -> bool:
+        """Whether its image is still the one on the model."""
+        return self._look == self._model._looks and not self._model.closed
 
     @property
     def embedding(self) -> NDArray[np.float32]:
@@ -210,11 +238,17 @@ class View:
                 for row, position in enumerate(group):
                     frames.add(position, memories[row], pointers[row], model._copy)
 
-    def keep(self) -> Kept:
+    def keep(self, structures: int | None = None) -> Kept:
         """Copy out what the image has become, so that :meth:`Model.put` can bring it back.
 
         It stays where the model runs: :attr:`Kept.nbytes`, 17 MB at 1024 px. Of all kept
         looks, the least recently used go when they take more than the model's ``keep_bytes``.
+
+        Parameters
+        ----------
+        structures : room for the conditioned features of so many structures beside (4 MB each at
+            1024 px), see :meth:`keep_conditioned`, and for those of one of which nothing is
+            recalled; None for none of it.
 
         Raises
         ------
@@ -226,10 +260,59 @@ class View:
         with model.turns:
             embedding = self.embedding if "embed" in self._graphs else self._embedding
             self.encode()
-            kept, tensors = model._kept.take(model, self.shape, embedding)
+            kept, tensors = model._kept.take(model, self.shape, embedding, structures)
             for name, tensor in tensors.items():
-                model._copy(tensor, model._buffers[name])
+                if name != CONDITIONED:
+                    model._copy(tensor, model._buffers[name])
+            if structures is not None:
+                # Where nothing is recalled SAM 2 adds one vector to the features.
+                plain = model._fetch(model._buffers["features"])
+                plain += np.asarray(model.bundle.no_memory, np.float32)[:, None, None]
+                model._write(tensors[CONDITIONED][structures : structures + 1], plain)
             return kept
+
+    def keep_conditioned(self, kept: Kept) -> Sequence[int]:
+        """Copy out the conditioned features of the group that was attended to last.
+
+        Returns
+        -------
+        the positions of its structures.
+        """
+        model = self._model
+        with model.turns:
+            self._check()
+            made = model._buffers.of("attend", len(self._members), self._k)[CONDITIONED]
+            target = model._kept.find(kept)[CONDITIONED]
+            for row, position in enumerate(self._members):
+                model._copy(target[position : position + 1], made[row : row + 1])
+            return tuple(self._members)
+
+    def correct(self, kept: Kept, position: int, prompts: Prompts) -> Corrected:
+        """Decode one structure with what a person said of it.
+
+        Parameters
+        ----------
+        kept : this image's, with conditioned features.
+        position : of the structure among them; their count for one of which nothing is recalled.
+        prompts : points and the mask before.
+        """
+        model = self._model
+        with model.turns:
+            self._check()
+            model._settle("question")
+            tensors = model._buffers.of("decode")
+            source = model._kept.find(kept)[CONDITIONED]
+            model._copy(tensors[CONDITIONED], source[position : position + 1])
+            model._composition.run("correct", {**tensors, **model._place_prompts(vars(prompts))})
+            logits, iou, score = (
+                model._fetch(tensors[name])[0] for name in ("logits", "iou", "object_score")
+            )
+            if not (np.isfinite(logits).all() and np.isfinite([iou, score]).all()):
+                raise EngineRunError(
+                    "the engine gave a corrected mask with numbers that are not finite. Use "
+                    "another precision or engine."
+                )
+            return Corrected(logits, float(iou), float(score))
 
     def _check(self, graph: str = "") -> None:
         self._model._begin_turn()
@@ -244,7 +327,7 @@ class View:
             )
 
     def __repr__(self) -> str:
-        state = "valid" if self._look == self._model._looks else "stale"
+        state = "valid" if self.valid else "stale"
         return f"View({self.shape[0]}x{self.shape[1]}, {state})"
 
 
@@ -276,43 +359,65 @@ class Kept:
 
 
 class KeptLooks:
-    """A bounded pool of kept looks, the least recently used of which goes first."""
+    """A bounded pool of kept looks, the least recently used of which goes first.
 
-    def __init__(self, most: int, each: int) -> None:
-        self._most, self._each = most, each
-        self._held: OrderedDict[int, dict[str, Any]] = OrderedDict()  # by the id of a Kept
-        self._free: list[dict[str, Any]] = []
+    Parameters
+    ----------
+    most : bytes that may be held.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held: OrderedDict[int, _Tensors] = OrderedDict()  # by the id of a Kept
+        self._free: list[_Tensors] = []
 
     def take(
-        self, model: Model, shape: tuple[int, int], embedding: NDArray[np.float32] | None
-    ) -> tuple[Kept, dict[str, Any]]:
+        self,
+        model: Model,
+        shape: tuple[int, int],
+        embedding: NDArray[np.float32] | None,
+        structures: int | None,
+    ) -> tuple[Kept, _Tensors]:
         """Return a new one and the tensors that it consists of."""
-        if self._each > self._most:
+        shapes = model._kept_shapes(structures)
+        size = bytes_of(shapes)
+        if size > self._most:
             raise InputError(
-                f"a kept look takes {self._each / 2**20:.1f} MiB, and this model may keep "
+                f"a kept look takes {size / 2**20:.1f} MiB, and this model may keep "
                 f"{self._most / 2**20:.1f} MiB. Open it with larger keep_bytes."
             )
-        if not self._free and (len(self._held) + 1) * self._each > self._most:
-            self.drop(next(iter(self._held)))
-        if self._free:
-            tensors = self._free.pop()
-        else:
-            shapes = model._kept_shapes()
-            model._require(shapes, 0, 0, (), "A kept look")
-            tensors = {name: model._allocate(size) for name, size in shapes.items()}
-        kept = Kept(model, shape, embedding, self._each)
+        while (tensors := self._reuse(size)) is None:
+            if self.nbytes + size <= self._most:
+                model._require(shapes, 0, 0, (), "A kept look")
+                tensors = {name: model._allocate(one) for name, one in shapes.items()}
+                break
+            if self._free:
+                self._free.pop(0)  # of another size
+            else:
+                self.drop(next(iter(self._held)))
+        kept = Kept(model, shape, embedding, size)
         self._held[id(kept)] = tensors
         weakref.finalize(kept, self.drop, id(kept))
         return kept, tensors
 
-    def find(self, kept: Kept) -> dict[str, Any]:
+    def _reuse(self, size: int) -> _Tensors | None:
+        """Return tensors that nobody holds any more, of this many bytes in all; None: none are."""
+        for position, tensors in enumerate(self._free):
+            if _bytes(tensors) == size:
+                return self._free.pop(position)
+        return None
+
+    def __contains__(self, kept: Kept) -> bool:
+        return id(kept) in self._held
+
+    def find(self, kept: Kept) -> _Tensors:
         """Return its tensors."""
         tensors = self._held.get(id(kept))
         if tensors is None:
             raise StaleViewError(
-                f"this kept look was dropped: the model keeps {self._most // self._each}, and more "
-                "were kept since (or it was closed). Look at the image again, or open the model "
-                "with larger keep_bytes."
+                f"this kept look was dropped: the model keeps {self._most / 2**20:.0f} MiB of "
+                "them, and more were kept since (or it was closed). Look at the image again, or "
+                "open the model with larger keep_bytes."
             )
         self._held.move_to_end(id(kept))
         return tensors
@@ -331,7 +436,11 @@ class KeptLooks:
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return (len(self._held) + len(self._free)) * self._each
+        return sum(map(_bytes, (*self._held.values(), *self._free)))
+
+
+def _bytes(tensors: _Tensors) -> int:
+    return sum(int(tensor.nbytes) for tensor in tensors.values())
 
 
 def groups(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.device import on_gpu
 from recallseg.engines.errors import InputError
-from recallseg.runtime.frozen import same_fields
+from recallseg.runtime.frozen import FrozenMap, same_fields
 from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.recipe import Provenance
 
@@ -24,7 +24,7 @@ have ``bundle_identity``, ``library_digest``, ``engine``, ``precision``, ``k`` a
 where these have ``provenance``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
     """How sure the model is of one structure.
 
@@ -48,6 +48,12 @@ class Score:
         """Return the fields; a distance that there is none of is None."""
         fields = asdict(self)
         return fields | {"distance": None if math.isnan(self.distance) else self.distance}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Score) and same_fields(self, other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.to_json().values()))
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ class Result:
     frame_memories : how many of earlier frames were used beside the recalled ones, by structure.
     notice : what must be said of the weights, e.g. "demo model, not for clinical use".
     spacing : mm between rows and between columns, None where they are not known.
+    corrections : by structure that a person corrected: how often.
     """
 
     masks: Mapping[str, NDArray[np.bool_]]
@@ -122,6 +129,7 @@ class Result:
     frame_memories: Mapping[str, int]
     notice: str
     spacing: tuple[float, float] | None = None
+    corrections: Mapping[str, int] = field(default_factory=FrozenMap)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the pixels, for ``NAME.json`` beside a mask."""
@@ -148,6 +156,7 @@ class Result:
             "quality": self.quality.to_json(),
             "provenance": self.provenance.to_json(),
             "frame_memories": dict(self.frame_memories),
+            "corrections": dict(self.corrections),
             "notice": self.notice,
         }
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import cycle, islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,9 @@ from recallseg.runtime.segmenting.reach import REACH, within_reach
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 from recallseg.runtime.segmenting.result import Quality, Result, Score
 from recallseg.runtime.segmenting.timings import Timings
+
+if TYPE_CHECKING:
+    from recallseg.runtime.segmenting.corrections import Corrections, Keeper
 
 __all__ = ["Segmenter"]
 
@@ -270,6 +273,31 @@ class Segmenter:
                 progress(len(results), len(images))
         return results
 
+    def correct(
+        self,
+        image: Any,
+        *,
+        without: Collection[str] = (),
+        acquisition: Acquisition | None = None,
+    ) -> Corrections:
+        """Segment an image, and return what a person corrects the result with.
+
+        Parameters
+        ----------
+        image, without, acquisition : see :meth:`segment`.
+
+        Raises
+        ------
+        BundleError
+            If the bundle has no graph ``correct``.
+        InputError, EngineRunError, ModelClosedError
+        """
+        from recallseg.runtime.segmenting.corrections import Corrections
+
+        return Corrections(
+            self.library, image, segmenter=self, without=without, acquisition=acquisition
+        )
+
     def frame_memories(self) -> FrameMemories:
         """Return room for the memories of one sequence of frames or slices, empty.
 
@@ -408,14 +436,16 @@ class Segmenter:
         frame_memories: FrameMemories | None = None,
         exemplars: int | None = None,
         acquisition: Acquisition | None = None,
+        keeper: Keeper | None = None,
     ) -> Result:
         """Run a query, without the exemplars of these keys.
 
-        With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up.
+        With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up; a
+        ``keeper`` keeps what the answer can be corrected with.
         """
         with timings.locked(self.model.turns):
             return self._answer(
-                image, timings, without, out, frame_memories, exemplars, acquisition
+                image, timings, without, out, frame_memories, exemplars, acquisition, keeper
             )
 
     def _answer(
@@ -427,6 +457,7 @@ class Segmenter:
         frame_memories: FrameMemories | None,
         exemplars: int | None,
         acquisition: Acquisition | None,
+        keeper: Keeper | None,
     ) -> Result:
         earlier = [
             0 if frame_memories is None else frame_memories.count(i)
@@ -448,16 +479,22 @@ class Segmenter:
             memories = self._memories(recollection, recalled, exemplars)
         with timings("encode"):
             view.encode()
+            if keeper is not None:
+                keeper.begin(view, len(self.structures))
         for k, members in self._groups(memories, earlier):
             with timings("gather"):
                 wanted = [Wanted(i, memories[i]) for i in members]
                 view.recall(self.library.gather, wanted, k, frame_memories)
             with timings("attend"):
                 view.attend()
+                if keeper is not None:
+                    keeper.attended(view)
             with timings("decode"):
                 view.decode()
         with timings("finish"):
             masks, label_map, iou, object_score = view.finish(out)
+            if keeper is not None:
+                keeper.logits = view.logits()
         present = [bool(score > 0) for score in object_score]
         scores = {
             name: Score(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from recallseg.runtime.model.model import GpuOptions, Model
     from recallseg.runtime.model.preprocess import Intensity
     from recallseg.runtime.reports.evaluation import evaluate
+    from recallseg.runtime.segmenting.corrections import Corrections
     from recallseg.runtime.segmenting.recipe import Provenance, Recipe
     from recallseg.runtime.segmenting.result import Result, Score
     from recallseg.runtime.segmenting.segmenter import Segmenter
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Bundle",
+    "Corrections",
     "Frame",
     "GpuOptions",
     "Intensity",
@@ -69,6 +71,7 @@ _HOMES = {
     "GpuOptions": "recallseg.runtime.model.model",
     "Model": "recallseg.runtime.model.model",
     "Library": "recallseg.runtime.library",
+    "Corrections": "recallseg.runtime.segmenting.corrections",
     "Provenance": "recallseg.runtime.segmenting.recipe",
     "Recipe": "recallseg.runtime.segmenting.recipe",
     "Result": "recallseg.runtime.segmenting.result",

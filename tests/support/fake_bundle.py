@@ -69,6 +69,7 @@ def make_fake_bundle(
     tokens: int = 0,
     memory_grid: tuple[int, int] = (0, 0),
     former: Sequence[tuple[str, str]] = (),
+    correct: bool = False,
 ) -> Bundle:
     """Write a bundle folder for the engine ``fake`` and open it.
 
@@ -79,6 +80,7 @@ def make_fake_bundle(
     source : where the weights claim to come from (``pretrained``, ``demo``, ``random``).
     weights_digest : another one gives another bundle identity.
     tokens, memory_grid : of a memory; one token for each place of the feature map by default.
+    correct : whether it has the optional graph ``correct``.
     former : digests of the segmenter's and embedder's weights under which it is known too.
     """
     geometry = fake_geometry(
@@ -93,7 +95,8 @@ def make_fake_bundle(
     }
     memory = MemorySemantics(object_pointers, 0.25)
     graphs = {}
-    for graph in GRAPHS:
+    optional = ("correct",) if correct else ()
+    for graph in (*GRAPHS, *optional):
         file = Path("graphs", "portable", "fp32", f"{graph}.onnx")
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         (path / file).write_bytes(empty_graph(f"the fake engine never reads {graph}"))

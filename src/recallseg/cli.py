@@ -39,6 +39,7 @@ from recallseg.commands.keeping import (
 )
 from recallseg.commands.library import app as library_app
 from recallseg.commands.node import app as node_app
+from recallseg.commands.reverting import revert
 from recallseg.commands.segment import segment
 from recallseg.commands.serve import serve
 from recallseg.commands.sign import app as sign_app
@@ -197,6 +198,7 @@ def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
 
 app.command()(demo)
 library_app.command("import")(import_)
+library_app.command()(revert)
 library_app.command()(whois)
 library_app.command()(anonymise)
 library_app.command("next")(next_)

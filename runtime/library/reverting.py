@@ -71,8 +71,8 @@ def revert(library: Library, revision: int) -> Reverted:
         elif change.what == "retire":
             then -= {*change.exemplars}
     later = [change for change in changes if change.revision > revision]
-    # One whose mask was replaced is told as new from then on: whether it was there is not known, and
-    # it stays.
+    # One whose mask was replaced is told as new from then on. Whether it was there is not known: it
+    # stays.
     replaced = {key for one in later if one.what == "replace_mask" for key in one.exemplars}
     in_use = [exemplar.key for exemplar in library]
     retired = tuple(key for key in in_use if key not in then | replaced)

@@ -1,8 +1,8 @@
 """The images of a folder that wait to be annotated: the newest first, or what would teach most.
 
 Clients name an image by a mark of it and never by a path, so that none leads out of the folder.
-What would teach most is what is least like all that is known: the library's exemplars, and the
-images that stand before it in the list.
+What would teach most is what brings the most of the images that are left nearest to something
+annotated, see :mod:`recallseg.runtime.segmenting.choosing`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -24,16 +24,19 @@ from recallseg.engines.errors import InputError, RecallSegError
 from recallseg.runtime.formats.finding import Headers, Item, find_in_folder
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.library import Library
+from recallseg.runtime.segmenting.choosing import rank
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.http.cuts import stack
 from recallseg.runtime.services.http.limits import RefusedError
 
-__all__ = ["Entry", "Order", "Worklist", "farthest_first"]
+__all__ = ["Entry", "Order", "Worklist"]
 
 Order = Literal["newest", "teaching"]
 State = Literal["new", "accepted", "rejected"]
 LOOK_S = 2.0
 """Between two looks at the folder."""
+MOST_RANKED = 50
+"""Images that are ordered by what they would teach; the rest follow as they come."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Entry:
     name : for people.
     kind : its format.
     state : what was done with it.
-    teaches : distance (0..2) to the nearest of what is known and stands before it; None where that
-        has not been found out yet.
+    teaches : share (0..1) of the way to the nearest exemplar, over all images, that annotating it
+        would spare; None where that has not been found out, or others come first.
     trouble : why it cannot be opened.
     """
 
@@ -190,42 +193,10 @@ class Worklist:
         if not marks:
             return {}
         held = [self._library.embeddings(name)[1] for name in self._library.structures]
-        known = np.concatenate(held) if held else np.zeros((0, len(vectors[0])), np.float32)
-        order, distances = farthest_first(np.stack(vectors), known)
-        return {marks[i]: float(distance) for i, distance in zip(order, distances, strict=True)}
-
-
-def farthest_first(
-    vectors: NDArray[np.float32],
-    known: NDArray[np.float32],
-    distance: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]] = lambda a, b: 1 - a @ b.T,
-) -> tuple[list[int], list[float]]:
-    """Order vectors so that each is the one farthest from all that is known and before it.
-
-    Parameters
-    ----------
-    vectors : NxD, of unit length.
-    known : MxD; with none the first is the one nearest to the mean of all.
-
-    Returns
-    -------
-    list, list
-        Positions, and the distance of each to the nearest of what was before it.
-    """
-    if len(known):
-        nearest = distance(vectors, known).min(1)
-    else:
-        nearest = np.full(len(vectors), 2.0)
-        nearest[int((vectors @ vectors.mean(0)).argmax())] = np.nextafter(2.0, 3.0)
-    order: list[int] = []
-    distances: list[float] = []
-    for _ in range(len(vectors)):
-        chosen = int(nearest.argmax())
-        order.append(chosen)
-        distances.append(float(nearest[chosen]))
-        nearest = np.minimum(nearest, distance(vectors, vectors[chosen : chosen + 1])[:, 0])
-        nearest[order] = -1.0
-    return order, distances
+        known = np.concatenate(held) if held else None
+        unknown = np.full(len(marks), np.nan)
+        chosen = rank(np.stack(vectors), known, unknown, MOST_RANKED, "coverage")
+        return {marks[i]: gain for i, _, gain in chosen}
 
 
 def _middle(volume: Volume) -> NDArray[Any]:

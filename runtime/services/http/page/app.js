@@ -87,7 +87,7 @@ async function listImages() {
     const note = document.createElement("small");
     note.textContent = image.trouble || [
       image.state === "new" ? "" : image.state,
-      image.teaches === null ? "" : `distance ${image.teaches.toFixed(3)}`,
+      image.teaches === null ? "" : `spares ${(image.teaches * 100).toFixed(0)} % of the way`,
     ].filter(Boolean).join(", ");
     button.append(note);
     if (draft && draft.mark === image.mark) button.setAttribute("aria-current", "true");

@@ -39,6 +39,7 @@ from recallseg.commands.keeping import (
 )
 from recallseg.commands.library import app as library_app
 from recallseg.commands.node import app as node_app
+from recallseg.commands.reproduce import reproduce
 from recallseg.commands.reverting import revert
 from recallseg.commands.segment import segment
 from recallseg.commands.serve import serve
@@ -209,6 +210,7 @@ app.command()(segment)
 app.command()(watch)
 app.command()(serve)
 app.command()(evaluate)
+app.command()(reproduce)
 app.command()(build)
 app.command()(verify)
 app.add_typer(cache_app, name="cache")

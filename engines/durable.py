@@ -20,6 +20,7 @@ from pathlib import Path
 from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, replace_inside
 
 __all__ = [
+    "create_file",
     "make_folder",
     "replace_file",
     "replace_file_inside",
@@ -42,6 +43,23 @@ def write_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> No
     try:
         with _naming(path):
             _write_all(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def create_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
+    """Write a file that is not there yet, in full or not at all; OSError as the system gives it.
+
+    ``FileExistsError`` if there is one, or anything else of that name.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with _naming(path):
+            _write_all(descriptor, data)
+        sync_folder(path.parent)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
 

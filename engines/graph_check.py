@@ -77,10 +77,15 @@ def check_graph(path: Path, data: Path | None) -> None:
     """
     if data is not None and data.parent != path.parent:
         raise BundleError(f"{data} must lie beside the graph {path.name}, whose weights it holds.")
-    size = path.stat().st_size
-    if not size:
-        raise BundleError(f"the graph {path} is empty. Restore it or export the bundle again.")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    try:
+        size = path.stat().st_size
+        if not size:
+            raise BundleError(f"the graph {path} is empty. Restore it or export the bundle again.")
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise BundleError(f"the graph {path} cannot be read: {error.strerror}.") from error
+    with content:
         _Check(path, content, data).model(0, size)
 
 

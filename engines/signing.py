@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recallseg.engines.digest import digest_file
-from recallseg.engines.durable import replace_file
+from recallseg.engines.durable import create_file, replace_file
 from recallseg.engines.errors import InputError, SignatureError
 from recallseg.engines.inside import read_inside
 from recallseg.engines.ownership import foreign
@@ -136,10 +136,13 @@ def create_key(path: str | Path, name: str = "") -> PublicKey:
     key = Ed25519PrivateKey.generate()
     made = SigningKey(key, name or path.stem)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        replace_file(path.with_name(path.name + ".pub"), f"{made.public.to_line()}\n".encode())
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        create_file(path, secret, mode=0o600)
+        try:
+            replace_file(path.with_name(path.name + ".pub"), f"{made.public.to_line()}\n".encode())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise InputError(f"the key {path} cannot be written: {error.strerror}.") from error
     return made.public

@@ -206,10 +206,13 @@ class AuditLog:
                 entry = self._entry(number, previous, {"event": "rotate", "file": aside.name})
                 fresh = self.path.with_name(f".{self.path.name}.new")
                 fresh.unlink(missing_ok=True)
-                write_file(fresh, _canonical(entry) + b"\n", mode=0o600)
-                aside.unlink(missing_ok=True)  # of a rotation that was cut off: the same file
-                os.link(self.path, aside)  # at every moment both names are of a whole log
-                os.replace(fresh, self.path)
+                try:
+                    write_file(fresh, _canonical(entry) + b"\n", mode=0o600)
+                    aside.unlink(missing_ok=True)  # of a rotation that was cut off: the same file
+                    os.link(self.path, aside)  # at every moment both names are of a whole log
+                    os.replace(fresh, self.path)
+                finally:
+                    fresh.unlink(missing_ok=True)
                 sync_folder(self.path.parent)
                 self._write_head(entry)
         except OSError as error:

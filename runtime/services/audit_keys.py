@@ -10,11 +10,11 @@ import base64
 import binascii
 import hashlib
 import hmac
-import os
 import secrets
 from pathlib import Path
 from typing import Protocol
 
+from recallseg.engines.durable import create_file
 from recallseg.engines.errors import InputError
 from recallseg.engines.signing import PublicKey, SigningKey, check_private, read_trusted
 
@@ -89,9 +89,7 @@ def create_audit_key(path: str | Path) -> str:
     """
     secret = secrets.token_bytes(_SECRET_BYTES)
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with os.fdopen(os.open(path, flags, 0o600), "w") as file:
-            file.write(f"{secret.hex()}\n")
+        create_file(Path(path), f"{secret.hex()}\n".encode(), mode=0o600)
     except OSError as error:
         raise InputError(f"the key {path} cannot be written: {error.strerror}.") from error
     return _Secret(secret).id

@@ -103,10 +103,11 @@ def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:
 def no_halves(base: Path, *written: Path) -> Iterator[None]:
     """Where a result fails, remove those of its files that were not there before it.
 
-    So it can be asked for again. If one was there and has been replaced, the record before is of
+    So it can be asked for again. The record goes with them even if it was written: what failed then
+    is to make its name survive. If one was there and has been replaced, the record before is of
     another, and goes.
     """
-    before = {path: _state(path) for path in written}
+    before = {path: _state(path) for path in (record_file(base), *written)}
     try:
         yield
     except BaseException:

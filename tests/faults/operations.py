@@ -161,7 +161,9 @@ _IMPORT = _command(
 def _with_library(root: Path) -> None:
     _with_bundle(root)
     _IMPORT(root)
-    (root / "new").mkdir()
+    write_pairs(root / "held-out", [0.35, 0.65])
+    for folder in ("new", "audit"):
+        (root / folder).mkdir()
     for number in range(2):
         cv2.imwrite(str(root / "new" / f"q{number}.png"), disc(0.35 + 0.1 * number).image)
 
@@ -177,7 +179,8 @@ def _files_state(*folders: str) -> Callable[[Path], Any]:
                     raise AssertionError(f"{path.name} is not a whole picture")
                 if path.suffix == ".json":
                     json.loads(path.read_text(encoding="utf-8"))
-                found[str(path.relative_to(root))] = path.is_dir() or path.stat().st_size > 0
+                if not path.name.endswith(".lock"):
+                    found[str(path.relative_to(root))] = path.is_dir() or path.stat().st_size > 0
         return found
 
     return state
@@ -190,13 +193,6 @@ def _command_library_state(root: Path) -> Any:
             raise AssertionError(f"verify found: {report}")
         calibrated = len(library.calibrations)
         return sorted((one.content, one.structures) for one in library), calibrated
-
-
-def _bundle_state(root: Path) -> Any:
-    return {
-        name: Bundle.open(root / name).identity if (root / name).exists() else None
-        for name in ("bundle", "copy")
-    }
 
 
 def _some_exemplars(state: Any, after: Any) -> bool:
@@ -214,6 +210,38 @@ _SEGMENT = _command(
     *("segment", "{root}/library", "{root}/new/q0.png", "{root}/new/q1.png"),
     *("--output", "{root}/out", "--engine", "fake"),
 )
+
+_AUDIT = ("--audit", "{root}/audit/log.jsonl")
+_WATCH = _command(
+    *("watch", "{root}/new", "--library", "{root}/library", "--output", "{root}/out"),
+    *("--once", "--settle", "0", "--engine", "fake", *_AUDIT),
+)
+_EVALUATE = _command(
+    *("evaluate", "{root}/library", "{root}/held-out", "--output", "{root}/report"),
+    *("--labels", LABELS, "--engine", "fake"),
+)
+
+
+def _with_log(root: Path) -> None:
+    _with_library(root)
+    _WATCH(root)
+
+
+def _logged(root: Path) -> Any:
+    """Whether a log that can be followed to its end was put aside."""
+    _command("audit", "verify", "{root}/audit/log.jsonl")(root)
+    return len(list((root / "audit").glob("log.jsonl.*"))) > 0
+
+
+def _rotate_once(root: Path) -> None:
+    if not _logged(root):
+        _command("audit", "rotate", "{root}/audit/log.jsonl")(root)
+
+
+def _with_key(root: Path) -> None:
+    make_fake_bundle(root / "bundle")
+    _command("sign", "key", "{root}/key")(root)
+
 
 OPERATIONS = {
     one.name: one
@@ -236,6 +264,32 @@ OPERATIONS = {
             _with_library,
             _command("library", "calibrate", "{root}/library", "--engine", "fake"),
             _command_library_state,
+        ),
+        Operation("watch", _with_library, _WATCH, _files_state("out"), _some_results),
+        Operation("evaluate", _with_library, _EVALUATE, _files_state("report"), _some_results),
+        Operation(
+            "audit.rotate",
+            _with_log,
+            _command("audit", "rotate", "{root}/audit/log.jsonl"),
+            _logged,
+        ),
+        Operation(
+            "sign.key",
+            lambda root: None,
+            _command("sign", "key", "{root}/key"),
+            lambda root: len(names(root)),
+        ),
+        Operation(
+            "audit.key",
+            lambda root: None,
+            _command("audit", "key", "{root}/key"),
+            lambda root: len(names(root)),
+        ),
+        Operation(
+            "sign.bundle",
+            _with_key,
+            _command("sign", "bundle", "{root}/bundle", "--key", "{root}/key"),
+            lambda root: (Bundle.open(root / "bundle").identity, len(names(root))),
         ),
         Operation("segment", _with_library, _SEGMENT, _files_state("out"), _some_results),
     )

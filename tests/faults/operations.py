@@ -270,7 +270,7 @@ OPERATIONS = {
         Operation(
             "audit.rotate",
             _with_log,
-            _command("audit", "rotate", "{root}/audit/log.jsonl"),
+            _rotate_once,
             _logged,
         ),
         Operation(

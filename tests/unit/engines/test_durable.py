@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from recallseg.engines import durable
-from recallseg.engines.durable import make_folder, replace_file, replace_folder
+from recallseg.engines.durable import create_file, make_folder, replace_file, replace_folder
 from recallseg.engines.inside import make_folder_inside
 
 
@@ -256,3 +256,23 @@ def test_the_names_of_new_folders_are_synced(
     with pytest.raises(OSError, match="x"):
         make_folder_inside(tmp_path, "sources/000000")
     assert not (tmp_path / "sources").exists()  # so that the next one syncs its name
+
+
+def test_a_file_that_cannot_be_made_in_full_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "key"
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="key"):
+            create_file(path, b"secret", mode=0o600)
+    assert not path.exists()
+    create_file(path, b"secret", mode=0o600)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"secret", 0o600)
+    with pytest.raises(FileExistsError):
+        create_file(path, b"another")
+    assert path.read_bytes() == b"secret"

@@ -19,6 +19,7 @@ from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.volume import SPACING_TAG
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.changing import Addition
+from recallseg.runtime.segmenting.corrections import Corrections
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
@@ -86,7 +87,12 @@ class Desk:
 
     def correct(self, image: NDArray[Any]) -> Correcting:
         """Begin to correct a slice HxW(x3)."""
-        raise RefusedError(409, CANNOT)
+        if not self.corrects:
+            raise RefusedError(409, CANNOT)
+        segmenter, own = self.segmenter(), np.ascontiguousarray(image)
+        if segmenter is None:
+            return Corrections(self.library, own)
+        return segmenter.correct(own)
 
     def spread(
         self,

@@ -1,0 +1,218 @@
+"""Drafts: what prompts come to on a volume's grid, and that every step can be taken back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.fake_bundle import make_fake_bundle
+
+from recallseg import Library, Segmenter
+from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.http.cuts import outline_of, scribble_points, stack
+from recallseg.runtime.services.http.desk import Desk
+from recallseg.runtime.services.http.drafts import Draft
+from recallseg.runtime.services.http.limits import Budget, RefusedError
+from recallseg.runtime.services.http.prompts import Place, Prompt
+
+HEIGHT, WIDTH = 96, 160
+
+
+def picture(left: int) -> tuple[Any, Any]:
+    """A bright bar from column ``left`` on, and its mask."""
+    image = np.full((HEIGHT, WIDTH), 20, np.uint8)
+    image[:, left : left + 40] = 220
+    return image, image > 100
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    bundle = make_fake_bundle(tmp_path / "bundle", correct=True)
+    rule = Intensity("range")
+    with Library.create(tmp_path / "library", bundle, engine="fake", intensity=rule) as library:
+        for left in (0, 40, 80):
+            image, mask = picture(left)
+            library.add(image, {"bar": mask}, key=str(left))
+        yield Desk(
+            library, AuditLog(tmp_path / "audit.jsonl"), lambda *a, **k: Segmenter(*a, k=1, **k)
+        )
+
+
+@pytest.fixture
+def budget() -> Budget:
+    return Budget(10_000_000)
+
+
+@pytest.fixture
+def draft(desk: Desk, budget: Budget) -> Iterator[Draft]:
+    volume = np.stack([picture(20 + index)[0] for index in range(5)])
+    made = Draft(stack(volume), desk, budget)
+    yield made
+    made.close()
+    assert budget.taken == 0
+
+
+def click(draft: Draft, x: float, y: float, index: int = 2, name: str = "bar") -> Any:
+    return draft.prompt(Prompt("click", name, Place(0, index), ((x, y),)))
+
+
+def test_each_step_is_taken_back_by_one_undo(draft: Draft) -> None:
+    states = [draft.mask("bar", Place(0, 2)).copy()]
+    click(draft, 130, 50)
+    states.append(draft.mask("bar", Place(0, 2)).copy())
+    draft.paint("bar", Place(0, 2), np.ones((4, 5), bool), 100, 10, True)
+    states.append(draft.mask("bar", Place(0, 2)).copy())
+    assert states[-1][10:14, 100:105].all()
+    click(draft, 10, 10)
+    assert draft.counts["bar"] == {"click": 2, "brush": 1}
+    for state in reversed(states):
+        change = draft.undo()
+        assert change is not None
+        assert (draft.mask("bar", Place(0, 2)) == state).all()
+    assert draft.undo() is None
+    assert draft.counts["bar"]["undo"] == 3
+
+
+def test_a_click_goes_on_from_what_was_painted(draft: Draft, desk: Desk) -> None:
+    draft.paint("bar", Place(0, 2), np.ones((60, 30), bool), 100, 20, True)
+    painted = draft.mask("bar", Place(0, 2)).copy()
+    click(draft, 5, 5)
+    alone = desk.correct(draft.picture(Place(0, 2)))
+    alone.draw("bar", painted)
+    assert (draft.mask("bar", Place(0, 2)) == alone.click("bar", 5, 5).masks["bar"]).all()
+
+
+def test_prompts_that_wait_are_run_together_or_taken_back(draft: Draft) -> None:
+    for index in (1, 3):
+        prompt = Prompt("click", "bar", Place(0, index), ((30.0, 40.0),))
+        assert draft.prompt(prompt, run=False) is None
+    assert draft.waits
+    assert not draft.masks["bar"].any()
+    draft.undo()
+    with draft.one_step():
+        (change,) = draft.run_waiting()
+    assert change.box is not None
+    assert change.box[0] == (1, 2)
+    assert not draft.waits
+    draft.undo()
+    assert not draft.masks["bar"].any()
+
+
+def test_what_is_spread_stops_half_way_to_the_next_that_was_corrected(draft: Draft) -> None:
+    for index in (0, 4):
+        click(draft, 130, 50, index)
+    kept = [draft.mask("bar", Place(0, index)).copy() for index in (0, 4)]
+    draft.spread("bar")
+    for index, mask in zip((0, 4), kept, strict=True):
+        assert (draft.mask("bar", Place(0, index)) == mask).all()
+    assert draft._free(0, 1, {0, 4}, 5) == [1, 2]
+    assert draft._free(4, -1, {0, 4}, 5) == [3]
+    draft.undo()
+    assert [bool(draft.mask("bar", Place(0, i)).any()) for i in (1, 2, 3)] == [False] * 3
+
+
+def test_what_is_new_is_spread_when_the_library_knows_it(draft: Draft) -> None:
+    click(draft, 130, 50, name="lesion")
+    with pytest.raises(RefusedError, match="accept this slice first"):
+        draft.spread("lesion")
+
+
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, 1), (1, -1, -1)])
+def test_a_voxel_and_its_place_on_the_screen_are_the_same(
+    desk: Desk, budget: Budget, flips: tuple[int, int, int]
+) -> None:
+    array = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
+    volume = Volume(array, np.diag([*flips, 1.0]), "RAS")
+    draft = Draft(volume, desk, budget)
+    assert sorted(draft.cuts) == [0, 1, 2]
+    for axis in draft.cuts:
+        for voxel in ((0, 0, 0), (4, 5, 6), (1, 2, 3)):
+            place = draft.place_of(voxel, axis)
+            x, y = draft.point_of(voxel, place)
+            assert draft.picture(place)[int(y), int(x)] == array[voxel]
+            change = draft.paint("dot", place, np.ones((1, 1), bool), int(x), int(y), True)
+            assert change.box == tuple((at, at + 1) for at in voxel)
+            assert np.argwhere(draft.masks["dot"]).tolist() == [list(voxel)]
+            draft.undo()
+    draft.close()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Prompt("click", "bar", Place(0, 2), ((160.0, 3.0),)),
+        Prompt("click", "bar", Place(0, 2), ((3.0, -1.0),)),
+        Prompt("click", "bar", Place(0, 5), ((3.0, 3.0),)),
+        Prompt("click", "bar", Place(3, 0), ((3.0, 3.0),)),
+        Prompt("click", "", Place(0, 0), ((3.0, 3.0),)),
+        Prompt("click", "bar", Place(0, 0), ()),
+        Prompt("box", "bar", Place(0, 0), ((3.0, 3.0),)),
+        Prompt("lasso", "bar", Place(0, 0), ((3.0, 3.0), (4.0, 4.0))),
+    ],
+)
+def test_what_is_no_prompt_changes_nothing(draft: Draft, prompt: Prompt) -> None:
+    with pytest.raises(InputError):
+        draft.prompt(prompt)
+    assert not draft.can_undo
+    assert not any(mask.any() for mask in draft.masks.values())
+    click(draft, 30, 40)
+
+
+def test_what_it_takes_comes_from_the_budget(desk: Desk) -> None:
+    budget = Budget(HEIGHT * WIDTH * 2)
+    draft = Draft(stack(picture(5)[0][None]), desk, budget)
+    click(draft, 10, 10, 0)
+    with pytest.raises(RefusedError, match="clients hold"):
+        click(draft, 10, 10, 0, name="another")
+    draft.close()
+    draft.close()
+    assert budget.taken == 0
+
+
+def test_who_accepts_and_after_how_many_corrections(draft: Draft, desk: Desk) -> None:
+    assert draft.propose()
+    click(draft, 130, 50, 1)
+    click(draft, 131, 50, 1)
+    draft.undo()
+    keys = desk.accept(draft, "ada", ["bar"], absent=["cyst"])
+    assert len(keys) == 1, "only the slice that was corrected"
+    assert desk.library[keys[0]].absent == ("cyst",)
+    assert (desk.library.source(keys[0])[0] == draft.picture(Place(0, 1))).all()
+    (line,) = desk.audit.path.read_text().splitlines()
+    entry = json.loads(line)
+    assert (entry["who"], entry["exemplars"]) == ("ada", keys)
+    assert entry["corrections"]["bar"] == {"click": 2, "undo": 1}
+    assert entry["proposal"]["slices"] == 5
+    assert entry["proposal"]["recalled"]["bar"]
+    assert entry["proposal"]["provenance"]
+    with pytest.raises(RefusedError, match="no pixel of cyst"):
+        desk.accept(draft, "ada", [], absent=["cyst"])
+
+
+def test_a_bundle_that_cannot_correct_says_so(tmp_path: Path, budget: Budget) -> None:
+    bundle = make_fake_bundle(tmp_path / "bundle")
+    with Library.create(tmp_path / "library", bundle, engine="fake") as library:
+        desk = Desk(library, AuditLog(tmp_path / "audit.jsonl"))
+        draft = Draft(stack(picture(5)[0][None]), desk, budget)
+        with pytest.raises(RefusedError, match="has no graph that corrects"):
+            click(draft, 10, 10, 0)
+        assert not draft.propose(), "of an empty library there is nothing to propose"
+        draft.close()
+
+
+def test_what_was_drawn_becomes_points() -> None:
+    ring = np.zeros((50, 60), bool)
+    ring[10, 10:40] = ring[30, 10:40] = ring[10:31, 10] = ring[10:31, 39] = True
+    outline = np.array(outline_of(ring))
+    assert (outline.min(0).tolist(), outline.max(0).tolist()) == ([10, 10], [39, 30])
+    points = scribble_points(ring)
+    assert len(points) == len({*points}) > 5
+    assert all(ring[int(y), int(x)] for x, y in points)
+    assert scribble_points(np.zeros((5, 5), bool)) == ()

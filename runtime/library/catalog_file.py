@@ -16,6 +16,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from recallseg.engines.errors import LibraryCorruptError
@@ -107,12 +108,18 @@ def check_schema(path: Path, found: Iterable[tuple[str, str, str, str | None]], 
     LibraryCorruptError
         Naming the first trigger, view, table or index that is none of ours.
     """
-    known = {_normal(statement) for statement in re.sub(r"--[^\n]*", "", ours).split(";")}
-    known.add("CREATE TABLE sqlite_sequence(name,seq)")
+    known = _statements(ours)
     for kind, name, table, sql in found:
         automatic = sql is None and kind == "index" and name == f"sqlite_autoindex_{table}_1"
         if not automatic and (kind not in ("table", "index") or _normal(sql or "") not in known):
             raise _refused(path, f"it has the {kind} '{name}', which RecallSeg did not make")
+
+
+@cache
+def _statements(ours: str) -> frozenset[str]:
+    """Return the statements that make a catalog, and the one that SQLite adds."""
+    known = {_normal(statement) for statement in re.sub(r"--[^\n]*", "", ours).split(";")}
+    return frozenset(known | {"CREATE TABLE sqlite_sequence(name,seq)"})
 
 
 def _normal(statement: str) -> str:

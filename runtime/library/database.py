@@ -182,6 +182,11 @@ class Database:
         return database
 
     @property
+    def commits(self) -> tuple[int, int]:
+        """What differs after any commit, by this connection or by others; very fast."""
+        return int(self.value("PRAGMA data_version")), self._connection.total_changes
+
+    @property
     def format_version(self) -> int:
         """The format that the file has now."""
         return int(self.value("PRAGMA user_version"))

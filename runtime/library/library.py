@@ -704,6 +704,11 @@ class Library(Upkeep):
         """Whether an older program calibrated it, without saying with which settings."""
         return self._store.catalog.note(calibrations.FORMER) is not None
 
+    @property
+    def commits(self) -> tuple[int, int]:
+        """What differs after any commit, by this object or by others; very fast."""
+        return self._store.catalog.database.commits
+
     def calibration_marks(self, recipes: Sequence[str]) -> tuple[tuple[str, str], ...]:
         """Return what changes whenever a calibration of one of these recipes does; fast."""
         return calibrations.marks(self._store, recipes)

@@ -147,6 +147,8 @@ class Segmenter:
         self._recipes = self.recipe.digests(self.bundle.former_identities)
         self._limits_now: dict[str, InForce] = {}
         self._limits_of: Any = None
+        self._commits: Any = None
+        self._mend_now = ""
 
     @property
     def device(self) -> Device | None:
@@ -642,16 +644,20 @@ class Segmenter:
         }
         whole = len(calibrated) == len(limits_now)
         flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
-        mend = "" if whole else self._mend(limits_now)
-        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), mend)
+        self._mend_now = self._mend_now or ("" if whole else self._mend(limits_now))
+        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), self._mend_now)
 
     def _limits(self) -> Mapping[str, InForce]:
         """Return what holds for the library, and its calibrations, as they are now."""
+        commits = self.library.commits
+        if self._commits == commits:
+            return self._limits_now
         state = self.library.digest, self.library.calibration_marks(self._recipes)
         if self._limits_of != state:
             learnt = self.library.learnt(self._recipes, self.structures, self.tags)
             self._limits_now = {name: in_force(found) for name, found in learnt.items()}
             self._limits_of = state
+        self._commits, self._mend_now = commits, ""
         return self._limits_now
 
     def _mend(self, limits: Mapping[str, InForce]) -> str:

@@ -122,6 +122,13 @@ class Node:
         """Return what somebody has to look at, with reasons; oldest first."""
         return self._store.troubles()
 
+    def sweep(self) -> int:
+        """Remove what is done and was kept long enough; return the bytes that it gave.
+
+        The node does so by itself, every minute and when it needs room.
+        """
+        return self._store.sweep(self._settings.keep_hours * 3600)
+
     def start(self) -> None:
         """Warm up and begin to serve; what cannot be opened yet is tried again when it is asked."""
         for rule, error in self._answerer.warm_up().items():
@@ -195,7 +202,7 @@ class Node:
             self._swept = now
             retry = self._settings.retry
             self._store.bound_waits(retry.most_s, 86400.0)
-            self._store.sweep(self._settings.keep_hours * 3600)
+            self.sweep()
         self._count()
         return min(_LOOK_S, self._arrivals.wait_s())
 

@@ -288,7 +288,7 @@ class Receiver:
             return OUT_OF_ROOM, "no room on the disk"
         header = self._readers(spool.path)
         request = event.request
-        if not isinstance(header, DicomHeader):
+        if not isinstance(header, DicomHeader) or not header.sop_class:
             return NOT_UNDERSTOOD, "no DICOM data set, or damaged"
         if header.sop_class != request.AffectedSOPClassUID:
             return WRONG_CLASS, "data set is of another SOP class than the message"

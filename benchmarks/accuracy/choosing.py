@@ -54,6 +54,7 @@ def measure_choosing(
     draws: int = 5,
     most_queries: int = 15,
     methods: Sequence[By] = get_args(By),
+    engine: str | None = None,
     threads: int | None = None,
     step: Step = lambda name: None,
 ) -> list[Chosen]:
@@ -67,7 +68,9 @@ def measure_choosing(
     pool = [*dataset.exemplars, *dataset.extra][: 2 * MOST_ANNOTATED]
     with TemporaryDirectory(prefix="recallseg-choosing-") as folder:
         path = Path(folder) / "library"
-        with Library.create(path, bundle, intensity=dataset.intensity, threads=threads) as library:
+        with Library.create(
+            path, bundle, intensity=dataset.intensity, engine=engine, threads=threads
+        ) as library:
             for image in pool:
                 library.add(image.image, image.masks, absent=image.absent, key=image.name)
             run = _Run(dataset, library, spread(dataset.queries, most_queries))

@@ -12,7 +12,8 @@ from support.fake_bundle import make_fake_bundle
 
 from recallseg.benchmarks.accuracy import datasets as registry
 from recallseg.benchmarks.accuracy import run as running
-from recallseg.benchmarks.accuracy.baselines import copy_mask, copy_nearest_by_position
+from recallseg.benchmarks.accuracy.baselines import copy_nearest_by_position
+from recallseg.benchmarks.accuracy.choosing import BUDGETS, measure_choosing, tabulate
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate, spread, tiles
 from recallseg.benchmarks.accuracy.measure import (
     COPY_EMBEDDING,
@@ -37,6 +38,7 @@ from recallseg.benchmarks.accuracy.tables import (
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.library import Library
+from recallseg.runtime.reports.baselines import copy_mask
 
 SIDE = 32
 
@@ -325,3 +327,17 @@ def test_datasets_that_are_not_here_are_named_with_the_way_to_get_them(tmp_path:
         registry.load_datasets(["moon"], None)
     with pytest.raises(InputError, match=r"pip download --no-deps.*pyradiomics==3\.0\.1"):
         registry.load_datasets(["lungs"], tmp_path)
+
+
+def test_chosen_images_are_measured_beside_random_ones(tmp_path: Path) -> None:
+    bundle = make_fake_bundle(tmp_path / "bundle")
+    found = measure_choosing(make_dataset(), bundle, draws=2, engine="fake")
+    methods = {method: [o for o in found if o.method == method] for method in ("random", "all")}
+    assert [(o.annotated, o.draw) for o in methods["random"]] == [
+        (count, draw) for draw in range(2) for count in BUDGETS
+    ]
+    assert [o.annotated for o in methods["all"]] == list(BUDGETS)
+    assert all(0 < o.dice <= 1 for o in found)
+    header, rows = tabulate(found)
+    assert header[1:3] == ["random 12", "random 16"]
+    assert [row[0] for row in rows] == ["discs", "mean"]

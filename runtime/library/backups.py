@@ -24,6 +24,7 @@ from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.exemplar import LibraryReport
+from recallseg.runtime.library.identifiers import IDENTIFIERS
 from recallseg.runtime.library.shards import shard_file
 from recallseg.runtime.library.storage import WriterLock, unreadable, writing
 from recallseg.runtime.library.store import CATALOG, LOCK, Store
@@ -66,6 +67,8 @@ def restore(copy: Path, target: Path, *, over_newer: bool, progress: Progress | 
                 _check_loses_nothing(store, target)
         with writing(target), replace_folder(target) as work:
             _copy(store, work, progress, what="restore")
+            if found and os.path.lexists(target / IDENTIFIERS):
+                _copy_file(target, work, IDENTIFIERS, again=False)  # backups are made without it
     finally:
         store.abandon()
         if lock is not None:
@@ -202,5 +205,7 @@ def _copy_file(root: Path, work: Path, name: str, *, again: bool) -> None:
         raise unreadable(str(root / name), error, "Restore the file.") from error
     with os.fdopen(descriptor, "rb") as source:
         make_folder_inside(work, name.rpartition("/")[0])
-        with (work / name).open("wb") as target:
+        mode = os.fstat(descriptor).st_mode & 0o777
+        made = open_inside(work, name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(made, "wb") as target:
             shutil.copyfileobj(source, target, _BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -31,15 +32,30 @@ from recallseg.runtime.library.shards import Place
 from recallseg.runtime.library.sources import content_digest
 from recallseg.runtime.library.store import Store
 
-__all__ = ["Addition", "add", "add_many", "remove", "replace_mask", "retag", "retire", "write_all"]
+__all__ = [
+    "Addition",
+    "Made",
+    "Make",
+    "add",
+    "add_many",
+    "remove",
+    "replace_mask",
+    "retag",
+    "retire",
+    "write_all",
+]
 
 SAVE_EVERY = 4096
 """Exemplars added between looks at whether the search indexes should be saved."""
 
 Progress = Callable[[int, int], None]
 _SAME = " (the same image with the same masks)"
-Make = Callable[[int, Iterator[Place]], NewExemplar]
-"""Writes an exemplar under a number, its memories at the next places."""
+Made = tuple[NewExemplar, tuple[NDArray[Any], Mapping[str, NDArray[np.bool_]]]]
+"""An exemplar whose memories are written, and its image and masks, which are not."""
+Make = Callable[[int, Iterator[Place]], Made]
+"""Makes an exemplar of a number, and writes its memories to the next places."""
+WRITERS = 4
+"""Images that are packed and written at a time: they wait for the disk most of it."""
 
 
 class Addition(TypedDict, total=False):
@@ -195,7 +211,7 @@ def _add_all(
     identities: list[Identity] = []
 
     def encoded(one: _Checked) -> Make:
-        def make(number: int, places: Iterator[Place]) -> NewExemplar:
+        def make(number: int, places: Iterator[Place]) -> Made:
             # Queries go on meanwhile, and take their turns on the model.
             encoded = check_encoded(
                 encoder().encode(one.pixels, one.masks),
@@ -203,9 +219,6 @@ def _add_all(
                 store.settings.embedding_dim,
                 store.settings.layout,
             )
-            source = None
-            if store.settings.keep_sources:
-                source = store.sources.write(number, one.pixels, one.masks)
             new = NewExemplar(
                 number=number,
                 key=one.key,
@@ -213,7 +226,7 @@ def _add_all(
                 height=one.pixels.shape[0],
                 width=one.pixels.shape[1],
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                source=source,
+                source=None,
                 tags=one.tags,
                 absent=one.absent,
                 embedding=encoded.embedding,
@@ -222,7 +235,7 @@ def _add_all(
             )
             if one.identity is not None:
                 identities.append(one.identity)
-            return new
+            return new, (one.pixels, one.masks)
 
         return make
 
@@ -248,8 +261,8 @@ def write_all(
 ) -> None:
     """Let exemplars be written, with so many memories in all; one commit makes them visible.
 
-    Call with ``store.changing``. Each of ``exemplars`` writes one under its number, its memories to
-    the next places, and ``commit`` gets all of them.
+    Call with ``store.changing``. Each of ``exemplars`` makes one under its number, its memories at
+    the next places; images are written beside that, by other threads. ``commit`` gets all of them.
     """
     catalog, sources, writer = store.catalog, store.sources, store.writer
     with store.lock:
@@ -259,12 +272,23 @@ def write_all(
             catalog.set_note(ADDING, f"{first} {first + count - 1}")
     written: list[NewExemplar] = []
     try:
-        for number, make in enumerate(exemplars, first):
-            written.append(make(number, places))
-            if len(written) < count:
-                progress(len(written), count)
-        for shard in {place.shard for new in written for place, _ in new.memories.values()}:
-            writer.sync(shard)
+        with ThreadPoolExecutor(WRITERS) as pool:
+            digests: list[Future[bytes]] = []
+            for number, make in enumerate(exemplars, first):
+                new, source = make(number, places)
+                written.append(new)
+                if store.settings.keep_sources:
+                    digests.append(pool.submit(sources.write, number, *source))
+                    if len(digests) > WRITERS:
+                        digests[-WRITERS - 1].result()  # no more wait for the disk in memory
+                if len(written) < count:
+                    progress(len(written), count)
+            for shard in {place.shard for new in written for place, _ in new.memories.values()}:
+                writer.sync(shard)
+            if digests:
+                both = zip(written, digests, strict=True)
+                written = [replace(new, source=digest.result()) for new, digest in both]
+                sources.sync(new.number for new in written)
         commit(written)
     except BaseException:
         # Not committed: give a full disk its space back.

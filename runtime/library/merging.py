@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,11 @@ from recallseg.engines.errors import (
 )
 from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.binding import Binding
-from recallseg.runtime.library.changing import write_all
+from recallseg.runtime.library.changing import Made, Make, write_all
 from recallseg.runtime.library.encoding import Origin, check_encoded
 from recallseg.runtime.library.exemplar import Exemplar
-from recallseg.runtime.library.records import NewExemplar
+from recallseg.runtime.library.identifiers import IDENTIFIERS, NOTE, Identity, is_hashed
+from recallseg.runtime.library.records import NewExemplar, exemplar_digest
 from recallseg.runtime.library.shards import Place, digest_record
 from recallseg.runtime.library.store import Store
 
@@ -51,12 +53,17 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class _Other:
-    """An exemplar of the other library, and whether its memories can be taken as they are."""
+    """An exemplar of the other library, and whether its memories can be taken as they are.
+
+    ``tags`` are hashed with this library's secret, and ``identity`` is what both stand for.
+    """
 
     number: int
     exemplar: Exemplar
     origin: Origin | None
     copied: bool
+    tags: Mapping[str, str]
+    identity: Identity
 
 
 def merge(store: Store, binding: Binding, other: Store, progress: Progress | None) -> MergeReport:
@@ -79,7 +86,7 @@ def merge(store: Store, binding: Binding, other: Store, progress: Progress | Non
 
         def commit(written: list[NewExemplar]) -> None:
             check_unchanged()
-            with store.lock:
+            with store.identifiers.telling([one.identity for one in new]), store.lock:
                 store.catalog.add(*written, what="merge", details={"digest": other.digest})
 
         if new:
@@ -144,8 +151,10 @@ def _sort(
                 retired.append(key)
                 continue
             mine = store.catalog.number(key)
+            identity = other.identifiers.of(key, exemplar.tags)
+            tags = _own_tags(store, other, exemplar, identity)
             if mine is not None:
-                digest = other.catalog.exemplar_digest(number)
+                digest = exemplar_digest(key, exemplar.content, tags)
                 known = store.catalog.exemplar_digest(mine) == digest
                 (equal if known else differing).append(key)
                 continue
@@ -154,7 +163,7 @@ def _sort(
             copied = same_layout and (alike or not exemplar.has_source)
             if not exemplar.has_source and (store.settings.keep_sources or not copied):
                 without.append(key)
-            new.append(_Other(number, exemplar, origin, copied))
+            new.append(_Other(number, exemplar, origin, copied, tags, identity))
     if differing:
         raise InputError(
             f"{len(differing)} exemplars of {other.path} have keys of other exemplars of "
@@ -174,47 +183,65 @@ def _sort(
     return new, tuple(equal), tuple(retired)
 
 
-def _maker(
-    store: Store, binding: Binding, other: Store, one: _Other
-) -> Callable[[int, Iterator[Place]], NewExemplar]:
+def _own_tags(
+    store: Store, other: Store, exemplar: Exemplar, identity: Identity
+) -> Mapping[str, str]:
+    """Return tags whose values are hashed with this library's secret where they identify.
+
+    Two secrets in one library would make one patient two: a query by tag would miss half.
+    """
+    hashed = {name for name, value in exemplar.tags.items() if is_hashed(value)}
+    if store.catalog.note(NOTE) == other.catalog.note(NOTE):
+        hashed = set()
+    if not hashed <= {*identity.tags}:
+        raise InputError(
+            f"exemplar '{exemplar.key}' of {other.path} has tags whose values are hashed with a "
+            f"secret of that library ({', '.join(sorted(hashed))}), and its table of them "
+            f"({IDENTIFIERS}) is not there. Nothing was added. Merge where the table is, or give "
+            "the exemplar other tags first ('Library.retag')."
+        )
+    clear = {name: identity.tags[name] for name in hashed}
+    return store.identifiers.conceal({**exemplar.tags, **clear}, adding=True)
+
+
+def _maker(store: Store, binding: Binding, other: Store, one: _Other) -> Make:
     exemplar, catalog = one.exemplar, other.catalog
 
-    def make(number: int, places: Iterator[Place]) -> NewExemplar:
-        image, source = None, None
+    def make(number: int, places: Iterator[Place]) -> Made:
+        image: NDArray[Any] = np.empty(0)
         masks: dict[str, NDArray[np.bool_]] = {}
         digest = catalog.source_digest(one.number)
         if digest is not None and (store.settings.keep_sources or not one.copied):
             names = catalog.names_in_source(one.number)
             image, masks = other.sources.read(one.number, digest, exemplar.key, names)
-            if store.settings.keep_sources:
-                source = store.sources.write(number, image, masks)
         if one.copied:
             embedding = catalog.embeddings_of([one.number])[1][0]
             memories = _copy_memories(store, other, one, places)
             origin = one.origin
         else:
             encoded = check_encoded(
-                binding.encoder().encode(np.asarray(image), masks),
+                binding.encoder().encode(image, masks),
                 exemplar.structures,
                 store.settings.embedding_dim,
                 store.settings.layout,
             )
             embedding, origin = encoded.embedding, encoded.origin
             memories = maintenance.write_memories(store.writer, places, encoded)
-        return NewExemplar(
+        new = NewExemplar(
             number=number,
             key=exemplar.key,
             content=exemplar.content,
             height=exemplar.height,
             width=exemplar.width,
             created=exemplar.created,
-            source=source,
-            tags=exemplar.tags,
+            source=None,
+            tags=one.tags,
             absent=exemplar.absent,
             embedding=embedding,
             memories=memories,
             origin=origin,
         )
+        return new, (image, masks)
 
     return make
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.archives import read_arrays
-from recallseg.engines.durable import replace_file_inside
 from recallseg.engines.errors import LibraryCorruptError
-from recallseg.engines.inside import list_inside, read_inside, remove_inside
+from recallseg.engines.inside import (
+    list_inside,
+    make_folder_inside,
+    open_inside,
+    read_inside,
+    remove_inside,
+    sync_inside,
+)
 from recallseg.engines.limits import max_bytes
 from recallseg.runtime.checks import check_image, check_name
-from recallseg.runtime.library.storage import unreadable, writing
+from recallseg.runtime.library.storage import unreadable, write_all, writing
 
 __all__ = ["SourceStore", "content_digest"]
 
@@ -61,7 +69,10 @@ class SourceStore:
     def write(
         self, number: int, image: NDArray[Any], masks: Mapping[str, NDArray[np.bool_]]
     ) -> bytes:
-        """Store an exemplar durably, replacing what may lie there, and return the file's SHA-256.
+        """Store an exemplar, replacing what may lie there, and return the file's SHA-256.
+
+        It survives a power loss after :meth:`sync`. Nothing names the file before a commit does, so
+        it is written in its place.
 
         Raises
         ------
@@ -72,11 +83,24 @@ class SourceStore:
         arrays: dict[str, Any] = {
             f"mask{i}": np.packbits(masks[name]) for i, name in enumerate(names)
         }
-        archive = io.BytesIO()
-        np.savez_compressed(archive, image=image, names=np.array(json.dumps(names)), **arrays)
+        data = _packed({"image": image, "names": np.array(json.dumps(names)), **arrays})
+        root, name = self._folder.parent, self._name(number)
         with writing(self.file(number)):
-            replace_file_inside(self._folder.parent, self._name(number), archive.getbuffer())
-        return hashlib.sha256(archive.getbuffer()).digest()
+            make_folder_inside(root, name.rpartition("/")[0])
+            remove_inside(root, name)
+            descriptor = open_inside(root, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                write_all(descriptor, data, 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return hashlib.sha256(data).digest()
+
+    def sync(self, numbers: Iterable[int]) -> None:
+        """Make the names of files that were written survive a power loss."""
+        for number in {number // FILES_PER_FOLDER: number for number in numbers}.values():
+            with writing(self.file(number)):
+                sync_inside(self._folder.parent, self._name(number).rpartition("/")[0])
 
     def read(
         self, number: int, digest: bytes, key: str, names: Mapping[str, str]
@@ -146,6 +170,16 @@ class SourceStore:
 
     def _name(self, number: int) -> str:
         return self.file(number).relative_to(self._folder.parent).as_posix()
+
+
+def _packed(arrays: Mapping[str, NDArray[Any]]) -> memoryview:
+    """Return a NumPy archive. Level 1 takes a third of the time of NumPy's 6, for some 5 % more."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for name, array in arrays.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
+    return archive.getbuffer()
 
 
 def _mask(packed: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.bool_]:

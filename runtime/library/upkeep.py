@@ -145,9 +145,10 @@ class Upkeep:
         """Add the exemplars of another library of the same bundle, all in one commit or none.
 
         Exemplars with equal key, content and tags are passed over, and so are those that are
-        retired there; the report names them. Memories are copied where this library would make
-        them alike (engine, precision, format), or the image to make them anew was not kept; else
-        they are made anew. Calibrations stay as they are.
+        retired there; the report names them. Values of tags that identify are hashed with this
+        library's secret, and its table of identifiers takes in the other's rows. Memories are
+        copied where this library would make them alike (engine, precision, format), or the image
+        to make them anew was not kept; else they are made anew. Calibrations stay as they are.
 
         Parameters
         ----------
@@ -160,7 +161,8 @@ class Upkeep:
             If the other belongs to another bundle or has another intensity rule.
         InputError
             If it is this library; if an exemplar with a key that both have differs, or one has no
-            stored image and needs it. All are named, and nothing is added.
+            stored image and needs it, all of them named; or if tags are hashed with a secret that
+            is not there. Nothing is added.
         LibraryCorruptError
             If a memory or image of the other is damaged.
         LibraryError
@@ -192,7 +194,8 @@ class Upkeep:
         """Copy the library to a new folder, as it is at one moment, and verify the copy.
 
         The copy is a library: it can be opened, or put back by :meth:`restore`. Others may read and
-        write meanwhile. Search indexes are left out: they are built anew when needed.
+        write meanwhile. Search indexes are left out: they are built anew when needed; and so is
+        ``identifiers.jsonl``, what keys and hashed tags stand for: keep a copy of that elsewhere.
 
         Parameters
         ----------
@@ -223,8 +226,8 @@ class Upkeep:
         """Put a backup in the place of a library, or where there is none.
 
         It is copied and verified first, and takes the library's place in the end; until then
-        nothing has changed. The backup stays. Who has the former library open keeps reading that:
-        open it again.
+        nothing has changed. The backup stays, and so does the library's ``identifiers.jsonl``, if
+        there is one. Who has the former library open keeps reading that: open it again.
 
         Parameters
         ----------

@@ -160,7 +160,6 @@ def test_killed_at_random_instants(folder: Path, writers: Writers) -> None:
         ("write", 12),
         ("half-write", 12),
         ("fsync", 16),
-        ("rename", 4),
         ("unlink", 8),
         ("statement", 45),
         ("append", 6),
@@ -177,7 +176,7 @@ def test_killed_at_every_step(folder: Path, writers: Writers, step: str, occurre
 
 @pytest.mark.parametrize(
     ("step", "occurrences"),
-    [("write", 8), ("fsync", 14), ("rename", 4), ("statement", 60), ("append", 7)],
+    [("write", 8), ("fsync", 14), ("statement", 60), ("append", 7)],
 )
 def test_of_many_all_are_there_or_none(
     folder: Path, writers: Writers, step: str, occurrences: int

@@ -20,19 +20,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recallseg.runtime.library import Library, database, shards, sources
+from recallseg.runtime.library import Library, database, shards
 from support.fake_library import HashEncoder, StubBundle, draw
 
 STEPS: dict[str, tuple[Any, str]] = {
     "write": (os, "pwrite"),
     "fsync": (os, "fsync"),
-    "rename": (os, "replace"),
     "unlink": (os, "unlink"),
     "statement": (database.Database, "execute"),
     "append": (shards.ShardWriter, "append"),
     "begin-shard": (shards.ShardWriter, "_begin"),
     "sync-shard": (shards.ShardWriter, "sync"),
-    "durable-write": (sources, "replace_file_inside"),
 }
 
 

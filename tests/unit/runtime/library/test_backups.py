@@ -225,3 +225,19 @@ def test_what_is_no_backup_or_no_library_stays(library: Library, tmp_path: Path)
         Library.restore(tmp_path / "copy", library.path)
     assert _state(Library.open(library.path)) == before
     assert draw(1)[0].shape == Library.open(library.path).source("1")[0].shape
+
+
+def test_what_identifies_is_not_copied_and_survives_a_restore(tmp_path: Path) -> None:
+    library = create(tmp_path / "library")
+    add(library, 1, key="1", tags={"PatientID": "4711"})
+    library.backup(tmp_path / "copy")
+    assert not [file for file in (tmp_path / "copy").rglob("*") if b"4711" in _bytes(file)]
+    library.close()
+    Library.restore(tmp_path / "copy", library.path)
+    restored = Library.open(library.path)
+    assert restored.whois("1").tags == {"PatientID": "4711"}
+    assert (library.path / "identifiers.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def _bytes(file: Path) -> bytes:
+    return file.read_bytes() if file.is_file() else b""

@@ -240,3 +240,22 @@ def test_a_damaged_memory_stops_a_merge_and_leaves_nothing(tmp_path: Path) -> No
     assert len(one) == 0
     assert one.verify().problems == ()
     add(one, 0)
+
+
+def test_one_patient_of_two_libraries_stays_one(tmp_path: Path) -> None:
+    """Each library hashes with a secret of its own."""
+    one, two = create(tmp_path / "one"), create(tmp_path / "two")
+    add(one, 1, key="1", tags={"PatientID": "4711"})
+    add(two, 1, key="1", tags={"PatientID": "4711"})
+    add(two, 2, key="2", tags={"PatientID": "4711"})
+    assert one["1"].tags != two["1"].tags
+    report = one.merge(two)
+    assert (report.added, report.equal) == (("2",), ("1",))
+    assert one["1"].tags == one["2"].tags
+    assert one.whois("2").tags == {"PatientID": "4711"}
+    assert one.count("nucleus", tags={"PatientID": "4711"}) == 2
+    two.backup(tmp_path / "copy")  # which has no table
+    three = create(tmp_path / "three")
+    with pytest.raises(InputError, match=r"'1' .* secret of that library \(PatientID\)"):
+        three.merge(tmp_path / "copy")
+    assert len(three) == 0

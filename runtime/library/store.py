@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,6 +17,7 @@ from recallseg.engines.errors import (
     LibraryNotFoundError,
     LibraryWriteError,
 )
+from recallseg.engines.ownership import foreign
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.encoding import Origin
@@ -94,6 +96,7 @@ class Store:
         if mode not in ("read", "write"):
             raise InputError(f"mode must be 'read' or 'write', got {mode!r}.")
         database = Database.open(folder / CATALOG, writable=mode == "write")
+        _warn_of_others(folder)
         lock = None
         try:
             lock = WriterLock(folder / LOCK) if mode == "write" else None
@@ -236,6 +239,22 @@ class Store:
                 f"cannot {what}: the library {self.path} is open for reading. Open it with "
                 "mode='write'."
             )
+
+
+def _warn_of_others(folder: Path) -> None:
+    """Warn of a library that somebody else could change: it may be shared on purpose."""
+    found = folder.stat()
+    told = foreign(folder, found)
+    if not told:
+        catalog = folder / CATALOG
+        told = foreign(catalog, catalog.lstat(), closed=not found.st_mode & 0o011)
+    if told:
+        warnings.warn(
+            f"what the library {folder} recalls is not yours alone to say: {told}. If it is shared "
+            "on purpose, that is whom you trust.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _refuse_second(folder: Path, *, writable: bool) -> None:

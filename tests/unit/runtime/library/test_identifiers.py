@@ -238,3 +238,24 @@ def test_the_owner_alone_reads_a_shared_library_s_table(library: Library) -> Non
     os.chmod(library.path, 0o775)
     add(library, 1, name="Mueller")
     assert stat.S_IMODE((library.path / IDENTIFIERS).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("part", "mode"), [("", 0o770), ("", 0o707), ("library.sqlite", 0o666)])
+def test_a_library_that_others_may_change_is_warned_of(
+    library: Library, part: str, mode: int
+) -> None:
+    library.close()
+    os.chmod(library.path, 0o755)
+    os.chmod(library.path / part, mode)
+    with pytest.warns(RuntimeWarning, match=r"others may write .*chmod go-w"):
+        Library.open(library.path).close()
+    os.chmod(library.path / part, 0o700)
+    Library.open(library.path).close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser gives files away")
+def test_a_library_of_another_user_is_warned_of(library: Library) -> None:
+    library.close()
+    os.chown(library.path, 4711, 4711)
+    with pytest.warns(RuntimeWarning, match="belongs to user 4711"):
+        Library.open(library.path).close()

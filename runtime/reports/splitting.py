@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -150,6 +150,12 @@ def fill_pool(
 ) -> dict[str, str]:
     """Add what shows a structure to a library; what is there already is kept.
 
+    Everything is read once before anything is added.
+
+    Parameters
+    ----------
+    structures : any of these; empty: any at all.
+
     Returns
     -------
     dict
@@ -158,37 +164,52 @@ def fill_pool(
     Raises
     ------
     InputError
-        If one image is in two groups.
+        If the library holds what is not among the sources, or one image is in two groups; nothing
+        was added then.
     """
+    first: dict[str, tuple[str, str]] = {}
+    for source, annotated, content in _showing(sources, structures):
+        name, group = first.setdefault(content, (annotated.name, source.group or source.name))
+        if group != (source.group or source.name):
+            raise InputError(
+                f"{annotated.name} is the same image as {name}, of another group: it would be on "
+                "both sides. Remove one."
+            )
     held = {exemplar.content: exemplar.key for exemplar in library}
-    groups: dict[str, str] = {}
-    first: dict[str, str] = {}
+    others = [key for content, key in held.items() if content not in first]
+    if others:
+        raise InputError(
+            f"{len(others)} exemplars of the library {library.path} are not of the data that is "
+            f"split: {', '.join(others[:SHOWN])}. Name a new folder for a library of its own."
+        )
+    for _, annotated, content in _showing(sources, structures, progress):
+        if content not in held:
+            held[content] = library.add(
+                annotated.image, annotated.masks, absent=annotated.absent, name=annotated.name
+            )
+    return {held[content]: group for content, (_, group) in first.items()}
+
+
+def _showing(
+    sources: Sequence[Source],
+    structures: Sequence[str],
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Source, Annotated, str]]:
+    """Yield what shows a structure, with the digest of its content."""
     for source in sources:
         try:
             images = source.read().annotated
         except InputError:
             images = ()  # told, by its name, when it is evaluated
         for annotated in images:
-            if not any(name in annotated.masks for name in structures):
-                continue
-            content = content_digest(annotated.image, annotated.masks, annotated.absent)
-            if content not in held:
-                held[content] = library.add(
-                    annotated.image,
-                    annotated.masks,
-                    absent=annotated.absent,
-                    name=annotated.name,
-                )
-            first.setdefault(content, annotated.name)
-            group = source.group or source.name
-            if groups.setdefault(held[content], group) != group:
-                raise InputError(
-                    f"{annotated.name} is the same image as {first[content]}, of another group: it "
-                    "would be on both sides. Remove one."
+            if any(not structures or name in structures for name in annotated.masks):
+                yield (
+                    source,
+                    annotated,
+                    content_digest(annotated.image, annotated.masks, annotated.absent),
                 )
         if progress is not None:
             progress(source.name)
-    return groups
 
 
 def _same(library: Library, key: str, annotated: Annotated) -> bool:

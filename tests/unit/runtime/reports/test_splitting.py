@@ -66,6 +66,7 @@ def test_no_patient_is_on_both_sides(library: Library) -> None:
         assert len(row.recalled) <= (row.annotated or row.k)
     assert fill_pool(library, pool(), STRUCTURES) == groups  # nothing is added twice
     assert len(library) == 8
+    assert fill_pool(library, pool(), ()) == groups
 
 
 def test_groups_in_a_report_do_not_identify(library: Library) -> None:
@@ -110,6 +111,11 @@ def test_exemplars_of_elsewhere_and_single_groups_cannot_be_split(library: Libra
     library.add(disc(0.33).image, disc(0.33).masks, key="other")
     with pytest.raises(InputError, match="not of the data that is split: other"):
         Split(library, groups)
+    new = replace(disc(0.66), name="new")
+    more = Source("new", lambda: Images((new,)), group="zoe")
+    with pytest.raises(InputError, match="not of the data that is split: other"):
+        fill_pool(library, [*pool(), more], STRUCTURES)
+    assert len(library) == 9  # what was there is as it was
     library.remove("other")
     with pytest.raises(InputError, match="two groups"):
         Split(library, dict.fromkeys(groups, "ann"))

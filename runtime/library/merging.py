@@ -198,7 +198,7 @@ def _own_tags(
             f"exemplar '{exemplar.key}' of {other.path} has tags whose values are hashed with a "
             f"secret of that library ({', '.join(sorted(hashed))}), and its table of them "
             f"({IDENTIFIERS}) is not there. Nothing was added. Merge where the table is, or give "
-            "the exemplar other tags first ('Library.retag')."
+            "the exemplar other tags first."
         )
     clear = {name: identity.tags[name] for name in hashed}
     return store.identifiers.conceal({**exemplar.tags, **clear}, adding=True)

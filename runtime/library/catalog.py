@@ -147,6 +147,9 @@ class Catalog(CatalogQueries):
                 )
         rows = [(new.number, name, value) for name, value in new.tags.items()]
         db.execute_many("INSERT INTO tags VALUES (?, ?, ?)", rows)
+        if new.group is not None:
+            db.upgrade()
+            db.execute("INSERT INTO groups VALUES (?, ?)", (new.number, new.group))
         self.add_encoding(new.number, state.generation, new.embedding, new.memories, new.origin)
         self._advance(state, 1, int.from_bytes(new.digest, "big"))
 
@@ -203,7 +206,8 @@ class Catalog(CatalogQueries):
         if counted:
             self._count(number, -1)
         db.execute("DELETE FROM exemplars WHERE id = ?", (number,))
-        for table in ("annotations", "tags", "encodings", "memories"):
+        later = ("groups", "kept_logits") if db.format_version >= 3 else ()
+        for table in ("annotations", "tags", "encodings", "memories", *later):
             db.execute(f"DELETE FROM {table} WHERE exemplar = ?", (number,))
         db.execute("INSERT INTO removals VALUES (?, ?)", (state.revision + 1, number))
         if counted:

@@ -25,7 +25,8 @@ from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.catalog import ADDING
 from recallseg.runtime.library.encoding import ExemplarEncoder, check_encoded
-from recallseg.runtime.library.identifiers import FORGET, Identity, random_key
+from recallseg.runtime.library.heads import group_of
+from recallseg.runtime.library.identifiers import FORGET, Identity, is_hashed, random_key
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import NewExemplar
 from recallseg.runtime.library.shards import Place
@@ -67,6 +68,7 @@ class Addition(TypedDict, total=False):
     tags: Optional[Mapping[str, str]]
     key: Optional[str]
     name: Optional[str]
+    group: Optional[str]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class _Checked:
     key: str
     identity: Identity | None
     """What is to be told of it; None: that is known, and stays."""
+    group: str | None = None
 
 
 def add(store: Store, encoder: Callable[[], ExemplarEncoder], item: Addition) -> str:
@@ -159,8 +162,12 @@ def _check(item: Addition, key: str) -> _Checked:
     pixels = check_image(open_image(item["image"]))
     masks, absent = check_annotation(item["masks"], item.get("absent", ()), pixels.shape)
     content = content_digest(pixels, masks, absent)
-    identity = Identity(key, check_origin(item.get("name")))
-    return _Checked(pixels, masks, absent, check_tags(item.get("tags")), content, key, identity)
+    group = item.get("group")
+    if group is not None:
+        check_key(group)
+    identity = Identity(key, check_origin(item.get("name")), group=group or "")
+    tags = check_tags(item.get("tags"))
+    return _Checked(pixels, masks, absent, tags, content, key, identity, group)
 
 
 def _concealed(store: Store, checked: _Checked) -> _Checked:
@@ -168,7 +175,10 @@ def _concealed(store: Store, checked: _Checked) -> _Checked:
     tags = store.identifiers.conceal(checked.tags, adding=True)
     hidden = {name: value for name, value in checked.tags.items() if tags[name] != value}
     told = replace(checked.identity or Identity(checked.key), tags=hidden)
-    return replace(checked, tags=tags, identity=told)
+    group = checked.group
+    if group is not None and not is_hashed(group):
+        group = store.identifiers.keyed_hash("group", group, adding=True)
+    return replace(checked, tags=tags, identity=told, group=group)
 
 
 def _refuse_known(
@@ -232,6 +242,7 @@ def _add_all(
                 embedding=encoded.embedding,
                 memories=maintenance.write_memories(store.writer, places, encoded),
                 origin=encoded.origin,
+                group=one.group,
             )
             if one.identity is not None:
                 identities.append(one.identity)
@@ -363,7 +374,8 @@ def replace_mask(
         masks[structure] = check_mask(mask, image.shape, structure)
         content = content_digest(image, masks, exemplar.absent)
         tags = dict(exemplar.tags)
-        new = _Checked(image, masks, exemplar.absent, tags, content, key, None)
+        group = group_of(store.catalog, number)
+        new = _Checked(image, masks, exemplar.absent, tags, content, key, None, group)
         _add_all(store, encoder, [new], 1, len(masks), _no_progress, (key, structure))
         with store.lock:
             done = f"the mask of exemplar '{key}' is replaced, but the former copy of its image"

@@ -86,6 +86,12 @@ _SCHEMA_3 = """
 -- Images of exemplars up to number last name this structure so, in their files.
 CREATE TABLE former_names (name TEXT NOT NULL, last INTEGER NOT NULL, structure INTEGER NOT NULL,
                            PRIMARY KEY (name, last)) WITHOUT ROWID;
+-- What a head is fitted on: which exemplars belong together, and memory attention's logits.
+CREATE TABLE groups (exemplar INTEGER PRIMARY KEY, name TEXT NOT NULL);
+CREATE TABLE kept_logits (exemplar INTEGER PRIMARY KEY, about TEXT NOT NULL, data BLOB NOT NULL,
+                          digest BLOB NOT NULL);
+CREATE TABLE heads (id INTEGER PRIMARY KEY, about TEXT NOT NULL, data BLOB NOT NULL,
+                    digest BLOB NOT NULL);
 """
 """What a library gets when it first needs it; see :meth:`Database.upgrade`."""
 

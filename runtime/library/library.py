@@ -29,6 +29,7 @@ from recallseg.runtime.library.exemplar import (
     Recollection,
     StoredMemory,
 )
+from recallseg.runtime.library.head_door import HeadDoor
 from recallseg.runtime.library.identifiers import Identity
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings
@@ -48,7 +49,7 @@ _PAGE = 256
 Progress = Callable[[int, int], None]
 
 
-class Library(Upkeep):
+class Library(Upkeep, HeadDoor):
     """An open library. Make one with :meth:`create` or :meth:`open`; close it, or use ``with``.
 
     Any number of processes may read while one writes. Every method sees what others have committed.
@@ -518,6 +519,7 @@ class Library(Upkeep):
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
         name: str | None = None,
+        group: str | None = None,
         encoder: ExemplarEncoder | None = None,
     ) -> str:
         """Add an annotated image and return its key. It is stored in full or not at all.
@@ -534,6 +536,9 @@ class Library(Upkeep):
         key : of the exemplar. It stands in records of other patients, so it is random unless given;
             then the same image with the same masks is refused if it is there already.
         name : where it comes from, e.g. its file: only :meth:`whois` tells.
+        group : what it shares with others, e.g. patient, series or volume: when a head is fitted,
+            all of a group are left out together. Stored as a keyed hash; only :meth:`whois` tells.
+            None: it stands by itself.
         encoder : used instead of the library's own, for this exemplar.
 
         Raises
@@ -548,7 +553,7 @@ class Library(Upkeep):
         given = encoder
         make = self._binding.encoder if given is None else lambda: given
         item = changing.Addition(
-            image=image, masks=masks, absent=absent, tags=tags, key=key, name=name
+            image=image, masks=masks, absent=absent, tags=tags, key=key, name=name, group=group
         )
         return changing.add(self._store, make, item)
 

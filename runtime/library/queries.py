@@ -314,6 +314,12 @@ class CatalogQueries:
         _check_all_there(wanted, keys)
         return [text(keys[number], "an exemplar's key", check_key) for number in wanted]
 
+    def keys_there(self, numbers: Sequence[int]) -> list[str]:
+        """Return the keys of those exemplars that are there, in use or retired."""
+        wanted = [int(number) for number in numbers]
+        rows = self._in_batches("SELECT key FROM exemplars WHERE id IN ({})", wanted)
+        return [text(key, "an exemplar's key", check_key) for (key,) in rows]
+
     def places(self, keys: Sequence[str], structure: int) -> dict[str, tuple[Place, bytes]]:
         """Return places and digests of a structure's memories, for those of ``keys`` that have."""
         rows = self._in_batches(

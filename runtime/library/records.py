@@ -119,7 +119,8 @@ class StoredIndex:
 class NewExemplar:
     """An exemplar whose files are written and which becomes visible with the next commit.
 
-    ``memories`` maps each structure shown to the place and digest of its memory.
+    ``memories`` maps each structure shown to the place and digest of its memory; ``group`` is the
+    keyed hash of what it belongs to.
     """
 
     number: int
@@ -134,6 +135,7 @@ class NewExemplar:
     embedding: NDArray[np.float32]
     memories: Mapping[str, tuple[Place, bytes]]
     origin: Origin | None
+    group: str | None = None
 
     @property
     def digest(self) -> bytes:

@@ -34,7 +34,7 @@ from recallseg.runtime.model.memory_cache import MemoryCache
 from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.postprocess import check_out, finish_masks
 from recallseg.runtime.model.preprocess import Intensity, intensity_window, prepare_image
-from recallseg.runtime.model.view import Finished, Gather
+from recallseg.runtime.model.view import Finished, Gather, Refine
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 
 __all__ = ["DeviceModel"]
@@ -271,7 +271,9 @@ class DeviceModel(Model):
             self._stream.fill(self._buffers["all_iou"][row : row + 1])
             self._stream.copy_in(self._buffers["all_scores"][row : row + 1], absent)
 
-    def _finish(self, n: int, shape: tuple[int, int], out: tuple[Any, Any]) -> Finished:
+    def _finish(
+        self, n: int, of: int, shape: tuple[int, int], out: tuple[Any, Any], refine: Refine | None
+    ) -> Finished:
         stream = self._stream
         every = {name: self._buffers[f"all_{name}"][:n] for name in ("logits", "iou", "scores")}
         here = {
@@ -280,22 +282,35 @@ class DeviceModel(Model):
         }
         for name, array in here.items():
             stream.copy_out(array, every[name])
+        if self._kernels is None and any(one is not None and on_gpu(one) for one in out):
+            raise InputError(
+                "out lies on the GPU, and the pixel kernels that would write there were not "
+                "built (docs/native-kernels.md). Pass numpy arrays."
+            )
+        logits, small = None, [False] * n
+        if refine is not None:
+            refined, small = self._refined(refine, self._fetch(self._buffers["all_logits"][:of]))
+            logits, small = refined[:n], small[:n]
+            for i, left in enumerate(small):
+                if left:
+                    logits[i] = -1.0
         if self._kernels is None:
-            if any(given is not None and on_gpu(given) for given in out):
-                raise InputError(
-                    "out lies on the GPU, and the pixel kernels that would write there were not "
-                    "built (docs/native-kernels.md). Pass numpy arrays."
-                )
-            logits = self._room.pinned("logits", every["logits"].shape, np.float32)
-            stream.copy_out(logits, every["logits"])
+            if logits is None:
+                logits = self._room.pinned("logits", every["logits"].shape, np.float32)
+                stream.copy_out(logits, every["logits"])
             stream.synchronize()
             present = [bool(score > 0) for score in here["scores"]]
             found, label_map = finish_masks(logits, present, shape, self._pixels, out)
             masks: list[Any] = [*found]
         else:
+            if logits is not None:
+                staged = self._room.pinned("refined", logits.shape, np.float32)
+                staged[...] = logits
+                every["logits"] = self._room.on_device("refined", logits.shape, np.float32)
+                stream.copy_in(every["logits"], staged)
             masks, label_map = self._finish_here(every, shape, out)
         self._looking = self._asking = False
-        return Finished(masks, label_map, here["iou"].copy(), here["scores"].copy())
+        return Finished(masks, label_map, here["iou"].copy(), here["scores"].copy(), small)
 
     def _finish_here(
         self, every: dict[str, DeviceTensor], shape: tuple[int, int], out: tuple[Any, Any]

@@ -13,15 +13,15 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import Device, adopt_tensor, on_gpu, open_device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import HostMemoryError
-from recallseg.engines.pixels import open_pixels
+from recallseg.engines.pixels import Pixels, open_pixels
 from recallseg.runtime.arrays import as_array
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Shapes, bytes_of
 from recallseg.runtime.model.model import Model
 from recallseg.runtime.model.postprocess import finish_masks
-from recallseg.runtime.model.preprocess import Intensity, prepare_image
-from recallseg.runtime.model.view import Finished, Gather
+from recallseg.runtime.model.preprocess import Intensity, intensity_window
+from recallseg.runtime.model.view import Finished, Gather, Refine
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 
 __all__ = ["HostModel", "available_memory", "host_copy"]
@@ -34,12 +34,17 @@ class HostModel(Model):
         self, bundle: Bundle, engine: str, precision: str, options: EngineOptions, keep_bytes: int
     ) -> None:
         super().__init__(bundle, engine, precision, options, keep_bytes)
-        self.pixels = open_pixels()  # may hold buffers on the query's grid
+        self._pixels = open_pixels()  # may hold buffers on the query's grid
         self._source: Device | None = None  # of frames that lie on a GPU
 
     @property
+    def pixels(self) -> Pixels:
+        """What touches pixels."""
+        return self._pixels
+
+    @property
     def nbytes(self) -> int:
-        return self._buffers.nbytes + self._kept.nbytes + self.pixels.nbytes
+        return self._buffers.nbytes + self._kept.nbytes + self._pixels.nbytes
 
     def copy_frame(self, image: Any) -> NDArray[Any]:
         if not on_gpu(image):
@@ -91,7 +96,7 @@ class HostModel(Model):
         """Nothing is ever queued."""
 
     def _release(self) -> None:
-        self.pixels, self._source = open_pixels(), None
+        self._pixels, self._source = open_pixels(), None
 
     def _fill(self, names: Shapes, recalled: int, memories: int) -> None:
         if "pointer_time" in names:
@@ -103,7 +108,9 @@ class HostModel(Model):
     def _prepare(self, image: NDArray[Any], intensity: Intensity, graphs: Sequence[str]) -> None:
         normalisation = self.bundle.normalisation
         targets = [(self._buffers[f"{name}_image"], normalisation[name]) for name in graphs]
-        prepare_image(image, intensity, self.pixels, *targets)
+        window = intensity_window(image, intensity, self._pixels)
+        self._pixels.prepare(image, window, targets)
+        self._seen = image, window
 
     def _embed(self, encode: bool) -> tuple[NDArray[np.float32], bool]:
         self._run("embed")
@@ -127,13 +134,19 @@ class HostModel(Model):
         ):
             self._buffers[name][rows] = value
 
-    def _finish(self, n: int, shape: tuple[int, int], out: tuple[Any, Any]) -> Finished:
+    def _finish(
+        self, n: int, of: int, shape: tuple[int, int], out: tuple[Any, Any], refine: Refine | None
+    ) -> Finished:
         logits, iou, scores = (
             self._buffers[f"all_{name}"][:n] for name in ("logits", "iou", "scores")
         )
-        present = [bool(score > 0) for score in scores]
-        masks, label_map = finish_masks(logits, present, shape, self.pixels, out)
-        return Finished([*masks], label_map, iou.copy(), scores.copy())
+        small = [False] * n
+        if refine is not None:
+            every, small = self._refined(refine, self._buffers["all_logits"][:of])
+            logits, small = every[:n], small[:n]
+        present = [bool(score > 0) and not left for score, left in zip(scores, small, strict=True)]
+        masks, label_map = finish_masks(logits, present, shape, self._pixels, out)
+        return Finished([*masks], label_map, iou.copy(), scores.copy(), small)
 
     def _masks(self, n: int) -> NDArray[np.float32]:
         masks: NDArray[np.float32] = self._buffers.of("memorize", n)["masks"]

@@ -27,13 +27,16 @@ from recallseg.engines.errors import (
     InputError,
     ModelClosedError,
 )
+from recallseg.engines.pixels import Pixels
+from recallseg.engines.pixels.interface import window_gain
+from recallseg.engines.pixels.opencv import scaled
 from recallseg.engines.registry import check_choice, load_engines
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library.encoding import Encoded, Origin
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Buffers, Shapes, buffer_shapes, bytes_of
 from recallseg.runtime.model.frame_memories import FrameMemories
-from recallseg.runtime.model.preprocess import Intensity
+from recallseg.runtime.model.preprocess import Intensity, intensity_window, planes_of
 from recallseg.runtime.model.turns import Turns
 from recallseg.runtime.model.view import (
     CONDITIONED,
@@ -41,6 +44,7 @@ from recallseg.runtime.model.view import (
     Gather,
     Kept,
     KeptLooks,
+    Refine,
     View,
     groups,
 )
@@ -89,6 +93,8 @@ class Model(ABC):
 
     device: Device | None = None
     gpu: GpuOptions | None = None
+    _pixels: Pixels
+    _rule: Intensity
 
     def __init__(
         self, bundle: Bundle, engine: str, precision: str, options: EngineOptions, keep_bytes: int
@@ -102,6 +108,8 @@ class Model(ABC):
         self._buffers = Buffers(bundle, self._allocate)
         self._kept = KeptLooks(keep_bytes)
         self._looks = 0
+        # The image that was looked at, and the intensities that become 0 and 1 if known here.
+        self._seen: tuple[Any, tuple[float, float] | None] | None = None
         self._closed = False
 
     @classmethod
@@ -158,6 +166,7 @@ class Model(ABC):
             if not self._closed:
                 self._closed = True
                 self._looks += 1
+                self._seen = None
                 self._settle("growth")
                 self._release()
                 self._engines.clear()
@@ -291,6 +300,7 @@ class Model(ABC):
                 self.reserve(graphs=graphs)
             self._settle("look")
             self._looks += 1
+            self._seen, self._rule = (checked, None), intensity
             self._prepare(checked, intensity, graphs)
             height, width = checked.shape[:2]
             return View(self, self._looks, (height, width), graphs)
@@ -312,6 +322,7 @@ class Model(ABC):
             tensors = self._kept.find(kept)
             self._settle("look")
             self._looks += 1
+            self._seen = None
             for name in KEPT:
                 self._copy(self._buffers[name], tensors[name])
             view = View(self, self._looks, kept.shape, ())
@@ -454,7 +465,25 @@ class Model(ABC):
         """Give rows of all logits, IoU estimates and scores what absent structures have."""
 
     @abstractmethod
-    def _finish(self, n: int, shape: tuple[int, int], out: tuple[Any, Any]) -> Finished: ...
+    def _finish(
+        self, n: int, of: int, shape: tuple[int, int], out: tuple[Any, Any], refine: Refine | None
+    ) -> Finished:
+        """Make masks of the first n of so many structures."""
+
+    def _refined(
+        self, refine: Refine, logits: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], list[bool]]:
+        """Return what ``refine`` makes of the image and all logits, here."""
+        if self._seen is None:
+            raise InputError(
+                "a view that was put back has no image to refine at. Look at the image again."
+            )
+        image, window = self._seen
+        image = image if isinstance(image, np.ndarray) else self._fetch(image)
+        if window is None:
+            window = intensity_window(image, self._rule, self._pixels)
+        values = scaled(image, np.float32(window[0]), window_gain(*window))
+        return refine(planes_of(values), logits)
 
     @abstractmethod
     def _masks(self, n: int) -> NDArray[np.float32]:

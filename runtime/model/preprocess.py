@@ -21,7 +21,14 @@ from recallseg.engines.pixels import Pixels, open_pixels
 from recallseg.engines.pixels.interface import Target, window_gain
 from recallseg.engines.pixels.opencv import scaled
 
-__all__ = ["Intensity", "intensity_window", "prepare_image", "prepare_mask", "scale_intensities"]
+__all__ = [
+    "Intensity",
+    "intensity_window",
+    "planes_of",
+    "prepare_image",
+    "prepare_mask",
+    "scale_intensities",
+]
 
 Mode = Literal["percentile", "range", "window"]
 
@@ -100,6 +107,14 @@ def scale_intensities(image: NDArray[Any], intensity: Intensity) -> NDArray[np.f
     """
     low, high = intensity_window(image, intensity, open_pixels())
     return scaled(image, np.float32(low), window_gain(low, high))
+
+
+def planes_of(scaled: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return an image HxW or HxWx3 of intensities 0..1 as 1x3xHxW."""
+    if scaled.ndim == 2:
+        return np.broadcast_to(scaled, (1, 3, *scaled.shape))
+    planes: NDArray[np.float32] = scaled.transpose(2, 0, 1)[None]
+    return planes
 
 
 def prepare_image(

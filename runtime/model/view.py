@@ -26,6 +26,7 @@ __all__ = [
     "Gather",
     "Kept",
     "KeptLooks",
+    "Refine",
     "View",
     "Wanted",
     "groups",
@@ -48,13 +49,24 @@ class Wanted(NamedTuple):
     memories: Sequence[StoredMemory]
 
 
+Refine = Callable[
+    [NDArray[np.float32], NDArray[np.float32]], tuple[NDArray[np.float32], list[bool]]
+]
+"""Makes of an image 1x3xHxW in 0..1 and all logits nxqxq those of m structures mxHxW, the first of
+these n, and says which of them are too small to be there."""
+
+
 class Finished(NamedTuple):
-    """What comes out: n masks HxW, label map HxW, IoU estimates n, object scores n."""
+    """What comes out: n masks HxW, label map HxW, IoU estimates n, object scores n.
+
+    ``small`` says which structures have no mask because so little of them is not believed.
+    """
 
     masks: list[Any]
     label_map: Any
     iou: NDArray[np.float32]
     object_score: NDArray[np.float32]
+    small: list[bool]
 
 
 class Corrected(NamedTuple):
@@ -154,7 +166,7 @@ class View:
             for row, (position, stored) in enumerate(wanted):
                 own = len(stored)
                 model._recall(gather, stored, tokens[row], pointers[row])
-                if frames is not None:
+                if frames is not None and own < k:
                     frames.gather(position, tokens[row][own:], pointers[row][own:], model._copy)
             self._members, self._k = [one.position for one in wanted], k
 
@@ -182,12 +194,20 @@ class View:
                     model._copy(target[position : position + 1], found[row : row + 1])
             self._decoded.update(self._members)
 
-    def finish(self, out: tuple[Any, Any] = (None, None)) -> Finished:
+    def finish(
+        self,
+        out: tuple[Any, Any] = (None, None),
+        *,
+        n: int | None = None,
+        refine: Refine | None = None,
+    ) -> Finished:
         """Make masks and label map on the image's own grid; ends the question.
 
         Parameters
         ----------
         out : label map and masks to write into, or None; see :meth:`Segmenter.segment`.
+        n : make those of the first n structures; None: of all.
+        refine : makes logits on the image's own grid.
         """
         model = self._model
         with model.turns:
@@ -195,7 +215,7 @@ class View:
             left_out = [row for row in range(self._n) if row not in self._decoded]
             if left_out:
                 model._leave_out(left_out)
-            found = model._finish(self._n, self.shape, out)
+            found = model._finish(self._n if n is None else n, self._n, self.shape, out, refine)
             if not (np.isfinite(found.iou).all() and np.isfinite(found.object_score).all()):
                 raise EngineRunError(
                     f"the engine gave IoU estimates {found.iou.tolist()} and object scores "

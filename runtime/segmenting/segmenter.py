@@ -28,7 +28,7 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.model import GpuOptions, Model
-from recallseg.runtime.model.view import View, Wanted, groups
+from recallseg.runtime.model.view import Refine, View, Wanted, groups
 from recallseg.runtime.segmenting.acquisition import Acquisition, differences
 from recallseg.runtime.segmenting.calibration import (
     InForce,
@@ -44,6 +44,7 @@ from recallseg.runtime.segmenting.presence import (
 )
 from recallseg.runtime.segmenting.reach import REACH, within_reach
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
+from recallseg.runtime.segmenting.refining import find_head
 from recallseg.runtime.segmenting.result import Quality, Result, Score
 from recallseg.runtime.segmenting.timings import Timings
 
@@ -73,6 +74,8 @@ class Segmenter:
     engine, precision, threads : see :meth:`recallseg.Model.open`; None for what the library was
         opened with. A model that is open with these is shared, otherwise one is opened.
     tags : recall only exemplars that carry all of these tags.
+    refine : let the library's head, if it has one, draw boundaries at the image's own resolution;
+        False leaves it out. See :meth:`recallseg.Library.fit`.
     reach : of the k, recall only those at most this many times as far as the nearest (1 or more);
         ``math.inf`` recalls k whatever their distance, so that every query takes the same time.
     frames : most frame memories, of earlier frames, that a query of a sequence takes beside its k
@@ -83,6 +86,8 @@ class Segmenter:
     Attributes
     ----------
     model : what it runs on.
+    refining : the head at work; None without one.
+    head_status : why there is none, or what must be said of it; empty otherwise.
 
     Raises
     ------
@@ -109,6 +114,7 @@ class Segmenter:
         tags: Mapping[str, str] | None = None,
         reach: float = REACH,
         frames: int = 0,
+        refine: bool = True,
         gpu: GpuOptions | None = None,
         model: Model | None = None,
     ) -> None:
@@ -127,9 +133,12 @@ class Segmenter:
         self.labels = FrozenMap({name: i + 1 for i, name in enumerate(self.structures)})
         self.model = model or self.library.model(engine, precision, threads, gpu)
         self.engine, self.precision = self.model.engine, self.model.precision
+        self.refining, self.head_status = find_head(
+            self.library, self.structures, refine, self.model.threads
+        )
         self.model.reserve(
             **self._size,
-            memories=sum(self.library.count(name) for name in self.structures),
+            memories=sum(self.library.count(name) for name in self._every),
             graphs=self._graphs,
         )
         self._view: View | None = None
@@ -143,6 +152,7 @@ class Segmenter:
             self.tags,
             self.library.intensity.to_json(),
             find_precision(self.precision).approximations,
+            self.refining is not None,
         )
         self._recipes = self.recipe.digests(self.bundle.former_identities)
         self._limits_now: dict[str, InForce] = {}
@@ -336,6 +346,13 @@ class Segmenter:
             raise StaleViewError("there was no query yet. Segment an image first.")
         return self._view.logits()
 
+    def logits_of(
+        self, image: Any, without: Collection[str] = ()
+    ) -> tuple[Result, NDArray[np.float32]]:
+        """Segment an image, and return what memory attention made of it too, see :meth:`logits`."""
+        with self.model.turns:
+            return self._segment(image, Timings(), without=without), self.logits()
+
     def warm_up(self, runs: int = 2) -> None:
         """Run on a blank image, so that the first real query is as fast as the next.
 
@@ -401,7 +418,7 @@ class Segmenter:
         dice: dict[str, list[float]] = {name: [] for name in self.structures}
         for done, exemplar in enumerate(exemplars):
             image, masks = self.library.source(exemplar.key)
-            result = self._segment(image, Timings(), without=(exemplar.key,))
+            result = self._segment(image, Timings(), without=self._belonging(exemplar.key))
             for name in self.structures:
                 if name in masks and result.scores[name].present:
                     iou[name].append(result.scores[name].iou)
@@ -427,6 +444,24 @@ class Segmenter:
             exemplars[-1].key,
         )
         return FrozenMap(thresholds)
+
+    def _belonging(self, key: str) -> tuple[str, ...]:
+        """Return an exemplar's key, and with a head those of its group, which it must not see."""
+        return (key,) if self.refining is None else self.refining.group(self.library, key)
+
+    def _refine(self, without: Collection[str]) -> Refine | None:
+        """Return what draws boundaries, by units that have not seen what is passed over."""
+        if self.refining is None:
+            return None
+        return self.refining.refining(self.library, self._every, without)
+
+    @property
+    def _every(self) -> tuple[str, ...]:
+        """What is asked of the model: the structures, and others that the head looks at."""
+        if self.refining is None:
+            return self.structures
+        beside = (n for n in self.refining.head.structures if n not in self.structures)
+        return (*self.structures, *beside)
 
     def _segment(
         self,
@@ -461,28 +496,30 @@ class Segmenter:
         acquisition: Acquisition | None,
         keeper: Keeper | None,
     ) -> Result:
+        n = len(self.structures)
         earlier = [
-            0 if frame_memories is None else frame_memories.count(i)
-            for i in range(len(self.structures))
+            0 if frame_memories is None or i >= n else frame_memories.count(i)
+            for i in range(len(self._every))
         ]
         with timings("prepare"):
             self._view = view = self.model.look(image, self.library.intensity)
-            view.begin(len(self.structures))
+            view.begin(len(self._every))
         with timings("embed"):
             embedding = view.embedding
         with timings("search"):
             recollection = self.library.recall(
-                embedding, self.structures, self.k, tags=self.tags, without=without
+                embedding, self._every, self.k, tags=self.tags, without=without
             )
             recalled = {
                 name: within_reach(found.matches, self.reach)
                 for name, found in recollection.found.items()
             }
             memories = self._memories(recollection, recalled, exemplars)
+            recalled = {name: recalled[name] for name in self.structures}
         with timings("encode"):
             view.encode()
             if keeper is not None:
-                keeper.begin(view, len(self.structures))
+                keeper.begin(view, len(self._every))
         for k, members in self._groups(memories, earlier):
             with timings("gather"):
                 wanted = [Wanted(i, memories[i]) for i in members]
@@ -494,10 +531,12 @@ class Segmenter:
             with timings("decode"):
                 view.decode()
         with timings("finish"):
-            masks, label_map, iou, object_score = view.finish(out)
+            masks, label_map, iou, object_score, small = view.finish(
+                out, n=n, refine=self._refine(without)
+            )
             if keeper is not None:
-                keeper.logits = view.logits()
-        present = [bool(score > 0) for score in object_score]
+                keeper.logits = view.logits()[:n]
+        present = [bool(object_score[i] > 0) and not small[i] for i in range(n)]
         scores = {
             name: Score(
                 float(iou[i]),
@@ -508,9 +547,10 @@ class Segmenter:
             )
             for i, name in enumerate(self.structures)
         }
-        available = {name: found.available for name, found in recollection.found.items()}
+        available = {name: recollection.found[name].available for name in self.structures}
         differing = self._differences(acquisition, label_map.shape, recalled)
-        quality = self._judge(scores, recalled, available, differing)
+        left = {name for name, few in zip(self.structures, small, strict=True) if few}
+        quality = self._judge(scores, recalled, available, differing, left)
         if frame_memories is not None:
             with timings("memorize"):
                 trusted = {
@@ -529,7 +569,7 @@ class Segmenter:
             quality=quality,
             available=FrozenMap(available),
             provenance=self._provenance(recollection),
-            frame_memories=FrozenMap(dict(zip(self.structures, earlier, strict=True))),
+            frame_memories=FrozenMap(dict(zip(self.structures, earlier[:n], strict=True))),
             notice=self.bundle.notice,
             spacing=None if acquisition is None else acquisition.spacing,
         )
@@ -540,9 +580,10 @@ class Segmenter:
             recollection.digest,
             recollection.origins,
             self.structures,
-            self.model.graph_digests(*self._graphs),
+            self.model.graph_digests(*self._graphs)
+            | ({} if self.refining is None else {"refine": self.refining.graph}),
             self.frames,
-            None,
+            None if self.refining is None else self.refining.head.digest,
             __version__,
             operators_digest() if find_precision(self.precision).native else None,
         )
@@ -610,6 +651,7 @@ class Segmenter:
         recalled: Mapping[str, tuple[Match, ...]],
         available: Mapping[str, int],
         differing: Mapping[str, Sequence[str]],
+        small: Collection[str],
     ) -> Quality:
         limits_now = self._limits()
         reasons: dict[str, tuple[str, ...]] = {}
@@ -626,7 +668,9 @@ class Segmenter:
                     f"unlike the library: distance {recalled[name][0].distance:.3f} to the nearest "
                     f"exemplar, usual is up to {limits.distance:.3f}"
                 )
-            if not score.present and score.object_score != ABSENT_SCORE:
+            if name in small:
+                found.append("likely absent: less than a quarter of what any annotated image shows")
+            elif not score.present and score.object_score != ABSENT_SCORE:
                 found.append(f"likely absent: object score {score.object_score:.1f}")
             if score.present and score.presence < DOUBTFUL_SHARE:
                 found.append("may be absent: annotated images most like this one lack it")
@@ -645,7 +689,8 @@ class Segmenter:
         whole = len(calibrated) == len(limits_now)
         flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
         self._mend_now = self._mend_now or ("" if whole else self._mend(limits_now))
-        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), self._mend_now)
+        mend = "; ".join(filter(None, [self._mend_now, self.head_status]))
+        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), mend)
 
     def _limits(self) -> Mapping[str, InForce]:
         """Return what holds for the library, and its calibrations, as they are now."""
@@ -741,8 +786,12 @@ class Segmenter:
     @property
     def _size(self) -> dict[str, int]:
         """What a query takes of the model."""
-        n = len(self.structures)
-        return {"n": n, "k": self.k + self.frames, "masks": n if self.frames else 0}
+        n = len(self._every)
+        return {
+            "n": n,
+            "k": self.k + self.frames,
+            "masks": len(self.structures) if self.frames else 0,
+        }
 
     @property
     def _graphs(self) -> tuple[str, ...]:

@@ -1,0 +1,426 @@
+"""Where a library keeps its head, and what it was fitted on: groups of exemplars, and logits.
+
+A head is data: numbers for the one graph that ships with RecallSeg, and what was found when they
+were fitted (:mod:`recallseg.runtime.segmenting.fitting`). It is checked when it is read, since a
+library may come from anybody: sizes, finite numbers, its digest, and that it is of these exemplars.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import LibraryCorruptError
+from recallseg.engines.heads import feature_count
+from recallseg.runtime.checks import check_key
+from recallseg.runtime.library.values import binary, hex_digest, integer, text, timestamp
+
+if TYPE_CHECKING:
+    from recallseg.runtime.library.catalog import Catalog
+    from recallseg.runtime.library.store import Store
+
+__all__ = ["Choice", "Head", "Heads", "Kept", "Units", "group_of"]
+
+FORMAT_VERSION = 1
+MOST_UNITS, MOST_FOLDS, MOST_SIDE = 1024, 64, 4096
+_MEND = "Fit it anew with 'recallseg library fit', or segment without it (--no-refine)."
+
+Value = TypeVar("Value")
+Units = tuple[NDArray[np.float32], ...]
+"""Weights and biases of three layers: UxF, U, VxU, V, nxV, n."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one structure, by exemplars that the head had not seen.
+
+    Attributes
+    ----------
+    mix : the head's share of the logits, 0 (memory attention alone) to 1.
+    least : share of an image's pixels below which the structure counts as absent; 0: none.
+    alone, expected : mean Dice of memory attention alone, and of what was chosen.
+    low, high : 95 % interval of the difference that the choice makes, by groups.
+    exemplars : that it was judged by.
+    why : why the head stays out, if it does; empty otherwise.
+    """
+
+    mix: float
+    least: float
+    alone: float
+    expected: float
+    low: float
+    high: float
+    exemplars: int
+    why: str = ""
+
+    @property
+    def used(self) -> bool:
+        """Whether it changes anything."""
+        return self.mix > 0 or self.least > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A fitted head.
+
+    Attributes
+    ----------
+    structures : whose logits it takes, and gives, in order.
+    choices : by structure.
+    units, folds : fitted on all exemplars, and on all but those of each fold.
+    fold_of : fold that has not seen an exemplar, by its number.
+    groups : number of its group, by an exemplar's number.
+    grouping : ``groups`` that were told, ``exemplars`` each by itself, or ``blocks`` within one
+        patient.
+    recipe : settings that it was fitted with, as JSON values.
+    generation : of the memories.
+    graph : digest of the graph that it is for.
+    created : ISO 8601, UTC.
+    last, of : number of the newest exemplar then, and how many there were.
+    digest : SHA-256 of all of it, hex.
+    """
+
+    structures: tuple[str, ...]
+    choices: Mapping[str, Choice]
+    units: Units = field(repr=False)
+    folds: tuple[Units, ...] = field(repr=False)
+    fold_of: Mapping[int, int] = field(repr=False)
+    groups: Mapping[int, int] = field(repr=False)
+    grouping: str
+    recipe: Mapping[str, Any] = field(repr=False)
+    generation: int
+    graph: str
+    created: str
+    last: int = 0
+    of: int = 0
+    digest: str = ""
+
+    @property
+    def used(self) -> bool:
+        """Whether it changes anything for any structure."""
+        return any(choice.used for choice in self.choices.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What memory attention made of one exemplar, from those of other groups.
+
+    Attributes
+    ----------
+    recipe : digest of the settings.
+    generation : of the memories.
+    recalled : numbers of the exemplars that were recalled, by structure.
+    scores : object score, by structure.
+    logits : float16 qxq, by structure; NaN where none were made.
+    """
+
+    recipe: str
+    generation: int
+    recalled: Mapping[str, tuple[int, ...]]
+    scores: Mapping[str, float]
+    logits: Mapping[str, NDArray[np.float16]]
+
+
+def group_of(catalog: Catalog, number: int) -> str | None:
+    """Return the stored group of an exemplar, a keyed hash; None if none was told."""
+    if catalog.database.format_version < 3:
+        return None
+    rows = catalog.database.execute("SELECT name FROM groups WHERE exemplar = ?", (number,))
+    return text(rows[0][0], "a group", check_key) if rows else None
+
+
+class Heads:
+    """The part of a catalog that heads are in."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._catalog = store, store.catalog
+
+    def groups(self) -> dict[int, str]:
+        """Return hashed groups by exemplars' numbers, of those that have one."""
+        rows = self._rows("SELECT exemplar, name FROM groups ORDER BY exemplar")
+        return {
+            integer(number, "a number of a group", 1): text(name, "a group", check_key)
+            for number, name in rows
+        }
+
+    def set_group(self, key: str, group: str | None) -> None:
+        """Say what an exemplar belongs to."""
+        store, number = self._store, self._store.number(key)
+        hashed = None
+        if group is not None:
+            hashed = store.identifiers.keyed_hash("group", check_key(group), adding=True)
+        exemplar = self._catalog.exemplar(key)
+        known = store.identifiers.of(key, {} if exemplar is None else exemplar.tags)
+        with store.identifiers.telling([replace(known, group=group or "")]):
+            self._set_group(number, hashed)
+
+    def _set_group(self, number: int, hashed: str | None) -> None:
+        with self._catalog.database.transaction():
+            self._catalog.database.upgrade()
+            self._catalog.database.execute("DELETE FROM groups WHERE exemplar = ?", (number,))
+            if hashed is not None:
+                self._catalog.database.execute("INSERT INTO groups VALUES (?, ?)", (number, hashed))
+
+    def keep(self, number: int, kept: Kept) -> None:
+        """Store what was made of an exemplar, in one commit."""
+        ids = {name: self._store.structure(name).id for name in kept.logits}
+        stack = np.stack([kept.logits[name] for name in ids])
+        about = {
+            "format_version": FORMAT_VERSION,
+            "recipe": kept.recipe,
+            "generation": kept.generation,
+            "side": stack.shape[-1],
+            "structures": [
+                [ids[name], kept.scores[name], list(kept.recalled[name])] for name in ids
+            ],
+        }
+        data = zlib.compress(stack.astype("<f2").tobytes(), 1)
+        self._write("kept_logits", number, about, data)
+
+    def kept(self, number: int) -> Kept | None:
+        """Return what is kept of an exemplar; None if nothing is, or it is damaged.
+
+        What is damaged is made anew by whoever asks: nothing else depends on it.
+        """
+        try:
+            found = self._read("kept_logits", number)
+            return None if found is None else self._parse_kept(*found)
+        except LibraryCorruptError:
+            return None
+
+    def _parse_kept(self, about: dict[str, Any], data: bytes) -> Kept:
+        def parse() -> Kept:
+            names = self._names()
+            side = integer(about["side"], "a side of logits", 1, MOST_SIDE)
+            listed = about["structures"]
+            size = 2 * side * side * len(listed)
+            unpacked = zlib.decompressobj().decompress(data, size + 1)
+            if len(unpacked) != size:
+                raise ValueError(f"{len(unpacked)} bytes of logits")
+            stack = np.frombuffer(unpacked, "<f2").reshape(len(listed), side, side)
+            known = [names[one[0]] for one in listed]
+            return Kept(
+                hex_digest(about["recipe"], "the recipe of logits"),
+                integer(about["generation"], "the generation of logits", 1),
+                {
+                    name: tuple(integer(n, "a recalled exemplar", 1) for n in one[2])
+                    for name, one in zip(known, listed, strict=True)
+                },
+                {name: _finite(one[1]) for name, one in zip(known, listed, strict=True)},
+                dict(zip(known, stack, strict=True)),
+            )
+
+        return _parsed("kept logits", parse)
+
+    def store(self, head: Head) -> None:
+        """Store a head in the place of the one before, in one commit."""
+        arrays = [array for units in (head.units, *head.folds) for array in units]
+        about = {
+            "format_version": FORMAT_VERSION,
+            "bundle": self._store.settings.identity,
+            "generation": head.generation,
+            "graph": head.graph,
+            "units": [len(head.units[1]), len(head.units[3])],
+            "folds": len(head.folds),
+            "structures": [
+                [self._store.structure(name).id, *_choice_values(head.choices[name])]
+                for name in head.structures
+            ],
+            "exemplars": [
+                [number, self._content(number), fold, head.groups[number]]
+                for number, fold in head.fold_of.items()
+            ],
+            "grouping": head.grouping,
+            "recipe": dict(head.recipe),
+            "created": head.created,
+            "last": head.last,
+            "of": head.of,
+        }
+        data = np.concatenate([array.ravel() for array in arrays]).astype("<f4").tobytes()
+        self._write("heads", 1, about, data)
+
+    def remove(self) -> None:
+        """Forget the head."""
+        if self._catalog.database.format_version >= 3:
+            with self._catalog.database.transaction():
+                self._catalog.database.execute("DELETE FROM heads")
+
+    def head(self) -> Head | None:
+        """Return the head; None if there is none.
+
+        Raises
+        ------
+        LibraryCorruptError
+            If it is damaged, of a newer RecallSeg, or of another library.
+        """
+        found = self._read("heads", 1)
+        return None if found is None else self._parse_head(*found)
+
+    def _parse_head(self, about: dict[str, Any], data: bytes) -> Head:
+        def parse() -> Head:
+            names = self._names()
+            listed = about["structures"]
+            structures = tuple(names[one[0]] for one in listed)
+            count = len(structures)
+            u, v = (integer(size, "a head's units", 1, MOST_UNITS) for size in about["units"])
+            folds = integer(about["folds"], "a head's folds", 0, MOST_FOLDS)
+            shapes = [(u, feature_count(count)), (u,), (v, u), (v,), (count, v), (count,)]
+            each = sum(map(prod, shapes))
+            if len(data) != 4 * each * (1 + folds):
+                raise ValueError(f"{len(data)} bytes for {1 + folds} times {each} numbers")
+            numbers = np.frombuffer(data, "<f4").astype(np.float32).reshape(1 + folds, each)
+            if not np.isfinite(numbers).all():
+                raise ValueError("numbers that are not finite")
+            if about["bundle"] != self._store.settings.identity:
+                former = "it was fitted for another bundle"
+                raise ValueError(former)
+            exemplars = [
+                (
+                    integer(number, "an exemplar of a head", 1),
+                    content,
+                    integer(fold, "a fold of a head", 0, max(0, folds - 1)),
+                    integer(group, "a group of a head", 0),
+                )
+                for number, content, fold, group in about["exemplars"]
+            ]
+            self._belong(exemplars)
+            if about["grouping"] not in ("groups", "exemplars", "blocks"):
+                raise ValueError(f"a grouping {about['grouping']!r}")
+            return Head(
+                structures,
+                {name: _choice(one[1:]) for name, one in zip(structures, listed, strict=True)},
+                _cut(numbers[0], shapes),
+                tuple(_cut(row, shapes) for row in numbers[1:]),
+                {number: fold for number, _, fold, _ in exemplars},
+                {number: group for number, _, _, group in exemplars},
+                about["grouping"],
+                dict(about["recipe"]),
+                integer(about["generation"], "the generation of a head", 1),
+                hex_digest(about["graph"], "the graph of a head"),
+                timestamp(about["created"], "when a head was fitted"),
+                integer(about["last"], "the newest exemplar of a head"),
+                integer(about["of"], "the exemplars of a head"),
+                _digest(about, data).hex(),
+            )
+
+        return _parsed("head", parse)
+
+    def _belong(self, exemplars: list[tuple[int, str, int, int]]) -> None:
+        """Raise ValueError for a head of other exemplars; some may have been removed since."""
+        here = 0
+        for number, content, _, _ in exemplars:
+            found = self._content(number)
+            here += found == content
+            if found not in ("", content):
+                raise ValueError("it was fitted on other exemplars: it is another library's")
+        if not here:
+            raise ValueError("none of the exemplars that it was fitted on is here")
+
+    def _content(self, number: int) -> str:
+        rows = self._catalog.database.execute(
+            "SELECT content FROM exemplars WHERE id = ?", (number,)
+        )
+        return str(rows[0][0])[:32] if rows else ""
+
+    def _names(self) -> dict[int, str]:
+        return {row.id: row.name for row in self._catalog.structures()}
+
+    def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        if self._catalog.database.format_version < 3:
+            return []
+        return self._catalog.database.execute(statement, values)
+
+    def _write(self, table: str, number: int, about: dict[str, Any], data: bytes) -> None:
+        self._store.check_writable("store what a head is fitted on")
+        # As it will be read: lists and plain numbers.
+        written = json.dumps(about, sort_keys=True, allow_nan=False)
+        digest = _digest(json.loads(written), data)
+        database = self._catalog.database
+        with self._store.lock, database.transaction():
+            database.upgrade()
+            database.execute(
+                f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)",  # noqa: S608 - constants
+                (number, written, data, digest),
+            )
+
+    def _read(self, table: str, number: int) -> tuple[dict[str, Any], bytes] | None:
+        column = "id" if table == "heads" else "exemplar"
+        rows = self._rows(
+            f"SELECT about, data, digest FROM {table} WHERE {column} = ?",  # noqa: S608
+            (number,),
+        )
+        if not rows:
+            return None
+        written, data, digest = rows[0]
+
+        def parse() -> tuple[dict[str, Any], bytes]:
+            about = json.loads(written)
+            if not isinstance(data, bytes) or _digest(about, data) != binary(
+                digest, "a digest of a head", 32
+            ):
+                raise ValueError("it does not match its digest")
+            if about["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"its format is {about['format_version']!r}")
+            return about, data
+
+        return _parsed("head" if table == "heads" else "kept logits", parse)
+
+
+def _parsed(what: str, parse: Callable[[], Value]) -> Value:
+    try:
+        return parse()
+    except LibraryCorruptError as error:
+        raise LibraryCorruptError(
+            f"the library's {what} cannot be used: {error} {_MEND}"
+        ) from error
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, zlib.error) as error:
+        raise LibraryCorruptError(
+            f"the library's {what} cannot be used: damaged, or of a newer RecallSeg or another "
+            f"library ({error}). {_MEND}"
+        ) from error
+
+
+def _digest(about: Mapping[str, Any], data: bytes) -> bytes:
+    state = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    state.update(b"\0" + data)
+    return state.digest()
+
+
+def _cut(numbers: NDArray[np.float32], shapes: list[tuple[int, ...]]) -> Units:
+    arrays, at = [], 0
+    for shape in shapes:
+        arrays.append(numbers[at : at + prod(shape)].reshape(shape))
+        at += prod(shape)
+    return tuple(arrays)
+
+
+def _choice_values(choice: Choice) -> list[Any]:
+    return [
+        *(choice.mix, choice.least, choice.alone, choice.expected, choice.low, choice.high),
+        *(choice.exemplars, choice.why),
+    ]
+
+
+def _choice(values: list[Any]) -> Choice:
+    mix, least, alone, expected, low, high, exemplars, why = values
+    numbers = [_finite(value) for value in (mix, least, alone, expected, low, high)]
+    if not (0 <= numbers[0] <= 1 and 0 <= numbers[1] <= 1) or not isinstance(why, str):
+        raise ValueError("a choice beyond its range")
+    mix, least, alone, expected, low, high = numbers
+    count = integer(exemplars, "exemplars of a choice")
+    return Choice(mix, least, alone, expected, low, high, count, why)
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, (str, bool)) or not np.isfinite(number):
+        raise ValueError(f"{value!r} is no finite number")
+    return number

@@ -21,6 +21,7 @@ from recallseg.runtime.library.binding import Binding
 from recallseg.runtime.library.changing import Made, Make, write_all
 from recallseg.runtime.library.encoding import Origin, check_encoded
 from recallseg.runtime.library.exemplar import Exemplar
+from recallseg.runtime.library.heads import group_of
 from recallseg.runtime.library.identifiers import IDENTIFIERS, NOTE, Identity, is_hashed
 from recallseg.runtime.library.records import NewExemplar, exemplar_digest
 from recallseg.runtime.library.shards import Place, digest_record
@@ -240,6 +241,7 @@ def _maker(store: Store, binding: Binding, other: Store, one: _Other) -> Make:
             embedding=embedding,
             memories=memories,
             origin=origin,
+            group=group_of(catalog, one.number),
         )
         return new, (image, masks)
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from recallseg.benchmarks.accuracy.commands import accuracy, choosing
-from recallseg.benchmarks.capi import capi
 from recallseg.benchmarks.gpu.commands import gpu
 from recallseg.benchmarks.pixels import pixels
 from recallseg.benchmarks.streams import stream
 from recallseg.benchmarks.volumes import volumes
 from recallseg.commands.common import (
-    EngineOption,
     JsonOption,
-    PrecisionOption,
     ThreadsOption,
     emit_json,
     note,
@@ -121,7 +118,7 @@ def latency(
     say_notice(opened.notice)
     with steps() as step:
         report = run_latency(opened, plan, step)
-    _finish(report, output, _print_latency, as_json=as_json)
+    finish(report, output, _print_latency, as_json=as_json)
 
 
 @bench.command()
@@ -148,64 +145,7 @@ def retrieval(
         report = run_retrieval(
             counts, k=k, dimension=dimension, queries=queries, folder=libraries, step=step
         )
-    _finish(report, output, _print_retrieval, as_json=as_json)
-
-
-@bench.command()
-def soak(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="LIB|BUNDLE", help="A library, or a bundle to make one for.", show_default=False
-        ),
-    ],
-    output: OutputOption,
-    queries: Annotated[int, typer.Option(min=1, help="How many.")] = 10_000,
-    k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
-    structures: Annotated[
-        Optional[str],
-        typer.Option(help="Names in a library; how many for a bundle.", show_default="all, or 1"),
-    ] = None,
-    engine: EngineOption = defaults.ENGINE,
-    precision: PrecisionOption = defaults.PRECISION,
-    threads: ThreadsOption = None,
-    query_size: SideOption = 512,
-    as_json: JsonOption = False,
-) -> None:
-    """Answer many queries in one process: does memory grow, how slow is the slowest?"""
-    from recallseg.benchmarks.soak import run_soak
-    from recallseg.benchmarks.subjects import RuntimeChoice
-    from recallseg.benchmarks.workload import SPARE, fill_library, structure_names
-    from recallseg.engines.bundle import Bundle
-    from recallseg.engines.onnxruntime_cpu import usable_cores
-    from recallseg.runtime.library import Library
-    from recallseg.runtime.library.store import CATALOG
-
-    used = threads or usable_cores()
-    choice = RuntimeChoice(engine, precision, used)
-    with TemporaryDirectory(prefix="recallseg-bench-") as scratch, steps() as step:
-        if (Path(target) / CATALOG).is_file():
-            library = Path(target)
-            names = parsed(split_list, structures, "--structures") if structures else None
-            with Library.open(library) as known:
-                notice = known.bundle.notice
-        else:
-            opened = Bundle.open(target)
-            notice = opened.notice
-            counts = parsed(split_numbers, structures, "--structures") if structures else [1]
-            if len(counts) != 1:
-                raise typer.BadParameter("one number for a bundle", param_hint="--structures")
-            library, names = Path(scratch) / "library", list(structure_names(counts[0]))
-            fill_library(
-                library, opened, exemplars=k + SPARE, structures=counts[0], side=query_size,
-                engine=engine, precision=precision, threads=used,
-                progress=lambda key: step(f"add {key}"),
-            )  # fmt: skip
-        say_notice(notice)
-        report = run_soak(
-            library, choice, k=k, structures=names, queries=queries, side=query_size, step=step
-        )
-    _finish(report, output, _print_soak, as_json=as_json)
+    finish(report, output, _print_retrieval, as_json=as_json)
 
 
 @bench.command()
@@ -242,7 +182,6 @@ def compare(
 
 bench.command()(accuracy)
 bench.command()(choosing)
-bench.command()(capi)
 bench.command()(gpu)
 bench.command()(pixels)
 bench.command()(stream)
@@ -270,7 +209,7 @@ def steps() -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(what)
 
 
-def _finish(report: Report, output: Path, show: Callable[[Report], None], *, as_json: bool) -> None:
+def finish(report: Report, output: Path, show: Callable[[Report], None], *, as_json: bool) -> None:
     from recallseg.benchmarks.page import render_page
 
     output.mkdir(parents=True, exist_ok=True)
@@ -321,15 +260,6 @@ def _print_retrieval(report: Report) -> None:
         )
 
 
-def _print_soak(report: Report) -> None:
-    for run in report.soak:
-        typer.echo(
-            f"{run.queries:,} queries: resident memory {run.growth:+.2%} "
-            f"({run.resident_start / 2**20:.1f} to {run.resident_end / 2**20:.1f} MiB), slowest "
-            f"{run.slowest_over_median:.2f} times the median of {run.total.p50:.1f} ms"
-        )
-
-
 def _told(change: Change) -> str:
     if change.unit == "ms":
         return (
@@ -369,3 +299,10 @@ def _split_dice(text: str) -> dict[str, float]:
             raise InputError(f"Dice must read like fp32=0.912, within 0 and 1, got '{item}'.")
         found[name.strip()] = dice
     return found
+
+
+if importlib.util.find_spec("recallseg.benchmarks.makers") is not None:  # not so in a wheel
+    from recallseg.benchmarks.makers.commands import capi, soak
+
+    bench.command()(capi)
+    bench.command()(soak)

@@ -1,7 +1,7 @@
 """A GPU behind one small interface: memory, streams, events, graphs, kernels, errors.
 
 Two providers reach the driver: NVIDIA's ``cuda-bindings`` and PyCUDA. Everything above them is the
-same code, and runs on :class:`recallseg.engines.device.fake.FakeDriver` as well, on any machine.
+same code, and runs on the tests' ``FakeDriver`` as well, on any machine.
 """
 
 from recallseg.engines.device.device import Device, DeviceFacts, open_device

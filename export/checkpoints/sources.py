@@ -224,7 +224,8 @@ def _demo_folder(family: Loader) -> Path:
     folder = DEMO_WEIGHTS / family.folder
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"the demo model's {family.title} weights are not in this installation. Use "
+            f"the demo model's {family.title} weights are in RecallSeg's repository, and not in "
+            "this installation; the bundle made from them is: 'demo'. To export, use "
             f"{RANDOM}{family.architectures[0]}, or pass a checkpoint ({family.file_name})."
         )
     return folder

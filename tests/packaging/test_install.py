@@ -57,6 +57,10 @@ def test_the_wheel_holds_every_room_and_no_test(wheel: Path) -> None:
     ):
         assert expected in names
     assert not [name for name in names if "test" in name.split("/")[0] or "__pycache__" in name]
+    makers = ("recallseg/benchmarks/makers/", "recallseg/export/demo_model/")
+    assert not [
+        name for name in names if name.startswith(makers) or name.endswith("device/fake.py")
+    ]
     assert wheel.name.endswith("py3-none-any.whl")
 
 

@@ -19,6 +19,7 @@ MODULES_WITH_EXAMPLES = (
     "recallseg.runtime.arrays",
     "recallseg.runtime.formats.images",
     "recallseg.runtime.library.library",
+    "recallseg.runtime.library.upkeep",
 )
 
 

@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 
 from recallseg.engines.device import Device, DeviceFacts
-from recallseg.engines.device.fake import FakeDriver
+from support.fake_driver import FakeDriver
 
 __all__ = ["HostGpu", "make_tensorrt"]
 

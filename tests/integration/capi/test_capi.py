@@ -17,7 +17,7 @@ from support.native import SOURCE, Installed, make_fake_library, passed, run
 from support.tracing import trace
 
 from recallseg import Library, Segmenter, __version__
-from recallseg.benchmarks.capi import CLibrary, measure_overhead
+from recallseg.benchmarks.makers.capi import CLibrary, measure_overhead
 from recallseg.runtime.reports.demo import load_slices
 from recallseg.runtime.services.c_interface import INTERFACE, STATUS
 
@@ -211,7 +211,7 @@ import sys, ctypes, os
 import numpy as np
 from pathlib import Path
 from recallseg import Segmenter
-from recallseg.benchmarks.capi import CLibrary
+from recallseg.benchmarks.makers.capi import CLibrary
 native = CLibrary(Path({str(capi.file)!r}), Path({str(fake_library)!r}), engine="fake", k=2)
 image = np.full((40, 50), 200, np.uint8)
 ours = np.full((40, 50), 99, np.uint8)

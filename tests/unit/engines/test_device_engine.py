@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from support.fake_driver import FakeDriver
 
 from recallseg.engines.device import Device, DeviceTensor
-from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.device_engine import MOST_BINDINGS, DeviceEngine
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import DeviceLostError, EngineRunError

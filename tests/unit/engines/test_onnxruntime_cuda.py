@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from support.fake_driver import FakeDriver
 from support.fake_onnxruntime import FakeSession, install
 from support.fake_tensorrt import HostGpu
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.device import Device, DeviceTensor
-from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.device_engine import MOST_BINDINGS
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support import device_checks
+from support.fake_driver import FakeDriver
 
 from recallseg.engines.device import Device, DeviceTensor, adopt_tensor, on_gpu, open_device
 from recallseg.engines.device.driver import LOST, DriverError, explain
-from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.device.pycuda import pack
 from recallseg.engines.errors import (
     DeviceLostError,

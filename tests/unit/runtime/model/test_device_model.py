@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.emulated_gpu import build_emulator
+from support.fake_driver import FakeDriver
 from support.fake_onnxruntime import FakeSession, install
 from support.fake_tensorrt import HostGpu
 
 from recallseg import Bundle, Frame, Library, Segmenter, Stream
 from recallseg.benchmarks.subjects import portable_only
 from recallseg.engines.device import Device, DeviceTensor
-from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.errors import (
     DeviceLostError,
     DeviceMemoryError,

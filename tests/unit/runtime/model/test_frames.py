@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.fake_driver import FakeDriver
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import Device, open_device
-from recallseg.engines.device.fake import FakeDriver
 from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.runtime.model import host
 from recallseg.runtime.model.model import Model

@@ -1,0 +1,1 @@
+"""Measurements for who makes RecallSeg: in the repository, and not in the wheel."""

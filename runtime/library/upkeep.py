@@ -54,7 +54,7 @@ class Upkeep:
 
         Examples
         --------
-        >>> with Library.create("cases", "demo") as library:
+        >>> with Library.create("first", "demo") as library:
         ...     image = np.zeros((64, 64), np.uint8)
         ...     image[16:48, 16:48] = 255
         ...     _ = library.add(image, {"square": image > 0}, key="a")
@@ -131,7 +131,7 @@ class Upkeep:
 
         Examples
         --------
-        >>> with Library.create("cases", "demo") as library:
+        >>> with Library.create("named", "demo") as library:
         ...     image = np.zeros((64, 64), np.uint8)
         ...     image[16:48, 16:48] = 255
         ...     _ = library.add(image, {"sqare": image > 0}, key="a")
@@ -249,13 +249,13 @@ class Upkeep:
 
         Examples
         --------
-        >>> with Library.create("cases", "demo") as library:
+        >>> with Library.create("kept", "demo") as library:
         ...     image = np.zeros((64, 64), np.uint8)
         ...     image[16:48, 16:48] = 255
         ...     _ = library.add(image, {"square": image > 0}, key="a")
-        ...     print(library.backup("cases-monday").exemplars)
+        ...     print(library.backup("kept-monday").exemplars)
         1
-        >>> Library.restore("cases-monday", "cases")
+        >>> Library.restore("kept-monday", "kept")
         """
         backups.restore(Path(backup), Path(path), over_newer=over_newer, progress=progress)
 

@@ -55,6 +55,8 @@ def test_a_repr_says_where_its_class_is_found() -> None:
 @pytest.mark.parametrize("name", MODULES_WITH_EXAMPLES)
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    known = {"np": np, **{public: getattr(recallseg, public) for public in recallseg.__all__}}
+    module = importlib.import_module(name)
+    found = doctest.testmod(module, extraglobs=known, optionflags=doctest.ELLIPSIS)
     assert found.attempted
     assert not found.failed

@@ -250,7 +250,8 @@ class Match(Baseline):
                 (width, height),
                 interpolation=cv2.INTER_LINEAR,
             )
-            masks[name] = drawn > 0.5
+            # Patches are coarse: the likeliest pixels, as many as the shares add up to.
+            masks[name] = drawn > np.quantile(drawn, 1.0 - min(1.0, float(drawn.mean())))
         return masks
 
     def _exemplar(self, key: str) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:

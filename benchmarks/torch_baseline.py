@@ -33,8 +33,8 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.onnxruntime_cpu import usable_cores
 from recallseg.engines.pixels import open_pixels
-from recallseg.export.checkpoints import Loaded, load_dinov2, load_sam2
-from recallseg.export.checkpoints.architectures import DINOV2_ALIASES, SAM2_ALIASES
+from recallseg.export.checkpoints import Loaded, load_dinov2, load_segmenter
+from recallseg.export.checkpoints.architectures import DINOV2_ALIASES, SEGMENTER_NAMES
 from recallseg.export.graphs import build_graphs
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library import Library
@@ -68,7 +68,7 @@ def load_modules(
     CheckpointError
         If a source cannot be loaded.
     """
-    first = load_sam2(sam2 or _source(bundle, "sam2"), image_size=bundle.geometry.image_size)
+    first = load_segmenter(sam2 or _source(bundle, "sam2"), image_size=bundle.geometry.image_size)
     second = load_dinov2(dinov2 or _source(bundle, "dinov2"))
     for network, loaded in (("sam2", first), ("dinov2", second)):
         _check_weights(bundle, network, loaded)
@@ -86,7 +86,7 @@ def _source(bundle: Bundle, network: str) -> str:
             f"baseline needs the checkpoint that it was exported from: --{network} SRC."
         )
     name = weights.architecture.removeprefix("sam2.1-hiera-").removeprefix("dinov2-")
-    known = SAM2_ALIASES if network == "sam2" else DINOV2_ALIASES
+    known = SEGMENTER_NAMES if network == "sam2" else DINOV2_ALIASES
     return f"random:{name if name.removesuffix('-registers') in known else 'demo'}"
 
 

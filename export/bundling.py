@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel
 
 from recallseg.engines.bundle import (
     FORMAT,
@@ -24,7 +22,6 @@ from recallseg.engines.bundle import (
     Bundle,
     Description,
     MemorySemantics,
-    Normalisation,
     Weights,
 )
 from recallseg.engines.composition import Composition
@@ -45,6 +42,8 @@ from recallseg.engines.verification import compare_with_golden, relative_error
 from recallseg.export import ort_cpu, ort_cuda, tensorrt
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.families import Segmenter, is_segmenter
+from recallseg.export.families.base import IMAGENET
+from recallseg.export.families.embedders import embedder_family
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import OPSET, export_graph
 from recallseg.export.parity import (
@@ -64,8 +63,7 @@ from recallseg.export.writing import (
 
 __all__ = ["export_bundle", "former_identities"]
 
-_IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-NORMALISATION = {"embed": _IMAGENET, "encode": _IMAGENET}
+NORMALISATION = {"embed": IMAGENET, "encode": IMAGENET}
 """Both DINOv2 and SAM 2 were trained with ImageNet's (their image processors' defaults)."""
 
 VARIANTS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
@@ -74,11 +72,9 @@ VARIANTS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
 DEFAULT_VARIANTS = ("portable", "ort-cpu")
 """Those that are exported unless others are asked for: what a machine without a GPU uses."""
 
-DEFAULT_EMBED_SIZE = 224
 _GOLDEN_SEED = 7
 
 Report = Callable[[str], None]
-Dinov2 = Dinov2Model | Dinov2WithRegistersModel
 
 
 def export_bundle(
@@ -128,8 +124,10 @@ def export_bundle(
             f"a bundle takes a segmenter (SAM 2, EdgeTAM) and an embedder, in this order; got "
             f"{sam2.architecture} and {dinov2.architecture}."
         )
-    size = _embed_size(embedder, embed_size)
-    _fix_positions(embedder, size)
+    family = embedder_family(embedder)
+    size = family.size(embedder, embed_size)
+    family.fix(embedder, size)
+    normalisation = {"embed": dinov2.normalisation, "encode": sam2.normalisation}
     geometry = read_geometry(segmenter, embedder, embed_size=size)
     memory = MemorySemantics(object_pointers, _pointer_time(segmenter))
     modules = build_graphs(segmenter, embedder, object_pointers=object_pointers)
@@ -179,13 +177,13 @@ def export_bundle(
         report("golden tensors")
         case = make_case(_GOLDEN_SEED)
         reference = Composition({name: TorchEngine(specs[name], modules[name]) for name in GRAPHS})
-        tensors = run_case(case, reference, geometry, NORMALISATION, memory)
+        tensors = run_case(case, reference, geometry, normalisation, memory)
         golden_file = work / "golden" / "golden.npz"
         golden_file.parent.mkdir()
         GoldenTensors.from_run(case, tensors, _GOLDEN_SEED).save(golden_file)
         digests = (sam2.digest, dinov2.digest)
         no_memory = tuple(segmenter.no_memory_embedding.detach().flatten().tolist())
-        described = Description(digests, geometry, NORMALISATION, memory, no_memory)
+        described = Description(digests, geometry, normalisation, memory, no_memory)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -194,7 +192,7 @@ def export_bundle(
             "former_identities": former_identities(sam2, dinov2, described),
             "weights": {"segmenter": _weights(sam2), "embedder": _weights(dinov2)},
             "geometry": geometry.to_json(),
-            "normalisation": {key: asdict(value) for key, value in NORMALISATION.items()},
+            "normalisation": {key: asdict(value) for key, value in normalisation.items()},
             "memory": asdict(memory),
             "no_memory": list(no_memory),
             "graphs": graphs,
@@ -206,7 +204,7 @@ def export_bundle(
         report("compare the modules with the video model")
         manifest["parity"] = [
             check_definition(
-                reference, segmenter, case, geometry, NORMALISATION["encode"], memory
+                reference, segmenter, case, geometry, normalisation["encode"], memory
             ).to_json(),
             *(
                 value.to_json()
@@ -262,30 +260,6 @@ def _gate(
             )
         )  # fmt: skip
     return measured
-
-
-def _embed_size(model: Dinov2, asked: int | None) -> int:
-    """Return E, checked against the patch size."""
-    config: Any = model.config  # its sizes are numbers or pairs by type, numbers in DINOv2
-    patch = int(config.patch_size)
-    size = asked or min(DEFAULT_EMBED_SIZE, int(config.image_size))
-    if size < patch or size % patch:
-        raise ExportError(
-            f"the embedding size must be a multiple of DINOv2's patch of {patch} px, got {size}. "
-            f"Try {max(1, round(size / patch)) * patch}."
-        )
-    return size
-
-
-def _fix_positions(model: Dinov2, size: int) -> None:
-    """Interpolate DINOv2's positional embedding here, so that no exporter has to (PITFALLS 9)."""
-    embeddings: Any = model.embeddings
-    config: Any = model.config
-    patches = (size // int(config.patch_size)) ** 2
-    template = torch.zeros(1, patches + 1, config.hidden_size)
-    with torch.no_grad():
-        fixed = embeddings.interpolate_pos_encoding(template, size, size)
-    embeddings.position_embeddings = nn.Parameter(fixed.clone(), requires_grad=False)
 
 
 def _pointer_time(model: Segmenter) -> float:

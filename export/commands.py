@@ -11,22 +11,41 @@ from rich.console import Console
 
 from recallseg.engines.bundle import Bundle
 from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
-from recallseg.export.checkpoints import load_dinov2, load_sam2
+from recallseg.export.checkpoints import load_embedder, load_segmenter
 from recallseg.export.converting import CONVERTED, convert_bundle
 
 __all__ = ["convert", "export"]
 
 
 def export(
-    sam2: Annotated[
+    segmenter: Annotated[
         str,
-        typer.Option(help="Hugging Face folder, Meta's file, 'demo', or random:tiny and the like."),
+        typer.Option(
+            "--segmenter",
+            "--sam2",
+            help="SAM 2 or EdgeTAM: Hugging Face folder, Meta's file, 'demo', or random:tiny "
+            "and the like.",
+        ),
     ],
-    dinov2: Annotated[str, typer.Option(help="Likewise; random:small and the like.")],
+    embedder: Annotated[
+        str,
+        typer.Option(
+            "--embedder",
+            "--dinov2",
+            help="Likewise of DINOv2, DINOv3 or any other; random:small and the like.",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
-    image_size: Annotated[int, typer.Option(help="Side in pixels of SAM 2's input.")] = 1024,
+    image_size: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Side in pixels of the segmenter's input.",
+            show_default="1024, or what fine-tuned weights were trained at",
+        ),
+    ] = None,
     embed_size: Annotated[
-        Optional[int], typer.Option(help="Side in pixels of DINOv2's input.", show_default="224")
+        Optional[int],
+        typer.Option(help="Side in pixels of the embedder's input.", show_default="224"),
     ] = None,
     object_pointers: Annotated[
         bool, typer.Option(help="Give memory attention SAM 2's object pointers too.")
@@ -56,8 +75,8 @@ def export(
     """Export a bundle and prove it: every graph and the whole are compared with PyTorch."""
     progress = Console(stderr=True)
     with progress.status("load checkpoints") as status:
-        first = load_sam2(sam2, image_size=image_size)
-        second = load_dinov2(dinov2)
+        first = load_segmenter(segmenter, image_size=image_size)
+        second = load_embedder(embedder)
         bundle = export_bundle(
             first,
             second,

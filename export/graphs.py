@@ -16,25 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel
 
 from recallseg.engines.specs import Geometry
-from recallseg.export.families import Segmenter, segmenter_family
+from recallseg.export.families import Embedder, Segmenter, segmenter_family
+from recallseg.export.families.embedders import pooled
 from recallseg.export.families.rotation import rotation
 
 __all__ = ["Attend", "Decode", "Embed", "Encode", "Memorize", "build_graphs", "read_geometry"]
 
 
 class Embed(nn.Module):
-    """DINOv2: ``image`` Bx3xExE -> ``embedding`` BxD, its class token at unit length."""
+    """An embedder: ``image`` Bx3xExE -> ``embedding`` BxD, its pooled output at unit length."""
 
-    def __init__(self, dinov2: Dinov2Model | Dinov2WithRegistersModel) -> None:
+    def __init__(self, dinov2: Embedder) -> None:
         super().__init__()
         self.dinov2 = dinov2
 
     def forward(self, image: Tensor) -> Tensor:
-        token = self.dinov2(image).pooler_output
-        return nn.functional.normalize(token, dim=-1)
+        return nn.functional.normalize(pooled(self.dinov2, image), dim=-1)
 
 
 class Encode(nn.Module):
@@ -270,7 +269,7 @@ class Decode(nn.Module):
 
 def build_graphs(
     sam2: Segmenter,
-    dinov2: Dinov2Model | Dinov2WithRegistersModel,
+    dinov2: Embedder,
     *,
     object_pointers: bool = True,
 ) -> dict[str, nn.Module]:
@@ -285,9 +284,7 @@ def build_graphs(
     }
 
 
-def read_geometry(
-    sam2: Segmenter, dinov2: Dinov2Model | Dinov2WithRegistersModel, *, embed_size: int
-) -> Geometry:
+def read_geometry(sam2: Segmenter, dinov2: Embedder, *, embed_size: int) -> Geometry:
     """Derive a bundle's geometry from the models' configurations."""
     channels = int(sam2.hidden_dim)
     size: Any = sam2.config.image_size  # one number in every SAM 2; pairs are allowed by type only
@@ -295,7 +292,7 @@ def read_geometry(
     return Geometry(
         image_size=int(size),
         embed_size=embed_size,
-        embedding_dim=int(dinov2.config.hidden_size),
+        embedding_dim=_width(dinov2, embed_size),
         channels=channels,
         feature_size=int(sam2.backbone_feature_sizes[-1][0]),
         skip0_channels=channels // 8,
@@ -304,3 +301,8 @@ def read_geometry(
         tokens=tokens,
         memory_grid=grid,
     )
+
+
+def _width(embedder: Embedder, size: int) -> int:
+    with torch.inference_mode():
+        return int(pooled(embedder, torch.zeros(1, 3, size, size)).shape[1])

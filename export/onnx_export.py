@@ -94,6 +94,7 @@ def export_graph(
             if program is None:
                 raise ExportError(f"graph '{spec.name}': the exporter returned nothing.")
             _forget_origin(program.model)
+            _rename_twins(program.model)
             program.save(path, external_data=size > _EXTERNAL_DATA_BYTES)
     except ExportError:
         raise
@@ -101,6 +102,15 @@ def export_graph(
         raise ExportError(f"graph '{spec.name}' cannot be exported to ONNX: {error}") from error
     finally:
         exporter_log.setLevel(level)
+
+
+def _rename_twins(model: Any) -> None:
+    """Rename inner values that are called as an output is: the exporter takes care of no such."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    made = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for value in (*made, *model.graph.initializers.values()):
+        if value.name in outputs and value is not outputs[value.name]:
+            value.name = f"{value.name}__inner"
 
 
 def _forget_origin(model: Any) -> None:

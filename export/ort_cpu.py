@@ -5,6 +5,7 @@ Four steps, all exact up to the order of summation:
 - every attention becomes ONNX Runtime's fused ``MultiHeadAttention``, which never writes the scores
   to memory;
 - Hiera's joint projection to queries, keys and values becomes three, so that nothing is split;
+  other encoders are rewritten by :mod:`.families.convolutions`;
 - rotary encoding becomes its ``RotaryEmbedding``, one pass instead of five;
 - memory attention's cross-attention has one head, and values that are an affine map of 64-wide
   memory tokens m. Since the rows of P sum to 1, P (m W + b) = (P m) W + b: attend over the tokens
@@ -29,11 +30,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from recallseg.engines.errors import ExportError
 from recallseg.export.attention import register_attention, use_attention
-from recallseg.export.families import Segmenter, segmenter_family
+from recallseg.export.families import Embedder, Segmenter, segmenter_family
+from recallseg.export.families.convolutions import RowEncode
 from recallseg.export.fused import attend_fused, rotate
 from recallseg.export.graphs import Attend, Encode, build_graphs
 
@@ -279,7 +281,7 @@ def _weigh(
 
 def build_ort_cpu_graphs(
     sam2: Segmenter,
-    dinov2: Dinov2Model | Dinov2WithRegistersModel,
+    dinov2: Embedder,
     *,
     object_pointers: bool = True,
     pool: int = 1,
@@ -304,7 +306,9 @@ def build_ort_cpu_graphs(
     folded = FoldedAttend(attend, pool).eval()
     if pool > 1:
         return {"attend": folded}
-    made: dict[str, nn.Module] = {"embed": modules["embed"], "attend": folded}
-    if segmenter_family(sam2).has_hiera:
-        made["encode"] = _separate_projections(encode).eval()
-    return made
+    hiera = segmenter_family(sam2).has_hiera
+    return {
+        "embed": modules["embed"],
+        "encode": (_separate_projections(encode) if hiera else RowEncode(encode)).eval(),
+        "attend": folded,
+    }

@@ -36,6 +36,7 @@ from recallseg.export.checkpoints.architectures import (
     DINOV2,
     DINOV2_ALIASES,
     DINOV2_REGISTERS,
+    EDGETAM,
     SAM2,
     SAM2_ALIASES,
     dinov2_config,
@@ -45,11 +46,12 @@ from recallseg.export.checkpoints.architectures import (
     sam2_name,
 )
 from recallseg.export.checkpoints.digest import state_digest
+from recallseg.export.checkpoints.embedders import DINOV3, load_folder, load_random_dinov3
 from recallseg.export.checkpoints.fine_tuned import fine_tuned_sam2
-from recallseg.export.checkpoints.sources import Loaded, Loader, load
+from recallseg.export.checkpoints.sources import DEMO, RANDOM, Loaded, Loader, load
 from recallseg.export.families.sam2 import SAM2_FAMILY
 
-__all__ = ["Loaded", "load_dinov2", "load_sam2", "load_segmenter", "state_digest"]
+__all__ = ["Loaded", "load_dinov2", "load_embedder", "load_sam2", "load_segmenter", "state_digest"]
 
 IMAGE_SIZE = 1024
 """Side in pixels at which SAM 2 and EdgeTAM were trained."""
@@ -110,19 +112,20 @@ def _sam2(image_size: int) -> Loader:
         model_class=lambda config: Sam2VideoModel,
         name=sam2_name,
         fine_tuned=fine_tuned_sam2,
+        in_format_1=True,
     )
 
 
 def _edgetam(image_size: int) -> Loader:
     def official(kind: str) -> EdgeTamVideoConfig | None:
-        return edgetam_config(image_size=image_size) if kind == "edgetam" else None
+        return edgetam_config(image_size=image_size) if kind == EDGETAM else None
 
     return Loader(
         title="EdgeTAM",
         folder="",
         hub_name="yonigozlan/EdgeTAM-hf",
         file_name="edgetam.pt",
-        architectures=("edgetam",),
+        architectures=(EDGETAM,),
         official=official,
         model_types=("edgetam_video",),
         read_config=partial(huggingface.read_edgetam_config, image_size=image_size),
@@ -130,7 +133,7 @@ def _edgetam(image_size: int) -> Loader:
         infer_config=partial(meta_edgetam.infer_config, image_size=image_size),
         resolve=meta_edgetam.resolve,
         model_class=lambda config: EdgeTamVideoModel,
-        name=lambda config: "edgetam",
+        name=lambda config: EDGETAM,
         ignored=meta_edgetam.COUNTERS,
     )
 
@@ -152,6 +155,30 @@ def load_dinov2(src: str, *, seed: int = 0, licence: str | None = None) -> Loade
         When the source is missing, damaged, of another model, or differs in any tensor.
     """
     return load((_DINOV2,), src, seed=seed, licence=licence)
+
+
+def load_embedder(src: str, *, seed: int = 0, licence: str | None = None) -> Loaded:
+    """Load DINOv2, DINOv3, or the image tower of any Hugging Face folder with a pooled output.
+
+    Parameters
+    ----------
+    src : a source as listed in :mod:`recallseg.export.checkpoints`. Of random weights all of
+        :func:`load_dinov2`, and ``random:dinov3-small``, ``random:dinov3-convnext-tiny`` and the
+        like. Of any other model its folder, with ``preprocessor_config.json``.
+    seed, licence : as in :func:`load_segmenter`.
+
+    Raises
+    ------
+    InputError, CheckpointError
+        As for :func:`load_segmenter`; and if a folder's model makes no vector of an image.
+    """
+    kind = src.removeprefix(RANDOM)
+    if kind != src and kind in DINOV3:
+        return load_random_dinov3(kind, seed)
+    path = Path(src).expanduser()
+    if src != DEMO and path.is_dir() and not huggingface.is_of(path, _DINOV2.model_types):
+        return load_folder(path, licence)
+    return load_dinov2(src, seed=seed, licence=licence)
 
 
 def _official_dinov2(kind: str) -> Dinov2Config | Dinov2WithRegistersConfig | None:
@@ -180,4 +207,5 @@ _DINOV2 = Loader(
     resolve=meta_dinov2.resolve,
     model_class=_dinov2_class,
     name=dinov2_name,
+    in_format_1=True,
 )

@@ -28,6 +28,7 @@ __all__ = [
     "DINOV2_ALIASES",
     "SAM2",
     "SAM2_ALIASES",
+    "SEGMENTER_NAMES",
     "Dinov2Architecture",
     "Hiera",
     "dinov2_config",
@@ -79,6 +80,12 @@ SAM2_ALIASES: Mapping[str, str] = {
     **{"t": "tiny", "s": "small", "base+": "base-plus", "base_plus": "base-plus"},
     **{"b+": "base-plus", "l": "large"},
 }
+
+
+EDGETAM = "edgetam"
+
+SEGMENTER_NAMES = (*SAM2_ALIASES, EDGETAM)
+"""What may follow ``random:`` for a segmenter."""
 
 
 @dataclass(frozen=True)

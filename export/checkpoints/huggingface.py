@@ -28,8 +28,10 @@ from recallseg.export.checkpoints.strict import Piece
 from recallseg.export.families.repvit import RepVitConfig
 
 __all__ = [
+    "is_of",
     "read_dinov2_config",
     "read_edgetam_config",
+    "read_json",
     "read_licence",
     "read_model_type",
     "read_sam2_config",
@@ -41,7 +43,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Weight files in order of preference; each may instead be shards listed in ``NAME.index.json``."""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object; CheckpointError if it holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -67,6 +70,12 @@ def read_model_type(folder: Path, expected: tuple[str, ...]) -> str:
     return str(_read_config(folder, expected)["model_type"])
 
 
+def is_of(folder: Path, model_types: tuple[str, ...]) -> bool:
+    """Tell whether a folder's model is one of these, or whether that cannot be told."""
+    file = folder / "config.json"
+    return not file.is_file() or read_json(file).get("model_type") in model_types
+
+
 def _read_config(folder: Path, expected: tuple[str, ...]) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
@@ -75,7 +84,7 @@ def _read_config(folder: Path, expected: tuple[str, ...]) -> dict[str, Any]:
             f"'{folder}' has no config.json. Pass the folder that holds config.json and "
             f"{WEIGHTS[0]}; in a Hugging Face cache that is snapshots/REVISION.{gate}"
         )
-    data = _read_json(path)
+    data = read_json(path)
     kind = data.get("model_type")
     if kind not in expected:
         known = f", which is {MODEL_TYPES[kind]}" if kind in MODEL_TYPES else ""
@@ -196,7 +205,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise CheckpointError(f"'{index}' has no weight_map. Copy the folder again.")
     tensors: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import CheckpointError, InputError
 from recallseg.export.checkpoints import huggingface
 from recallseg.export.checkpoints.files import read_tensors
@@ -18,6 +19,7 @@ from recallseg.export.checkpoints.names import former_digests, weights_digest
 from recallseg.export.checkpoints.random_weights import random_state
 from recallseg.export.checkpoints.recognition import said_of
 from recallseg.export.checkpoints.strict import Piece, assemble, instantiate, tensor_shapes
+from recallseg.export.families.base import IMAGENET
 
 __all__ = ["Loaded", "Loader", "load"]
 
@@ -46,6 +48,7 @@ class Loaded:
     former_digests : those that bundles of format 1 state for the same weights.
     licence : of the weights.
     description : one line for people.
+    normalisation : of the network's images.
     """
 
     model: PreTrainedModel
@@ -55,6 +58,7 @@ class Loaded:
     former_digests: tuple[str, ...]
     licence: str
     description: str
+    normalisation: Normalisation = IMAGENET
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Loader:
     licence : of weights that do not say theirs.
     fine_tuned : what is known of fine-tuned weights by the name of their file, or None.
     ignored : ends of the names of tensors that a file may hold and that no model needs.
+    in_format_1 : whether bundles of format 1 could hold such weights.
     """
 
     title: str
@@ -94,6 +99,7 @@ class Loader:
     licence: str = META_LICENCE
     fine_tuned: Callable[[str], FineTuned | None] = lambda file: None
     ignored: tuple[str, ...] = ()
+    in_format_1: bool = False
 
 
 def load(loaders: Sequence[Loader], src: str, *, seed: int, licence: str | None) -> Loaded:
@@ -214,7 +220,7 @@ def _finish(
         architecture=architecture,
         source=source,
         digest=weights_digest(weights, family.resolve),
-        former_digests=former_digests(weights),
+        former_digests=former_digests(weights) if family.in_format_1 else (),
         licence=licence,
         description=f"{architecture}, {parameters / 1e6:.1f} million parameters, {how}",
     )

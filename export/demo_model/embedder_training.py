@@ -209,7 +209,7 @@ def recall_regret(embeddings: Tensor, positions: Tensor) -> float:
 @torch.no_grad()
 def held_out_regret(model: nn.Module, size: int, device: torch.device) -> dict[str, float]:
     """Compute `recall_regret` per family on generated volumes that are never trained on."""
-    graph = Embed(model).eval()  # type: ignore[arg-type]
+    graph = Embed(model).eval()
     regrets = {}
     for number, family in enumerate(HELD_OUT_FAMILIES):
         generator = torch.Generator(device=device)

@@ -9,12 +9,15 @@ from recallseg.export.families.base import SegmenterFamily
 from recallseg.export.families.edgetam import EDGETAM_FAMILY
 from recallseg.export.families.sam2 import SAM2_FAMILY
 
-__all__ = ["SEGMENTERS", "Segmenter", "is_segmenter", "segmenter_family"]
+__all__ = ["SEGMENTERS", "Embedder", "Segmenter", "is_segmenter", "segmenter_family"]
 
 Segmenter = Any
 """A model of one of :data:`SEGMENTERS`: attributes have the same names, and no common base."""
 
 SEGMENTERS = (SAM2_FAMILY, EDGETAM_FAMILY)
+
+Embedder = Any
+"""A model of ``transformers`` with a pooled output (:mod:`.embedders`)."""
 
 
 def is_segmenter(model: Any) -> bool:

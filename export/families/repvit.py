@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-__all__ = ["RepVit", "RepVitBackbone", "RepVitConfig", "fused"]
+__all__ = ["ChannelMixer", "RepVit", "RepVitBackbone", "RepVitConfig", "fused"]
 
 _RATIO = 2
 """Width of the layers between channels, over that of the block."""
@@ -132,7 +132,7 @@ class _Gate(nn.Module):
         return x * self.fc2(self.fc1(mean).relu()).sigmoid()
 
 
-class _ChannelMixer(nn.Module):
+class ChannelMixer(nn.Module):
     """Two 1x1 layers with GELU between them."""
 
     def __init__(self, width: int) -> None:
@@ -150,7 +150,7 @@ class _Block(nn.Module):
         super().__init__()
         self.token_mixer = _TokenMixer(width)
         self.se = _Gate(width) if gated else nn.Identity()
-        self.channel_mixer = _ChannelMixer(width)
+        self.channel_mixer = ChannelMixer(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.se(self.token_mixer(x))
@@ -164,7 +164,7 @@ class _Downsample(nn.Module):
         self.pre_block = _Block(inputs, gated=False)
         self.spatial_downsample = _ConvNorm(inputs, inputs, 3, 2, groups=inputs)
         self.channel_downsample = _ConvNorm(inputs, outputs)
-        self.ffn = _ChannelMixer(outputs)
+        self.ffn = ChannelMixer(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.channel_downsample(self.spatial_downsample(self.pre_block(x)))

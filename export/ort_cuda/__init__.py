@@ -26,9 +26,9 @@ from typing import Any
 
 import onnx
 from torch import nn
-from transformers import Dinov2Model, Dinov2WithRegistersModel
 
-from recallseg.export.families import Segmenter, segmenter_family
+from recallseg.export.families import Embedder, Segmenter, segmenter_family
+from recallseg.export.families.embedders import embedder_family
 from recallseg.export.graphs import Attend, Decode, Encode, build_graphs
 from recallseg.export.ort_cuda.attend import CudaAttend
 from recallseg.export.ort_cuda.decode import CudaDecode
@@ -43,7 +43,7 @@ OPSET = 20
 
 def build_ort_cuda_graphs(
     sam2: Segmenter,
-    dinov2: Dinov2Model | Dinov2WithRegistersModel,
+    dinov2: Embedder,
     *,
     object_pointers: bool = True,
 ) -> dict[str, nn.Module]:
@@ -67,10 +67,11 @@ def build_ort_cuda_graphs(
         raise TypeError(f"{type(encode)}, {type(attend)}, {type(decode)}")
     size: Any = sam2.config.image_size  # one number in every SAM 2
     made: dict[str, nn.Module] = {
-        "embed": CudaEmbed(dinov2).eval(),
         "attend": CudaAttend(attend).eval(),
         "decode": CudaDecode(decode).eval(),
     }
+    if embedder_family(dinov2).has_cuda_form:
+        made["embed"] = CudaEmbed(dinov2).eval()
     if segmenter_family(sam2).has_hiera:
         made["encode"] = CudaEncode(encode, int(size)).eval()
     return made

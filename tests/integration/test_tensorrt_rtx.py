@@ -21,7 +21,7 @@ from recallseg.engines.tensorrt.plans import PlanCache
 from recallseg.engines.tensorrt.profile import Profile
 from recallseg.engines.tensorrt.targets import Target
 from recallseg.export import tensorrt
-from recallseg.export.checkpoints import load_dinov2, load_sam2
+from recallseg.export.checkpoints import load_dinov2, load_sam2, load_segmenter
 from recallseg.export.converting import convert_bundle
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import export_graph
@@ -109,6 +109,24 @@ def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path) -> None:
             )
             built = build_plan(file, specs[graph], request_for(precision=precision))
             check_plan(api, graph, built.plan, {"layers": built.layers, "messages": built.messages})
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", [512, pytest.param(1024, marks=pytest.mark.slow)])
+def test_every_graph_of_edgetam_builds(api: Any, tmp_path: Path, size: int) -> None:
+    """Those that differ from SAM 2's, at both sizes; all of its graphs have parity tests."""
+    segmenter = load_segmenter("random:edgetam", image_size=size).model
+    embedder: Any = load_dinov2("random:demo").model
+    geometry = read_geometry(segmenter, embedder, embed_size=126)
+    modules, specs = build_graphs(segmenter, embedder), graph_specs(geometry)
+    for graph in ("encode", "memorize", "attend", "decode"):
+        path = tmp_path / f"{graph}.onnx"
+        with tensorrt.fusable_attention(segmenter, embedder):
+            export_graph(modules[graph], specs[graph], geometry, path, opset=tensorrt.OPSET)
+        tensorrt.check_operators(path)
+        onnx.save(convert_graph(onnx.load(path), "fp16", graph), path)
+        built = build_plan(path, specs[graph], request_for(precision="fp16"))
+        check_plan(api, graph, built.plan, {"layers": built.layers, "messages": built.messages})
 
 
 def test_turing_without_fp32_products_is_explained(api: Any, demo: Bundle) -> None:

@@ -66,15 +66,17 @@ def serving(
     exemplars: int = 4,
     limits: Limits | None = None,
     images: Path | None = None,
-    corrector: Any = None,
+    bundle: str = "demo",
+    threads: int | None = 1,
     **options: Any,
 ) -> Iterator[Served]:
     """Serve a new library below ``folder``."""
     limits = limits or Limits()
-    with Library.create(folder / "library", "demo", threads=1) as library:
+    folder.mkdir(parents=True, exist_ok=True)
+    with Library.create(folder / "library", bundle, threads=threads) as library:
         fill(library, exemplars)
         audit = folder / "audit.jsonl"
-        desk = (corrector or Desk)(library, AuditLog(audit))
+        desk = Desk(library, AuditLog(audit))
         worklist = None if images is None else Worklist(images, library)
         application = make_application(
             desk,

@@ -110,6 +110,14 @@ class HeadDoor:
             f"there are {count} now"
         )
 
+    def grouped(self, group: str) -> frozenset[str]:
+        """Return the keys of the exemplars that were said to belong to a group, see :meth:`add`."""
+        known = self.heads.groups()
+        if not known:
+            return frozenset()
+        hashed = self._store.identifiers.keyed_hash("group", group)
+        return frozenset(self.keys_of([number for number, name in known.items() if name == hashed]))
+
     def set_group(self, key: str, group: str | None) -> None:
         """Say to which group an exemplar belongs, see :meth:`add`; None: it stands by itself."""
         self._store.check_writable("set a group")

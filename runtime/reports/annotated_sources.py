@@ -96,7 +96,7 @@ def _patient(name: str, item: Item | None) -> str:
         issuer = str(header.get("IssuerOfPatientID", "") or "").strip()
     if not patient:
         raise InputError(f"{name} has no PatientID. Group by folder, file or name:REGEX.")
-    return f"{issuer}\n{patient}"
+    return f"{patient} of {issuer}" if issuer else patient
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Split:
         draws: int = 1,
     ) -> None:
         self._keys = sorted(exemplar.key for exemplar in library)
-        self._groups = groups
+        self.groups = groups
         self._folds: dict[str, int] = {}
         if groups is not None:
             unknown = [key for key in self._keys if key not in groups]
@@ -76,10 +76,10 @@ class Split:
 
     def own(self, group: str) -> frozenset[str]:
         """Return keys that a query of this group must not recall."""
-        if self._groups is None or group not in self._folds:
+        if self.groups is None or group not in self._folds:
             return frozenset()
         fold = self._folds[group]
-        return frozenset(key for key in self._keys if self._folds[self._groups[key]] == fold)
+        return frozenset(key for key in self._keys if self._folds[self.groups[key]] == fold)
 
     def without(self, group: str, annotated: int, draw: int) -> frozenset[str]:
         """Return keys that are passed over, with a budget of annotated images (0: all)."""
@@ -118,6 +118,10 @@ def check_leaks(
     matrix = np.concatenate(rows)
     leaks: dict[str, str] = {}
     for source in sources:
+        ours = library.grouped(source.group) if source.group and not split.groups else ()
+        if ours:
+            leaks[source.name] = f"of the same group as exemplar '{min(ours)}'"
+            continue
         try:
             images = source.read().annotated
             own = split.own(source.group or source.name)
@@ -127,18 +131,18 @@ def check_leaks(
                     same = {keys[int(i)] for i in np.flatnonzero(near)} - own
                     alike = [key for key in sorted(same) if _same(library, key, annotated)]
                     if alike:
-                        leaks[annotated.name] = alike[0]
+                        leaks[annotated.name] = f"exemplar '{alike[0]}'"
         except InputError:
             continue  # told, by its name, when it is evaluated
         if progress is not None:
             progress(source.name)
     if leaks:
-        these = ", ".join(f"{case} is exemplar '{key}'" for case, key in [*leaks.items()][:SHOWN])
+        these = ", ".join(f"{case} is {what}" for case, what in [*leaks.items()][:SHOWN])
         more = f" and {len(leaks) - SHOWN} more" if len(leaks) > SHOWN else ""
         raise InputError(
-            f"{len(leaks)} images are exemplars that would be recalled for them, and would be "
-            f"compared with their own masks: {these}{more}. Give images that were held out, or "
-            "split one pool of data with --split-by."
+            f"{len(leaks)} images are exemplars that would be recalled for them, or of the same "
+            f"patient or group as one: {these}{more}. Give images that were held out, or split one "
+            "pool of data with --split-by."
         )
 
 
@@ -185,7 +189,11 @@ def fill_pool(
     for _, annotated, content in _showing(sources, structures, progress):
         if content not in held:
             held[content] = library.add(
-                annotated.image, annotated.masks, absent=annotated.absent, name=annotated.name
+                annotated.image,
+                annotated.masks,
+                absent=annotated.absent,
+                name=annotated.name,
+                group=first[content][1],
             )
     return {held[content]: group for content, (_, group) in first.items()}
 

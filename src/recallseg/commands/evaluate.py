@@ -126,6 +126,12 @@ def evaluate(
     engine: EngineOption = defaults.ENGINE,
     precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine/--no-refine", help="Let the library's head, if it has one, take part."
+        ),
+    ] = True,
     strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -211,6 +217,7 @@ def evaluate(
                 engine=engine,
                 precision=precision,
                 threads=threads,
+                refine=refine,
             )
 
         with progress_bar("Evaluating", len(found)) as step:

@@ -79,6 +79,20 @@ def test_groups_in_a_report_do_not_identify(library: Library) -> None:
     assert hashes.isdisjoint(row.group for row in again.cases)
 
 
+def test_a_patient_of_the_library_is_a_leak_where_it_knows_whose_exemplars_are(
+    library: Library,
+) -> None:
+    fill_pool(library, pool(), STRUCTURES)
+    new = replace(disc(0.33), name="new")
+    for group, wrong in (("bob", True), ("zoe", False), ("", False)):
+        query = Source("new", lambda: Images((new,)), group=group)
+        if wrong:
+            with pytest.raises(InputError, match="new is of the same group as exemplar"):
+                run(library, [query], None)
+        else:
+            assert run(library, [query], None).cases
+
+
 def test_folds_leave_out_more_than_the_own_group(library: Library) -> None:
     groups = fill_pool(library, pool(), STRUCTURES)
     alone = Split(library, groups)

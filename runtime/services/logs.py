@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import sys
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +23,7 @@ from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError
 from recallseg.runtime.json_text import printable
 
-__all__ = ["Marks", "ServiceLog", "configure_logs"]
+__all__ = ["Marks", "ServiceLog", "configure_logs", "silence_libraries"]
 
 _ROOT = "recallseg.service"
 _BYTES = 32
@@ -109,10 +110,7 @@ def configure_logs(
     level: str = "info",
     stream: TextIO | None = None,
 ) -> None:
-    """Let services tell on a stream (stderr by default), and nothing else of theirs anywhere.
-
-    Protocol libraries log what they are sent; they are silenced but for their own failures.
-    """
+    """Let services tell on a stream: stderr by default."""
     logger = logging.getLogger(_ROOT)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -121,6 +119,20 @@ def configure_logs(
     logger.addHandler(handler)
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+def silence_libraries() -> None:
+    """Let protocol libraries, readers and dying threads say nothing on stderr, for this process.
+
+    What they say repeats what a sender wrote. A thread that dies is told by the kind of its error.
+    """
+    log = ServiceLog("service")
+    logging.captureWarnings(True)
+    for name in ("py.warnings", "pynetdicom", "pydicom", "dicomweb_client", "urllib3"):
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+    threading.excepthook = lambda died: log.error("a thread died", error=died.exc_value)
 
 
 def process_fields() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
-from support.dicom_peers import Orthanc, free_port, orthanc
+from support.dicom_peers import Orthanc, free_port, orthanc, program
 from support.dicom_series import write_series
 from support.fake_bundle import make_fake_bundle
 from support.services import half_library, half_volume
@@ -110,7 +110,7 @@ class Place:
         try:
             done = subprocess.run(
                 [
-                    *("storescu", "-to", "10", "-td", "30", "-ta", "30"),
+                    *(program("storescu"), "-to", "10", "-td", "30", "-ta", "30"),
                     *("-aec", "RECALLSEG", "127.0.0.1", str(self.port), *map(str, files)),
                 ],
                 capture_output=True,

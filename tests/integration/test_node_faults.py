@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pynetdicom import AE
 from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 from support.certificates import Authority
-from support.dicom_peers import DCMTK, dcmtk, free_port
+from support.dicom_peers import DCMTK, dcmtk, free_port, program
 from support.dicom_series import write_object, write_series
 from support.nodes import configured, running
 from support.services import half_library, half_volume, wait_until
@@ -51,7 +52,7 @@ def storescp(folder: Path, port: int, *options: object) -> Iterator[Path]:
     """Run dcmtk's receiver; yields the folder where it leaves what it gets."""
     folder.mkdir(exist_ok=True)
     process = subprocess.Popen(
-        ["storescp", *map(str, options), "-od", str(folder), str(port)],
+        [program("storescp"), *map(str, options), "-od", str(folder), str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -244,7 +245,7 @@ def test_two_senders_of_one_series_give_one_answer(tmp_path: Path, library: Path
     with running(configured(tmp_path, library, quiet_s=1.0)) as node:
         first = subprocess.Popen(
             [
-                "storescu",
+                program("storescu"),
                 "-aec",
                 "RECALLSEG",
                 "-aet",
@@ -336,6 +337,9 @@ def test_tls_takes_certificates_of_its_authority_only(tmp_path: Path, library: P
             sent = dcmtk("storescu", node.port, "+tls", good_key, good, *ask, "+sd", tmp_path / "s")
             assert sent.startswith("0"), sent
             wait_until(lambda: node.counts()["deliveries"] == {"done": 1})
+            (answer,) = (tmp_path / "state" / "answers").rglob("*.seg.dcm")
+            with NodeStore(tmp_path / "state", running=False) as store:
+                assert store.is_answer(str(pydicom.dcmread(answer).SOPInstanceUID))
             stuck.close()
             assert 'reason="tls"' in node.metrics.text().decode()
         assert len(list(out.iterdir())) == 1
@@ -456,7 +460,7 @@ def test_an_archive_of_dcmtk_takes_answers_and_gives_them_back(
         "HostTable BEGIN\nHostTable END\nVendorTable BEGIN\nVendorTable END\n"
         f"AETable BEGIN\nP {tmp_path}/db RW (9, 1024mb) ANY\nAETable END\n"
     )
-    archive = subprocess.Popen(["dcmqrscp", "-c", str(tmp_path / "qr.cfg")])
+    archive = subprocess.Popen([program("dcmqrscp"), "-c", str(tmp_path / "qr.cfg")])
     try:
         wait_until(lambda: _listens(port))
         write_series(tmp_path / "s", half_volume(2))
@@ -464,7 +468,7 @@ def test_an_archive_of_dcmtk_takes_answers_and_gives_them_back(
             dcmtk("storescu", node.port, "+sd", tmp_path / "s")
             wait_until(lambda: node.counts()["deliveries"] == {"done": 1})
         found = subprocess.run(
-            ["findscu", "-S", "-aec", "P", "-k", "QueryRetrieveLevel=STUDY", "-k",
+            [program("findscu"), "-S", "-aec", "P", "-k", "QueryRetrieveLevel=STUDY", "-k",
              "ModalitiesInStudy", "-k", "StudyInstanceUID", "127.0.0.1", str(port)],
             capture_output=True, text=True, timeout=30,
         )  # fmt: skip
@@ -473,3 +477,68 @@ def test_an_archive_of_dcmtk_takes_answers_and_gives_them_back(
     finally:
         archive.kill()
         archive.wait()
+
+
+SYNTAXES = {
+    "explicit": (["dcmconv", "+te"], "-xe"),
+    "big endian": (["dcmconv", "+tb"], "-xb"),
+    "implicit": (["dcmconv", "+ti"], "-xi"),
+    "deflated": (["dcmconv", "+td"], "-xd"),
+    "rle": (["dcmcrle"], "-xr"),
+    "jpeg lossless": (["dcmcjpeg", "+e1"], "-xs"),
+    "jpeg-ls": (["dcmcjpls"], "-xt"),
+    "jpeg 2000": ([str(Path(sys.prefix, "bin", "gdcmconv")), "--j2k"], "-xv"),
+}
+
+
+def test_every_syntax_that_is_agreed_on_is_read(tmp_path: Path, library: Path) -> None:
+    image = half_volume(2)
+    with running(configured(tmp_path, library, quiet_s=1.0)) as node:
+        for number, (command, option) in enumerate(SYNTAXES.values()):
+            for file in write_series(tmp_path / f"plain{number}", image):
+                packed = tmp_path / f"packed{number}" / file.name
+                packed.parent.mkdir(exist_ok=True)
+                subprocess.run([*command, str(file), str(packed)], check=True, capture_output=True)
+            told = dcmtk("storescu", node.port, option, "+sd", packed.parent)
+            assert told.startswith("0"), (command, told)
+        wait_until(lambda: sum(node.counts()["jobs"].values()) == len(SYNTAXES), 60)
+        wait_until(lambda: not node.counts()["jobs"].get("waiting"), 60)
+        assert node.troubles() == []
+        answers = list((tmp_path / "state" / "answers").rglob("*.seg.dcm"))
+        frames = {pydicom.dcmread(a).pixel_array.tobytes() for a in answers}
+        assert len(answers) == len(SYNTAXES)
+        assert len(frames) == 1  # the same voxels, whatever they were packed in
+
+
+def test_what_was_promised_is_kept_and_a_clock_that_was_set_back_does_not_stop_it(
+    tmp_path: Path,
+) -> None:
+    now = [1e9]
+    with NodeStore(tmp_path / "state", clock=lambda: now[0]) as store:
+        for name in ("a", "b"):
+            spool = store.incoming / "x"
+            spool.write_bytes(name.encode() * 100)
+            assert store.put(spool, name * 32, name * 32, name * 64, "S", "R") == "new"
+            store.decide(name * 32, store.content(name * 32)[0], [], "decided", "")
+        store.keep("a" * 32, now[0] + 1000)
+        now[0] += 500
+        assert store.sweep(100) == 100
+        assert store.holds("a" * 32)
+        assert not store.holds("b" * 32)
+        assert store.content("b" * 32)[1] is False
+        now[0] += 600
+        assert store.sweep(100) == 100
+        now[0] += 91 * 86400
+        store.sweep(100)
+        assert store.counts()["series"] == {}
+
+        spool.write_bytes(b"c")
+        store.put(spool, "c" * 32, "c" * 32, "c" * 64, "S", "R")
+        store.decide("c" * 32, store.content("c" * 32)[0], ["r"], "decided", "")
+        job = store.next_job()
+        assert job is not None
+        store.put_off_job(job, now[0] + 300, "why")
+        now[0] -= 10**6
+        assert store.next_job() is None
+        store.bound_waits(300.0, 3600.0)
+        assert store.next_job() is not None

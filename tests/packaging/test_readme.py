@@ -78,6 +78,11 @@ def test_the_commands_of_the_security_page_run(folder: Path) -> None:
     assert "our-bundle" in {path.name for path in folder.iterdir()}
 
 
+def test_the_commands_of_the_integration_page_run(folder: Path) -> None:
+    for text in blocks("sh", README.parent / "docs" / "integration.md"):
+        run(["bash", "-euc", text], folder)
+
+
 def test_the_python_example_runs(folder: Path) -> None:
     (program,) = blocks("python")
     program += '\nassert result.masks["lesion"].shape == image.shape\nprint(result)'

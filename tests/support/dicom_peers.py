@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,8 +17,16 @@ from typing import Any
 
 import pytest
 
+
+def program(name: str) -> str:
+    """The path of a program of dcmtk; pynetdicom brings clients of the same names."""
+    own = str(Path(sys.prefix, "bin"))
+    others = [p for p in os.environ.get("PATH", "").split(os.pathsep) if p != own]
+    return shutil.which(name, path=os.pathsep.join(others)) or name
+
+
 DCMTK = pytest.mark.skipif(
-    shutil.which("storescu") is None, reason="dcmtk is not installed (apt install dcmtk)"
+    not os.path.isabs(program("storescu")), reason="dcmtk is not installed (apt install dcmtk)"
 )
 _ORTHANC = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
 ORTHANC = pytest.mark.skipif(
@@ -32,10 +42,10 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def dcmtk(program: str, port: int, *arguments: object, called: str = "RECALLSEG") -> str:
+def dcmtk(name: str, port: int, *arguments: object, called: str = "RECALLSEG") -> str:
     """Run a client of dcmtk; return what it said, with its exit status first."""
     done = subprocess.run(
-        [program, "-v", "-aec", called, "127.0.0.1", str(port), *map(str, arguments)],
+        [program(name), "-v", "-aec", called, "127.0.0.1", str(port), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -134,6 +134,8 @@ class Node:
         for rule, error in self._answerer.warm_up().items():
             self._log.error("a rule cannot be asked", rule=rule, error=error)
         self._readers.warm_up(self._store.folder / "marks.key")
+        if unknown := self._store.give_up_unknown(list(self._sendings)):
+            self._log.error("answers for destinations that are not configured", count=unknown)
         for series in self._store.undecided():
             self._arrivals.touch(series)
         for thread in self._threads:

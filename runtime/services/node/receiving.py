@@ -7,6 +7,7 @@ understood.
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -264,7 +265,7 @@ class Receiver:
             return _status(NOT_UNDERSTOOD, "no data set")
         try:
             status, comment = self._take(event, spool)
-        except OSError as error:  # the disk, whatever it is
+        except (OSError, sqlite3.Error) as error:  # the disk, whatever it is
             self._log.error("cannot store", error=error)
             status, comment = OUT_OF_ROOM, "cannot be stored now"
         finally:
@@ -298,6 +299,8 @@ class Receiver:
             return NOT_UNDERSTOOD, "no pixels of an image"
         if not (header.series and header.study):
             return NOT_UNDERSTOOD, "no Series or Study Instance UID"
+        if self._store.is_answer(header.instance):
+            return NOT_UNDERSTOOD, "an answer of this node, which it does not segment"
         association = event.assoc
         series = self._store.marks.of(header.series)
         what = self._store.put(

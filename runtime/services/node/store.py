@@ -26,7 +26,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -59,6 +59,7 @@ CREATE TABLE IF NOT EXISTS deliveries (
     first_at REAL NOT NULL, note TEXT NOT NULL DEFAULT '', transaction_uid TEXT NOT NULL DEFAULT '',
     UNIQUE (job, file, destination));
 CREATE INDEX IF NOT EXISTS deliveries_by_state ON deliveries (destination, state, next_at);
+CREATE INDEX IF NOT EXISTS deliveries_by_instance ON deliveries (sop_instance);
 CREATE TABLE IF NOT EXISTS promises (
     id INTEGER PRIMARY KEY AUTOINCREMENT, transaction_uid TEXT NOT NULL, sender TEXT NOT NULL,
     report TEXT NOT NULL, failed INTEGER NOT NULL, state TEXT NOT NULL,
@@ -67,6 +68,8 @@ CREATE TABLE IF NOT EXISTS promises (
 """
 _VERSION = 1
 _FILE = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{32})\.dcm")
+REMEMBERED_S = 90 * 86400.0
+"""A late object is told from a whole series for so long after that was removed."""
 LISTED = ("unmatched", "incomplete", "unreadable")
 """States of a series from which nothing is made until somebody mends something."""
 
@@ -262,6 +265,11 @@ class NodeStore:
         )
         return any((self.received / s / f"{instance}.{d}.dcm").is_file() for s, d in rows)
 
+    def is_answer(self, sop_instance: str) -> bool:
+        """Whether an object is one of this node's own answers, which an archive may send on."""
+        found = self._one("SELECT 1 FROM deliveries WHERE sop_instance=? LIMIT 1", (sop_instance,))
+        return found is not None
+
     def keep(self, instance: str, until: float) -> None:
         """Keep an object until a time, whatever else says that it may go."""
         self._run(
@@ -389,6 +397,16 @@ class NodeStore:
             "UPDATE deliveries SET attempts=attempts+1, next_at=?, note=?, state=?, "
             "transaction_uid='' WHERE id=?",
             (until, note, "failed" if give_up else "waiting", delivery.id),
+        )
+
+    def give_up_unknown(self, known: Sequence[str]) -> int:
+        """Give up what is on its way to destinations that there are not any more."""
+        marks = ",".join("?" * len(known))
+        return self._run(
+            "UPDATE deliveries SET state='failed', note='there is no destination of this name any "  # noqa: S608
+            "more' WHERE state IN ('waiting','stored','committing') AND destination NOT IN "
+            f"({marks})",
+            tuple(known),
         )
 
     def to_commit(self, destination: str, most: int = 64) -> list[Delivery]:
@@ -612,7 +630,26 @@ class NodeStore:
                     shutil.rmtree(self.answers / str(job), ignore_errors=True)
                 self._used -= size
                 given += size
+        self._forget(now - REMEMBERED_S)
         return given
+
+    def _forget(self, before: float) -> None:
+        """Remove the rows of what was done, and swept, long ago: the database is bounded too."""
+        with self._transaction():
+            old = self._all(
+                "SELECT series FROM series s WHERE state='decided' AND changed<? AND NOT EXISTS "
+                "(SELECT 1 FROM objects o WHERE o.series=s.series AND o.present) AND NOT EXISTS "
+                "(SELECT 1 FROM deliveries d JOIN jobs j ON j.id=d.job WHERE j.series=s.series "
+                "AND d.state!='done') LIMIT 1000",
+                (before,),
+            )
+            for row in old:
+                self._run(
+                    "DELETE FROM deliveries WHERE job IN (SELECT id FROM jobs WHERE series=?)", row
+                )
+                for table in ("jobs", "series", "objects"):
+                    self._run(f"DELETE FROM {table} WHERE series=?", row)  # noqa: S608
+            self._run("DELETE FROM promises WHERE state!='waiting' AND first_at<?", (before,))
 
     # The database
 
@@ -699,7 +736,13 @@ class NodeStore:
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Return the bytes of all files in a folder; what goes away meanwhile does not count."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(place, name)).st_size
+    return size
 
 
 def _ae_titles(file: Path) -> tuple[str, str]:

@@ -46,13 +46,14 @@ def node(
         return
     if config is None:
         raise typer.BadParameter("name the configuration.", param_hint="--config")
-    from recallseg.runtime.services.logs import configure_logs
+    from recallseg.runtime.services.logs import configure_logs, silence_libraries
     from recallseg.runtime.services.node.node import Node
     from recallseg.runtime.services.running import run_service
     from recallseg.runtime.services.settings import read_configuration
 
     configuration = read_configuration(config)
     configure_logs(configuration.log.format, configuration.log.level)
+    silence_libraries()
     service = Node(configuration)
     if not run_service(service, "node", stop_s=configuration.stop_s):
         raise typer.Exit(1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 import typer
@@ -63,6 +64,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+QUIET_SECONDS = 10.0
+"""Between lines of progress in a log."""
 CLEAN_UPS = ("largest", "holes")
 PLANES = ("axial", "coronal", "sagittal")
 FORMATS = ("dicom", "nifti", "nrrd", "image")
@@ -374,7 +377,7 @@ def say_notice(notice: str) -> None:
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show a bar on stderr while it is a terminal; call the result after each step.
+    """Show a bar on stderr, or in a log a line now and then; call the result after each step.
 
     What it yields takes what is being done and, if it is not a whole step, how far that goes.
     """
@@ -395,9 +398,26 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
         TextColumn("[dim]{task.fields[step]}"),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    if not console.is_terminal:
+        yield _lines(title, total)
+        return
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, step="")
         yield lambda step, advance=1: progress.update(task, advance=advance, step=step)
+
+
+def _lines(title: str, total: int) -> Callable[..., None]:
+    """Return what a bar would be told; it says so in a line, once in a while."""
+    done, told = 0.0, monotonic()
+
+    def step(what: str, advance: float = 1) -> None:
+        nonlocal done, told
+        done += advance
+        if monotonic() - told >= QUIET_SECONDS:
+            told = monotonic()
+            note(f"{title}: {done:.0f} of {total}{f', {what}' if what else ''}")
+
+    return step
 
 
 def counted(step: Callable[[str], None]) -> Callable[[int, int], None]:

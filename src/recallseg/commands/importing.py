@@ -158,5 +158,10 @@ def import_(
             note(f"{name}: {text}")
     for name, why in report.failed.items():
         note(f"failed: {name}: {why}")
+    if report.added and not as_json:
+        note(
+            f"next: 'recallseg library calibrate {library}' lets results say whether they are "
+            f"normal; 'recallseg segment {library} PATH --output FOLDER' segments"
+        )
     if report.failed or (strict and (found.unlabelled or found.passed)):
         raise typer.Exit(1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from threading import Event
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from recallseg.commands.asking import Asking, Handling, grouped
 from recallseg.commands.common import (
     JsonOption,
+    LibraryArgument,
     note,
     say_notice,
     tell_passed,
@@ -23,11 +24,15 @@ __all__ = ["watch"]
 
 @grouped
 def watch(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Folder in which images arrive.")],
-    library: Annotated[Path, typer.Option(help="Folder of the library.")],
+    library: LibraryArgument,
     output: Annotated[Path, typer.Option(help="Folder for segmentations and their NAME.json.")],
     asking: Asking,
     handling: Handling,
+    source: Annotated[
+        Optional[Path],
+        typer.Argument(metavar="IN", help="Folder in which images arrive.", show_default=False),
+    ] = None,
+    former: Annotated[Optional[Path], typer.Option("--library", hidden=True)] = None,
     settle: Annotated[
         float,
         typer.Option(min=0, help="Seconds without a change until a file or series is complete."),
@@ -46,6 +51,11 @@ def watch(
     from recallseg.runtime.library import Library
     from recallseg.runtime.services.watching import Watcher
 
+    if former is not None and source is None:
+        library, source = former, library
+        note("'watch IN --library LIB' is written 'watch LIB IN' now; the former still works")
+    elif former is not None or source is None:
+        raise typer.BadParameter("name the library and the folder: watch LIB IN.")
     asking.check()
     volumes = handling.volumes()
     stop = Event()

@@ -114,7 +114,7 @@ def test_views_of_one_series(library: Path, tmp_path: Path, command: str) -> Non
         call("segment", library, tmp_path / "in", "--output", out, "--k", 1)
         assert sorted(records(out)) == ["v0", "v1"]
     else:
-        call("watch", tmp_path / "in", "--library", library, "--output", out, "--k", 1,
+        call("watch", library, tmp_path / "in", "--output", out, "--k", 1,
              "--once", "--settle", 0)  # fmt: skip
     assert [record["shape"] for record in records(out).values()] == [[1, 64, 64]] * 2
     masks = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in sorted(out.rglob("*.mask.png"))]
@@ -211,7 +211,7 @@ def test_a_watcher_is_told_which_of_several_volumes(library: Path, tmp_path: Pat
     scan = dynamic(tmp_path / "in" / "dyn.nii.gz")
 
     def watch(out: str, *more: object, status: int = 0) -> str:
-        told = call("watch", scan.parent, "--library", library, "--output", tmp_path / out,
+        told = call("watch", library, scan.parent, "--output", tmp_path / out,
                     "--k", 1, "--once", "--settle", 0, *more, status=status)  # fmt: skip
         return str(told.output)
 
@@ -354,7 +354,7 @@ def test_file_names_of_any_bytes(library: Path, tmp_path: Path) -> None:
     for output, command in (("out", "segment"), ("out2", "watch")):
         arguments = {
             "segment": ["segment", library, tmp_path / "in"],
-            "watch": ["watch", tmp_path / "in", "--library", library, "--once", "--settle", 0],
+            "watch": ["watch", library, tmp_path / "in", "--once", "--settle", 0],
         }[command]
         environment = {**os.environ, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
         done = subprocess.run(
@@ -379,3 +379,15 @@ def test_names_that_are_cleaned_alike_keep_apart(library: Path, tmp_path: Path) 
         ["a;b.png", "a_b.png", "a:b.png", "a|b.png", " a_b.png"]
     )
     assert found["a_b"]["image"] == "a_b.png"
+
+
+def test_the_former_way_to_call_watch_still_works(tmp_path: Path, library: Path) -> None:
+    pairs = tmp_path / "new"
+    pairs.mkdir()
+    cv2.imwrite(str(pairs / "a.png"), disc(0.3).image)
+    options = ("--output", tmp_path / "out", "--k", 1, "--once", "--settle", 0)
+    told = call("watch", pairs, "--library", library, *options)
+    assert "is written 'watch LIB IN' now" in " ".join(told.stderr.split())
+    assert any((tmp_path / "out").iterdir())
+    for words in ([pairs], [library, pairs, "--library", library]):
+        assert "watch LIB IN" in call("watch", *words, *options, status=2).output

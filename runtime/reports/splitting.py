@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.checks import MAX_KEY
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library.sources import content_digest
 from recallseg.runtime.reports.annotated_sources import Source
@@ -91,7 +92,8 @@ class Split:
 
     def hashed(self, group: str) -> str:
         """Return what stands for a group in a report, with a key of this run: it leads nowhere."""
-        return hmac.new(self._secret, group.encode(), hashlib.sha256).hexdigest()[:12]
+        text = group.encode(errors="surrogateescape")
+        return hmac.new(self._secret, text, hashlib.sha256).hexdigest()[:12]
 
 
 def check_leaks(
@@ -118,7 +120,7 @@ def check_leaks(
     matrix = np.concatenate(rows)
     leaks: dict[str, str] = {}
     for source in sources:
-        ours = library.grouped(source.group) if source.group and not split.groups else ()
+        ours = library.grouped(_told(source.group)) if source.group and not split.groups else ()
         if ours:
             leaks[source.name] = f"of the same group as exemplar '{min(ours)}'"
             continue
@@ -193,9 +195,16 @@ def fill_pool(
                 annotated.masks,
                 absent=annotated.absent,
                 name=annotated.name,
-                group=first[content][1],
+                group=_told(first[content][1]),
             )
     return {held[content]: group for content, (_, group) in first.items()}
+
+
+def _told(group: str) -> str:
+    """Return what a library is told of a group: the text, or a hash of what it would refuse."""
+    if group.isprintable() and len(group) <= MAX_KEY:
+        return group
+    return hashlib.sha256(group.encode(errors="surrogateescape")).hexdigest()
 
 
 def _showing(

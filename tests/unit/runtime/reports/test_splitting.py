@@ -93,6 +93,14 @@ def test_a_patient_of_the_library_is_a_leak_where_it_knows_whose_exemplars_are(
             assert run(library, [query], None).cases
 
 
+def test_groups_of_any_bytes(library: Library) -> None:
+    odd = [replace(one, group=f"{one.group}\udcff\n" + "x" * 300) for one in pool()]
+    groups = fill_pool(library, odd, STRUCTURES)
+    assert len({row.group for row in run(library, odd, groups).cases}) == 3
+    with pytest.raises(InputError, match="same group as exemplar"):
+        run(library, odd[:1], None)
+
+
 def test_folds_leave_out_more_than_the_own_group(library: Library) -> None:
     groups = fill_pool(library, pool(), STRUCTURES)
     alone = Split(library, groups)

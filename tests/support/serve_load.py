@@ -251,18 +251,21 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=20_000)
     given = parser.parse_args()
+    limits = Limits(image_bytes=1 << 26)
+    dying = Limits(image_bytes=1 << 26, liveness_s=2.0)
     with tempfile.TemporaryDirectory() as folder:
-        limits = Limits(liveness_s=2.0, image_bytes=1 << 26)
-        with serving(Path(folder, "a"), bundle=given.bundle, threads=None) as served:
-            print(json.dumps(clicking(served, given.clients, given.clicks)))
-        with serving(Path(folder, "b"), bundle=given.bundle, limits=limits) as served:
-            print(
-                json.dumps({"abandoned": given.sessions, "mib": abandoning(served, given.sessions)})
-            )
-            limits = Limits(image_bytes=1 << 26)
-        with serving(Path(folder, "c"), bundle=given.bundle, limits=limits) as served:
-            before = resident_mib()
-            print(json.dumps({**lying(served, given.requests), "mib": [before, resident_mib()]}))
+        if given.clicks:
+            with serving(Path(folder, "a"), bundle=given.bundle, threads=None) as served:
+                print(json.dumps(clicking(served, given.clients, given.clicks)), flush=True)
+        if given.sessions:
+            with serving(Path(folder, "b"), bundle=given.bundle, limits=dying) as served:
+                held = abandoning(served, given.sessions)
+                print(json.dumps({"abandoned": given.sessions, "mib": held}), flush=True)
+        if given.requests:
+            with serving(Path(folder, "c"), bundle=given.bundle, limits=limits) as served:
+                before = resident_mib()
+                told = lying(served, given.requests)
+                print(json.dumps({**told, "mib": [before, resident_mib()]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from recallseg import __version__
 from recallseg.engines.errors import (
@@ -107,6 +108,7 @@ def make_application(
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(ValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http)
+    app.exception_handler(ClientDisconnect)(_left)
     app.exception_handler(Exception)(_defect)
 
     @app.get("/healthz", tags=["server"])
@@ -177,6 +179,11 @@ async def _invalid(_: Request, error: Any) -> JSONResponse:
         f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()
     ]
     return JSONResponse({"detail": printable("; ".join(said[:5]))[:1000]}, 422)
+
+
+async def _left(_: Request, __: Exception) -> JSONResponse:
+    """Answer nobody: who asked has gone."""
+    return JSONResponse({"detail": "the request was cut short"}, 400)
 
 
 async def _defect(_: Request, error: Exception) -> JSONResponse:

@@ -25,6 +25,7 @@ __all__ = [
     "replace_file",
     "replace_file_inside",
     "replace_folder",
+    "replacing",
     "sync_folder",
     "write_file",
 ]
@@ -66,10 +67,21 @@ def create_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> N
 
 def replace_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
     """Replace ``path``: a reader sees all old bytes or all new ones; OSError as the system does."""
+    with replacing(path, mode=mode) as descriptor:
+        _write(descriptor, data)
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int = 0o666) -> Iterator[int]:
+    """Yield the descriptor of a new file to write, which takes the place of ``path`` at the end.
+
+    If the block raises, what was there stays; OSError as the system gives it.
+    """
     temporary, descriptor = _claim(path.with_name(f".{path.name}.tmp"), mode)
     try:
         with _naming(path):
-            _write_all(descriptor, data)
+            yield descriptor
+            os.fsync(descriptor)
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)  # still locked: it is nobody else's
@@ -227,11 +239,15 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+def _write(descriptor: int, data: bytes | memoryview) -> None:
     view, offset = memoryview(data).cast("B"), 0
     while view.nbytes:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    _write(descriptor, data)
     os.fsync(descriptor)
 
 

@@ -35,11 +35,13 @@ __all__ = [
     "PublicKey",
     "SigningKey",
     "check_bundle",
+    "check_document",
     "check_file",
     "check_private",
     "create_key",
     "read_trusted",
     "sign_bundle",
+    "sign_document",
     "sign_file",
     "trusted_keys",
 ]
@@ -218,7 +220,7 @@ def sign_bundle(folder: str | Path, key: SigningKey) -> None:
     folder = Path(folder)
     Bundle(folder, read_manifest(folder, trust=())).check_files()
     document = read_inside(folder, "manifest.json", 2**24)
-    replace_file(folder / SIGNATURE, _signature("bundle", document, key))
+    replace_file(folder / SIGNATURE, sign_document("bundle", document, key))
 
 
 def check_bundle(folder: Path, manifest: bytes, trust: Sequence[PublicKey]) -> PublicKey:
@@ -237,14 +239,14 @@ def check_bundle(folder: Path, manifest: bytes, trust: Sequence[PublicKey]) -> P
         signature = read_inside(folder, SIGNATURE, _MOST_BYTES)
     except OSError:
         signature = b""
-    return _check(f"bundle {folder}", "bundle", manifest, signature, trust)
+    return check_document(f"bundle {folder}", "bundle", manifest, signature, trust)
 
 
 def sign_file(path: str | Path, key: SigningKey) -> Path:
     """Sign a file, for instance a library's release; return the signature's path, ``PATH.sig``."""
     path = Path(path)
     target = path.with_name(path.name + ".sig")
-    replace_file(target, _signature("file", digest_file(path).encode(), key))
+    replace_file(target, sign_document("file", digest_file(path).encode(), key))
     return target
 
 
@@ -261,14 +263,18 @@ def check_file(path: str | Path, trust: Sequence[PublicKey]) -> PublicKey:
         signature = read_inside(path.parent, path.name + ".sig", _MOST_BYTES)
     except OSError:
         signature = b""
-    return _check(str(path), "file", digest_file(path).encode(), signature, trust)
+    return check_document(str(path), "file", digest_file(path).encode(), signature, trust)
 
 
 def _message(kind: str, document: bytes) -> bytes:
     return _CONTEXT + kind.encode() + b"\0" + hashlib.sha256(document).digest()
 
 
-def _signature(kind: str, document: bytes, key: SigningKey) -> bytes:
+def sign_document(kind: str, document: bytes, key: SigningKey) -> bytes:
+    """Return a signature, as JSON, of a document that stands for more; see :func:`check_document`.
+
+    ``kind`` is signed with it, so that no signature serves for another kind of thing.
+    """
     signed = {
         "format": "recallseg-signature",
         "version": 1,
@@ -279,9 +285,16 @@ def _signature(kind: str, document: bytes, key: SigningKey) -> bytes:
     return json.dumps(signed, indent=1).encode() + b"\n"
 
 
-def _check(
+def check_document(
     what: str, kind: str, document: bytes, signature: bytes, trust: Sequence[PublicKey]
 ) -> PublicKey:
+    """Return whose signature of a document it is; ``what`` names it in messages.
+
+    Raises
+    ------
+    SignatureError
+        If there is none (empty), or none of ``trust`` made it for this very document.
+    """
     if not signature:
         raise SignatureError(
             f"{what} is not signed, and only what trusted keys signed is used here. Have it signed "

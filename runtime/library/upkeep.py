@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from recallseg.engines.bundle import Bundle
+from recallseg.engines.signing import SigningKey
 from recallseg.runtime.library import (
     anonymising,
     backups,
     changing,
     maintenance,
     merging,
+    releases,
     renaming,
 )
 from recallseg.runtime.library.anonymising import AnonymisingReport
@@ -20,6 +23,7 @@ from recallseg.runtime.library.encoding import ExemplarEncoder
 from recallseg.runtime.library.exemplar import Exemplar, LibraryReport
 from recallseg.runtime.library.history import Change, history
 from recallseg.runtime.library.merging import MergeReport
+from recallseg.runtime.library.releases import Release
 from recallseg.runtime.library.store import Store
 
 __all__ = ["Upkeep"]
@@ -189,6 +193,52 @@ class Upkeep:
             return merging.merge(self._store, self._binding, opened, progress)
         finally:
             opened.abandon()
+
+    def release(
+        self,
+        path: str | Path,
+        *,
+        version: str,
+        key: SigningKey,
+        images: bool = False,
+        evaluation: Mapping[str, Any] | None = None,
+        sbom: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Release:
+        """Write the library as it is now to one signed file, for others to install.
+
+        Parameters
+        ----------
+        path : file to write.
+        version : ``MAJOR.MINOR.PATCH``.
+        key : that signs it.
+        images : take the annotated images along, so that it can be rebuilt for another bundle.
+        evaluation : on held-out images, see :func:`recallseg.runtime.reports.released.released`.
+        sbom : of what made it, as CycloneDX.
+        progress : told how many exemplars are compared with their digests, of how many.
+
+        Raises
+        ------
+        InputError
+            If ``version`` is none.
+        LibraryError
+            If a tag says whose image an exemplar is.
+        LibraryCorruptError
+            If the library is damaged.
+        LibraryWriteError
+            If ``path`` cannot be written.
+        """
+        return releases.release(
+            self._store,
+            Path(path),
+            version=version,
+            key=key,
+            name=self._store.path.resolve().name,
+            images=images,
+            evaluation=evaluation,
+            sbom=sbom,
+            progress=progress,
+        )
 
     def backup(self, path: str | Path, *, progress: Progress | None = None) -> LibraryReport:
         """Copy the library to a new folder, as it is at one moment, and verify the copy.

@@ -39,6 +39,7 @@ from recallseg.commands.keeping import (
 )
 from recallseg.commands.library import app as library_app
 from recallseg.commands.node import app as node_app
+from recallseg.commands.releasing import diff, install, release
 from recallseg.commands.reproduce import reproduce
 from recallseg.commands.reverting import revert
 from recallseg.commands.segment import segment
@@ -203,7 +204,8 @@ library_app.command()(revert)
 library_app.command()(whois)
 library_app.command()(anonymise)
 library_app.command("next")(next_)
-for _command in (retire, reinstate, rename, merge, backup, restore, history):
+library_app.command("diff")(diff)
+for _command in (release, install, retire, reinstate, rename, merge, backup, restore, history):
     library_app.command()(_command)
 app.add_typer(library_app, name="library")
 app.command()(segment)

@@ -1,0 +1,180 @@
+"""Releases of libraries: one signed file in, the same library out, and no changed bit between."""
+
+from __future__ import annotations
+
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+from support.fake_library import HashEncoder, add, create, draw
+
+from recallseg.engines.errors import (
+    InputError,
+    LibraryCorruptError,
+    LibraryError,
+    SignatureError,
+)
+from recallseg.engines.signing import PublicKey, SigningKey, create_key
+from recallseg.runtime.library import Library
+from recallseg.runtime.library.comparing import compare
+from recallseg.runtime.library.installing import install, installed, roll_back
+from recallseg.runtime.library.releases import read_release, unpack
+
+pytest.importorskip("cryptography")
+
+
+@pytest.fixture(scope="module")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> SigningKey:
+    path = tmp_path_factory.mktemp("keys") / "maker"
+    create_key(path)
+    return SigningKey.read(path)
+
+
+@pytest.fixture
+def trust(signer: SigningKey) -> list[PublicKey]:
+    return [signer.public]
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    made = create(tmp_path / "livers")
+    for number in range(4):
+        add(made, number, key=f"case {number}", tags={"view": "axial"})
+    return made
+
+
+def opened(path: Path) -> Library:
+    return Library.open(path, encoder=HashEncoder())
+
+
+def test_what_is_installed_is_what_was_released(
+    library: Library, signer: SigningKey, trust: list[PublicKey], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.release"
+    described = library.release(file, version="1.2.0", key=signer, images=True)
+    assert read_release(file, trust) == described
+    assert install(file, tmp_path / "site", trust) == described
+    with opened(tmp_path / "site" / "current") as got:
+        assert got.verify().ok
+        assert got.digest == library.digest == described.library
+        assert [one.key for one in got] == [one.key for one in library]
+        assert (got.source("case 1")[0] == draw(1)[0]).all()
+    assert "who" not in (tmp_path / "site" / "1.2.0.json").read_text()
+    with tarfile.open(file) as listed:
+        assert listed.getnames()[:3] == [
+            "release.json",
+            "release.json.sig",
+            "library/library.sqlite",
+        ]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_without_images_none_travel_and_nothing_names_who_or_where(
+    library: Library, signer: SigningKey, trust: list[PublicKey], tmp_path: Path
+) -> None:
+    described = library.release(tmp_path / "a.release", version="1.0.0", key=signer)
+    assert not described.images
+    assert not [name for name in described.files if "sources" in name]
+    unpack(tmp_path / "a.release", tmp_path / "out", trust)
+    with opened(tmp_path / "out") as got:
+        assert got.verify().ok
+        assert not got.keeps_sources
+        assert [change.what for change in got.history()] in ([], ["unrecorded"])
+    content = (tmp_path / "a.release").read_bytes()
+    assert b"no-such-bundle" not in content  # the path of the bundle where it was made
+    image = draw(0)[0].tobytes()
+    assert image not in content
+
+
+def test_any_changed_bit_is_refused_with_its_place(
+    library: Library, signer: SigningKey, trust: list[PublicKey], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.release"
+    library.release(file, version="1.0.0", key=signer, images=True)
+    content = bytearray(file.read_bytes())
+    rng = random.Random(5)
+    places = [
+        *range(0, 520, 37),
+        *(rng.randrange(len(content)) for _ in range(150)),
+        len(content) - 1,
+    ]
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.randrange(8)
+        (tmp_path / "changed").write_bytes(changed)
+        with pytest.raises((LibraryCorruptError, SignatureError)) as refused:
+            install(tmp_path / "changed", tmp_path / "site", trust)
+        assert isinstance(refused.value, SignatureError) or "from byte" in str(refused.value)
+    assert not (tmp_path / "site" / "current").exists()
+    assert not (tmp_path / "site" / "1.0.0").exists()
+    for cut in (0, 100, 3000, len(content) - 1):
+        (tmp_path / "changed").write_bytes(content[:cut])
+        with pytest.raises((LibraryCorruptError, SignatureError)):
+            install(tmp_path / "changed", tmp_path / "site", trust)
+    (tmp_path / "changed").write_bytes(content + b"\0")
+    with pytest.raises(LibraryCorruptError, match=r"its end, from byte"):
+        install(tmp_path / "changed", tmp_path / "site", trust)
+
+
+def test_only_trusted_keys_count(library: Library, signer: SigningKey, tmp_path: Path) -> None:
+    create_key(tmp_path / "other")
+    library.release(
+        tmp_path / "a.release", version="1.0.0", key=SigningKey.read(tmp_path / "other")
+    )
+    with pytest.raises(SignatureError, match=r"not trusted"):
+        install(tmp_path / "a.release", tmp_path / "site", [signer.public])
+
+
+def test_releases_stand_side_by_side_and_one_can_go_back(
+    library: Library, signer: SigningKey, trust: list[PublicKey], tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    library.release(tmp_path / "1", version="1.9.0", key=signer)
+    add(library, 9, key="case 9")
+    library.release(tmp_path / "2", version="1.10.0", key=signer)
+    with pytest.raises(LibraryError, match=r"none to go back to"):
+        roll_back(site)
+    install(tmp_path / "1", site, trust)
+    with opened(site / "current") as used:
+        install(tmp_path / "2", site, trust)
+        assert len(used) == 4  # who has it open goes on
+        with opened(site / "current") as newer:
+            found = compare(used, newer)
+    assert (found.added, found.removed, dict(found.changed)) == (("case 9",), (), {})
+    with pytest.raises(InputError, match=r"older than 1.10.0"):
+        install(tmp_path / "1", site, trust)
+    assert roll_back(site).version == "1.9.0"
+    used_now = installed(site)
+    assert used_now is not None
+    assert used_now.version == "1.9.0"
+    assert os.readlink(site / "previous") == "1.10.0"
+    assert roll_back(site).version == "1.10.0"
+
+
+def test_another_release_of_the_same_version_is_refused(
+    library: Library, signer: SigningKey, trust: list[PublicKey], tmp_path: Path
+) -> None:
+    library.release(tmp_path / "1", version="1.0.0", key=signer)
+    install(tmp_path / "1", tmp_path / "site", trust)
+    install(tmp_path / "1", tmp_path / "site", trust)  # again: nothing to do
+    add(library, 9)
+    library.release(tmp_path / "2", version="1.0.0", key=signer)
+    with pytest.raises(InputError, match=r"another release 1.0.0"):
+        install(tmp_path / "2", tmp_path / "site", trust)
+    with pytest.raises(InputError, match=r"three numbers"):
+        library.release(tmp_path / "3", version="v1", key=signer)
+    assert not (tmp_path / "3").exists()
+
+
+def test_what_changed_between_two_libraries(library: Library, tmp_path: Path) -> None:
+    library.backup(tmp_path / "before")
+    library.remove("case 0")
+    library.replace_mask("case 1", "nucleus", draw(50)[1])
+    library.retag("case 2", {"view": "coronal"})
+    with opened(tmp_path / "before") as before:
+        found = compare(before, library)
+    assert found.removed == ("case 0",)
+    assert dict(found.changed) == {"case 1": ("masks",), "case 2": ("tags",)}
+    assert compare(library, library).to_json()["changed"] == {}

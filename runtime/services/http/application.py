@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -35,6 +35,8 @@ from recallseg.runtime.services.http.leases import MOST_AT_ONCE, Leases
 from recallseg.runtime.services.http.limits import Budget, Limits, RefusedError
 from recallseg.runtime.services.http.seats import Seat
 from recallseg.runtime.services.http.worklist import Worklist
+from recallseg.runtime.services.logs import ServiceLog
+from recallseg.runtime.services.metrics import Metrics
 
 __all__ = ["make_application"]
 
@@ -48,7 +50,7 @@ FILES = {
 }
 """What anybody may have: it holds nothing of anybody."""
 SWEEP_S = 5.0
-_log = logging.getLogger("recallseg.service.serve")
+_log = ServiceLog("serve")
 
 
 def make_application(
@@ -73,6 +75,7 @@ def make_application(
     limits = limits or Limits()
     budget = Budget(limits.total_bytes)
     leases = Leases(limits, Seat)
+    metrics = Metrics("serve")
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -116,6 +119,13 @@ def make_application(
         """Whether the server answers."""
         return {"ok": True}
 
+    @app.get("/metrics", tags=["server"])
+    def numbers() -> Response:
+        """Numbers for Prometheus, which needs the token too."""
+        metrics.clients(len(leases))
+        metrics.queue("bytes", budget.taken)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
     for path, name in FILES.items():
         app.get(path, include_in_schema=False)(_file(name))
 
@@ -128,6 +138,7 @@ def make_application(
         origins=origins,
         opened={"/healthz", *FILES},
         uploads={*nninteractive.UPLOADS, *api.UPLOADS},
+        metrics=metrics,
     )
 
 
@@ -187,5 +198,5 @@ async def _left(_: Request, __: Exception) -> JSONResponse:
 
 
 async def _defect(_: Request, error: Exception) -> JSONResponse:
-    _log.error("defect", extra={"service": "serve", "fields": {"error": type(error).__name__}})
+    _log.error("defect", error=error)
     return JSONResponse({"detail": f"defect of the server: {type(error).__name__}"}, 500)

@@ -12,12 +12,14 @@ import hmac
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
 from recallseg.runtime.services.http.limits import Budget, Limits, RefusedError
+from recallseg.runtime.services.metrics import Metrics
 
 __all__ = ["Guard", "make_token"]
 
@@ -58,6 +60,7 @@ class Guard:
     origins : of other pages that may use it, e.g. ``https://viewer.example``.
     opened : paths that need no token: they hold nothing of anybody.
     uploads : paths that bring pixels, and may bring more.
+    metrics : where refusals, by status, and the seconds of each route are counted.
     """
 
     def __init__(
@@ -71,12 +74,14 @@ class Guard:
         origins: Collection[str] = (),
         opened: Collection[str] = (),
         uploads: Collection[str] = (),
+        metrics: Metrics | None = None,
     ) -> None:
         self._app, self._limits, self._budget = app, limits, budget
         self._users = {token.encode(): name for token, name in users.items()}
         self._hosts = {host.lower() for host in (*LOOPBACK, *hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
         self._opened, self._uploads = frozenset(opened), frozenset(uploads)
+        self._metrics = metrics or Metrics("serve")
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -106,12 +111,16 @@ class Guard:
             taken = self._length(headers, most)
             self._budget.take(taken)
         except RefusedError as refused:
+            self._metrics.refused(str(refused.status))
             await _answer(reply, refused)
             return
+        begin = perf_counter()
         try:
             await self._app(scope, self._bounded(receive, most, taken), reply)
         finally:
             self._budget.give(taken)
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.took(route, perf_counter() - begin)
 
     def _check_place(self, headers: Mapping[str, str], scheme: str) -> None:
         host = headers.get("host", "")

@@ -81,9 +81,11 @@ def serve(
     from recallseg.runtime.library import Library
     from recallseg.runtime.services.http.limits import Limits
     from recallseg.runtime.services.http.serving import Access, open_server
+    from recallseg.runtime.services.logs import configure_logs
     from recallseg.runtime.services.running import run_service
 
     asking.check()
+    configure_logs("text")
     limits = Limits(
         sessions=sessions,
         body_bytes=request_mb * MIB,

@@ -178,6 +178,16 @@ def test_nothing_is_accepted_that_cannot_be_recorded(
     assert not {"case", "png"} & set(served.audit.read_text().split())
 
 
+def test_prometheus_finds_numbers_that_name_nobody(served: Served) -> None:
+    httpx.get(f"{served.url}/api/drafts/secret-of-a-draft", headers=MINE)
+    httpx.get(f"{served.url}/api/server")
+    told = httpx.get(f"{served.url}/metrics", headers=MINE).text
+    assert 'recallseg_refusals_total{reason="401",service="serve"}' in told
+    assert 'stage="/api/drafts/{draft}"' in told
+    assert "secret-of-a-draft" not in told
+    assert httpx.get(f"{served.url}/metrics").status_code == 401
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -142,7 +142,7 @@ def settle(place: Place, pacs: Orthanc, wanted: dict[str, int], seconds: float) 
         time.sleep(1)
 
 
-def kills(folder: Path, count: int) -> dict[str, Any]:
+def kills(folder: Path, count: int, most_s: float = 3.0, minutes: float = 600) -> dict[str, Any]:
     chance = random.Random(1)
     slices = 3
     with orthanc(folder / "pacs") as pacs:
@@ -166,7 +166,7 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
                     stop.wait(0.3)
                 shutil.rmtree(where)
                 made += 1
-                stop.wait(0.3)
+                stop.wait(2.0)
 
         place.start()
         place.ready()
@@ -174,10 +174,12 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
         senders = [threading.Thread(target=sender, args=(n,)) for n in range(2)]
         for each in senders:
             each.start()
-        for number in range(count):
+        number = -1
+        while number + 1 < count and time.monotonic() - took < minutes * 60:
+            number += 1
             if chance.random() < 0.8:  # else while it starts, and takes up what was there
                 place.ready()
-            time.sleep(chance.uniform(0.0, 3.0))
+            time.sleep(chance.uniform(0.0, most_s))
             place.kill()
             place.start()
             if (number + 1) % 20 == 0:
@@ -186,13 +188,13 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
         stop.set()
         for each in senders:
             each.join()
-        missing = settle(place, pacs, acknowledged, 180)
+        missing = settle(place, pacs, acknowledged, 900)
         frames = answered(pacs)
         instances = len(pacs.instances("SEG"))
         status = place.status()
         exit_status = place.stop()
         return {
-            "kills": count,
+            "kills": number + 1,
             "minutes": round((time.monotonic() - took) / 60, 1),
             "sends": sends[0],
             "sends that failed": sends[1],
@@ -376,6 +378,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("kills", "load", "hostile", "latency"))
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--most-s", type=float, default=3.0, help="longest life of a node")
+    parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--objects", type=int, default=1000)
     parser.add_argument("--associations", type=int, default=50)
     parser.add_argument("--series", type=int, default=10)
@@ -383,7 +387,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="node-campaign-") as folder:
         try:
             found = {
-                "kills": lambda: kills(Path(folder), asked.count),
+                "kills": lambda: kills(Path(folder), asked.count, asked.most_s, asked.minutes),
                 "load": lambda: load(Path(folder), asked.objects, asked.associations),
                 "hostile": lambda: hostile(Path(folder), asked.count),
                 "latency": lambda: latency(Path(folder), asked.series),

@@ -182,14 +182,14 @@ def test_no_room_is_told_before_it_is_used_up_and_ends_when_there_is_some(
         kept = len(received(tmp_path))
         assert 4 <= kept < 12
         assert sum(f.stat().st_size for f in received(tmp_path)) <= 60_000
-        assert node.metrics.waits() == {"room": "room on the disk"}
+        assert node.metrics.waits()["room"] == "room on the disk"
         wait_until(lambda: node.counts()["series"] == {"unmatched": 1})
         (aside,) = node.troubles()
         with NodeStore(tmp_path / "state", running=False) as store:
             assert store.remove(aside["series"]) == kept
         node.sweep()
         assert dcmtk("storescu", node.port, *files[:3]).startswith("0")
-        assert node.metrics.waits() == {}
+        assert "room" not in node.metrics.waits()
 
 
 def test_a_disk_that_is_really_full_is_told_and_lives_on(tmp_path: Path, library: Path) -> None:

@@ -142,6 +142,7 @@ class Answerer:
         self._log = ServiceLog("node.answer")
         self.stop = threading.Event()
         """Once set, what is begun is left at the next slice."""
+        self.prepared = False
         self._decoder = IsolatedDecoder()
         self._decoder.stop = self.stop.is_set
 
@@ -152,6 +153,11 @@ class Answerer:
     def warm_up(self) -> dict[str, RecallSegError]:
         """Open what rules ask, and let it answer once; return what failed, by rule."""
         return self._questions.warm_up(self._rules.values())
+
+    def prepare(self) -> None:
+        """Start the process that decodes, from the thread that will ask it: it ends with that."""
+        self._decoder.read_header(self._store.folder / "marks.key")
+        self.prepared = True
 
     def do_next(self) -> bool:
         """Do the job that is due; return whether there was one."""

@@ -178,6 +178,9 @@ class Node:
         metrics = self.metrics
         metrics.ready_when("room", lambda: "room on the disk" if self._receiver.full else "")
         metrics.ready_when("start", lambda: "" if self._receiver.alive() else "the node to start")
+        metrics.ready_when(
+            "decode", lambda: "" if self._answerer.prepared else "the process that decodes"
+        )
         metrics.alive_while("receive", self._receiver.alive)
         metrics.alive_while("commit", self._commitments.alive)
         for thread in self._threads:
@@ -209,6 +212,8 @@ class Node:
         return min(_LOOK_S, self._arrivals.wait_s())
 
     def _answer(self) -> float:
+        if not self._answerer.prepared:
+            self._answerer.prepare()
         return 0.0 if self._answerer.do_next() and not self._stop.is_set() else _LOOK_S
 
     def _count(self) -> None:

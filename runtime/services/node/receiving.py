@@ -71,6 +71,7 @@ STORAGE_CLASSES = _storage_classes()
 SUCCESS, OUT_OF_ROOM, WRONG_CLASS, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xA900, 0xC000
 _COMMENT = 64  # characters of a comment (LO)
 _READERS = 2
+_BETWEEN_SWEEPS_S = 1.0
 
 
 class Arrivals:
@@ -184,6 +185,7 @@ class Receiver:
         self._arrivals, self._readers, self._metrics = arrivals, readers, metrics
         self._log = ServiceLog("node.receive")
         self.full = False
+        self._swept = -_BETWEEN_SWEEPS_S
         _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
         _config.STORE_SEND_CHUNKED_DATASET = True  # answers go as they lie on the disk
         where = f"{settings.host}:{settings.port}"
@@ -327,7 +329,8 @@ class Receiver:
             within = store.used_bytes + size <= settings.quota_bytes
             return within and store.free_bytes() >= settings.reserve_bytes
 
-        if not fits():
+        if not fits() and time.monotonic() - self._swept > _BETWEEN_SWEEPS_S:
+            self._swept = time.monotonic()
             store.sweep(0.0, to_bytes=max(0, store.used_bytes - max(10 * size, 2**20)))
         fits_now = fits()
         if self.full == fits_now:

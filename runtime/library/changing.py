@@ -162,9 +162,7 @@ def _check(item: Addition, key: str) -> _Checked:
     pixels = check_image(open_image(item["image"]))
     masks, absent = check_annotation(item["masks"], item.get("absent", ()), pixels.shape)
     content = content_digest(pixels, masks, absent)
-    group = item.get("group")
-    if group is not None:
-        check_key(group)
+    group = check_origin(item.get("group")) or None
     identity = Identity(key, check_origin(item.get("name")), group=group or "")
     tags = check_tags(item.get("tags"))
     return _Checked(pixels, masks, absent, tags, content, key, identity, group)

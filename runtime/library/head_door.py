@@ -27,6 +27,7 @@ class HeadDoor:
         structures: Sequence[str] | None = None,
         *,
         k: int = defaults.K,
+        by: str | None = None,
         progress: Progress | None = None,
         **asked: Any,
     ) -> Head:
@@ -43,6 +44,8 @@ class HeadDoor:
         ----------
         structures : None for all.
         k : exemplars to recall at most; as queries will.
+        by : a tag: exemplars that have equal values of it are a group, instead of what was told
+            when they were added.
         progress : is told how many steps are done, of how many.
         asked : what :class:`recallseg.Segmenter` takes beside: ``reach``, ``engine``, ...
 
@@ -65,7 +68,7 @@ class HeadDoor:
         with Segmenter(
             cast("Library", self), structures=structures, k=k, refine=False, **asked
         ) as segmenter:
-            return fit_head(segmenter, progress)
+            return fit_head(segmenter, progress, by=by)
 
     @property
     def head(self) -> Head | None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import LibraryCorruptError
 from recallseg.engines.heads import feature_count
-from recallseg.runtime.checks import check_key
+from recallseg.runtime.checks import check_key, check_origin
 from recallseg.runtime.library.values import binary, hex_digest, integer, text, timestamp
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Heads:
         store, number = self._store, self._store.number(key)
         hashed = None
         if group is not None:
-            hashed = store.identifiers.keyed_hash("group", check_key(group), adding=True)
+            hashed = store.identifiers.keyed_hash("group", check_origin(group), adding=True)
         exemplar = self._catalog.exemplar(key)
         known = store.identifiers.of(key, {} if exemplar is None else exemplar.tags)
         with store.identifiers.telling([replace(known, group=group or "")]):

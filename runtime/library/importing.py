@@ -154,9 +154,20 @@ def import_volume(
         tags={**found.tags, **_scale(found, plane), **(tags or {})},
         key=key,
         origin=f"{item.path}, series {item.series}" if item.series else str(item.path),
+        group=_group(found, item.relative.as_posix()),
         strict=strict,
     )
     return replace(report, notes={item.name: found.notes} if found.notes else {})
+
+
+def _group(volume: Volume, place: str) -> str:
+    """Return what the slices of a volume belong to: their patient, or the volume where nobody says.
+
+    Only its keyed hash is stored.
+    """
+    header = getattr(volume.origin, "header", None)
+    patient = "" if header is None else str(getattr(header, "PatientID", "") or "").strip()
+    return f"patient {patient}" if patient else f"volume {place}"
 
 
 def _scale(volume: Volume, plane: str | None) -> dict[str, str]:
@@ -272,6 +283,7 @@ def import_annotated(
     tags: Mapping[str, str] | None = None,
     key: str | None = None,
     origin: str = "",
+    group: str | None = None,
     strict: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ImportReport:
@@ -284,6 +296,7 @@ def import_annotated(
     key : None for keys that say nothing; or a pattern in which ``{name}`` stands for the name and
         ``{number}`` for a number that is free. Keys stand in records of other patients.
     origin : where all of them come from, which is told with their names.
+    group : that all of them belong to, see :meth:`recallseg.Library.add`.
     strict : stop at the first that cannot be used; what was added before stays.
     progress : called after each with its name.
 
@@ -314,6 +327,7 @@ def import_annotated(
                     tags=dict(tags or {}),
                     key=_key(library, key, name),
                     name=f"{name} of {origin}" if origin else name,
+                    group=group,
                 )
                 known.add(content)
         except InputError as error:

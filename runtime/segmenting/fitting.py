@@ -74,7 +74,9 @@ def group_numbers(numbers: Sequence[int], told: Mapping[int, str]) -> tuple[dict
     return {n: places[name] for n, name in zip(numbers, names, strict=True)}, grouping
 
 
-def fit_head(segmenter: Segmenter, progress: Progress | None = None) -> Head:
+def fit_head(
+    segmenter: Segmenter, progress: Progress | None = None, *, by: str | None = None
+) -> Head:
     """Fit a head for a segmenter's settings and structures, store it in the library, return it.
 
     See :meth:`recallseg.Library.fit`.
@@ -87,7 +89,7 @@ def fit_head(segmenter: Segmenter, progress: Progress | None = None) -> Head:
             "Make a new library that keeps them."
         )
     heads = library.heads
-    ones, grouping = _ones(segmenter, heads)
+    ones, grouping = _ones(segmenter, heads, by)
     tell = progress or (lambda done, total: None)
     folds = 1 + max(one.fold for one in ones)
     total, done = 2 * len(ones) + folds + 1, 0
@@ -133,7 +135,7 @@ def fit_head(segmenter: Segmenter, progress: Progress | None = None) -> Head:
     return stored
 
 
-def _ones(segmenter: Segmenter, heads: Heads) -> tuple[list[_One], str]:
+def _ones(segmenter: Segmenter, heads: Heads, by: str | None) -> tuple[list[_One], str]:
     library = segmenter.library
     exemplars = [
         one
@@ -149,7 +151,16 @@ def _ones(segmenter: Segmenter, heads: Heads) -> tuple[list[_One], str]:
             f"more: {FEWEST} of different groups are needed before a head is used."
         )
     numbers = [library.number(one.key) for one in exemplars]
-    groups, grouping = group_numbers(numbers, heads.groups())
+    told = heads.groups()
+    if by is not None:
+        pairs = zip(numbers, exemplars, strict=True)
+        told = {number: one.tags[by] for number, one in pairs if by in one.tags}
+        if not told:
+            raise InputError(
+                f"no exemplar has the tag '{by}' that groups were to be made by; 'recallseg "
+                "library list' shows the tags of each."
+            )
+    groups, grouping = group_numbers(numbers, told)
     sizes: dict[int, int] = {}
     for group in groups.values():
         sizes[group] = sizes.get(group, 0) + 1

@@ -62,6 +62,12 @@ class Asking:
     engine: EngineOption = defaults.ENGINE
     precision: PrecisionOption = defaults.PRECISION
     threads: ThreadsOption = None
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine/--no-refine", help="Let the library's head, if it has one, take part."
+        ),
+    ] = True
 
     def check(self) -> None:
         """Parse what has to be; raises BadParameter."""
@@ -82,6 +88,7 @@ class Asking:
             precision=self.precision,
             threads=self.threads,
             frames=frames,
+            refine=self.refine,
         )
 
     def _parsed(self) -> tuple[list[str] | None, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -30,6 +31,7 @@ from recallseg.engines.errors import InputError
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
     from recallseg.runtime.library.calibrations import StoredCalibration
+    from recallseg.runtime.library.heads import Head
     from recallseg.runtime.model.preprocess import Intensity
 
 __all__ = ["LabelsOption", "MissingOption", "app", "parse_missing"]
@@ -100,6 +102,12 @@ def add(
     ] = None,
     missing: MissingOption = "absent",
     tag: TagOption = None,
+    group: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What it shares with others, e.g. its patient: fit leaves all of it out."
+        ),
+    ] = None,
     key: Annotated[
         Optional[str],
         typer.Option(
@@ -129,6 +137,7 @@ def add(
             tags=tags,
             key=key,
             name=str(image),
+            group=group,
         )
         typer.echo(made)
 
@@ -145,6 +154,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
             for name in opened.structures
         }
         calibrations = [_calibration(one, opened) for one in opened.calibrations]
+        head = None if opened.head is None else _head(opened.head, opened)
         if as_json:
             emit_json(
                 {
@@ -154,6 +164,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
                     "intensity": opened.intensity.to_json(),
                     "memory_format": opened.memory_format,
                     "calibrations": [one for _, one in calibrations],
+                    "head": None if head is None else head[1],
                     "structures": structures,
                     "exemplars": [{**vars(e), "tags": dict(e.tags)} for e in exemplars],
                     "retired": [{**vars(e), "tags": dict(e.tags)} for e in retired],
@@ -181,7 +192,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
         )
         if retired:
             console.print(f"retired: {', '.join(e.key for e in retired)}")
-        for line, _ in calibrations:
+        for line in [*(line for line, _ in calibrations), *(() if head is None else head[0])]:
             console.print(line)
 
 
@@ -279,6 +290,72 @@ def calibrate(library: LibraryArgument, asking: Asking, as_json: JsonOption = Fa
             f"{name}: {value.exemplars} left out in turn, {dice}; usual distance up to "
             f"{_limit(value.distance)}, IoU estimate from {_limit(value.iou)}"
         )
+
+
+@app.command()
+@grouped
+def fit(
+    library: LibraryArgument,
+    asking: Asking,
+    by: Annotated[
+        Optional[str],
+        typer.Option(help="Tag whose equal values make a group.", show_default="groups as added"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a head on the exemplars: boundaries at the image's own resolution, where surely no worse.
+
+    Every exemplar is segmented without its group (patient, series, volume); what was made is kept,
+    so that an interrupted fit goes on, and one after exemplars were added is short.
+    """
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.segmenting.fitting import fit_head
+
+    asking.check()
+    with Library.open(library, mode="write") as opened:
+        say_notice(opened.bundle.notice)
+        segmenter = replace(asking, refine=False).segmenter(opened)
+        with progress_bar("Fitting", 2 * len(opened)) as step:
+            head = fit_head(segmenter, counted(step), by=by)
+        lines, data = _head(head, opened)
+    if as_json:
+        emit_json(data)
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:
+    """Return what was chosen for a head and is expected of it, for a person and as JSON values."""
+    grouping = {
+        "groups": "groups left out in turn",
+        "exemplars": "exemplars left out in turn, no groups being known",
+        "blocks": "blocks of slices left out in turn, within one patient",
+    }[head.grouping]
+    older = library.head_older(head)
+    lines = [
+        f"head {head.digest[:12]} fitted {head.created} on {len(head.fold_of)} exemplars, "
+        f"{grouping}{f'; {older}' if older else ''}"
+    ]
+    for name, choice in head.choices.items():
+        if not choice.used:
+            lines.append(f"  {name}: the head stays out: {choice.why}")
+            continue
+        small = f", absent below {choice.least:.2%} of an image" if choice.least else ""
+        lines.append(
+            f"  {name}: {choice.mix:.0%} of the head{small}; expected Dice {choice.expected:.3f}, "
+            f"{choice.alone:.3f} without (95 % interval of the gain {choice.low:+.3f} to "
+            f"{choice.high:+.3f}, {choice.exemplars} exemplars)"
+        )
+    return lines, {
+        "digest": head.digest,
+        "created": head.created,
+        "exemplars": len(head.fold_of),
+        "grouping": head.grouping,
+        "older": older,
+        "recipe": dict(head.recipe),
+        "structures": {name: vars(choice) for name, choice in head.choices.items()},
+    }
 
 
 def _calibration(stored: StoredCalibration, library: Library) -> tuple[str, dict[str, Any]]:

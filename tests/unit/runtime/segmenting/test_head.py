@@ -1,0 +1,373 @@
+"""A head is fitted on exemplars, used where it is surely no worse, and never flatters itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recallseg.engines.errors import EngineRunError, InputError, LibraryCorruptError
+from recallseg.engines.heads import FILTERS, REFINE, feature_count
+from recallseg.export import refining as making
+from recallseg.runtime.library import Library
+from recallseg.runtime.segmenting import fitting, refining
+from recallseg.runtime.segmenting.fitting import _choice, group_numbers
+from recallseg.runtime.segmenting.refining import Filters, Refiner
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.segmenting.units import fit_units
+
+
+def picture(seed: int, size: int = 192, *, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return spokes of a few pixels, thinner than memory attention's logits can draw."""
+    draw = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    angle, radius = np.arctan2(y + 0.1 * draw.normal(), x + 0.1 * draw.normal()), np.hypot(y, x)
+    mask = (radius < 0.35) & (np.sin(24 * angle + seed) > 0.6)
+    image = 60 + 90 * mask + draw.normal(0, 6, mask.shape)
+    image = image.clip(0, 255).astype(np.uint8)
+    return (np.stack([image, image // 2, 255 - image], -1) if colour else image), mask
+
+
+def fill(library: Library, count: int, first: int = 0) -> None:
+    for i in range(first, first + count):
+        image, mask = picture(i)
+        library.add(image, {"star": mask}, key=f"e{i}")
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Iterator[Library]:
+    with Library.create(tmp_path / "library", "demo") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def fitted_at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fitted") / "library"
+    with Library.create(path, "demo") as made:
+        fill(made, 6)
+        made.fit()
+    return path
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    return 2 * float((one & other).sum()) / float(one.sum() + other.sum())
+
+
+def test_a_head_is_better_where_it_says_so(fitted_at: Path) -> None:
+    with Library.open(fitted_at) as library:
+        head = library.head
+        assert head is not None
+        choice = head.choices["star"]
+        assert choice.mix > 0
+        assert choice.low >= 0
+        alone, both = Segmenter(library, refine=False), Segmenter(library)
+        assert not alone.recipe.head
+        assert both.recipe.head
+        image, mask = picture(50)
+        before, after = alone.segment(image), both.segment(image)
+        assert dice(after.masks["star"], mask) > dice(before.masks["star"], mask) + 0.01
+        assert after.provenance.head == head.digest
+        assert before.provenance.head is None
+        assert after.provenance.graphs["refine"] == head.graph
+        assert before.provenance.digest != after.provenance.digest
+        assert both.segment(image) == after
+
+
+def test_queries_without_an_exemplar_use_units_that_have_not_seen_it(fitted_at: Path) -> None:
+    with Library.open(fitted_at) as library:
+        segmenter = Segmenter(library)
+        refiner, head = segmenter.refining, library.head
+        assert refiner is not None and head is not None  # noqa: PT018
+        seen: list[object] = []
+        refiner._refine = lambda planes, logits, units, rows: (  # type: ignore[method-assign]
+            seen.append(units),
+            Refiner._refine(refiner, planes, logits, units, rows),
+        )[1]
+        image, _ = library.source("e2")
+        segmenter.segment(image, without=["e2"])
+        segmenter.segment(image)
+        fold = head.fold_of[library.number("e2")]
+        assert seen[0] is refiner.head.folds[fold]
+        assert seen[1] is refiner.head.units
+        assert segmenter._refine([f"e{i}" for i in range(6)]) is None  # all folds have seen some
+
+
+def test_a_fit_again_uses_what_was_kept_and_gives_the_same(
+    fitted_at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Library.open(fitted_at, mode="write") as library:
+        before = library.head
+        monkeypatch.setattr(Segmenter, "logits_of", lambda *_, **__: pytest.fail("made anew"))
+        after = library.fit()
+    assert before is not None
+    for one, other in zip(before.units, after.units, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert before.choices == after.choices
+
+
+def test_added_exemplars_make_it_older_which_is_said(library: Library) -> None:
+    fill(library, 5)
+    library.fit()
+    assert Segmenter(library).head_status == ""
+    fill(library, 1, first=5)
+    segmenter = Segmenter(library)
+    assert "there are 6 now" in segmenter.head_status
+    assert "library fit" in segmenter.segment(picture(70)[0]).quality.mend
+    library.fit()
+    assert Segmenter(library).head_status == ""
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_with_few_exemplars_it_stays_out_and_says_so(library: Library, count: int) -> None:
+    fill(library, count)
+    head = library.fit()
+    assert not head.used
+    assert f"{count} of 4 groups" in head.choices["star"].why
+    segmenter = Segmenter(library)
+    assert segmenter.refining is None
+    assert segmenter.segment(picture(9)[0]).provenance.head is None
+
+
+def test_one_exemplar_is_too_few(library: Library) -> None:
+    fill(library, 1)
+    with pytest.raises(InputError, match="there is 1 "):
+        library.fit()
+    assert library.head is None
+
+
+def test_a_structure_in_one_exemplar_stays_out(library: Library) -> None:
+    fill(library, 4)
+    image, mask = picture(11)
+    library.add(image, {"star": mask, "rare": ~mask}, key="rare")
+    head = library.fit()
+    assert not head.choices["rare"].used
+    assert "1 of 4 groups" in head.choices["rare"].why
+    result = Segmenter(library).segment(image)
+    assert set(result.masks) == {"star", "rare"}
+    only = Segmenter(library, structures=["rare"])
+    assert only.refining is None
+    one = Segmenter(library, structures=["star"]).segment(image)
+    np.testing.assert_array_equal(one.masks["star"], result.masks["star"])
+
+
+def test_sizes_and_colours_may_be_mixed_and_images_constant(library: Library) -> None:
+    for i, (size, colour) in enumerate([(40, False), (64, True), (97, False), (33, True)]):
+        image, mask = picture(i, size, colour=colour)
+        library.add(image, {"star": mask}, key=f"e{i}")
+    library.add(np.full((30, 50), 7, np.uint8), {}, absent=("star",), key="flat")
+    head = library.fit()
+    assert all(np.isfinite(array).all() for array in head.units)
+    flat = Segmenter(library).segment(np.full((30, 50), 7, np.uint8))
+    assert flat.label_map.shape == (30, 50)
+
+
+def test_a_library_without_images_says_so(tmp_path: Path) -> None:
+    with Library.create(tmp_path / "bare", "demo", keep_sources=False) as bare:
+        fill(bare, 2)
+        with pytest.raises(InputError, match="did not keep its images"):
+            bare.fit()
+
+
+def test_numbers_that_are_not_finite_stop_the_fit(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(library, 4)
+    real = Filters.sample
+
+    def broken(self: Filters, *given: object) -> np.ndarray:
+        found = real(self, *given)  # type: ignore[arg-type]
+        found[3, 2] = np.nan
+        return found
+
+    monkeypatch.setattr(Filters, "sample", broken)
+    with pytest.raises(EngineRunError, match="'e0' gave numbers that are not finite"):
+        library.fit()
+    assert library.head is None
+    assert Segmenter(library).segment(picture(8)[0]).provenance.head is None
+
+
+def test_a_fit_that_was_killed_goes_on(library: Library) -> None:
+    fill(library, 5)
+    path = library.path
+    library.close()
+    script = (
+        "import os, signal, sys\n"
+        "from recallseg.runtime.library import Library\n"
+        "def step(done, total):\n"
+        "    if done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Library.open(sys.argv[1], mode='write').fit(progress=step)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], env=dict(os.environ), check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    with Library.open(path, mode="write") as opened:
+        assert opened.head is None
+        assert sum(opened.heads.kept(i) is not None for i in range(1, 6)) == 3
+        assert opened.verify().ok
+        assert set(opened.fit().fold_of) == {1, 2, 3, 4, 5}
+
+
+def test_a_damaged_head_is_told_and_can_be_left_out(library: Library) -> None:
+    fill(library, 4)
+    library.fit()
+    library._store.catalog.database.execute("UPDATE heads SET data = zeroblob(8)")
+    with pytest.raises(LibraryCorruptError, match="--no-refine"):
+        Segmenter(library)
+    assert Segmenter(library, refine=False).segment(picture(5)[0]).provenance.head is None
+
+
+def test_a_calibration_leaves_out_what_the_units_have_seen(
+    fitted_at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Library.open(fitted_at, mode="write") as library:
+        both, alone = Segmenter(library), Segmenter(library, refine=False)
+        assert both.recipe.digest != alone.recipe.digest
+        left: list[tuple[str, ...]] = []
+        real = Refiner.refining
+
+        def watched(self: Refiner, of: Library, order: tuple[str, ...], without: object) -> object:
+            left.append(tuple(without))  # type: ignore[call-overload]
+            return real(self, of, order, without)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Refiner, "refining", watched)
+        assert both.calibrate()["star"].dice is not None
+        assert left == [(f"e{i}",) for i in range(6)]
+        assert both.segment(picture(60)[0]).quality.flag != "uncalibrated"
+        assert alone.segment(picture(60)[0]).quality.flag == "uncalibrated"
+
+
+# Groups
+
+
+def test_groups_and_blocks() -> None:
+    told = {1: "a", 2: "a", 3: "b", 4: "c"}
+    assert group_numbers([1, 2, 3, 4, 5], told) == ({1: 0, 2: 0, 3: 1, 4: 2, 5: 3}, "groups")
+    assert group_numbers([1, 2, 3], {}) == ({1: 0, 2: 1, 3: 2}, "exemplars")
+    numbers = list(range(1, 13))
+    blocks, how = group_numbers(numbers, dict.fromkeys(numbers, "one"))
+    assert how == "blocks"
+    assert [blocks[n] for n in numbers] == sorted(i // 2 for i in range(12))
+
+
+def test_the_whole_group_is_left_out(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(8):
+        image, mask = picture(i)
+        library.add(image, {"star": mask}, key=f"e{i}", group=f"patient {i // 2}")
+    left: list[tuple[str, ...]] = []
+    real = Segmenter.logits_of
+
+    def watched(self: Segmenter, image: np.ndarray, without: tuple[str, ...]) -> object:
+        left.append(tuple(without))
+        return real(self, image, without)
+
+    monkeypatch.setattr(Segmenter, "logits_of", watched)
+    head = library.fit()
+    assert head.grouping == "groups"
+    assert left == [(f"e{i // 2 * 2}", f"e{i // 2 * 2 + 1}") for i in range(8)]
+    for i in range(0, 8, 2):
+        assert head.fold_of[i + 1] == head.fold_of[i + 2]
+    with pytest.raises(InputError, match="tag 'site'"):
+        library.fit(by="site")
+
+
+# The choice
+
+
+def ways() -> list[tuple[float, bool]]:
+    return [(mix, small) for mix in (0.0, 0.5, 1.0) for small in (False, True)]
+
+
+def test_what_might_harm_is_not_chosen() -> None:
+    rows = [(i, [0.5, 0.5, 0.5 + gain, 0.5 + gain, 0.4, 0.4]) for i, gain in enumerate(GAINS)]
+    chosen = _choice(rows, ways(), 0.01)
+    assert not chosen.used
+    assert chosen.alone == chosen.expected == 0.5
+    sure = [(i, [0.5, 0.5, 0.6, 0.6, 0.4, 0.4]) for i in range(8)]
+    chosen = _choice(sure, ways(), 0.01)
+    assert (chosen.mix, chosen.least) == (0.5, 0.0)
+    assert chosen.expected == pytest.approx(0.6)
+
+
+GAINS = [0.3, -0.1, -0.05, 0.02, -0.1, 0.2, -0.1, 0.1]
+"""Better on average by 0.03; the interval includes harm."""
+
+
+def test_small_finds_are_dropped_only_if_that_costs_no_exemplar() -> None:
+    rows = [(i, [0.8, 0.8, 0.8, 0.8, 0.8, 0.8]) for i in range(6)]
+    rows += [(6, [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]), (7, [0.0, 1.0, 0.0, 1.0, 0.0, 1.0])]
+    assert _choice(rows, ways(), 0.01).least == 0.01
+    rows.append((8, [0.8, 0.7, 0.8, 0.7, 0.8, 0.7]))
+    assert _choice(rows, ways(), 0.01).least == 0.0
+
+
+# The graph
+
+
+def test_the_graphs_are_those_that_the_recipe_makes() -> None:
+    for name, units in ((FILTERS, False), (REFINE, True)):
+        made = making.build(units).SerializeToString(deterministic=True)
+        assert (refining.HEADS / name).read_bytes() == made
+
+
+def test_the_graph_does_what_numpy_does_and_tiles_leave_no_trace(
+    monkeypatch: pytest.MonkeyPatch, fitted_at: Path
+) -> None:
+    draw = np.random.default_rng(0)
+    planes = draw.random((1, 3, 203, 171), np.float32)
+    logits = draw.normal(0, 4, (1, 96, 96)).astype(np.float32)
+    with Library.open(fitted_at) as library:
+        head = library.head
+    assert head is not None
+    refiner = Refiner(head, 1)
+    mix = np.full((1, 1, 1, 1), 0.25, np.float32)
+    whole = refiner.run(planes, logits, head.units, mix).copy()
+    features = Filters(1).sample(planes, logits, np.arange(203 * 171))
+    assert features.shape == (203 * 171, feature_count(1))
+    w1, b1, w2, b2, w3, b3 = head.units
+    hidden = np.maximum(np.maximum(features @ w1.T + b1, 0) @ w2.T + b2, 0)
+    own = (hidden @ w3.T + b3).reshape(203, 171)
+    mixed = 0.75 * features[:, -3].reshape(203, 171) + 0.25 * own
+    np.testing.assert_allclose(whole[0], mixed, atol=2e-3)
+    monkeypatch.setattr(refining, "TILE", 64)
+    tiled = refiner.run(planes, logits, head.units, mix)
+    np.testing.assert_allclose(tiled, whole, atol=2e-3)
+    some = draw.integers(0, 203 * 171, 500)
+    np.testing.assert_allclose(Filters(1).sample(planes, logits, some), features[some], atol=1e-4)
+
+
+def test_filters_answer_a_step_and_a_flat_image_as_they_should() -> None:
+    flat = Filters(1).sample(
+        np.full((1, 3, 32, 48), 0.5, np.float32), np.zeros((1, 8, 8), np.float32), np.arange(1536)
+    )
+    np.testing.assert_allclose(flat[:, :2], 0.5, atol=1e-6)
+    np.testing.assert_allclose(flat[:, 2:5], 0.0, atol=2e-4)
+    ramp = np.broadcast_to(np.arange(48, dtype=np.float32) / 48, (1, 3, 32, 48))
+    middle = Filters(1).sample(
+        np.ascontiguousarray(ramp), np.zeros((1, 8, 8), np.float32), np.array([16 * 48 + 24])
+    )[0]
+    np.testing.assert_allclose(middle[2], 1 / 48, rtol=1e-2)  # the slope, by pixel
+
+
+def test_units_learn_what_one_layer_cannot_and_are_the_same_again() -> None:
+    draw = np.random.default_rng(1)
+    x = draw.normal(size=(6000, 5)).astype(np.float32)
+    shown = (x[:, :1] * x[:, 1:2] > 0).astype(np.float32)
+    units = fit_units(x, shown, np.ones_like(shown))
+    w1, b1, w2, b2, w3, b3 = units
+    hidden = np.maximum(np.maximum(x @ w1.T + b1, 0) @ w2.T + b2, 0)
+    assert (((hidden @ w3.T + b3) > 0) == (shown > 0)).mean() > 0.93
+    again = fit_units(x, shown, np.ones_like(shown))
+    for one, other in zip(units, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_nothing_of_a_head_needs_more_than_the_core() -> None:
+    names = {name.partition(".")[0] for name in vars(fitting)}
+    assert not names & {"torch", "sklearn", "scipy"}

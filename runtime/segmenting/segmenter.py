@@ -574,6 +574,11 @@ class Segmenter:
             spacing=None if acquisition is None else acquisition.spacing,
         )
 
+    @property
+    def provenance(self) -> Provenance:
+        """What makes results now; that of a result, until the library is changed."""
+        return self._provenance(Recollection(self.library.digest, self.library.origins, {}))
+
     def _provenance(self, recollection: Recollection) -> Provenance:
         return Provenance(
             self.recipe,

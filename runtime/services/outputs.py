@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from recallseg.engines.durable import make_folder, replace_file
+from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.finding import MASK_SUFFIX
 from recallseg.runtime.formats.images import write_label_map
-from recallseg.runtime.json_text import json_text
+from recallseg.runtime.json_text import json_text, printable
+from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import Result
 
 __all__ = [
     "MASK_SUFFIX",
     "PREVIEW_SUFFIXES",
     "VOLUME_SUFFIXES",
+    "is_done",
     "mask_file",
     "no_halves",
     "output_base",
@@ -72,12 +76,15 @@ def volume_files(base: Path) -> list[Path]:
     return [mask_file(base), record_file(base), *(base.with_name(base.name + s) for s in suffixes)]
 
 
-def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:
+def write_result(
+    base: Path, result: Result, image: str, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write label map and record, the record last; return the record.
 
     Parameters
     ----------
     image : name of the image's file.
+    extra : what else the record shall have.
 
     Raises
     ------
@@ -91,6 +98,7 @@ def write_result(base: Path, result: Result, image: str) -> dict[str, Any]:
         "mask": mask_file(base).name,
         "recallseg": __version__,
         **result.to_json(),
+        **(extra or {}),
     }
     make_folder(base.parent)
     with no_halves(base, mask_file(base)):
@@ -145,3 +153,31 @@ def _safe(name: str, *, folder: bool = False) -> str:
 
 def _digest(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def is_done(base: Path, request: str, provenance: Provenance) -> bool:
+    """Whether ``base`` has the whole result of a request by the same provenance.
+
+    Parameters
+    ----------
+    request : stands in the record under that name: a digest of inputs and settings.
+
+    Raises
+    ------
+    InputError
+        If a record is there of anything else.
+    """
+    try:
+        data = json.loads(record_file(base).read_bytes())
+        made = data["request"], data["provenance"]["digest"]
+        files = [base.with_name(data["mask"])] if data["mask"] else []
+    except FileNotFoundError:
+        return False  # or what was to be written before the record, which comes last
+    except (ValueError, KeyError, TypeError):
+        made, files = ("", ""), []
+    if made != (request, provenance.digest):
+        raise InputError(
+            f"{printable(record_file(base))} is of another image, other settings or another state "
+            "of the library; nothing was written. Choose another --output, or give --overwrite."
+        )
+    return all(file.is_file() for file in files)

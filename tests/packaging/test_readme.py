@@ -83,6 +83,12 @@ def test_the_commands_of_the_integration_page_run(folder: Path) -> None:
         run(["bash", "-euc", text], folder)
 
 
+def test_the_commands_of_the_libraries_page_run(folder: Path) -> None:
+    (text,) = blocks("sh", README.parent / "docs" / "libraries.md")
+    told = run(["bash", "-euc", text], folder)
+    assert "rename_structure from: core; to: centre; 6 exemplars" in told
+
+
 def test_the_python_example_runs(folder: Path) -> None:
     (program,) = blocks("python")
     program += '\nassert result.masks["lesion"].shape == image.shape\nprint(result)'

@@ -44,6 +44,14 @@ def segment(
     asking: Asking,
     handling: Handling,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an earlier call ended: pass over what it did, if image, settings and "
+            "library are the same.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images, and volumes slice by slice, by recalling the library's exemplars."""
@@ -51,17 +59,22 @@ def segment(
     from recallseg.runtime.formats.reading import count_item
     from recallseg.runtime.library import Library
 
+    if overwrite and resume:
+        raise typer.BadParameter("--overwrite and --resume exclude each other.")
     asking.check()
     settings = handling.volumes()
     found = find_inputs(paths, handling.format)
     jobs = _jobs(found, paths, output)
-    if not overwrite:
+    if not (overwrite or resume):
         _refuse_existing(jobs)
     log = handling.log()
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     with Library.open(library) as opened:
         segmenter = asking.segmenter(opened, handling.propagate)
+        if resume:
+            jobs, before = _left(jobs, settings, segmenter), len(jobs)
+            note(f"{before - len(jobs)} of {before} are done already and passed over")
         say_notice(segmenter.bundle.notice)
         with progress_bar("Segmenting", len(jobs)) as step:
             for item, base in jobs:
@@ -73,7 +86,7 @@ def segment(
                         if settings.time == "all":
                             times = list(range(1, count_item(item, settings.stack) + 1))
                         done = _segment_volume(
-                            segmenter, item, base, settings, times, overwrite, log
+                            segmenter, item, base, settings, times, overwrite, resume, log
                         )
                     for record, line in done:
                         records.append(record)
@@ -107,7 +120,8 @@ def _segment_image(
     result = segmenter.segment(image)
     if log is not None:
         log.record(image, result.label_map, result.to_audit())
-    return write_result(base, result, item.name), f"{mask_file(base)}  {result!r}"
+    record = write_result(base, result, item.name, _request(item, settings))
+    return record, f"{mask_file(base)}  {result!r}"
 
 
 def _segment_volume(
@@ -117,12 +131,13 @@ def _segment_volume(
     settings: VolumeSettings,
     times: Sequence[int | None],
     overwrite: bool,
+    resume: bool,
     log: AuditLog | None,
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Segment a volume, or each of several at one place: those get names of their own."""
     from recallseg.runtime.formats.reading import read_item
     from recallseg.runtime.formats.volume import Slicing
-    from recallseg.runtime.services.outputs import time_base
+    from recallseg.runtime.services.outputs import is_done, time_base
     from recallseg.runtime.volumes.outputs import segment_to_files
 
     for time in times:
@@ -133,7 +148,13 @@ def _segment_volume(
             )
         slices = Slicing.of(volume, settings.plane).count(volume)
         target = base if time is None or len(times) == 1 else time_base(base, time)
-        if target != base and not overwrite:
+        if (
+            target != base
+            and resume
+            and is_done(target, _request(item, settings)["request"], segmenter.provenance)
+        ):
+            continue
+        if target != base and not (overwrite or resume):
             _refuse_existing([(item, target)])
         with progress_bar(printable(item.name), slices) as step:
             result, record = segment_to_files(
@@ -145,6 +166,7 @@ def _segment_volume(
                 source=item.name,
                 log=log,
                 progress=step,
+                extra=_request(item, settings),
             )
         written = record["mask"] or "nothing found"
         yield record, f"{base.parent / written}  {result!r}"
@@ -179,6 +201,27 @@ def _jobs(found: Finding, paths: Sequence[Path], output: Path) -> list[tuple[Ite
                 f"{printable(base)}. Rename one, or segment them into different folders."
             )
     return jobs
+
+
+def _left(
+    jobs: Sequence[tuple[Item, Path]], settings: VolumeSettings, segmenter: Segmenter
+) -> list[tuple[Item, Path]]:
+    """Return the jobs that no earlier call has done; InputError where it did something else."""
+    from recallseg.runtime.services.outputs import is_done
+
+    made = segmenter.provenance
+    return [
+        (item, base)
+        for item, base in jobs
+        if not is_done(base, _request(item, settings)["request"], made)
+    ]
+
+
+def _request(item: Item, settings: VolumeSettings) -> dict[str, str]:
+    """Return what a record says of what was asked for: which files as they are, treated how."""
+    from recallseg.engines.digest import digest_json
+
+    return {"request": digest_json([item.kind, repr(item.signature), repr(settings)])}
 
 
 def _refuse_existing(jobs: Sequence[tuple[Item, Path]]) -> None:

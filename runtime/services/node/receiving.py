@@ -10,8 +10,10 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from recallseg.runtime.services.metrics import Metrics
 from recallseg.runtime.services.node.guarding import Bounds, GuardedServer
 from recallseg.runtime.services.node.objects import Spool
 from recallseg.runtime.services.node.settings import NodeSettings
-from recallseg.runtime.services.node.store import NodeStore
+from recallseg.runtime.services.node.store import NodeStore, object_file
 
 __all__ = ["STORAGE_CLASSES", "TRANSFER_SYNTAXES", "Arrivals", "HeaderReaders", "Receiver"]
 
@@ -71,6 +73,7 @@ STORAGE_CLASSES = _storage_classes()
 SUCCESS, OUT_OF_ROOM, WRONG_CLASS, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xA900, 0xC000
 _COMMENT = 64  # characters of a comment (LO)
 _READERS = 2
+_REMEMBERED = 20_000  # headers, of about a kilobyte
 _BETWEEN_SWEEPS_S = 1.0
 
 
@@ -127,7 +130,8 @@ class HeaderReaders:
     """A few processes that read headers, for many threads that ask.
 
     Each is started and asked by a thread that lives as long: Linux ends a process of ours with the
-    thread that started it.
+    thread that started it. Headers of objects that were just received are remembered by the name
+    of their file, which holds the digest of its contents, so that a job need not read them again.
     """
 
     def __init__(self, limits: DecodingLimits | None = None) -> None:
@@ -135,10 +139,19 @@ class HeaderReaders:
         self._own = threading.local()
         self._all: list[IsolatedDecoder] = []
         self._threads = ThreadPoolExecutor(_READERS, "header")
+        self._known: OrderedDict[str, DicomHeader] = OrderedDict()
+
+    def remember(self, name: str, header: DicomHeader) -> None:
+        """Remember the header of a file whose name holds the digest of its contents."""
+        self._known[name] = header
+        while len(self._known) > _REMEMBERED:
+            with suppress(KeyError):  # another thread was quicker
+                self._known.popitem(last=False)
 
     def __call__(self, path: Path) -> Header:
         """Do as :func:`recallseg.runtime.formats.finding.read_header`, within limits."""
-        return self._threads.submit(self._read, path).result()
+        known = self._known.get(path.name)
+        return self._threads.submit(self._read, path).result() if known is None else known
 
     def warm_up(self, path: Path) -> None:
         """Start the processes, so that the first object need not wait for one."""
@@ -305,10 +318,12 @@ class Receiver:
             return NOT_UNDERSTOOD, "an answer of this node, which it does not segment"
         association = event.assoc
         series = self._store.marks.of(header.series)
+        instance = self._store.marks.of(header.instance)
+        self._readers.remember(object_file(instance, digest), header)
         what = self._store.put(
             spool.path,
             series,
-            self._store.marks.of(header.instance),
+            instance,
             digest,
             str(association.requestor.ae_title).strip(),
             str(association.acceptor.ae_title).strip(),

@@ -35,7 +35,7 @@ from recallseg.engines.errors import InputError, LibraryLockedError
 from recallseg.runtime.library.storage import WriterLock
 from recallseg.runtime.services.logs import Marks
 
-__all__ = ["Answer", "Delivery", "Job", "NodeStore", "Promise", "SeriesRow"]
+__all__ = ["Answer", "Delivery", "Job", "NodeStore", "Promise", "SeriesRow", "object_file"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS objects (
@@ -67,6 +67,7 @@ CREATE TABLE IF NOT EXISTS promises (
     UNIQUE (transaction_uid, sender));
 """
 _VERSION = 1
+_DIGITS = 32  # of a digest, in names of files
 _FILE = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{32})\.dcm")
 REMEMBERED_S = 90 * 86400.0
 """A late object is told from a whole series for so long after that was removed."""
@@ -208,8 +209,7 @@ class NodeStore:
         series, instance : their marks.
         digest : SHA-256 of the data set, hex.
         """
-        digest = digest[:32]
-        folder = self.received / series
+        folder, digest = self.received / series, digest[:_DIGITS]
         with self._lock:
             row = self._one(
                 "SELECT digest, bytes, present FROM objects WHERE series=? AND instance=?",
@@ -219,7 +219,7 @@ class NodeStore:
                 return "same"
             size = spool.stat().st_size
             make_folder(folder, mode=0o700)
-            os.replace(spool, folder / f"{instance}.{digest}.dcm")
+            os.replace(spool, folder / object_file(instance, digest))
             self._run(
                 "INSERT INTO objects VALUES (?,?,?,?,?,?,?,1,0) ON CONFLICT (series, instance) DO "
                 "UPDATE SET digest=excluded.digest, bytes=excluded.bytes, sender=excluded.sender, "
@@ -230,7 +230,7 @@ class NodeStore:
         sync_folder(folder)  # others need not wait for the disk
         if row is None or not row[2]:
             return "new"
-        (folder / f"{instance}.{row[0]}.dcm").unlink(missing_ok=True)
+        (folder / object_file(instance, row[0])).unlink(missing_ok=True)
         self._used -= row[1]
         return "replaced"
 
@@ -249,7 +249,7 @@ class NodeStore:
             "SELECT instance, digest FROM objects WHERE series=? AND present ORDER BY instance",
             (series,),
         )
-        return [self.received / series / f"{i}.{d}.dcm" for i, d in rows]
+        return [self.received / series / object_file(i, d) for i, d in rows]
 
     def senders(self, series: str) -> tuple[tuple[str, ...], str]:
         """Return the AE titles that sent a series, and the one that the last of them called."""
@@ -263,7 +263,7 @@ class NodeStore:
         rows = self._all(
             "SELECT series, digest FROM objects WHERE instance=? AND present", (instance,)
         )
-        return any((self.received / s / f"{instance}.{d}.dcm").is_file() for s, d in rows)
+        return any((self.received / s / object_file(instance, d)).is_file() for s, d in rows)
 
     def is_answer(self, sop_instance: str) -> bool:
         """Whether an object is one of this node's own answers, which an archive may send on."""
@@ -285,8 +285,8 @@ class NodeStore:
             content, whole = self.content(job.series)
             if content == job.content and whole:
                 folder.mkdir(mode=0o700)
-                for number, file in enumerate(self.files(job.series)):
-                    os.link(file, folder / f"{number:06d}.dcm")
+                for file in self.files(job.series):
+                    os.link(file, folder / file.name)
         try:
             yield folder if content == job.content and whole else None
         finally:
@@ -733,6 +733,11 @@ class NodeStore:
     def _all(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock:
             return self._database.execute(statement, values).fetchall()
+
+
+def object_file(instance: str, digest: str) -> str:
+    """Return the name of an object's file: its mark, and the beginning of its data's digest."""
+    return f"{instance}.{digest[:_DIGITS]}.dcm"
 
 
 def _bytes_in(folder: Path) -> int:

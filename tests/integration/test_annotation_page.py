@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from support.annotating import TOKEN, Served, serving
+from support.fake_bundle import make_fake_bundle
 
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.reports.demo import load_slices
@@ -116,6 +118,11 @@ class Person:
         self.drag(self.place(np.array(lines), mask.shape))
         self.says(f"{NAME}: ")
 
+    def counts(self) -> dict[str, int]:
+        """Return how often the page says that the first structure was corrected, and how."""
+        text = self.browser.find_element(By.CSS_SELECTOR, "#structures small").text
+        return {what: int(count) for count, what in re.findall(r"(\d+) ([a-z]{3,})", text)}
+
     def export(self, mark: str) -> NDArray[np.bool_]:
         """Return what the server would propose for an image of the list."""
         with httpx.Client(
@@ -158,6 +165,31 @@ def test_four_slices_are_drawn_and_accepted_and_the_fifth_is_right(
         found = person.export(button.get_attribute("data-mark"))
         assert mask_dice(found, masks["slice-4.png"]) > 0.9
         assert "accepted" in person.find("worklist").text
+
+
+def test_clicks_boxes_and_scribbles_reach_the_networks(
+    tmp_path: Path, browser: webdriver.Chrome, truths: tuple[Path, dict[str, NDArray[np.bool_]]]
+) -> None:
+    bundle = str(make_fake_bundle(tmp_path / "bundle", correct=True).path)
+    with serving(tmp_path, images=truths[0], bundle=bundle, engine="fake") as served:
+        person = Person(browser, served)
+        person.open("slice-0.png")
+        person.says("Proposed")
+        shape = truths[1]["slice-0.png"].shape
+        (middle,) = person.place(np.array([(shape[1] // 2, shape[0] // 2)]), shape)
+        corner = (middle[0] - 60, middle[1] - 50)
+        for number, (key, points) in enumerate(
+            [("c", [middle]), ("o", [corner]), ("b", [corner, middle]), ("s", [corner, middle])], 1
+        ):
+            person.find("picture").send_keys(key)
+            person.says("Tool")
+            person.drag([points[0], points[-1]])
+            person.says("disc: ")
+            person.wait(lambda number=number: sum(person.counts().values()) == number)
+        assert person.counts() == {"click": 2, "box": 1, "scribble": 1}
+        person.find("undo").click()
+        person.says("Taken back: disc")
+        assert person.counts()["undo"] == 1
 
 
 def test_with_the_keyboard_alone(

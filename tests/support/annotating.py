@@ -67,13 +67,14 @@ def serving(
     limits: Limits | None = None,
     images: Path | None = None,
     bundle: str = "demo",
+    engine: str | None = None,
     threads: int | None = 1,
     **options: Any,
 ) -> Iterator[Served]:
     """Serve a new library below ``folder``."""
     limits = limits or Limits()
     folder.mkdir(parents=True, exist_ok=True)
-    with Library.create(folder / "library", bundle, threads=threads) as library:
+    with Library.create(folder / "library", bundle, engine=engine, threads=threads) as library:
         fill(library, exemplars)
         audit = folder / "audit.jsonl"
         desk = Desk(library, AuditLog(audit))

@@ -27,7 +27,7 @@ from recallseg.engines.errors import (
     InputError,
     RecallSegError,
 )
-from recallseg.engines.registry import check_choice, load_engines
+from recallseg.engines.registry import check_choice, engine_class, load_engines
 from recallseg.engines.verification import Check, Verification, verify_engines
 
 __all__ = [
@@ -182,7 +182,13 @@ def _verify(question: Mapping[str, Any]) -> dict[str, Any]:
             taken = int(file.read().split()[0]) * resource.getpagesize()
         most = taken + question["memory"]
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    engines = load_engines(bundle, engine, precision, options=EngineOptions(question["threads"]))
+    engines = load_engines(
+        bundle,
+        engine,
+        precision,
+        options=EngineOptions(question["threads"]),
+        graphs=bundle.graphs_for(engine_class(engine).variants, precision),
+    )
     result = verify_engines(bundle, engines, precision, strict=False)
     return {
         "engine": result.engine,

@@ -272,6 +272,15 @@ class Bundle:
         found = {key.rsplit("/", 1)[-1] for key in self._graphs}
         return tuple(graph for graph in OPTIONAL_GRAPHS if graph in found)
 
+    def graphs_for(self, variants: Sequence[str], precision: str) -> tuple[str, ...]:
+        """Return the graphs that an engine runs: all five, and the optional ones that it finds."""
+        there = [
+            graph
+            for graph in self.optional_graphs
+            if any(f"{variant}/{precision}/{graph}" in self._graphs for variant in variants)
+        ]
+        return (*GRAPHS, *there)
+
     @property
     def precisions(self) -> dict[str, tuple[str, ...]]:
         """Precisions on disk by variant, e.g. ``{"portable": ("fp32",)}``."""

@@ -96,7 +96,7 @@ class DeviceEngine(Engine):
         """Return room for a tensor of the host; allocated anew only when it has to grow."""
         held = self._staged.get(name)
         if held is None or held.nbytes < array.nbytes:
-            held = self._staged[name] = self.device.tensor(array.shape)
+            held = self._staged[name] = self.device.tensor(array.shape, array.dtype)
         return held.reshape(*array.shape)
 
     def _start(

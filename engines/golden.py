@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.archives import read_arrays
 from recallseg.engines.bundle import MemorySemantics, Normalisation
-from recallseg.engines.composition import Composition, Features, Prediction, Recall
+from recallseg.engines.composition import Composition, Features, Prediction, Prompts, Recall
 from recallseg.engines.engine import Tensor
 from recallseg.engines.errors import BundleError
 from recallseg.engines.inside import read_inside
@@ -28,6 +28,7 @@ from recallseg.engines.specs import Geometry
 __all__ = [
     "GoldenCase",
     "GoldenTensors",
+    "golden_prompts",
     "make_case",
     "network_images",
     "network_masks",
@@ -37,6 +38,8 @@ __all__ = [
 CASE_SIDE = 256
 """Side of the stored images: enough structure for a network, small enough for a repository."""
 _LARGEST = 4096
+CORRECTED = "corrected_"
+"""Begins the names of what the optional graph ``correct`` makes of the case."""
 SAMPLE = 8192
 """Elements kept of each large tensor; an error that spares all of them by chance is no error."""
 
@@ -156,7 +159,9 @@ def run_case(
     normalisation: Mapping[str, Normalisation],
     memory: MemorySemantics,
 ) -> dict[str, Tensor]:
-    """Run a case through five engines and return every tensor on the way, by name.
+    """Run a case through the engines and return every tensor on the way, by name.
+
+    What ``correct`` makes, if it is one of them, begins with :data:`CORRECTED`.
 
     ``memories`` nxkxTx64 and ``pointers`` nxkxC are those of all exemplars.
     """
@@ -178,13 +183,36 @@ def run_case(
     prediction = Prediction.allocate(geometry, n)
     composition.attend(features, recall, prediction)
     composition.decode(features, prediction)
+    corrected: dict[str, Tensor] = {}
+    if "correct" in composition.engines:
+        again = Prediction.allocate(geometry, 1)
+        again.conditioned[:] = prediction.conditioned[:1]
+        composition.correct(features, golden_prompts(prediction.logits[0]), again)
+        corrected = {
+            f"{CORRECTED}{name}": tensor
+            for name, tensor in vars(again).items()
+            if name != "conditioned"
+        }
     return {
         "embedding": embedding,
         **vars(features),
         "memories": recall.memories,
         "pointers": recall.pointers,
         **vars(prediction),
+        **corrected,
     }
+
+
+def golden_prompts(prior: Tensor) -> Prompts:
+    """Return what the case says of its first structure: a place inside, one outside, and a mask.
+
+    Parameters
+    ----------
+    prior : (S/4)x(S/4), the logits that ``decode`` made of it.
+    """
+    side = 4 * prior.shape[-1]
+    points = np.array([[[0.5 * side, 0.5 * side], [0.2 * side, 0.75 * side]]], np.float32)
+    return Prompts(points, np.array([[1, 0]], np.int32), prior[None, None].copy(), np.array([True]))
 
 
 def network_images(case: GoldenCase, side: int, normalisation: Normalisation) -> list[Tensor]:

@@ -19,7 +19,6 @@ from recallseg.engines.device_engine import MOST_BINDINGS
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.onnxruntime_gpu import OnnxRuntimeGpu, Sessions
-from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verdicts import Verdict
 
 __all__ = ["OnnxRuntimeCuda", "work_on_the_cpu"]
@@ -46,7 +45,7 @@ class TracedSessions(Sessions):
     """
 
     def prove(self) -> dict[str, Verdict]:
-        engines: Mapping[str, Any] = self.make(GRAPHS, proving=True)
+        engines: Mapping[str, Any] = self.make(self.graphs, proving=True)
         verdicts = self.judge(engines)
         found = [(node, graph) for graph in engines for node in engines[graph].finish_trace()]
         if not all(verdict.passed for verdict in verdicts.values()):

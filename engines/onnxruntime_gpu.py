@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from recallseg.engines import defaults
 from recallseg.engines.device import Device, DeviceTensor, Stream, open_device
 from recallseg.engines.device_engine import MOST_BINDINGS, Binding, DeviceEngine, binding_key
@@ -36,7 +34,7 @@ from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.operators import require_operators
 from recallseg.engines.paths import cache_folder
 from recallseg.engines.proof import Candidate
-from recallseg.engines.specs import GRAPHS, GraphSpec
+from recallseg.engines.specs import GraphSpec
 from recallseg.engines.verdicts import Verdicts, refuse_foreign, writing
 
 if TYPE_CHECKING:
@@ -69,8 +67,11 @@ class Sessions(Candidate):
         version = load_provider(kind.provider, kind.name).__version__
         options = replace(options, device=options.device or open_device())
         super().__init__(kind.name, bundle, precision, options)
-        self._kind = kind
-        self._files = {graph: bundle.graph_file(graph, variants, precision) for graph in GRAPHS}
+        self._kind, self._variants = kind, variants
+        self.graphs = bundle.graphs_for(variants, precision)
+        self._files = {
+            graph: bundle.graph_file(graph, variants, precision) for graph in self.graphs
+        }
         self._digests = {
             graph: bundle.graph_digest(graph, variant, precision)
             for graph, (_, variant) in self._files.items()
@@ -84,7 +85,7 @@ class Sessions(Candidate):
         refuse_foreign(root, subject[:32])
         self._folder = root / subject[:32]
         # Whoever removes what was compiled removes what was said of it.
-        self.records = {GRAPHS: Verdicts(self._folder / "state.json", subject)}
+        self.records = {self.graphs: Verdicts(self._folder / "state.json", subject)}
         self.most = kind.most
         self.again = f"remove {self._folder} and try again"
 
@@ -93,6 +94,8 @@ class Sessions(Candidate):
     ) -> Mapping[str, OnnxRuntimeGpu]:
         made = {}
         for graph in graphs:
+            if graph not in self._files:  # says which there are
+                self.bundle.graph_file(graph, self._variants, self.precision)
             made[graph] = self._kind(
                 self.bundle.specs[graph],
                 self._files[graph][0],
@@ -260,9 +263,9 @@ class OnnxRuntimeGpu(DeviceEngine):
         binding = self._session.io_binding()
         ordinal = self.device.ordinal
         for name, t in inputs.items():
-            binding.bind_input(name, "cuda", ordinal, np.float32, t.shape, t.address)
+            binding.bind_input(name, "cuda", ordinal, t.dtype, t.shape, t.address)
         for name, t in outputs.items():
-            binding.bind_output(name, "cuda", ordinal, np.float32, t.shape, t.address)
+            binding.bind_output(name, "cuda", ordinal, t.dtype, t.shape, t.address)
         run = self._runtime.RunOptions()
         # The order on the stream is all that is needed: whoever reads the results waits.
         run.add_run_config_entry("disable_synchronize_execution_providers", "1")

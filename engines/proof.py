@@ -20,7 +20,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition, Features, Prediction, Recall
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import VerificationError
-from recallseg.engines.golden import GoldenTensors, run_case
+from recallseg.engines.golden import CORRECTED, GoldenTensors, run_case
 from recallseg.engines.precisions import find_precision
 from recallseg.engines.specs import GRAPHS
 from recallseg.engines.verdicts import Verdict, Verdicts
@@ -34,6 +34,7 @@ _AFTER: Mapping[str, tuple[str, ...]] = {
     "memorize": ("encode",),
     "attend": ("encode", "memorize"),
     "decode": ("encode", "memorize", "attend"),
+    "correct": ("encode", "memorize", "attend", "decode"),
 }
 """Whose errors reach a graph: it is only judged when these are right."""
 
@@ -51,12 +52,14 @@ class Candidate(ABC):
     ----------
     device : the GPU, driver included, as verdicts name it.
     records : where verdicts are kept, by the graphs that one speaks of.
+    graphs : all five, and the optional ones that there are in this precision.
     most : the largest k that the engines take.
     again : for messages, what gives another chance to what was refused.
     always : whether they are proven at each start, whatever the records say.
     """
 
     records: Mapping[tuple[str, ...], Verdicts]
+    graphs: tuple[str, ...]
     most: int
     again: str
     always: bool = False
@@ -72,7 +75,7 @@ class Candidate(ABC):
     def load(self, graphs: tuple[str, ...]) -> dict[str, Engine]:
         """Return engines that reproduced the bundle's golden tensors on this GPU, now or before.
 
-        What nobody proved here yet is proven now, all five graphs together, and recorded.
+        What nobody proved here yet is proven now, all graphs together, and recorded.
 
         Raises
         ------
@@ -100,7 +103,7 @@ class Candidate(ABC):
 
     def prove(self) -> dict[str, Verdict]:
         """Judge each graph: as it is and, if CUDA graphs are wanted, recorded and replayed."""
-        engines = self.make(GRAPHS)
+        engines = self.make(self.graphs)
         for _ in range(3 if self.options.cuda_graphs else 1):
             verdicts = self.judge(engines)
             if not all(verdict.passed for verdict in verdicts.values()):
@@ -124,9 +127,16 @@ class Candidate(ABC):
             *self._repeated(composition, found),
         ]
         makers = {made.name: name for name in GRAPHS for made in bundle.specs[name].outputs}
-        by: dict[str, list[Check]] = {graph: [] for graph in GRAPHS}
+        by: dict[str, list[Check]] = {graph: [] for graph in engines}
         for check in checks:  # masks come of what 'decode' makes
-            by[makers.get(check.tensor.partition(" ")[0], "decode")].append(check)
+            maker = makers.get(check.tensor.partition(" ")[0], "decode")
+            by["correct" if check.tensor.startswith(CORRECTED) else maker].append(check)
+        unproven = [graph for graph, own in by.items() if not own]
+        if unproven:
+            raise VerificationError(
+                f"no golden tensors of bundle {bundle.name} cover the graph '{unproven[0]}', and "
+                f"engine '{self.engine}' runs nothing unproven. Export the bundle again."
+            )
         verdicts: dict[str, Verdict] = {}
         for graph, own in by.items():
             if not all(before in verdicts and verdicts[before].passed for before in _AFTER[graph]):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from recallseg.engines import defaults
 from recallseg.engines.engine import Engine, EngineOptions
-from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.errors import InputError
 from recallseg.engines.precisions import find_precision
-from recallseg.engines.specs import GRAPHS, OPTIONAL_GRAPHS
+from recallseg.engines.specs import GRAPHS
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
@@ -81,10 +81,4 @@ def load_engines(
     """
     options = options or EngineOptions()
     kind = check_choice(name, precision, options.threads)
-    unproven = [graph for graph in graphs if graph in OPTIONAL_GRAPHS]
-    if unproven and kind.place == "device":
-        raise EngineUnavailableError(
-            f"engine '{name}' runs nothing unproven, and no golden tensors cover the graph "
-            f"'{unproven[0]}'. Run that graph with engine 'onnxruntime-cpu'."
-        )
     return kind.load_all(bundle, precision, options, graphs, variants)

@@ -30,6 +30,7 @@ from recallseg.engines.errors import ExportError
 from recallseg.engines.golden import (
     GoldenCase,
     GoldenTensors,
+    golden_prompts,
     make_case,
     network_images,
     network_masks,
@@ -37,10 +38,11 @@ from recallseg.engines.golden import (
 )
 from recallseg.engines.precisions import PRECISIONS
 from recallseg.engines.registry import load_engines
-from recallseg.engines.specs import GRAPHS, graph_specs
+from recallseg.engines.specs import GRAPHS, MOST_POINTS, OPTIONAL_GRAPHS, graph_specs
 from recallseg.engines.verification import compare_with_golden, relative_error
 from recallseg.export import ort_cpu, ort_cuda, tensorrt
 from recallseg.export.checkpoints import Loaded
+from recallseg.export.correcting import PRIOR_CLAMP, Correct, Corrector, with_corrector
 from recallseg.export.families import Segmenter, is_segmenter
 from recallseg.export.families.base import IMAGENET
 from recallseg.export.families.embedders import embedder_family
@@ -49,6 +51,7 @@ from recallseg.export.onnx_export import OPSET, export_graph
 from recallseg.export.parity import (
     Measured,
     TorchEngine,
+    check_corrections,
     check_definition,
     check_end_to_end,
     check_graph,
@@ -82,6 +85,7 @@ def export_bundle(
     dinov2: Loaded,
     output: Path,
     *,
+    corrector: Corrector | None = None,
     name: str | None = None,
     embed_size: int | None = None,
     object_pointers: bool = True,
@@ -90,12 +94,13 @@ def export_bundle(
     overwrite: bool = False,
     report: Report = lambda step: None,
 ) -> Bundle:
-    """Export five graphs, prove them, and write the bundle.
+    """Export the graphs, prove them, and write the bundle.
 
     Parameters
     ----------
     sam2, dinov2 : models in eval mode, fp32, on the CPU, with where they came from.
     output : the bundle's folder; it must not exist unless ``overwrite``.
+    corrector : weights that the graph ``correct`` has in the place of the segmenter's own.
     name : what the bundle calls itself; the folder's name by default.
     embed_size : E in pixels, a multiple of DINOv2's patch; 224, or less for a smaller model.
     object_pointers : whether memory attention takes SAM 2's object pointers too.
@@ -131,7 +136,10 @@ def export_bundle(
     geometry = read_geometry(segmenter, embedder, embed_size=size)
     memory = MemorySemantics(object_pointers, _pointer_time(segmenter))
     modules = build_graphs(segmenter, embedder, object_pointers=object_pointers)
-    specs = graph_specs(geometry, object_pointers=object_pointers)
+    every = (*GRAPHS, *OPTIONAL_GRAPHS)
+    specs = graph_specs(geometry, object_pointers=object_pointers, optional=OPTIONAL_GRAPHS)
+    correcting = with_corrector(segmenter, None if corrector is None else corrector.tensors)
+    modules["correct"] = Correct(correcting).eval()
 
     with write_bundle(output, overwrite=overwrite) as work:
         graphs: dict[str, Any] = {}
@@ -144,7 +152,7 @@ def export_bundle(
             export_graph(module, specs[graph], geometry, path, opset=opset)
             graphs[f"{variant}/{precision}/{graph}"] = entry(work, path)
 
-        for graph in GRAPHS:
+        for graph in every:
             write("portable", graph, modules[graph], OPSET)
         if "ort-cpu" in variants:
             with ort_cpu.fused_attention(segmenter, embedder):
@@ -158,7 +166,7 @@ def export_bundle(
                     )
                     write("ort-cpu", "attend", fewer["attend"], ort_cpu.OPSET, "pooled")
         if pooled:  # all but attend are the exact graphs
-            for graph in GRAPHS:
+            for graph in every:
                 exact = graphs.get(f"ort-cpu/fp32/{graph}", graphs[f"portable/fp32/{graph}"])
                 graphs.setdefault(f"ort-cpu/pooled/{graph}", exact)
         if "ort-cuda" in variants:
@@ -170,13 +178,13 @@ def export_bundle(
                 ort_cuda.forget_unread_outputs(file)
                 graphs[f"ort-cuda/fp32/{graph}"] = entry(work, file)
         if "tensorrt" in variants:
-            with tensorrt.fusable_attention(segmenter, embedder):
-                for graph in GRAPHS:
+            with tensorrt.fusable_attention(segmenter, embedder, correcting):
+                for graph in every:
                     write("tensorrt", graph, modules[graph], tensorrt.OPSET)
                     tensorrt.check_operators(work / graphs[f"tensorrt/fp32/{graph}"]["file"])
         report("golden tensors")
         case = make_case(_GOLDEN_SEED)
-        reference = Composition({name: TorchEngine(specs[name], modules[name]) for name in GRAPHS})
+        reference = Composition({name: TorchEngine(specs[name], modules[name]) for name in every})
         tensors = run_case(case, reference, geometry, normalisation, memory)
         golden_file = work / "golden" / "golden.npz"
         golden_file.parent.mkdir()
@@ -190,7 +198,19 @@ def export_bundle(
             "name": name or output.name,
             "identity": described.identity,
             "former_identities": former_identities(sam2, dinov2, described),
-            "weights": {"segmenter": _weights(sam2), "embedder": _weights(dinov2)},
+            "weights": {
+                "segmenter": _weights(sam2),
+                "embedder": _weights(dinov2),
+                **({} if corrector is None else {"corrector": asdict(corrector.weights)}),
+            },
+            "correct": {
+                "prompt_encoder_and_mask_decoder": "segmenter"
+                if corrector is None
+                else "corrector",
+                "most_points": MOST_POINTS,
+                "padding_points": 1,
+                "prior_clamp": PRIOR_CLAMP,
+            },
             "geometry": geometry.to_json(),
             "normalisation": {key: asdict(value) for key, value in normalisation.items()},
             "memory": asdict(memory),
@@ -206,6 +226,7 @@ def export_bundle(
             check_definition(
                 reference, segmenter, case, geometry, normalisation["encode"], memory
             ).to_json(),
+            *(value.to_json() for value in check_corrections(reference, correcting, tensors)),
             *(
                 value.to_json()
                 for value in _gate(Bundle.open(work), modules, case, tensors, report)
@@ -232,16 +253,21 @@ def _gate(
         "masks": network_masks(case, geometry.image_size)[0],
         "pointer_time": np.full((n, k), bundle.memory.pointer_time, np.float32),
     }
+    said = {"conditioned": tensors["conditioned"][:1], **vars(golden_prompts(tensors["logits"][0]))}
     small = network_images(case, geometry.embed_size, normalisation["embed"])[-1]
     golden = GoldenTensors.load(bundle.golden_file)
     measured: list[Measured] = []
     for variant in bundle.precisions:
         # A variant may leave graphs out; the portable ones then stand in, as they will at run time.
-        engines = load_engines(bundle, "onnxruntime-cpu", "fp32", variants=(variant, "portable"))
-        for graph in GRAPHS:
+        every = (*GRAPHS, *bundle.optional_graphs)
+        engines = load_engines(
+            bundle, "onnxruntime-cpu", "fp32", graphs=every, variants=(variant, "portable")
+        )
+        for graph in every:
             if f"{variant}/fp32/{graph}" in bundle.manifest["graphs"]:
                 report(f"compare {variant} {graph}")
                 inputs = {**like, "image": small} if graph == "embed" else like
+                inputs = {**like, **said} if graph == "correct" else inputs
                 measured += check_graph(engines[graph], modules[graph], inputs, variant=variant)
         report(f"compare {variant} end to end")
         found = run_case(case, Composition(engines), geometry, normalisation, bundle.memory)
@@ -249,7 +275,7 @@ def _gate(
         compare_with_golden(bundle, golden, found, engines["embed"].name, "fp32")
     if "pooled" in bundle.precisions.get("ort-cpu", ()):
         report("compare pooled end to end")
-        engines = load_engines(bundle, "onnxruntime-cpu", "pooled")
+        engines = load_engines(bundle, "onnxruntime-cpu", "pooled", graphs=every)
         found = run_case(case, Composition(engines), geometry, normalisation, bundle.memory)
         compare_with_golden(bundle, golden, found, engines["embed"].name, "pooled")
         error = relative_error(found["logits"], tensors["logits"])

@@ -13,6 +13,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
 from recallseg.export.checkpoints import load_embedder, load_segmenter
 from recallseg.export.converting import CONVERTED, convert_bundle
+from recallseg.export.correcting import load_corrector
 
 __all__ = ["convert", "export"]
 
@@ -36,6 +37,17 @@ def export(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    corrector: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Safetensors of a prompt encoder and mask decoder for the graph 'correct' alone.",
+            show_default="the segmenter's own",
+        ),
+    ] = None,
+    corrector_source: Annotated[
+        str, typer.Option(help="Where those come from: pretrained, demo or random.")
+    ] = "pretrained",
+    corrector_licence: Annotated[str, typer.Option(help="Their licence.")] = "unknown",
     image_size: Annotated[
         Optional[int],
         typer.Option(
@@ -81,6 +93,9 @@ def export(
             first,
             second,
             output,
+            corrector=None
+            if corrector is None
+            else load_corrector(corrector, source=corrector_source, licence=corrector_licence),
             name=name,
             embed_size=embed_size,
             object_pointers=object_pointers,

@@ -15,7 +15,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import ExportError
-from recallseg.engines.golden import GoldenTensors, network_images, run_case
+from recallseg.engines.golden import GoldenTensors, golden_prompts, network_images, run_case
 from recallseg.engines.manifest import MANIFEST
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.operators import require_operators
@@ -179,7 +179,7 @@ def _converted(
     made: Made = {}
     for variant, base in sources.items():
         engines: dict[str, Engine] = dict(next(iter(made.values()), {}))
-        for graph in GRAPHS:
+        for graph in (*GRAPHS, *source.optional_graphs):
             if f"{base}/fp32/{graph}" not in manifest["graphs"]:
                 continue
             report(f"convert {graph} of {base} to {precision}")
@@ -228,12 +228,13 @@ def _made_for_cpu(
     """Write all graphs for the CPU but ``memorize``; return the engines by variant."""
     made_as = PRECISIONS[precision]
     variant, base, native = "ort-cpu", made_as.made_from, made_as.native
-    exact = load_engines(source, "onnxruntime-cpu", base)
+    every = source.graphs_for((variant, "portable"), base)
+    exact = load_engines(source, "onnxruntime-cpu", base, graphs=every)
     measured = made_as.made_by == "quantized"
     inputs = _image_like(source, golden, exact) if measured else {}
     engines: dict[str, Engine] = {}
     kept: dict[str, list[str]] = {}
-    for graph in GRAPHS:
+    for graph in every:
         spec = source.specs[graph]
         path, found = source.graph_file(graph, (variant, "portable"), base)
         if graph == "memorize":
@@ -274,11 +275,9 @@ def _image_like(
     }
     k, n = case.masks.shape[:2]
     tensors["pointer_time"] = np.full((n, k), source.memory.pointer_time, np.float32)
-    return {
-        graph: {"image": images[graph]} if graph in images else tensors
-        for graph in GRAPHS
-        if graph != "memorize"
-    }
+    said = {"conditioned": tensors["conditioned"][:1], **vars(golden_prompts(tensors["logits"][0]))}
+    own = {**{name: {"image": image} for name, image in images.items()}, "correct": tensors | said}
+    return {graph: own.get(graph, tensors) for graph in engines if graph != "memorize"}
 
 
 def _save(work: Path, file: Path, model: onnx.ModelProto) -> dict[str, Any]:

@@ -4,18 +4,62 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recallseg.engines.errors import ExportError
+from recallseg.engines.bundle import Weights
+from recallseg.engines.errors import CheckpointError, ExportError
+from recallseg.export.checkpoints.digest import state_digest
 from recallseg.export.families import Segmenter
 
-__all__ = ["PRIOR_CLAMP", "Correct", "is_corrector", "with_corrector"]
+__all__ = [
+    "PRIOR_CLAMP",
+    "Correct",
+    "Corrector",
+    "is_corrector",
+    "load_corrector",
+    "with_corrector",
+]
 
 PRIOR_CLAMP = 32.0
 """Logits of a mask before are held within +- this, as Meta's ``add_new_points_or_box`` does."""
+
+
+@dataclass(frozen=True)
+class Corrector:
+    """A prompt encoder and mask decoder that were trained to be corrected, see ``with_corrector``.
+
+    They decide neither embeddings nor memories nor what is proposed, so that the bundle's identity
+    does not depend on them; the manifest states them as the weights ``corrector``.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weights: Weights
+
+
+def load_corrector(path: Path, *, source: str, licence: str) -> Corrector:
+    """Read a safetensors file of a corrector.
+
+    Parameters
+    ----------
+    source, licence : see :class:`recallseg.engines.bundle.Weights`.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read.
+    """
+    try:
+        tensors = {name: value.float() for name, value in load_file(path).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"the corrector {path} cannot be read: {error}.") from error
+    return Corrector(tensors, Weights("corrector", source, state_digest(tensors), licence))
 
 
 class Correct(nn.Module):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -31,6 +32,7 @@ from recallseg.engines.errors import ParityError
 from recallseg.engines.golden import GoldenCase, network_images, network_masks
 from recallseg.engines.specs import Geometry, GraphSpec
 from recallseg.engines.verification import relative_error
+from recallseg.export.correcting import PRIOR_CLAMP
 from recallseg.export.families import Segmenter, segmenter_family
 from recallseg.export.onnx_export import example_inputs
 
@@ -39,6 +41,7 @@ __all__ = [
     "PARITY_TOLERANCE",
     "Measured",
     "TorchEngine",
+    "check_corrections",
     "check_definition",
     "check_end_to_end",
     "check_graph",
@@ -53,6 +56,9 @@ bfloat16. Seen: 3e-6; with object pointers left out 3e-2."""
 
 _SIZES = ((1, 1), (2, 3))
 """(n, k) at which graphs with dynamic axes are compared."""
+
+_MOST_CLICKS = 8
+"""Points up to which ``correct`` is compared, one number after the other."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +124,20 @@ def check_graph(
     dynamic = any(isinstance(size, str) for tensor in spec.inputs for size in tensor.shape)
     generator = torch.Generator().manual_seed(1)
     cases: list[tuple[str, dict[str, Array]]] = []
-    for n, k in _SIZES if dynamic else _SIZES[:1]:
+    if spec.name == "correct":
+        drawn_prompts = _prompts(spec, generator)
+        cases += [
+            (kind, {name: value.numpy() for name, value in drawn.items()})
+            for kind, drawn in drawn_prompts
+        ]
+    sizes = _SIZES if dynamic else _SIZES[:1]
+    for n, k in sizes if spec.name != "correct" else ():
         drawn = example_inputs(spec, generator, n=n, k=k)
         cases.append(("random", {name: value.numpy() for name, value in drawn.items()}))
     if image_like is not None:
         cases.append(("image-like", {t.name: image_like[t.name] for t in spec.inputs}))
     for kind, inputs in cases:
-        symbols: dict[str, int] = {"n": 1, "k": 1}
+        symbols: dict[str, int] = {"n": 1, "k": 1, "p": 1}
         for tensor in spec.inputs:
             seen: dict[str, int] = {}
             tensor.bind(inputs[tensor.name], seen, spec.name)
@@ -146,6 +159,116 @@ def check_graph(
                     PARITY_TOLERANCE,
                 )
             )
+
+
+def _prompts(
+    spec: GraphSpec, generator: torch.Generator
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield inputs of ``correct``: 0 to 8 points, a box with points, each with and without a prior.
+
+    No point at all is one that is none.
+    """
+    for count in range(_MOST_CLICKS + 1):
+        for box in (False, True) if count >= 2 else (False,):
+            for prior in (False, True):
+                drawn = example_inputs(spec, generator, p=max(1, count))
+                labels = torch.randint(0, 2, (1, max(1, count)), generator=generator)
+                if count == 0:
+                    labels[:] = -1
+                if box:
+                    labels[:, :2] = torch.tensor([2, 3])
+                drawn["point_labels"] = labels.to(torch.int32)
+                drawn["prior"] *= 20  # some beyond what it is held within
+                drawn["has_prior"][:] = prior
+                what = f"box and {count - 2} points" if box else f"{count} points"
+                yield f"random, {what}{', a prior' if prior else ''}", drawn
+
+
+def check_corrections(
+    modules: Composition, sam2: Segmenter, tensors: Mapping[str, Array]
+) -> Iterator[Measured]:
+    """Compare ``correct`` with the video model's own step for prompts, on a conditioned image.
+
+    Parameters
+    ----------
+    modules : a composition of :class:`TorchEngine`.
+    sam2 : with the prompt encoder and mask decoder of ``correct``.
+    tensors : of a run of the golden case: its image is the one that is corrected.
+
+    Raises
+    ------
+    ParityError
+        If a mask or an IoU estimate differs, or the reference finds no object.
+    """
+    engine = modules.engines["correct"]
+    image = {name: tensors[name] for name in ("skip0", "skip1")}
+    conditioned = tensors["conditioned"][:1]
+    for what, drawn in _prompts(engine.spec, torch.Generator().manual_seed(2)):
+        inputs = {**{name: value.numpy() for name, value in drawn.items()}, **image}
+        inputs["conditioned"] = conditioned
+        found = engine.allocate_outputs(p=inputs["points"].shape[1])
+        engine.run(inputs, found)
+        logits, iou, score = _run_video_step(sam2, inputs)
+        if score <= 0:
+            raise ParityError(
+                f"the reference finds no object after {what} (object score {score:.2f}), so its "
+                "mask is a constant and proves nothing. Raise the bias of "
+                "mask_decoder.pred_obj_score_head.proj_out (random weights), or change the case."
+            )
+        for name, expected in (("logits", logits), ("iou", iou)):
+            error = relative_error(found[name], expected)
+            yield _judge(
+                Measured(
+                    "definition of correct", "modules", what, name, 1, 0, error,
+                    DEFINITION_TOLERANCE,
+                )
+            )  # fmt: skip
+
+
+def _run_video_step(sam2: Segmenter, inputs: Mapping[str, Array]) -> tuple[Array, Array, float]:
+    """Run ``_run_single_frame_inference`` on conditioned features: logits, IoU, object score.
+
+    Its memory attention is given these features as what it makes; no point is given as none.
+    """
+    given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    features = given["conditioned"]
+    flat = [given[n].flatten(2).permute(2, 0, 1) for n in ("skip0", "skip1", "conditioned")]
+    points = None
+    if int(given["point_labels"][0, 0]) >= 0:
+        points = {
+            "point_coords": given["points"][:, None],
+            "point_labels": given["point_labels"][:, None],
+        }
+    prior = given["prior"].clamp(-PRIOR_CLAMP, PRIOR_CLAMP) if bool(given["has_prior"]) else None
+    seen: list[Tensor] = []
+    decoder = sam2.mask_decoder.forward
+
+    def watched(*args: Any, **named: Any) -> Any:
+        made = decoder(*args, **named)
+        seen.append(made[1])
+        return made
+
+    session = SimpleNamespace(num_frames=1)  # nothing else is asked of it
+    with (
+        torch.inference_mode(),
+        patch.object(sam2, "_prepare_vision_features", return_value=(flat, flat)),
+        patch.object(sam2, "_prepare_memory_conditioned_features", return_value=features),
+        patch.object(sam2.mask_decoder, "forward", watched),
+    ):
+        out = sam2._run_single_frame_inference(
+            inference_session=session,
+            frame_idx=0,
+            obj_idx=0,
+            batch_size=1,
+            is_init_cond_frame=False,
+            point_inputs=points,
+            mask_inputs=None,
+            reverse=False,
+            prev_sam_mask_logits=prior,
+        )
+    iou = seen[0].flatten().max().reshape(1).numpy()  # one mask, or the best of three
+    score = float(out["object_score_logits"].flatten()[0])
+    return out["pred_masks"][:, 0].numpy(), iou, score
 
 
 def check_definition(

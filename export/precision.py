@@ -58,7 +58,7 @@ zero is smaller than fp16 knows: both stay in fp32 in every precision."""
 _NO_BF16 = ("Conv", "ConvTranspose", "MaxPool", "Resize", "Sin", "Cos")
 """Operators that take no bfloat16 before operator set 22."""
 
-_WHOLE = {"bf16": ("decode",), "mixed": ("embed",)}
+_WHOLE = {"bf16": ("decode", "correct"), "mixed": ("embed",)}
 """Graphs that a precision leaves in fp32 altogether."""
 
 _LOW = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
@@ -94,6 +94,8 @@ def convert_graph(model: ModelProto, precision: str, graph: str) -> ModelProto:
     for index, node in enumerate(work.graph.node):
         node.name = node.name or f"node_{index}"  # what is kept is kept by name
     keep_nodes = list(attention_products(work)) if precision == "mixed" else []
+    if graph == "correct":
+        keep_nodes += exact_in_correct(work)
     converted: ModelProto = float16.convert_float_to_float16(
         work, keep_io_types=True, op_block_list=keep_types, node_block_list=keep_nodes
     )
@@ -169,6 +171,33 @@ def _sort_nodes(model: ModelProto) -> None:
     copies = [copy.deepcopy(node) for node in ordered]
     del model.graph.node[:]
     model.graph.node.extend(copies)
+
+
+def exact_in_correct(model: ModelProto) -> list[str]:
+    """Return the names of the nodes of ``correct`` that no lower precision may touch.
+
+    From points to their codes: an angle has up to 20 radians, a place up to 1,024 pixels. From the
+    comparisons of logits on: counts go beyond what fp16 holds (65,536 places).
+    """
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    kept: dict[str, None] = {}
+    waiting = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
+    while waiting:
+        node = waiting.pop()
+        kept[node.name] = None
+        waiting += [made_by[name] for name in node.input if name in made_by]
+    waiting = [node for node in model.graph.node if node.op_type == "Greater"]
+    while waiting:
+        node = waiting.pop()
+        if node.op_type not in ("Greater", "Cast", "ReduceSum", "Mul", "GreaterOrEqual"):
+            continue
+        kept[node.name] = None
+        waiting += [reader for name in node.output for reader in readers.get(name, [])]
+    return [*kept]
 
 
 def attention_products(model: ModelProto) -> Iterator[str]:

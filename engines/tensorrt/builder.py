@@ -18,6 +18,9 @@ __all__ = ["BuildRequest", "Built", "build_plan"]
 
 Report = Callable[[str], None]
 
+_TYPES = {"float32": "FLOAT", "int32": "INT32", "bool": "BOOL"}
+"""TensorRT's names of what specs say."""
+
 _ATTENTION_PARSER = (10, 14)
 """The first TensorRT whose parser takes the standard ``Attention`` operator."""
 
@@ -191,11 +194,16 @@ def _check_tensors(api: Any, network: Any, spec: GraphSpec, graph: Path) -> None
             for name, shape in expected.items()
         )
         types = {get(i).name: get(i).dtype for i in range(count)}
-        odd = {name: str(found) for name, found in types.items() if found != api.DataType.FLOAT}
+        odd = {
+            tensor.name: str(types[tensor.name])
+            for tensor in wanted
+            if tensor.name in types
+            and types[tensor.name] != getattr(api.DataType, _TYPES[tensor.dtype])
+        }
         if odd:
             raise EngineRunError(
-                f"{graph.name} has {role} that are not fp32: {odd}. Inputs and outputs stay fp32 "
-                "in every precision: make it with 'recallseg convert'."
+                f"{graph.name} has {role} that are not fp32: {odd}. Inputs and outputs stay as "
+                "they are in every precision: make it with 'recallseg convert'."
             )
         if differs:
             raise EngineRunError(

@@ -12,7 +12,6 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import open_device
 from recallseg.engines.errors import InputError
 from recallseg.engines.golden import GoldenTensors
-from recallseg.engines.specs import GRAPHS
 from recallseg.engines.tensorrt.builder import BuildRequest, build_plan
 from recallseg.engines.tensorrt.plans import Plan, PlanCache, PlanKey
 
@@ -62,7 +61,7 @@ def build_bundle(
     bundle: Bundle,
     request: BuildRequest,
     *,
-    graphs: tuple[str, ...] = GRAPHS,
+    graphs: tuple[str, ...] | None = None,
     cache: PlanCache | None = None,
     rebuild: bool = False,
     report: Report = lambda graph, step: None,
@@ -73,7 +72,7 @@ def build_bundle(
     ----------
     bundle : whose graphs; each file is compared with its digest.
     request : what to build; a target that follows the GPU gets this machine's.
-    graphs : which of the five.
+    graphs : which; None for all that the bundle has in this precision.
     cache : the user's by default.
     rebuild : build again what is there already.
     report : is told the graph and what happens to it.
@@ -99,7 +98,7 @@ def build_bundle(
     if not request.flavour.is_rtx and request.target.follows_gpu:
         target = replace(request.target, gpu=open_device().facts.gpu)
         request = replace(request, target=target)
-    for graph in graphs:
+    for graph in graphs or bundle.graphs_for(VARIANTS, request.precision):
         key, path, variant = plan_key(bundle, graph, request, version)
         report(graph, "look in the cache")
         with cache.building(key):

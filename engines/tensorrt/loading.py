@@ -10,7 +10,6 @@ from recallseg.engines.device import DeviceFacts, open_device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineUnavailableError
 from recallseg.engines.proof import Candidate
-from recallseg.engines.specs import GRAPHS
 from recallseg.engines.tensorrt.building import VARIANTS
 from recallseg.engines.tensorrt.flavour import FLAVOURS
 from recallseg.engines.tensorrt.plans import Plan, PlanCache
@@ -47,7 +46,8 @@ class Plans(Candidate):
         super().__init__(kind.name, bundle, precision, replace(options, device=self._gpu))
         facts = self._gpu.facts
         self._plans = find_plans(bundle, kind.name, precision, version, facts, PlanCache())
-        self.records = {(graph,): self._plans[graph].verdicts for graph in GRAPHS}
+        self.graphs = tuple(self._plans)
+        self.records = {(graph,): plan.verdicts for graph, plan in self._plans.items()}
         self.most = Profile.from_json(self._plans["attend"].key.profile).k.most
         # What a plan does when it is recorded and replayed is asked at every start: it takes as
         # long as one query, and is in no record.
@@ -81,7 +81,8 @@ def find_plans(
         If the bundle has no graphs in this precision.
     """
     digests = {}
-    for graph in GRAPHS:
+    graphs = bundle.graphs_for(VARIANTS, precision)
+    for graph in graphs:
         _, variant = bundle.graph_file(graph, VARIANTS, precision)
         digests[graph] = bundle.graph_digest(graph, variant, precision)
     sets: dict[str, dict[str, Plan]] = {}
@@ -97,7 +98,7 @@ def find_plans(
             continue
         name = f"{key.target} {key.profile} {key.options} {key.version}"
         sets.setdefault(name, {})[key.graph] = plan
-    whole = [plans for plans in sets.values() if set(plans) == set(GRAPHS)]
+    whole = [plans for plans in sets.values() if set(plans) == set(graphs)]
     if not whole:
         found = f"; there are plans of {', '.join(sorted(others))}" if others else ""
         raise EngineUnavailableError(

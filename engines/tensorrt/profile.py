@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recallseg.engines.errors import InputError
-from recallseg.engines.specs import Geometry, TensorSpec
+from recallseg.engines.specs import MOST_POINTS, Geometry, TensorSpec
 
 __all__ = ["Profile", "Range"]
 
@@ -43,6 +43,11 @@ class Profile:
     n: Range = Range(1, 1, 4)
     k: Range = Range(1, 4, 16)
 
+    @property
+    def p(self) -> Range:
+        """Points of a correction: alike in every plan, since the graph takes no more."""
+        return Range(1, 2, MOST_POINTS)
+
     def check(self, geometry: Geometry) -> None:
         """Raise InputError when the graphs were not exported for that many."""
         for symbol, most in (("n", geometry.max_n), ("k", geometry.max_k)):
@@ -56,7 +61,9 @@ class Profile:
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], ...]:
         """Return a tensor's least, usual and most shape."""
         return tuple(
-            tensor.resolve(n=getattr(self.n, which), k=getattr(self.k, which))
+            tensor.resolve(
+                **{symbol: getattr(getattr(self, symbol), which) for symbol in ("n", "k", "p")}
+            )
             for which in ("least", "usual", "most")
         )
 

@@ -61,9 +61,8 @@ def build(
 ) -> None:
     """Build a bundle's TensorRT plans into the cache."""
     from recallseg.engines.bundle import Bundle
-    from recallseg.engines.specs import GRAPHS
     from recallseg.engines.tensorrt.builder import BuildRequest
-    from recallseg.engines.tensorrt.building import build_bundle
+    from recallseg.engines.tensorrt.building import VARIANTS, build_bundle
     from recallseg.engines.tensorrt.flavour import flavour_named
     from recallseg.engines.tensorrt.profile import Profile, Range
     from recallseg.engines.tensorrt.targets import Target
@@ -83,7 +82,7 @@ def build(
         None if workspace is None else workspace << 20,
     )
     found: list[dict[str, Any]] = []
-    with progress_bar("build", len(GRAPHS)) as advance:
+    with progress_bar("build", len(opened.graphs_for(VARIANTS, precision))) as advance:
         seen: set[tuple[str, str]] = set()
 
         def report(graph: str, step: str) -> None:
@@ -140,9 +139,10 @@ def _verify(bundle: Bundle, engine: str, precision: str) -> tuple[bool, str]:
     """Verify the plans where they can run; a refusal is an error, no GPU is not."""
     from recallseg.engines.errors import EngineUnavailableError
     from recallseg.engines.registry import load_engines
+    from recallseg.engines.tensorrt.building import VARIANTS
 
     try:
-        load_engines(bundle, engine, precision)
+        load_engines(bundle, engine, precision, graphs=bundle.graphs_for(VARIANTS, precision))
     except EngineUnavailableError as error:
         return False, f"Built, not verified: that is done on the GPU that will run it. {error}"
     return True, "Verified on this GPU: golden tensors and masks are reproduced."

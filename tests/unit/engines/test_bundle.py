@@ -5,18 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from support.correct_graph import write_correct
 from support.fake_bundle import fake_geometry, make_fake_bundle
 
 from recallseg import Library, Segmenter
 from recallseg.engines.budget import memory_budget
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.digest import digest_file
-from recallseg.engines.errors import BundleError, EngineRunError, EngineUnavailableError
+from recallseg.engines.errors import BundleError, EngineRunError
 from recallseg.engines.registry import load_engines
-from recallseg.engines.specs import graph_specs
 from recallseg.engines.verification import verify_engines
 
 
@@ -176,15 +174,13 @@ def test_a_bundle_without_an_optional_graph_says_so(folder: Path) -> None:
 def test_an_optional_graph_runs_like_any_other(folder: Path) -> None:
     """``correct`` is here a graph that only tells its inputs apart; its tensors are the real."""
     path = folder / "graphs" / "portable" / "fp32" / "correct.onnx"
-    _write_correct(path)
+    write_correct(path, fake_geometry())
     manifest = json.loads((folder / "manifest.json").read_text())
     entry = {"file": "graphs/portable/fp32/correct.onnx", "sha256": digest_file(path)}
     rewrite(folder, graphs={**manifest["graphs"], "portable/fp32/correct": entry})
     bundle = Bundle.open(folder)
     assert bundle.optional_graphs == ("correct",)
     assert bundle.identity == manifest["identity"]
-    with pytest.raises(EngineUnavailableError, match=r"nothing unproven.*'correct'"):
-        load_engines(bundle, "onnxruntime-cuda", graphs=("correct",))
     engine = load_engines(bundle, "onnxruntime-cpu", graphs=("correct",))["correct"]
     for points in (1, 3):
         inputs = {t.name: np.zeros(t.resolve(p=points), t.dtype) for t in engine.spec.inputs}
@@ -200,33 +196,6 @@ def test_an_optional_graph_runs_like_any_other(folder: Path) -> None:
             assert outputs["object_score"] == 3 * points
     with pytest.raises(EngineRunError, match=r"'point_labels' must be int32"):
         engine.run({**inputs, "point_labels": inputs["point_labels"].astype(np.int64)}, outputs)
-
-
-def _write_correct(path: Path) -> None:
-    spec = graph_specs(fake_geometry(), optional=("correct",))["correct"]
-    dtype = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
-    inputs, outputs = (
-        [helper.make_tensor_value_info(t.name, dtype[t.dtype], t.shape) for t in tensors]
-        for tensors in (spec.inputs, spec.outputs)
-    )
-    nodes = [
-        helper.make_node("Mul", ["prior", "nothing"], ["zeros"]),
-        helper.make_node("Where", ["has_prior", "prior", "zeros"], ["chosen"]),
-        helper.make_node("Squeeze", ["chosen", "first"], ["logits"]),
-        helper.make_node("ReduceSum", ["points"], ["sum"], keepdims=0),
-        helper.make_node("Unsqueeze", ["sum", "first"], ["iou"]),
-        helper.make_node("Cast", ["point_labels"], ["labels"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceSum", ["labels"], ["count"], keepdims=0),
-        helper.make_node("Unsqueeze", ["count", "first"], ["object_score"]),
-    ]
-    constants = [
-        helper.make_tensor("nothing", TensorProto.FLOAT, [1], [0.0]),
-        helper.make_tensor("first", TensorProto.INT64, [1], [0]),
-    ]
-    graph = helper.make_graph(nodes, "correct", inputs, outputs, constants)
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
 
 
 def test_memories_of_another_size_go_through_everything(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""A bundle with a toy graph ``correct``: its tensors are the real ones, and prove what they do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from recallseg.engines.bundle import Bundle
+from recallseg.engines.composition import Composition
+from recallseg.engines.digest import digest_file
+from recallseg.engines.golden import GoldenTensors, run_case
+from recallseg.engines.registry import load_engines
+from recallseg.engines.specs import Geometry, graph_specs
+
+__all__ = ["add_correct", "write_correct"]
+
+
+def add_correct(source: Bundle, folder: Path, *, proven: bool = True) -> Bundle:
+    """Copy a bundle to ``folder``, with such a graph and, if ``proven``, its golden tensors."""
+    shutil.copytree(source.path, folder)
+    path = folder / "graphs/portable/fp32/correct.onnx"
+    write_correct(path, source.geometry)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = {"file": "graphs/portable/fp32/correct.onnx", "sha256": digest_file(path)}
+    entry["bytes"] = path.stat().st_size
+    manifest["graphs"]["portable/fp32/correct"] = entry
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    bundle = Bundle.open(folder)
+    if proven:
+        file = bundle.golden_file
+        golden = GoldenTensors.load(file)
+        engines = load_engines(bundle, "onnxruntime-cpu", graphs=tuple(bundle.specs))
+        made = run_case(
+            golden.case, Composition(engines), bundle.geometry, bundle.normalisation, bundle.memory
+        )
+        GoldenTensors.from_run(golden.case, made, 0).save(file)
+        manifest["golden"]["sha256"] = digest_file(file)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.open(folder)
+
+
+def write_correct(path: Path, geometry: Geometry) -> None:
+    """Write a graph ``correct`` that tells its inputs apart: prior, sums of points and labels."""
+    spec = graph_specs(geometry, optional=("correct",))["correct"]
+    dtype = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
+    inputs, outputs = (
+        [helper.make_tensor_value_info(t.name, dtype[t.dtype], t.shape) for t in tensors]
+        for tensors in (spec.inputs, spec.outputs)
+    )
+    nodes = [
+        helper.make_node("Mul", ["prior", "nothing"], ["zeros"]),
+        helper.make_node("Where", ["has_prior", "prior", "zeros"], ["chosen"]),
+        helper.make_node("Squeeze", ["chosen", "first"], ["logits"]),
+        helper.make_node("ReduceSum", ["points"], ["sum"], keepdims=0),
+        helper.make_node("Unsqueeze", ["sum", "first"], ["iou"]),
+        helper.make_node("Cast", ["point_labels"], ["labels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["labels"], ["count"], keepdims=0),
+        helper.make_node("Unsqueeze", ["count", "first"], ["object_score"]),
+    ]
+    constants = [
+        helper.make_tensor("nothing", TensorProto.FLOAT, [1], [0.0]),
+        helper.make_tensor("first", TensorProto.INT64, [1], [0]),
+    ]
+    graph = helper.make_graph(nodes, "correct", inputs, outputs, constants)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
+    )

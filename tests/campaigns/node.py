@@ -252,6 +252,8 @@ def hostile(folder: Path, count: int) -> dict[str, Any]:
         place.ready()
         files = write_series(folder / "out", half_volume(3))
         place.send(*files)
+        while not pacs.instances():  # what segmenting takes is not of the hostile
+            time.sleep(0.2)
         before = most = place.resident_mb()
         sent, served, refused, waits = 0, 0, 0, []
         slow: list[socket.socket] = []

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RQ, N_EVENT_REPORT_RQ
+from pynetdicom.fsm import StateMachine
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
 
@@ -140,6 +141,25 @@ class _Dimse(DIMSEServiceProvider):
         return bool(data.tell() <= _SMALL_BYTES)
 
 
+class _Machine(StateMachine):
+    """The states of one association; what cannot follow (PS3.8 9.2) ends it at once.
+
+    pynetdicom lets the thread die, and the association wait for it.
+    """
+
+    bounds: Bounds
+
+    def do_action(self, event: str) -> None:
+        """Do what an event asks for."""
+        try:
+            super().do_action(event)
+        except Exception:  # an event out of turn, or whatever else hostile bytes lead to
+            self.bounds.refused("sequence")
+            self.dul._kill_thread = True
+            queue: Any = self.dul.to_user_queue
+            queue.put(None)  # as if nothing had come in time
+
+
 class _Handler(RequestHandler):
     def _create_association(self) -> Any:
         association = super()._create_association()
@@ -147,6 +167,8 @@ class _Handler(RequestHandler):
         link: Any = association.dul.socket
         link.__class__ = _Link  # made in there; a second one would report the connection twice
         link.bounds = bounds
+        machine: Any = association.dul.state_machine
+        machine.__class__, machine.bounds = _Machine, bounds
         dimse = _Dimse(association)
         dimse.bounds = bounds
         association.dimse = dimse

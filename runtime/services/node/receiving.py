@@ -73,6 +73,7 @@ STORAGE_CLASSES = _storage_classes()
 SUCCESS, OUT_OF_ROOM, WRONG_CLASS, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xA900, 0xC000
 _COMMENT = 64  # characters of a comment (LO)
 _READERS = 2
+_GREETING_S = 10.0  # a peer that connects asks for an association at once
 _REMEMBERED = 20_000  # headers, of about a kilobyte
 _BETWEEN_SWEEPS_S = 1.0
 
@@ -261,7 +262,8 @@ class Receiver:
         ae.require_calling_aet = [sender.ae_title for sender in settings.senders]
         ae.maximum_associations = settings.most_clients
         ae.maximum_pdu_size = settings.most_pdu_bytes
-        ae.network_timeout = ae.acse_timeout = ae.dimse_timeout = settings.idle_s
+        ae.network_timeout = ae.dimse_timeout = settings.idle_s
+        ae.acse_timeout = min(_GREETING_S, settings.idle_s)
         ae.add_supported_context(Verification)
         for uid in STORAGE_CLASSES:
             ae.add_supported_context(uid, list(TRANSFER_SYNTAXES))

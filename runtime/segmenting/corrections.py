@@ -353,7 +353,7 @@ class Corrections:
     def memorize(self, masks: Mapping[str, NDArray[np.bool_]]) -> Encoded:
         """Return embedding, memories and pointers of masks HxW of this image, on the host."""
         with self._model.turns:
-            self._bring_back()
+            self.bring_back()
             return self._model.memorize_kept(self._kept, masks)
 
     def close(self) -> None:
@@ -391,7 +391,7 @@ class Corrections:
             self._room = 0
         return result
 
-    def _bring_back(self) -> View:
+    def bring_back(self) -> View:
         """Return a view of the image, encoded anew if it was dropped meanwhile."""
         if self._view.valid and self._model.keeps(self._kept):
             return self._view
@@ -440,7 +440,7 @@ class Corrections:
         with self._model.turns:
             if name not in self._states and len(self._states) >= MOST_STRUCTURES:
                 raise InputError(f"there are {MOST_STRUCTURES} structures already.")
-            view = self._bring_back()
+            view = self.bring_back()
             made = view.correct(self._kept, self._position(name), self._grid.prompts(points, prior))
             # Whoever points at something says that it is there.
             there = any(p.label != OUTSIDE for p in points) or made.object_score > 0
@@ -582,7 +582,7 @@ class _KeptImage:
 
     def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
         with self.session._model.turns:
-            return self.session._bring_back().embedding
+            return self.session.bring_back().embedding
 
 
 def _box(corners: Sequence[Place]) -> tuple[Point, Point]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from recallseg.runtime.segmenting.result import Result, Score
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.stream import Frame, Stream
+    from recallseg.runtime.volumes.corrections import VolumeCorrections
     from recallseg.runtime.volumes.slices import segment_volume
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "Segmenter",
     "Stream",
     "Volume",
+    "VolumeCorrections",
     "__version__",
     "errors",
     "evaluate",
@@ -81,6 +83,7 @@ _HOMES = {
     "Segmenter": "recallseg.runtime.segmenting.segmenter",
     "Stream": "recallseg.runtime.services.stream",
     "Volume": "recallseg.runtime.formats.volume",
+    "VolumeCorrections": "recallseg.runtime.volumes.corrections",
     "evaluate": "recallseg.runtime.reports.evaluation",
     "import_exemplars": "recallseg.runtime.library.importing",
     "read_image": "recallseg.runtime.formats.images",

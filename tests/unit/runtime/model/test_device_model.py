@@ -29,6 +29,8 @@ from recallseg.engines.errors import (
     EngineRunError,
     InputError,
 )
+from recallseg.engines.heads import REFINE, feature_count, graph_digest
+from recallseg.runtime.library.heads import Choice, Head
 from recallseg.runtime.model import device as device_model
 from recallseg.runtime.model.device import DeviceModel
 from recallseg.runtime.model.memory_cache import MemoryCache
@@ -774,3 +776,55 @@ def test_frame_memories_stay_on_the_gpu(
         assert same_scores.scores == result.scores
         assert same_scores.frame_memories == result.frame_memories
     assert not {4 * g.tokens * g.memory_dim, 4 * g.channels} & set(went_out)
+
+
+@pytest.mark.parametrize("kernels_built", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_head_does_for_a_device_what_it_does_on_a_cpu(
+    tmp_path: Path,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+    kernels_built: bool,
+    there: bool,
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    draw = np.random.default_rng(0)
+    n = len(STRUCTURES)
+    shapes = [(32, feature_count(n)), (32,), (16, 32), (16,), (n, 16), (n,)]
+    units = tuple(0.3 * draw.normal(size=shape).astype(np.float32) for shape in shapes)
+    with Library.create(tmp_path / "library", demo(), threads=1) as own:
+        for seed in range(4):
+            image, masks = picture(seed)
+            own.add(image, masks)
+        used = Choice(0.5, 0.0, 0.5, 0.6, 0.0, 0.2, 4)
+        own.heads.store(
+            Head(
+                STRUCTURES,
+                dict.fromkeys(STRUCTURES, used),
+                units,
+                (),
+                dict.fromkeys(range(1, 5), 0),
+                {i: i for i in range(1, 5)},
+                "exemplars",
+                {},
+                own.generation,
+                graph_digest(REFINE),
+                "2026-01-01T00:00:00+00:00",
+                own.newest,
+                len(own),
+            )
+        )
+        device = with_kernels(emulator, monkeypatch) if kernels_built else without_kernels()
+        image, _ = picture(9)
+        given: Any = image
+        if there:
+            given = device.tensor(image.shape, image.dtype)
+            device.stream.copy_in(given, image)
+        found = make(own, device).segment(given)
+        expected = on_cpu(own).segment(image)
+        plain = on_cpu(own, refine=False).segment(image)
+        assert found.provenance.head == expected.provenance.head is not None
+        assert not np.array_equal(expected.label_map, plain.label_map)
+        differing = np.mean(found.label_map != expected.label_map)
+        assert differing == 0 if not kernels_built else differing < 1e-3

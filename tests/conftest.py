@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -16,8 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from support.fake_bundle import make_fake_bundle
 from support.kernels import build_kernels, build_operators
+from support.records import check_record
 
 from recallseg.engines.bundle import Bundle
+from recallseg.runtime.services import outputs as image_outputs
+from recallseg.runtime.volumes import outputs as volume_outputs
 
 # What a user built and named is not what tests build and name.
 _OWN = tempfile.TemporaryDirectory(prefix="recallseg-own-")
@@ -27,6 +31,19 @@ os.environ["RECALLSEG_CACHE"] = f"{_OWN.name}/cache"
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("recallseg", deadline=None)
 settings.load_profile("recallseg")
+
+
+@pytest.fixture(autouse=True)
+def records_are_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever record a test writes is held to docs/schemas."""
+    for module in (image_outputs, volume_outputs):
+
+        def replace_file(path: Path, data: bytes, write: Any = module.replace_file) -> None:
+            if path.suffix == ".json":
+                check_record(json.loads(data))
+            write(path, data)
+
+        monkeypatch.setattr(module, "replace_file", replace_file)
 
 
 @pytest.fixture(scope="session")

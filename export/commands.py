@@ -14,29 +14,34 @@ from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
 from recallseg.export.checkpoints import load_embedder, load_segmenter
 from recallseg.export.converting import CONVERTED, convert_bundle
 from recallseg.export.correcting import load_corrector
+from recallseg.export.families.listing import networks, networks_table
 
 __all__ = ["convert", "export"]
 
 
 def export(
     segmenter: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             "--segmenter",
             "--sam2",
             help="SAM 2 or EdgeTAM: Hugging Face folder, Meta's file, 'demo', or random:tiny "
             "and the like.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     embedder: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             "--embedder",
             "--dinov2",
             help="Likewise of DINOv2, DINOv3 or any other; random:small and the like.",
+            show_default=False,
         ),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    ] = None,
+    output: Annotated[
+        Optional[Path], typer.Option(help="Folder of the bundle to write.", show_default=False)
+    ] = None,
     corrector: Annotated[
         Optional[Path],
         typer.Option(
@@ -80,11 +85,22 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle.")
     ] = False,
+    list_: Annotated[
+        bool,
+        typer.Option("--list", help="List networks, their licences and what they cost instead."),
+    ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the measured parity as JSON.")
+        bool, typer.Option("--json", help="Print the measured parity, or the list, as JSON.")
     ] = False,
 ) -> None:
     """Export a bundle and prove it: every graph and the whole are compared with PyTorch."""
+    if list_:
+        typer.echo(json.dumps(networks(), indent=1) if as_json else networks_table())
+        return
+    if segmenter is None or embedder is None or output is None:
+        raise typer.BadParameter(
+            "an export needs --segmenter, --embedder and --output; --list shows the networks."
+        )
     progress = Console(stderr=True)
     with progress.status("load checkpoints") as status:
         first = load_segmenter(segmenter, image_size=image_size)

@@ -162,6 +162,11 @@ class FoldedAttend(nn.Module):
     def __init__(self, attend: Attend, pool: int = 1) -> None:
         super().__init__()
         attention: Any = attend.memory_attention
+        if pool > 1 and attend.memory_position.shape[1] != len(attend.cos):
+            raise ExportError(
+                f"memories of {attend.family.title} are latents, few already and with no places to "
+                "average over: precision 'pooled' is for SAM 2."
+            )
         if int(attend.memory_position.shape[1]) % pool**2:
             raise ExportError(
                 f"memories of {attend.memory_position.shape[1]} tokens cannot be pooled by {pool}: "

@@ -265,6 +265,7 @@ def _run_video_step(sam2: Segmenter, inputs: Mapping[str, Array]) -> tuple[Array
             mask_inputs=None,
             reverse=False,
             prev_sam_mask_logits=prior,
+            **segmenter_family(sam2).step_options,
         )
     iou = seen[0].flatten().max().reshape(1).numpy()  # one mask, or the best of three
     score = float(out["object_score_logits"].flatten()[0])

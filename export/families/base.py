@@ -8,8 +8,8 @@ bundle's manifest says (sizes, tokens of a memory and their grid, normalisation)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class SegmenterFamily:
     key_rotation : cosines and sines Tx(D/2) that turn the keys of one memory.
     inner_layers : the two layers of one layer of memory attention behind its attention, with the
         activation between them.
+    step_options : what the video model's step for one frame asks for beside what SAM 2's does.
     """
 
     name: str
@@ -91,3 +92,4 @@ class SegmenterFamily:
     memory_attention: Callable[[Any], nn.Module]
     key_rotation: Callable[[Any], tuple[Tensor, Tensor]]
     inner_layers: Callable[[Any], tuple[nn.Linear, nn.Module, nn.Linear]]
+    step_options: Mapping[str, bool] = field(default_factory=dict)

@@ -8,7 +8,6 @@ encoder are SAM 2's.
 
 from __future__ import annotations
 
-import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from transformers.models.edgetam_video.modeling_edgetam_video import EdgeTamVide
 
 from recallseg.engines.errors import ExportError
 from recallseg.export.families.base import IMAGENET, ImageSizes, SegmenterFamily
-from recallseg.export.families.repvit import fused
+from recallseg.export.families.repvit import RepVit, fused
 from recallseg.export.families.rotation import rotation
 
 __all__ = ["EDGETAM_FAMILY", "FusedVision", "LatentAttention"]
@@ -32,7 +31,9 @@ class FusedVision(nn.Module):
 
     def __init__(self, vision: Any) -> None:
         super().__init__()
-        self.backbone = fused(copy.deepcopy(vision.backbone.timm_model)).eval()
+        backbone = RepVit(vision.backbone.config)
+        backbone.load_state_dict(vision.backbone.timm_model.state_dict())
+        self.backbone = fused(backbone).eval()
         self.convs = vision.neck.convs
         self.top_down = tuple(vision.neck.fpn_top_down_levels)
         self.levels = int(vision.num_feature_levels)
@@ -214,4 +215,5 @@ EDGETAM_FAMILY = SegmenterFamily(
     memory_attention=LatentAttention,
     key_rotation=_key_rotation,
     inner_layers=lambda layer: (layer.mlp.up_proj, layer.mlp.act_fn, layer.mlp.down_proj),
+    step_options={"run_mem_encoder": False},
 )

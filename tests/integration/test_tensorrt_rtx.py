@@ -112,7 +112,8 @@ def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("size", [512, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [512, 1024])
 def test_every_graph_of_edgetam_builds(api: Any, tmp_path: Path, size: int) -> None:
     """Those that differ from SAM 2's, at both sizes; all of its graphs have parity tests."""
     segmenter = load_segmenter("random:edgetam", image_size=size).model

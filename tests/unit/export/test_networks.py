@@ -1,0 +1,66 @@
+"""What can be exported is listed, and fine-tuned files are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures.checkpoints import recipe
+from typer.testing import CliRunner
+
+from recallseg.cli import app
+from recallseg.export.checkpoints import load_segmenter
+from recallseg.export.families.counting import count_in_process
+from recallseg.export.families.listing import networks
+
+LAYOUTS = Path(__file__).resolve().parents[2] / "fixtures" / "checkpoints" / "meta_layouts.json"
+
+
+@pytest.mark.parametrize("name", ["MedSAM2_latest.pt", "medsam2_CTLesion.pt"])
+def test_medsam2_is_named_and_runs_at_the_size_it_was_trained_at(tmp_path: Path, name: str) -> None:
+    layout = recipe.unfold(json.loads(LAYOUTS.read_text())["sam2.1-hiera-tiny"]["tensors"])
+    weights = {n: torch.from_numpy(np.asarray(recipe.weight(n, s))) for n, s in layout.items()}
+    torch.save({"model": weights}, tmp_path / name)
+    loaded = load_segmenter(str(tmp_path / name))
+    assert loaded.architecture == "sam2.1-hiera-tiny-medsam2"
+    assert "wanglab/MedSAM2" in loaded.licence
+    assert loaded.model.config.image_size == 512
+    assert load_segmenter(str(tmp_path / name), image_size=256).model.config.image_size == 256
+    (tmp_path / name).rename(tmp_path / "mine.pt")
+    other = load_segmenter(str(tmp_path / "mine.pt"))
+    assert (other.architecture, other.model.config.image_size) == ("sam2.1-hiera-tiny", 1024)
+    assert other.digest == loaded.digest
+
+
+def test_export_list_needs_nothing_else() -> None:
+    shown = CliRunner().invoke(app, ["export", "--list"])
+    assert shown.exit_code == 0, shown.output
+    for name in ("edgetam", "sam2.1-hiera-tiny", "dinov2-small", "dinov3-convnext-tiny"):
+        assert name in shown.output
+    assert "DINOv3 License, gated" in shown.output
+    listed = json.loads(CliRunner().invoke(app, ["export", "--list", "--json"]).output)
+    assert listed == networks()
+
+
+def test_export_without_networks_says_what_is_missing() -> None:
+    found = CliRunner().invoke(app, ["export", "--output", "x"])
+    assert found.exit_code == 2
+    assert "--segmenter" in found.output
+
+
+def test_the_listed_counts_are_those_of_the_models() -> None:
+    (entry,) = (e for e in networks() if e["name"] == "edgetam")
+    counted = count_in_process("edgetam", 512)
+    assert entry["parameters"] == counted.pop("parameters") == 13_895_794
+    assert entry["sizes"]["512"] == counted
+    assert counted["memory_bytes_fp16"] == 2 * (512 * 64 + 256)
+
+
+def test_memories_of_edgetam_are_eight_times_smaller() -> None:
+    found = {e["name"]: e for e in networks() if e["kind"] == "segmenter"}
+    one, other = (found[n]["sizes"]["1024"] for n in ("edgetam", "sam2.1-hiera-tiny"))
+    assert other["tokens"] == 8 * one["tokens"]
+    assert one["graphs"]["attend"]["gflop"] < other["graphs"]["attend"]["gflop"] / 3

@@ -151,13 +151,16 @@ class _Machine(StateMachine):
 
     def do_action(self, event: str) -> None:
         """Do what an event asks for."""
+        nothing: Any = None
         try:
             super().do_action(event)
         except Exception:  # an event out of turn, or whatever else hostile bytes lead to
             self.bounds.refused("sequence")
             self.dul._kill_thread = True
-            queue: Any = self.dul.to_user_queue
-            queue.put(None)  # as if nothing had come in time
+            self.dul.to_user_queue.put(nothing)  # as if no request had come in time
+            return
+        if self.current_state == "Sta1" and self.dul.assoc.requestor.primitive is None:
+            self.dul.to_user_queue.put(nothing)  # gone before it asked: no longer waited for
 
 
 class _Handler(RequestHandler):

@@ -219,13 +219,19 @@ class NodeStore:
                 return "same"
             size = spool.stat().st_size
             make_folder(folder, mode=0o700)
-            os.replace(spool, folder / object_file(instance, digest))
-            self._run(
-                "INSERT INTO objects VALUES (?,?,?,?,?,?,?,1,0) ON CONFLICT (series, instance) DO "
-                "UPDATE SET digest=excluded.digest, bytes=excluded.bytes, sender=excluded.sender, "
-                "called=excluded.called, received=excluded.received, present=1",
-                (series, instance, digest, size, sender, called, self.clock()),
-            )
+            file = folder / object_file(instance, digest)
+            os.replace(spool, file)
+            try:
+                self._run(
+                    "INSERT INTO objects VALUES (?,?,?,?,?,?,?,1,0) ON CONFLICT (series, instance) "
+                    "DO UPDATE SET digest=excluded.digest, bytes=excluded.bytes, "
+                    "sender=excluded.sender, called=excluded.called, received=excluded.received, "
+                    "present=1",
+                    (series, instance, digest, size, sender, called, self.clock()),
+                )
+            except sqlite3.Error:
+                file.unlink(missing_ok=True)  # a full disk: it is refused, so it is not here
+                raise
             self._used += size
         sync_folder(folder)  # others need not wait for the disk
         if row is None or not row[2]:

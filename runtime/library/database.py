@@ -218,11 +218,11 @@ class Database:
     @staticmethod
     def vacuum(path: Path) -> None:
         """Write a file that nobody has open anew, so that nothing deleted is left in it."""
-        with writing(path), closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            try:
+        try:
+            with closing(sqlite3.connect(path, isolation_level=None)) as connection:
                 connection.execute("VACUUM")
-            except sqlite3.Error as error:
-                raise LibraryWriteError(f"{path} cannot be written anew: {error}.") from error
+        except sqlite3.Error as error:
+            raise LibraryWriteError(f"{path} cannot be written anew: {error}.") from error
 
     def _run(self, statements: str) -> None:
         for statement in statements.split(";\n"):

@@ -139,8 +139,9 @@ def release(
     shutil.rmtree(work, ignore_errors=True)  # of a process that died
     try:
         backups.backup(store, work, progress)
-        _forget(work, images)
-        described = _describe(work, version, name, images, evaluation, sbom)
+        with writing(path):
+            _forget(work, images)
+            described = _describe(work, version, name, images, evaluation, sbom)
         manifest = _canonical(described.to_json())
         signature = sign_document(KIND, manifest, key)
         with (
@@ -199,7 +200,7 @@ def unpack(
                 if progress is not None:
                     progress(done, total)
             place = file.tell()
-            if file.read(2 * _BLOCK + 1) != bytes(2 * _BLOCK):
+            if _read(file, 2 * _BLOCK + 1) != bytes(2 * _BLOCK):
                 raise _damaged(path, "its end", place)
             _open_once(work, described, path)
     return described
@@ -319,6 +320,13 @@ def _opened(path: Path) -> IO[bytes]:
         raise LibraryError(f"the release {path} cannot be read: {error.strerror}.") from error
 
 
+def _read(file: IO[bytes], size: int) -> bytes:
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise LibraryError(f"the release {file.name} cannot be read: {error.strerror}.") from error
+
+
 def _read_front(file: IO[bytes], path: Path, trust: Sequence[PublicKey]) -> Release:
     """Read manifest and signature, each behind the one header that it can have."""
     manifest = _read_member(file, path, MANIFEST, _MOST_MANIFEST)
@@ -333,12 +341,12 @@ def _read_front(file: IO[bytes], path: Path, trust: Sequence[PublicKey]) -> Rele
 
 def _read_member(file: IO[bytes], path: Path, name: str, most: int) -> bytes:
     place = file.tell()
-    header = file.read(_BLOCK)
+    header = _read(file, _BLOCK)
     digits = header[124:135]
     size = int(digits, 8) if re.fullmatch(rb"[0-7]{11}", digits) else -1
     if not 0 <= size <= most or header != _header(name, size):
         raise _damaged(path, f"the header of {name}", place)
-    data, rest = file.read(size), file.read(-size % _BLOCK)
+    data, rest = _read(file, size), _read(file, -size % _BLOCK)
     if len(data) != size or rest != bytes(-size % _BLOCK):
         raise _damaged(path, name, place + _BLOCK)
     return data
@@ -346,11 +354,11 @@ def _read_member(file: IO[bytes], path: Path, name: str, most: int) -> bytes:
 
 def _take(file: IO[bytes], path: Path, name: str, size: int, digest: str, copy: IO[bytes]) -> None:
     place = file.tell()
-    if file.read(_BLOCK) != _header(name, size):
+    if _read(file, _BLOCK) != _header(name, size):
         raise _damaged(path, f"the header of {name}", place)
     found, left = hashlib.sha256(), size
     while left:
-        chunk = file.read(min(left, _CHUNK))
+        chunk = _read(file, min(left, _CHUNK))
         if not chunk:
             raise _damaged(path, f"{name}, which is cut off", file.tell())
         found.update(chunk)
@@ -358,7 +366,7 @@ def _take(file: IO[bytes], path: Path, name: str, size: int, digest: str, copy: 
         left -= len(chunk)
     if found.hexdigest() != digest:
         raise _damaged(path, name, place + _BLOCK)
-    if file.read(-size % _BLOCK) != bytes(-size % _BLOCK):
+    if _read(file, -size % _BLOCK) != bytes(-size % _BLOCK):
         raise _damaged(path, f"what follows {name}", place + _BLOCK + size)
 
 

@@ -26,7 +26,10 @@ from support.pictures import LABELS, disc, write_pairs
 from recallseg.cli import main
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import LibraryNotFoundError
+from recallseg.engines.signing import SigningKey, create_key
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.installing import install, installed
+from recallseg.runtime.library.releases import read_release
 
 __all__ = ["LIFE", "OPERATIONS", "CommandError", "Operation", "library_state", "names"]
 
@@ -69,9 +72,13 @@ def _writing(root: Path) -> Iterator[Library]:
 
 
 def library_state(root: Path) -> Any:
-    """Everything that a library holds, read anew; None where there is none."""
+    """Everything that the library below a folder holds, read anew; None where there is none."""
+    return _state_of(root / "library")
+
+
+def _state_of(folder: Path) -> Any:
     try:
-        opened = Library.open(root / "library", encoder=HashEncoder())
+        opened = Library.open(folder, encoder=HashEncoder())
     except LibraryNotFoundError:
         return None
     with opened as library:
@@ -117,6 +124,88 @@ def _remove_and_compact(library: Library) -> None:
     if "case 1" in library:
         library.remove("case 1")
     library.compact()
+
+
+def _retire_all_but_one(library: Library) -> None:
+    library.retire([key for key in ("case 1", "case 2") if key in library])
+
+
+def _rename(library: Library) -> None:
+    library.rename_structure("wall", "membrane")
+
+
+def _two_libraries(root: Path) -> None:
+    _library(root)
+    with Library.create(root / "other", StubBundle(), encoder=HashEncoder()) as library:
+        for number in (2, 7, 8):
+            library.add(**_exemplar(number))
+
+
+def _merge(root: Path) -> None:
+    with (
+        _writing(root) as library,
+        Library.open(root / "other", encoder=HashEncoder()) as other,
+    ):
+        library.merge(other)
+
+
+def _backed_up(root: Path) -> None:
+    _library(root)
+    with Library.open(root / "library", encoder=HashEncoder()) as library:
+        library.backup(root / "copy")
+    with _writing(root) as library:
+        library.remove("case 1")
+
+
+def _copy(root: Path) -> None:
+    with Library.open(root / "library", encoder=HashEncoder()) as library:
+        library.backup(root / "copy")
+
+
+def _copied(root: Path) -> Any:
+    there = (root / "copy").exists()
+    moved = Path("copy") if there else Path("library")
+    return there, _state_of(root / moved), library_state(root)
+
+
+def _restore(root: Path) -> None:
+    Library.restore(root / "copy", root / "library", over_newer=True)
+
+
+def _with_signed(root: Path) -> None:
+    _library(root)
+    create_key(root / "key")
+    KEYS["private"] = SigningKey.read(root / "key")
+
+
+KEYS: dict[str, Any] = {}
+"""Read before faults are injected: a key that cannot be read is a fault of the input."""
+
+
+def _release(root: Path) -> None:
+    key = KEYS["private"]
+    with Library.open(root / "library", encoder=HashEncoder()) as library:
+        library.release(root / "a.release", version="1.0.0", key=key, images=True)
+
+
+def _released(root: Path) -> Any:
+    if not (root / "a.release").exists():
+        return None
+    return read_release(root / "a.release", [KEYS["private"].public]).library
+
+
+def _with_release(root: Path) -> None:
+    _with_signed(root)
+    _release(root)
+
+
+def _install(root: Path) -> None:
+    install(root / "a.release", root / "site", [KEYS["private"].public])
+
+
+def _installed(root: Path) -> Any:
+    used = installed(root / "site") if (root / "site").exists() else None
+    return None if used is None else (used.library, _state_of(root / "site" / "current"))
 
 
 def _read(root: Path) -> None:
@@ -208,7 +297,7 @@ def _some_results(state: Any, after: Any) -> bool:
 
 _SEGMENT = _command(
     *("segment", "{root}/library", "{root}/new/q0.png", "{root}/new/q1.png"),
-    *("--output", "{root}/out", "--engine", "fake"),
+    *("--output", "{root}/out", "--engine", "fake", "--resume"),
 )
 
 _AUDIT = ("--audit", "{root}/audit/log.jsonl")
@@ -257,6 +346,13 @@ OPERATIONS = {
         ),
         _on_library("rebuild_index", lambda library: library.rebuild_index()),
         _on_library("compact", _remove_and_compact),
+        _on_library("retire", _retire_all_but_one),
+        _on_library("rename", _rename),
+        Operation("library.merge", _two_libraries, _merge, library_state),
+        Operation("library.backup", _library, _copy, _copied),
+        Operation("library.restore", _backed_up, _restore, library_state),
+        Operation("library.release", _with_signed, _release, _released),
+        Operation("library.install", _with_release, _install, _installed),
         Operation("library.read", _library, _read, library_state),
         Operation("import", _with_bundle, _IMPORT, _command_library_state, _some_exemplars),
         Operation(

@@ -75,10 +75,10 @@ def install(
                     "changed a version of its own."
                 )
         else:
-            described = unpack(path, target, trust, progress)
             text = json.dumps(described.to_json(), sort_keys=True, indent=1)
-            with writing(folder):
+            with writing(folder):  # before the library: one that is there must be known
                 replace_file(_record(folder, described.version), text.encode())
+            described = unpack(path, target, trust, progress)
         if used is None or used.version != described.version:
             _use(folder, described.version, None if used is None else used.version)
     finally:

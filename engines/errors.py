@@ -19,6 +19,7 @@
     ├── AuditError            the audit log was changed, or cannot be written
     ├── OutputError           a result cannot be written in its format
     ├── DeadlineError         not done in time; what was done so far is thrown away
+    ├── CancelledError        ended because the caller said so
     ├── LibraryError
     │   ├── LibraryNotFoundError     no library in that folder
     │   ├── LibraryCorruptError      stored bytes do not match their digests
@@ -36,6 +37,7 @@ A message says what happened, what was received and expected, and how to mend it
 __all__ = [
     "AuditError",
     "BundleError",
+    "CancelledError",
     "CheckpointError",
     "DeadlineError",
     "DeviceLostError",
@@ -130,6 +132,10 @@ class OutputError(RecallSegError):
 
 class DeadlineError(RecallSegError):
     """A query was not done in time."""
+
+
+class CancelledError(RecallSegError):
+    """A query ended because the caller did not want it any more."""
 
 
 class LibraryError(RecallSegError):

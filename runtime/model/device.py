@@ -99,6 +99,13 @@ class DeviceModel(Model):
 
     # Buffers
 
+    def _adopted(self, array: Any) -> DeviceTensor:
+        return adopt_tensor(array, self.device)
+
+    def _blank(self, tensor: DeviceTensor) -> None:
+        self._stream.fill(tensor)
+        self._stream.synchronize()
+
     def _allocate(self, shape: tuple[int, ...]) -> DeviceTensor:
         return self.device.tensor(shape)
 

@@ -59,6 +59,12 @@ class HostModel(Model):
             device.stream.synchronize()
         return array
 
+    def _adopted(self, array: Any) -> NDArray[Any]:
+        return as_array(array, "an array")
+
+    def _blank(self, tensor: NDArray[Any]) -> None:
+        tensor[...] = 0
+
     def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         try:
             return np.zeros(shape, np.float32)

@@ -8,7 +8,7 @@ until the next look. Threads take turns, first come, first served.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -391,6 +391,28 @@ class Model(ABC):
             tensors = {name: self._allocate(shape) for name, shape in shapes.items()}
             return FrameMemories(tensors["memories"], tensors["pointers"])
 
+    def fetch(self, array: Any) -> NDArray[Any]:
+        """Return the contents of a contiguous array that lies where the model runs, on the host.
+
+        Raises
+        ------
+        InputError
+            If it lies elsewhere.
+        """
+        with self.turns:
+            self._begin_turn()
+            return self._fetch(self._adopted(array))
+
+    def blank(self, arrays: Iterable[Any]) -> None:
+        """Set all elements of a caller's arrays, here or where the model runs, to 0."""
+        with self.turns:
+            self._begin_turn()
+            for array in arrays:
+                if isinstance(array, np.ndarray):
+                    array[...] = 0
+                else:
+                    self._blank(self._adopted(array))
+
     @abstractmethod
     def copy_frame(self, image: Any) -> Any:
         """Return a copy of a caller's frame, to look at later; it stays on the GPU if both are.
@@ -412,6 +434,14 @@ class Model(ABC):
         """
 
     # What a place does in its own way
+
+    @abstractmethod
+    def _adopted(self, array: Any) -> Any:
+        """Return a caller's array as a tensor of this place."""
+
+    @abstractmethod
+    def _blank(self, tensor: Any) -> None:
+        """Set a tensor to 0, and wait for it."""
 
     @abstractmethod
     def _allocate(self, shape: tuple[int, ...]) -> Any:

@@ -190,6 +190,7 @@ class Segmenter:
         frame_memories: FrameMemories | None = None,
         acquisition: Acquisition | None = None,
         without: Collection[str] = (),
+        cancelled: Callable[[], bool] | None = None,
     ) -> Result:
         """Segment one image.
 
@@ -208,6 +209,7 @@ class Segmenter:
         acquisition : what is known of its scale and side; recalled exemplars of another scale, or
             of the other side, then are a reason to look.
         without : keys of exemplars that are passed over, e.g. of the patient whose image it is.
+        cancelled : asked between stages; True ends the query.
 
         Returns
         -------
@@ -225,10 +227,12 @@ class Segmenter:
             If the model has been closed.
         DeadlineError
             If it took too long.
+        CancelledError
+            If ``cancelled`` said so; ``out`` may be half written.
         """
         if deadline_ms is not None:
             check_number(deadline_ms, "deadline_ms", 0, " ms, or None for no limit")
-        timings = Timings(deadline_ms)
+        timings = Timings(deadline_ms, cancelled)
         if frame_memories is not None:
             self._check_frame_memories(frame_memories)
         # Files are read before the turn on the model that others wait for.

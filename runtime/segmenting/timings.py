@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import TIMEOUT_MAX
 from time import perf_counter
 
-from recallseg.engines.errors import DeadlineError
+from recallseg.engines.errors import CancelledError, DeadlineError
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.model.turns import Turns
 
@@ -17,12 +17,16 @@ __all__ = ["Timings"]
 class Timings:
     """Milliseconds by stage, in the order of the first use; stages may repeat and add up.
 
-    Begins no stage, and ends none, past the deadline (milliseconds from now; None: no limit).
+    Begins no stage, and ends none, past the deadline (milliseconds from now; None: no limit) or
+    once ``cancelled`` says so.
     """
 
-    def __init__(self, deadline_ms: float | None = None) -> None:
+    def __init__(
+        self, deadline_ms: float | None = None, cancelled: Callable[[], bool] | None = None
+    ) -> None:
         self._start = perf_counter()
         self._deadline_ms = deadline_ms
+        self._cancelled = cancelled
         self._stages: dict[str, float] = {}
 
     @contextmanager
@@ -48,6 +52,8 @@ class Timings:
             turns.release()
 
     def _check(self, stage: str, *, always: bool = False) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise CancelledError(f"cancelled at '{stage}'.")
         spent = (perf_counter() - self._start) * 1e3
         if self._deadline_ms is not None and (always or spent > self._deadline_ms):
             raise DeadlineError(

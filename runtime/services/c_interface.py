@@ -10,6 +10,7 @@ a call is over, so nothing here may keep an array.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -27,10 +28,13 @@ import recallseg
 from recallseg.engines import errors
 from recallseg.engines.imports import lacks_memory
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.library.exemplar import Exemplar, Match
 from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.audit_keys import read_audit_key
+from recallseg.runtime.services.audited import AuditedSegmenter, on_host
 from recallseg.runtime.services.stream import Frame, Stream, close_streams
 
 __all__ = [
@@ -47,21 +51,27 @@ __all__ = [
     "drain_stream",
     "in_c",
     "library_facts",
+    "list_exemplars",
+    "open_audit",
     "open_library",
     "open_segmenter",
     "open_stream",
     "pause_stream",
     "push_frame",
+    "reinstate",
     "release",
+    "remove",
     "restart_stream",
     "resume_stream",
+    "retire",
     "segment",
     "set_log",
     "status_of",
+    "verify",
     "warm_up",
 ]
 
-INTERFACE = 3
+INTERFACE = 4
 
 Pixels = tuple[memoryview, str, tuple[int, ...], tuple[int, ...], int]
 """Memory from lowest to past highest byte, dtype, shape, strides, offset of pixel (0, 0)."""
@@ -75,6 +85,8 @@ STATUS: dict[type[BaseException], int] = {
     errors.EngineUnavailableError: 9,
     errors.EngineError: 10,
     errors.DeadlineError: 11,
+    errors.CancelledError: 20,
+    errors.AuditError: 21,
     errors.LibraryError: 12,
     errors.LibraryNotFoundError: 13,
     errors.LibraryCorruptError: 14,
@@ -94,6 +106,7 @@ _IN_C = (
     (r"pass absent=\('(.*?)',\)", r"name '\1' in recallseg_exemplar.absent"),
     (r"Library\.open\(\.\.\., bundle=FOLDER\)", "recallseg_library_options.bundle = FOLDER"),
     (r"leave it out \(None\)", "leave it null"),
+    (r"Give it with --audit-key", "Give it in recallseg_audit_options.key"),
     (r", for example with numpy\.nan_to_num\(image\)", ""),
     (
         r"with Segmenter\(\.\.\., frames=3\), say",
@@ -245,6 +258,46 @@ def add(
     )
 
 
+def remove(library: Library, key: str) -> None:
+    """Erase an exemplar."""
+    library.remove(key)
+
+
+def retire(library: Library, key: str) -> None:
+    """Recall an exemplar no more."""
+    library.retire(key)
+
+
+def reinstate(library: Library, key: str) -> None:
+    """Recall a retired exemplar again."""
+    library.reinstate(key)
+
+
+def list_exemplars(library: Library) -> tuple[tuple[Any, ...], ...]:
+    """Return all exemplars, the retired ones last, as the C library's ``Listed`` reads them."""
+
+    def listed(one: Exemplar) -> tuple[Any, ...]:
+        tags = tuple(text for tag in one.tags.items() for text in tag)
+        return (
+            *(one.key, one.created, one.content, tuple(one.structures), tuple(one.absent), tags),
+            *(one.height, one.width, one.has_source, one.retired),
+        )
+
+    return tuple(listed(one) for one in (*library, *library.retired))
+
+
+def verify(library: Library, report: Report, address: int) -> tuple[int, int, int, int, int, str]:
+    """Return how many exemplars, memories, sources, indexes were read; what is wrong, how much."""
+    found = library.verify(follow(report, address))
+    counts = found.exemplars, found.memories, found.sources, found.indexes
+    return (*counts, len(found.problems), "\n".join(found.problems))
+
+
+def open_audit(file: str, key: str | None, head: str | None) -> AuditLog:
+    """Open an audit log."""
+    return AuditLog(file, key=None if key is None else read_audit_key(key), head=head)
+
+
 class Query:
     """A segmenter, and the tags of the exemplars that it has recalled so far."""
 
@@ -276,22 +329,27 @@ def open_segmenter(
     memories: int,
     tags: Tags,
     reach: float,
+    audit: AuditLog | None,
 ) -> tuple[Query, Names]:
     """Return what :func:`segment` takes, and the structures in the order of their labels.
 
     A ``reach`` of 0 stands for the default.
     """
     _refuse_repeats([name for name, _ in tags], "tag")
-    segmenter = Segmenter(
-        library,
-        k=k,
-        structures=structures,
-        engine=engine,
-        precision=precision,
-        threads=threads or None,
-        tags=dict(tags),
-        frames=memories,
-        reach=reach or REACH,
+    settings: dict[str, Any] = {
+        "k": k,
+        "structures": structures,
+        "engine": engine,
+        "precision": precision,
+        "threads": threads or None,
+        "tags": dict(tags),
+        "frames": memories,
+        "reach": reach or REACH,
+    }
+    segmenter = (
+        Segmenter(library, **settings)
+        if audit is None
+        else AuditedSegmenter(library, audit=audit, **settings)
     )
     if segmenter.bundle.notice:
         log.warning("%s", segmenter.bundle.notice)
@@ -308,17 +366,45 @@ class Stopped(Exception):  # noqa: N818 - no error of ours: the caller asked for
     """The caller's progress callback wants no more."""
 
 
-def calibrate(
-    query: Query, report: Callable[[int, int, int], int], address: int
-) -> tuple[tuple[Any, ...], ...]:
-    """Calibrate, and return what ``recallseg_calibration`` holds, for each structure.
+Report = Callable[[int, int, int], int]
+"""Is told an address, how many are done and of how many; returns 0 to stop."""
 
-    ``report`` is told ``address``, how many are done and of how many, and returns 0 to stop.
-    """
+
+def follow(report: Report, address: int) -> Callable[[int, int], None]:
+    """Return a progress callback that tells the caller, and stops when it is told to."""
 
     def progress(done: int, total: int) -> None:
         if not report(address, done, total):
             raise Stopped(f"stopped by the progress callback, after {done} of {total}.")
+
+    return progress
+
+
+def cancelled_since(begun: tuple[int, int]) -> Callable[[], bool]:
+    """Return what tells whether a call was cancelled since it began.
+
+    Parameters
+    ----------
+    begun : address of the number of cancels (uint64), which outlives the call, and what it was.
+    """
+    address, before = begun
+    cancels = ctypes.c_uint64.from_address(address)
+    return lambda: cancels.value != before
+
+
+def calibrate(
+    query: Query, report: Report, address: int, begun: tuple[int, int]
+) -> tuple[tuple[Any, ...], ...]:
+    """Calibrate, and return what ``recallseg_calibration`` holds, for each structure.
+
+    ``report`` and ``address``: see :func:`follow`; ``begun``: see :func:`cancelled_since`.
+    """
+    told, cancelled = follow(report, address), cancelled_since(begun)
+
+    def progress(done: int, total: int) -> None:
+        if cancelled():
+            raise errors.CancelledError(f"cancelled after {done} of {total}.")
+        told(done, total)
 
     found = query.segmenter.calibrate(progress)
 
@@ -345,6 +431,7 @@ def segment(
     deadline_ms: float | None,
     pixel_area: float,
     wanted: bool,
+    begun: tuple[int, int],
 ) -> tuple[Any, ...] | None:
     """Segment an image into caller-owned memory.
 
@@ -353,6 +440,7 @@ def segment(
     label_map, masks : rows x columns, and structures x rows x columns, of bytes.
     pixel_area : in square millimetres, NaN if unknown.
     wanted : whether the caller reads :func:`record`; otherwise None is returned.
+    begun : see :func:`cancelled_since`.
     """
     result = query.segmenter.segment(
         _array(image),
@@ -361,6 +449,7 @@ def segment(
             None if label_map is None else _array(label_map),
             None if masks is None else _array(masks).view(np.bool_),
         ),
+        cancelled=cancelled_since(begun),
     )
     return record(query, result, pixel_area) if wanted else None
 
@@ -368,6 +457,7 @@ def segment(
 def record(query: Query, result: Result, pixel_area: float) -> tuple[Any, ...]:
     """Return all of a result but its pixels, as the C library's ``read_result`` takes it apart."""
     made = result.provenance
+    result = on_host(query.segmenter, result)
     return (
         QUALITY[result.quality.flag],
         made.recipe.bundle_identity,
@@ -376,6 +466,8 @@ def record(query: Query, result: Result, pixel_area: float) -> tuple[Any, ...]:
         made.recipe.precision,
         result.notice,
         json.dumps(made.to_json(), ensure_ascii=False),
+        made.digest,
+        in_c(result.quality.mend),
         made.recipe.k,
         tuple(result.timings.items()),
         tuple(_structure(query, result, name, pixel_area) for name in result.masks),
@@ -398,6 +490,7 @@ def _structure(query: Query, result: Result, name: str, pixel_area: float) -> tu
             (r.key, 1.0 - r.distance, r.absent, query.tags(r, result.provenance.library_digest))
             for r in result.recalled[name]
         ),
+        score.presence,
     )
 
 

@@ -9,9 +9,10 @@
 
 // What needs no Python: everything here works on a machine without one.
 void no_python() {
-  GIVES(RECALLSEG_E_ABI, recallseg_init(RECALLSEG_ABI_VERSION + 1, nullptr));
+  GIVES(RECALLSEG_E_ABI, recallseg_init(RECALLSEG_ABI_VERSION + 100, nullptr));
   CHECK(std::strstr(recallseg_last_error(), "ABI") != nullptr);
-  CHECK(recallseg_abi_version() == RECALLSEG_ABI_VERSION);
+  GIVES(RECALLSEG_E_ABI, recallseg_init(0, nullptr));
+  CHECK(recallseg_abi_version() >= RECALLSEG_ABI_VERSION);  // an older program's is less
   CHECK(std::strcmp(recallseg_version(), RECALLSEG_VERSION) == 0);
   CHECK(std::strcmp(recallseg_status_text(12345), "unknown status") == 0);
   CHECK(std::strcmp(recallseg_status_text(RECALLSEG_OK), "ok") == 0);

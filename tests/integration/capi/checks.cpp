@@ -11,6 +11,9 @@ int main(int argc, char** argv) {
       {"forked", forked},       {"signals", signals},     {"logging", logging},
       {"locked", locked},       {"exemplars", exemplars}, {"info", info},
       {"starts", starts},       {"interrupted", interrupted}, {"streams", streams},     {"wrapper", wrapper},   {"calibrates", calibrates},
+#if RECALLSEG_ABI_VERSION >= 2u
+      {"lists", lists}, {"verifies", verifies}, {"cancels", cancels}, {"audits", audits},
+#endif
       {"exits_in_a_frame", exits_in_a_frame}, {"exits_in_calls", exits_in_calls},
       {"exits_in_a_callback", exits_in_a_callback}};
   const auto found = argc > 1 ? checks.find(argv[1]) : checks.end();

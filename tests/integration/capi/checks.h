@@ -79,6 +79,12 @@ void deadline();
 // wrapper.cpp
 void wrapper();
 
+// second.cpp
+void lists();
+void verifies();
+void cancels();
+void audits();
+
 // life.cpp
 void threads();
 void memory();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from support.tracing import trace
 from recallseg import Library, Segmenter, __version__
 from recallseg.benchmarks.makers.capi import CLibrary, measure_overhead
 from recallseg.runtime.reports.demo import load_slices
+from recallseg.runtime.services.audit import verify_audit_log
+from recallseg.runtime.services.audit_keys import create_audit_key, read_audit_key
 from recallseg.runtime.services.c_interface import INTERFACE, STATUS
 
 MOST_OVERHEAD_MS = 0.5
@@ -33,6 +36,61 @@ def check(capi: Installed, name: str, library: Path, **env: str) -> str:
 @pytest.mark.parametrize("name", [*CHECKS, "logging", "exemplars", "streams", "wrapper"])
 def test_the_checks_pass(capi: Installed, fake_library: Path, name: str) -> None:
     assert f"{name}: done" in check(capi, name, fake_library)
+
+
+@pytest.mark.parametrize("name", [*CHECKS, "logging", "exemplars", "streams", "wrapper"])
+def test_a_program_compiled_with_the_first_header_runs_with_this_library(
+    capi: Installed, fake_library: Path, name: str
+) -> None:
+    program, scratch = capi.checks.with_name("checks_abi1"), fake_library.parent / "abi1"
+    scratch.mkdir(exist_ok=True)
+    found = passed(program, name, fake_library, scratch, env=capi.env)
+    assert f"{name}: done" in found
+
+
+def test_the_first_header_is_not_changed_by_what_came_later() -> None:
+    first, now = (
+        (SOURCE / folder / "recallseg.h").read_text()
+        for folder in ("tests/fixtures/capi/abi1", "engines/native/capi/include")
+    )
+    structs = re.compile(r"typedef struct (\w+) \{(.*?)\} \1;", re.DOTALL)
+    comments = re.compile(r"/\*.*?\*/", re.DOTALL)
+    members = {
+        text: {
+            name: [" ".join(m.split()) for m in comments.sub("", body).split(";") if m.strip()]
+            for name, body in structs.findall(text)
+        }
+        for text in (first, now)
+    }
+    assert len(members[first]) > 15
+    for name, old in members[first].items():
+        assert members[now][name][: len(old)] == old, name
+    values = re.compile(r"(RECALLSEG_\w+) = (\d+)")
+    assert dict(values.findall(first)).items() <= dict(values.findall(now)).items()
+    assert "#define RECALLSEG_ABI_VERSION 1u" in first
+    assert "#define RECALLSEG_ABI_VERSION 2u" in now
+
+
+@pytest.mark.parametrize("name", ["lists", "verifies", "cancels"])
+def test_the_second_abi(capi: Installed, tmp_path: Path, name: str) -> None:
+    library = make_fake_library(tmp_path)
+    [memories] = (library / "memories").iterdir()
+    assert "done" in check(capi, name, library, DAMAGE=str(memories))
+
+
+def test_results_that_c_gets_are_entries_of_an_audit_log(capi: Installed, tmp_path: Path) -> None:
+    library = make_fake_library(tmp_path)
+    folder = tmp_path / "scratch"
+    create_audit_key(folder / "audit.key")
+    assert "done" in check(capi, "audits", library)
+    log = folder / "log.jsonl"
+    key = read_audit_key(folder / "audit.key")
+    found = verify_audit_log(log, key=key, head=folder / "head.json")
+    assert (found.entries, found.sealed) == (3, 3)  # an image, and two frames of a stream
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {entry["event"] for entry in entries} == {"segment"}
+    assert len({entry["image"] for entry in entries}) == 1
+    assert len({entry["label_map"] for entry in entries}) == 1
 
 
 def test_the_examples_give_what_the_command_line_gives(capi: Installed, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@
  * long as the handle that it was read from.
  *
  * Structs: set struct_size to sizeof the struct (the *_INIT macros do) and everything unused to 0;
- * `reserved` that is not 0 is refused.
+ * `reserved` that is not 0 is refused. Structs grow at their end, and 0 there is as it was before: a
+ * program that was compiled with an older header runs with a newer library unchanged.
  *
  * The end: return from main or call exit whenever you like (docs/device-engineers.md, "Life").
  */
@@ -33,7 +34,9 @@ extern "C" {
 #endif
 
 #define RECALLSEG_VERSION "0.1.0"
-#define RECALLSEG_ABI_VERSION 1u /* of this header: given to recallseg_init */
+/* Of this header: given to recallseg_init. 2 has all that is marked [2]; a library takes programs of
+ * its own version and of every older one. */
+#define RECALLSEG_ABI_VERSION 2u
 #define RECALLSEG_MAX_SIDE 32767 /* most rows or columns of an image */
 
 typedef int32_t recallseg_status;
@@ -59,6 +62,8 @@ enum {
   RECALLSEG_E_LIBRARY_LOCKED = 17,   /* another process is writing */
   RECALLSEG_E_LIBRARY_WRITE = 18,    /* open for reading only, read-only folder, full disk */
   RECALLSEG_E_MEMORY = 19,
+  RECALLSEG_E_CANCELLED = 20, /* [2] by recallseg_segmenter_cancel; output memory may be half written */
+  RECALLSEG_E_AUDIT = 21,     /* [2] the audit log cannot be written, was changed or is sealed */
   RECALLSEG_E_INTERNAL = 99 /* a defect of RecallSeg: please report it */
 };
 
@@ -82,6 +87,8 @@ typedef struct recallseg_library recallseg_library;
 typedef struct recallseg_segmenter recallseg_segmenter;
 typedef struct recallseg_result recallseg_result;
 typedef struct recallseg_stream recallseg_stream;
+typedef struct recallseg_list recallseg_list;   /* [2] */
+typedef struct recallseg_audit recallseg_audit; /* [2] */
 
 /* ---- Errors and versions: these four work at any time ---- */
 
@@ -225,6 +232,84 @@ RECALLSEG_API recallseg_status recallseg_library_add(recallseg_library *library,
                                                      const recallseg_exemplar *exemplar, char *key,
                                                      size_t key_size);
 
+/* [2] Erase an exemplar. An unknown key is RECALLSEG_E_INPUT. */
+RECALLSEG_API recallseg_status recallseg_library_remove(recallseg_library *library,
+                                                        const char *key);
+/* [2] Keep an exemplar and recall it no more (retired = 1), or recall it again (0). */
+RECALLSEG_API recallseg_status recallseg_library_retire(recallseg_library *library,
+                                                        const char *key, int32_t retired);
+
+/* [2] One exemplar of a list. Everything that it points to lives as long as the list. */
+typedef struct recallseg_listed {
+  uint32_t struct_size;
+  int32_t retired;
+  const char *key;
+  const char *const *structures; /* that it shows */
+  size_t structure_count;
+  const char *const *absent; /* that it is known not to show */
+  size_t absent_count;
+  const recallseg_tag *tags;
+  size_t tag_count;
+  int64_t rows, columns; /* of its image */
+  const char *created;   /* ISO 8601, UTC */
+  const char *content;   /* SHA-256 of pixels, masks and absent structures */
+  int32_t has_source;    /* whether image and masks were kept */
+  int32_t reserved;
+} recallseg_listed;
+#define RECALLSEG_LISTED_INIT \
+  {sizeof(recallseg_listed), 0, NULL, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, NULL, 0, 0}
+
+/* [2] All exemplars as they are now, in the order in which they were added, and after them those
+ * that are retired. What happens to the library later does not change the list. */
+RECALLSEG_API recallseg_status recallseg_library_list(recallseg_library *library,
+                                                      recallseg_list **list);
+RECALLSEG_API recallseg_status recallseg_list_count(recallseg_list *list, size_t *count);
+RECALLSEG_API recallseg_status recallseg_list_exemplar(recallseg_list *list, size_t index,
+                                                       recallseg_listed *exemplar);
+RECALLSEG_API recallseg_status recallseg_list_close(recallseg_list *list);
+
+/* Told how far something is, on the calling thread; must not throw. 0: go on; any other value: stop,
+ * nothing is stored. */
+typedef int32_t (*recallseg_progress_callback)(uint64_t done, uint64_t total, void *user);
+
+/* [2] What was compared with its digest, and all that was wrong. */
+typedef struct recallseg_verification {
+  uint32_t struct_size;
+  uint32_t reserved;
+  uint64_t exemplars, memories, sources, indexes;
+  uint64_t problem_count;
+  const char *problems; /* a line each; "" if there are none. Until the next call for the library */
+} recallseg_verification;
+#define RECALLSEG_VERIFICATION_INIT \
+  {sizeof(recallseg_verification), 0, 0, 0, 0, 0, 0, NULL}
+
+/* [2] Read every byte of the library and compare it with its digest. RECALLSEG_E_LIBRARY_CORRUPT if
+ * anything is wrong, and verification (may be null) then says all of it; it is filled with both.
+ * progress may be null; stopped by it: RECALLSEG_E_STATE. */
+RECALLSEG_API recallseg_status recallseg_library_verify(recallseg_library *library,
+                                                        recallseg_progress_callback progress,
+                                                        void *user,
+                                                        recallseg_verification *verification);
+
+/* ---- Audit log ---- */
+
+/* [2] */
+typedef struct recallseg_audit_options {
+  uint32_t struct_size;
+  uint32_t reserved;
+  const char *key;  /* file of the key that seals every entry; null: none */
+  const char *head; /* file, best in another place, that names the newest entry; null: none */
+} recallseg_audit_options;
+#define RECALLSEG_AUDIT_OPTIONS_INIT {sizeof(recallseg_audit_options), 0, NULL, NULL}
+
+/* [2] Open an audit log, which is made if it is not there; what is there is checked first. Given to a
+ * segmenter, every result of recallseg_segment and of its streams is an entry, on disk, before it is
+ * handed over: docs/security.md. options may be null. A segmenter keeps the log open. */
+RECALLSEG_API recallseg_status recallseg_audit_open(const char *file,
+                                                    const recallseg_audit_options *options,
+                                                    recallseg_audit **audit);
+RECALLSEG_API recallseg_status recallseg_audit_close(recallseg_audit *audit);
+
 /* ---- Segmenters ---- */
 
 typedef struct recallseg_segmenter_options {
@@ -240,9 +325,11 @@ typedef struct recallseg_segmenter_options {
   size_t tag_count;
   double reach; /* of the k, recall those up to so many times as far as the nearest; 0: 3. INFINITY
                    recalls all k, so that every query takes the same time */
+  recallseg_audit *audit; /* [2] null: none. RECALLSEG_E_AUDIT if an entry cannot be written: the
+                             output is 0 then, and there is no result */
 } recallseg_segmenter_options;
 #define RECALLSEG_SEGMENTER_OPTIONS_INIT \
-  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0, 0}
+  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0, 0, NULL}
 
 RECALLSEG_API recallseg_status recallseg_segmenter_open(recallseg_library *library,
                                                         const recallseg_segmenter_options *options,
@@ -255,10 +342,6 @@ RECALLSEG_API recallseg_status recallseg_segmenter_structure(recallseg_segmenter
 /* Run on a blank image, so that the first query is as fast as the next. */
 RECALLSEG_API recallseg_status recallseg_segmenter_warm_up(recallseg_segmenter *segmenter,
                                                            int32_t runs);
-/* Told how far a calibration is, on the calling thread; must not throw. 0: go on; any other value:
- * stop, nothing is stored. */
-typedef int32_t (*recallseg_progress_callback)(uint64_t done, uint64_t total, void *user);
-
 /* Segment every exemplar from the others, and store in the library what is normal: from then on a
  * result's quality is OK or SUSPECT. It holds for this segmenter's settings and structures; what is
  * stored for others is kept. The library must be open for writing and have kept its images. Costs a
@@ -283,6 +366,10 @@ typedef struct recallseg_calibration {
 RECALLSEG_API recallseg_status
 recallseg_segmenter_get_calibration(recallseg_segmenter *segmenter, size_t index,
                                     recallseg_calibration *calibration);
+/* [2] End the calls of recallseg_segment and recallseg_segmenter_calibrate for this segmenter that
+ * have begun, with RECALLSEG_E_CANCELLED, when the stage in work (of a calibration: the image) is
+ * over; later calls and streams go on. Returns at once, waits for nothing. A call that is past its last stage ends as usual. */
+RECALLSEG_API recallseg_status recallseg_segmenter_cancel(recallseg_segmenter *segmenter);
 RECALLSEG_API recallseg_status recallseg_segmenter_close(recallseg_segmenter *segmenter);
 
 /* Where results go: memory of the caller, never copied. */
@@ -322,9 +409,11 @@ typedef struct recallseg_summary {
   int32_t k;
   int32_t reserved;
   const char *provenance; /* JSON: all that made the result, "provenance" of NAME.json */
+  const char *provenance_digest; /* [2] SHA-256 over all of it: equal for results made alike */
+  const char *mend; /* [2] what the quality lacks and the command that mends it; "" if nothing */
 } recallseg_summary;
 #define RECALLSEG_SUMMARY_INIT \
-  {sizeof(recallseg_summary), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0, NULL}
+  {sizeof(recallseg_summary), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0, NULL, NULL, NULL}
 
 typedef struct recallseg_score {
   uint32_t struct_size;
@@ -339,8 +428,9 @@ typedef struct recallseg_score {
   double area_mm2;     /* NaN where the spacing is unknown */
   size_t recalled_count;
   size_t reason_count; /* why the quality is suspect */
+  double presence;     /* [2] share of the recalled exemplars that show it, by nearness, 0..1 */
 } recallseg_score;
-#define RECALLSEG_SCORE_INIT {sizeof(recallseg_score), 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+#define RECALLSEG_SCORE_INIT {sizeof(recallseg_score), 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 typedef struct recallseg_recalled {
   uint32_t struct_size;

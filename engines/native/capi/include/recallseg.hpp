@@ -32,8 +32,14 @@ class DeadlineMissed : public Error {
   using Error::Error;
 };
 
+class Cancelled : public Error {
+ public:
+  using Error::Error;
+};
+
 inline void check(recallseg_status status) {
   if (status == RECALLSEG_E_DEADLINE) throw DeadlineMissed(status, recallseg_last_error());
+  if (status == RECALLSEG_E_CANCELLED) throw Cancelled(status, recallseg_last_error());
   if (status != RECALLSEG_OK) throw Error(status, recallseg_last_error());
 }
 
@@ -89,6 +95,17 @@ inline recallseg_image image(const void* data, int32_t dtype, int64_t rows, int6
   view.shape[2] = channels == 1 ? 0 : channels;
   return view;
 }
+
+// Told how far something is; returns whether to go on, and must not throw.
+using Progress = std::function<bool(uint64_t done, uint64_t total)>;
+
+namespace detail {
+inline int32_t ask(uint64_t done, uint64_t total, void* user) {
+  const auto& progress = *static_cast<const Progress*>(user);
+  return int32_t{progress && !progress(done, total)};
+}
+inline void* user(const Progress& progress) { return const_cast<Progress*>(&progress); }
+}  // namespace detail
 
 // Owns a handle. A handle that cannot be closed any more (after recallseg_shutdown) is let go.
 template <typename Handle, recallseg_status (*Close)(Handle*)>
@@ -202,16 +219,9 @@ class Segmenter : public Owned<recallseg_segmenter, recallseg_segmenter_close> {
     }
     return names;
   }
-  // Segment every exemplar from the others, and store in the library what is normal. `progress`
-  // returns whether to go on; must not throw.
-  std::map<std::string, recallseg_calibration> calibrate(
-      const std::function<bool(uint64_t done, uint64_t total)>& progress = nullptr) const {
-    using Progress = std::function<bool(uint64_t, uint64_t)>;
-    const recallseg_progress_callback pass_on = [](uint64_t done, uint64_t total, void* user) {
-      const auto& ask = *static_cast<const Progress*>(user);
-      return int32_t{ask && !ask(done, total)};
-    };
-    check(recallseg_segmenter_calibrate(get(), pass_on, const_cast<Progress*>(&progress)));
+  // Segment every exemplar from the others, and store in the library what is normal.
+  std::map<std::string, recallseg_calibration> calibrate(const Progress& progress = nullptr) const {
+    check(recallseg_segmenter_calibrate(get(), detail::ask, detail::user(progress)));
     std::map<std::string, recallseg_calibration> found;
     const auto names = structures();
     for (std::size_t i = 0; i < names.size(); ++i) {
@@ -228,6 +238,36 @@ class Segmenter : public Owned<recallseg_segmenter, recallseg_segmenter_close> {
     recallseg_result* result = nullptr;
     check(recallseg_segment(get(), &image, &output, deadline_ms, &result));
     return Result(result);
+  }
+  // From any thread: calls that have begun throw Cancelled.
+  void cancel() const { check(recallseg_segmenter_cancel(get())); }
+};
+
+// Give its get() to recallseg_segmenter_options.audit.
+class Audit : public Owned<recallseg_audit, recallseg_audit_close> {
+ public:
+  using Owned::Owned;
+  static Audit open(const std::string& file, const recallseg_audit_options* options = nullptr) {
+    recallseg_audit* audit = nullptr;
+    check(recallseg_audit_open(file.c_str(), options, &audit));
+    return Audit(audit);
+  }
+};
+
+// All exemplars of a library as they were when it was made.
+class List : public Owned<recallseg_list, recallseg_list_close> {
+ public:
+  using Owned::Owned;
+  std::size_t size() const {
+    std::size_t count = 0;
+    check(recallseg_list_count(get(), &count));
+    return count;
+  }
+  // What it points to lives as long as this list.
+  recallseg_listed operator[](std::size_t index) const {
+    auto value = sized<recallseg_listed>();
+    check(recallseg_list_exemplar(get(), index, &value));
+    return value;
   }
 };
 
@@ -255,6 +295,27 @@ class Library : public Owned<recallseg_library, recallseg_library_close> {
     char key[1025];
     check(recallseg_library_add(get(), &image, &exemplar, key, sizeof key));
     return key;
+  }
+  List list() const {
+    recallseg_list* list = nullptr;
+    check(recallseg_library_list(get(), &list));
+    return List(list);
+  }
+  void remove(const std::string& key) const {
+    check(recallseg_library_remove(get(), key.c_str()));
+  }
+  // Recall it no more, or again.
+  void retire(const std::string& key, bool retired = true) const {
+    check(recallseg_library_retire(get(), key.c_str(), retired ? 1 : 0));
+  }
+  // Returns what was wrong, too: look at problem_count. Its text lives until the next call for this
+  // library.
+  recallseg_verification verify(const Progress& progress = nullptr) const {
+    auto value = sized<recallseg_verification>();
+    const recallseg_status status =
+        recallseg_library_verify(get(), detail::ask, detail::user(progress), &value);
+    if (value.problem_count == 0) check(status);
+    return value;
   }
   Segmenter segmenter(const recallseg_segmenter_options* options = nullptr) const {
     recallseg_segmenter* segmenter = nullptr;

@@ -84,6 +84,8 @@ const char* recallseg_status_text(recallseg_status status) {
     case RECALLSEG_E_LIBRARY_LOCKED: return "library locked";
     case RECALLSEG_E_LIBRARY_WRITE: return "library not writable";
     case RECALLSEG_E_MEMORY: return "out of memory";
+    case RECALLSEG_E_CANCELLED: return "cancelled";
+    case RECALLSEG_E_AUDIT: return "audit log";
     case RECALLSEG_E_INTERNAL: return "defect";
     default: return "unknown status";
   }

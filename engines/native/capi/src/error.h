@@ -77,16 +77,28 @@ inline const char* text_or(const char* text, const char* otherwise) {
 
 // Structs grow at their end. One from an older header is shorter: the rest is 0. One from a newer
 // header is longer: taken if what this version does not know is 0, refused otherwise.
+// Its size in the first ABI that had it: none that was ever handed over is shorter.
+template <typename T>
+constexpr std::size_t kFirstSize = sizeof(T);
+template <>
+constexpr std::size_t kFirstSize<recallseg_segmenter_options> =
+    offsetof(recallseg_segmenter_options, audit);
+template <>
+constexpr std::size_t kFirstSize<recallseg_summary> =
+    offsetof(recallseg_summary, provenance_digest);
+template <>
+constexpr std::size_t kFirstSize<recallseg_score> = offsetof(recallseg_score, presence);
+
 template <typename T, typename = void>
 struct HasReserved : std::false_type {};
 template <typename T>
 struct HasReserved<T, std::void_t<decltype(T::reserved)>> : std::true_type {};
 
 template <typename T>
-T read_struct(const T* given, std::size_t first_size, const char* name) {
+T read_struct(const T* given, const char* name) {
   const std::size_t size = required(given, name).struct_size;
   const std::string what = std::string(name) + "->struct_size";
-  if (size < first_size || size > 4096)
+  if (size < kFirstSize<T> || size > 4096)
     refuse(what + " is " + std::to_string(size) + ", this version's is " +
            std::to_string(sizeof(T)) + ": set it to the struct's sizeof");
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
@@ -106,9 +118,9 @@ T read_struct(const T* given, std::size_t first_size, const char* name) {
 
 // The same for structs that the library fills.
 template <typename T>
-void write_struct(T value, T* target, std::size_t first_size, const char* name) {
+void write_struct(T value, T* target, const char* name) {
   const std::size_t size = required(target, name).struct_size;
-  if (size < first_size || size > 4096)
+  if (size < kFirstSize<T> || size > 4096)
     refuse(std::string(name) + "->struct_size is " + std::to_string(size) +
            ", this version's is " + std::to_string(sizeof(T)) + ": use the *_INIT macro");
   value.struct_size = static_cast<std::uint32_t>(size);

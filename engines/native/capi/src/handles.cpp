@@ -36,6 +36,8 @@ const char* name_of(Kind kind) {
     case Kind::kSegmenter: return "segmenter";
     case Kind::kResult: return "result";
     case Kind::kStream: return "stream";
+    case Kind::kList: return "list";
+    case Kind::kAudit: return "audit log";
   }
   return "handle";
 }

@@ -8,7 +8,7 @@
 
 namespace capi {
 
-enum class Kind : std::uint64_t { kLibrary = 1, kSegmenter = 2, kResult = 3, kStream = 4 };
+enum class Kind : std::uint64_t { kLibrary = 1, kSegmenter = 2, kResult = 3, kStream = 4, kList = 5, kAudit = 6 };
 
 class Object {
  public:

@@ -18,7 +18,7 @@
 namespace capi {
 namespace {
 
-constexpr long long kInterface = 3;  // INTERFACE of recallseg.runtime.services.c_interface
+constexpr long long kInterface = 4;  // INTERFACE of recallseg.runtime.services.c_interface
 
 struct Info {
   std::string python_version, python_library, python, prefix, package_version, package_folder;
@@ -229,13 +229,14 @@ extern "C" {
 recallseg_status recallseg_init(uint32_t abi_version, const recallseg_init_options* options) {
   return guarded([&] {
     if (interpreter().forked || interpreter().ending) require_ready();
-    if (abi_version != RECALLSEG_ABI_VERSION)
+    if (abi_version < 1 || abi_version > RECALLSEG_ABI_VERSION)
       throw Error(RECALLSEG_E_ABI, "the program was compiled for ABI " +
                                        std::to_string(abi_version) + ", librecallseg has " +
                                        std::to_string(RECALLSEG_ABI_VERSION) +
-                                       ": compile it with the installed recallseg.h");
+                                       " and takes every older one: install a newer librecallseg, "
+                                       "or compile the program with the installed recallseg.h");
     recallseg_init_options chosen = RECALLSEG_INIT_OPTIONS_INIT;
-    if (options != nullptr) chosen = read_struct(options, sizeof chosen, "options");
+    if (options != nullptr) chosen = read_struct(options, "options");
     const std::unique_lock<std::mutex> alone(interpreter().starting, std::try_to_lock);
     if (!alone.owns_lock())
       throw Error(RECALLSEG_E_STATE, "another thread is in recallseg_init or recallseg_shutdown");
@@ -257,7 +258,7 @@ recallseg_status recallseg_get_info(recallseg_info* info) {
     answer.python_prefix = known.prefix.c_str();
     answer.package_version = known.package_version.c_str();
     answer.package_folder = known.package_folder.c_str();
-    write_struct(answer, info, sizeof answer, "info");
+    write_struct(answer, info, "info");
   });
 }
 

@@ -2,6 +2,7 @@
 
 #include "arrays.h"
 #include "interpreter.h"
+#include "progress.h"
 
 namespace capi {
 namespace {
@@ -26,7 +27,7 @@ void open(const char* function, const char* folder, const recallseg_library_opti
   require_ready();
   required_text(folder, "folder");
   recallseg_library_options chosen = RECALLSEG_LIBRARY_OPTIONS_INIT;
-  if (options != nullptr) chosen = read_struct(options, sizeof chosen, "options");
+  if (options != nullptr) chosen = read_struct(options, "options");
   const int threads = checked_threads(chosen.threads);
   std::shared_ptr<Library> opened;
   {
@@ -37,29 +38,6 @@ void open(const char* function, const char* folder, const recallseg_library_opti
   }
   publish(std::move(opened), library);
 }
-
-struct Progress {
-  recallseg_progress_callback callback;
-  void* user;
-};
-
-// report(address, done, total), called by Python under the GIL; the callback runs without it.
-PyObject* report(PyObject*, PyObject* arguments) {
-  bool go_on = false;
-  const recallseg_status status = guarded([&] {
-    Reader reader(arguments);
-    const auto& to = *reinterpret_cast<const Progress*>(reader.integer());
-    const auto done = static_cast<std::uint64_t>(reader.integer());
-    const auto total = static_cast<std::uint64_t>(reader.integer());
-    PyThreadState* const thread = python.PyEval_SaveThread();
-    go_on = !is_ending() && (to.callback == nullptr || to.callback(done, total, to.user) == 0);
-    python.PyEval_RestoreThread(thread);
-  });
-  if (status != RECALLSEG_OK) return raise_last_error();
-  return python.PyLong_FromLongLong(go_on ? 1 : 0);
-}
-
-PyMethodDef report_definition = {"report", report, METH_VARARGS, nullptr};
 
 Ref mask_tuple(Loan& loan, const recallseg_mask& mask, const recallseg_image& image) {
   const std::string name =
@@ -139,7 +117,7 @@ recallseg_status recallseg_library_get_info(recallseg_library* library,
     answer.bundle_identity = self->bundle_identity.c_str();
     answer.digest = self->digest.c_str();
     answer.notice = self->notice.c_str();
-    write_struct(answer, info, sizeof answer, "info");
+    write_struct(answer, info, "info");
   });
 }
 
@@ -149,8 +127,8 @@ recallseg_status recallseg_library_add(recallseg_library* library, const recalls
   return guarded([&] {
     require_ready();
     const auto self = get<Library>(library);
-    const recallseg_image pixels = read_struct(image, sizeof(recallseg_image), "image");
-    const recallseg_exemplar what = read_struct(exemplar, sizeof(recallseg_exemplar), "exemplar");
+    const recallseg_image pixels = read_struct(image, "image");
+    const recallseg_exemplar what = read_struct(exemplar, "exemplar");
     const Layout layout = layout_of(pixels);
     check_count(what.masks, what.mask_count, "masks");
     if (key != nullptr && key_size < 1025)
@@ -187,8 +165,9 @@ recallseg_status recallseg_segmenter_open(recallseg_library* library,
     require_ready();
     const auto of = get<Library>(library);
     recallseg_segmenter_options chosen = RECALLSEG_SEGMENTER_OPTIONS_INIT;
-    if (options != nullptr) chosen = read_struct(options, sizeof chosen, "options");
+    if (options != nullptr) chosen = read_struct(options, "options");
     const int threads = checked_threads(chosen.threads);
+    const auto audit = chosen.audit == nullptr ? nullptr : get<Audit>(chosen.audit);
     std::shared_ptr<Segmenter> opened;
     {
       const Gil gil;
@@ -198,9 +177,10 @@ recallseg_status recallseg_segmenter_open(recallseg_library* library,
               ? none()
               : names_of(chosen.structures, chosen.structure_count, "structures"),
           text_or(chosen.engine, "onnxruntime-cpu"), text_or(chosen.precision, "fp32"), threads,
-          chosen.memories, tags_of(chosen.tags, chosen.tag_count), chosen.reach);
+          chosen.memories, tags_of(chosen.tags, chosen.tag_count), chosen.reach,
+          audit ? again(audit->object.get()) : none());
       Reader reader(answer.get());
-      opened = std::make_shared<Segmenter>(of, again(reader.next()));
+      opened = std::make_shared<Segmenter>(of, audit, again(reader.next()));
       Reader names(reader.next());
       for (std::size_t i = names.size(); i > 0; --i) opened->structures.push_back(names.text());
     }
@@ -243,14 +223,13 @@ recallseg_status recallseg_segmenter_calibrate(recallseg_segmenter* segmenter,
   return guarded([&] {
     require_ready();
     const auto self = get<Segmenter>(segmenter);
+    const Begun begun(*self);
     const Progress to{progress, user};
     std::vector<recallseg_calibration> found;
     {
       const Gil gil;
       const Ref answer =
-          call("calibrate", self->object,
-               checked((python.PyCFunction_NewEx)(&report_definition, nullptr, nullptr)),
-               static_cast<long long>(reinterpret_cast<std::intptr_t>(&to)));
+          call("calibrate", self->object, report_function(), address_of(to), begun.pair());
       Reader structures(answer.get());
       for (std::size_t i = structures.size(); i > 0; --i) {
         Reader reader(structures.next());
@@ -280,8 +259,14 @@ recallseg_status recallseg_segmenter_get_calibration(recallseg_segmenter* segmen
     if (index >= self->calibrations.size())
       refuse("there are " + std::to_string(self->calibrations.size()) + " structures, not one " +
              std::to_string(index));
-    write_struct(self->calibrations[index], calibration, sizeof(recallseg_calibration),
-                 "calibration");
+    write_struct(self->calibrations[index], calibration, "calibration");
+  });
+}
+
+recallseg_status recallseg_segmenter_cancel(recallseg_segmenter* segmenter) {
+  return guarded([&] {
+    require_ready();
+    ++get<Segmenter>(segmenter)->cancels;
   });
 }
 

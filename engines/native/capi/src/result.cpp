@@ -39,6 +39,7 @@ StructureScore read_score(PyObject* tuple) {
   each(reader.next(), [&](Reader& reasons) { score.reasons.push_back(reasons.text()); });
   each(reader.next(),
        [&](Reader& all) { score.recalled.push_back(read_recalled(all.next())); });
+  score.presence = reader.real();
   return score;
 }
 
@@ -61,6 +62,8 @@ Result::Result(PyObject* record) {
   precision = reader.text();
   notice = reader.text();
   provenance = reader.text();
+  provenance_digest = reader.text();
+  mend = reader.text();
   k = static_cast<int32_t>(reader.integer());
   each(reader.next(), [&](Reader& all) {
     Reader timing(all.next());
@@ -92,7 +95,9 @@ recallseg_status recallseg_result_summary(recallseg_result* result, recallseg_su
     answer.notice = self->notice.c_str();
     answer.k = self->k;
     answer.provenance = self->provenance.c_str();
-    write_struct(answer, summary, sizeof answer, "summary");
+    answer.provenance_digest = self->provenance_digest.c_str();
+    answer.mend = self->mend.c_str();
+    write_struct(answer, summary, "summary");
   });
 }
 
@@ -113,7 +118,8 @@ recallseg_status recallseg_result_score(recallseg_result* result, size_t structu
     answer.area_mm2 = found.area_mm2;
     answer.recalled_count = found.recalled.size();
     answer.reason_count = found.reasons.size();
-    write_struct(answer, score, sizeof answer, "score");
+    answer.presence = found.presence;
+    write_struct(answer, score, "score");
   });
 }
 
@@ -139,7 +145,7 @@ recallseg_status recallseg_result_recalled(recallseg_result* result, size_t stru
     answer.key = found.key.c_str();
     answer.similarity = found.similarity;
     answer.tag_count = found.tags.size();
-    write_struct(answer, recalled, sizeof answer, "recalled");
+    write_struct(answer, recalled, "recalled");
   });
 }
 

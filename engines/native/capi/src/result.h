@@ -26,6 +26,7 @@ struct StructureScore {
   double area_mm2;
   std::vector<std::string> reasons;
   std::vector<RecalledExemplar> recalled;
+  double presence;
 };
 
 class Result final : public Object {
@@ -35,7 +36,8 @@ class Result final : public Object {
   explicit Result(PyObject* record);
 
   int32_t quality;
-  std::string bundle_identity, library_digest, engine, precision, notice, provenance;
+  std::string bundle_identity, library_digest, engine, precision, notice, provenance,
+      provenance_digest, mend;
   int32_t k;
   std::vector<std::pair<std::string, double>> timings;
   std::vector<StructureScore> scores;

@@ -70,8 +70,9 @@ extern "C" recallseg_status recallseg_segment(recallseg_segmenter* segmenter,
     if (result != nullptr) *result = nullptr;
     require_ready();
     const auto self = get<Segmenter>(segmenter);
-    const recallseg_image pixels = read_struct(image, sizeof(recallseg_image), "image");
-    const recallseg_output target = read_struct(output, sizeof(recallseg_output), "output");
+    const Begun begun(*self);
+    const recallseg_image pixels = read_struct(image, "image");
+    const recallseg_output target = read_struct(output, "output");
     if (!std::isfinite(deadline_ms) || deadline_ms < 0)
       refuse("deadline_ms must be milliseconds, or 0 for none");
     const Layout from = layout_of(pixels);
@@ -87,7 +88,7 @@ extern "C" recallseg_status recallseg_segment(recallseg_segmenter* segmenter,
                  lend_if_wanted(loan, to.label_map), lend_if_wanted(loan, to.masks),
                  std::isfinite(left) ? to_python(left) : none(),
                  area > 0 ? area : std::numeric_limits<double>::quiet_NaN(),
-                 result == nullptr ? 0 : 1);
+                 result == nullptr ? 0 : 1, begun.pair());
         if (result != nullptr) read = std::make_shared<Result>(record.get());
         return true;
       });

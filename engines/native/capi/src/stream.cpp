@@ -97,7 +97,7 @@ recallseg_status recallseg_stream_open(recallseg_segmenter* segmenter,
     auto of = get<Segmenter>(segmenter);
     if (callback == nullptr) refuse("callback is null");
     recallseg_stream_options chosen = RECALLSEG_STREAM_OPTIONS_INIT;
-    if (options != nullptr) chosen = read_struct(options, sizeof chosen, "options");
+    if (options != nullptr) chosen = read_struct(options, "options");
     check_milliseconds(chosen.deadline_ms, "deadline_ms");
     const auto opened = std::make_shared<Stream>(of, callback, user);
     const std::uintptr_t handle = insert_object(Kind::kStream, opened);
@@ -122,7 +122,7 @@ recallseg_status recallseg_stream_push(recallseg_stream* stream, const recallseg
   return guarded([&] {
     require_ready();
     const auto self = get<Stream>(stream);
-    const Layout from = layout_of(read_struct(image, sizeof(recallseg_image), "image"));
+    const Layout from = layout_of(read_struct(image, "image"));
     const Gil gil;
     const auto pushed = with_loan([&](Loan& loan) {
       const Ref answer = call("push_frame", self->object, loan.lend(from, Access::kRead));
@@ -171,7 +171,7 @@ recallseg_status recallseg_stream_get_statistics(recallseg_stream* stream,
                               &answer.failed, &answer.ignored})
         *count = static_cast<std::uint64_t>(reader.integer());
     }
-    write_struct(answer, statistics, sizeof answer, "statistics");
+    write_struct(answer, statistics, "statistics");
   });
 }
 

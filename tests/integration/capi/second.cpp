@@ -1,0 +1,198 @@
+// What the second ABI has: exemplars listed and erased, verification, cancelling, the audit log.
+#include <recallseg.hpp>
+
+#include <atomic>
+#include <cstring>
+#include <fstream>
+#include <thread>
+
+#include "checks.h"
+
+namespace {
+
+recallseg::Library writable() {
+  auto options = recallseg::sized<recallseg_library_options>();
+  options.writable = 1;
+  options.engine = "fake";
+  return recallseg::Library::open(library_folder, &options);
+}
+
+recallseg_summary summary_of(recallseg_segmenter* segmenter, recallseg_result** result) {
+  Query query;
+  GIVES(RECALLSEG_OK, recallseg_segment(segmenter, &query.image, &query.output, 0, result));
+  recallseg_summary summary = RECALLSEG_SUMMARY_INIT;
+  GIVES(RECALLSEG_OK, recallseg_result_summary(*result, &summary));
+  return summary;
+}
+
+}  // namespace
+
+void lists() {
+  init();
+  auto library = writable();
+  const auto list = library.list();
+  CHECK(list.size() == 5);
+  for (size_t i = 0; i < list.size(); ++i) {
+    const recallseg_listed one = list[i];
+    CHECK(std::strncmp(one.key, "disc-", 5) == 0 && one.retired == 0 && one.has_source == 1);
+    CHECK(one.structure_count == 2 && one.absent_count == 0 && one.rows > 0 && one.columns > 0);
+    CHECK(std::strcmp(one.structures[0], "core") == 0 || std::strcmp(one.structures[0], "disc") == 0);
+    CHECK(one.tag_count == 1 && std::strcmp(one.tags[0].name, "modality") == 0 &&
+          std::strcmp(one.tags[0].value, "MR") == 0);
+    CHECK(std::strlen(one.content) == 64 && std::strlen(one.created) > 18);
+  }
+  recallseg_listed one = RECALLSEG_LISTED_INIT;
+  GIVES(RECALLSEG_E_ARGUMENT, recallseg_list_exemplar(list.get(), 5, &one));
+  one.struct_size = 4;
+  GIVES(RECALLSEG_E_ARGUMENT, recallseg_list_exemplar(list.get(), 0, &one));
+
+  const std::string first = list[0].key, second = list[1].key;
+  library.retire(first);
+  library.remove(second);
+  GIVES(RECALLSEG_E_INPUT, recallseg_library_remove(library.get(), second.c_str()));
+  GIVES(RECALLSEG_E_INPUT, recallseg_library_retire(library.get(), "none", 1));
+  GIVES(RECALLSEG_E_ARGUMENT, recallseg_library_remove(library.get(), ""));
+  CHECK(list.size() == 5 && list[1].key == second);  // as it was
+  const auto later = library.list();
+  CHECK(later.size() == 4 && later[3].key == first && later[3].retired == 1);
+  CHECK(library.info().exemplars == 3);
+  library.retire(first, false);
+  CHECK(library.info().exemplars == 4 && library.list()[3].retired == 0);
+  auto reading = recallseg::Library::open(library_folder);
+  GIVES(RECALLSEG_E_LIBRARY_WRITE, recallseg_library_remove(reading.get(), first.c_str()));
+  CHECK(std::strstr(recallseg_last_error(), "recallseg_library_options.writable") != nullptr);
+  GIVES(RECALLSEG_E_HANDLE, recallseg_list_close(reinterpret_cast<recallseg_list*>(library.get())));
+  recallseg::shutdown();
+}
+
+void verifies() {
+  init();
+  recallseg_library* library = open_library();
+  recallseg_verification found = RECALLSEG_VERIFICATION_INIT;
+  GIVES(RECALLSEG_OK, recallseg_library_verify(library, nullptr, nullptr, &found));
+  CHECK(found.exemplars == 5 && found.memories == 10 && found.sources == 5);
+  CHECK(found.problem_count == 0 && *found.problems == '\0');
+  GIVES(RECALLSEG_OK, recallseg_library_verify(library, nullptr, nullptr, nullptr));
+  const recallseg_progress_callback stop = [](uint64_t, uint64_t, void*) { return int32_t{1}; };
+  GIVES(RECALLSEG_E_STATE, recallseg_library_verify(library, stop, nullptr, nullptr));
+  found.struct_size = 3;
+  GIVES(RECALLSEG_E_ARGUMENT, recallseg_library_verify(library, nullptr, nullptr, &found));
+
+  // Bytes of a stored file are others.
+  std::fstream stored(std::getenv("DAMAGE"), std::ios::in | std::ios::out | std::ios::binary);
+  stored.seekg(0, std::ios::end);
+  for (std::streamoff at = 256; at < stored.tellg(); at += 256) {
+    const std::streamoff end = stored.tellg();
+    stored.seekg(at);
+    const char was = static_cast<char>(stored.get());
+    stored.seekp(at);
+    stored.put(static_cast<char>(was ^ 1));
+    stored.seekg(end);
+  }
+  stored.close();
+  found = RECALLSEG_VERIFICATION_INIT;
+  GIVES(RECALLSEG_E_LIBRARY_CORRUPT, recallseg_library_verify(library, nullptr, nullptr, &found));
+  CHECK(found.problem_count >= 1 && std::strlen(found.problems) > 10);
+  CHECK(std::strstr(recallseg_last_error(), "problems: ") != nullptr);
+  CHECK(recallseg::Library::open(library_folder).verify().problem_count == found.problem_count);
+}
+
+void cancels() {
+  init();
+  recallseg_library* library = open_library();
+  recallseg_segmenter* segmenter = open_segmenter(library);
+  GIVES(RECALLSEG_OK, recallseg_segmenter_cancel(segmenter));  // nothing is in work: nothing ends
+  recallseg_result* result = nullptr;
+  const recallseg_summary summary = summary_of(segmenter, &result);
+  CHECK(std::strlen(summary.provenance_digest) == 64);
+  CHECK(std::strstr(summary.provenance, summary.provenance_digest) != nullptr);
+  CHECK(summary.quality == RECALLSEG_QUALITY_UNCALIBRATED);
+  CHECK(std::strstr(summary.mend, "recallseg library calibrate") != nullptr);
+  recallseg_score score = RECALLSEG_SCORE_INIT;
+  GIVES(RECALLSEG_OK, recallseg_result_score(result, 0, &score));
+  CHECK(score.presence == 1.0);  // all that is recalled shows it
+
+  // From another thread, until a call in work has ended by it; the next one goes on.
+  std::atomic<bool> over{false};
+  std::thread other([&] {
+    while (!over) GIVES(RECALLSEG_OK, recallseg_segmenter_cancel(segmenter));
+  });
+  Query query;
+  recallseg_status status = RECALLSEG_OK;
+  for (int i = 0; i < 1000 && status == RECALLSEG_OK; ++i)
+    status = recallseg_segment(segmenter, &query.image, &query.output, 0, &result);
+  over = true;
+  other.join();
+  CHECK(status == RECALLSEG_E_CANCELLED && result == nullptr);
+  CHECK(std::strstr(recallseg_last_error(), "cancelled at '") != nullptr);
+  GIVES(RECALLSEG_OK, recallseg_segment(segmenter, &query.image, &query.output, 0, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_segmenter_close(segmenter));
+  GIVES(RECALLSEG_E_HANDLE, recallseg_segmenter_cancel(segmenter));
+
+  // A calibration, by its own progress callback: nothing is stored.
+  GIVES(RECALLSEG_OK, recallseg_library_close(library));
+  auto writing = writable();
+  segmenter = open_segmenter(writing.get());
+  const recallseg_progress_callback cancel = [](uint64_t, uint64_t, void* user) {
+    GIVES(RECALLSEG_OK, recallseg_segmenter_cancel(static_cast<recallseg_segmenter*>(user)));
+    return int32_t{0};
+  };
+  GIVES(RECALLSEG_E_CANCELLED, recallseg_segmenter_calibrate(segmenter, cancel, segmenter));
+  CHECK(summary_of(segmenter, &result).quality == RECALLSEG_QUALITY_UNCALIBRATED);
+  GIVES(RECALLSEG_OK, recallseg_segmenter_calibrate(segmenter, nullptr, nullptr));
+  const recallseg_summary calibrated = summary_of(segmenter, &result);
+  CHECK(calibrated.quality != RECALLSEG_QUALITY_UNCALIBRATED && *calibrated.mend == '\0');
+}
+
+void audits() {
+  init();
+  const std::string log = scratch_folder + "/log.jsonl", head = scratch_folder + "/head.json";
+  const std::string key = scratch_folder + "/audit.key";
+  recallseg_audit_options sealed = RECALLSEG_AUDIT_OPTIONS_INIT;
+  sealed.key = key.c_str();
+  sealed.head = head.c_str();
+  recallseg_audit* audit = nullptr;
+  GIVES(RECALLSEG_E_ARGUMENT, recallseg_audit_open(nullptr, &sealed, &audit));
+  GIVES(RECALLSEG_E_AUDIT, recallseg_audit_open("/nowhere/log", nullptr, &audit));
+  CHECK(audit == nullptr);
+  GIVES(RECALLSEG_OK, recallseg_audit_open(log.c_str(), &sealed, &audit));
+  recallseg_segmenter_options options = RECALLSEG_SEGMENTER_OPTIONS_INIT;
+  options.engine = "fake";
+  options.k = 2;
+  options.audit = audit;
+  recallseg_library* library = open_library();
+  recallseg_segmenter* segmenter = nullptr;
+  GIVES(RECALLSEG_OK, recallseg_segmenter_open(library, &options, &segmenter));
+  GIVES(RECALLSEG_OK, recallseg_audit_close(audit));  // the segmenter keeps it
+  recallseg_segmenter* none = nullptr;
+  GIVES(RECALLSEG_E_HANDLE, recallseg_segmenter_open(library, &options, &none));
+  Query query;
+  recallseg_result* result = nullptr;
+  GIVES(RECALLSEG_OK, recallseg_segment(segmenter, &query.image, &query.output, 0, &result));
+  recallseg_stream* stream = nullptr;
+  recallseg_stream_options waiting = RECALLSEG_STREAM_OPTIONS_INIT;
+  waiting.queue = 2;
+  static std::vector<recallseg_status> told;
+  const recallseg_frame_callback tell = [](const recallseg_frame* frame, void*) {
+    told.push_back(frame->status);
+  };
+  GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, &waiting, tell, nullptr, &stream));
+  for (int i = 0; i < 2; ++i) GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_stream_drain(stream, 60e3));
+
+  // The log is there no more: what cannot be recorded is not handed over.
+  const std::string aside = log + ".aside";
+  CHECK(std::rename(log.c_str(), aside.c_str()) == 0);
+  GIVES(RECALLSEG_E_AUDIT, recallseg_segment(segmenter, &query.image, &query.output, 0, &result));
+  CHECK(result == nullptr);
+  for (const uint8_t label : query.labels) CHECK(label == 0);
+  for (const uint8_t mask : query.masks) CHECK(mask == 0);
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_stream_drain(stream, 60e3));
+  CHECK((told == std::vector<recallseg_status>{RECALLSEG_OK, RECALLSEG_OK, RECALLSEG_E_AUDIT}));
+  std::remove(log.c_str());
+  CHECK(std::rename(aside.c_str(), log.c_str()) == 0);
+  // Sealed: without the key it is refused.
+  GIVES(RECALLSEG_E_AUDIT, recallseg_audit_open(log.c_str(), nullptr, &audit));
+  CHECK(std::strstr(recallseg_last_error(), "recallseg_audit_options.key") != nullptr);
+}

@@ -36,7 +36,7 @@ _AFTER: Mapping[str, tuple[str, ...]] = {
     "decode": ("encode", "memorize", "attend"),
     "correct": ("encode", "memorize", "attend", "decode"),
 }
-"""Whose errors reach a graph: it is only judged when these are right."""
+"""Whose errors reach a graph: it is only judged when these are right. In the order of judging."""
 
 
 class Candidate(ABC):
@@ -127,7 +127,7 @@ class Candidate(ABC):
             *self._repeated(composition, found),
         ]
         makers = {made.name: name for name in GRAPHS for made in bundle.specs[name].outputs}
-        by: dict[str, list[Check]] = {graph: [] for graph in engines}
+        by: dict[str, list[Check]] = {graph: [] for graph in _AFTER if graph in engines}
         for check in checks:  # masks come of what 'decode' makes
             maker = makers.get(check.tensor.partition(" ")[0], "decode")
             by["correct" if check.tensor.startswith(CORRECTED) else maker].append(check)

@@ -46,8 +46,8 @@ class Plans(Candidate):
         super().__init__(kind.name, bundle, precision, replace(options, device=self._gpu))
         facts = self._gpu.facts
         self._plans = find_plans(bundle, kind.name, precision, version, facts, PlanCache())
-        self.graphs = tuple(self._plans)
-        self.records = {(graph,): plan.verdicts for graph, plan in self._plans.items()}
+        self.graphs = bundle.graphs_for(VARIANTS, precision)
+        self.records = {(graph,): self._plans[graph].verdicts for graph in self.graphs}
         self.most = Profile.from_json(self._plans["attend"].key.profile).k.most
         # What a plan does when it is recorded and replayed is asked at every start: it takes as
         # long as one query, and is in no record.

@@ -17,6 +17,8 @@ def check_configuration(configuration: Configuration) -> list[str]:
         problems += _check_audit(configuration.audit)
     if configuration.node is not None:
         problems += configuration.node.problems(configuration)
+    if configuration.mrd is not None:
+        problems += configuration.mrd.problems(configuration)
     return problems
 
 

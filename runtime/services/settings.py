@@ -21,6 +21,7 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.audit_keys import read_audit_key
+from recallseg.runtime.services.mrd.settings import MrdSettings
 from recallseg.runtime.services.node.settings import NodeSettings
 from recallseg.runtime.services.rules import Rule
 from recallseg.runtime.services.sections import (
@@ -85,6 +86,7 @@ class Configuration(BaseSettings):
     rules : what is done with what arrives.
     metrics, audit : None for none.
     node : see :class:`recallseg.runtime.services.node.settings.NodeSettings`.
+    mrd : see :class:`recallseg.runtime.services.mrd.settings.MrdSettings`.
     """
 
     model_config = SettingsConfigDict(
@@ -98,6 +100,7 @@ class Configuration(BaseSettings):
     audit: Optional[AuditSettings] = None
     rules: tuple[Rule, ...] = ()
     node: Optional[NodeSettings] = None
+    mrd: Optional[MrdSettings] = None
 
     @classmethod
     def settings_customise_sources(

@@ -201,6 +201,7 @@ def segment_volume(
     plane: str | None = None,
     on_slice: Callable[[NDArray[Any], Result], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    deadline_ms: float | None = None,
 ) -> VolumeResult:
     """Segment every slice of a volume.
 
@@ -210,6 +211,7 @@ def segment_volume(
     plane : see :meth:`Slicing.of`.
     on_slice : is given each slice, upright, with its result.
     progress : is told of each slice that is done.
+    deadline_ms : most milliseconds for all of it; None for no limit.
 
     Raises
     ------
@@ -217,6 +219,8 @@ def segment_volume(
         For a plane that the volume does not have, or NaN voxels.
     EngineRunError
         If an engine fails.
+    DeadlineError
+        If it took too long.
     """
     slicing = Slicing.of(volume, plane)
     label_map = np.zeros(volume.shape, np.uint8)
@@ -225,7 +229,7 @@ def segment_volume(
     records: dict[int, SliceRecord] = {}
     result: Result | None = None
     begin = perf_counter()
-    for index, result in _results(segmenter, volume, slicing):
+    for index, result in _results(segmenter, volume, slicing, deadline_ms):
         if index in records:
             continue
         slicing.view(label_map, index)[:] = result.label_map
@@ -325,7 +329,7 @@ class _Masks(Mapping[str, NDArray[np.bool_]]):
 
 
 def _results(
-    segmenter: Segmenter, volume: Volume, slicing: Slicing
+    segmenter: Segmenter, volume: Volume, slicing: Slicing, deadline_ms: float | None
 ) -> Iterator[tuple[int, Result]]:
     """Yield slices with their results; the one that propagation starts from comes twice."""
     count = slicing.count(volume)
@@ -334,9 +338,16 @@ def _results(
     def picture(index: int) -> NDArray[Any]:
         return slicing.view(volume.array, index)
 
+    begin = perf_counter()
+
+    def left_ms() -> float | None:
+        if deadline_ms is None:
+            return None
+        return max(0.0, deadline_ms - (perf_counter() - begin) * 1e3)
+
     if not segmenter.frames or count == 1:
         for index in range(count):
-            yield index, segmenter.segment(picture(index), acquisition=taken)
+            yield index, segmenter.segment(picture(index), acquisition=taken, deadline_ms=left_ms())
         return
     start = min(range(count), key=lambda index: segmenter.distance(picture(index)))
     frame_memories = segmenter.frame_memories()
@@ -345,7 +356,12 @@ def _results(
         for index in way:
             yield (
                 index,
-                segmenter.segment(picture(index), frame_memories=frame_memories, acquisition=taken),
+                segmenter.segment(
+                    picture(index),
+                    frame_memories=frame_memories,
+                    acquisition=taken,
+                    deadline_ms=left_ms(),
+                ),
             )
 
 

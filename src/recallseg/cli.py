@@ -38,6 +38,7 @@ from recallseg.commands.keeping import (
     retire,
 )
 from recallseg.commands.library import app as library_app
+from recallseg.commands.mrd import mrd
 from recallseg.commands.node import app as node_app
 from recallseg.commands.releasing import diff, install, release
 from recallseg.commands.reproduce import reproduce
@@ -220,6 +221,7 @@ app.add_typer(audit_app, name="audit")
 app.add_typer(sign_app, name="sign")
 app.add_typer(config_app, name="config")
 app.add_typer(node_app, name="node")
+app.command()(mrd)
 app.command()(doctor)
 _mount_lazily(
     "export",

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.services.http.guard import Guard
 from recallseg.runtime.services.http.limits import Limits
+from recallseg.runtime.services.listening import listen
 
 __all__ = ["AnnotationServer", "is_loopback"]
 
@@ -73,7 +74,8 @@ class AnnotationServer:
         limits = limits or Limits()
         if certificate is not None:
             _check_certificate(certificate, key)
-        self._socket = _bound(host, port)
+        self._socket = listen(host, port, "--port")
+        self._socket.setblocking(False)
         self.port = int(self._socket.getsockname()[1])
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{'http' if certificate is None else 'https'}://{shown}:{self.port}"
@@ -144,28 +146,6 @@ def is_loopback(host: str) -> bool:
     return all(
         ipaddress.ip_address(str(each[4][0]).partition("%")[0]).is_loopback for each in found
     )
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        made = socket.socket(family, kind)
-    except OSError as error:
-        raise InputError(f"there is no address '{host}': {error.strerror}.") from error
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(128)
-    except OSError as error:
-        made.close()
-        raise OutputError(
-            f"the server cannot listen on {host}:{port}: {error.strerror}. Choose another --port, "
-            "or stop what uses it."
-        ) from error
-    made.setblocking(False)
-    return made
 
 
 def _check_certificate(certificate: Path, key: Path | None) -> None:

@@ -1,0 +1,149 @@
+"""A socket that listens, with errors that say what to do."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+
+from recallseg.engines.errors import InputError, OutputError
+
+__all__ = ["Acceptor", "connect", "keep_alive", "listen"]
+
+
+def listen(host: str, port: int, setting: str) -> socket.socket:
+    """Return a TCP socket that listens.
+
+    Parameters
+    ----------
+    setting : what to change if the port is taken, e.g. ``--port``.
+
+    Raises
+    ------
+    InputError
+        If there is no such address.
+    OutputError
+        If the port is taken or may not be used.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind)
+    except OSError as error:
+        raise InputError(f"there is no address '{host}': {error.strerror}.") from error
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(128)
+    except OSError as error:
+        made.close()
+        raise OutputError(
+            f"the server cannot listen on {host}:{port}: {error.strerror}. Choose another "
+            f"{setting}, or stop what uses it."
+        ) from error
+    return made
+
+
+def keep_alive(link: socket.socket) -> None:
+    """Send small messages at once, and find out when the other side has gone."""
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Acceptor:
+    """Accepts connections, and serves each in a thread of its own.
+
+    Parameters
+    ----------
+    most : connections at once.
+    serve : is given each connection; it is closed when that returns.
+    refuse : is given what is more than that.
+    """
+
+    def __init__(
+        self,
+        server: socket.socket,
+        most: int,
+        serve: Callable[[socket.socket], None],
+        refuse: Callable[[socket.socket], None],
+    ) -> None:
+        self._server, self._most = server, most
+        self._serve, self._refuse = serve, refuse
+        self._open: dict[threading.Thread, socket.socket] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._accept, name="accept", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._server.getsockname()[1])
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._thread.start()
+
+    def alive(self) -> bool:
+        """Whether it accepts."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Accept no more; what is open goes on."""
+        self._stopping.set()
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        self._server.close()
+
+    def join(self, seconds: float) -> None:
+        """Wait for what is open, as long as that; then cut it off."""
+        until = monotonic() + seconds
+        for thread in list(self._open):
+            thread.join(max(0.0, until - monotonic()))
+        for thread, link in list(self._open.items()):
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            thread.join(1)
+
+    def _accept(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                link, _ = self._server.accept()
+            except OSError:
+                self._stopping.wait(0.1)  # too many open files, say: it passes
+                continue
+            with self._lock:
+                full = len(self._open) >= self._most
+                if not full:
+                    thread = threading.Thread(target=self._run, args=(link,), daemon=True)
+                    self._open[thread] = link
+            if full:
+                with link, suppress(OSError):
+                    link.settimeout(1.0)
+                    self._refuse(link)
+            else:
+                thread.start()
+
+    def _run(self, link: socket.socket) -> None:
+        try:
+            with link, suppress(OSError):
+                keep_alive(link)
+                self._serve(link)
+        finally:
+            with self._lock:
+                self._open.pop(threading.current_thread(), None)
+
+
+def connect(host: str, port: int, seconds: float) -> socket.socket:
+    """Return a connection; OSError if there is none within so many seconds."""
+    link = socket.create_connection((host, port), seconds)
+    keep_alive(link)
+    return link

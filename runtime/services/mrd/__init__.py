@@ -1,0 +1,1 @@
+"""MRD streaming (ISMRMRD), as FIRE, OpenRecon and Gadgetron speak it: images in, masks out."""

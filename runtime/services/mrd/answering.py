@@ -1,0 +1,388 @@
+"""One image of a scanner, asked and answered: as mask, overlay, and contours."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.errors import DeadlineError, RecallSegError
+from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.reports.pictures import colour
+from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.logs import ServiceLog
+from recallseg.runtime.services.mrd.parameters import Said, Wish
+from recallseg.runtime.services.mrd.settings import MrdSettings
+from recallseg.runtime.services.mrd.wire import (
+    IMAGINARY,
+    MAGNITUDE,
+    PHASE,
+    RGB,
+    Image,
+    attributes_of,
+    with_attributes,
+)
+from recallseg.runtime.services.questions import Questions
+from recallseg.runtime.services.rules import Arriving, Rule, fitting
+from recallseg.runtime.volumes.slices import VolumeResult, clean_up, segment_volume
+
+__all__ = ["Answer", "Answerer", "shown_of", "volume_of"]
+
+Kind = TypeVar("Kind", bound=np.generic)
+
+VARIANTS = 8
+"""Rules with other structures or k that are kept open at once; what asked for others goes first."""
+OPACITY = 0.4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one image.
+
+    Attributes
+    ----------
+    images : messages, each with the kind that its series is of.
+    state : ``answered``, ``unmatched``, ``skipped``, ``late`` or ``failed``.
+    notes : sentences for the scanner's log.
+    """
+
+    images: tuple[tuple[str, bytes], ...] = ()
+    state: str = "answered"
+    notes: tuple[str, ...] = ()
+
+
+class Answerer:
+    """Asks what rules say of images; in a process of its own.
+
+    Parameters
+    ----------
+    rules : all there are.
+    audit : in which every segmentation is recorded before it is sent.
+    """
+
+    def __init__(
+        self, rules: Sequence[Rule], settings: MrdSettings, audit: AuditLog | None
+    ) -> None:
+        self._rules = {rule.name: rule for rule in rules}
+        self._settings, self._audit = settings, audit
+        self._questions = Questions()
+        self._variants: OrderedDict[str, Rule] = OrderedDict()
+        self._log = ServiceLog("mrd.answer")
+
+    def warm_up(self) -> None:
+        """Open what rules ask; what cannot be opened yet is tried again when it is asked."""
+        for name, error in self._questions.warm_up(self._rules.values()).items():
+            self._log.error("a rule cannot be asked", rule=name, error=error)
+
+    def close(self) -> None:
+        """Close libraries and models."""
+        self._questions.close()
+
+    def answer(self, raw: bytes, said: Said, *, nul: bool, until: float) -> Answer:
+        """Answer one image.
+
+        Parameters
+        ----------
+        raw : its message.
+        said : what the connection said before it.
+        nul : whether texts end with NUL.
+        until : when it is too late, by ``time.monotonic``.
+        """
+        try:
+            return self._answer(raw, said, nul, until)
+        except DeadlineError:
+            return Answer(state="late", notes=("an image took too long: it is passed on alone.",))
+        except (RecallSegError, OSError, MemoryError) as error:
+            self._log.error("an image cannot be segmented", error=error)
+            return Answer(state="failed", notes=(f"an image cannot be segmented: {error}",))
+
+    def _answer(self, raw: bytes, said: Said, nul: bool, until: float) -> Answer:
+        image = Image.of(raw)
+        wish = Wish.of(said, tuple(self._rules), self._settings.returned)
+        if not (wish.returned.mask or wish.returned.overlay or wish.returned.roi):
+            return Answer(state="skipped")
+        if int(image.header["image_type"]) in (PHASE, IMAGINARY):
+            return Answer(
+                state="skipped",
+                notes=("images of phase and imaginary parts are passed on, not segmented.",),
+            )
+        attributes = attributes_of(image.attributes)
+        rules = self._fitting(wish, said, attributes)
+        if not rules:
+            return Answer(
+                state="unmatched",
+                notes=(
+                    f"no rule fits configuration '{said.config}', series description "
+                    f"'{_description(said, attributes)}': images are passed on alone.",
+                ),
+            )
+        volume, notes = volume_of(image, attributes)
+        made: list[tuple[str, bytes]] = []
+        for rule in rules:
+            result = self._segmented(self._asked(rule, wish), volume, until)
+            labels = _as_sent(volume, result.label_map)
+            masks = {name: _as_sent(volume, mask) for name, mask in result.masks.items()}
+            told = _told(rule, result)
+            answers = _answers(image, attributes, masks, labels, result, rule, told, wish)
+            if wish.returned.roi and labels.shape[0] > 1:
+                notes = (*notes, "contours are made of two-dimensional images only.")
+            made += [
+                (f"{rule.name} {kind}", self._coloured(kind, each).message(nul=nul))
+                for kind, each in answers
+            ]
+        return Answer(tuple(made), notes=notes)
+
+    def _segmented(self, rule: Rule, volume: Volume, until: float) -> VolumeResult:
+        left_ms = (until - time.monotonic()) * 1e3
+        if left_ms <= 0:
+            raise DeadlineError("an image had waited too long and was not begun.")
+        segmenter = self._questions.segmenter(rule)
+        result = segment_volume(
+            segmenter,
+            volume,
+            plane=rule.volumes.plane if volume.frame != "image" else None,
+            deadline_ms=max(0.0, (until - time.monotonic()) * 1e3),
+        )
+        if rule.volumes.largest or rule.volumes.fill_holes:
+            result = clean_up(
+                result, largest=rule.volumes.largest, fill_holes=rule.volumes.fill_holes
+            )
+        if self._audit is not None:
+            self._audit.record(volume.array, result.label_map, result.to_audit(volume))
+        return result
+
+    def _fitting(
+        self, wish: Wish, said: Said, attributes: dict[str, list[str]]
+    ) -> tuple[Rule, ...]:
+        if wish.rule:
+            return (self._rules[wish.rule],)
+        arriving = Arriving(
+            "MR",
+            said.body_part,
+            _description(said, attributes),
+            (said.station,),
+            said.config,
+            said.parameters,
+        )
+        return fitting(self._rules.values(), arriving)
+
+    def _asked(self, rule: Rule, wish: Wish) -> Rule:
+        """Return the rule with what is wished for, under a name of its own."""
+        if wish.structures is None and wish.k is None:
+            return rule
+        recipe = rule.recipe if wish.k is None else rule.recipe.model_copy(update={"k": wish.k})
+        structures = wish.structures or rule.structures
+        name = f"{rule.name} {recipe.k} {','.join(structures or ())}"
+        changes = {"name": name, "recipe": recipe, "structures": structures}
+        self._variants[name] = rule.model_copy(update=changes)
+        self._variants.move_to_end(name)
+        while len(self._variants) > VARIANTS:
+            self._questions.forget(self._variants.popitem(last=False)[1])
+        return self._variants[name]
+
+    def _coloured(self, kind: str, image: Image) -> Image:
+        if kind != "mask" or not self._settings.colours:
+            return image
+        attributes = attributes_of(image.attributes)
+        attributes["LUTFileName"] = [self._settings.colours]
+        return replace(image, attributes=with_attributes(attributes))
+
+
+def volume_of(image: Image, attributes: dict[str, list[str]]) -> tuple[Volume, tuple[str, ...]]:
+    """Return an image as a volume, and what had to be decided.
+
+    Its axes are X, Y, Z; without a patient Z, Y, X, as those of pictures are.
+
+    Complex values are taken by their magnitude, and several coils by the root of the sum of their
+    squares. Directions are those of rows and columns in the attributes where an image was turned
+    after it was acquired, else those of readout and phase encoding.
+
+    Raises
+    ------
+    InputError
+        If it cannot be one.
+    """
+    shown = shown_of(image)
+    affine = _affine(image.header, attributes)
+    if affine is None:
+        note = "an image does not say how the patient lay: it is taken as it is shown."
+        stack = np.moveaxis(shown, 0, -1) if len(shown) == 3 else shown[0]
+        return Volume(stack, np.eye(4), "image", "MR"), (note,)
+    stack = shown.transpose(3, 2, 1, 0) if len(shown) == 3 else shown[0].transpose(2, 1, 0)
+    acquired = 2 if stack.shape[2] == 1 else None  # of several it is not said what they are
+    return Volume(stack, affine, "LPS", "MR", acquired=acquired), ()
+
+
+def shown_of(image: Image) -> NDArray[Any]:
+    """Return what people see of an image: 1 or 3 (RGB, uint8) x Z x Y x X, real."""
+    data = image.data
+    values: NDArray[Any]
+    if int(image.header["image_type"]) == RGB and len(data) == 3:
+        values = np.clip(data, 0, 255).astype(np.uint8)
+        return values
+    values = np.abs(data) if np.iscomplexobj(data) else data
+    if len(values) > 1:
+        values = np.sqrt((values.astype(np.float64) ** 2).sum(axis=0, keepdims=True))
+    return values
+
+
+def _affine(header: object, attributes: dict[str, list[str]]) -> NDArray[np.float64] | None:
+    fields = np.asarray(header)
+    size = fields["matrix_size"].astype(np.float64)
+    extent = fields["field_of_view"].astype(np.float64)
+    if size[2] == 1 and not extent[2] > 0:
+        extent[2] = 1.0  # a slice whose thickness nobody said
+    row = _direction(attributes, "ImageRowDir", fields["read_dir"])
+    column = _direction(attributes, "ImageColumnDir", fields["phase_dir"])
+    across = _direction(attributes, "ImageSliceDir", fields["slice_dir"])
+    if not np.linalg.norm(across) > 0:
+        across = np.cross(row, column)
+    directions = np.stack([row, column, across], axis=1)
+    position = fields["position"].astype(np.float64)
+    if not (np.isfinite(directions).all() and np.isfinite(position).all()):
+        return None
+    if not (np.isfinite(extent).all() and (extent > 0).all()):
+        return None
+    if not np.allclose(directions.T @ directions, np.eye(3), atol=1e-3):
+        return None
+    affine = np.eye(4)
+    affine[:3, :3] = directions * (extent / size)
+    affine[:3, 3] = position - affine[:3, :3] @ ((size - 1) / 2)  # it is the centre's
+    return affine
+
+
+def _direction(
+    attributes: dict[str, list[str]], name: str, otherwise: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    try:
+        given = np.array([float(value) for value in attributes.get(name, ())], np.float64)
+    except ValueError:
+        given = np.empty(0)
+    return given if given.shape == (3,) else otherwise.astype(np.float64)
+
+
+def _description(said: Said, attributes: dict[str, list[str]]) -> str:
+    return "_".join(attributes.get("SeriesDescription", ())) or said.description
+
+
+def _told(rule: Rule, result: VolumeResult) -> str:
+    flags = ", ".join(f"{flag} {count}" for flag, count in result.flags.items())
+    names = ", ".join(f"{value} {name}" for name, value in result.labels.items())
+    notice = f"; {result.notice}" if result.notice else ""
+    return f"RecallSeg {rule.name}: {names}; quality: {flags}{notice}"
+
+
+def _answers(
+    image: Image,
+    attributes: dict[str, list[str]],
+    masks: Mapping[str, NDArray[np.bool_]],
+    labels: NDArray[np.uint8],
+    result: VolumeResult,
+    rule: Rule,
+    told: str,
+    wish: Wish,
+) -> list[tuple[str, Image]]:
+    """Return the images to answer, by kind; ``labels`` are Z x Y x X."""
+
+    def about(kind: str, role: str, **more: Sequence[str]) -> str:
+        return with_attributes(
+            {
+                **attributes,
+                "DataRole": [role],
+                "Keep_image_geometry": ["1"],
+                "ImageProcessingHistory": [
+                    *attributes.get("ImageProcessingHistory", ()), "RECALLSEG", kind.upper(),
+                ],
+                "SeriesDescriptionAdditional": [
+                    *attributes.get("SeriesDescriptionAdditional", ()), rule.name, kind,
+                ],
+                "ImageType": [*attributes.get("ImageType", ()), "RECALLSEG", kind.upper()],
+                "ImageComment": [told],
+                "ImageComments": [told],
+                **more,
+            }
+        )  # fmt: skip
+
+    made: list[tuple[str, Image]] = []
+    if wish.returned.mask:
+        most = len(result.labels)
+        window = {"WindowCenter": [str((most + 1) // 2)], "WindowWidth": [str(most + 1)]}
+        # A role of which scanners change no values.
+        text = about("mask", "Quantitative", **window)
+        made.append(("mask", image.answer(labels[None].astype("<u2"), text, image_type=MAGNITUDE)))
+    if wish.returned.overlay:
+        coloured = _overlay(image, labels, attributes, len(result.labels))
+        window = {"WindowCenter": ["128"], "WindowWidth": ["256"]}
+        made.append(
+            ("overlay", image.answer(coloured, about("overlay", "Image", **window), image_type=RGB))
+        )
+    if wish.returned.roi and labels.shape[0] == 1:
+        contours = _contours({result.labels[name]: mask[0] for name, mask in masks.items()})
+        text = about("roi", "Image", **contours)
+        made.append(("roi", replace(image, attributes=text)))
+    return made
+
+
+def _overlay(
+    image: Image, labels: NDArray[np.uint8], attributes: dict[str, list[str]], count: int
+) -> NDArray[np.uint16]:
+    """Return 3 x Z x Y x X, 0 to 255."""
+    shown = shown_of(image).astype(np.float64)
+    if len(shown) == 1:
+        low, high = _window(shown, attributes)
+        grey = np.clip((shown[0] - low) / max(high - low, 1e-12), 0, 1) * 255
+        shown = np.stack([grey] * 3)
+    for value in range(1, count + 1):
+        name = colour(value - 1)
+        inside = labels == value
+        for channel in range(3):
+            tint = int(name[1 + 2 * channel : 3 + 2 * channel], 16)
+            plane = shown[channel]
+            plane[inside] = (1 - OPACITY) * plane[inside] + OPACITY * tint
+    return np.rint(np.clip(shown, 0, 255)).astype("<u2")
+
+
+def _window(values: NDArray[np.float64], attributes: dict[str, list[str]]) -> tuple[float, float]:
+    try:
+        centre = float(attributes["WindowCenter"][0])
+        width = float(attributes["WindowWidth"][0])
+        if np.isfinite([centre, width]).all() and width > 0:
+            return centre - width / 2, centre + width / 2
+    except (KeyError, IndexError, ValueError):
+        pass
+    low, high = np.percentile(values, [0.5, 99.5])
+    return float(low), float(high)
+
+
+def _as_sent(volume: Volume, array: NDArray[Kind]) -> NDArray[Kind]:
+    """Return an array of a volume's voxels as Z x Y x X."""
+    return np.ascontiguousarray(array if volume.frame == "image" else array.transpose(2, 1, 0))
+
+
+def _contours(masks: Mapping[int, NDArray[np.bool_]]) -> dict[str, list[str]]:
+    """Return closed contours for viewers, of parts and of holes: style, then rows and columns.
+
+    The corner of the first pixel is 0, 0, and the middle of it 0.5, 0.5.
+    """
+    found: dict[str, list[str]] = {}
+    for value, mask in masks.items():
+        name = colour(value - 1)
+        tint = [int(name[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        style = [*(f"{part:.4f}" for part in tint), "1", "0", "1"]
+        # At twice the size contours, which run through pixels' middles, are nearly their edges.
+        large = mask.astype(np.uint8).repeat(2, 0).repeat(2, 1)
+        contours, _ = cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        for number, contour in enumerate(contours):
+            points = (contour.reshape(-1, 2)[:, ::-1] + 0.5) / 2
+            closed = np.concatenate([points, points[:1]])
+            found[f"ROI_{value}_{number + 1}"] = [
+                *style,
+                *(f"{each:.2f}" for each in closed.ravel()),
+            ]
+    return found

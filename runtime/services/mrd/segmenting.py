@@ -1,0 +1,251 @@
+"""The process that segments, beside the one that passes on: neither waits for the other.
+
+What is asked of it comes back in time or is given up. If it dies or hangs it is started anew, and
+images are passed on alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from recallseg.engines.child import bound_process, python_command, python_environment
+from recallseg.engines.errors import RecallSegError
+from recallseg.runtime.services.logs import ServiceLog, configure_logs, silence_libraries
+from recallseg.runtime.services.mrd.answering import Answer, Answerer
+from recallseg.runtime.services.mrd.parameters import Said
+from recallseg.runtime.services.mrd.settings import MrdSettings
+from recallseg.runtime.services.rules import Rule
+from recallseg.runtime.services.settings import AuditSettings, LogSettings
+
+__all__ = ["SegmentingProcess", "Setup"]
+
+HUNG_S = 30.0
+"""After a deadline, before a process that does not answer is ended."""
+_FIRST_S, _MOST_S = 0.5, 30.0
+_LOOK_S = 0.5
+_GONE = Answer(state="failed", notes=("the segmentation ended: an image is passed on alone.",))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the process is told when it starts."""
+
+    rules: Sequence[Rule]
+    settings: MrdSettings
+    audit: AuditSettings | None
+    log: LogSettings
+
+
+@dataclass(frozen=True)
+class _Job:
+    number: int
+    said: Said
+    nul: bool
+    until: float
+
+
+class SegmentingProcess:
+    """Segments images in a process of its own, one after the other."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._log = ServiceLog("mrd.segment")
+        self._lock = threading.Lock()
+        self._asked: queue.SimpleQueue[tuple[_Job, bytes | bytearray] | None] = queue.SimpleQueue()
+        self._futures: dict[int, tuple[Future[Answer], float]] = {}
+        self._number = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._link: Connection[Any, Any] | None = None
+        self._ready = threading.Event()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=each, name=each.__name__.strip("_"), daemon=True)
+            for each in (self._keep, self._send, self._watch)
+        ]
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has opened what rules ask."""
+        return self._ready.is_set()
+
+    @property
+    def process(self) -> int | None:
+        """Its number for the system; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def start(self) -> None:
+        """Start it; return at once."""
+        for thread in self._threads:
+            thread.start()
+
+    def alive(self) -> bool:
+        """Whether it is kept running."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def ask(self, raw: bytes | bytearray, said: Said, *, nul: bool, until: float) -> Future[Answer]:
+        """Ask for one image; what comes of it is an :class:`Answer`, never an error."""
+        future: Future[Answer] = Future()
+        with self._lock:
+            self._number += 1
+            job = _Job(self._number, said, nul, until)
+            self._futures[job.number] = future, until
+        self._asked.put((job, raw))
+        return future
+
+    def stop(self) -> None:
+        """End it."""
+        self._stop.set()
+        self._asked.put(None)
+        self._kill()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(5)
+        self._give_up()
+
+    def _keep(self) -> None:
+        """Start it, take its answers, and start it anew when it ends."""
+        wait = _FIRST_S
+        while not self._stop.is_set():
+            begin = time.monotonic()
+            try:
+                self._open()
+                self._take()
+            except (EOFError, OSError, pickle.UnpicklingError) as error:
+                if not self._stop.is_set():
+                    status = None if self._process is None else self._process.poll()
+                    self._log.error("the segmentation ended", error=error, status=status)
+            self._end()
+            self._give_up()
+            wait = _FIRST_S if time.monotonic() - begin > _MOST_S else min(_MOST_S, wait * 2)
+            self._stop.wait(wait)
+
+    def _open(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._process = subprocess.Popen(  # noqa: S603  # this Python, this module
+                python_command(__name__, str(theirs.fileno()), str(os.getpid())),
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=python_environment(),
+            )
+            link: Connection[Any, Any] = Connection(ours.detach())
+        link.send(self._setup)
+        self._link = link
+
+    def _take(self) -> None:
+        link = self._link
+        assert link is not None
+        if link.recv() == "ready":
+            self._ready.set()
+            self._log.info("the segmentation is ready")
+        while True:
+            number, state, notes, kinds = link.recv()
+            images = tuple((kind, link.recv_bytes()) for kind in kinds)
+            self._answer(number, Answer(images, state, notes))
+
+    def _send(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            job, raw = asked
+            link = self._link
+            try:
+                if link is None:
+                    raise BrokenPipeError
+                link.send(job)
+                link.send_bytes(raw)
+            except (OSError, ValueError):  # ended meanwhile
+                self._answer(job.number, _GONE)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_LOOK_S):
+            with self._lock:
+                oldest = min((until for _, until in self._futures.values()), default=None)
+            late = oldest is not None and time.monotonic() > oldest + HUNG_S
+            if late and self.ready:
+                self._log.error("the segmentation hangs and is ended")
+                self._kill()
+
+    def _answer(self, number: int, answer: Answer) -> None:
+        with self._lock:
+            future, _ = self._futures.pop(number, (None, 0.0))
+        if future is not None:
+            future.set_result(answer)
+
+    def _give_up(self) -> None:
+        for number in list(self._futures):
+            self._answer(number, _GONE)
+
+    def _kill(self) -> None:
+        self._ready.clear()
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def _end(self) -> None:
+        self._kill()
+        if self._process is not None:
+            self._process.wait()
+        link, self._link = self._link, None
+        if link is not None:
+            with suppress(OSError):
+                link.close()
+
+
+def _serve(link: Connection[Any, Any]) -> None:
+    setup: Setup = link.recv()
+    configure_logs(setup.log.format, setup.log.level)
+    silence_libraries()
+    jobs: queue.SimpleQueue[tuple[_Job, bytes] | None] = queue.SimpleQueue()
+
+    def receive() -> None:
+        try:
+            while True:
+                job = link.recv()
+                jobs.put((job, link.recv_bytes()))
+        except (EOFError, OSError):
+            jobs.put(None)
+
+    threading.Thread(target=receive, name="receive", daemon=True).start()
+    audit = None if setup.audit is None else setup.audit.open()
+    answerer = Answerer(setup.rules, setup.settings, audit)
+    answerer.warm_up()
+    link.send("ready")
+    try:
+        while (asked := jobs.get()) is not None:
+            job, raw = asked
+            answer = answerer.answer(raw, job.said, nul=job.nul, until=job.until)
+            kinds = [kind for kind, _ in answer.images]
+            link.send((job.number, answer.state, answer.notes, kinds))
+            for _, message in answer.images:
+                link.send_bytes(message)
+    except OSError:
+        pass  # nobody waits any more
+    finally:
+        answerer.close()
+
+
+def main() -> None:
+    """Segment what is asked for, until nobody asks any more; see :class:`SegmentingProcess`."""
+    descriptor, parent = map(int, sys.argv[1:3])
+    if bound_process(parent, None):
+        try:
+            _serve(Connection(descriptor))
+        except RecallSegError as error:
+            ServiceLog("mrd.segment").error("the segmentation cannot start", error=error)
+            raise SystemExit(1) from None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.pixels.interface import Pixels, Target
 
-__all__ = ["OpenCvPixels", "scaled"]
+__all__ = ["OpenCvPixels", "resize_plane", "scaled"]
 
 _BLOCK = 1 << 16
 _SIGN_AND_BITS = np.int32(-0x70002000)  # 0x8FFFE000: sign, exponent and mantissa once shifted by 13
@@ -49,7 +49,7 @@ class OpenCvPixels(Pixels):
         values = scaled(image, low, gain)
         for out, normalisation in targets:
             side = out.shape[-1]
-            resized = _resize(values, (side, side))
+            resized = resize_plane(values, (side, side))
             for channel in range(3):
                 plane = resized if resized.ndim == 2 else resized[..., channel]
                 to = out[0, channel]
@@ -72,7 +72,7 @@ class OpenCvPixels(Pixels):
             if not present[index]:
                 masks[index].fill(False)
                 continue
-            _resize(plane, label_map.shape, upsampled)
+            resize_plane(plane, label_map.shape, upsampled)
             np.greater(upsampled, 0, out=masks[index])
             wins = upsampled > highest
             np.copyto(label_map, np.uint8(index + 1), where=wins)
@@ -110,9 +110,10 @@ def scaled(image: NDArray[Any], low: np.float32, gain: np.float32) -> NDArray[np
     return np.clip(values, 0.0, 1.0, out=values)
 
 
-def _resize(
+def resize_plane(
     image: NDArray[np.float32], shape: tuple[int, ...], out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
+    """Return an image hxw or hxwx3 on the grid of a shape HxW, resized as all pixels are."""
     shrink = shape[0] < image.shape[0] or shape[1] < image.shape[1]
     method = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
     resized: Any = cv2.resize(image, (shape[1], shape[0]), dst=out, interpolation=method)

@@ -298,26 +298,29 @@ class DeviceModel(Model):
         if refine is not None:
             refined, small = self._refined(refine, self._fetch(self._buffers["all_logits"][:of]))
             logits, small = refined[:n], small[:n]
-            for i, left in enumerate(small):
-                if left:
-                    logits[i] = -1.0
         if self._kernels is None:
-            if logits is None:
-                logits = self._room.pinned("logits", every["logits"].shape, np.float32)
-                stream.copy_out(logits, every["logits"])
+            source = logits
+            if source is None:
+                source = self._room.pinned("logits", every["logits"].shape, np.float32)
+                stream.copy_out(source, every["logits"])
             stream.synchronize()
-            present = [bool(score > 0) for score in here["scores"]]
-            found, label_map = finish_masks(logits, present, shape, self._pixels, out)
+            present = [
+                bool(score > 0) and not left
+                for score, left in zip(here["scores"], small, strict=True)
+            ]
+            found, label_map = finish_masks(source, present, shape, self._pixels, out)
             masks: list[Any] = [*found]
         else:
             if logits is not None:
                 staged = self._room.pinned("refined", logits.shape, np.float32)
                 staged[...] = logits
+                staged[small] = -1.0  # no mask
                 every["logits"] = self._room.on_device("refined", logits.shape, np.float32)
                 stream.copy_in(every["logits"], staged)
             masks, label_map = self._finish_here(every, shape, out)
         self._looking = self._asking = False
-        return Finished(masks, label_map, here["iou"].copy(), here["scores"].copy(), small)
+        scores = here["scores"].copy()
+        return Finished(masks, label_map, here["iou"].copy(), scores, small, logits)
 
     def _finish_here(
         self, every: dict[str, DeviceTensor], shape: tuple[int, int], out: tuple[Any, Any]

@@ -146,13 +146,14 @@ class HostModel(Model):
         logits, iou, scores = (
             self._buffers[f"all_{name}"][:n] for name in ("logits", "iou", "scores")
         )
-        small = [False] * n
+        refined, small = None, [False] * n
         if refine is not None:
             every, small = self._refined(refine, self._buffers["all_logits"][:of])
-            logits, small = every[:n], small[:n]
+            logits = refined = every[:n]
+            small = small[:n]
         present = [bool(score > 0) and not left for score, left in zip(scores, small, strict=True)]
         masks, label_map = finish_masks(logits, present, shape, self._pixels, out)
-        return Finished([*masks], label_map, iou.copy(), scores.copy(), small)
+        return Finished([*masks], label_map, iou.copy(), scores.copy(), small, refined)
 
     def _masks(self, n: int) -> NDArray[np.float32]:
         masks: NDArray[np.float32] = self._buffers.of("memorize", n)["masks"]

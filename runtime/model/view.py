@@ -59,7 +59,9 @@ these n, and says which of them are too small to be there."""
 class Finished(NamedTuple):
     """What comes out: n masks HxW, label map HxW, IoU estimates n, object scores n.
 
-    ``small`` says which structures have no mask because so little of them is not believed.
+    ``small`` says which structures have no mask because so little of them is not believed;
+    ``refined`` are the logits nxHxW that masks were made of where they were refined, in a buffer
+    that the next question writes over.
     """
 
     masks: list[Any]
@@ -67,6 +69,7 @@ class Finished(NamedTuple):
     iou: NDArray[np.float32]
     object_score: NDArray[np.float32]
     small: list[bool]
+    refined: NDArray[np.float32] | None = None
 
 
 class Corrected(NamedTuple):
@@ -87,6 +90,7 @@ class View:
     Attributes
     ----------
     shape : height and width of the image in pixels.
+    question : how many were begun; see :meth:`plane`.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class View:
         self._n, self._k = 0, 0
         self._members: list[int] = []
         self._decoded: set[int] = set()
+        self._refined: NDArray[np.float32] | None = None
+        self.question = 0
 
     @property
     def valid(self) -> bool:
@@ -131,6 +137,8 @@ class View:
             self._model._settle("question")
             self._n = n
             self._decoded.clear()
+            self._refined = None
+            self.question += 1
 
     def recall(
         self,
@@ -222,7 +230,27 @@ class View:
                     f"{found.object_score.tolist()}: numbers that are not finite. Use another "
                     "precision or engine."
                 )
+            self._refined = found.refined
             return found
+
+    def plane(self, row: int, question: int) -> NDArray[np.float32]:
+        """Return a copy of the logits that one mask of a question was made of.
+
+        (S/4)x(S/4), or HxW where they were refined; NaN where none were made.
+
+        Raises
+        ------
+        StaleViewError
+            Also if another question was begun since.
+        """
+        with self._model.turns:
+            self._check()
+            if question != self.question:
+                raise StaleViewError("another question was asked of this image since.")
+            if self._refined is not None:
+                plane: NDArray[np.float32] = self._refined[row].copy()
+                return plane
+            return self._model._fetch(self._model._buffers["all_logits"][row])
 
     def logits(self) -> NDArray[np.float32]:
         """Return a copy of the question's logits, nx(S/4)x(S/4); NaN where none were made."""

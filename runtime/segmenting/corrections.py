@@ -504,7 +504,20 @@ class Corrections:
             notice=self._model.bundle.notice,
             spacing=None if self._acquisition is None else self._acquisition.spacing,
             corrections=self.corrections,
+            logits=FrozenMap(
+                {name: self._plane(state) for name, state in self._states.items()},
+            ),
         )
+
+    def _plane(self, state: _State) -> NDArray[np.float32]:
+        """Return what a structure's mask was made of; a drawn one lies on the image's grid."""
+        if state.drawn is not None:
+            plane: NDArray[np.float32] = np.where(state.drawn, SURE, -SURE).astype(np.float32)
+            return plane
+        if state.logits is None:
+            size = self._grid.geometry.logit_size
+            return np.full((size, size), np.nan, np.float32)
+        return state.logits
 
     def _masks(self, states: Sequence[_State]) -> tuple[list[NDArray[np.bool_]], NDArray[np.uint8]]:
         if not states:

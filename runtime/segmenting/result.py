@@ -14,6 +14,7 @@ from recallseg.engines.device import on_gpu
 from recallseg.engines.errors import InputError
 from recallseg.runtime.frozen import FrozenMap, same_fields
 from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.segmenting.probabilities import LogitsOnModel, Probabilities
 from recallseg.runtime.segmenting.recipe import Provenance
 
 __all__ = ["RECORD_FORMAT", "Quality", "Result", "Score", "calibration_json"]
@@ -94,8 +95,8 @@ def calibration_json(calibrated: Mapping[str, tuple[int, int]]) -> dict[str, dic
 class Result:
     """Segmentation of one image.
 
-    Results are equal if all but their ``timings`` is. They can be pickled and copied unless their
-    arrays lie on a GPU.
+    Results are equal if all but their ``timings`` and ``logits`` is. They can be pickled and copied
+    unless their arrays lie on a GPU.
 
     Attributes
     ----------
@@ -115,6 +116,11 @@ class Result:
     notice : what must be said of the weights, e.g. "demo model, not for clinical use".
     spacing : mm between rows and between columns, None where they are not known.
     corrections : by structure that a person corrected: how often.
+    logits : by structure, what its mask was made of, float32: (S/4)x(S/4) on the networks' grid, or
+        HxW where a head or a person drew; NaN where nothing was recalled. They are on the model and
+        fetched when they are asked for, until it looks at another image (StaleViewError), and are
+        left out of pickles and copies; with ``segment(image, keep_logits=True)`` the result has a
+        copy: 4 bytes for each, 0.25 MiB a structure at S = 1024.
     """
 
     masks: Mapping[str, NDArray[np.bool_]]
@@ -130,6 +136,31 @@ class Result:
     notice: str
     spacing: tuple[float, float] | None = None
     corrections: Mapping[str, int] = field(default_factory=FrozenMap)
+    logits: Mapping[str, NDArray[np.float32]] = field(default_factory=FrozenMap)
+
+    @property
+    def probabilities(self) -> Mapping[str, NDArray[np.float32]]:
+        """Probabilities HxW in 0..1 on the image's own grid, by structure.
+
+        Each is a new float32 array, made of :attr:`logits` when it is asked for: their logistic
+        function, resized as masks are. They are the decoder's, and not calibrated.
+
+        Wherever a structure is present, ``mask == (probability >= 0.5)``, pixel by pixel, also
+        where a head drew its boundary; where a person drew it, they are 0 and 1. An absent one
+        (``scores[name].present``) has an empty mask whatever they are: the decoder's object score,
+        or the head, speaks against it; where nothing was recalled they are 0. Where structures
+        overlap, each keeps its own, and the label map has the highest. What is done to masks later,
+        such as :func:`recallseg.runtime.volumes.slices.clean_up`, does not change them. If masks
+        lie on a GPU, single pixels at 0.5 may fall on the other side by rounding.
+
+        Raises
+        ------
+        StaleViewError
+            When one is asked for, if the logits were not kept and are gone.
+        InputError
+            If the result was pickled or copied without its logits.
+        """
+        return Probabilities(self.logits, self.masks, self.scores, tuple(self.label_map.shape))
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the pixels, for ``NAME.json`` beside a mask."""
@@ -171,13 +202,16 @@ class Result:
             return NotImplemented
         self._check_host("compared")
         other._check_host("compared")
-        return same_fields(self, other, "timings")
+        return same_fields(self, other, "timings", "logits")
 
     __hash__ = None  # type: ignore[assignment]  # arrays have none
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_host("pickled or copied")
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.logits, LogitsOnModel):
+            values["logits"] = FrozenMap()
+        return type(self), tuple(values.values())
 
     def _check_host(self, what: str) -> None:
         if any(on_gpu(array) for array in (self.label_map, *self.masks.values())):

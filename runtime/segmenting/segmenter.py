@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle, islice
 from os import PathLike
 from pathlib import Path
@@ -42,6 +43,7 @@ from recallseg.runtime.segmenting.presence import (
     LEAST_SHARE,
     presence_share,
 )
+from recallseg.runtime.segmenting.probabilities import LogitsOnModel
 from recallseg.runtime.segmenting.reach import REACH, within_reach
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 from recallseg.runtime.segmenting.refining import find_head
@@ -191,6 +193,7 @@ class Segmenter:
         acquisition: Acquisition | None = None,
         without: Collection[str] = (),
         cancelled: Callable[[], bool] | None = None,
+        keep_logits: bool = False,
     ) -> Result:
         """Segment one image.
 
@@ -210,6 +213,8 @@ class Segmenter:
             of the other side, then are a reason to look.
         without : keys of exemplars that are passed over, e.g. of the patient whose image it is.
         cancelled : asked between stages; True ends the query.
+        keep_logits : copy the logits into the result, so that its probabilities can be asked for
+            after other images, and are pickled with it; see :attr:`Result.logits`.
 
         Returns
         -------
@@ -243,10 +248,15 @@ class Segmenter:
             frame_memories=frame_memories,
             acquisition=acquisition,
             without=without,
+            keep_logits=keep_logits,
         )
 
     def segment_many(
-        self, images: Iterable[Any], *, progress: Progress | None = None
+        self,
+        images: Iterable[Any],
+        *,
+        keep_logits: bool = False,
+        progress: Progress | None = None,
     ) -> list[Result]:
         """Segment a list of images, one after the other; a bad one is told before any is done.
 
@@ -258,6 +268,7 @@ class Segmenter:
         Parameters
         ----------
         images : each as for :meth:`segment`.
+        keep_logits : as for :meth:`segment`; without, only the last result has probabilities.
         progress : is told how many are done, of how many.
 
         Returns
@@ -284,7 +295,7 @@ class Segmenter:
         results = []
         for position, image in enumerate(images):
             with _at(position):
-                results.append(self.segment(image))
+                results.append(self.segment(image, keep_logits=keep_logits))
             if progress is not None:
                 progress(len(results), len(images))
         return results
@@ -478,6 +489,7 @@ class Segmenter:
         exemplars: int | None = None,
         acquisition: Acquisition | None = None,
         keeper: Keeper | None = None,
+        keep_logits: bool = False,
     ) -> Result:
         """Run a query, without the exemplars of these keys.
 
@@ -485,9 +497,10 @@ class Segmenter:
         ``keeper`` keeps what the answer can be corrected with.
         """
         with timings.locked(self.model.turns):
-            return self._answer(
+            result = self._answer(
                 image, timings, without, out, frame_memories, exemplars, acquisition, keeper
             )
+            return replace(result, logits=FrozenMap(result.logits)) if keep_logits else result
 
     def _answer(
         self,
@@ -535,7 +548,7 @@ class Segmenter:
             with timings("decode"):
                 view.decode()
         with timings("finish"):
-            masks, label_map, iou, object_score, small = view.finish(
+            masks, label_map, iou, object_score, small, _ = view.finish(
                 out, n=n, refine=self._refine(without)
             )
             if keeper is not None:
@@ -576,6 +589,7 @@ class Segmenter:
             frame_memories=FrozenMap(dict(zip(self.structures, earlier[:n], strict=True))),
             notice=self.bundle.notice,
             spacing=None if acquisition is None else acquisition.spacing,
+            logits=LogitsOnModel(view, self.structures),
         )
 
     @property

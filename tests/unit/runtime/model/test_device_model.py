@@ -28,6 +28,7 @@ from recallseg.engines.errors import (
     DeviceMemoryError,
     EngineRunError,
     InputError,
+    StaleViewError,
 )
 from recallseg.engines.heads import REFINE, feature_count, graph_digest
 from recallseg.runtime.library.heads import Choice, Head
@@ -161,6 +162,40 @@ def test_without_pixel_kernels_it_is_the_cpu_bit_by_bit(
         same(segmenter.segment(image), reference.segment(image))
     np.testing.assert_array_equal(segmenter.logits(), reference.logits())
     assert segmenter.distance(image) == reference.distance(image)
+
+
+@pytest.mark.parametrize("kernels_built", [False, True])
+def test_probabilities_of_a_device_are_its_masks_at_one_half(
+    library: Library,
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    kernels_built: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
+    device = (
+        with_kernels(emulator, monkeypatch) if kernels_built else without_kernels(deferred=True)
+    )
+    segmenter, reference = make(library, device), on_cpu(library)
+    image, _ = picture(11)
+    found, kept = segmenter.segment(image), reference.segment(image, keep_logits=True)
+    for name in STRUCTURES:
+        probability = found.probabilities[name]
+        np.testing.assert_array_equal(probability >= 0.5, found.masks[name])
+        # The kernels' pixels are the CPU's but for rounding, and so are the networks' inputs.
+        np.testing.assert_allclose(probability, kept.probabilities[name], atol=1e-2)
+    held = segmenter.segment(image, keep_logits=True)
+    segmenter.segment(picture(12)[0])
+    np.testing.assert_array_equal(held.probabilities["disc"] >= 0.5, held.masks["disc"])
+    with pytest.raises(StaleViewError, match="keep_logits=True"):
+        found.probabilities["disc"]
+    on_device = tuple(
+        device.tensor(shape, dtype)
+        for shape, dtype in ((image.shape, np.uint8), ((2, *image.shape), np.bool_))
+    )
+    if kernels_built:
+        there = segmenter.segment(image, out=on_device)
+        np.testing.assert_array_equal(there.probabilities["disc"] >= 0.5, held.masks["disc"])
 
 
 def test_memories_in_int8_are_the_same_on_the_device(
@@ -821,10 +856,15 @@ def test_a_head_does_for_a_device_what_it_does_on_a_cpu(
         if there:
             given = device.tensor(image.shape, image.dtype)
             device.stream.copy_in(given, image)
-        found = make(own, device).segment(given)
-        expected = on_cpu(own).segment(image)
+        found = make(own, device).segment(given, keep_logits=True)
+        expected = on_cpu(own).segment(image, keep_logits=True)
         plain = on_cpu(own, refine=False).segment(image)
         assert found.provenance.head == expected.provenance.head is not None
         assert not np.array_equal(expected.label_map, plain.label_map)
         differing = np.mean(found.label_map != expected.label_map)
         assert differing == 0 if not kernels_built else differing < 1e-3
+        assert found.logits["disc"].shape == image.shape
+        for name, probability in found.probabilities.items():
+            if found.scores[name].present:
+                np.testing.assert_array_equal(probability >= 0.5, found.masks[name])
+            np.testing.assert_allclose(probability, expected.probabilities[name], atol=1e-3)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from functools import wraps
 from typing import Any, TypeVar, Union
 
 import numpy as np
 
-__all__ = ["FrozenMap", "same_fields"]
+__all__ = ["FrozenMap", "public", "same_fields"]
 
 K = TypeVar("K")
 V = TypeVar("V")
+Kind = TypeVar("Kind", bound=type)
 
 
 class FrozenMap(Mapping[K, V]):
@@ -41,6 +43,21 @@ class FrozenMap(Mapping[K, V]):
 
     def __repr__(self) -> str:
         return repr(self._items)
+
+
+def public(kind: Kind) -> Kind:
+    """Let a dataclass's own repr say where a user finds it: ``recallseg.Score(...)``.
+
+    Its module stays where it is: pickles of earlier versions name it.
+    """
+    plain: Callable[[Any], str] = vars(kind)["__repr__"]
+
+    @wraps(plain)
+    def told(self: Any) -> str:
+        return f"recallseg.{plain(self)}"
+
+    setattr(kind, "__repr__", told)  # noqa: B010  # mypy wants no assignment to a class's method
+    return kind
 
 
 def same_fields(one: Any, other: Any, *passed_over: str) -> bool:

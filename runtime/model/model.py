@@ -32,6 +32,7 @@ from recallseg.engines.pixels.interface import window_gain
 from recallseg.engines.pixels.opencv import scaled
 from recallseg.engines.registry import check_choice, load_engines
 from recallseg.runtime.formats.images import open_image
+from recallseg.runtime.frozen import public
 from recallseg.runtime.library.encoding import Encoded, Origin
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Buffers, Shapes, buffer_shapes, bytes_of
@@ -58,6 +59,7 @@ KEPT = ("features", "skip0", "skip1")
 KEEP_BYTES = 256 << 20
 
 
+@public
 @dataclass(frozen=True)
 class GpuOptions:
     """How a model uses a GPU.

@@ -20,6 +20,7 @@ from recallseg.engines.errors import InputError
 from recallseg.engines.pixels import Pixels, open_pixels
 from recallseg.engines.pixels.interface import Target, window_gain
 from recallseg.engines.pixels.opencv import scaled
+from recallseg.runtime.frozen import public
 
 __all__ = [
     "Intensity",
@@ -33,6 +34,7 @@ __all__ = [
 Mode = Literal["percentile", "range", "window"]
 
 
+@public
 @dataclass(frozen=True)
 class Intensity:
     """How pixel values become 0..1.

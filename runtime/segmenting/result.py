@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.device import on_gpu
 from recallseg.engines.errors import InputError
-from recallseg.runtime.frozen import FrozenMap, same_fields
+from recallseg.runtime.frozen import FrozenMap, public, same_fields
 from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.probabilities import LogitsOnModel, Probabilities
 from recallseg.runtime.segmenting.recipe import Provenance
@@ -25,6 +25,7 @@ have ``bundle_identity``, ``library_digest``, ``engine``, ``precision``, ``k`` a
 where these have ``provenance``."""
 
 
+@public
 @dataclass(frozen=True, eq=False)
 class Score:
     """How sure the model is of one structure.

@@ -21,6 +21,7 @@ from weakref import WeakSet
 
 from recallseg.engines.errors import DeadlineError, InputError, RecallSegError
 from recallseg.runtime.checks import check_count, check_number
+from recallseg.runtime.frozen import public
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.latency import LatencyHistogram
@@ -56,6 +57,7 @@ def close_streams(timeout_s: float = AT_EXIT_S) -> bool:
 atexit.register(close_streams)
 
 
+@public
 @dataclass(frozen=True)
 class Frame:
     """What became of one frame.

@@ -275,6 +275,11 @@ class VolumeCorrections:
         labels = FrozenMap({name: value for value, name in enumerate(names, 1)})
         return Spread(label_map, labels, FrozenMap(masks), tuple(sorted(finished)), complete)
 
+    def __repr__(self) -> str:
+        done = ", ".join(map(str, self.corrected)) or "none"
+        cut = f"{self.count} {self.slicing.plane} slices"
+        return f"recallseg.VolumeCorrections({cut}; corrected: {done})"
+
 
 class _Line(FrameMemories):
     """Frame memories one behind the other, each with one memory of a structure at most."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.fake_bundle import make_fake_bundle
 
 import recallseg
 from recallseg import errors
@@ -47,9 +48,35 @@ def test_errors_are_found_where_tracebacks_say() -> None:
     assert recallseg.RecallSegError is errors.RecallSegError
 
 
-def test_a_repr_says_where_its_class_is_found() -> None:
-    volume = recallseg.Volume(np.zeros((2, 3, 4), np.int16), np.eye(4), "RAS")
-    assert repr(volume).startswith("recallseg.Volume(")
+def test_a_repr_says_where_its_class_is_found(tmp_path: Path) -> None:
+    image = np.zeros((40, 40), np.uint8)
+    image[10:30, 10:30] = 200
+    bundle = make_fake_bundle(tmp_path / "bundle", correct=True)
+    volume = recallseg.Volume(image[None], np.eye(4), "image")
+    with recallseg.Library.create(tmp_path / "library", bundle, engine="fake") as library:
+        library.add(image, {"square": image > 0})
+        segmenter = recallseg.Segmenter(library, frames=1)
+        result = segmenter.segment(image)
+        made = [
+            *(bundle, library, segmenter, segmenter.model, result, result.scores["square"]),
+            *(result.provenance, result.provenance.recipe, library.intensity, volume),
+            *(recallseg.GpuOptions(), segmenter.correct(image)),
+            recallseg.VolumeCorrections(library, volume, segmenter=segmenter),
+            recallseg.Frame(0, 0.0, 0.0, None, None),
+        ]
+        with recallseg.Stream(segmenter, lambda frame: None) as stream:
+            made.append(stream)
+            told = dict.fromkeys(recallseg.__all__)
+            for one in made:
+                name = next(n for n in told if getattr(recallseg, n) in type(one).__mro__)
+                assert repr(one).startswith(f"recallseg.{name}("), name
+                told.pop(name)
+    left = {name for name in told if isinstance(getattr(recallseg, name), type)}
+    assert left == {"RecallSegError"}
+    for value in (result, recallseg.GpuOptions()):  # under the names of former pickles
+        again = pickle.loads(pickle.dumps(value))
+        assert again == value
+        assert type(again).__module__.startswith("recallseg.runtime.")
 
 
 @pytest.mark.parametrize("name", MODULES_WITH_EXAMPLES)

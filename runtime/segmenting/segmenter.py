@@ -31,6 +31,7 @@ from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.view import Refine, View, Wanted, groups
 from recallseg.runtime.segmenting.acquisition import Acquisition, differences
+from recallseg.runtime.segmenting.batches import check_room
 from recallseg.runtime.segmenting.calibration import (
     InForce,
     Thresholds,
@@ -258,12 +259,14 @@ class Segmenter:
         keep_logits: bool = False,
         progress: Progress | None = None,
     ) -> list[Result]:
-        """Segment a list of images, one after the other; a bad one is told before any is done.
+        """Segment a list of images, one after the other: all of them, or none.
 
         A method of its own, so that :meth:`segment` always returns one result. All are looked at
         first: a file is read, checked and let go, and read again when its turn comes, so that a
-        list of paths needs the memory of one image. The graphs take one image at a time, and other
-        threads have their turns in between.
+        list of paths needs the memory of one image; and all results must fit into memory, masks
+        and label maps of ``(n + 1) x HxW`` bytes each. So one that cannot be used, or too many, are
+        told before any is done. The graphs take one image at a time, and other threads have their
+        turns in between.
 
         Parameters
         ----------
@@ -281,6 +284,8 @@ class Segmenter:
         InputError
             If an image cannot be used, with its position in the list, counted from 0; no result is
             given then.
+        HostMemoryError
+            If the results would not fit into the memory that is free, before any is made.
         EngineRunError, ModelClosedError
         """
         if isinstance(images, (str, bytes, PathLike, Mapping)) or hasattr(images, "ndim"):
@@ -289,9 +294,11 @@ class Segmenter:
                 "segment(image), or put it into a list."
             )
         images = [*images]
+        shapes: list[tuple[int, int]] = []
         for position, image in enumerate(images):
             with _at(position):
-                self.model.check(open_image(image))
+                shapes.append(self.model.check(open_image(image)).shape[:2])
+        check_room(self, shapes, keep_logits)
         results = []
         for position, image in enumerate(images):
             with _at(position):

@@ -19,6 +19,7 @@ import pytest
 from recallseg import Bundle, Library, Segmenter, __version__
 from recallseg.engines.errors import (
     DeadlineError,
+    HostMemoryError,
     InputError,
     LibraryCorruptError,
     LibraryWriteError,
@@ -27,6 +28,7 @@ from recallseg.engines.precisions import find_precision
 from recallseg.runtime.model.model import Model
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.view import View
+from recallseg.runtime.segmenting import batches
 from recallseg.runtime.segmenting.calibration import Thresholds
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 
@@ -749,6 +751,29 @@ def test_a_bad_image_of_a_list_is_named_before_any_is_done(library: Library, bad
             [picture(0)[0], bad, picture(1)[0]], progress=lambda count, _: done.append(count)
         )
     assert not done
+
+
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_more_results_than_memory_are_told_before_any_is_done(
+    library: Library, keep_logits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = make(library, structures=["square"])
+    images = [picture(i % 4)[0] for i in range(6)]
+    results = segmenter.segment_many(images, keep_logits=keep_logits)
+    taken = sum(
+        r.label_map.nbytes
+        + r.masks["square"].nbytes
+        + (r.logits["square"].nbytes if keep_logits else 0)
+        for r in results
+    )
+    done: list[int] = []
+    monkeypatch.setattr(batches, "available_memory", lambda: taken - 1)
+    with pytest.raises(HostMemoryError, match=r"results of 6 images .* none was segmented") as told:
+        segmenter.segment_many(images, keep_logits=keep_logits, progress=lambda *n: done.append(1))
+    assert "MiB" in str(told.value)
+    assert not done
+    monkeypatch.setattr(batches, "available_memory", lambda: taken)
+    assert len(segmenter.segment_many(images, keep_logits=keep_logits)) == 6
 
 
 @pytest.mark.parametrize("one", ["image.png", Path("image.png"), np.zeros((3, 8, 8), np.uint8)])

@@ -19,6 +19,8 @@ def check_configuration(configuration: Configuration) -> list[str]:
         problems += configuration.node.problems(configuration)
     if configuration.mrd is not None:
         problems += configuration.mrd.problems(configuration)
+    if configuration.igtl is not None:
+        problems += configuration.igtl.problems(configuration)
     return problems
 
 

@@ -1,7 +1,8 @@
-"""A socket that listens, with errors that say what to do."""
+"""Connections: listening, accepting, and reading and writing within bounds of time."""
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -10,7 +11,19 @@ from time import monotonic
 
 from recallseg.engines.errors import InputError, OutputError
 
-__all__ = ["Acceptor", "connect", "keep_alive", "listen"]
+__all__ = [
+    "Acceptor",
+    "ClosedError",
+    "connect",
+    "keep_alive",
+    "listen",
+    "receive_into",
+    "send_all",
+]
+
+
+class ClosedError(Exception):
+    """The other side is silent or gone, or what it says cannot be followed any more."""
 
 
 def listen(host: str, port: int, setting: str) -> socket.socket:
@@ -147,3 +160,44 @@ def connect(host: str, port: int, seconds: float) -> socket.socket:
     link = socket.create_connection((host, port), seconds)
     keep_alive(link)
     return link
+
+
+def receive_into(link: socket.socket, buffer: bytearray, at: int, until: float) -> None:
+    """Fill a buffer from ``at`` on.
+
+    Parameters
+    ----------
+    until : by ``time.monotonic``.
+
+    Raises
+    ------
+    ClosedError
+        If it is not full by then, or the stream ends; without a text if that is its proper end.
+    """
+    view = memoryview(buffer)
+    while at < len(buffer):
+        left = until - monotonic()
+        if left <= 0:
+            raise ClosedError("nothing more came in time")
+        link.settimeout(left)
+        try:
+            got = link.recv_into(view[at:])
+        except TimeoutError:
+            continue
+        except OSError as error:
+            raise ClosedError("the connection broke") from error
+        if not got:
+            raise ClosedError("the stream ended" if at else "")
+        at += got
+
+
+def send_all(link: socket.socket, raw: bytes | bytearray, seconds: float) -> None:
+    """Send all of it; TimeoutError if the other side takes nothing for so long."""
+    poll = select.poll()  # the socket's own timeout is the reader's
+    poll.register(link, select.POLLOUT)
+    view = memoryview(raw)
+    while view:
+        if not poll.poll(seconds * 1e3):
+            raise TimeoutError
+        with suppress(BlockingIOError):
+            view = view[link.send(view[: 2**20], socket.MSG_DONTWAIT) :]

@@ -21,6 +21,7 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.audit_keys import read_audit_key
+from recallseg.runtime.services.igtl.settings import IgtlSettings
 from recallseg.runtime.services.mrd.settings import MrdSettings
 from recallseg.runtime.services.node.settings import NodeSettings
 from recallseg.runtime.services.rules import Rule
@@ -87,6 +88,7 @@ class Configuration(BaseSettings):
     metrics, audit : None for none.
     node : see :class:`recallseg.runtime.services.node.settings.NodeSettings`.
     mrd : see :class:`recallseg.runtime.services.mrd.settings.MrdSettings`.
+    igtl : see :class:`recallseg.runtime.services.igtl.settings.IgtlSettings`.
     """
 
     model_config = SettingsConfigDict(
@@ -101,6 +103,7 @@ class Configuration(BaseSettings):
     rules: tuple[Rule, ...] = ()
     node: Optional[NodeSettings] = None
     mrd: Optional[MrdSettings] = None
+    igtl: Optional[IgtlSettings] = None
 
     @classmethod
     def settings_customise_sources(

@@ -27,6 +27,7 @@ from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
 from recallseg.commands.evaluate import evaluate
 from recallseg.commands.identifiers import anonymise, whois
+from recallseg.commands.igtl import igtl
 from recallseg.commands.importing import import_
 from recallseg.commands.keeping import (
     backup,
@@ -222,6 +223,7 @@ app.add_typer(sign_app, name="sign")
 app.add_typer(config_app, name="config")
 app.add_typer(node_app, name="node")
 app.command()(mrd)
+app.command()(igtl)
 app.command()(doctor)
 _mount_lazily(
     "export",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import select
 import socket
 import struct
 import threading
@@ -15,6 +14,7 @@ from concurrent.futures import TimeoutError as LateError  # a class of its own b
 from contextlib import suppress
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.services.listening import ClosedError, send_all
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
 from recallseg.runtime.services.mrd.answering import Answer
@@ -31,7 +31,6 @@ from recallseg.runtime.services.mrd.wire import (
     IMAGE,
     SERIES_AT,
     TEXT,
-    ClosedError,
     Link,
     Message,
     text_message,
@@ -242,7 +241,7 @@ class Conversation:
         while (raw := self._outgoing.get()) is not None:
             if not self._gone.is_set():
                 try:
-                    _send_all(self._link, raw, self._settings.message_s)
+                    send_all(self._link, raw, self._settings.message_s)
                 except OSError:
                     self._gone.set()
                     with suppress(OSError):
@@ -280,15 +279,3 @@ class _Room:
         with self._changed:
             self._held -= count
             self._changed.notify_all()
-
-
-def _send_all(link: socket.socket, raw: bytes | bytearray, seconds: float) -> None:
-    """Send all of it; TimeoutError if the other side takes nothing for so long."""
-    poll = select.poll()  # the socket's own timeout is the reader's
-    poll.register(link, select.POLLOUT)
-    view = memoryview(raw)
-    while view:
-        if not poll.poll(seconds * 1e3):
-            raise TimeoutError
-        with suppress(BlockingIOError):
-            view = view[link.send(view[: 2**20], socket.MSG_DONTWAIT) :]

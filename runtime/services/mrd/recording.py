@@ -23,7 +23,7 @@ import numpy as np
 from recallseg.engines.durable import make_folder
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.json_text import printable
-from recallseg.runtime.services.listening import connect
+from recallseg.runtime.services.listening import ClosedError, connect
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.mrd.parameters import PARAMETERS
 from recallseg.runtime.services.mrd.wire import (
@@ -37,7 +37,6 @@ from recallseg.runtime.services.mrd.wire import (
     NDARRAY,
     TEXT,
     WAVEFORM,
-    ClosedError,
     Image,
     Link,
     Message,

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.services.listening import ClosedError, receive_into
 
 __all__ = [
     "CLOSE",
@@ -30,7 +31,6 @@ __all__ = [
     "HEADER",
     "IMAGE",
     "TEXT",
-    "ClosedError",
     "Image",
     "Link",
     "Message",
@@ -69,10 +69,6 @@ _IMAGE = np.dtype(
 )  # fmt: skip
 assert _IMAGE.itemsize == 198
 _ACQUISITION_BYTES, _WAVEFORM_BYTES = 340, 40
-
-
-class ClosedError(Exception):
-    """The other side is silent or gone, or what it says cannot be followed any more."""
 
 
 @dataclass(frozen=True)
@@ -239,21 +235,7 @@ class Link:
         return self._some(whole, len(head))
 
     def _some(self, buffer: bytearray, at: int) -> bytearray:
-        view = memoryview(buffer)
-        while at < len(buffer):
-            left = self._until - time.monotonic()
-            if left <= 0:
-                raise ClosedError("nothing more came in time")
-            self._link.settimeout(left)
-            try:
-                got = self._link.recv_into(view[at:])
-            except TimeoutError:
-                continue
-            except OSError as error:
-                raise ClosedError("the connection broke") from error
-            if not got:
-                raise ClosedError("the stream ended" if at else "")
-            at += got
+        receive_into(self._link, buffer, at, self._until)
         return buffer
 
 

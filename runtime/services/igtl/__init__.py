@@ -1,0 +1,1 @@
+"""OpenIGTLink: live frames in, label maps out, for navigation."""

@@ -68,7 +68,6 @@ def build(
     from recallseg.engines.tensorrt.targets import Target
 
     opened = Bundle.open(bundle)
-    say_notice(opened.notice)
     flavour = parsed(flavour_named, engine, "--engine")
     names = tuple(parsed(split_list, target, "--target")) if target else None
     checked = parsed(lambda _: Target.parse(names, flavour), target or "", "--target")
@@ -81,6 +80,7 @@ def build(
         strip_weights,
         None if workspace is None else workspace << 20,
     )
+    say_notice(opened.notice)
     found: list[dict[str, Any]] = []
     with progress_bar("build", len(opened.graphs_for(VARIANTS, precision))) as advance:
         seen: set[tuple[str, str]] = set()

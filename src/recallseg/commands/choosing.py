@@ -65,7 +65,6 @@ def next_(
     with Library.open(
         library, engine=asking.engine, precision=asking.precision, threads=asking.threads
     ) as opened:
-        say_notice(opened.bundle.notice)
         doubtful = by in ("all", "doubt") and opened.structures
         segmenter = asking.segmenter(opened) if doubtful else None
         with progress_bar("Looking", len(found.items)) as step:
@@ -77,6 +76,7 @@ def next_(
                 segmenter=segmenter,
                 progress=step,
             )
+        say_notice(opened.bundle.notice)
     tell_passed(found.passed)
     if as_json:
         emit_json(

@@ -10,11 +10,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 import typer
+from click import get_current_context
 
 from recallseg.engines.errors import InputError
 
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import PassedOver
+    from recallseg.runtime.library import Library
     from recallseg.runtime.library.importing import VolumeReader
     from recallseg.runtime.services.audit import AuditLog
 
@@ -57,6 +59,7 @@ __all__ = [
     "split_numbers",
     "split_tags",
     "split_time",
+    "state_of",
     "tell_passed",
     "tell_unlabelled",
     "volume_reader",
@@ -365,9 +368,27 @@ def emit_json(value: Any) -> None:
     typer.echo(json_text(value))
 
 
+def state_of(library: Library) -> dict[str, Any]:
+    """Return what a program wants to know of a library that was changed, as JSON values."""
+    return {
+        "path": str(library.path),
+        "digest": library.digest,
+        "bundle_identity": library.bundle_identity,
+        "exemplars": len(library),
+        "retired": len(library.retired),
+        "structures": list(library.structures),
+    }
+
+
 def say_notice(notice: str) -> None:
-    """Say, unmissably, what must be said of the weights; nothing when there is nothing to say."""
-    if notice:
+    """Say, unmissably, what must be said of the weights: once, when the input has been checked.
+
+    Nothing when there is nothing to say.
+    """
+    context = get_current_context(silent=True)
+    said = set[str]() if context is None else context.meta.setdefault("recallseg.notices", set())
+    if notice and notice not in said:
+        said.add(notice)
         from rich.console import Console
         from rich.panel import Panel
         from rich.text import Text

@@ -53,13 +53,13 @@ def demo(
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
     opened = Bundle.open(bundle)
-    say_notice(opened.notice)
     slices = load_slices()
     note(
         f"MNI152 T1 template: {len(slices.exemplars)} axial slices annotated, "
         f"{slices.gap:.1f} mm apart; {len(slices.queries)} midway between them to segment"
     )
     folder = _fresh_library_folder(output)
+    say_notice(opened.notice)
     with Library.create(
         folder, opened, engine=engine, precision=precision, threads=threads
     ) as library:
@@ -87,7 +87,6 @@ def demo(
             library, "Demo: MNI152 brain, slice by slice", engine, precision, threads
         )
         finish(evaluation, settings, library, output, as_json=as_json)
-    say_notice(opened.notice)
 
 
 def _fresh_library_folder(output: Path) -> Path:

@@ -124,6 +124,7 @@ def import_(
     with Library.open(
         library, mode="write", engine=engine, precision=precision, threads=threads
     ) as opened:
+        found.check_named(names, colours)
         say_notice(opened.bundle.notice)
         with progress_bar("Importing", len(found)) as step:
             report = import_exemplars(

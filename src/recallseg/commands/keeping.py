@@ -17,10 +17,15 @@ from recallseg.commands.common import (
     emit_json,
     note,
     progress_bar,
+    say_notice,
+    state_of,
 )
 from recallseg.engines import defaults
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from recallseg.runtime.library import Library
     from recallseg.runtime.library.history import Change
 
 __all__ = ["backup", "history", "merge", "reinstate", "rename", "restore", "retire"]
@@ -28,35 +33,46 @@ __all__ = ["backup", "history", "merge", "reinstate", "rename", "restore", "reti
 KeysArgument = Annotated[list[str], typer.Argument(metavar="KEY...", help="Exemplars.")]
 
 
-def retire(library: LibraryArgument, keys: KeysArgument) -> None:
+def retire(library: LibraryArgument, keys: KeysArgument, as_json: JsonOption = False) -> None:
     """Take exemplars out of use; all of them stays, and 'reinstate' brings them back."""
     from recallseg.runtime.library import Library
 
     with Library.open(library, mode="write") as opened:
         opened.retire(keys)
-        note(f"{len(set(keys))} retired; {len(opened)} in use, {len(opened.retired)} retired")
+        _tell(opened, "retired", keys, as_json)
 
 
-def reinstate(library: LibraryArgument, keys: KeysArgument) -> None:
+def reinstate(library: LibraryArgument, keys: KeysArgument, as_json: JsonOption = False) -> None:
     """Take retired exemplars into use again."""
     from recallseg.runtime.library import Library
 
     with Library.open(library, mode="write") as opened:
         opened.reinstate(keys)
-        note(f"{len(set(keys))} reinstated; {len(opened)} in use, {len(opened.retired)} retired")
+        _tell(opened, "reinstated", keys, as_json)
+
+
+def _tell(library: Library, what: str, keys: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        emit_json({what: list(dict.fromkeys(keys)), "library": state_of(library)})
+    else:
+        note(f"{len(set(keys))} {what}; {len(library)} in use, {len(library.retired)} retired")
 
 
 def rename(
     library: LibraryArgument,
     old: Annotated[str, typer.Argument(metavar="OLD", help="A structure.")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="The name that it gets.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Rename a structure in every exemplar; calibrations follow."""
     from recallseg.runtime.library import Library
 
     with Library.open(library, mode="write") as opened:
         opened.rename_structure(old, new)
-        note(f"'{old}' is '{new}' now; structures: {', '.join(opened.structures)}")
+        if as_json:
+            emit_json({"renamed": {old: new}, "library": state_of(opened)})
+        else:
+            note(f"'{old}' is '{new}' now; structures: {', '.join(opened.structures)}")
 
 
 def merge(
@@ -81,6 +97,8 @@ def merge(
         progress_bar("Merging", len(source)) as step,
     ):
         report = opened.merge(source, progress=counted(step))
+        if report.encoded:
+            say_notice(opened.bundle.notice)
     if as_json:
         emit_json({name: [*keys] for name, keys in vars(report).items()})
         return
@@ -123,13 +141,17 @@ def restore(
         bool,
         typer.Option("--over-newer", help="Also over a library that has what the backup has not."),
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Put the copy that 'backup' made in the place of LIB, or where there is none."""
     from recallseg.runtime.library import Library
 
     Library.restore(folder, library, over_newer=over_newer)
     with Library.open(library) as restored:
-        note(f"{restored!r}")
+        if as_json:
+            emit_json({"library": state_of(restored)})
+        else:
+            note(f"{restored!r}")
 
 
 def history(library: LibraryArgument, as_json: JsonOption = False) -> None:

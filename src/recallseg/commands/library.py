@@ -24,6 +24,7 @@ from recallseg.commands.common import (
     parsed,
     progress_bar,
     say_notice,
+    state_of,
 )
 from recallseg.engines import defaults
 from recallseg.engines.errors import InputError
@@ -79,6 +80,7 @@ def create(
             callback=_memory_format,
         ),
     ] = "fp16",
+    as_json: JsonOption = False,
 ) -> None:
     """Make an empty library."""
     from recallseg.runtime.library import Library
@@ -87,8 +89,11 @@ def create(
     with Library.create(
         library, bundle, intensity=rule, keep_sources=sources, memory_format=memories
     ) as made:
-        note(f"{made!r}")
         say_notice(made.bundle.notice)
+        if as_json:
+            emit_json({"library": state_of(made)})
+        else:
+            note(f"{made!r}")
 
 
 @app.command()
@@ -118,6 +123,7 @@ def add(
     engine: EngineOption = defaults.ENGINE,
     precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Add one annotated image; prints its key."""
     from recallseg.runtime.formats.pairs import Pair, parse_labels, read_pair
@@ -130,6 +136,7 @@ def add(
     with Library.open(
         library, mode="write", engine=engine, precision=precision, threads=threads
     ) as opened:
+        say_notice(opened.bundle.notice)
         made = opened.add(
             annotated.image,
             annotated.masks,
@@ -139,7 +146,10 @@ def add(
             name=str(image),
             group=group,
         )
-        typer.echo(made)
+        if as_json:
+            emit_json({"key": made, "library": state_of(opened)})
+        else:
+            typer.echo(made)
 
 
 @app.command("list")
@@ -201,6 +211,7 @@ def remove(
     library: LibraryArgument,
     keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Exemplars to remove.")],
     compact: Annotated[bool, typer.Option("--compact", help="Then free their disk space.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Erase exemplars for good; 'retire' takes them out of use and keeps them."""
     from recallseg.runtime.library import Library
@@ -210,8 +221,12 @@ def remove(
             opened.get(key)  # all of them are there, or none is removed
         for key in keys:
             opened.remove(key)
-        freed = f", {opened.compact()} bytes freed" if compact else ""
-        note(f"{len(keys)} removed{freed}; {len(opened)} left")
+        freed = opened.compact() if compact else None
+        if as_json:
+            emit_json({"removed": keys, "freed_bytes": freed, "library": state_of(opened)})
+            return
+        room = "" if freed is None else f", {freed} bytes freed"
+        note(f"{len(keys)} removed{room}; {len(opened)} left")
 
 
 @app.command()
@@ -249,6 +264,7 @@ def rebuild(
     engine: EngineOption = defaults.ENGINE,
     precision: PrecisionOption = defaults.PRECISION,
     threads: ThreadsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Encode every exemplar anew from its stored image, for instance for another bundle."""
     from recallseg.runtime.library import Library
@@ -263,7 +279,11 @@ def rebuild(
         else:
             with progress_bar("Rebuilding", len(opened) + len(opened.retired)) as step:
                 opened.rebuild(bundle, progress=counted(step))
-        note(f"{opened!r}")
+            say_notice(opened.bundle.notice)
+        if as_json:
+            emit_json({"library": state_of(opened)})
+        else:
+            note(f"{opened!r}")
 
 
 @app.command()
@@ -277,8 +297,8 @@ def calibrate(library: LibraryArgument, asking: Asking, as_json: JsonOption = Fa
 
     asking.check()
     with Library.open(library, mode="write") as opened:
-        say_notice(opened.bundle.notice)
         segmenter = asking.segmenter(opened)
+        say_notice(opened.bundle.notice)
         with progress_bar("Calibrating", len(opened)) as step:
             thresholds = segmenter.calibrate(counted(step))
     if as_json:
@@ -313,8 +333,8 @@ def fit(
 
     asking.check()
     with Library.open(library, mode="write") as opened:
-        say_notice(opened.bundle.notice)
         segmenter = replace(asking, refine=False).segmenter(opened)
+        say_notice(opened.bundle.notice)
         with progress_bar("Fitting", 2 * len(opened)) as step:
             head = fit_head(segmenter, counted(step), by=by)
         lines, data = _head(head, opened)

@@ -74,10 +74,14 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def retry(config: ConfigOption, series: SeriesOption = None) -> None:
+def retry(config: ConfigOption, series: SeriesOption = None, as_json: JsonOption = False) -> None:
     """Try again, now, what failed or waits: decisions, segmentations, deliveries."""
     with _store(config) as store:
-        typer.echo(f"{store.retry(series)} to be tried again")
+        count = store.retry(series)
+    if as_json:
+        emit_json({"retried": count})
+    else:
+        typer.echo(f"{count} to be tried again")
 
 
 @app.command()

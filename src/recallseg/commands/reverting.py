@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from recallseg.commands.common import LibraryArgument, note
+from recallseg.commands.common import JsonOption, LibraryArgument, emit_json, note, state_of
 
 __all__ = ["revert"]
 
@@ -16,6 +16,7 @@ def revert(
     revision: Annotated[
         int, typer.Argument(min=0, help="Of a change, as 'library history' numbers them.")
     ],
+    as_json: JsonOption = False,
 ) -> None:
     """Use the exemplars that were in use after an earlier change: later ones are retired.
 
@@ -26,6 +27,18 @@ def revert(
 
     with Library.open(library, mode="write") as opened:
         done = revert_library(opened, revision)
+        state = state_of(opened)
+    if as_json:
+        emit_json(
+            {
+                "retired": list(done.retired),
+                "reinstated": list(done.reinstated),
+                "lost": done.lost,
+                "kept": [change.to_json() for change in done.kept],
+                "library": state,
+            }
+        )
+        return
     note(f"retired {len(done.retired)}, took back into use {len(done.reinstated)}")
     if done.lost:
         note(

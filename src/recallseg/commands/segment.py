@@ -75,7 +75,6 @@ def segment(
         if resume:
             jobs, before = _left(jobs, settings, segmenter), len(jobs)
             note(f"{before - len(jobs)} of {before} are done already and passed over")
-        say_notice(segmenter.bundle.notice)
         with progress_bar("Segmenting", len(jobs)) as step:
             for item, base in jobs:
                 try:
@@ -117,6 +116,7 @@ def _segment_image(
     from recallseg.runtime.services.outputs import mask_file, write_result
 
     image = read_image(item.path, as_stored=settings.as_stored)
+    say_notice(segmenter.bundle.notice)
     result = segmenter.segment(image)
     if log is not None:
         log.record(image, result.label_map, result.to_audit())
@@ -147,6 +147,7 @@ def _segment_volume(
                 item, voi=settings.voi, time=time, stack=settings.stack, progress=each
             )
         slices = Slicing.of(volume, settings.plane).count(volume)
+        say_notice(segmenter.bundle.notice)
         target = base if time is None or len(times) == 1 else time_base(base, time)
         if (
             target != base

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from recallseg.commands.common import note
+from recallseg.commands.common import JsonOption, emit_json, note
 
 __all__ = ["app"]
 
@@ -58,6 +58,7 @@ def file(
 def check(
     path: Annotated[Path, typer.Argument(help="Folder of a bundle, or a file with its FILE.sig.")],
     trust: Annotated[Path, typer.Option("--trust", metavar="KEYS", help="File of public keys.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Say who signed it; exit status 1 if no trusted key did, or it was changed since."""
     from recallseg.engines.bundle import Bundle
@@ -70,4 +71,7 @@ def check(
         signer = check_bundle(path, (path / "manifest.json").read_bytes(), keys)
     else:
         signer = check_file(path, keys)
-    typer.echo(f"{path}: signed by {signer.name} {signer.id}")
+    if as_json:
+        emit_json({"path": str(path), "signer": {"name": signer.name, "id": signer.id}})
+    else:
+        typer.echo(f"{path}: signed by {signer.name} {signer.id}")

@@ -52,13 +52,14 @@ def verify(
     from recallseg.runtime.library.own import remember_bundle
 
     opened = Bundle.open(bundle)
+    memory = parse_bytes(most_memory, "--most-memory") if most_memory else None
     say_notice(opened.notice)
     result = verify_bounded(
         opened,
         engine,
         precision,
         EngineOptions(threads),
-        most_memory=parse_bytes(most_memory, "--most-memory") if most_memory else None,
+        most_memory=memory,
         most_seconds=most_seconds,
     )
     if result.passed:

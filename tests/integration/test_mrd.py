@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from support.mrd import HEADER, asked, configured, image_of, running
 from support.services import half_library, half_volume, wait_until
 
 from recallseg import Bundle
+from recallseg.runtime.services.audit import verify_audit_log
 from recallseg.runtime.services.mrd.recording import replay
 from recallseg.runtime.services.mrd.service import Mrd
 
@@ -334,3 +337,49 @@ def test_rules_choose_by_what_the_scanner_says(library: Path) -> None:
         both = json.dumps({"parameters": {"organ": "disc"}})
         assert len(images_in(asked(service.port, sent, config="spine", parameters=both))) == 3
         assert len(images_in(asked(service.port, sent, config="b"))) == 2
+
+
+def test_a_slow_sender_is_not_waited_for(service: Mrd) -> None:
+    raw = struct.pack("<H", 1022) + image_of(half_volume(1)[0]).to_bytes()
+    with socket.create_connection(("127.0.0.1", service.port), 20) as link:
+        link.settimeout(20)
+        link.sendall(raw + raw[:3000])
+        begin = time.monotonic()
+        came = b"".join(iter(lambda: link.recv(65536), b""))
+    assert time.monotonic() - begin < 8
+    assert came.startswith(raw)
+    assert b"nothing more came in time" in came
+    assert came.endswith(struct.pack("<H", 4))
+
+
+def test_every_segmentation_is_in_the_audit_log(library: Path, tmp_path: Path) -> None:
+    audit = tmp_path / "audit.jsonl"
+    with running(configured(library, audit={"log": audit})) as service:
+        asked(service.port, [image_of(half_volume(1)[0]), image_of(half_volume(2)[None])])
+    assert verify_audit_log(audit).entries == 2
+    assert "DOE" not in audit.read_text()
+    assert "t2_spine" not in audit.read_text()
+
+
+@pytest.mark.skipif(
+    shutil.which("ismrmrd_recon_cartesian_2d") is None,
+    reason="ISMRMRD's programs (Debian: ismrmrd-tools) are not here",
+)
+def test_a_measurement_made_by_ismrmrds_own_programs(service: Mrd, tmp_path: Path) -> None:
+    """Raw data, and an image that does not say how the patient lay."""
+    file = tmp_path / "phantom.h5"
+    make = ["ismrmrd_generate_cartesian_shepp_logan", "-o", str(file), "-m", "64", "-c", "2"]
+    for command in (make, ["ismrmrd_recon_cartesian_2d", str(file)]):
+        subprocess.run(command, check=True, capture_output=True)
+    with ismrmrd.Dataset(str(file), "dataset", create_if_needed=False) as data:
+        header = data.read_xml_header().decode()
+        measured = [data.read_acquisition(n) for n in range(data.number_of_acquisitions())]
+        image = data.read_image("cpp", 0)
+    found = asked(service.port, [*measured, image], header=header)
+    passed = [each for each in found if isinstance(each, ismrmrd.Acquisition)]
+    assert [each.to_bytes() for each in passed] == [each.to_bytes() for each in measured]
+    original, mask = images_in(found)
+    assert original.to_bytes() == image.to_bytes()
+    assert mask.data.shape == image.data.shape
+    assert same_place(mask, image)
+    assert "how the patient lay" in " ".join(texts_in(found))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +29,16 @@ from recallseg.runtime.formats.volume import Slicing, Volume
 
 __all__ = [
     "SliceChoice",
+    "VolumeReader",
     "annotated_slices",
     "farthest_first",
     "read_annotated_volume",
     "structure_name",
+    "volume_reader",
 ]
 
 SEGMENTATIONS = (".mask.nii.gz", ".mask.nii", ".seg.nrrd", ".seg.dcm", ".mask.nrrd")
+SEGMENTS = ("union", "by-number")
 Embed = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
@@ -68,6 +72,44 @@ class SliceChoice:
         ):
             return cls("every" if rule == "every" else "different", int(number), empty)
         raise InputError(f"slices must read all, every:5 or different:16, got '{text}'.")
+
+
+VolumeReader = Callable[
+    [Item, Path, Optional[Mapping[int, str]]], tuple[Volume, dict[str, NDArray[np.bool_]]]
+]
+"""As :func:`read_annotated_volume`, options bound."""
+
+
+def volume_reader(
+    voi: bool = False,
+    time: int | None = None,
+    stack: str | None = None,
+    resample: bool = False,
+    segments: str = "union",
+) -> VolumeReader:
+    """Return what reads annotated volumes.
+
+    Parameters
+    ----------
+    voi, time, stack : see :func:`recallseg.runtime.formats.reading.read_volume`.
+    resample : take masks on another lattice too, each voxel from the nearest.
+    segments : of those with one name: ``union``, or ``by-number`` to keep them apart.
+
+    Raises
+    ------
+    InputError
+        For other ``segments``.
+    """
+    if segments not in SEGMENTS:
+        raise InputError(f"segments must be one of {', '.join(SEGMENTS)}, got '{segments}'.")
+    return partial(
+        read_annotated_volume,
+        voi=voi,
+        time=time,
+        stack=stack,
+        resampled=resample,
+        by_number=segments == "by-number",
+    )
 
 
 def read_annotated_volume(

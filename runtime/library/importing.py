@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.annotated_volumes import (
     SliceChoice,
+    VolumeReader,
     annotated_slices,
     read_annotated_volume,
+    volume_reader,
 )
 from recallseg.runtime.formats.annotations import AnnotatedVolume, Annotations, find_annotations
-from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.pairs import (
     Annotated,
     Legend,
@@ -63,12 +63,6 @@ class ImportReport:
     skipped: tuple[str, ...]
     failed: Mapping[str, str]
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-VolumeReader = Callable[
-    [Item, Path, Mapping[int, str] | None], tuple[Volume, dict[str, NDArray[np.bool_]]]
-]
-"""As :func:`read_annotated_volume`, options bound."""
 
 
 def import_pairs(
@@ -117,7 +111,7 @@ def import_volume(
     Parameters
     ----------
     labels : structure by label value, for label maps.
-    read : how; :func:`functools.partial` of the default takes options.
+    read : how; see :func:`recallseg.runtime.formats.annotated_volumes.volume_reader`.
     choice, plane, missing : see :func:`annotated_slices`.
     tags : given to every slice, beside those of the volume.
     key : see :func:`import_annotated`.
@@ -184,9 +178,15 @@ def import_exemplars(
     *,
     labels: Mapping[int, str] | None = None,
     legend: Legend | None = None,
-    choice: SliceChoice | None = None,
+    mask: str | Path | None = None,
+    slices: str = "all",
+    empty: bool = False,
     plane: str | None = None,
-    read: VolumeReader = read_annotated_volume,
+    voi: bool = False,
+    time: int | None = None,
+    stack: str | None = None,
+    resample: bool = False,
+    segments: str = "union",
     as_stored: bool = False,
     missing: Missing = "absent",
     tags: Mapping[str, str] | None = None,
@@ -194,15 +194,19 @@ def import_exemplars(
     strict: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ImportReport:
-    """Add everything annotated that was found in a file or folder.
+    """Add everything annotated that was found in a file or folder, as ``library import`` does.
 
     Parameters
     ----------
     found : a file or folder, or what
         :func:`recallseg.runtime.formats.annotations.find_annotations` found there.
     labels, legend, as_stored, missing : see :func:`read_pair`.
-    choice : which slices of volumes; all that show something by default.
-    plane, read : see :func:`import_volume`.
+    mask : where the masks are, if not beside the images: see :func:`find_annotations`.
+    slices, empty : which slices of volumes: ``all`` that show something, ``every:5`` or
+        ``different:16``; with ``empty`` also of those that show nothing.
+    plane : see :func:`import_volume`.
+    voi, time, stack, resample, segments : see
+        :func:`recallseg.runtime.formats.annotated_volumes.volume_reader`.
     tags : given to every exemplar.
     key : see :func:`import_annotated`.
     strict : stop at the first that cannot be used; what was added before stays.
@@ -211,13 +215,17 @@ def import_exemplars(
     Raises
     ------
     InputError
-        If there is nothing annotated; if label maps have no ``labels``; if ``strict`` and one
-        cannot be used.
+        If there is nothing annotated; if label maps have no ``labels``; for options that cannot
+        be understood; if ``strict`` and one cannot be used.
     LibraryWriteError
         If the library cannot be written.
     """
+    choice = SliceChoice.parse(slices, empty=empty)
+    read = volume_reader(voi, time, stack, resample, segments)
     if not isinstance(found, Annotations):
-        found = find_annotations(found)
+        found = find_annotations(found, mask)
+    elif mask is not None:
+        raise InputError("mask goes with a file or folder; what was found has its masks already.")
     found.check_named(labels, legend)
     if found.unclear and strict:
         raise InputError(next(iter(found.unclear.values())))
@@ -241,7 +249,7 @@ def import_exemplars(
             library,
             volume,
             labels,
-            choice or SliceChoice(),
+            choice,
             plane=plane,
             read=read,
             missing=missing,

@@ -11,6 +11,7 @@ from pathlib import Path
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.annotated_volumes import (
     SliceChoice,
+    VolumeReader,
     annotated_slices,
     read_annotated_volume,
 )
@@ -19,7 +20,6 @@ from recallseg.runtime.formats.dicom import damaged_is_input_error, open_dicom
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.pairs import Annotated, Legend, Missing, Pair, read_pair
 from recallseg.runtime.formats.volume import Slicing
-from recallseg.runtime.library.importing import VolumeReader
 from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.volumes.slices import acquisition_of
 

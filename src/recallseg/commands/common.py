@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
@@ -17,7 +16,6 @@ from recallseg.engines.errors import InputError
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import PassedOver
     from recallseg.runtime.library import Library
-    from recallseg.runtime.library.importing import VolumeReader
     from recallseg.runtime.services.audit import AuditLog
 
 __all__ = [
@@ -62,7 +60,6 @@ __all__ = [
     "state_of",
     "tell_passed",
     "tell_unlabelled",
-    "volume_reader",
 ]
 
 T = TypeVar("T")
@@ -100,7 +97,9 @@ def _format(name: str | None) -> str | None:
 
 
 def _segments(name: str) -> str:
-    return one_of(name, ("union", "by-number"), "way to take segments")
+    from recallseg.runtime.formats.annotated_volumes import SEGMENTS
+
+    return one_of(name, SEGMENTS, "way to take segments")
 
 
 def _reach(value: float) -> float:
@@ -251,22 +250,6 @@ def open_audit(path: Path | None, key: Path | None, head: Path | None) -> AuditL
     if path is None:
         return None
     return AuditLog(path, key=None if key is None else read_audit_key(key), head=head)
-
-
-def volume_reader(
-    voi: bool, time: int | None, stack: str | None, resample: bool, segments: str
-) -> VolumeReader:
-    """Return what reads an annotated volume as the options of its names say."""
-    from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
-
-    return partial(
-        read_annotated_volume,
-        voi=voi,
-        time=time,
-        stack=stack,
-        resampled=resample,
-        by_number=segments == "by-number",
-    )
 
 
 def parsed(parse: Callable[[str], T], text: str, option: str) -> T:

@@ -34,7 +34,6 @@ from recallseg.commands.common import (
     split_numbers,
     tell_passed,
     tell_unlabelled,
-    volume_reader,
 )
 from recallseg.commands.library import MissingOption, parse_missing
 from recallseg.engines import defaults
@@ -136,6 +135,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Segment images, and volumes slice by slice, whose masks are known, and compare."""
+    from recallseg.runtime.formats.annotated_volumes import volume_reader
     from recallseg.runtime.formats.annotations import find_annotations
     from recallseg.runtime.formats.pairs import (
         BACKGROUND,

@@ -30,7 +30,6 @@ from recallseg.commands.common import (
     say_notice,
     tell_passed,
     tell_unlabelled,
-    volume_reader,
 )
 from recallseg.commands.library import MissingOption, parse_missing
 from recallseg.engines import defaults
@@ -112,12 +111,11 @@ def import_(
     from recallseg.runtime.library import Library
     from recallseg.runtime.library.importing import check_pattern, import_exemplars
 
-    read = volume_reader(voi, time, stack, resample, segments)
     names = None if labels is None else parsed(parse_labels, labels, "--labels")
     colours = None if legend is None else parsed(parse_legend, legend, "--legend")
     tags = parse_tags(tag)
     unlooked = parsed(parse_missing, missing, "--missing")
-    choice = parsed(lambda text: SliceChoice.parse(text, empty=empty), slices, "--slices")
+    parsed(SliceChoice.parse, slices, "--slices")
     if key is not None:
         parsed(check_pattern, key, "--key")
     found = find_annotations(path, mask)
@@ -132,9 +130,14 @@ def import_(
                 found,
                 labels=names,
                 legend=colours,
-                choice=choice,
+                slices=slices,
+                empty=empty,
                 plane=plane,
-                read=read,
+                voi=voi,
+                time=time,
+                stack=stack,
+                resample=resample,
+                segments=segments,
                 as_stored=as_stored,
                 missing=unlooked,
                 tags=tags,

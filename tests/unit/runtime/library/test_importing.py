@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.pictures import LABELS, write_pairs
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.annotations import find_annotations
 from recallseg.runtime.formats.pairs import find_pairs, parse_labels
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.identifiers import is_random_key
@@ -75,3 +77,29 @@ def test_a_folder_is_enough(fake_bundle: Bundle, tmp_path: Path) -> None:
         assert report.added == {NAMES[0]: "disc 1", NAMES[1]: "disc 2"}
         with pytest.raises(InputError, match=r"must have \{name\} or \{number\}, got 'disc'"):
             import_exemplars(library, tmp_path / "pairs", labels=labels, key="disc")
+
+
+def test_from_python_it_takes_what_the_command_takes(fake_bundle: Bundle, tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    drawn = np.zeros((40, 40, 6), np.uint8)
+    drawn[10:30, 10:30] = 1
+    voxels = np.random.default_rng(0).integers(0, 200, drawn.shape).astype(np.int16)
+    for folder, name, array in (("images", "a.nii.gz", voxels), ("masks", "a.nii.gz", drawn)):
+        (tmp_path / folder).mkdir()
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / folder / name)
+    image, mask = (tmp_path / folder / "a.nii.gz" for folder in ("images", "masks"))
+    with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
+        report = import_exemplars(
+            library, image, labels={1: "box"}, mask=mask, slices="every:2", plane="axial"
+        )
+        assert len(report.added) == 3
+        assert not report.failed
+        found = find_annotations(image, mask)
+        for wrong, why in (
+            ({"slices": "some"}, "slices must read all, every:5"),
+            ({"segments": "apart"}, "segments must be one of union, by-number"),
+            ({"mask": mask}, "has its masks already"),
+        ):
+            with pytest.raises(InputError, match=why):
+                import_exemplars(library, found, labels={1: "box"}, **wrong)
+        assert len(library) == 3

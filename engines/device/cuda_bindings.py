@@ -123,6 +123,10 @@ class CudaBindings(Driver):
     def create_stream(self) -> int:
         return int(self._call("cuStreamCreate", _NON_BLOCKING))
 
+    def context_of(self, stream: int) -> int | None:
+        found = self._call("cuStreamGetCtx", stream)  # and, since CUDA 13, a green context
+        return int(found[0] if isinstance(found, tuple) else found)
+
     def destroy_stream(self, stream: int) -> None:
         self._call("cuStreamDestroy", stream)
 

@@ -10,7 +10,13 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from recallseg.engines.device.driver import OUT_OF_MEMORY, Driver, DriverError, explain
+from recallseg.engines.device.driver import (
+    DEFAULT_STREAMS,
+    OUT_OF_MEMORY,
+    Driver,
+    DriverError,
+    explain,
+)
 from recallseg.engines.device.memory import DeviceBuffer, DeviceTensor, PinnedBuffer
 from recallseg.engines.device.queues import Event, Kernels, Stream
 from recallseg.engines.errors import (
@@ -150,6 +156,11 @@ class Device:
         return self.call(self.driver.retain_primary_context, self.ordinal) == self._context
 
     @property
+    def serves_this_thread(self) -> bool:
+        """Whether no other context than its own is current in the calling thread."""
+        return self.call(self.driver.current_context) in (0, self._context)
+
+    @property
     def lost(self) -> bool:
         """Whether it has failed for good."""
         return self._lost is not None
@@ -211,11 +222,30 @@ class Device:
 
         Known are integers, PyCUDA's (``handle``), CuPy's (``ptr``), PyTorch's (``cuda_stream``) and
         what has ``__cuda_stream__``; provider pycuda takes its own only. It must outlive its use
-        here. InputError if it is none of these.
+        here. InputError if it is none of these, or of another context, as far as the driver tells.
         """
         if isinstance(stream, Stream):
             return stream
-        return Stream(self, self.driver.adopt_stream(stream))
+        handle = self.driver.adopt_stream(stream)
+        if handle not in DEFAULT_STREAMS:
+            self._check_stream(handle)
+        return Stream(self, handle)
+
+    def _check_stream(self, handle: int) -> None:
+        try:
+            context = self.driver.context_of(handle)
+        except DriverError as error:
+            if isinstance(explain(error), DeviceLostError):
+                self.call(self.driver.synchronize)
+            raise InputError(
+                f"{handle:#x} is no CUDA stream, or was destroyed: the driver says '{error}'."
+            ) from error
+        if context is not None and context != self._context:
+            raise InputError(
+                f"the CUDA stream {handle:#x} belongs to another context than the one that is used "
+                f"on GPU {self.ordinal}. Give a stream of that context, or make the stream's "
+                "context current where the device is opened."
+            )
 
     def new_event(self) -> Event:
         """Return an event."""

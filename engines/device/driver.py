@@ -23,6 +23,7 @@ __all__ = ["Driver", "DriverError", "explain"]
 
 OUT_OF_MEMORY = 2
 LEGACY_STREAM = 1  # CU_STREAM_LEGACY
+DEFAULT_STREAMS = (LEGACY_STREAM, 2)  # and CU_STREAM_PER_THREAD: of whichever context is current
 LOST = {
     46: "the device is busy or was taken away",
     214: "an uncorrectable memory error (ECC)",
@@ -191,6 +192,10 @@ class Driver(ABC):
             return int(stream) or LEGACY_STREAM
         except (TypeError, ValueError) as error:
             raise InputError(f"{type(stream).__name__} is no CUDA stream.") from error
+
+    def context_of(self, stream: int) -> int | None:
+        """The context that a stream belongs to; None where the provider cannot tell."""
+        return None
 
     @abstractmethod
     def destroy_stream(self, stream: int) -> None: ...

@@ -74,6 +74,7 @@ class Library(Upkeep, HeadDoor):
         engine: str | None = None,
         precision: str | None = None,
         threads: int | None = None,
+        gpu: GpuOptions | None = None,
         model: Model | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> Library:
@@ -88,9 +89,9 @@ class Library(Upkeep, HeadDoor):
         memory_format : ``fp16``, or ``int8`` with a scale per token: about half the bytes, rounded
             to 1/127 of the token's largest number.
         encoder : used instead of the bundle's own.
-        engine, precision, threads : of the model that encodes exemplars, and that segmenters share
-            unless told otherwise; opened when first needed. None for onnxruntime-cpu, fp32 and all
-            cores.
+        engine, precision, threads, gpu : of the model that encodes exemplars, and that segmenters
+            share unless told otherwise; opened when first needed. None for onnxruntime-cpu, fp32,
+            all cores, and an engine's defaults on a GPU.
         model : an open one, instead; the library does not close it.
         shard_bytes : about how large a file of memories gets.
 
@@ -109,7 +110,7 @@ class Library(Upkeep, HeadDoor):
                 f"memory_format must be one of {', '.join(MEMORY_FORMATS)}, got {memory_format!r}."
             )
         opened = open_bundle(bundle)
-        choice = _choice(engine, precision, threads, model)
+        choice = _choice(engine, precision, threads, model, gpu)
         settings = Settings(
             **bundle_settings(opened, memory_format),
             intensity=(intensity or Intensity()).to_json(),
@@ -132,6 +133,7 @@ class Library(Upkeep, HeadDoor):
         engine: str | None = None,
         precision: str | None = None,
         threads: int | None = None,
+        gpu: GpuOptions | None = None,
         model: Model | None = None,
     ) -> Library:
         """Open a library.
@@ -142,7 +144,7 @@ class Library(Upkeep, HeadDoor):
         bundle : None for the one it was made with, which is looked for when it is first needed, at
             its old place and then by its name.
         mode : ``write`` to add, remove, rebuild or calibrate; one process at a time.
-        encoder, engine, precision, threads, model : as for :meth:`create`.
+        encoder, engine, precision, threads, gpu, model : as for :meth:`create`.
 
         Raises
         ------
@@ -153,7 +155,7 @@ class Library(Upkeep, HeadDoor):
         LibraryLockedError, LibraryWriteError
             If another process is writing, or the folder cannot be written; with ``write`` only.
         """
-        choice = _choice(engine, precision, threads, model)
+        choice = _choice(engine, precision, threads, model, gpu)
         store = Store.open(Path(path), mode)
         try:
             opened = None
@@ -749,7 +751,7 @@ def _choice(
     from recallseg.runtime.model.choice import Choice
 
     if model is None:
-        return Choice().but(engine, precision, threads)
+        return Choice().but(engine, precision, threads, gpu)
     choice = Choice.of(model)
     choice.but(engine, precision, threads, gpu).require(model)
     return choice

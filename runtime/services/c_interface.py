@@ -18,17 +18,23 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 import recallseg
 from recallseg.engines import errors
+from recallseg.engines.device import Device, open_device
+from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.imports import lacks_memory
+from recallseg.engines.registry import engine_class
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Exemplar, Match
+from recallseg.runtime.model.model import GpuOptions
 from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
@@ -73,8 +79,14 @@ __all__ = [
 
 INTERFACE = 4
 
-Pixels = tuple[memoryview, str, tuple[int, ...], tuple[int, ...], int]
-"""Memory from lowest to past highest byte, dtype, shape, strides, offset of pixel (0, 0)."""
+Pixels = tuple[Union[memoryview, int], str, tuple[int, ...], tuple[int, ...], int]
+"""Memory from lowest to past highest byte, dtype, shape, strides, offset of pixel (0, 0); or, on a
+GPU, the address of pixel (0, 0), dtype, shape, strides, and the stream on which it is ready (0: it
+is)."""
+
+Gpu = tuple[int, int, str, bool, int]
+"""Ordinal, stream (0: one of its own), provider, whether with CUDA graphs, bytes of the cache (0:
+the default)."""
 
 Names = tuple[str, ...]
 Tags = tuple[tuple[str, str], ...]
@@ -190,7 +202,13 @@ def set_log(emit: Callable[[int, str, str], None] | None, level: int) -> None:
 
 
 def open_library(
-    folder: str, bundle: str | None, writable: bool, engine: str, precision: str, threads: int
+    folder: str,
+    bundle: str | None,
+    writable: bool,
+    engine: str,
+    precision: str,
+    threads: int,
+    gpu: Gpu | None,
 ) -> Library:
     """Open a library."""
     library = Library.open(
@@ -200,20 +218,52 @@ def open_library(
         engine=engine,
         precision=precision,
         threads=threads or None,
+        gpu=gpu_options(gpu, engine),
     )
     log.info("opened %r", library)
     return library
 
 
 def create_library(
-    folder: str, bundle: str | None, writable: bool, engine: str, precision: str, threads: int
+    folder: str,
+    bundle: str | None,
+    writable: bool,
+    engine: str,
+    precision: str,
+    threads: int,
+    gpu: Gpu | None,
 ) -> Library:
     """Make an empty library, open for writing whatever ``writable`` says."""
     if bundle is None:
         raise errors.InputError("a new library needs a bundle: its folder, or the name of one.")
     return Library.create(
-        folder, bundle, engine=engine, precision=precision, threads=threads or None
+        folder,
+        bundle,
+        engine=engine,
+        precision=precision,
+        threads=threads or None,
+        gpu=gpu_options(gpu, engine),
     )
+
+
+_devices: WeakValueDictionary[tuple[int, int, str], Device] = WeakValueDictionary()
+
+
+def gpu_options(gpu: Gpu | None, engine: str) -> GpuOptions | None:
+    """Return how a GPU is used; equal values give one device, so that models are shared."""
+    if gpu is None:
+        return None
+    if not issubclass(engine_class(engine), DeviceEngine):
+        raise errors.InputError(
+            f"engine '{engine}' runs on the CPU: leave gpu null, or choose another engine."
+        )
+    ordinal, stream, provider, graphs, cache_bytes = gpu
+    key = ordinal, stream, provider
+    device = _devices.get(key)
+    if device is None or device.lost or not device.serves_this_thread:
+        device = open_device(provider, ordinal, stream or None)  # type: ignore[arg-type]
+        _devices[key] = device
+    return GpuOptions(device, graphs, cache_bytes or GpuOptions.cache_bytes)
 
 
 def library_facts(library: Library) -> tuple[bool, int, int, str, str, str, str]:
@@ -249,6 +299,11 @@ def add(
     """Add an exemplar and return its key."""
     _refuse_repeats([name for name, _ in masks], "mask of")
     _refuse_repeats([name for name, _ in tags], "tag")
+    if isinstance(image[0], int):
+        raise errors.InputError(
+            "an exemplar's image must lie on the host, where it is stored from, and this one has "
+            "location RECALLSEG_CUDA: copy it to the host."
+        )
     return library.add(
         _array(image),
         {name: _array(mask) for name, mask in masks},
@@ -330,6 +385,7 @@ def open_segmenter(
     tags: Tags,
     reach: float,
     audit: AuditLog | None,
+    gpu: Gpu | None,
 ) -> tuple[Query, Names]:
     """Return what :func:`segment` takes, and the structures in the order of their labels.
 
@@ -345,6 +401,7 @@ def open_segmenter(
         "tags": dict(tags),
         "frames": memories,
         "reach": reach or REACH,
+        "gpu": gpu_options(gpu, engine),
     }
     segmenter = (
         Segmenter(library, **settings)
@@ -442,12 +499,14 @@ def segment(
     wanted : whether the caller reads :func:`record`; otherwise None is returned.
     begun : see :func:`cancelled_since`.
     """
+    for what, pixels in (("image", image), ("output", label_map or masks)):
+        _check_place(query.segmenter, what, pixels)
     result = query.segmenter.segment(
         _array(image),
         deadline_ms=deadline_ms,
         out=(
             None if label_map is None else _array(label_map),
-            None if masks is None else _array(masks).view(np.bool_),
+            None if masks is None else _array((masks[0], "?", *masks[2:])),
         ),
         cancelled=cancelled_since(begun),
     )
@@ -456,7 +515,7 @@ def segment(
 
 def record(query: Query, result: Result, pixel_area: float) -> tuple[Any, ...]:
     """Return all of a result but its pixels, as the C library's ``read_result`` takes it apart."""
-    made = result.provenance
+    made = result.provenance  # masks that lie on a GPU are counted here
     result = on_host(query.segmenter, result)
     return (
         QUALITY[result.quality.flag],
@@ -514,8 +573,9 @@ def open_stream(
     return Stream(query.segmenter, on_result, deadline_ms=deadline_ms, queue=queue)
 
 
-def push_frame(stream: Stream, image: Pixels) -> int:
+def push_frame(stream: Stream, query: Query, image: Pixels) -> int:
     """Hand over a frame, which the stream copies; return its number."""
+    _check_place(query.segmenter, "image", image)
     return stream.push(_array(image))
 
 
@@ -550,11 +610,37 @@ def close_stream(stream: Stream) -> None:
     stream.close()
 
 
-def _array(pixels: Pixels) -> NDArray[Any]:
+@dataclass(frozen=True)
+class _OnGpu:
+    """A caller's memory on a GPU."""
+
+    __cuda_array_interface__: dict[str, Any]
+
+
+def _array(pixels: Pixels) -> Any:
     """Wrap memory; it is writeable if the view is."""
     view, dtype, shape, strides, offset = pixels
+    if isinstance(view, int):
+        return _OnGpu(
+            {
+                "data": (view, False),
+                "typestr": np.dtype(dtype).str,
+                "shape": shape,
+                "strides": strides,
+                "stream": offset or None,
+                "version": 3,
+            }
+        )
     array: NDArray[Any] = np.ndarray(shape, np.dtype(dtype), view, offset, strides)
     return array
+
+
+def _check_place(segmenter: Segmenter, what: str, pixels: Pixels | None) -> None:
+    if pixels is not None and isinstance(pixels[0], int) and segmenter.device is None:
+        raise errors.InputError(
+            f"the {what} lies on a GPU (location RECALLSEG_CUDA), and engine '{segmenter.engine}' "
+            "runs on the CPU: copy it to the host, or open the segmenter with an engine on the GPU."
+        )
 
 
 def _refuse_repeats(names: Sequence[str], what: str) -> None:

@@ -116,6 +116,8 @@ def check_streams(device: Device) -> None:
     device.stream.synchronize()
     assert np.array_equal(found, 2 * NUMBERS)
     assert device.adopt_stream(other) is other
+    if device.driver.foreign_streams:
+        assert device.adopt_stream(other.handle).handle == other.handle  # of this context
 
 
 def check_graph(device: Device) -> None:

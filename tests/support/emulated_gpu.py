@@ -15,7 +15,34 @@ from numpy.typing import NDArray
 
 from support.native import SOURCE, passed
 
-__all__ = ["EmulatedKernels", "OnDevice", "build_emulator"]
+__all__ = ["KERNELS", "EmulatedKernels", "OnDevice", "build_emulator", "emulated_kernels"]
+
+KERNELS = (
+    "recallseg_clear",
+    "recallseg_histogram",
+    "recallseg_rank",
+    "recallseg_window",
+    "recallseg_spans",
+    "recallseg_prepare",
+    "recallseg_finish",
+    "recallseg_gather_half",
+)
+
+
+def emulated_kernels(emulator: c.CDLL) -> dict[str, Any]:
+    """Return what a FakeDriver runs in the place of the pixel kernels."""
+
+    def kernel(name: str) -> Any:
+        def run(grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any]) -> None:
+            places = (c.c_void_p * len(arguments))(*map(c.addressof, arguments))
+            three = c.c_uint32 * 3
+            assert emulator.emulate(
+                name.encode(), three(*grid), three(*block), len(arguments), places
+            )
+
+        return run
+
+    return {name: kernel(name) for name in KERNELS}
 
 
 def build_emulator(folder: Path) -> c.CDLL:

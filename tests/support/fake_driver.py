@@ -284,7 +284,12 @@ class FakeDriver(Driver):
 
     def create_stream(self) -> int:
         self._enter("create_stream")
-        return self._new("stream", [])
+        return self._new("stream", [], self._context)
+
+    def context_of(self, stream: int) -> int | None:
+        self._enter("context_of")
+        found: int = self._get(stream, "stream", "context_of")[2]
+        return found
 
     def destroy_stream(self, stream: int) -> None:
         self._drop(stream, "stream", "destroy_stream")

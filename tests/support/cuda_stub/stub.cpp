@@ -27,6 +27,7 @@ struct Block {
   std::size_t size;
 };
 struct Stream {
+  void* context = nullptr;
   bool capturing = false;
   std::vector<std::function<void()>> work;
 };
@@ -266,8 +267,20 @@ Status cuMemsetD8Async(std::uintptr_t target, unsigned char value, std::size_t s
 
 Status cuStreamCreate(void** stream, unsigned) {
   ENTER_CONTEXT("cuStreamCreate");
-  streams.insert(*stream = new Stream);
+  auto* made = new Stream;
+  made->context = current;
+  streams.insert(*stream = made);
   return kDone;
+}
+Status cuStreamGetCtx(void* stream, void** context) {
+  ENTER_CONTEXT("cuStreamGetCtx");
+  if (!streams.count(stream)) return kInvalidHandle;
+  *context = static_cast<Stream*>(stream)->context;
+  return kDone;
+}
+Status cuStreamGetCtx_v2(void* stream, void** context, void** green) {
+  if (green) *green = nullptr;
+  return cuStreamGetCtx(stream, context);
 }
 Status cuStreamDestroy_v2(void* stream) {
   ENTER("cuStreamDestroy");

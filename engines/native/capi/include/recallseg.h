@@ -78,6 +78,9 @@ enum {
   RECALLSEG_FLOAT64 = 8
 };
 
+/* [2] Where memory lies that a struct points to. */
+enum { RECALLSEG_HOST = 0, RECALLSEG_CUDA = 1 };
+
 enum { RECALLSEG_QUALITY_UNCALIBRATED = 0, RECALLSEG_QUALITY_OK = 1, RECALLSEG_QUALITY_SUSPECT = 2 };
 
 enum { RECALLSEG_LOG_DEBUG = 10, RECALLSEG_LOG_INFO = 20, RECALLSEG_LOG_WARNING = 30, RECALLSEG_LOG_ERROR = 40 };
@@ -145,6 +148,23 @@ typedef void (*recallseg_log_callback)(int32_t level, const char *logger, const 
 RECALLSEG_API recallseg_status recallseg_set_log(recallseg_log_callback callback, void *user,
                                                  int32_t level);
 
+/* ---- GPUs ---- */
+
+/* [2] How an engine on a GPU uses it; engines on the CPU refuse it. Segmenters of one library that
+ * are opened with equal values share a model. The context is the one that is current in the calling
+ * thread, or the GPU's primary one. */
+typedef struct recallseg_gpu_options {
+  uint32_t struct_size;
+  int32_t ordinal;      /* which GPU, counted among those that the process may use */
+  void *stream;         /* CUstream or cudaStream_t of that context, which must outlive its use:
+                           everything is queued there; null: a stream of its own */
+  const char *provider; /* "cuda-bindings" or "pycuda"; null: the first that is installed */
+  int32_t cuda_graphs;  /* 1: record each graph's work, and replay it */
+  int32_t reserved;
+  uint64_t cache_bytes; /* most bytes of recalled memories that stay there; 0: 256 MiB */
+} recallseg_gpu_options;
+#define RECALLSEG_GPU_OPTIONS_INIT {sizeof(recallseg_gpu_options), 0, NULL, NULL, 0, 0, 0}
+
 /* ---- Libraries ---- */
 
 typedef struct recallseg_library_options {
@@ -155,8 +175,10 @@ typedef struct recallseg_library_options {
   const char *precision; /* null: "fp32" */
   int32_t threads;       /* 0: all cores that this process may use */
   int32_t reserved;
+  const recallseg_gpu_options *gpu; /* [2] for an engine on a GPU; null: its defaults */
 } recallseg_library_options;
-#define RECALLSEG_LIBRARY_OPTIONS_INIT {sizeof(recallseg_library_options), 0, NULL, NULL, NULL, 0, 0}
+#define RECALLSEG_LIBRARY_OPTIONS_INIT \
+  {sizeof(recallseg_library_options), 0, NULL, NULL, NULL, 0, 0, NULL}
 
 RECALLSEG_API recallseg_status recallseg_library_open(const char *folder,
                                                       const recallseg_library_options *options,
@@ -197,8 +219,15 @@ typedef struct recallseg_image {
   int64_t shape[3];   /* rows, columns[, 3] */
   int64_t strides[3];
   double spacing[2];  /* mm from row to row and column to column; 0: unknown */
+  int32_t location;   /* [2] RECALLSEG_CUDA: data is a device pointer, rows are packed, and the
+                         segmenter's engine runs on that GPU. Exemplars come from the host */
+  int32_t reserved2;
+  void *stream;       /* [2] with RECALLSEG_CUDA: the pixels are there when what is queued on this
+                         CUDA stream now is done; null: they are there. The default stream is
+                         CU_STREAM_LEGACY, (void *)1 */
 } recallseg_image;
-#define RECALLSEG_IMAGE_INIT {sizeof(recallseg_image), 0, NULL, 0, 0, {0, 0, 0}, {0, 0, 0}, {0, 0}}
+#define RECALLSEG_IMAGE_INIT \
+  {sizeof(recallseg_image), 0, NULL, 0, 0, {0, 0, 0}, {0, 0, 0}, {0, 0}, 0, 0, NULL}
 
 typedef struct recallseg_tag {
   const char *name;
@@ -327,9 +356,10 @@ typedef struct recallseg_segmenter_options {
                    recalls all k, so that every query takes the same time */
   recallseg_audit *audit; /* [2] null: none. RECALLSEG_E_AUDIT if an entry cannot be written: the
                              output is 0 then, and there is no result */
+  const recallseg_gpu_options *gpu; /* [2] for an engine on a GPU; null: its defaults */
 } recallseg_segmenter_options;
 #define RECALLSEG_SEGMENTER_OPTIONS_INIT \
-  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0, 0, NULL}
+  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0, 0, NULL, NULL}
 
 RECALLSEG_API recallseg_status recallseg_segmenter_open(recallseg_library *library,
                                                         const recallseg_segmenter_options *options,
@@ -383,8 +413,14 @@ typedef struct recallseg_output {
   uint8_t *masks;              /* count x rows x columns of 0 and 1, or null; these may overlap */
   int64_t mask_count;          /* the segmenter's structures */
   int64_t mask_strides[3];
+  int32_t location;            /* [2] RECALLSEG_CUDA: label_map and masks are device pointers, packed.
+                                  They are complete when the call returns */
+  int32_t reserved2;
+  void *stream;                /* [2] with RECALLSEG_CUDA: nothing is written before what is queued on
+                                  this CUDA stream now is done; null: at once */
 } recallseg_output;
-#define RECALLSEG_OUTPUT_INIT {sizeof(recallseg_output), 0, 0, 0, NULL, {0, 0}, NULL, 0, {0, 0, 0}}
+#define RECALLSEG_OUTPUT_INIT \
+  {sizeof(recallseg_output), 0, 0, 0, NULL, {0, 0}, NULL, 0, {0, 0, 0}, 0, 0, NULL}
 
 /* Segment one image. deadline_ms: most milliseconds from this call to its return, waiting for
  * other threads included, looked at between stages; 0: none. result may be null. */
@@ -502,7 +538,8 @@ RECALLSEG_API recallseg_status recallseg_stream_open(recallseg_segmenter *segmen
                                                      const recallseg_stream_options *options,
                                                      recallseg_frame_callback callback, void *user,
                                                      recallseg_stream **stream);
-/* Hand over a frame, which is copied, and return at once. number may be null. */
+/* Hand over a frame, which is copied, and return at once. number may be null. A frame on the GPU is
+ * copied there. */
 RECALLSEG_API recallseg_status recallseg_stream_push(recallseg_stream *stream,
                                                      const recallseg_image *image,
                                                      uint64_t *number);

@@ -96,6 +96,16 @@ inline recallseg_image image(const void* data, int32_t dtype, int64_t rows, int6
   return view;
 }
 
+// The same of packed pixels on a GPU, which are there when what is queued on `stream` now is done; null:
+// they are there.
+inline recallseg_image device_image(const void* data, int32_t dtype, int64_t rows, int64_t columns,
+                                    int channels = 1, void* stream = nullptr) {
+  recallseg_image view = image(data, dtype, rows, columns, channels);
+  view.location = RECALLSEG_CUDA;
+  view.stream = stream;
+  return view;
+}
+
 // Told how far something is; returns whether to go on, and must not throw.
 using Progress = std::function<bool(uint64_t done, uint64_t total)>;
 

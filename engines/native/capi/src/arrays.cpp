@@ -96,6 +96,15 @@ Layout layout_of(const char* name, const void* data, std::int32_t dtype,
   return layout;
 }
 
+Place place_of(const char* name, std::int32_t location, void* stream) {
+  if (location != RECALLSEG_HOST && location != RECALLSEG_CUDA)
+    refuse(std::string(name) + ": unknown location " + std::to_string(location));
+  if (location == RECALLSEG_HOST && stream != nullptr)
+    refuse(std::string(name) + ": has a stream, and lies on the host: set location to RECALLSEG_CUDA");
+  return {location == RECALLSEG_CUDA,
+          static_cast<long long>(reinterpret_cast<std::intptr_t>(stream))};
+}
+
 Layout layout_of(const recallseg_image& image) {
   if (image.ndim != 2 && image.ndim != 3)
     refuse("image: ndim must be 2 (grey) or 3 (RGB), got " + std::to_string(image.ndim));
@@ -104,19 +113,27 @@ Layout layout_of(const recallseg_image& image) {
   for (const double spacing : image.spacing)
     if (!std::isfinite(spacing) || spacing < 0)
       refuse("image: spacing must be millimetres, or 0 where unknown");
-  return layout_of("image", image.data, image.dtype, {image.shape, image.shape + image.ndim},
-                   {image.strides, image.strides + image.ndim}, Access::kRead);
+  Layout layout =
+      layout_of("image", image.data, image.dtype, {image.shape, image.shape + image.ndim},
+                {image.strides, image.strides + image.ndim}, Access::kRead);
+  layout.place = place_of("image", image.location, image.stream);
+  return layout;
 }
 
 Ref Loan::lend(const Layout& layout, Access access) {
-  constexpr int kReadFlag = 0x100, kWriteFlag = 0x200;  // PyBUF_READ, PyBUF_WRITE
-  views_.push_back(checked(python.PyMemoryView_FromMemory(
-      layout.lowest, static_cast<Py_ssize_t>(layout.bytes),
-      access == Access::kWrite ? kWriteFlag : kReadFlag)));
   const auto each = [](const std::vector<std::int64_t>& values) {
     return tuple_of_each(values.size(),
                          [&](std::size_t i) { return to_python(static_cast<long long>(values[i])); });
   };
+  if (layout.place.on_gpu) {
+    const auto address = reinterpret_cast<std::intptr_t>(layout.lowest + layout.offset);
+    return tuple_of(static_cast<long long>(address), layout.dtype, each(layout.shape),
+                    each(layout.strides), layout.place.stream);
+  }
+  constexpr int kReadFlag = 0x100, kWriteFlag = 0x200;  // PyBUF_READ, PyBUF_WRITE
+  views_.push_back(checked(python.PyMemoryView_FromMemory(
+      layout.lowest, static_cast<Py_ssize_t>(layout.bytes),
+      access == Access::kWrite ? kWriteFlag : kReadFlag)));
   return tuple_of(views_.back(), layout.dtype, each(layout.shape), each(layout.strides),
                   static_cast<long long>(layout.offset));
 }

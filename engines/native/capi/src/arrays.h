@@ -10,12 +10,22 @@ namespace capi {
 
 enum class Access { kRead, kWrite };
 
+// Where memory lies: on a GPU with the stream on which it is ready.
+struct Place {
+  bool on_gpu = false;
+  long long stream = 0;  // 0: ready now
+};
+
+// E_ARGUMENT for a location that there is none of, or a stream of the host's memory.
+Place place_of(const char* name, std::int32_t location, void* stream);
+
 struct Layout {
   char* lowest = nullptr;
   std::size_t bytes = 0;
   std::size_t offset = 0;  // of element (0, 0) from the lowest
   const char* dtype = "";
   std::vector<std::int64_t> shape, strides;
+  Place place;
 };
 
 // Check and complete a layout; all-zero strides mean packed. Throws E_ARGUMENT for a null or
@@ -24,7 +34,7 @@ Layout layout_of(const char* name, const void* data, std::int32_t dtype,
                  std::vector<std::int64_t> shape, std::vector<std::int64_t> strides,
                  Access access);
 
-// Check an image: its layout and spacing.
+// Check an image: its layout, spacing and place.
 Layout layout_of(const recallseg_image& image);
 
 // Memory lent to Python for the length of one call.

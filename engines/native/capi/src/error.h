@@ -81,6 +81,13 @@ inline const char* text_or(const char* text, const char* otherwise) {
 template <typename T>
 constexpr std::size_t kFirstSize = sizeof(T);
 template <>
+constexpr std::size_t kFirstSize<recallseg_library_options> =
+    offsetof(recallseg_library_options, gpu);
+template <>
+constexpr std::size_t kFirstSize<recallseg_image> = offsetof(recallseg_image, location);
+template <>
+constexpr std::size_t kFirstSize<recallseg_output> = offsetof(recallseg_output, location);
+template <>
 constexpr std::size_t kFirstSize<recallseg_segmenter_options> =
     offsetof(recallseg_segmenter_options, audit);
 template <>
@@ -93,6 +100,11 @@ template <typename T, typename = void>
 struct HasReserved : std::false_type {};
 template <typename T>
 struct HasReserved<T, std::void_t<decltype(T::reserved)>> : std::true_type {};
+
+template <typename T, typename = void>
+struct HasReserved2 : std::false_type {};
+template <typename T>
+struct HasReserved2<T, std::void_t<decltype(T::reserved2)>> : std::true_type {};
 
 template <typename T>
 T read_struct(const T* given, const char* name) {
@@ -108,11 +120,14 @@ T read_struct(const T* given, const char* name) {
                                        RECALLSEG_VERSION);
   T copy{};
   std::memcpy(&copy, given, size < sizeof(T) ? size : sizeof(T));
-  if constexpr (HasReserved<T>::value)
-    if (copy.reserved != 0)
-      throw Error(RECALLSEG_E_ABI, std::string(name) + "->reserved is " +
-                                       std::to_string(copy.reserved) +
+  const auto check = [&](const char* member, long long value) {
+    if (value != 0)
+      throw Error(RECALLSEG_E_ABI, std::string(name) + "->" + member + " is " +
+                                       std::to_string(value) +
                                        ", and must be 0: use the *_INIT macro, which sets it");
+  };
+  if constexpr (HasReserved<T>::value) check("reserved", copy.reserved);
+  if constexpr (HasReserved2<T>::value) check("reserved2", copy.reserved2);
   return copy;
 }
 

@@ -34,7 +34,8 @@ void open(const char* function, const char* folder, const recallseg_library_opti
     const Gil gil;
     opened = std::make_shared<Library>(
         call(function, folder, text_or(chosen.bundle, nullptr), chosen.writable != 0 ? 1 : 0,
-             text_or(chosen.engine, "onnxruntime-cpu"), text_or(chosen.precision, "fp32"), threads));
+             text_or(chosen.engine, "onnxruntime-cpu"), text_or(chosen.precision, "fp32"), threads,
+             gpu_of(chosen.gpu)));
   }
   publish(std::move(opened), library);
 }
@@ -72,6 +73,17 @@ Ref tags_of(const recallseg_tag* tags, std::size_t count) {
     return tuple_of(required_text(tags[i].name, "a tag's name"),
                     required_text(tags[i].value, "a tag's value"));
   });
+}
+
+Ref gpu_of(const recallseg_gpu_options* gpu) {
+  if (gpu == nullptr) return none();
+  const recallseg_gpu_options chosen = read_struct(gpu, "gpu");
+  if (chosen.cache_bytes > static_cast<std::uint64_t>(INT64_MAX))
+    refuse("gpu: cache_bytes is too large");
+  return tuple_of(chosen.ordinal,
+                  static_cast<long long>(reinterpret_cast<std::intptr_t>(chosen.stream)),
+                  text_or(chosen.provider, "auto"), chosen.cuda_graphs != 0 ? 1 : 0,
+                  static_cast<long long>(chosen.cache_bytes));
 }
 
 }  // namespace capi
@@ -178,7 +190,7 @@ recallseg_status recallseg_segmenter_open(recallseg_library* library,
               : names_of(chosen.structures, chosen.structure_count, "structures"),
           text_or(chosen.engine, "onnxruntime-cpu"), text_or(chosen.precision, "fp32"), threads,
           chosen.memories, tags_of(chosen.tags, chosen.tag_count), chosen.reach,
-          audit ? again(audit->object.get()) : none());
+          audit ? again(audit->object.get()) : none(), gpu_of(chosen.gpu));
       Reader reader(answer.get());
       opened = std::make_shared<Segmenter>(of, audit, again(reader.next()));
       Reader names(reader.next());

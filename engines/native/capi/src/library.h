@@ -55,4 +55,7 @@ static_assert(sizeof(std::atomic<std::uint64_t>) == 8 && std::atomic<std::uint64
 Ref names_of(const char* const* names, std::size_t count, const char* what);
 Ref tags_of(const recallseg_tag* tags, std::size_t count);
 
+// What `gpu_options` of c_interface.py takes; None for null.
+Ref gpu_of(const recallseg_gpu_options* gpu);
+
 }  // namespace capi

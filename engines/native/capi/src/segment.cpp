@@ -49,6 +49,8 @@ Targets targets_of(const recallseg_output& output, const recallseg_image& image,
                               {output.mask_count, output.rows, output.columns},
                               {output.mask_strides, output.mask_strides + 3}, Access::kWrite);
   }
+  targets.label_map.place = targets.masks.place =
+      place_of("output", output.location, output.stream);
   return targets;
 }
 

@@ -125,7 +125,8 @@ recallseg_status recallseg_stream_push(recallseg_stream* stream, const recallseg
     const Layout from = layout_of(read_struct(image, "image"));
     const Gil gil;
     const auto pushed = with_loan([&](Loan& loan) {
-      const Ref answer = call("push_frame", self->object, loan.lend(from, Access::kRead));
+      const Ref answer = call("push_frame", self->object, self->segmenter->object,
+                              loan.lend(from, Access::kRead));
       return python.PyLong_AsLongLong(answer.get());
     });
     if (number != nullptr) *number = static_cast<std::uint64_t>(pushed);

@@ -7,7 +7,7 @@ import gc
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.emulated_gpu import build_emulator
+from support.emulated_gpu import KERNELS, build_emulator, emulated_kernels
 from support.fake_driver import FakeDriver
 from support.fake_onnxruntime import FakeSession, install
 from support.fake_tensorrt import HostGpu
@@ -39,16 +39,6 @@ from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.view import View, Wanted
 
-NAMES = (
-    "recallseg_clear",
-    "recallseg_histogram",
-    "recallseg_rank",
-    "recallseg_window",
-    "recallseg_spans",
-    "recallseg_prepare",
-    "recallseg_finish",
-    "recallseg_gather_half",
-)
 STRUCTURES = ("disc", "core")
 
 
@@ -94,19 +84,8 @@ def without_kernels(**facts: Any) -> Device:
 
 def with_kernels(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> Device:
     """A device that runs the CUDA source of the pixel kernels."""
-
-    def kernel(name: str) -> Any:
-        def run(grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any]) -> None:
-            places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-            three = ctypes.c_uint32 * 3
-            assert emulator.emulate(
-                name.encode(), three(*grid), three(*block), len(arguments), places
-            )
-
-        return run
-
-    monkeypatch.setattr(device_model, "kernel_image", lambda: " ".join(NAMES).encode())
-    return without_kernels(kernels={name: kernel(name) for name in NAMES}, **facts)
+    monkeypatch.setattr(device_model, "kernel_image", lambda: " ".join(KERNELS).encode())
+    return without_kernels(kernels=emulated_kernels(emulator), **facts)
 
 
 SETTINGS: Mapping[str, Any] = {"k": 3, "structures": STRUCTURES, "reach": math.inf}

@@ -11,6 +11,7 @@ from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.operators import needs_operators, operators_library, require_operators
+from recallseg.engines.session_log import configure_session_log
 from recallseg.engines.specs import GraphSpec
 
 __all__ = ["OnnxRuntimeCpu"]
@@ -49,7 +50,7 @@ class OnnxRuntimeCpu(Engine):
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.options.threads or usable_cores()
         settings.inter_op_num_threads = 1
-        settings.log_severity_level = 3
+        configure_session_log(settings)
         # A query runs five sessions in turn: the threads of one must not spin through the next.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         library = operators_library()

@@ -34,6 +34,7 @@ from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.operators import require_operators
 from recallseg.engines.paths import cache_folder
 from recallseg.engines.proof import Candidate
+from recallseg.engines.session_log import configure_session_log
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.verdicts import Verdicts, refuse_foreign, writing
 
@@ -149,7 +150,7 @@ class OnnxRuntimeGpu(DeviceEngine):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._runtime = load_provider(self.provider, self.name)
         settings = self._runtime.SessionOptions()
-        settings.log_severity_level = 3
+        configure_session_log(settings)
         # The default logger writes to standard error at every load and first run: "No registered
         # plugin EP device found" (a way of loading providers that is not used here) and
         # "[cudnn_frontend] Error: No execution plans support the graph" (of one way of several that

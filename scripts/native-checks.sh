@@ -43,6 +43,15 @@ run_check() {
   "${@:3}" "$work/$1-checks/checks" "$2" "$work/library" "$work/scratch"
 }
 
+# run_alone BUILD NAME [WRAPPER...]: a check that changes its library, on a copy of its own.
+run_alone() {
+  rm -rf "$work/alone" && mkdir -p "$work/alone/scratch"
+  cp -r "$work/library" "$work/bundle" "$work/alone"
+  "$RECALLSEG_PYTHON" -m recallseg audit key "$work/alone/scratch/audit.key" >"$work/log"
+  DAMAGE=$(ls "$work"/alone/library/memories/*.shard) \
+    "${@:3}" "$work/$1-checks/checks" "$2" "$work/alone/library" "$work/alone/scratch"
+}
+
 # build_levels NAME COMPILER FLAGS...: sources for the levels of vector units that a compiler has, and
 # what is linked with them. From the caller: program, folder, prefix, sources, levels, rest.
 build_levels() {

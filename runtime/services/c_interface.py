@@ -32,15 +32,17 @@ from recallseg.engines.device import Device, open_device
 from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.imports import lacks_memory
 from recallseg.engines.registry import engine_class
+from recallseg.engines.session_log import send_session_logs
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Exemplar, Match
-from recallseg.runtime.model.model import GpuOptions
+from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.audit_keys import read_audit_key
 from recallseg.runtime.services.audited import AuditedSegmenter, on_host
+from recallseg.runtime.services.scheduling import Scheduling
 from recallseg.runtime.services.stream import Frame, Stream, close_streams
 
 __all__ = [
@@ -189,8 +191,12 @@ class _Handler(logging.Handler):
 _handlers: list[_Handler] = []
 
 
-def set_log(emit: Callable[[int, str, str], None] | None, level: int) -> None:
-    """Send what RecallSeg logs to ``emit`` (level, logger, message), instead of any earlier one."""
+def set_log(emit: Callable[[int, str, str], None] | None, level: int, library: str) -> None:
+    """Send what RecallSeg logs to ``emit`` (level, logger, message), instead of any earlier one.
+
+    ``library`` is librecallseg, which ONNX Runtime's sessions log to.
+    """
+    send_session_logs(Path(library), level if emit is not None else logging.WARNING)
     logger = logging.getLogger("recallseg")
     while _handlers:
         logger.removeHandler(_handlers.pop())
@@ -356,8 +362,8 @@ def open_audit(file: str, key: str | None, head: str | None) -> AuditLog:
 class Query:
     """A segmenter, and the tags of the exemplars that it has recalled so far."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
-        self.segmenter = segmenter
+    def __init__(self, segmenter: Segmenter, scheduling: Scheduling) -> None:
+        self.segmenter, self.scheduling = segmenter, scheduling
         self._tags: dict[str, Tags] = {}
         self._digest = ""
 
@@ -386,6 +392,7 @@ def open_segmenter(
     reach: float,
     audit: AuditLog | None,
     gpu: Gpu | None,
+    scheduling: tuple[tuple[int, ...], int, int],
 ) -> tuple[Query, Names]:
     """Return what :func:`segment` takes, and the structures in the order of their labels.
 
@@ -403,15 +410,24 @@ def open_segmenter(
         "reach": reach or REACH,
         "gpu": gpu_options(gpu, engine),
     }
-    segmenter = (
-        Segmenter(library, **settings)
-        if audit is None
-        else AuditedSegmenter(library, audit=audit, **settings)
-    )
+    how = Scheduling(*scheduling)
+
+    def opened() -> Segmenter:
+        if how and not on_device:  # threads that are there already would stay as they are
+            settings["model"] = Model.open(
+                library.bundle, engine=engine, precision=precision, threads=threads or None
+            )
+        if audit is None:
+            return Segmenter(library, **settings)
+        return AuditedSegmenter(library, audit=audit, **settings)
+
+    on_device = issubclass(engine_class(engine), DeviceEngine)
+    # The context of a GPU is that of the calling thread.
+    segmenter = opened() if on_device else how.run(opened)
     if segmenter.bundle.notice:
         log.warning("%s", segmenter.bundle.notice)
     log.info("opened %r", segmenter)
-    return Query(segmenter), segmenter.structures
+    return Query(segmenter, how), segmenter.structures
 
 
 def warm_up(query: Query, runs: int) -> None:
@@ -570,7 +586,9 @@ def open_stream(
             *(label_map.ctypes.data, *label_map.shape),
         )
 
-    return Stream(query.segmenter, on_result, deadline_ms=deadline_ms, queue=queue)
+    return query.scheduling.run(
+        lambda: Stream(query.segmenter, on_result, deadline_ms=deadline_ms, queue=queue)
+    )
 
 
 def push_frame(stream: Stream, query: Query, image: Pixels) -> int:

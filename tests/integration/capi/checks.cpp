@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
       {"starts", starts},       {"interrupted", interrupted}, {"streams", streams},     {"wrapper", wrapper},   {"calibrates", calibrates},
 #if RECALLSEG_ABI_VERSION >= 2u
       {"lists", lists}, {"verifies", verifies}, {"cancels", cancels}, {"audits", audits},
+      {"schedules", schedules}, {"sessions_log", sessions_log},
 #endif
       {"exits_in_a_frame", exits_in_a_frame}, {"exits_in_calls", exits_in_calls},
       {"exits_in_a_callback", exits_in_a_callback}};

@@ -84,6 +84,8 @@ void lists();
 void verifies();
 void cancels();
 void audits();
+void schedules();
+void sessions_log();
 
 // life.cpp
 void threads();

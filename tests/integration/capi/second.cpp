@@ -1,9 +1,16 @@
 // What the second ABI has: exemplars listed and erased, verification, cancelling, the audit log.
 #include <recallseg.hpp>
 
+#include <sched.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <set>
 #include <thread>
 
 #include "checks.h"
@@ -195,4 +202,107 @@ void audits() {
   // Sealed: without the key it is refused.
   GIVES(RECALLSEG_E_AUDIT, recallseg_audit_open(log.c_str(), nullptr, &audit));
   CHECK(std::strstr(recallseg_last_error(), "recallseg_audit_options.key") != nullptr);
+}
+
+namespace {
+
+// How many threads of this process have this niceness, and may run on this core alone.
+std::pair<int, int> threads_with(int nice, int core) {
+  std::pair<int, int> found{0, 0};
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+    const auto id = static_cast<id_t>(std::stoi(task.path().filename()));
+    found.first += getpriority(PRIO_PROCESS, id) == nice;
+    cpu_set_t set;
+    CHECK(sched_getaffinity(static_cast<pid_t>(id), sizeof set, &set) == 0);
+    found.second += CPU_COUNT(&set) == 1 && CPU_ISSET(core, &set);
+  }
+  return found;
+}
+
+}  // namespace
+
+void schedules() {
+  init();
+  recallseg_library* library = open_library();
+  cpu_set_t allowed;
+  CHECK(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
+  int32_t core = 0;
+  while (!CPU_ISSET(core, &allowed)) ++core;
+  const int before = getpriority(PRIO_PROCESS, 0);
+  const int32_t nice = 13;
+  recallseg_segmenter_options options = RECALLSEG_SEGMENTER_OPTIONS_INIT;
+  options.k = 2;
+  options.threads = 3;
+  recallseg_segmenter* plain = nullptr;
+  GIVES(RECALLSEG_OK, recallseg_segmenter_open(library, &options, &plain));
+  CHECK(threads_with(nice, core).first == 0);
+
+  recallseg_segmenter* segmenter = nullptr;
+  options.cores = &core;
+  options.core_count = 1;
+  options.nice = nice;
+  GIVES(RECALLSEG_OK, recallseg_segmenter_open(library, &options, &segmenter));
+  const auto opened = threads_with(nice, core);
+  CHECK(opened.first >= 2);  // beside the caller, each graph has two threads
+  recallseg_stream* stream = nullptr;
+  const recallseg_frame_callback callback = [](const recallseg_frame* frame, void* user) {
+    CHECK(frame->status == RECALLSEG_OK);
+    *static_cast<int*>(user) = getpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)));
+  };
+  static int told = 0;
+  GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, nullptr, callback, &told, &stream));
+  CHECK(threads_with(nice, core).first == opened.first + 1);
+  Query query, same;
+  query.output.masks = same.output.masks = nullptr;
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_stream_drain(stream, 60e3));
+  CHECK(told == nice);
+  // This thread is as it was, and the answer is the same.
+  CHECK(getpriority(PRIO_PROCESS, 0) == before);
+  cpu_set_t now;
+  CHECK(sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&now, &allowed));
+  GIVES(RECALLSEG_OK, recallseg_segment(segmenter, &query.image, &query.output, 0, nullptr));
+  GIVES(RECALLSEG_OK, recallseg_segment(plain, &same.image, &same.output, 0, nullptr));
+  CHECK(query.labels == same.labels);
+
+  recallseg_segmenter* none = nullptr;
+  const auto refused = [&](recallseg_status status, const char* word) {
+    GIVES(status, recallseg_segmenter_open(library, &options, &none));
+    CHECK(none == nullptr && std::strstr(recallseg_last_error(), word) != nullptr);
+  };
+  const int32_t nowhere = 100000;
+  options.cores = &nowhere;
+  refused(RECALLSEG_E_INPUT, "core 100000");
+  options.cores = nullptr;
+  refused(RECALLSEG_E_ARGUMENT, "cores is null");
+  options.core_count = 0;
+  options.nice = 20;
+  refused(RECALLSEG_E_INPUT, "nice must be");
+  options.nice = 0;
+  options.realtime = 100;
+  refused(RECALLSEG_E_INPUT, "realtime priority");
+}
+
+// ONNX Runtime says a lot while it loads a graph, at level DEBUG.
+void sessions_log() {
+  static std::atomic<int> of_sessions{0};
+  const recallseg_log_callback count = [](int32_t, const char* logger, const char* message, void*) {
+    if (std::strcmp(logger, "recallseg.onnxruntime") != 0) return;
+    CHECK(std::strlen(message) > 10);
+    ++of_sessions;
+  };
+  GIVES(RECALLSEG_OK, recallseg_set_log(count, nullptr, RECALLSEG_LOG_DEBUG));
+  init();
+  recallseg_segmenter_options options = RECALLSEG_SEGMENTER_OPTIONS_INIT;
+  options.k = 2;
+  recallseg_segmenter* segmenter = nullptr;
+  GIVES(RECALLSEG_OK, recallseg_segmenter_open(open_library(), &options, &segmenter));
+  CHECK(of_sessions > 10);
+  // From a session that is there, too, and no more once nobody listens.
+  GIVES(RECALLSEG_OK, recallseg_set_log(nullptr, nullptr, 0));
+  of_sessions = 0;
+  Query query;
+  query.output.masks = nullptr;
+  GIVES(RECALLSEG_OK, recallseg_segment(segmenter, &query.image, &query.output, 0, nullptr));
+  CHECK(of_sessions == 0);
 }

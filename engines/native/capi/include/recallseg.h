@@ -140,7 +140,8 @@ RECALLSEG_API recallseg_status recallseg_get_info(recallseg_info *info);
  * recallseg_init may be called again. Calls in flight on other threads end as usual. */
 RECALLSEG_API recallseg_status recallseg_shutdown(void);
 
-/* Called on whichever thread logs; must not throw. Messages hold no pixels and no patient data. */
+/* Called on whichever thread logs; must not throw. Messages hold no pixels and no patient data. Those
+ * of ONNX Runtime's sessions come as logger "recallseg.onnxruntime" [2]. */
 typedef void (*recallseg_log_callback)(int32_t level, const char *logger, const char *message,
                                        void *user);
 /* Replace the callback; null for none. When this returns the old callback is no longer running,
@@ -357,9 +358,15 @@ typedef struct recallseg_segmenter_options {
   recallseg_audit *audit; /* [2] null: none. RECALLSEG_E_AUDIT if an entry cannot be written: the
                              output is 0 then, and there is no result */
   const recallseg_gpu_options *gpu; /* [2] for an engine on a GPU; null: its defaults */
+  /* [2] How the threads run that an engine on the CPU, and streams of this segmenter, make; it then
+   * has a model of its own. Your own threads, which take part in a query, stay as they are. */
+  const int32_t *cores; /* numbers of the cores; null: as the calling thread */
+  size_t core_count;
+  int32_t nice;         /* -20 (urgent) to 19; 0: as the calling thread */
+  int32_t realtime;     /* 1 to 99: SCHED_FIFO with this priority; 0: none */
 } recallseg_segmenter_options;
 #define RECALLSEG_SEGMENTER_OPTIONS_INIT \
-  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0, 0, NULL, NULL}
+  {sizeof(recallseg_segmenter_options), 0, NULL, 0, NULL, NULL, 0, 0, NULL, 0, 0, NULL, NULL, NULL, 0, 0, 0}
 
 RECALLSEG_API recallseg_status recallseg_segmenter_open(recallseg_library *library,
                                                         const recallseg_segmenter_options *options,

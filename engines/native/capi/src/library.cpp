@@ -183,6 +183,10 @@ recallseg_status recallseg_segmenter_open(recallseg_library* library,
     std::shared_ptr<Segmenter> opened;
     {
       const Gil gil;
+      check_count(chosen.cores, chosen.core_count, "cores");
+      const Ref scheduling =
+          tuple_of(tuple_of_each(chosen.core_count, [&](std::size_t i) { return to_python(chosen.cores[i]); }),
+                   chosen.nice, chosen.realtime);
       const Ref answer = call(
           "open_segmenter", of->object, chosen.k == 0 ? 4 : chosen.k,
           chosen.structures == nullptr && chosen.structure_count == 0
@@ -190,7 +194,7 @@ recallseg_status recallseg_segmenter_open(recallseg_library* library,
               : names_of(chosen.structures, chosen.structure_count, "structures"),
           text_or(chosen.engine, "onnxruntime-cpu"), text_or(chosen.precision, "fp32"), threads,
           chosen.memories, tags_of(chosen.tags, chosen.tag_count), chosen.reach,
-          audit ? again(audit->object.get()) : none(), gpu_of(chosen.gpu));
+          audit ? again(audit->object.get()) : none(), gpu_of(chosen.gpu), scheduling);
       Reader reader(answer.get());
       opened = std::make_shared<Segmenter>(of, audit, again(reader.next()));
       Reader names(reader.next());

@@ -73,7 +73,16 @@ void install_log() {
        target.callback == nullptr
            ? none()
            : checked((python.PyCFunction_NewEx)(&emit_definition, nullptr, nullptr)),  // a macro without these parentheses
-       target.level);
+       target.level, own_file().c_str());
+}
+
+void log_native(int32_t level, const char* logger, const char* message) {
+  bool wanted = false;
+  {
+    const std::lock_guard<std::mutex> lock(state().mutex);
+    wanted = level >= state().target.level;
+  }
+  if (wanted) pass_on(level, logger, message);
 }
 
 }  // namespace capi

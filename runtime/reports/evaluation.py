@@ -9,15 +9,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines import defaults
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.pairs import Annotated
-from recallseg.runtime.reports.annotated_sources import Images, Source
+from recallseg.runtime.formats.annotated_volumes import volume_reader
+from recallseg.runtime.formats.annotations import Annotations, find_annotations
+from recallseg.runtime.formats.pairs import BACKGROUND, Annotated, Legend, Missing
+from recallseg.runtime.reports.annotated_sources import Images, Source, sources_of
 from recallseg.runtime.reports.baselines import Baseline, make_baselines
 from recallseg.runtime.reports.cases import (
     RECALLED,
@@ -30,6 +34,7 @@ from recallseg.runtime.reports.cases import (
 )
 from recallseg.runtime.reports.metrics import TOLERANCE, compare_masks
 from recallseg.runtime.reports.splitting import Split, check_leaks
+from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import Result
 
@@ -42,16 +47,34 @@ __all__ = ["check_structures", "evaluate"]
 ILLUSTRATED = 40
 """Most images shown in a report: half of them with the lowest Dice, half with the highest."""
 
+UNREAD = (None, None, "absent", None, False, None, None, False, "union", False)
+"""Options of reading that say nothing."""
+
 Mask = NDArray[np.bool_]
 
 
 def evaluate(
     library: Library,
-    images: Sequence[Annotated | Source],
-    structures: Sequence[str],
-    ks: Sequence[int],
-    make_segmenter: Callable[[int], Segmenter],
+    images: Sequence[Annotated | Source] | Annotations | str | Path,
+    structures: Sequence[str] | None = None,
+    ks: Sequence[int] = (defaults.K,),
+    make_segmenter: Callable[[int], Segmenter] | None = None,
     *,
+    reach: float = REACH,
+    engine: str | None = None,
+    precision: str | None = None,
+    refine: bool = True,
+    labels: Mapping[int, str] | None = None,
+    legend: Legend | None = None,
+    mask: str | Path | None = None,
+    missing: Missing = "absent",
+    plane: str | None = None,
+    voi: bool = False,
+    time: int | None = None,
+    stack: str | None = None,
+    resample: bool = False,
+    segments: str = "union",
+    as_stored: bool = False,
     spacing: tuple[float, float] | None = None,
     tolerance: float = TOLERANCE,
     budgets: Sequence[int] = (),
@@ -67,12 +90,19 @@ def evaluate(
     Parameters
     ----------
     library : where exemplars come from.
-    images : annotated images, or what reads them
-        (:func:`recallseg.runtime.reports.annotated_sources.sources_of`); one that raises InputError
+    images : a file or folder, or what
+        :func:`recallseg.runtime.formats.annotations.find_annotations` found there; annotated
+        images, or what reads them
+        (:func:`recallseg.runtime.reports.annotated_sources.sources_of`). One that raises InputError
         when it is read is recorded as failed.
-    structures : which to compare; the library must know each.
+    structures : which to compare; the library must know each. None: those of ``labels`` and
+        ``legend``, or else all that the library knows.
     ks : how many exemplars to recall.
-    make_segmenter : gives a segmenter of the library for one k and these structures.
+    make_segmenter : gives a segmenter of the library for one k and these structures, instead of one
+        with ``reach``, ``engine``, ``precision``, ``threads`` and ``refine``, which are those of
+        :class:`recallseg.Segmenter`.
+    labels, legend, mask, missing, plane, voi, time, stack, resample, segments, as_stored : of a
+        file or folder, see :func:`recallseg.import_exemplars`.
     spacing : pixel size in mm along rows and columns, of images that do not bring their own.
         Without it distances are in mm if there are only volumes, and in pixels otherwise.
     tolerance : of surface Dice, in the same unit.
@@ -84,7 +114,7 @@ def evaluate(
         (:func:`recallseg.runtime.reports.splitting.fill_pool`): a query recalls nothing of its
         group.
     folds : deal the groups to so many parts, and recall nothing of the query's part.
-    threads : of the CPU, for baselines.
+    threads : of the CPU.
     progress : called after each image and arm with its name, and what part it is of its source.
 
     Raises
@@ -94,7 +124,40 @@ def evaluate(
         exemplar that it would recall, or no image at all could be evaluated: none can be read or
         says anything of the structures.
     """
+    if structures is None:
+        named = dict.fromkeys((*(labels or {}).values(), *(legend or {}).values()))
+        structures = [name for name in named if name != BACKGROUND] or library.structures
     check_structures(library, structures)
+    if isinstance(images, (str, Path)):
+        images, mask = find_annotations(images, mask), None
+    reading = (labels, legend, missing, plane, voi, time, stack, resample, segments, as_stored)
+    found = isinstance(images, Annotations)
+    if mask is not None or not (found or reading == UNREAD):
+        raise InputError(
+            "labels, mask and whatever else says how to read go with a file or folder; these "
+            "images were found or read already. Leave them out, or pass the path."
+        )
+    if isinstance(images, Annotations):
+        images.check_named(labels, legend)
+        read = volume_reader(voi, time, stack, resample, segments)
+        images = sources_of(
+            images, labels, missing, legend=legend, as_stored=as_stored, plane=plane, read=read
+        )
+    if make_segmenter is None:
+        make_segmenter = _maker(
+            library,
+            structures=structures,
+            reach=reach,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            refine=refine,
+        )
+    elif (reach, engine, precision, refine) != (REACH, None, None, True):
+        raise InputError(
+            "reach, engine, precision and refine are those of segmenters that are made here: leave "
+            "them out, or make_segmenter."
+        )
     if not ks or not len(images):
         raise InputError("there is nothing to evaluate: no image, or no k.")
     most = len(library)
@@ -138,6 +201,12 @@ def evaluate(
         unmentioned=tuple(run.unmentioned),
         notes=run.notes,
     )
+
+
+def _maker(library: Library, **settings: Any) -> Callable[[int], Segmenter]:
+    from recallseg.runtime.segmenting.segmenter import Segmenter
+
+    return lambda k: Segmenter(library, k=k, **settings)
 
 
 def check_structures(library: Library, structures: Sequence[str]) -> None:

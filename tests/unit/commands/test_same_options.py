@@ -17,9 +17,6 @@ from recallseg.runtime.reports.evaluation import evaluate
 
 OPENED = "the library is opened with it: Library.open(...)"
 FILES = "of files that the command writes; Python has the result"
-READ = "of what is read, before"
-SEEN = "images are read by the caller: read_image(...), find_annotations and sources_of"
-MADE = "segmenters are made by the caller, one for each k: make_segmenter"
 
 IMPORT = {
     "library": "",
@@ -44,15 +41,13 @@ SEGMENT = {
 }
 EVALUATE = {
     "library": "",
-    "folder": "'images': what sources_of makes of a folder",
+    "folder": "'images': a path, what was found, or sources",
     "output": FILES,
     "k": "'ks', several",
     "split_by": "'groups', which fill_pool returns",
     "group_by": "'group' of a source",
     "bundle": "Library.create(...)",
-    **dict.fromkeys(("labels", "legend", "mask", "missing", "plane", "voi", "time"), SEEN),
-    **dict.fromkeys(("stack", "resample", "segments", "as_stored", "strict"), SEEN),
-    **dict.fromkeys(("engine", "precision", "reach", "refine"), MADE),
+    "strict": "what failed or was passed over is in the evaluation, and in what was found",
     "as_json": "to_json(evaluation, settings)",
 }
 """Options of commands that Python has in another way, and which."""
@@ -60,7 +55,6 @@ EVALUATE = {
 DEFAULTS = {
     "engine": "None: what the library was opened with, which is the command's default",
     "precision": "None: likewise",
-    "structures": "of evaluate: required, so that nothing is compared by accident",
     "budgets": "(): none",
     "baselines": "(): none",
     "time": "None in both; the command's 'all' segments one after the other",

@@ -231,3 +231,31 @@ def test_shortlist_keeps_both_ends() -> None:
     for value in (0.3, 0.1, 0.2, 0.4):
         few.offer(Illustration(None, None, {}, value))  # type: ignore[arg-type]
     assert [shown.dice for shown in few.sorted()] == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_folder_and_options_are_enough(library: Library, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", [0.15, 0.45])
+    labels = parse_labels(LABELS)
+    found = evaluate(library, tmp_path / "pairs", ks=(1, 2), labels=labels, reach=math.inf)
+    sources = sources_of(find_annotations(tmp_path / "pairs"), labels)
+    expected = evaluate(
+        library,
+        sources,
+        tuple(labels.values()),
+        (1, 2),
+        lambda k: Segmenter(library, k=k, structures=tuple(labels.values()), reach=math.inf),
+    )
+    assert found.structures == tuple(labels.values())
+    untimed = [
+        [replace(case, latency_ms=0, group="") for case in one.cases] for one in (found, expected)
+    ]
+    assert untimed[0] == untimed[1]
+    assert found.provenance == expected.provenance
+    with pytest.raises(InputError, match="no file or folder"):
+        evaluate(library, tmp_path / "nowhere")
+    with pytest.raises(InputError, match="go with a file or folder"):
+        evaluate(library, sources, STRUCTURES, voi=True)
+    with pytest.raises(InputError, match="or make_segmenter"):
+        evaluate(library, sources, STRUCTURES, (1,), maker(library), refine=False)
+    with pytest.raises(InputError, match="go with a file or folder"):
+        evaluate(library, find_annotations(tmp_path / "pairs"), mask=tmp_path, labels=labels)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
@@ -231,12 +232,31 @@ def test_everything_that_can_be_used_has_a_name(
         person = Person(browser, served)
         person.open("slice-0.png")
         person.says("Proposed")
-        for element in browser.find_elements(By.CSS_SELECTOR, "button, input, canvas, select"):
-            if element.is_displayed():
-                assert element.accessible_name.strip(), element.get_attribute("outerHTML")
+        nameless: list[str] = []
+
+        def looked_at() -> bool:
+            nameless.clear()
+            try:
+                for one in browser.find_elements(By.CSS_SELECTOR, "button, input, canvas, select"):
+                    if one.is_displayed() and not one.accessible_name.strip():
+                        nameless.append(str(one.get_attribute("outerHTML")))
+            except StaleElementReferenceException:  # the worklist was drawn anew meanwhile
+                return False
+            return True
+
+        person.wait(looked_at)
+        assert nameless == []
         person.find("view-library").click()
         person.wait(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#gallery img")) == 2)
         person.find("find-doubtful").click()
         person.wait(lambda: "compared" in person.find("library-status").text)
         browser.find_element(By.CSS_SELECTOR, "#gallery [aria-label^=Retire]").click()
         person.wait(lambda: len(served.desk.library) == 1)
+        person.wait(  # or it asks for pictures when the server is gone
+            lambda: bool(
+                browser.execute_script(
+                    "const all = [...document.querySelectorAll('#gallery img')];"
+                    "return all.length === 1 && all.every(one => one.complete)"
+                )
+            )
+        )

@@ -26,6 +26,7 @@ from recallseg import Bundle
 from recallseg.runtime.services.audit import verify_audit_log
 from recallseg.runtime.services.mrd.recording import replay
 from recallseg.runtime.services.mrd.service import Mrd
+from recallseg.runtime.services.mrd.wire import TEXT, Image, Link
 
 PLACE = ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view")
 
@@ -122,11 +123,30 @@ def test_volumes_stacks_and_several_series_at_once(service: Mrd) -> None:
     assert [m.getHead().slice for m in masks if m.data.shape[1] == 1] == [0, 1, 2, 3, 4]
 
 
-def test_a_result_never_shares_a_series_with_the_scanner(service: Mrd) -> None:
+def test_results_leave_out_the_series_that_the_scanner_has_used(service: Mrd) -> None:
     pixels = half_volume(1)[0]
-    found = images_in(asked(service.port, [image_of(pixels, 1), image_of(pixels, 1000)]))
-    series = [each.getHead().image_series_index for each in found]
-    assert len(set(series)) == 4
+    found = images_in(asked(service.port, [image_of(pixels, 1000), image_of(pixels, 1)]))
+    assert sorted(each.getHead().image_series_index for each in found) == [1, 1000, 1001, 1002]
+
+
+def test_a_series_that_the_scanner_uses_after_a_result_is_told(service: Mrd) -> None:
+    """The second image comes only when the first one was answered."""
+    told: list[str] = []
+    series: list[int] = []
+    with socket.create_connection(("127.0.0.1", service.port), 20) as link:
+        reader = Link(link, idle_s=20, message_s=20, most_bytes=2**28)
+        for number in (1, 1000, 1):
+            sent = image_of(half_volume(1)[0], number)
+            link.sendall(struct.pack("<H", 1022) + sent.to_bytes())
+            count = len(series) + 2
+            while len(series) < count:
+                message = reader.read()
+                if message.id == TEXT:
+                    told.append(message.text)
+                else:
+                    series.append(int(Image.of(message.raw).header["image_series_index"]))
+    assert series == [1, 1000, 1000, 1001, 1, 1002]
+    assert len([text for text in told if "series 1000" in text]) == 1
 
 
 def test_parameters_choose_what_is_returned(service: Mrd) -> None:

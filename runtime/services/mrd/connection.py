@@ -41,7 +41,7 @@ __all__ = ["Conversation"]
 AT_ONCE = 2
 """Images of one connection that are with the segmentation: one in work, and the next one."""
 FIRST_SERIES = 1000
-"""Of results; further ones are counted from there, those that the scanner uses left out."""
+"""Of results; further ones are counted from there, those that the scanner has used left out."""
 _GOODBYE_S = 2.0
 _LATE = Answer(state="late", notes=("an image took too long: it is passed on alone.",))
 
@@ -142,7 +142,14 @@ class Conversation:
             self._send(message.raw)
 
     def _take_image(self, message: Message) -> None:
-        self._taken.add(struct.unpack_from("<H", message.raw, SERIES_AT)[0])
+        (series,) = struct.unpack_from("<H", message.raw, SERIES_AT)
+        if series not in self._taken and series in self._series.values():
+            self._metrics.refused("series")
+            self._note(
+                f"images came in series {series}, in which results were sent already: both are in "
+                "it. Further results are sent in another."
+            )
+        self._taken.add(series)
         returns, fault = self._wish()
         if returns:
             self._send(message.raw)
@@ -216,7 +223,7 @@ class Conversation:
             self._send(made)
 
     def _series_of(self, source: int, kind: str) -> int:
-        """Return the series of results of a kind: one that the scanner has not used."""
+        """Return the series of results of a kind: one that the scanner has not used so far."""
         found = self._series.get((source, kind), 0)
         if not found or found in self._taken:
             used = self._taken | set(self._series.values())

@@ -204,7 +204,9 @@ def test_without_demo_weights_the_demo_says_so(
     for source in ("demo", "random:demo"):
         with pytest.raises(CheckpointError, match=r"SAM 2 weights are .* not in this installation"):
             load_sam2(source, image_size=256)
-        with pytest.raises(CheckpointError, match=r"DINOv2 weights are .* not in this installation"):
+        with pytest.raises(
+            CheckpointError, match=r"DINOv2 weights are .* not in this installation"
+        ):
             load_dinov2(source)
 
 

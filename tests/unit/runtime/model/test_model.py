@@ -255,7 +255,9 @@ def test_kept_looks_are_bounded_and_the_least_recently_used_goes(fake_bundle: Bu
     model.put(first)
     third = keep(model, 2)
     assert (model.put(first).shape, model.put(third).shape) == ((SIZE, SIZE), (SIZE, SIZE))
-    with pytest.raises(errors.StaleViewError, match="this kept look was dropped: the model keeps 0 MiB"):
+    with pytest.raises(
+        errors.StaleViewError, match="this kept look was dropped: the model keeps 0 MiB"
+    ):
         model.put(second)
     before = model.nbytes
     for position in range(4):  # dropped by whoever held it: its room serves again

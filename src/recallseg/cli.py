@@ -22,6 +22,7 @@ from recallseg.commands.audit import app as audit_app
 from recallseg.commands.build import build
 from recallseg.commands.cache import app as cache_app
 from recallseg.commands.choosing import next_
+from recallseg.commands.common import forget_notices
 from recallseg.commands.config import app as config_app
 from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
@@ -99,6 +100,7 @@ class Root(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an error becomes a message and an exit status."""
+        forget_notices()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -9,7 +9,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 import typer
-from click import get_current_context
 
 from recallseg.engines.errors import InputError
 
@@ -45,6 +44,7 @@ __all__ = [
     "VoiOption",
     "counted",
     "emit_json",
+    "forget_notices",
     "note",
     "one_of",
     "open_audit",
@@ -363,15 +363,21 @@ def state_of(library: Library) -> dict[str, Any]:
     }
 
 
+_said: set[str] = set()
+
+
+def forget_notices() -> None:
+    """Begin a call of the command line, in which nothing was said yet."""
+    _said.clear()
+
+
 def say_notice(notice: str) -> None:
     """Say, unmissably, what must be said of the weights: once, when the input has been checked.
 
     Nothing when there is nothing to say.
     """
-    context = get_current_context(silent=True)
-    said = set[str]() if context is None else context.meta.setdefault("recallseg.notices", set())
-    if notice and notice not in said:
-        said.add(notice)
+    if notice and notice not in _said:
+        _said.add(notice)
         from rich.console import Console
         from rich.panel import Panel
         from rich.text import Text

@@ -38,15 +38,17 @@ _BLOCK = 1 << 20
 Progress = Callable[[int, int], None]
 
 
-def backup(store: Store, target: Path, progress: Progress | None) -> LibraryReport:
-    """Copy a library to a new folder, whatever is done to it meanwhile."""
+def backup(
+    store: Store, target: Path, progress: Progress | None, *, images: bool = True
+) -> LibraryReport:
+    """Copy a library to a new folder, with its images or not, whatever is done to it meanwhile."""
     place = Path(os.path.realpath(target))
     if place.is_relative_to(os.path.realpath(store.path)):
         raise InputError(f"{target} lies in the library itself. Choose another folder.")
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise LibraryError(f"{target} is there already. Choose a folder that is not, or is empty.")
     with store.changing, writing(target), replace_folder(target) as work:
-        return _copy(store, work, progress)
+        return _copy(store, work, progress, images=images)
 
 
 def restore(copy: Path, target: Path, *, over_newer: bool, progress: Progress | None) -> None:
@@ -113,7 +115,9 @@ def _contents(catalog: Catalog) -> set[tuple[str, bytes]]:
     return found
 
 
-def _copy(store: Store, work: Path, progress: Progress | None, what: str = "") -> LibraryReport:
+def _copy(
+    store: Store, work: Path, progress: Progress | None, what: str = "", *, images: bool = True
+) -> LibraryReport:
     """Fill an empty folder with a copy, and compare that with its digests.
 
     Raises
@@ -126,12 +130,12 @@ def _copy(store: Store, work: Path, progress: Progress | None, what: str = "") -
     work.chmod(0o700)  # patients' images
     for _ in range(_ATTEMPTS):
         try:
-            _copy_once(store, work)
+            _copy_once(store, work, images)
             break
         except FileNotFoundError:  # removed since the catalog was copied, or lost
             (work / CATALOG).unlink()
     else:
-        _copy_once_or_say(store, work)
+        _copy_once_or_say(store, work, images)
     copied = Store.open(work, "write")
     try:
         maintenance.reclaim(copied)  # what an attempt before took, and is removed since
@@ -151,9 +155,9 @@ def _copy(store: Store, work: Path, progress: Progress | None, what: str = "") -
     return report
 
 
-def _copy_once_or_say(store: Store, work: Path) -> None:
+def _copy_once_or_say(store: Store, work: Path, images: bool) -> None:
     try:
-        _copy_once(store, work)
+        _copy_once(store, work, images)
     except FileNotFoundError as error:
         (work / CATALOG).unlink()
         lost = maintenance.verify(store, None).problems
@@ -166,7 +170,7 @@ def _copy_once_or_say(store: Store, work: Path) -> None:
         ) from error
 
 
-def _copy_once(store: Store, work: Path) -> None:
+def _copy_once(store: Store, work: Path, images: bool) -> None:
     """Copy the catalog and all that it names; FileNotFoundError if some of that is gone."""
     store.catalog.database.copy(work / CATALOG)
     catalog = Catalog(Database.open(work / CATALOG, writable=True))
@@ -179,6 +183,8 @@ def _copy_once(store: Store, work: Path) -> None:
             catalog.set_note("rebuild", None)
             catalog.set_note(ADDING, None)
             catalog.database.execute("DELETE FROM indexes")  # every machine builds its own
+            if not images:
+                catalog.database.execute("UPDATE exemplars SET source = NULL")
         for shard in catalog.shards():
             name = f"{store.memories.name}/{shard_file(store.memories, shard).name}"
             _copy_file(store.path, work, name, again=True)

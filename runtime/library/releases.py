@@ -138,7 +138,7 @@ def release(
     work = path.with_name(f".{path.name}.library")
     shutil.rmtree(work, ignore_errors=True)  # of a process that died
     try:
-        backups.backup(store, work, progress)
+        backups.backup(store, work, progress, images=images)
         with writing(path):
             _forget(work, images)
             described = _describe(work, version, name, images, evaluation, sbom)
@@ -218,7 +218,7 @@ def _check_names_nobody(store: Store) -> None:
 
 
 def _forget(folder: Path, images: bool) -> None:
-    """Take out of a copy what does not travel: who made it, where, and images unless asked for."""
+    """Take out of a copy who made it and where, and say whether it keeps images."""
     copied = Store.open(folder, "write")
     try:
         catalog = copied.catalog
@@ -230,13 +230,9 @@ def _forget(folder: Path, images: bool) -> None:
             catalog.database.execute(
                 "DELETE FROM settings WHERE name >= ? AND name < ?", (PREFIX, "at!")
             )
-            if not images:
-                catalog.database.execute("UPDATE exemplars SET source = NULL")
     finally:
         copied.abandon()
     Database.vacuum(folder / CATALOG)
-    if not images:
-        shutil.rmtree(folder / SOURCES, ignore_errors=True)
 
 
 def _describe(

@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from recallseg.engines.errors import OutputError
 
-__all__ = ["Metrics", "MetricsServer"]
+if TYPE_CHECKING:
+    from recallseg.runtime.services.settings import MetricsSettings
+
+__all__ = ["Metrics", "MetricsServer", "serve_metrics"]
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _REQUEST_S = 10.0
@@ -158,6 +161,11 @@ class MetricsServer:
         """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def serve_metrics(metrics: Metrics, wanted: MetricsSettings | None) -> MetricsServer | None:
+    """Serve metrics where a configuration wants them; OutputError as :class:`MetricsServer`."""
+    return None if wanted is None else MetricsServer(metrics, wanted.host, wanted.port)
 
 
 def _answer(metrics: Metrics, path: str) -> tuple[int, str, bytes]:

@@ -23,7 +23,7 @@ from recallseg.runtime.services.listening import (
     send_all,
 )
 from recallseg.runtime.services.logs import ServiceLog
-from recallseg.runtime.services.metrics import Metrics, MetricsServer
+from recallseg.runtime.services.metrics import Metrics, serve_metrics
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Arriving, fitting
 from recallseg.runtime.services.settings import Configuration
@@ -94,11 +94,8 @@ class Igtl:
                     target=self._follow, args=(settings.source,), name="follow", daemon=True
                 )
             )
-        self._server: MetricsServer | None = None
         try:
-            if configuration.metrics is not None:
-                wanted = configuration.metrics
-                self._server = MetricsServer(self.metrics, wanted.host, wanted.port)
+            self._server = serve_metrics(self.metrics, configuration.metrics)
         except BaseException:
             self._acceptor.close()
             raise

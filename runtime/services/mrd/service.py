@@ -10,7 +10,7 @@ from contextlib import suppress
 from recallseg.engines.errors import InputError
 from recallseg.runtime.services.listening import Acceptor, listen
 from recallseg.runtime.services.logs import ServiceLog
-from recallseg.runtime.services.metrics import Metrics, MetricsServer
+from recallseg.runtime.services.metrics import Metrics, serve_metrics
 from recallseg.runtime.services.mrd.connection import Conversation
 from recallseg.runtime.services.mrd.recording import Recording
 from recallseg.runtime.services.mrd.segmenting import SegmentingProcess, Setup
@@ -69,11 +69,8 @@ class Mrd:
         self.port = self._acceptor.port
         self._stopping = threading.Event()
         self._links: set[socket.socket] = set()
-        self._server: MetricsServer | None = None
         try:
-            if configuration.metrics is not None:
-                wanted = configuration.metrics
-                self._server = MetricsServer(self.metrics, wanted.host, wanted.port)
+            self._server = serve_metrics(self.metrics, configuration.metrics)
         except BaseException:
             self._acceptor.close()
             raise

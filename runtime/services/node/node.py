@@ -9,7 +9,7 @@ from typing import Any
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.services.logs import ServiceLog
-from recallseg.runtime.services.metrics import Metrics, MetricsServer
+from recallseg.runtime.services.metrics import Metrics, serve_metrics
 from recallseg.runtime.services.node.answering import Answerer, Decider
 from recallseg.runtime.services.node.commitment import Commitments
 from recallseg.runtime.services.node.receiving import Arrivals, HeaderReaders, Receiver
@@ -90,7 +90,6 @@ class Node:
             for each in ((self._decide, self._arrivals.changed), (self._answer, self._work))
         ]
         self._swept = 0.0
-        self._server: MetricsServer | None = None
         try:
             self._receiver = Receiver(
                 settings,
@@ -101,9 +100,7 @@ class Node:
                 self._commitments.handlers(),
             )
             self.port = self._receiver.port
-            if configuration.metrics is not None:
-                wanted = configuration.metrics
-                self._server = MetricsServer(self.metrics, wanted.host, wanted.port)
+            self._server = serve_metrics(self.metrics, configuration.metrics)
         except BaseException:
             self._store.close()
             raise

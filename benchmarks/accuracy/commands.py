@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -29,6 +29,18 @@ if TYPE_CHECKING:
 __all__ = ["accuracy", "choosing", "clicks"]
 
 
+DataOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--data", help="Folder with archives of packages that ship images ('pip download')."
+    ),
+]
+DatasetsOption = Annotated[
+    Optional[str],
+    typer.Option("--datasets", help="Comma-separated names.", show_default="all that are here"),
+]
+
+
 def accuracy(
     output: Annotated[
         Path, typer.Option("--output", help="Folder for accuracy.json, cases.csv, accuracy.html.")
@@ -43,16 +55,8 @@ def accuracy(
             help="Bundle of the same weights exported with --no-object-pointers, to compare.",
         ),
     ] = None,
-    data: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--data", help="Folder with archives of packages that ship images ('pip download')."
-        ),
-    ] = None,
-    datasets: Annotated[
-        Optional[str],
-        typer.Option("--datasets", help="Comma-separated names.", show_default="all that are here"),
-    ] = None,
+    data: DataOption = None,
+    datasets: DatasetsOption = None,
     unet: Annotated[bool, typer.Option(help="Train the U-Net baseline too (needs torch).")] = True,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few images only, to see that it works.")
@@ -139,23 +143,12 @@ def _print_table(found: Accuracy) -> None:
 def choosing(
     output: Annotated[Path, typer.Option("--output", help="Folder for choosing.csv.")],
     bundle: Annotated[str, typer.Option("--bundle", help="Folder or name.")] = "demo",
-    data: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--data", help="Folder with archives of packages that ship images ('pip download')."
-        ),
-    ] = None,
-    datasets: Annotated[
-        Optional[str],
-        typer.Option("--datasets", help="Comma-separated names.", show_default="all that are here"),
-    ] = None,
+    data: DataOption = None,
+    datasets: DatasetsOption = None,
     draws: Annotated[int, typer.Option(min=1, help="Random choices of each budget.")] = 5,
     threads: ThreadsOption = None,
 ) -> None:
     """Measure whether 'library next' saves annotations, against random choices."""
-    from rich.console import Console
-    from rich.table import Table
-
     from recallseg.benchmarks.accuracy.choosing import measure_choosing, tabulate, write_chosen
     from recallseg.benchmarks.accuracy.datasets import load_datasets
     from recallseg.engines.bundle import Bundle
@@ -169,13 +162,7 @@ def choosing(
         with progress_bar(dataset.name, 4 * (draws + 4)) as step:
             found += measure_choosing(dataset, opened, draws=draws, threads=threads, step=step)
         write_chosen(output / "choosing.csv", found)
-    for name, why in missing.items():
-        note(f"left out {name}: {why}")
-    header, rows = tabulate(found)
-    table = Table(*header, title="Mean Dice by annotated images", box=None)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    _print_rows("Mean Dice by annotated images", *tabulate(found), missing)
     say_notice(opened.notice)
 
 
@@ -184,23 +171,12 @@ def clicks(
     bundle: Annotated[
         str, typer.Option("--bundle", help="Folder of a bundle with the graph 'correct'.")
     ] = "demo",
-    data: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--data", help="Folder with archives of packages that ship images ('pip download')."
-        ),
-    ] = None,
-    datasets: Annotated[
-        Optional[str],
-        typer.Option("--datasets", help="Comma-separated names.", show_default="all that are here"),
-    ] = None,
+    data: DataOption = None,
+    datasets: DatasetsOption = None,
     queries: Annotated[int, typer.Option(min=1, help="Images of each data set at most.")] = 16,
     threads: ThreadsOption = None,
 ) -> None:
     """Count a simulated person's clicks: without a library, with 1, 4, 16 images, with a box."""
-    from rich.console import Console
-    from rich.table import Table
-
     from recallseg.benchmarks.accuracy.annotator import (
         ANNOTATED,
         measure_clicks,
@@ -222,11 +198,22 @@ def clicks(
                 dataset, opened, most_queries=queries, threads=threads, step=step
             )
         write_clicks(output / "clicks.csv", found)
+    _print_rows("Clicks into the middle of the largest error", *tabulate(found), missing)
+    say_notice(opened.notice)
+
+
+def _print_rows(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    missing: Mapping[str, str],
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     for name, why in missing.items():
         note(f"left out {name}: {why}")
-    header, rows = tabulate(found)
-    table = Table(*header, title="Clicks into the middle of the largest error", box=None)
+    table = Table(*header, title=title, box=None)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    say_notice(opened.notice)

@@ -303,7 +303,6 @@ def _split_dice(text: str) -> dict[str, float]:
 
 
 if importlib.util.find_spec("recallseg.benchmarks.makers") is not None:  # not so in a wheel
-    from recallseg.benchmarks.makers.commands import capi, soak
-
-    bench.command()(capi)
-    bench.command()(soak)
+    makers = importlib.import_module("recallseg.benchmarks.makers.commands")
+    bench.command()(makers.capi)
+    bench.command()(makers.soak)

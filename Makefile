@@ -2,14 +2,32 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WITH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo test check clean
+.PHONY: demo test fast full native slow coverage release clean
 
 demo: $(VENV)/.demo  ## segment real MR slices on the CPU and leave a page in demo-output/
 	$(BIN)/recallseg demo --output demo-output
 
-test: $(VENV)/.dev  ## format, lint, types and tests
-	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+test: full
+
+fast: $(VENV)/.dev  ## format, lint, types and unit tests: for every change
+	$(WITH) scripts/check-fast
+
+full: $(VENV)/.dev  ## the same and all other tests: what main must pass
+	$(WITH) scripts/check-full
+
+native: $(VENV)/.dev  ## native code: sanitizers, valgrind, an emulated aarch64, PyCUDA
+	$(WITH) PYTHON="$(abspath $(BIN))/python" scripts/check-native
+
+slow: $(VENV)/.dev  ## campaigns, for hours: every Python, wheels, faults, fuzzing
+	$(WITH) scripts/check-slow
+
+coverage: $(VENV)/.dev  ## which lines and branches the tests reach: coverage/index.html
+	$(WITH) scripts/coverage
+
+release: $(VENV)/.dev  ## files of a release, from what is committed
+	$(WITH) scripts/release build
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,4 +40,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis coverage .coverage

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that check the native code: build it with other flags, run its checks.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -12,9 +13,16 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# Each worker of pytest-xdist on a core of its own, before anything counts cores: threads of several
+# workers that wait for each other's cores would take longer than one thread on one core.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+
 # Not the repository's root: from there `import runtime` would make a second copy of every module.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support.emulated_gpu import build_emulator
 from support.fake_bundle import make_fake_bundle
 from support.kernels import build_kernels, build_operators
 from support.records import check_record
@@ -53,15 +61,21 @@ def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def kernels(pytestconfig: pytest.Config) -> Any:
     """The native pixel kernels, built from this source."""
-    return build_kernels(tmp_path_factory.mktemp("kernels"))
+    return build_kernels(pytestconfig)
 
 
 @pytest.fixture(scope="session")
-def operators_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def operators_file(pytestconfig: pytest.Config) -> Path:
     """The operators for ONNX Runtime, built from this source."""
-    return build_operators(tmp_path_factory.mktemp("operators"))
+    return build_operators(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def emulator(pytestconfig: pytest.Config) -> ctypes.CDLL:
+    """The CUDA source of the pixel kernels, compiled for this processor."""
+    return build_emulator(pytestconfig)
 
 
 @pytest.fixture

@@ -52,8 +52,8 @@ def test_a_wheel_with_kernels(tmp_path: Path) -> None:
     assert done.stdout.startswith("NativePixels(vector units: ")
 
 
-def test_cuda_for_every_architecture(tmp_path: Path) -> None:
-    found = parts(build_fatbin(tmp_path))
+def test_cuda_for_every_architecture(pytestconfig: pytest.Config) -> None:
+    found = parts(build_fatbin(pytestconfig))
     wanted = {("elf", arch) for arch in (75, 80, 86, 87, 89, 90, 100, 110, 120)} | {("ptx", 120)}
     assert set(found) == wanted
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from support.making import build_folder, once
 from support.native import SOURCE, passed
 
 __all__ = ["KERNELS", "EmulatedKernels", "OnDevice", "build_emulator", "emulated_kernels"]
@@ -45,18 +46,21 @@ def emulated_kernels(emulator: c.CDLL) -> dict[str, Any]:
     return {name: kernel(name) for name in KERNELS}
 
 
-def build_emulator(folder: Path) -> c.CDLL:
+def build_emulator(config: pytest.Config) -> c.CDLL:
     """Compile the kernels for the CPU with undefined behaviour trapped; skip without a compiler."""
     if shutil.which("c++") is None:
         pytest.skip("the CUDA kernels cannot be emulated here: no C++ compiler")
-    file = folder / "emulated_gpu.so"
-    passed(
-        *("c++", "-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra"),
-        *("-Werror", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
-        *("-I", SOURCE / "engines/native/pixels", "-o", file),
-        Path(__file__).with_suffix(".cpp"),
-    )
-    library = c.CDLL(str(file))
+    source, pixels = Path(__file__).with_suffix(".cpp"), SOURCE / "engines/native/pixels"
+
+    def make(folder: Path) -> None:
+        passed(
+            *("c++", "-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall"),
+            *("-Wextra", "-Werror", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
+            *("-I", pixels, "-o", folder / "emulated_gpu.so", source),
+        )
+
+    folder = once(build_folder(config, "emulated-gpu", (__file__, source, pixels)), make)
+    library = c.CDLL(str(folder / "emulated_gpu.so"))
     library.emulate.restype = c.c_bool
     return library
 

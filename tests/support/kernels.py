@@ -1,4 +1,4 @@
-"""The native kernels, built from this source and loaded from where they were built."""
+"""The native kernels, built from this source, each content once, and loaded from there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
+from support.making import build_folder, once
 from support.native import SOURCE, passed
 
-__all__ = ["NVCC", "build_fatbin", "build_kernels", "build_operators"]
+__all__ = ["NATIVE", "NVCC", "build_fatbin", "build_kernels", "build_operators"]
+
+NATIVE = ("CMakeLists.txt", "pyproject.toml", "engines/native")
+"""What every native build is made from."""
 
 NVCC = shutil.which("nvcc") or shutil.which(
     "nvcc", path=str(Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin"))
@@ -21,9 +25,10 @@ NVCC = shutil.which("nvcc") or shutil.which(
 """CUDA's compiler: the machine's, or PyPI's."""
 
 
-def build_kernels(folder: Path) -> Any:
-    """Build into ``folder`` and return the extension module; skip where that cannot be done."""
-    _build(folder, "recallseg_pixels", "-DRECALLSEG_BUILD_PIXELS=ON", "-DRECALLSEG_BUILD_CUDA=OFF")
+def build_kernels(config: pytest.Config) -> Any:
+    """Build and return the extension module; skip where that cannot be done."""
+    flags = ("-DRECALLSEG_BUILD_PIXELS=ON", "-DRECALLSEG_BUILD_CUDA=OFF")
+    folder = _build(config, "recallseg_pixels", *flags)
     (file,) = folder.glob("engines/native/pixels/_native.*")
     spec = importlib.util.spec_from_file_location("_native", file)
     assert spec is not None
@@ -33,24 +38,24 @@ def build_kernels(folder: Path) -> Any:
     return module
 
 
-def build_fatbin(folder: Path) -> bytes:
-    """Compile the CUDA kernels into ``folder`` and return them; skip without nvcc."""
+def build_fatbin(config: pytest.Config) -> bytes:
+    """Compile the CUDA kernels and return them; skip without nvcc."""
     if NVCC is None:
         pytest.skip("the CUDA kernels cannot be compiled: no nvcc; pip install nvidia-cuda-nvcc")
     flags = ("-DRECALLSEG_BUILD_CUDA=ON", f"-DRECALLSEG_NVCC={NVCC}")
-    _build(folder, "recallseg_fatbin", "-DRECALLSEG_BUILD_PIXELS=ON", *flags)
+    folder = _build(config, "recallseg_fatbin", "-DRECALLSEG_BUILD_PIXELS=ON", *flags)
     (file,) = folder.rglob("pixels.fatbin")
     return file.read_bytes()
 
 
-def build_operators(folder: Path) -> Path:
-    """Build the operators for ONNX Runtime into ``folder``, return the library; skip likewise."""
-    _build(folder, "recallseg_operators", "-DRECALLSEG_BUILD_OPERATORS=ON")
+def build_operators(config: pytest.Config) -> Path:
+    """Build the operators for ONNX Runtime and return the library; skip likewise."""
+    folder = _build(config, "recallseg_operators", "-DRECALLSEG_BUILD_OPERATORS=ON")
     (file,) = folder.rglob("_operators.so")
     return file
 
 
-def _build(folder: Path, target: str, *flags: str) -> None:
+def _build(config: pytest.Config, target: str, *flags: str) -> Path:
     missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
     if "-DRECALLSEG_BUILD_PIXELS=ON" in flags:
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -59,8 +64,12 @@ def _build(folder: Path, target: str, *flags: str) -> None:
             missing.append("nanobind")
     if missing:
         pytest.skip(f"{target} cannot be built here: no {', '.join(missing)}")
-    passed(
-        *("cmake", "-S", SOURCE, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"),
-        *("-DRECALLSEG_BUILD_CAPI=OFF", *flags),
-    )
-    passed("cmake", "--build", folder, "--parallel", "2", "--target", target)
+
+    def make(folder: Path) -> None:
+        passed(
+            *("cmake", "-S", SOURCE, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"),
+            *("-DRECALLSEG_BUILD_CAPI=OFF", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *flags),
+        )
+        passed("cmake", "--build", folder, "--parallel", "2", "--target", target)
+
+    return once(build_folder(config, target, NATIVE), make)

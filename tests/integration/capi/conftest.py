@@ -8,6 +8,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support.kernels import NATIVE
+from support.making import build_folder, once
 from support.native import (
     SOURCE,
     Installed,
@@ -22,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
-def capi(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+def capi(pytestconfig: pytest.Config) -> Installed:
     missing = [tool for tool in ("cmake", "cc", "c++") if shutil.which(tool) is None]
     if not HEADER.is_file():
         missing.append("Python's headers")
@@ -30,18 +32,25 @@ def capi(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         missing.append("libpython as a shared library")
     if missing:
         pytest.skip(f"not on this machine: {', '.join(missing)}")
-    root = tmp_path_factory.mktemp("capi")
-    build, prefix, checks = root / "build", root / "prefix", root / "checks"
-    passed(
-        *("cmake", "-S", SOURCE, "-B", build, f"-DCMAKE_INSTALL_PREFIX={prefix}"),
-        *(f"-DPython3_EXECUTABLE={sys.executable}", "-DRECALLSEG_BUILD_CAPI=ON"),
+    strict = "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"
+
+    def make(root: Path) -> None:
+        build, prefix, checks = root / "build", root / "prefix", root / "checks"
+        passed(
+            *("cmake", "-S", SOURCE, "-B", build, f"-DCMAKE_INSTALL_PREFIX={prefix}", strict),
+            *(f"-DPython3_EXECUTABLE={sys.executable}", "-DRECALLSEG_BUILD_CAPI=ON"),
+        )
+        passed("cmake", "--build", build, "--parallel", "2")
+        passed("cmake", "--install", build)
+        # Against the install tree, by find_package.
+        passed("cmake", "-S", HERE, "-B", checks, f"-DCMAKE_PREFIX_PATH={prefix}", strict)
+        passed("cmake", "--build", checks, "--parallel", "2")
+
+    sources = (*NATIVE, HERE, "tests/fixtures/capi")
+    root = once(build_folder(pytestconfig, "capi", sources), make)
+    return Installed(
+        root / "prefix", root / "build", root / "checks" / "checks", embedding_environment()
     )
-    passed("cmake", "--build", build, "--parallel", "2")
-    passed("cmake", "--install", build)
-    # Against the install tree, by find_package.
-    passed("cmake", "-S", HERE, "-B", checks, f"-DCMAKE_PREFIX_PATH={prefix}")
-    passed("cmake", "--build", checks)
-    return Installed(prefix, build, checks / "checks", embedding_environment())
 
 
 @pytest.fixture(scope="session")

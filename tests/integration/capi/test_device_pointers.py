@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.emulated_gpu import KERNELS, build_emulator, emulated_kernels
+from support.emulated_gpu import KERNELS, emulated_kernels
 from support.fake_driver import FakeDriver
 from support.fake_onnxruntime import FakeSession, install
 from support.fake_tensorrt import HostGpu
@@ -140,11 +140,6 @@ class Host:
 
     def read(self, address: int, *shape: int) -> NDArray[np.uint8]:
         return np.frombuffer(c.string_at(address, math.prod(shape)), np.uint8).reshape(shape)
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> c.CDLL:
-    return build_emulator(tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.cuda_driver import DriverKernels
-from support.emulated_gpu import EmulatedKernels, OnDevice, build_emulator
+from support.emulated_gpu import EmulatedKernels, OnDevice
 from support.kernels import build_fatbin
 
 from recallseg.engines.bundle import Normalisation
@@ -29,11 +29,6 @@ side = st.integers(1, 70)
 shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build_emulator(tmp_path_factory.mktemp("emulator"))
-
-
 @pytest.fixture
 def gpu(emulator: ctypes.CDLL) -> EmulatedKernels:
     return EmulatedKernels(emulator)
@@ -45,8 +40,8 @@ def pixels(gpu: EmulatedKernels) -> DevicePixels:
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory: pytest.TempPathFactory) -> DriverKernels:
-    return DriverKernels(build_fatbin(tmp_path_factory.mktemp("fatbin")))
+def real(pytestconfig: pytest.Config) -> DriverKernels:
+    return DriverKernels(build_fatbin(pytestconfig))
 
 
 @pytest.fixture(params=["emulator", pytest.param("real", marks=pytest.mark.gpu)])

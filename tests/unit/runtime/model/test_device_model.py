@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.emulated_gpu import KERNELS, build_emulator, emulated_kernels
+from support.emulated_gpu import KERNELS, emulated_kernels
 from support.fake_driver import FakeDriver
 from support.fake_onnxruntime import FakeSession, install
 from support.fake_tensorrt import HostGpu
@@ -65,11 +65,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
         image, masks = picture(seed)
         made.add(image, masks)
     return made
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build_emulator(tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture

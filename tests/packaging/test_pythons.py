@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,17 +50,46 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("version", PYTHONS)
-def test_the_runtime_works_from_a_fresh_install(version: str, tmp_path: Path) -> None:
+def installed(version: str, extras: str, folder: Path) -> Path:
+    """Install into a new environment; return its interpreter, or skip without that Python."""
     python = interpreter(version)
     if python is None:
         pytest.skip(f"no Python {version} here")
-    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
-    own = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([own, "-m", "pip", "install", "-q", f"{SOURCE}[cpu]"], check=True)
+    subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
+    own = folder / "venv" / "bin" / "python"
+    subprocess.run([own, "-m", "pip", "install", "-q", f"{SOURCE}[{extras}]"], check=True)
+    return own
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_runtime_works_from_a_fresh_install(version: str, tmp_path: Path) -> None:
+    own = installed(version, "cpu", tmp_path)
     done = subprocess.run([own, "-c", SMOKE], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    print(done.stdout)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_unit_tests_of_what_a_device_runs_pass(version: str, tmp_path: Path) -> None:
+    """All that need no PyTorch: graphs are exported elsewhere."""
+    own = installed(version, "test", tmp_path)
+    rooms = [SOURCE / "tests" / "unit" / room for room in ("commands", "engines", "runtime")]
+    torch = re.compile(r"^(import torch|from recallseg\.(export|benchmarks))", re.MULTILINE)
+    left = [f for room in rooms for f in room.rglob("test_*.py") if torch.search(f.read_text())]
+    assert 0 < len(left) < 10
+    done = subprocess.run(
+        [
+            *(own, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadscope", *rooms),
+            *("-m", "not gpu and not slow", f"--basetemp={tmp_path / 'tests'}"),
+            *(f"--ignore={file}" for file in left),
+        ],
+        cwd=SOURCE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:]
     print(done.stdout)
 
 

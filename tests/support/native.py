@@ -29,7 +29,7 @@ SOURCE = Path(__file__).parents[2]
 
 def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command and return it whatever its exit status is."""
-    settings = {"capture_output": True, "text": True, "timeout": 280, **options}
+    settings = {"capture_output": True, "text": True, "timeout": 560, **options}
     return subprocess.run([str(part) for part in command], check=False, **settings)
 
 

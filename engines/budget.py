@@ -15,6 +15,7 @@ from typing import Any
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
+from recallseg.engines.manifest import data_files
 from recallseg.engines.precisions import find_precision
 from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
 
@@ -213,5 +214,5 @@ def graph_bytes(
 
 
 def _size(bundle: Bundle, entry: Any) -> int:
-    files = [entry, *([entry["data"]] if "data" in entry else [])]
+    files = [entry, *data_files(entry)]
     return sum((bundle.path / str(file["file"])).stat().st_size for file in files)

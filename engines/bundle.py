@@ -3,10 +3,11 @@
 ::
 
     BUNDLE/
-      manifest.json                              format, identity, weights, sizes, digests, parity
-      graphs/VARIANT/PRECISION/{embed,...}.onnx  VARIANT "portable" is the reference for all
-      golden/golden.npz                          inputs and outputs that any engine must reproduce
-      licences/                                  of the weights
+      manifest.json                            format, identity, weights, sizes, digests, parity
+      graphs/VARIANT.PRECISION.{embed,...}.onnx  VARIANT "portable" is the reference for all
+      graphs/DIGEST.weights                    what one or more graphs have as constants
+      golden/golden.npz                        inputs and outputs that any engine must reproduce
+      licences/                                of the weights
 
 The manifest is the contract between export and runtime: neither imports the other.
 """
@@ -24,7 +25,7 @@ from recallseg.engines.digest import digest_json, digest_stream
 from recallseg.engines.errors import BundleError
 from recallseg.engines.graph_check import check_graph
 from recallseg.engines.inside import open_inside
-from recallseg.engines.manifest import MANIFEST, read_manifest
+from recallseg.engines.manifest import MANIFEST, data_files, read_manifest
 from recallseg.engines.paths import SHIPPED, shipped_bundles
 from recallseg.engines.specs import GRAPHS, OPTIONAL_GRAPHS, Geometry, GraphSpec, graph_specs
 
@@ -39,10 +40,11 @@ __all__ = [
 ]
 
 FORMAT = "recallseg-bundle"
-FORMAT_VERSION = 2
-"""What is written. Format 1, which is read too, knows no memory but SAM 2's, no embedding of an
-empty memory and no former identity; it calls the networks by the names of the first ones."""
-NETWORKS = {1: ("sam2", "dinov2"), 2: ("segmenter", "embedder")}
+FORMAT_VERSION = 3
+"""What is written. Format 2, which is read too, has all weights in the graphs. Format 1 as well; it
+knows no memory but SAM 2's, no embedding of an empty memory and no former identity, and calls the
+networks by the names of the first ones."""
+NETWORKS = {1: ("sam2", "dinov2"), **dict.fromkeys((2, 3), ("segmenter", "embedder"))}
 """Keys of the segmenter's and the embedder's weights, by format version."""
 NOTICES = {
     "pretrained": "",
@@ -315,8 +317,7 @@ class Bundle:
             entry = self._graphs.get(f"{variant}/{precision}/{graph}")
             if entry is not None:
                 path = self._checked(entry)
-                data = entry.get("data")
-                check_graph(path, None if data is None else self.path / str(data["file"]))
+                check_graph(path, self.weights_files(graph, variant, precision))
                 return path, variant
         has = ", ".join(f"{name}: {' '.join(p)}" for name, p in self.precisions.items())
         raise BundleError(
@@ -346,11 +347,16 @@ class Bundle:
             variant, precision, graph = key.split("/")
             self.graph_file(graph, (variant,), precision)
 
+    def weights_files(self, graph: str, variant: str, precision: str) -> tuple[Path, ...]:
+        """Return the files beside a graph that hold weights of it."""
+        entry = self._graphs[f"{variant}/{precision}/{graph}"]
+        return tuple(self.path / str(data["file"]) for data in data_files(entry))
+
     def graph_digest(self, graph: str, variant: str, precision: str) -> str:
         """Digest of a graph's file and of the weights beside it, as the manifest states them."""
         entry = self._graphs[f"{variant}/{precision}/{graph}"]
-        data = entry.get("data")
-        return digest_json([entry["sha256"], data["sha256"] if data else None])
+        # One that has all weights in itself is called as it always was.
+        return digest_json([entry["sha256"], *([d["sha256"] for d in data_files(entry)] or [None])])
 
     @property
     def golden_digest(self) -> str:
@@ -365,8 +371,8 @@ class Bundle:
     def _checked(self, entry: Mapping[str, Any]) -> Path:
         name = str(entry["file"])
         path = self.path / name
-        if "data" in entry:  # weights beyond 2 GiB lie in a file of their own
-            self._checked(entry["data"])
+        for data in data_files(entry):
+            self._checked(data)
         try:
             with os.fdopen(open_inside(self.path, name), "rb") as file:
                 digest = digest_stream(file)

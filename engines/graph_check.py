@@ -3,8 +3,8 @@
 A graph is a program. Runtimes read files that it names (before 1.24, ONNX Runtime also followed
 ``../`` and absolute paths; some operators name files of their own), and run loops without end. So a
 graph is read here first, without its weights: only operators from a list, none with a graph inside,
-no functions (which can nest and double), no tensor larger than its file, and weights beside the
-graph only in the one file that the manifest names.
+no functions (which can nest and double), no tensors larger than their files, and weights beside the
+graph only in the files that the manifest names.
 
 The format is that of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto) in
 Protocol Buffers' wire format (https://protobuf.dev/programming-guides/encoding).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from recallseg.engines.errors import BundleError
@@ -62,21 +62,24 @@ _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 8, 9: 8, 10: 16, 11: 
 _EXTERNAL = 1
 
 
-def check_graph(path: Path, data: Path | None) -> None:
+def check_graph(path: Path, weights: Sequence[Path] = ()) -> None:
     """Refuse a graph that is more than a network of tensors.
 
     Parameters
     ----------
     path : the ``.onnx`` file.
-    data : the file beside it with its weights, where the manifest names one.
+    weights : the files beside it that hold weights of it, as the manifest names them.
 
     Raises
     ------
     BundleError
         Saying what the graph asks for.
     """
-    if data is not None and data.parent != path.parent:
-        raise BundleError(f"{data} must lie beside the graph {path.name}, whose weights it holds.")
+    for data in weights:
+        if data.parent != path.parent:
+            raise BundleError(
+                f"{data} must lie beside the graph {path.name}, whose weights it holds."
+            )
     try:
         size = path.stat().st_size
         if not size:
@@ -86,13 +89,13 @@ def check_graph(path: Path, data: Path | None) -> None:
     except OSError as error:
         raise BundleError(f"the graph {path} cannot be read: {error.strerror}.") from error
     with content:
-        _Check(path, content, data).model(0, size)
+        _Check(path, content, weights).model(0, size)
 
 
 def find_outputs(path: Path, operators: Collection[str]) -> tuple[str, ...]:
     """Return the names of the first outputs of these operators, in the order of the graph."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        check = _Check(path, content, None)
+        check = _Check(path, content)
         return tuple(check.outputs(operators))
 
 
@@ -119,12 +122,12 @@ def _length(number: int) -> bytes:
 class _Check:
     """One walk through a file; positions are those of the file."""
 
-    def __init__(self, path: Path, content: mmap.mmap, data: Path | None) -> None:
+    def __init__(self, path: Path, content: mmap.mmap, weights: Sequence[Path] = ()) -> None:
         self._path = path
         self._content = content
-        self._data = data
-        self._data_bytes = data.stat().st_size if data is not None else 0
-        self._bits = 8 * (len(content) + self._data_bytes)
+        self._weights = {data.name: data.stat().st_size for data in weights}
+        self._outside = 8 * sum(self._weights.values())
+        self._bits = 8 * len(content) + self._outside
         self._fields = 0
         self._nodes: list[tuple[list[str], list[str]]] = []
 
@@ -230,12 +233,14 @@ class _Check:
                 entries[pair.get(1, "")] = pair.get(2, "")
             elif number == 14:  # data_location
                 location = self._numbers(at, stop)[0]
-        if any(not 0 <= size < 2**40 for size in dims) or (
-            math.prod(dims) * _BITS.get(kind, 2) > self._bits
-        ):
+        bits = math.prod(dims) * _BITS.get(kind, 2)
+        if any(not 0 <= size < 2**40 for size in dims) or bits > self._bits:
             raise self._refused(f"declares a constant of {dims}, more than its files hold")
         if entries or location:
             self._external(entries, location)
+            self._outside -= bits
+            if self._outside < 0:  # many constants of the same bytes
+                raise self._refused("declares more weights than the files beside it hold")
 
     def _external(self, entries: dict[str, str], location: int) -> None:
         name = entries.get("location", "")
@@ -243,10 +248,11 @@ class _Check:
             offset, length = (int(entries.get(key) or 0) for key in ("offset", "length"))
         except ValueError:
             offset, length = -1, -1
-        if location != _EXTERNAL or self._data is None or name != self._data.name:
-            allowed = f"only {self._data.name!r}" if self._data is not None else "none"
+        if location != _EXTERNAL or name not in self._weights:
+            names = ", ".join(map(repr, self._weights))
+            allowed = f"only {names}" if names else "none"
             raise self._refused(f"asks for weights in the file {name!a}; the manifest {allowed}")
-        if offset < 0 or length < 0 or offset + length > self._data_bytes:
+        if offset < 0 or length < 0 or offset + length > self._weights[name]:
             raise self._refused(f"asks for weights beyond the end of {name}")
 
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from recallseg.engines.errors import BundleError, InputError
 from recallseg.engines.inside import read_inside
 from recallseg.engines.signing import PublicKey, check_bundle, trusted_keys
 
-__all__ = ["MANIFEST", "read_manifest"]
+__all__ = ["MANIFEST", "data_files", "read_manifest"]
 
 MANIFEST = "manifest.json"
 _MOST_BYTES = 2**24
@@ -65,6 +65,12 @@ def read_manifest(folder: Path, trust: Sequence[PublicKey] | None = None) -> dic
                     f"the manifest {file} has an unusable '{key}': {error}. Export it again."
                 ) from error
     return manifest
+
+
+def data_files(entry: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return a graph's entries of files with its weights; format 2 had one, not in a list."""
+    data = entry.get("data", ())
+    return (data,) if isinstance(data, Mapping) else tuple(data)
 
 
 def _check_plain(value: Any, where: str, depth: int) -> None:
@@ -134,8 +140,10 @@ def _memory(value: Any) -> None:
 def _entry(value: Any) -> None:
     if not isinstance(value["file"], str) or not re.fullmatch("[0-9a-f]{64}", value["sha256"]):
         raise ValueError("a file needs its name and its SHA-256 in hex")
-    if "data" in value:
-        _entry(value["data"])
+    for data in data_files(value):
+        if "data" in data:
+            raise ValueError(f"weights in {data['file']!r} have weights of their own")
+        _entry(data)
 
 
 def _graphs(value: Any) -> None:

@@ -56,6 +56,7 @@ from recallseg.export.parity import (
     check_end_to_end,
     check_graph,
 )
+from recallseg.export.sharing import share_weights
 from recallseg.export.writing import (
     check_output,
     entry,
@@ -182,6 +183,7 @@ def export_bundle(
                 for graph in every:
                     write("tensorrt", graph, modules[graph], tensorrt.OPSET)
                     tensorrt.check_operators(work / graphs[f"tensorrt/fp32/{graph}"]["file"])
+        share_weights(work, graphs)
         report("golden tensors")
         case = make_case(_GOLDEN_SEED)
         reference = Composition({name: TorchEngine(specs[name], modules[name]) for name in every})

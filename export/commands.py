@@ -140,7 +140,10 @@ def convert(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder, or a shipped name.")],
     output: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     precisions: Annotated[
-        str, typer.Option(help=f"Comma-separated: {', '.join(CONVERTED)}.")
+        str,
+        typer.Option(
+            help=f"Comma-separated: {', '.join(CONVERTED)}; 'none' only stores shared weights once."
+        ),
     ] = "fp16,mixed",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle.")
@@ -149,13 +152,16 @@ def convert(
         bool, typer.Option("--json", help="Print the measured errors as JSON.")
     ] = False,
 ) -> None:
-    """Add precisions to a bundle, each held to its tolerance on the golden tensors."""
+    """Add precisions to a bundle, each held to its tolerance on the golden tensors.
+
+    Weights that several graphs have are stored once, those of older bundles too.
+    """
     progress = Console(stderr=True)
     with progress.status("convert") as status:
         made = convert_bundle(
             Bundle.open(bundle),
             output,
-            [name.strip() for name in precisions.split(",")],
+            [name.strip() for name in precisions.split(",") if precisions != "none"],
             overwrite=overwrite,
             report=lambda step: status.update(step),
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from recallseg.engines.bundle import Bundle
+from recallseg.engines.bundle import FORMAT_VERSION, Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import ExportError
@@ -28,6 +28,7 @@ from recallseg.export.emulation import EmulatedEngine
 from recallseg.export.native import use_half_linear, use_native_operators
 from recallseg.export.precision import convert_graph
 from recallseg.export.quantization import quantize_graph, sensitive_layers
+from recallseg.export.sharing import share_weights
 from recallseg.export.writing import (
     check_output,
     entry,
@@ -57,7 +58,7 @@ def convert_bundle(
     overwrite: bool = False,
     report: Report = lambda step: None,
 ) -> Bundle:
-    """Copy a bundle and add its graphs in other precisions.
+    """Copy a bundle and add its graphs in other precisions; weights are stored once.
 
     For ``fp16``, ``bf16`` and ``mixed`` the graphs of variant ``tensorrt`` are converted where the
     bundle has them, else the portable ones, and beside them those of ``ort-cuda`` (or of
@@ -72,12 +73,14 @@ def convert_bundle(
     ----------
     source : the bundle; it is only read.
     output : the new bundle's folder.
-    precisions : of :data:`CONVERTED`.
+    precisions : of :data:`CONVERTED`; none only stores the weights of an older bundle once.
     overwrite : replace an existing folder.
     report : is told the name of every step as it begins.
 
     Raises
     ------
+    BundleError
+        If a file of the bundle is not what its manifest says.
     ExportError
         If ``output`` exists, a precision is unknown, or a graph cannot be converted.
     EngineUnavailableError
@@ -86,11 +89,12 @@ def convert_bundle(
         If a precision fails its gate, naming tensor and error. Nothing is written.
     """
     unknown = [name for name in precisions if name not in CONVERTED]
-    if unknown or not precisions:
+    if unknown:
         raise ExportError(
-            f"precisions must be of {', '.join(CONVERTED)}; got {', '.join(precisions) or 'none'}."
+            f"precisions must be of {', '.join(CONVERTED)}; got {', '.join(unknown)}."
         )
     check_output(output, overwrite=overwrite)
+    source.check_files()
     for precision in precisions:
         if precision == HALF_NATIVE:
             _check_for_cuda(source)
@@ -111,8 +115,12 @@ def convert_bundle(
                 measured = [entry for entry in measured if entry["variant"] != key]
                 measured += _compare(source, golden, key, precision, engines)
         manifest["parity"] = measured
+        if "no_memory" in manifest:  # format 1 has none, and stays what it is
+            report("share weights")
+            share_weights(work, manifest["graphs"])
+            manifest["version"] = FORMAT_VERSION
         write_manifest(work, manifest)
-        Bundle.open(work)
+        Bundle.open(work).check_files()
     return Bundle.open(output)
 
 

@@ -54,8 +54,8 @@ def write_bundle(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def graph_file(folder: Path, variant: str, precision: str, graph: str) -> Path:
-    """Return where a graph goes, in a folder that is there."""
-    path = folder / "graphs" / variant / precision / f"{graph}.onnx"
+    """Return where a graph goes, in a folder that is there: one for all, and for their weights."""
+    path = folder / "graphs" / f"{variant}.{precision}.{graph}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -149,11 +149,10 @@ def _configuration(
 
 
 def _copy_graph(bundle: Bundle, graph: str, precision: str, folder: Path) -> None:
-    path, _ = bundle.graph_file(graph, VARIANTS, precision)
+    path, variant = bundle.graph_file(graph, VARIANTS, precision)
     shutil.copyfile(path, folder / "model.onnx")
-    data = path.with_name(path.name + ".data")
-    if data.exists():  # the graph names it, so it keeps its name
-        shutil.copyfile(data, folder / data.name)
+    for weights in bundle.weights_files(graph, variant, precision):
+        shutil.copyfile(weights, folder / weights.name)  # the graph names it, so it keeps its name
 
 
 def _verified_plan(bundle: Bundle, graph: str, precision: str, cache: PlanCache) -> Plan:

@@ -30,6 +30,7 @@ from packaging.requirements import Requirement
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
+from recallseg.engines.manifest import data_files
 
 __all__ = ["make_sbom", "needed_libraries"]
 
@@ -214,8 +215,8 @@ def _bundle_component(bundle: Bundle) -> Component:
         properties[f"{role}-digest"] = weights.digest
     for key, entry in bundle.manifest["graphs"].items():
         properties[f"graph-sha256:{key}"] = entry["sha256"]
-        if "data" in entry:
-            properties[f"weights-sha256:{key}"] = entry["data"]["sha256"]
+        for data in data_files(entry):
+            properties[f"weights-sha256:{data['file']}"] = data["sha256"]
     component = Component(
         type=ComponentType.MACHINE_LEARNING_MODEL,
         name=bundle.name,

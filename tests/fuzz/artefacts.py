@@ -28,6 +28,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.digest import digest_file
 from recallseg.engines.errors import InputError, RecallSegError
 from recallseg.engines.golden import GoldenTensors
+from recallseg.engines.manifest import data_files
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.paths import SHIPPED
 from recallseg.runtime.library import Library, index, retrieval
@@ -37,7 +38,7 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 __all__ = ["KINDS", "make", "mark", "prepare", "unharmed", "use"]
 
 KINDS = ("library", "bundle", "index")
-GRAPH = "graphs/portable/fp32/memorize.onnx"
+GRAPH = "portable/fp32/memorize"
 _SECRET = b"somebody else's"
 _STRANGE: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2**31, 2**62, -(2**63), 1e300, float("inf"), "", "x", "../../outside"),
@@ -371,23 +372,57 @@ def _stated(path: Path, name: str, digest: str) -> None:
     """Put a file's new digest into the manifest."""
     manifest = json.loads((path / "manifest.json").read_text())
     for entry in (manifest["golden"], *manifest["graphs"].values()):
-        if entry["file"] == name:
-            entry["sha256"] = digest
+        for file in (entry, *data_files(entry)):
+            if file["file"] == name:
+                file["sha256"] = digest
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def _entry(path: Path) -> dict[str, Any]:
+    """Return the manifest's entry of the graph that is opened."""
+    entry: dict[str, Any] = json.loads((path / "manifest.json").read_text())["graphs"][GRAPH]
+    return entry
+
+
 def _graph_bytes(path: Path, rng: random.Random) -> None:
-    data = bytearray((path / GRAPH).read_bytes())
+    name = _entry(path)["file"]
+    data = bytearray((path / name).read_bytes())
     for _ in range(rng.randint(1, 6)):
         at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 4000))
         data[at] = rng.randrange(256)
-    (path / GRAPH).write_bytes(data)
-    _stated(path, GRAPH, digest_file(path / GRAPH))
+    (path / name).write_bytes(data)
+    _stated(path, name, digest_file(path / name))
+
+
+def _weights(path: Path, rng: random.Random) -> None:
+    """Change a file of weights, or what the graph says of where its weights lie."""
+    entry = _entry(path)
+    if rng.random() < 0.4:
+        file = path / rng.choice(data_files(entry))["file"]
+        file.write_bytes(damage("picture", file.name, file.read_bytes(), rng))
+        _stated(path, f"graphs/{file.name}", digest_file(file))
+        return
+    model = onnx.load(path / entry["file"], load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    if rng.random() < 0.3:  # all the same bytes
+        first = rng.choice(outside)
+        for tensor in outside:
+            name = tensor.name
+            tensor.CopyFrom(first)
+            tensor.name = name
+    else:
+        said = rng.choice(rng.choice(outside).external_data)
+        numbers = [str(rng.choice((-1, 0, 1, 4096, 2**31, 2**40, 2**63))), "1e3", "", "x"]
+        names = ["../outside/secret", "manifest.json", "*/_ORT_MEM_ADDR_/*", path.name]
+        said.value = rng.choice(names if said.key == "location" else numbers)
+    (path / entry["file"]).write_bytes(model.SerializeToString())
+    _stated(path, entry["file"], digest_file(path / entry["file"]))
 
 
 def _graph_meaning(path: Path, rng: random.Random) -> None:
     """Change what a graph says and leave it well-formed."""
-    model = onnx.load(path / GRAPH)
+    name = _entry(path)["file"]
+    model = onnx.load(path / name, load_external_data=False)
     graph = model.graph
     way = rng.randrange(7)
     if way == 0:
@@ -410,14 +445,14 @@ def _graph_meaning(path: Path, rng: random.Random) -> None:
         node = rng.choice(graph.node)
         node.input[:] = [*rng.sample(list(node.input), len(node.input)), node.output[0]]
     elif way == 5:
-        name = graph.input[0].name
-        graph.node.insert(0, helper.make_node("Expand", [name, "huge"], ["grown"]))
+        first = graph.input[0].name
+        graph.node.insert(0, helper.make_node("Expand", [first, "huge"], ["grown"]))
         graph.initializer.append(helper.make_tensor("huge", TensorProto.INT64, [4], [2**15] * 4))
     else:
         tensor = rng.choice(graph.initializer)
         tensor.data_type = rng.randrange(25)
-    (path / GRAPH).write_bytes(model.SerializeToString())
-    _stated(path, GRAPH, digest_file(path / GRAPH))
+    (path / name).write_bytes(model.SerializeToString())
+    _stated(path, name, digest_file(path / name))
 
 
 def _golden(path: Path, rng: random.Random) -> None:
@@ -430,4 +465,7 @@ _LIBRARY = (
     *(_catalog_bytes, _catalog_bytes, _catalog_value, _catalog_value, _settings, _schema),
     *(_journal, _wal, _link, _link, _source, _shard, _index, _bytes),
 )
-_BUNDLE = (_manifest, _manifest, _graph_bytes, _graph_meaning, _golden, _link, _bytes)
+_BUNDLE = (
+    *(_manifest, _manifest, _graph_bytes, _graph_meaning),
+    *(_weights, _golden, _link, _bytes),
+)

@@ -82,7 +82,8 @@ def altered(folder: Path, nodes: Callable[[onnx.GraphProto], list[onnx.NodeProto
         made = helper.make_model(new, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         (folder / entry["file"]).write_bytes(made.SerializeToString())
         entry["sha256"] = digest_file(folder / entry["file"])
-        check_graph(folder / entry["file"], None)  # nothing in it is against the rules
+        entry.pop("data", None)
+        check_graph(folder / entry["file"])  # nothing in it is against the rules
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return Bundle.open(folder)
 

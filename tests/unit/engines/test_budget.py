@@ -37,6 +37,9 @@ def test_counted_lines_are_exact(demo: Bundle) -> None:
     ]
     assert lines["inputs and outputs of the engines"].size == sum(tensors)
     files = [demo.graph_file(graph, ("portable",), "fp32")[0] for graph in demo.specs]
+    files += [
+        file for graph in demo.specs for file in demo.weights_files(graph, "portable", "fp32")
+    ]
     assert lines["weights"].size == sum(file.stat().st_size for file in files)
     assert {line.kind for line in budget.lines} == {"counted", "estimated", "assumed"}
     assert budget.total == sum(line.size for line in budget.lines)

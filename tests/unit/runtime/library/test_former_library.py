@@ -8,13 +8,13 @@ a library of two discs, an image that it segmented with k = 2, and the mask that
 from __future__ import annotations
 
 import json
-import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.fake_bundle import make_fake_bundle
+from support.former_bundle import write_former
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import BundleError, LibraryMismatchError
@@ -34,10 +34,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def format_1(tmp_path: Path) -> Bundle:
-    path = tmp_path / "demo"
-    shutil.copytree(Bundle.open("demo").path, path)
-    shutil.copy(FIXTURES / "bundles" / "demo-format-1.json", path / "manifest.json")
-    return Bundle.open(path)
+    manifest = json.loads((FIXTURES / "bundles" / "demo-format-1.json").read_text())
+    return write_former(Bundle.open("demo"), tmp_path / "demo", manifest)
 
 
 @pytest.mark.parametrize("bundle", [None, "demo"])

@@ -22,6 +22,7 @@ from support.fake_tensorrt import HostGpu
 
 from recallseg import Bundle, Frame, Library, Segmenter, Stream
 from recallseg.benchmarks.subjects import portable_only
+from recallseg.engines.budget import graph_bytes
 from recallseg.engines.device import Device, DeviceTensor
 from recallseg.engines.errors import (
     DeviceLostError,
@@ -296,10 +297,8 @@ def test_too_little_memory_is_said_before_anything_is_taken(
         assert device.allocations == 0
         [figure] = re.findall(r"needs (\d+) MiB", str(raised.value))
         needed.append(int(figure))
-    weights = sum(
-        library.bundle.graph_file(graph, ("ort-cpu", "portable"), "fp32")[0].stat().st_size
-        for graph in ("embed", "encode", "attend", "decode")
-    )
+    graphs = ("embed", "encode", "attend", "decode")
+    weights = graph_bytes(library.bundle, graphs, ("ort-cpu", "portable"), "fp32")
     assert needed[0] == needed[1] > weights >> 20
 
 

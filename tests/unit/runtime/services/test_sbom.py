@@ -89,3 +89,6 @@ def test_a_bundle_is_listed_with_its_weights_and_graphs() -> None:
     path, variant = bundle.graph_file("attend", ("portable",), "fp32")
     told = properties[f"recallseg:graph-sha256:{variant}/fp32/attend"]
     assert told == hashlib.sha256(path.read_bytes()).hexdigest()
+    for file in bundle.weights_files("attend", variant, "fp32"):
+        told = properties[f"recallseg:weights-sha256:graphs/{file.name}"]
+        assert told == hashlib.sha256(file.read_bytes()).hexdigest()

@@ -27,6 +27,8 @@ OPSET, IR_VERSION = 18, 9
 RADIUS = 2
 COLOUR_SCALES = 3
 LOGITS = ("logits", "around")
+BAND = 2 ** (SCALES - 1)
+"""Rows that go through the units at a time; the padded height is a multiple of it."""
 
 
 class _Graph:
@@ -105,10 +107,7 @@ def build(units: bool) -> Any:
     if not units:
         out = tensor("features", TensorProto.FLOAT, [1, "F", "Hp", "Wp"])
         return g.model("filters", [image, *logits], [out])
-    for layer, following in ((1, "hidden1"), (2, "hidden2")):
-        g.op("Conv", [last, f"weights{layer}", f"biases{layer}"], f"sum{layer}")
-        last = g.op("Relu", [f"sum{layer}"], following)
-    g.op("Conv", [last, "weights3", "biases3"], "own")
+    _units(g, last)
     g.op("Sub", ["own", "logits_padded"], "apart")
     g.op("Mul", ["apart", "mix"], "share")
     g.op("Add", ["logits_padded", "share"], "mixed")
@@ -161,6 +160,50 @@ def _colours(g: _Graph) -> list[str]:
 def _logits(g: _Graph) -> list[str]:
     """Logits of memory attention and their means around, which come on the image's own grid."""
     return [g.op("Pad", [name, "pads"], f"{name}_padded", mode="edge") for name in LOGITS]
+
+
+def _units(g: _Graph, filtered: str) -> None:
+    """Units of one band of rows after the other, so that what they make stays in the cache."""
+    band = _Graph()
+    band.constant("rows_of_band", np.array([BAND], np.int64))
+    band.constant("along_rows", np.array([2], np.int64))
+    band.op("Mul", ["band", "rows_of_band"], "first_row")
+    band.op("Add", ["first_row", "rows_of_band"], "end_row")
+    last = band.op("Slice", [filtered, "first_row", "end_row", "along_rows"], "banded")
+    for layer, following in ((1, "hidden1"), (2, "hidden2")):
+        band.op("Conv", [last, f"weights{layer}", f"biases{layer}"], f"sum{layer}")
+        last = band.op("Relu", [f"sum{layer}"], following)
+    band.op("Conv", [last, "weights3", "biases3"], "of_band")
+    band.op("Identity", ["more"], "still_more")
+    tensor = helper.make_tensor_value_info
+    body = helper.make_graph(
+        band.nodes,
+        "units",
+        [tensor("band", TensorProto.INT64, []), tensor("more", TensorProto.BOOL, [])],
+        [
+            tensor("still_more", TensorProto.BOOL, []),
+            tensor("of_band", TensorProto.FLOAT, [1, "n", BAND, "Wp"]),
+        ],
+        band.constants,
+    )
+    g.op("Shape", [filtered], "padded_size", start=2, end=4)
+    g.op("Shape", [filtered], "height", start=2, end=3)
+    g.op("Div", ["height", g.constant("band_rows", np.array([BAND], np.int64))], "bands")
+    g.op("Squeeze", ["bands"], "band_count")
+    g.op(
+        "Loop",
+        [
+            "band_count",
+            "",
+        ],
+        "by_band",
+        body=body,
+    )
+    g.op("Transpose", ["by_band"], "in_rows", perm=[1, 2, 0, 3, 4])
+    g.op("Shape", ["biases3"], "structures")
+    one = g.constant("one", np.array([1], np.int64))
+    g.op("Concat", [one, "structures", "padded_size"], "own_shape", axis=0)
+    g.op("Reshape", ["in_rows", "own_shape"], "own")
 
 
 def _length(g: _Graph, one: str, other: str, name: str) -> str:

@@ -115,6 +115,7 @@ class LibraryReport:
     Attributes
     ----------
     exemplars, memories, sources, indexes : how many of each were compared with their digests.
+    heads : how many of heads, and of logits that were kept to fit them.
     problems : one sentence each; empty when all is well.
     """
 
@@ -122,6 +123,7 @@ class LibraryReport:
     memories: int
     sources: int
     indexes: int
+    heads: int
     problems: tuple[str, ...]
 
     @property

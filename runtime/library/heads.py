@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -191,12 +192,29 @@ class Heads:
         What is damaged is made anew by whoever asks: nothing else depends on it.
         """
         try:
-            found = self._read("kept_logits", number)
-            return None if found is None else self._parse_kept(*found)
+            return self._kept(number)
         except LibraryCorruptError:
             return None
 
-    def _parse_kept(self, about: dict[str, Any], data: bytes) -> Kept:
+    def _kept(self, number: int) -> Kept | None:
+        found = self._read("kept_logits", number)
+        return None if found is None else self._parse_kept(number, *found)
+
+    def check(self) -> tuple[int, list[str]]:
+        """Return how many heads, and logits kept for them, there are, and what is wrong."""
+        numbers = [row[0] for row in self._rows("SELECT exemplar FROM kept_logits ORDER BY 1")]
+        heads = len(self._rows("SELECT id FROM heads"))
+        reads: list[Callable[[], object]] = [self.groups, self.head]
+        reads += [partial(self._kept, number) for number in numbers]
+        problems = []
+        for read in reads:
+            try:
+                read()
+            except LibraryCorruptError as error:
+                problems.append(str(error))
+        return heads + len(numbers), problems
+
+    def _parse_kept(self, number: int, about: dict[str, Any], data: bytes) -> Kept:
         def parse() -> Kept:
             names = self._names()
             side = integer(about["side"], "a side of logits", 1, MOST_SIDE)
@@ -218,7 +236,7 @@ class Heads:
                 dict(zip(known, stack, strict=True)),
             )
 
-        return _parsed("kept logits", parse)
+        return _parsed(_called("kept_logits", number), parse)
 
     def store(self, head: Head) -> None:
         """Store a head in the place of the one before, in one commit."""
@@ -279,7 +297,8 @@ class Heads:
             numbers = np.frombuffer(data, "<f4").astype(np.float32).reshape(1 + folds, each)
             if not np.isfinite(numbers).all():
                 raise ValueError("numbers that are not finite")
-            if about["bundle"] != self._store.settings.identity:
+            now = about["generation"] == self._store.state.generation
+            if now and about["bundle"] != self._store.settings.identity:
                 former = "it was fitted for another bundle"
                 raise ValueError(former)
             exemplars = [
@@ -371,7 +390,11 @@ class Heads:
                 raise ValueError(f"its format is {about['format_version']!r}")
             return about, data
 
-        return _parsed("head" if table == "heads" else "kept logits", parse)
+        return _parsed(_called(table, number), parse)
+
+
+def _called(table: str, number: int) -> str:
+    return "head" if table == "heads" else f"kept logits of exemplar number {number}"
 
 
 def _parsed(what: str, parse: Callable[[], Value]) -> Value:

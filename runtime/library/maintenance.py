@@ -14,6 +14,7 @@ from recallseg.runtime.library.binding import Binding, bundle_settings, open_bun
 from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
 from recallseg.runtime.library.exemplar import LibraryReport
+from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.library.history import history
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import (
@@ -263,7 +264,9 @@ def _verify(store: Store, progress: Progress) -> LibraryReport:
     except LibraryCorruptError as error:
         problems.append(str(error))
     indexes, found = store.retrieval.check()
-    return LibraryReport(seen, memories, kept, indexes, tuple(problems + found + _unnamed(store)))
+    heads, spoilt = Heads(store).check()
+    problems += spoilt + found + _unnamed(store)
+    return LibraryReport(seen, memories, kept, indexes, heads, tuple(problems))
 
 
 def _unnamed(store: Store) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.segmenting.recipe import Provenance
-from recallseg.runtime.segmenting.result import Result
+from recallseg.runtime.segmenting.result import HeadUse, Result
 
 __all__ = ["RECALLED", "Arm", "Case", "Evaluation", "Illustration", "Timing", "VolumeCase"]
 
@@ -146,6 +146,7 @@ class Evaluation:
     exemplars : how many the library has.
     split : whether queries were recalled without their own group (or fold).
     provenance : what made the last result, by k.
+    heads : what the library's head had to do with it, by k, if it has one.
     unmentioned : names of images and volumes that say nothing of the structures.
     notes : what had to be decided while volumes were read, by name.
     """
@@ -166,3 +167,4 @@ class Evaluation:
     provenance: Mapping[int, Provenance]
     unmentioned: tuple[str, ...] = ()
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    heads: Mapping[int, HeadUse] = field(default_factory=dict)

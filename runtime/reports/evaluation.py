@@ -36,7 +36,7 @@ from recallseg.runtime.reports.metrics import TOLERANCE, compare_masks
 from recallseg.runtime.reports.splitting import Split, check_leaks
 from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.recipe import Provenance
-from recallseg.runtime.segmenting.result import Result
+from recallseg.runtime.segmenting.result import HeadUse, Result
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
@@ -200,6 +200,7 @@ def evaluate(
         provenance=run.provenance,
         unmentioned=tuple(run.unmentioned),
         notes=run.notes,
+        heads=run.heads,
     )
 
 
@@ -262,6 +263,7 @@ class _Run:
         self.unmentioned: dict[str, None] = {}
         self.notes: dict[str, tuple[str, ...]] = {}
         self.provenance: dict[int, Provenance] = {}
+        self.heads: dict[int, HeadUse] = {}
         self.workspace = {k: made.required_bytes for k, made in self._segmenters.items()}
         self.shown = _Shortlist(ILLUSTRATED)
 
@@ -363,6 +365,8 @@ class _Run:
 
     def _remember(self, annotated: Annotated, result: Result, rows: Sequence[Case], k: int) -> None:
         self.provenance[k] = result.provenance
+        if result.quality.head is not None:
+            self.heads[k] = result.quality.head
         self.timings.append(Timing(annotated.name, k, result.timings))
         if k == max(self._segmenters):
             dice = float(np.mean([row.dice for row in rows]))

@@ -114,6 +114,7 @@ def render_report(evaluation: Evaluation, settings: Settings, source: Source) ->
             _head(settings, evaluation),
             _figures(evaluation, summaries),
             _summary(evaluation, summaries),
+            _heads(evaluation, summaries),
             _volumes(evaluation),
             _groups(evaluation),
             _differences(evaluation),
@@ -228,6 +229,35 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], note
         f"</thead><tbody>{body}</tbody></table></div>"
         f'<p class="caption">{escape(note)}</p></section>'
     )
+
+
+def _heads(evaluation: Evaluation, summaries: Sequence[StructureSummary]) -> str:
+    """Return what the library's head was expected to do, beside what it did."""
+    found = {(s.structure, s.k): s.dice["mean"] for s in summaries if s.method == RECALLED}
+    rows, said = [], []
+    for k, head in evaluation.heads.items():
+        age = f"fitted {head.created} on {head.exemplars} of {head.of} exemplars"
+        said.append(
+            f"k = {k}: head {head.digest[:12]}, {age}; {head.older or head.why or 'in use'}"
+        )
+        for name, choice in head.choices.items():
+            uses = head.used and choice.used
+            share = f"{choice.mix:.0%}" if uses else escape(choice.why or head.why)
+            cells = (
+                number(choice.alone, 3),
+                number(choice.expected, 3),
+                f"{choice.low:+.3f} to {choice.high:+.3f}" if uses else "-",
+                number(found.get((name, k), math.nan), 3),
+            )
+            rows.append((escape(name), str(k), share, *cells))
+    return _table(
+        "The library's head",
+        ("Structure", "k", "Share in the logits", "Memory attention alone, expected",
+         "Dice expected", "Gain expected", "Mean Dice found"),
+        rows,
+        f"{'. '.join(said)}. Expected when it was fitted, of exemplars that it had not seen, with "
+        "the 95 % interval of the gain; found here, with memory attention and head.",
+    )  # fmt: skip
 
 
 def _volumes(evaluation: Evaluation) -> str:

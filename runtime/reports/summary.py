@@ -155,6 +155,7 @@ def to_json(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
         "latency_ms": {str(k): stages for k, stages in latency(evaluation).items()},
         "workspace_bytes": {str(k): size for k, size in evaluation.workspace_bytes.items()},
         "provenance": {str(k): made.to_json() for k, made in evaluation.provenance.items()},
+        "heads": {str(k): head.to_json() for k, head in evaluation.heads.items()},
         "unmentioned": list(evaluation.unmentioned),
         "notes": {name: list(notes) for name, notes in evaluation.notes.items()},
         "failures": dict(evaluation.failures),

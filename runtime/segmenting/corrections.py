@@ -542,7 +542,7 @@ class Corrections:
             return Quality("uncalibrated", FrozenMap(), FrozenMap(), "")
         done = self.corrections
         reasons = {n: why for n, why in base.quality.reasons.items() if n not in done}
-        whole = not base.quality.mend
+        whole = all(name in base.quality.calibrated for name in base.labels)
         flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
         return replace(base.quality, flag=flag, reasons=FrozenMap(reasons))
 

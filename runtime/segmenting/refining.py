@@ -25,13 +25,15 @@ from recallseg.engines.heads import (
     refine,
 )
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
+from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library.heads import Head, Units
+from recallseg.runtime.segmenting.result import HeadUse
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
     from recallseg.runtime.model.view import Refine
 
-__all__ = ["Filters", "Refiner", "find_head"]
+__all__ = ["Filters", "Refiner", "describe_head", "find_head", "mend_head"]
 
 COARSEST = 2 ** (SCALES - 1)
 TILE = 512
@@ -40,6 +42,7 @@ HALO = 64
 """Pixels around a tile that its filters see: whole coarsest ones, and more than they reach."""
 LIMIT = 10.0
 """Logits beyond it say no more; where memory attention made none, they are at its end."""
+STAYS_OUT = "it is surely no better for any of these structures"
 SMOOTHINGS = (5, 13)
 """Sides of the squares of logits that are averaged, on the logits' own grid."""
 
@@ -257,27 +260,50 @@ class Refiner:
 
 
 def find_head(
-    library: Library, structures: Sequence[str], refine: bool, threads: int | None
-) -> tuple[Refiner | None, str]:
-    """Return a library's head, ready to run, or None; and what must be said of it.
+    library: Library, structures: Sequence[str], threads: int | None
+) -> tuple[Refiner | None, HeadUse | None]:
+    """Return a library's head, ready to run, or None; and what it has to do with results.
 
     Raises
     ------
     LibraryCorruptError
         If there is one that is damaged, or another library's.
     """
-    head = library.head if refine else None
+    head = library.head
     if head is None:
-        return None, ""
-    anew = f"fit it anew with 'recallseg library fit {library.path}'"
+        return None, None
+    use = describe_head(library, head, structures)
+    return (Refiner(head, threads) if use.used else None), use
+
+
+def describe_head(library: Library, head: Head, structures: Sequence[str]) -> HeadUse:
+    """Return whether a head is used for these structures, and how old it is now."""
+    choices = {name: head.choices[name] for name in structures if name in head.choices}
+    why = ""
     if head.graph != graph_digest(REFINE):
-        return None, f"the library's head was fitted for other filters and is left out: {anew}"
-    if head.generation != library.generation:
-        return None, f"the library was encoded anew since its head was fitted: {anew}"
-    if not any(name in head.choices and head.choices[name].used for name in structures):
-        return None, ""  # it stays out, as library list says
-    older = library.head_older(head)
-    return Refiner(head, threads), f"{older}: {anew}" if older else ""
+        why = "the library's head was fitted for other filters and is left out"
+    elif head.generation != library.generation:
+        why = "the library was encoded anew since its head was fitted"
+    elif not any(choice.used for choice in choices.values()):
+        why = STAYS_OUT
+    return HeadUse(
+        why,
+        head.digest,
+        head.created,
+        len(head.fold_of),
+        head.of,
+        len(library),
+        library.head_older(head),
+        FrozenMap(choices),
+    )
+
+
+def mend_head(library: Library, use: HeadUse | None) -> str:
+    """Say what is wrong with a head, and the command that mends it; empty if nothing is."""
+    if use is None or use.why == STAYS_OUT:  # that it stays out was judged by exemplars
+        return ""
+    found = use.why or use.older
+    return f"{found}: fit it anew with 'recallseg library fit {library.path}'" if found else ""
 
 
 def _mix(shares: Sequence[float]) -> NDArray[np.float32]:

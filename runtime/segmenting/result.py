@@ -14,10 +14,11 @@ from recallseg.engines.device import on_gpu
 from recallseg.engines.errors import InputError
 from recallseg.runtime.frozen import FrozenMap, public, same_fields
 from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.library.heads import Choice
 from recallseg.runtime.segmenting.probabilities import LogitsOnModel, Probabilities
 from recallseg.runtime.segmenting.recipe import Provenance
 
-__all__ = ["RECORD_FORMAT", "Quality", "Result", "Score", "calibration_json"]
+__all__ = ["RECORD_FORMAT", "HeadUse", "Quality", "Result", "Score", "calibration_json"]
 
 RECORD_FORMAT = 2
 """Version of NAME.json and of whatever else states a result. Records of before 0.1.0 say none: they
@@ -59,6 +60,43 @@ class Score:
 
 
 @dataclass(frozen=True)
+class HeadUse:
+    """What the library's head has to do with a result, see :meth:`recallseg.Library.fit`.
+
+    Attributes
+    ----------
+    why : why it took no part; empty if it did.
+    digest, created : of the head; ISO 8601, UTC.
+    exemplars, of, now : how many it was fitted on, how many the library had then, and has now.
+    older : how the library has changed since; empty if it has not.
+    choices : by structure that the head knows, of those asked for: the share that it has in the
+        logits, the Dice that is expected and that of memory attention alone, or why it stays out.
+    """
+
+    why: str
+    digest: str
+    created: str
+    exemplars: int
+    of: int
+    now: int
+    older: str
+    choices: Mapping[str, Choice]
+
+    @property
+    def used(self) -> bool:
+        """Whether it took part in any structure's logits."""
+        return not self.why
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            **{name: value for name, value in vars(self).items() if name != "choices"},
+            "used": self.used,
+            "structures": {name: vars(choice) for name, choice in self.choices.items()},
+        }
+
+
+@dataclass(frozen=True)
 class Quality:
     """Can the result be taken as it is?
 
@@ -69,13 +107,16 @@ class Quality:
     reasons : by structure, why it is suspect.
     calibrated : by structure that is: how many exemplars its calibration was made with, of how many
         there are now.
-    mend : what is not calibrated, and the command that calibrates it; empty if all is.
+    mend : what is not calibrated, and the command that calibrates it; empty if all is. The same of
+        a head that is older than the library.
+    head : the library's head; None if it has none, or was not to be used.
     """
 
     flag: str
     reasons: Mapping[str, tuple[str, ...]]
     calibrated: Mapping[str, tuple[int, int]]
     mend: str
+    head: HeadUse | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -84,6 +125,7 @@ class Quality:
             "reasons": {name: list(why) for name, why in self.reasons.items()},
             "calibration": calibration_json(self.calibrated),
             "mend": self.mend,
+            "head": None if self.head is None else self.head.to_json(),
         }
 
 

@@ -47,7 +47,7 @@ from recallseg.runtime.segmenting.presence import (
 from recallseg.runtime.segmenting.probabilities import LogitsOnModel
 from recallseg.runtime.segmenting.reach import REACH, within_reach
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
-from recallseg.runtime.segmenting.refining import find_head
+from recallseg.runtime.segmenting.refining import describe_head, find_head, mend_head
 from recallseg.runtime.segmenting.result import Quality, Result, Score
 from recallseg.runtime.segmenting.timings import Timings
 
@@ -90,7 +90,7 @@ class Segmenter:
     ----------
     model : what it runs on.
     refining : the head at work; None without one.
-    head_status : why there is none, or what must be said of it; empty otherwise.
+    head : what the library's head has to do with results; None if it has none, or is left out.
 
     Raises
     ------
@@ -136,8 +136,8 @@ class Segmenter:
         self.labels = FrozenMap({name: i + 1 for i, name in enumerate(self.structures)})
         self.model = model or self.library.model(engine, precision, threads, gpu)
         self.engine, self.precision = self.model.engine, self.model.precision
-        self.refining, self.head_status = find_head(
-            self.library, self.structures, refine, self.model.threads
+        self.refining, self.head = (
+            find_head(self.library, self.structures, self.model.threads) if refine else (None, None)
         )
         self.model.reserve(
             **self._size,
@@ -719,8 +719,8 @@ class Segmenter:
         whole = len(calibrated) == len(limits_now)
         flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
         self._mend_now = self._mend_now or ("" if whole else self._mend(limits_now))
-        mend = "; ".join(filter(None, [self._mend_now, self.head_status]))
-        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), mend)
+        mend = "; ".join(filter(None, [self._mend_now, mend_head(self.library, self.head)]))
+        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), mend, self.head)
 
     def _limits(self) -> Mapping[str, InForce]:
         """Return what holds for the library, and its calibrations, as they are now."""
@@ -732,6 +732,8 @@ class Segmenter:
             learnt = self.library.learnt(self._recipes, self.structures, self.tags)
             self._limits_now = {name: in_force(found) for name, found in learnt.items()}
             self._limits_of = state
+        if self.refining is not None:
+            self.head = describe_head(self.library, self.refining.head, self.structures)
         self._commits, self._mend_now = commits, ""
         return self._limits_now
 

@@ -22,7 +22,13 @@ from recallseg.runtime.frozen import same_fields
 from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.recipe import Provenance
-from recallseg.runtime.segmenting.result import RECORD_FORMAT, Result, Score, calibration_json
+from recallseg.runtime.segmenting.result import (
+    RECORD_FORMAT,
+    HeadUse,
+    Result,
+    Score,
+    calibration_json,
+)
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["CleanUp", "SliceRecord", "VolumeResult", "clean_up", "segment_volume"]
@@ -89,7 +95,7 @@ class VolumeResult:
     milliseconds : from the first slice to the last.
     provenance : what made it; of the slice that was segmented last, if the library has changed
         meanwhile: see ``library_changed``, and each slice's own digest.
-    calibrated, mend : as in ``Quality``.
+    calibrated, mend, head : as in ``Quality``.
     """
 
     label_map: NDArray[np.uint8]
@@ -104,6 +110,7 @@ class VolumeResult:
     mend: str
     notice: str
     shared: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    head: HeadUse | None = None
 
     def mask(self, name: str) -> NDArray[np.bool_]:
         """Return the boolean mask IxJxK of a structure, with what it shares with others."""
@@ -159,6 +166,7 @@ class VolumeResult:
                 "flags": self.flags,
                 "calibration": calibration_json(self.calibrated),
                 "mend": self.mend,
+                "head": None if self.head is None else self.head.to_json(),
             },
             "timings_ms": {"total": round(self.milliseconds, 3)},
             "slices": [s.to_json() for s in self.slices],
@@ -267,6 +275,7 @@ def segment_volume(
         result.quality.mend,
         result.notice,
         {name: np.concatenate(parts) for name, parts in shared.items()},
+        result.quality.head,
     )
 
 

@@ -244,7 +244,8 @@ def verify(library: LibraryArgument, as_json: JsonOption = False) -> None:
     else:
         typer.echo(
             f"{report.exemplars} exemplars, {report.memories} memories, {report.sources} sources, "
-            f"{report.indexes} indexes: {'all is well' if report.ok else 'damaged'}"
+            f"{report.indexes} indexes, {report.heads} of heads: "
+            f"{'all is well' if report.ok else 'damaged'}"
         )
         for problem in report.problems:
             typer.echo(f"  {problem}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,11 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.records import check_head
 
+from recallseg import Frame, Stream, Volume, segment_volume
 from recallseg.engines.errors import EngineRunError, InputError, LibraryCorruptError
 from recallseg.engines.heads import FILTERS, REFINE, feature_count
 from recallseg.export import refining as making
+from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
+from recallseg.runtime.reports.evaluation import evaluate
+from recallseg.runtime.reports.page import Settings, render_report
 from recallseg.runtime.segmenting import fitting, refining
 from recallseg.runtime.segmenting.fitting import _choice, group_numbers
 from recallseg.runtime.segmenting.refining import Filters, Refiner
@@ -114,13 +120,21 @@ def test_a_fit_again_uses_what_was_kept_and_gives_the_same(
 def test_added_exemplars_make_it_older_which_is_said(library: Library) -> None:
     fill(library, 5)
     library.fit()
-    assert Segmenter(library).head_status == ""
-    fill(library, 1, first=5)
     segmenter = Segmenter(library)
-    assert "there are 6 now" in segmenter.head_status
-    assert "library fit" in segmenter.segment(picture(70)[0]).quality.mend
+    assert segmenter.head is not None
+    assert segmenter.head.older == ""
+    fill(library, 1, first=5)
+    for one in (segmenter, Segmenter(library)):  # the one that is open says so too
+        quality = one.segment(picture(70)[0]).quality
+        assert quality.head is not None
+        assert (quality.head.exemplars, quality.head.of, quality.head.now) == (5, 5, 6)
+        assert "there are 6 now" in quality.head.older
+        assert "library fit" in quality.mend
     library.fit()
-    assert Segmenter(library).head_status == ""
+    quality = Segmenter(library).segment(picture(70)[0]).quality
+    assert quality.head is not None
+    assert quality.head.older == ""
+    assert "library fit" not in quality.mend
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -241,6 +255,103 @@ def test_a_calibration_leaves_out_what_the_units_have_seen(
         assert left == [(f"e{i}",) for i in range(6)]
         assert both.segment(picture(60)[0]).quality.flag != "uncalibrated"
         assert alone.segment(picture(60)[0]).quality.flag == "uncalibrated"
+
+
+# Where it is used
+
+
+def test_volumes_and_streams_use_it_slice_by_slice(fitted_at: Path) -> None:
+    images = [picture(80 + i)[0] for i in range(3)]
+    with Library.open(fitted_at) as library:
+        head = library.head
+        assert head is not None
+        segmenter = Segmenter(library)
+        single = [segmenter.segment(image) for image in images]
+        volume = Volume(np.stack(images), np.diag([4.0, 1.0, 1.0, 1.0]), "LPS")
+        whole = segment_volume(segmenter, volume)
+        for i, one in enumerate(single):
+            np.testing.assert_array_equal(whole.label_map[i], one.label_map)
+        assert whole.provenance.head == head.digest
+        assert whole.head == single[0].quality.head
+        record = whole.to_json(volume)
+        check_head(json.loads(json.dumps(record["quality"]["head"])))
+        assert record["quality"]["head"]["structures"]["star"]["mix"] == head.choices["star"].mix
+        plain = segment_volume(Segmenter(library, refine=False), volume)
+        assert plain.head is None
+        assert plain.provenance.head is None
+        assert not np.array_equal(plain.label_map, whole.label_map)
+        frames: list[Frame] = []
+        with Stream(segmenter, frames.append, queue=len(images)) as stream:
+            for image in images:
+                stream.push(image)
+            assert stream.drain(60)
+        for frame, one in zip(frames, single, strict=True):
+            np.testing.assert_array_equal(frame.result.label_map, one.label_map)
+            assert frame.result.provenance.head == head.digest
+
+
+def test_slices_that_remember_others_use_it(fitted_at: Path) -> None:
+    images = np.stack([picture(90)[0]] * 3)
+    volume = Volume(images, np.diag([4.0, 1.0, 1.0, 1.0]), "LPS")
+    with Library.open(fitted_at) as library:
+        made = segment_volume(Segmenter(library, frames=2), volume)
+        plain = segment_volume(Segmenter(library, frames=2, refine=False), volume)
+    assert made.propagated == 2
+    assert made.head is not None
+    mask = picture(90)[1]
+    assert dice(made.mask("star")[1], mask) > dice(plain.mask("star")[1], mask)
+
+
+def test_records_say_what_it_did_and_what_was_expected(fitted_at: Path) -> None:
+    with Library.open(fitted_at) as library:
+        head = library.head
+        assert head is not None
+        record = Segmenter(library).segment(picture(70)[0]).to_json()
+        said = json.loads(json.dumps(record["quality"]["head"]))
+        check_head(said)
+        assert (said["used"], said["why"], said["older"]) == (True, "", "")
+        assert (said["exemplars"], said["of"], said["now"]) == (6, 6, 6)
+        assert said["digest"] == head.digest
+        assert said["structures"]["star"]["expected"] == head.choices["star"].expected
+        plain = Segmenter(library, refine=False).segment(picture(70)[0])
+        assert plain.to_json()["quality"]["head"] is None
+
+
+def test_an_evaluation_shows_what_was_expected_beside_what_it_found(fitted_at: Path) -> None:
+    sources = []
+    for i in range(3):
+        image, mask = picture(60 + i)
+        sources.append(Annotated(f"q{i}", image, {"star": mask}, ()))
+    with Library.open(fitted_at) as library:
+        found = evaluate(library, sources, ["star"], (4,), lambda k: Segmenter(library, k=k))
+        settings = Settings.of(library, "With a head", "onnxruntime-cpu", "fp32", 1)
+        page = render_report(found, settings, library.source)
+        head = library.head
+    assert head is not None
+    choice = head.choices["star"]
+    assert found.heads[4].digest == head.digest
+    assert "The library&#x27;s head" in page
+    assert f"head {head.digest[:12]}, fitted" in page
+    assert f"<td>{choice.mix:.0%}</td>" in page
+    mean = np.mean([case.dice for case in found.cases])
+    assert f"<td>{choice.expected:.3f}</td>" in page
+    assert f"<td>{mean:.3f}</td></tr>" in page
+
+
+@pytest.mark.parametrize(
+    ("table", "message"), [("heads", "head cannot be used"), ("kept_logits", "of exemplar number")]
+)
+def test_verify_finds_what_is_damaged(library: Library, table: str, message: str) -> None:
+    fill(library, 4)
+    library.fit()
+    report = library.verify()
+    assert (report.ok, report.heads) == (True, 5)
+    library._store.catalog.database.execute(f"UPDATE {table} SET data = zeroblob(length(data))")
+    report = library.verify()
+    assert not report.ok
+    assert message in report.problems[0]
+    library.fit()  # what is damaged is made anew
+    assert library.verify().ok
 
 
 # Groups

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from recallseg.benchmarks.accuracy.commands import accuracy, choosing, clicks
+from recallseg.benchmarks.accuracy.commands import accuracy, choosing, clicks, head
 from recallseg.benchmarks.gpu.commands import gpu
 from recallseg.benchmarks.pixels import pixels
 from recallseg.benchmarks.streams import stream
@@ -183,6 +183,7 @@ def compare(
 bench.command()(accuracy)
 bench.command()(choosing)
 bench.command()(clicks)
+bench.command()(head)
 bench.command()(gpu)
 bench.command()(pixels)
 bench.command()(stream)

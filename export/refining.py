@@ -1,6 +1,7 @@
 """The graph of a head: filters of the image and of logits, units, and the mix; the same for all.
 
-``python -m recallseg.export.refining`` writes ``engines/heads/filters.onnx`` and ``refine.onnx``.
+``python -m recallseg.export.refining`` writes ``engines/heads/filters.onnx``, ``refine.onnx`` and
+``refine-native.onnx``, the second one as an operator of our own (``engines/native/operators``).
 What a head has learnt comes in as inputs, so that the graph is part of RecallSeg, and the head is
 data of a library. The first graph makes the numbers that a head is fitted on, the second makes them
 by the same nodes and goes on to logits. Filters are those that pixel classifiers use (Arganda-
@@ -19,9 +20,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from recallseg.engines.heads import FILTERS, HEADS, REFINE, SCALES
+from recallseg.engines.heads import FILTERS, HEADS, REFINE, REFINE_NATIVE, SCALES
+from recallseg.engines.operators import DOMAIN
 
-__all__ = ["build", "main"]
+__all__ = ["build", "build_native", "main"]
 
 OPSET, IR_VERSION = 18, 9
 RADIUS = 2
@@ -51,8 +53,10 @@ class _Graph:
 
     def model(self, name: str, inputs: list[Any], outputs: list[Any]) -> Any:
         graph = helper.make_graph(self.nodes, name, inputs, outputs, self.constants)
-        opset = helper.make_opsetid("", OPSET)
-        made = helper.make_model(graph, opset_imports=[opset], producer_name="recallseg")
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain for node in self.nodes):
+            opsets.append(helper.make_opsetid(DOMAIN, 1))
+        made = helper.make_model(graph, opset_imports=opsets, producer_name="recallseg")
         made.ir_version = IR_VERSION
         onnx.checker.check_model(made, full_check=True)
         return made
@@ -99,14 +103,9 @@ def build(units: bool) -> Any:
     g.split("channels", ["grey0", "colour0"], g.constant("one_two", np.array([1, 2], np.int64)))
     found = ["grey0", *_filters(g), *_colours(g), *_logits(g)]
     last = g.op("Concat", found, "features" if not units else "filtered", axis=1)
-    tensor = helper.make_tensor_value_info
-    image = tensor("image", TensorProto.FLOAT, [1, 3, "H", "W"])
-    logits = [
-        tensor(n, TensorProto.FLOAT, [1, c, "H", "W"]) for n, c in zip(LOGITS, "nm", strict=True)
-    ]
     if not units:
-        out = tensor("features", TensorProto.FLOAT, [1, "F", "Hp", "Wp"])
-        return g.model("filters", [image, *logits], [out])
+        out = helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, "F", "Hp", "Wp"])
+        return g.model("filters", _seen(), [out])
     _units(g, last)
     g.op("Sub", ["own", "logits_padded"], "apart")
     g.op("Mul", ["apart", "mix"], "share")
@@ -114,12 +113,37 @@ def build(units: bool) -> Any:
     g.constant("axes", np.array([2, 3], np.int64))
     g.constant("start", np.zeros(2, np.int64))
     g.op("Slice", ["mixed", "start", "size", "axes"], "refined")
-    inputs = [image, *logits]
+    return g.model("refine", *_tensors())
+
+
+def build_native() -> Any:
+    """Return the graph with units and mix as one operator."""
+    g = _Graph()
+    inputs, outputs = _tensors()
+    g.op("Refine", [one.name for one in inputs], "refined", domain=DOMAIN)
+    return g.model("refine", inputs, outputs)
+
+
+def _seen() -> list[Any]:
+    shapes: dict[str, list[Any]] = {
+        "image": [1, 3, "H", "W"],
+        "logits": [1, "n", "H", "W"],
+        "around": [1, "m", "H", "W"],
+    }
+    return [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in shapes.items()
+    ]
+
+
+def _tensors() -> tuple[list[Any], list[Any]]:
+    """Return the inputs of the graph with units, and its output."""
+    tensor, inputs = helper.make_tensor_value_info, _seen()
     for layer, (rows, columns) in enumerate((("u", "F"), ("v", "u"), ("n", "v")), 1):
         inputs.append(tensor(f"weights{layer}", TensorProto.FLOAT, [rows, columns, 1, 1]))
         inputs.append(tensor(f"biases{layer}", TensorProto.FLOAT, [rows]))
     inputs.append(tensor("mix", TensorProto.FLOAT, [1, "n", 1, 1]))
-    return g.model("refine", inputs, [tensor("refined", TensorProto.FLOAT, [1, "n", "H", "W"])])
+    return inputs, [tensor("refined", TensorProto.FLOAT, [1, "n", "H", "W"])]
 
 
 def _filters(g: _Graph) -> list[str]:
@@ -238,9 +262,10 @@ def _halved(g: _Graph, name: str, level: int) -> None:
 
 
 def main(folder: Path = HEADS) -> None:
-    """Write both graphs."""
-    for name, units in ((FILTERS, False), (REFINE, True)):
-        (folder / name).write_bytes(build(units).SerializeToString(deterministic=True))
+    """Write the graphs."""
+    graphs = {FILTERS: build(False), REFINE: build(True), REFINE_NATIVE: build_native()}
+    for name, graph in graphs.items():
+        (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from recallseg.engines import defaults
 if TYPE_CHECKING:
     from recallseg.benchmarks.accuracy.run import Accuracy
 
-__all__ = ["accuracy", "choosing", "clicks"]
+__all__ = ["accuracy", "choosing", "clicks", "head"]
 
 
 DataOption = Annotated[
@@ -199,6 +199,42 @@ def clicks(
             )
         write_clicks(output / "clicks.csv", found)
     _print_rows("Clicks into the middle of the largest error", *tabulate(found), missing)
+    say_notice(opened.notice)
+
+
+def head(
+    output: Annotated[Path, typer.Option("--output", help="Folder for head.csv and head.png.")],
+    bundle: Annotated[str, typer.Option("--bundle", help="Folder or name.")] = "demo",
+    data: DataOption = None,
+    datasets: DatasetsOption = None,
+    forest: Annotated[bool, typer.Option(help="Fit a pixel forest too (scikit-learn).")] = True,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure what 'library fit' brings with 16 annotated images, and what it had expected."""
+    from recallseg.benchmarks.accuracy.datasets import load_datasets
+    from recallseg.benchmarks.accuracy.heads import (
+        measure_head,
+        tabulate,
+        write_headed,
+        write_sheet,
+    )
+    from recallseg.engines.bundle import Bundle
+
+    names = None if datasets is None else parsed(split_list, datasets, "--datasets")
+    opened = Bundle.open(bundle)
+    loaded, missing = load_datasets(names, data)
+    output.mkdir(parents=True, exist_ok=True)
+    found, shown = [], []
+    for dataset in loaded:
+        with progress_bar(dataset.name, len(dataset.queries)) as step:
+            rows, pictures = measure_head(
+                dataset, opened, forest=forest, threads=threads, step=step
+            )
+        found += rows
+        shown += pictures
+        write_headed(output / "head.csv", found)
+        write_sheet(output / "head.png", shown)
+    _print_rows("Mean Dice, 16 annotated images", *tabulate(found), missing)
     say_notice(opened.notice)
 
 

@@ -9,20 +9,27 @@ from pathlib import Path
 from recallseg.engines.specs import GraphSpec, TensorSpec
 
 __all__ = [
+    "EARLIER",
     "FILTERS",
     "FIXED",
     "HEADS",
     "PER_STRUCTURE",
     "REFINE",
+    "REFINE_NATIVE",
     "SCALES",
     "feature_count",
     "filters",
     "graph_digest",
+    "is_for",
     "refine",
 ]
 
 HEADS = Path(__file__).parent
 FILTERS, REFINE = "filters.onnx", "refine.onnx"
+REFINE_NATIVE = "refine-native.onnx"
+"""The second one as a single native operator, which differs by rounding."""
+EARLIER = frozenset(("93795a5256fc3415b4f86ec159d152d17e7aa1fb9f3c04297cac496b8c8267d6",))
+"""Digests of earlier ``refine.onnx`` that gave the same numbers."""
 SCALES = 5
 """Octaves of the filters: 1, 2, 4, 8, 16 pixels. Images are padded to whole coarsest pixels."""
 FIXED = 1 + 4 * SCALES + 2 * 3
@@ -64,6 +71,11 @@ def refine() -> GraphSpec:
         (_IMAGE, *_LOGITS, *layers, mix),
         (TensorSpec("refined", "float32", (1, "n", "H", "W")),),
     )
+
+
+def is_for(graph: str) -> bool:
+    """Whether what was fitted for a graph, by its digest, is for the one that ships."""
+    return graph == graph_digest(REFINE) or graph in EARLIER
 
 
 @cache

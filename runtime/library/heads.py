@@ -51,6 +51,7 @@ class Choice:
     low, high : 95 % interval of the difference that the choice makes, by groups.
     exemplars : that it was judged by.
     why : why the head stays out, if it does; empty otherwise.
+    within : whether it counts as absent where memory attention finds none of it.
     """
 
     mix: float
@@ -61,6 +62,7 @@ class Choice:
     high: float
     exemplars: int
     why: str = ""
+    within: bool = False
 
     @property
     def used(self) -> bool:
@@ -428,18 +430,21 @@ def _cut(numbers: NDArray[np.float32], shapes: list[tuple[int, ...]]) -> Units:
 def _choice_values(choice: Choice) -> list[Any]:
     return [
         *(choice.mix, choice.least, choice.alone, choice.expected, choice.low, choice.high),
-        *(choice.exemplars, choice.why),
+        *(choice.exemplars, choice.why, choice.within),
     ]
 
 
 def _choice(values: list[Any]) -> Choice:
-    mix, least, alone, expected, low, high, exemplars, why = values
+    mix, least, alone, expected, low, high, exemplars, why, *more = values
+    within = more[0] if more else False  # the first heads did not say
     numbers = [_finite(value) for value in (mix, least, alone, expected, low, high)]
     if not (0 <= numbers[0] <= 1 and 0 <= numbers[1] <= 1) or not isinstance(why, str):
         raise ValueError("a choice beyond its range")
+    if not isinstance(within, bool) or len(more) > 1:
+        raise ValueError("a choice beyond its range")
     mix, least, alone, expected, low, high = numbers
     count = integer(exemplars, "exemplars of a choice")
-    return Choice(mix, least, alone, expected, low, high, count, why)
+    return Choice(mix, least, alone, expected, low, high, count, why, within)
 
 
 def _finite(value: Any) -> float:

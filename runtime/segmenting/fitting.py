@@ -2,7 +2,8 @@
 
 Memory attention knows where things are, pixels know where they end. The head is fitted on both, and
 is used for a structure only where exemplars that it had not seen say that this is no worse: of what
-could be chosen, that of the highest mean Dice whose 95 % interval, by groups, excludes harm.
+could be chosen, that of the highest mean Dice whose 95 % interval, by groups, excludes harm (a loss
+of more than :data:`HARM`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +35,10 @@ FEWEST = 4
 FOLDS = 5
 BLOCKS = 6
 """Contiguous parts of what is one patient's."""
-MIXES = (0.5, 1.0)
-"""Shares of the head that are tried: averaged with memory attention in log-odds, and alone."""
+MIXES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the head in the log-odds that are tried; memory attention has the rest."""
+HARM = 0.005
+"""A loss of mean Dice that the interval of what is chosen excludes."""
 LEAST = 0.25
 """Of the smallest annotated share of an image: what is smaller may count as absent."""
 SAMPLES, MOST_OF_ONE = 96_000, 4000
@@ -54,6 +58,28 @@ class _One:
     group: int
     fold: int
     structures: tuple[str, ...]
+
+
+class Way(NamedTuple):
+    """What may be chosen for a structure: see :class:`Choice`."""
+
+    mix: float
+    within: bool = False
+    small: bool = False
+
+    @property
+    def bolder(self) -> tuple[Way, ...]:
+        """Ways that count it as absent less often: to choose this one must cost no exemplar."""
+        ways = (self._replace(within=False), self._replace(small=False))
+        return tuple(way for way in ways if way != self)
+
+
+ALONE = Way(0.0)
+WAYS = (
+    ALONE,
+    Way(0.0, small=True),
+    *(Way(mix, *flags) for mix in MIXES for flags in product((False, True), repeat=2)),
+)
 
 
 def group_numbers(numbers: Sequence[int], told: Mapping[int, str]) -> tuple[dict[int, int], str]:
@@ -297,10 +323,9 @@ def _choose(
 ) -> dict[str, Choice]:
     """Judge every way of mixing on exemplars that the units had not seen."""
     library, names = segmenter.library, head.structures
-    ways = [(mix, small) for mix in (0.0, *MIXES) for small in (False, True)]
     smallest = dict.fromkeys(names, 1.0)
     refiner = Refiner(head, segmenter.model.threads)
-    judged: dict[str, list[tuple[int, list[tuple[float, float, bool]]]]]
+    judged: dict[str, list[tuple[int, list[float], list[float], bool]]]
     judged = {name: [] for name in names}
     for one in ones:
         image, masks = library.source(one.key)
@@ -309,32 +334,53 @@ def _choose(
         kept = heads.kept(one.number)
         assert kept is not None
         logits = np.stack([kept.logits[name] for name in names])
-        made: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in names}
-        for mix in (0.0, *MIXES):
+        ends = []
+        for mix in (0, 1):
             shares = np.full((1, len(names), 1, 1), mix, np.float32)
-            refined = refiner.run(planes, logits, refiner.units(one.number), shares)
-            for i, name in enumerate(names):
-                if name not in masks and name not in absent:
-                    continue
-                mask = masks.get(name, np.zeros(refined.shape[1:], bool))
-                found = (refined[i] > 0) & (kept.scores[name] > 0)
-                made[name].append((_dice(found, mask), float(found.mean()), bool(mask.any())))
-        for name in names:
+            ends.append(refiner.run(planes, logits, refiner.units(one.number), shares).copy())
+        for name, alone, own in zip(names, *ends, strict=True):
+            if name not in masks and name not in absent:
+                continue
+            mask = masks.get(name, np.zeros(alone.shape, bool))
             if name in masks:
-                smallest[name] = min(smallest[name], float(masks[name].mean()))
-            if made[name]:
-                judged[name].append((one.group, made[name]))
+                smallest[name] = min(smallest[name], float(mask.mean()))
+            found = _by_way(alone, own, kept.scores[name] > 0, mask)
+            judged[name].append((one.group, *found, bool(mask.any())))
         step()
     choices = {}
     for name in names:
         limit, rows = LEAST * smallest[name], []
-        for group, found in judged[name]:
-            values = []
-            for dice, share, shows in found:
-                values += [dice, dice if share >= limit else float(not shows)]
+        for group, dice, areas, shows in judged[name]:
+            values = [
+                float(not shows) if way.small and area < limit else value
+                for way, value, area in zip(WAYS, dice, areas, strict=True)
+            ]
             rows.append((group, values))
-        choices[name] = _choice(rows, ways, limit)
+        choices[name] = _choice(rows, limit)
     return choices
+
+
+def _by_way(
+    alone: NDArray[np.float32],
+    own: NDArray[np.float32],
+    present: bool,
+    mask: NDArray[np.bool_],
+) -> tuple[list[float], list[float]]:
+    """Return Dice, and the share of the image that is found, by way; nothing small left out yet.
+
+    Parameters
+    ----------
+    alone, own : logits HxW of memory attention, and of the head.
+    """
+    nothing = not (alone > 0).any()
+    dice, areas = [], []
+    for way in WAYS:
+        found = (alone + np.float32(way.mix) * (own - alone) > 0) & present
+        if way.within and nothing:
+            found[:] = False
+        dice.append(_dice(found, mask))
+        areas.append(float(found.mean()))
+    return dice, areas
 
 
 def _dice(found: NDArray[np.bool_], mask: NDArray[np.bool_]) -> float:
@@ -345,14 +391,13 @@ def _out(why: str, alone: float = 0.0, exemplars: int = 0) -> Choice:
     return Choice(0.0, 0.0, alone, alone, 0.0, 0.0, exemplars, why)
 
 
-def _choice(
-    rows: Sequence[tuple[int, list[float]]], ways: Sequence[tuple[float, bool]], limit: float
-) -> Choice:
+def _choice(rows: Sequence[tuple[int, list[float]]], limit: float) -> Choice:
     """Return what is chosen for a structure.
 
     Parameters
     ----------
     rows : group, and Dice by way, of each exemplar.
+    limit : of what is small.
     """
     if not rows:
         return _out("no exemplar with a stored image is annotated for it")
@@ -365,34 +410,36 @@ def _choice(
     best, interval = _best(groups, dice)
     if best == 0:
         return _out("no better than memory attention alone, surely", alone, len(rows))
-    mix, small = ways[best]
+    way = WAYS[best]
     # What is expected was chosen without the exemplars that it is stated for.
     honest = np.empty(len(rows))
     for group in np.unique(groups):
         rest = groups != group
-        way = _best(groups[rest], dice[rest])[0] if len(np.unique(groups[rest])) > 2 else 0
-        honest[~rest] = dice[~rest, way]
+        chosen = _best(groups[rest], dice[rest])[0] if len(np.unique(groups[rest])) > 2 else 0
+        honest[~rest] = dice[~rest, chosen]
     return Choice(
-        mix,
-        limit if small else 0.0,
+        way.mix,
+        limit if way.small else 0.0,
         alone,
         float(honest.mean()),
         *interval,
         len(rows),
+        within=way.within,
     )
 
 
 def _best(groups: NDArray[np.int_], dice: NDArray[np.float64]) -> tuple[int, tuple[float, float]]:
     """Return the best way that does no harm, and the interval of its gain; 0 if there is none."""
     gains = dice - dice[:, :1]
-    for way in np.argsort(-gains.mean(0), kind="stable"):
-        if way == 0 or gains[:, way].mean() <= 0:
+    means = gains.mean(0).round(9)  # of equal ones the first
+    for i in np.argsort(-means, kind="stable"):
+        if i == 0 or means[i] <= 0:
             break
-        if way % 2 and (dice[:, way] < dice[:, way - 1]).any():
-            continue  # to leave out what is small must not cost any exemplar
-        low, high = _interval(groups, gains[:, way])
-        if low >= 0:
-            return int(way), (low, high)
+        if any((dice[:, i] < dice[:, WAYS.index(way)]).any() for way in WAYS[i].bolder):
+            continue
+        low, high = _interval(groups, gains[:, i])
+        if low >= -HARM:
+            return int(i), (low, high)
     return 0, (0.0, 0.0)
 
 

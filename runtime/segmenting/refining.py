@@ -18,13 +18,16 @@ from recallseg.engines.heads import (
     HEADS,
     PER_STRUCTURE,
     REFINE,
+    REFINE_NATIVE,
     SCALES,
     feature_count,
     filters,
     graph_digest,
+    is_for,
     refine,
 )
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
+from recallseg.engines.operators import operators_digest, operators_library
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library.heads import Head, Units
 from recallseg.runtime.segmenting.result import HeadUse
@@ -60,6 +63,17 @@ class _Stage:
         if held is None or held.size < size:
             held = self._flat[name] = np.empty(size, np.float32)
         part: NDArray[np.float32] = held[:size].reshape(shape)
+        return part
+
+    def cut(
+        self, name: str, array: NDArray[np.float32], seen: tuple[slice, slice]
+    ) -> NDArray[np.float32]:
+        """Return a tile of planes 1xcxHxW as the engine takes it, copied only if need be."""
+        part = array[:, :, seen[0], seen[1]]
+        if not part.flags.c_contiguous:
+            held = self.room(f"{name} cut", part.shape)
+            np.copyto(held, part)
+            return held
         return part
 
     @property
@@ -130,7 +144,7 @@ class Filters:
             if not inside.any():
                 continue
             cut = {
-                name: np.ascontiguousarray(array[:, :, seen[0], seen[1]])
+                name: self._stage.cut(name, array, seen)
                 for name, array in (("image", planes), ("logits", own), ("around", around))
             }
             h, w = (-(-size // COARSEST) * COARSEST for size in cut["image"].shape[2:])
@@ -152,10 +166,11 @@ class Refiner:
 
     def __init__(self, head: Head, threads: int | None = None) -> None:
         self.head = head
-        self._engine = OnnxRuntimeCpu(refine(), HEADS / REFINE, EngineOptions(threads))
+        self._graph = REFINE if operators_library() is None else REFINE_NATIVE
+        self._engine = OnnxRuntimeCpu(refine(), HEADS / self._graph, EngineOptions(threads))
         self._stage = _Stage()
-        self._mix = _mix([head.choices[name].mix for name in head.structures])
-        self._least = [head.choices[name].least for name in head.structures]
+        self._choices = [head.choices[name] for name in head.structures]
+        self._mix = _mix([choice.mix for choice in self._choices])
 
     def group(self, library: Library, key: str) -> tuple[str, ...]:
         """Return the keys of an exemplar's group, as it was when the head was fitted."""
@@ -202,10 +217,11 @@ class Refiner:
         shape = planes.shape[2:]
         made = self._stage.room("ordered", (len(logits), *shape))
         small = [False] * len(logits)
-        for i, row in enumerate(rows):
+        own = self._stage.room("logits", (len(rows), *shape))  # as run() grew them
+        for i, (row, choice) in enumerate(zip(rows, self._choices, strict=True)):
             made[row] = refined[i]
-            few = np.count_nonzero(refined[i] > 0) < self._least[i] * size
-            small[row] = bool(self._least[i] > 0 and few)
+            few = choice.least > 0 and np.count_nonzero(refined[i] > 0) < choice.least * size
+            small[row] = bool(few or (choice.within and own[i].max() <= 0))
         for row in range(len(logits)):
             if row not in rows:
                 plane = np.nan_to_num(logits[row], nan=-LIMIT)
@@ -215,7 +231,12 @@ class Refiner:
     @property
     def graph(self) -> str:
         """Digest of the graph that runs."""
-        return graph_digest(REFINE)
+        return graph_digest(self._graph)
+
+    @property
+    def operators(self) -> str | None:
+        """Digest of the native operators that it runs with; None without them."""
+        return None if self._graph == REFINE else operators_digest()
 
     @property
     def nbytes(self) -> int:
@@ -244,12 +265,15 @@ class Refiner:
             weights[f"weights{layer + 1}"] = np.ascontiguousarray(matrix)[:, :, None, None]
             weights[f"biases{layer + 1}"] = np.ascontiguousarray(biases)
         result = self._stage.room("refined", (1, n, height, width))
-        for seen, used in _tiles(height, width):
-            inputs = {}
-            for name, array in (("image", planes), ("logits", own), ("around", around)):
-                part = array[:, :, seen[0], seen[1]]
-                inputs[name] = self._stage.room(f"{name} cut", part.shape)
-                np.copyto(inputs[name], part)
+        tiles = _tiles(height, width)
+        for seen, used in tiles:
+            inputs = {
+                name: self._stage.cut(name, array, seen)
+                for name, array in (("image", planes), ("logits", own), ("around", around))
+            }
+            if len(tiles) == 1:
+                self._engine.run({**inputs, **weights}, {"refined": result})
+                break
             made = self._stage.room("made", (1, n, *inputs["image"].shape[2:]))
             self._engine.run({**inputs, **weights}, {"refined": made})
             top, left = seen[0].start + used[0].start, seen[1].start + used[1].start
@@ -280,7 +304,7 @@ def describe_head(library: Library, head: Head, structures: Sequence[str]) -> He
     """Return whether a head is used for these structures, and how old it is now."""
     choices = {name: head.choices[name] for name in structures if name in head.choices}
     why = ""
-    if head.graph != graph_digest(REFINE):
+    if not is_for(head.graph):
         why = "the library's head was fitted for other filters and is left out"
     elif head.generation != library.generation:
         why = "the library was encoded anew since its head was fitted"

@@ -600,6 +600,12 @@ class Segmenter:
         )
 
     @property
+    def _operators(self) -> str | None:
+        if find_precision(self.precision).native:
+            return operators_digest()
+        return None if self.refining is None else self.refining.operators
+
+    @property
     def provenance(self) -> Provenance:
         """What makes results now; that of a result, until the library is changed."""
         return self._provenance(Recollection(self.library.digest, self.library.origins, {}))
@@ -615,7 +621,7 @@ class Segmenter:
             self.frames,
             None if self.refining is None else self.refining.head.digest,
             __version__,
-            operators_digest() if find_precision(self.precision).native else None,
+            self._operators,
         )
 
     def _memories(
@@ -699,7 +705,7 @@ class Segmenter:
                     f"exemplar, usual is up to {limits.distance:.3f}"
                 )
             if name in small:
-                found.append("likely absent: less than a quarter of what any annotated image shows")
+                found.append("likely absent: too little of it is found, or nothing by recall alone")
             elif not score.present and score.object_score != ABSENT_SCORE:
                 found.append(f"likely absent: object score {score.object_score:.1f}")
             if score.present and score.presence < DOUBTFUL_SHARE:

@@ -8,8 +8,9 @@ namespace operators {
 
 #define DECLARE(level)                             \
   extern const QuantizedKernels quantized_##level; \
-  extern const ExactKernels exact_##level
-#define LEVEL(level) {#level, &quantized_##level, &exact_##level}
+  extern const ExactKernels exact_##level;         \
+  extern const HeadKernels head_##level
+#define LEVEL(level) {#level, &quantized_##level, &exact_##level, &head_##level}
 
 DECLARE(baseline);
 #if defined(OPERATORS_X86_LEVELS)

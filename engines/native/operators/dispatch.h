@@ -2,6 +2,7 @@
 #pragma once
 
 #include "exact_kernels.h"
+#include "head_kernels.h"
 #include "quantized_kernels.h"
 
 namespace operators {
@@ -10,6 +11,7 @@ struct Level {
   const char* name;
   const QuantizedKernels* quantized;
   const ExactKernels* exact;
+  const HeadKernels* head;
 };
 
 const Level& level();

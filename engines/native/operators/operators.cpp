@@ -5,6 +5,8 @@
 // `com.microsoft::MultiHeadAttention` with three inputs.
 // Linear: input [...][width], weights [stripes][width][16], bias [stripes][16]; attributes `columns`
 // and `activation` (an Activation). Output [...][columns].
+// Refine: image 1x3xHxW, logits 1xnxHxW, planes beside them 1xmxHxW, weights and biases of three
+// layers, mix 1xnx1x1; what engines/heads/refine.onnx makes of them. Output 1xnxHxW.
 // HalfLinear: fp16 input [...][width], weights [width][columns], bias [columns]; `activation` as
 // there, GELU in its tanh form. Output [...][columns].
 #include <cmath>
@@ -16,6 +18,7 @@
 #include "dispatch.h"
 #include "cublaslt.h"
 #include "exact.h"
+#include "head.h"
 #include "quantized_attention.h"
 #include "session.h"
 
@@ -65,6 +68,7 @@ struct AttentionKernel {
 
 struct Attention : AttentionKernel {
   static constexpr const char* kName = "Attention";
+  static constexpr size_t kInputs = 3;
   using AttentionKernel::AttentionKernel;
 
   Status* create(const ort::KernelInfo* info) { return configure(kName, info); }
@@ -79,16 +83,43 @@ struct Attention : AttentionKernel {
   }
 };
 
+Status* arena(const ort::Api& api, std::shared_ptr<ort::MemoryInfo>& memory) {
+  ort::MemoryInfo* made = nullptr;
+  RETURN_IF_FAILED(api.cpu_memory(ort::kArena, ort::kDefaultMemory, &made));
+  memory.reset(made, [api](ort::MemoryInfo* held) { api.release(held); });
+  return nullptr;
+}
+
+// Memory of ONNX Runtime's arena, aligned to 64 bytes, for one call.
+class Scratch {
+ public:
+  explicit Scratch(const ort::Api& api) : api_(api), allocator_(api) {}
+  Status* take(const ort::KernelContext* context, const ort::MemoryInfo* memory, size_t bytes) {
+    RETURN_IF_FAILED(api_.allocator(context, memory, allocator_.place()));
+    RETURN_IF_FAILED(api_.allocate(allocator_.get(), bytes + 64, &held_));
+    size_t space = bytes + 64;
+    place_ = held_;
+    if (held_ != nullptr) std::align(64, bytes, place_, space);
+    return nullptr;
+  }
+  void* place() const { return place_; }
+  Status* give_back() { return api_.free(allocator_.get(), held_); }
+
+ private:
+  const ort::Api& api_;
+  Held<ort::Allocator> allocator_;
+  void *held_ = nullptr, *place_ = nullptr;
+};
+
 struct QuantizedAttention : AttentionKernel {
   static constexpr const char* kName = "QuantizedAttention";
+  static constexpr size_t kInputs = 3;
   std::shared_ptr<ort::MemoryInfo> memory;
   using AttentionKernel::AttentionKernel;
 
   Status* create(const ort::KernelInfo* info) {
     RETURN_IF_FAILED(configure(kName, info));
-    ort::MemoryInfo* made = nullptr;
-    RETURN_IF_FAILED(api.cpu_memory(ort::kArena, ort::kDefaultMemory, &made));
-    memory.reset(made, [api = api](ort::MemoryInfo* held) { api.release(held); });
+    RETURN_IF_FAILED(arena(api, memory));
     return nullptr;
   }
 
@@ -98,18 +129,12 @@ struct QuantizedAttention : AttentionKernel {
     if (call.sizes.width > 65536)
       return invalid(api, kName, "a head wider than 65536: sums would not fit into 32 bits");
     if (call.batch == 0 || call.sizes.queries == 0) return nullptr;
-    Held<ort::Allocator> allocator(api);
-    RETURN_IF_FAILED(api.allocator(context, memory.get(), allocator.place()));
-    void* scratch = nullptr;
-    const size_t bytes = scratch_bytes(call) + 64;
-    RETURN_IF_FAILED(api.allocate(allocator.get(), bytes, &scratch));
-    if (scratch == nullptr) return no_memory(api, kName);
-    void* aligned = scratch;
-    size_t space = bytes;
-    std::align(64, bytes - 64, aligned, space);
+    Scratch scratch(api);
+    RETURN_IF_FAILED(scratch.take(context, memory.get(), scratch_bytes(call)));
+    if (scratch.place() == nullptr) return no_memory(api, kName);
     Session session{api, context};
-    const bool done = attend_quantized(call, aligned, run, &session);
-    RETURN_IF_FAILED(api.free(allocator.get(), scratch));
+    const bool done = attend_quantized(call, scratch.place(), run, &session);
+    RETURN_IF_FAILED(scratch.give_back());
     if (session.failure != nullptr) return session.failure;
     return done ? nullptr : no_memory(api, kName);
   }
@@ -117,6 +142,7 @@ struct QuantizedAttention : AttentionKernel {
 
 struct Linear {
   static constexpr const char* kName = "Linear";
+  static constexpr size_t kInputs = 3;
   ort::Api api;
   int64_t columns = 0, activation = 0;
 
@@ -156,8 +182,68 @@ struct Linear {
   }
 };
 
+struct Refine {
+  static constexpr const char* kName = "Refine";
+  static constexpr size_t kInputs = 10;
+  ort::Api api;
+  std::shared_ptr<ort::MemoryInfo> memory;
+
+  explicit Refine(const ort::Api& made) : api(made) {}
+
+  Status* create(const ort::KernelInfo*) { return arena(api, memory); }
+
+  Status* compute(ort::KernelContext* context) const {
+    HeadCall call{};
+    Shape image, logits, beside, mix, w[3], b[3];
+    RETURN_IF_FAILED(read_input(api, context, 0, call.image, image));
+    RETURN_IF_FAILED(read_input(api, context, 1, call.logits, logits));
+    RETURN_IF_FAILED(read_input(api, context, 2, call.beside, beside));
+    for (size_t i = 0; i < 3; ++i) {
+      RETURN_IF_FAILED(read_input(api, context, 3 + 2 * i, call.weights[i], w[i]));
+      RETURN_IF_FAILED(read_input(api, context, 4 + 2 * i, call.biases[i], b[i]));
+    }
+    RETURN_IF_FAILED(read_input(api, context, 9, call.mix, mix));
+    if (image.size() != 4 || logits.size() != 4 || beside.size() != 4 || b[0].size() != 1 ||
+        b[1].size() != 1)
+      return misfit(image, logits, beside, w, b, mix);
+    call.height = image[2];
+    call.width = image[3];
+    call.structures = logits[1];
+    call.around = beside[1];
+    call.units1 = b[0][0];
+    call.units2 = b[1][0];
+    const int64_t n = call.structures, y = call.height, x = call.width;
+    if (image != Shape{1, 3, y, x} || logits != Shape{1, n, y, x} ||
+        beside != Shape{1, call.around, y, x} || y < 1 || x < 1 || n < 1 || call.units1 < 1 ||
+        call.units2 < 1 || w[0] != Shape{call.units1, call.features(), 1, 1} ||
+        w[1] != Shape{call.units2, call.units1, 1, 1} || w[2] != Shape{n, call.units2, 1, 1} ||
+        b[2] != Shape{n} || mix != Shape{1, n, 1, 1})
+      return misfit(image, logits, beside, w, b, mix);
+    RETURN_IF_FAILED(make_output(api, context, logits, call.output));
+    Scratch scratch(api);
+    const auto bytes = static_cast<size_t>(head_floats(call)) * sizeof(float);
+    RETURN_IF_FAILED(scratch.take(context, memory.get(), bytes));
+    if (scratch.place() == nullptr) return no_memory(api, kName);
+    Session session{api, context};
+    refine_head(call, static_cast<float*>(scratch.place()), run, &session);
+    RETURN_IF_FAILED(scratch.give_back());
+    return session.failure;
+  }
+
+ private:
+  Status* misfit(const Shape& image, const Shape& logits, const Shape& beside, const Shape (&w)[3],
+                 const Shape (&b)[3], const Shape& mix) const {
+    std::string got = text(image) + ", " + text(logits) + ", " + text(beside);
+    for (size_t i = 0; i < 3; ++i) got += ", " + text(w[i]) + ", " + text(b[i]);
+    return invalid(api, kName, "expected image 1x3xHxW, logits 1xnxHxW, planes 1xmxHxW, weights "
+                               "UxFx1x1, VxUx1x1 and nxVx1x1 for F = 27 + n + m, each with its "
+                               "biases, and mix 1xnx1x1; got " + got + ", " + text(mix));
+  }
+};
+
 struct HalfLinear {
   static constexpr const char* kName = "HalfLinear";
+  static constexpr size_t kInputs = 3;
   ort::Api api;
   int64_t activation = 0;
   std::shared_ptr<HalfProducts> products = std::make_shared<HalfProducts>();
@@ -227,7 +313,7 @@ ort::Operator describe() {
   op.input_type = [](const ort::Operator*, size_t) {
     return kOnGpu<Kernel> ? ort::kHalf : ort::kFloat;
   };
-  op.inputs = [](const ort::Operator*) { return size_t{3}; };
+  op.inputs = [](const ort::Operator*) { return Kernel::kInputs; };
   op.output_type = [](const ort::Operator*, size_t) {
     return kOnGpu<Kernel> ? ort::kHalf : ort::kFloat;
   };
@@ -261,8 +347,8 @@ ort::Operator describe() {
 
 // One for the life of the process: every session that was told of it may still use it.
 struct Registered {
-  ort::Operator all[4] = {describe<Attention>(), describe<QuantizedAttention>(),
-                          describe<Linear>(), describe<HalfLinear>()};
+  ort::Operator all[5] = {describe<Attention>(), describe<QuantizedAttention>(),
+                          describe<Linear>(), describe<Refine>(), describe<HalfLinear>()};
   ort::Domain* domain = nullptr;
   Status* failure;
 

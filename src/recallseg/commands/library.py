@@ -363,6 +363,8 @@ def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:
             lines.append(f"  {name}: the head stays out: {choice.why}")
             continue
         small = f", absent below {choice.least:.2%} of an image" if choice.least else ""
+        if choice.within:
+            small += ", absent where memory attention finds none"
         lines.append(
             f"  {name}: {choice.mix:.0%} of the head{small}; expected Dice {choice.expected:.3f}, "
             f"{choice.alone:.3f} without (95 % interval of the gain {choice.low:+.3f} to "

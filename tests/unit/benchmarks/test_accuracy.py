@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 import pytest
 from support.fake_bundle import make_fake_bundle
@@ -15,6 +18,8 @@ from recallseg.benchmarks.accuracy import run as running
 from recallseg.benchmarks.accuracy.baselines import copy_nearest_by_position
 from recallseg.benchmarks.accuracy.choosing import BUDGETS, measure_choosing, tabulate
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate, spread, tiles
+from recallseg.benchmarks.accuracy.heads import measure_head, write_headed, write_sheet
+from recallseg.benchmarks.accuracy.heads import tabulate as head_table
 from recallseg.benchmarks.accuracy.measure import (
     COPY_EMBEDDING,
     COPY_POSITION,
@@ -341,3 +346,27 @@ def test_chosen_images_are_measured_beside_random_ones(tmp_path: Path) -> None:
     header, rows = tabulate(found)
     assert header[1:3] == ["random 12", "random 16"]
     assert [row[0] for row in rows] == ["discs", "mean"]
+
+
+def test_a_head_is_measured_beside_what_it_expected(tmp_path: Path) -> None:
+    bundle = make_fake_bundle(tmp_path / "bundle")
+    rows, shown = measure_head(make_dataset(), bundle, forest=False, engine="fake")
+    assert {row.structure for row in rows} <= {"disc", "stripe"}
+    disc_row = next(row for row in rows if row.structure == "disc")
+    assert disc_row.queries == 3
+    assert 0 < disc_row.alone <= 1
+    assert 0 < disc_row.head <= 1
+    assert disc_row.low <= disc_row.head - disc_row.alone <= disc_row.high
+    assert math.isnan(disc_row.forest)
+    header, table = head_table([disc_row, replace(disc_row, dataset="other", alone=0.5, head=0.6)])
+    assert header[:4] == ["data set", "structure", "alone", "with head"]
+    assert [line[0] for line in table] == [
+        *("discs", "other"),
+        *("mean over structures", "mean over data sets"),
+    ]
+    write_headed(tmp_path / "head.csv", rows)
+    assert len((tmp_path / "head.csv").read_text().splitlines()) == 1 + len(rows)
+    write_sheet(tmp_path / "head.png", shown)
+    sheet = cv2.imread(str(tmp_path / "head.png"))
+    assert sheet is not None
+    assert sheet.shape == (2 * 340, 4 * 320, 3)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,21 @@ from support.records import check_head
 
 from recallseg import Frame, Stream, Volume, segment_volume
 from recallseg.engines.errors import EngineRunError, InputError, LibraryCorruptError
-from recallseg.engines.heads import FILTERS, REFINE, feature_count
+from recallseg.engines.heads import (
+    EARLIER,
+    FILTERS,
+    REFINE,
+    REFINE_NATIVE,
+    feature_count,
+    graph_digest,
+)
 from recallseg.export import refining as making
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
 from recallseg.runtime.reports.evaluation import evaluate
 from recallseg.runtime.reports.page import Settings, render_report
 from recallseg.runtime.segmenting import fitting, refining
-from recallseg.runtime.segmenting.fitting import _choice, group_numbers
+from recallseg.runtime.segmenting.fitting import WAYS, _choice, group_numbers
 from recallseg.runtime.segmenting.refining import Filters, Refiner
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.segmenting.units import fit_units
@@ -391,18 +399,24 @@ def test_the_whole_group_is_left_out(library: Library, monkeypatch: pytest.Monke
 # The choice
 
 
-def ways() -> list[tuple[float, bool]]:
-    return [(mix, small) for mix in (0.0, 0.5, 1.0) for small in (False, True)]
+def row(group: int, alone: float, **by_way: float) -> tuple[int, list[float]]:
+    """Return Dice by way: ``alone``, or what is said of a mix, by its letter and flags."""
+    letters = {0.0: "alone", 0.25: "a", 0.5: "b", 0.75: "c", 1.0: "d"}
+    values = []
+    for way in WAYS:
+        letter = letters[way.mix]
+        flags = [letter, letter + "_within" * way.within, letter + "_small" * way.small]
+        values.append(next((by_way[f] for f in reversed(flags) if f in by_way), alone))
+    return group, values
 
 
 def test_what_might_harm_is_not_chosen() -> None:
-    rows = [(i, [0.5, 0.5, 0.5 + gain, 0.5 + gain, 0.4, 0.4]) for i, gain in enumerate(GAINS)]
-    chosen = _choice(rows, ways(), 0.01)
+    rows = [row(i, 0.5, b=0.5 + gain) for i, gain in enumerate(GAINS)]
+    chosen = _choice(rows, 0.01)
     assert not chosen.used
     assert chosen.alone == chosen.expected == 0.5
-    sure = [(i, [0.5, 0.5, 0.6, 0.6, 0.4, 0.4]) for i in range(8)]
-    chosen = _choice(sure, ways(), 0.01)
-    assert (chosen.mix, chosen.least) == (0.5, 0.0)
+    chosen = _choice([row(i, 0.5, a=0.55, b=0.6, d=0.4) for i in range(8)], 0.01)
+    assert (chosen.mix, chosen.least, chosen.within) == (0.5, 0.0, False)
     assert chosen.expected == pytest.approx(0.6)
 
 
@@ -410,21 +424,53 @@ GAINS = [0.3, -0.1, -0.05, 0.02, -0.1, 0.2, -0.1, 0.1]
 """Better on average by 0.03; the interval includes harm."""
 
 
+@pytest.mark.parametrize(("loss", "used"), [(0.002, True), (0.04, False)])
+def test_harm_is_what_somebody_would_notice(loss: float, used: bool) -> None:
+    rows = [row(i, 0.5, a=0.5 + (0.06 if i == 0 else -loss / 4)) for i in range(8)]
+    assert _choice(rows, 0.01).used is used
+
+
 def test_small_finds_are_dropped_only_if_that_costs_no_exemplar() -> None:
-    rows = [(i, [0.8, 0.8, 0.8, 0.8, 0.8, 0.8]) for i in range(6)]
-    rows += [(6, [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]), (7, [0.0, 1.0, 0.0, 1.0, 0.0, 1.0])]
-    assert _choice(rows, ways(), 0.01).least == 0.01
-    rows.append((8, [0.8, 0.7, 0.8, 0.7, 0.8, 0.7]))
-    assert _choice(rows, ways(), 0.01).least == 0.0
+    rows = [row(i, 0.8) for i in range(6)]
+    rows += [row(i, 0.0, alone_small=1.0) for i in (6, 7)]
+    assert _choice(rows, 0.01).least == 0.01
+    rows.append(row(8, 0.8, alone_small=0.7))
+    assert _choice(rows, 0.01).least == 0.0
+
+
+def test_where_memory_attention_finds_nothing_a_head_may_not_either() -> None:
+    rows = [row(i, 0.8, b=0.85) for i in range(7)]
+    rows.append(row(7, 1.0, b=0.0, b_within=1.0))  # absent, and a head that sees it
+    chosen = _choice(rows, 0.01)
+    assert (chosen.mix, chosen.within) == (0.5, True)
+    rows.append(row(8, 0.0, b=0.7, b_within=0.0))  # there, and only the head sees it
+    assert not _choice(rows, 0.01).within
+
+
+def test_within_is_kept_to_in_a_query(fitted_at: Path) -> None:
+    with Library.open(fitted_at) as library:
+        head = library.head
+        assert head is not None
+        planes = np.random.default_rng(0).random((1, 3, 64, 64), np.float32)
+        nothing = np.full((1, 24, 24), -3.0, np.float32)
+        something = nothing.copy()
+        something[0, 4:12, 4:12] = 5.0
+        for within in (False, True):
+            choice = replace(head.choices["star"], mix=0.25, least=0.0, within=within)
+            refiner = Refiner(replace(head, choices={"star": choice}), 1)
+            refine = refiner.refining(library, ["star"], ())
+            assert refine is not None
+            assert refine(planes, nothing)[1] == [within]
+            assert refine(planes, something)[1] == [False]
 
 
 # The graph
 
 
 def test_the_graphs_are_those_that_the_recipe_makes() -> None:
-    for name, units in ((FILTERS, False), (REFINE, True)):
-        made = making.build(units).SerializeToString(deterministic=True)
-        assert (refining.HEADS / name).read_bytes() == made
+    made = {FILTERS: making.build(False), REFINE: making.build(True)}
+    for name, graph in {**made, REFINE_NATIVE: making.build_native()}.items():
+        assert (refining.HEADS / name).read_bytes() == graph.SerializeToString(deterministic=True)
 
 
 def test_the_graph_does_what_numpy_does_and_tiles_leave_no_trace(
@@ -451,6 +497,33 @@ def test_the_graph_does_what_numpy_does_and_tiles_leave_no_trace(
     np.testing.assert_allclose(tiled, whole, atol=2e-3)
     some = draw.integers(0, 203 * 171, 500)
     np.testing.assert_allclose(Filters(1).sample(planes, logits, some), features[some], atol=1e-4)
+
+
+def test_the_native_operator_runs_it_where_there_is_one(
+    native_operators: Path, fitted_at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, _ = picture(50)
+    with Library.open(fitted_at) as library:
+        found = Segmenter(library).segment(image)
+        monkeypatch.setattr("recallseg.engines.operators._LIBRARY", native_operators.with_name("-"))
+        expected = Segmenter(library).segment(image)
+    assert found.provenance.head == expected.provenance.head
+    assert found.provenance.graphs["refine"] == graph_digest(REFINE_NATIVE)
+    assert expected.provenance.graphs["refine"] == graph_digest(REFINE)
+    assert found.provenance.operators is not None
+    assert expected.provenance.operators is None
+    assert np.mean(found.masks["star"] != expected.masks["star"]) < 1e-4
+
+
+def test_heads_of_the_graph_before_stay_good_and_others_are_left_out(fitted_at: Path) -> None:
+    with Library.open(fitted_at) as library:
+        head = library.head
+        assert head is not None
+        for earlier in EARLIER:
+            assert refining.describe_head(library, replace(head, graph=earlier), ["star"]).used
+        other = refining.describe_head(library, replace(head, graph="0" * 64), ["star"])
+    assert not other.used
+    assert "fitted for other filters" in other.why
 
 
 def test_filters_answer_a_step_and_a_flat_image_as_they_should() -> None:

@@ -96,7 +96,6 @@ def test_what_is_not_finite_stays_where_it_is(operators_file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("image", (1, 1, 20, 20)),
         ("image", (1, 3, 20, 21)),
         ("around", (1, 5, 20, 20)),
         ("weights2", (16, 31, 1, 1)),

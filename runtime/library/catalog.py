@@ -97,16 +97,22 @@ class Catalog(CatalogQueries):
         self, what: str, numbers: Iterable[int] = (), details: Mapping[str, str] | None = None
     ) -> Iterator[None]:
         """Make a change in one commit, with a note on what is done to which exemplars."""
-        with self.database.transaction():
-            before = self.state().revision
+        with self.database.transaction(), self._noted(what, numbers, details or {}):
             yield
-            revision = self.state().revision
-            name = self.database.value(
-                "SELECT max(name) FROM settings WHERE name >= ? AND name < ?", (PREFIX, "at!")
-            )
-            following = 1 + int((name or "0").removeprefix(PREFIX))
-            text = note_text(what, before, revision, numbers, details or {})
-            self.set_note(f"{PREFIX}{following:012d}", text)
+
+    @contextmanager
+    def _noted(
+        self, what: str, numbers: Iterable[int], details: Mapping[str, str]
+    ) -> Iterator[None]:
+        before = self.state().revision
+        yield
+        revision = self.state().revision
+        name = self.database.value(
+            "SELECT max(name) FROM settings WHERE name >= ? AND name < ?", (PREFIX, "at!")
+        )
+        following = 1 + int((name or "0").removeprefix(PREFIX))
+        text = note_text(what, before, revision, numbers, details)
+        self.set_note(f"{PREFIX}{following:012d}", text)
 
     def add(
         self,
@@ -215,31 +221,36 @@ class Catalog(CatalogQueries):
         else:
             self._advance(state, 0, 0)
 
-    def retire(self, numbers: Sequence[int], *, retired: bool) -> None:
-        """Take exemplars out of recall, counts and digest, or back in, in one commit.
+    def retire(self, numbers: Sequence[int], back: Sequence[int] = ()) -> None:
+        """Take exemplars out of recall, counts and digest, and others back in, in one commit.
 
         What they consist of stays. Search indexes learn of it as of a removal.
         """
+        with self.database.transaction():
+            if numbers:
+                self.database.upgrade()
+                with self._noted("retire", numbers, {}):
+                    self._mark(numbers, retired=True)
+            if back:
+                with self._noted("reinstate", back, {}):
+                    self._mark(back, retired=False)
+
+    def _mark(self, numbers: Sequence[int], *, retired: bool) -> None:
         db, sign = self.database, -1 if retired else 1
-        with self.change("retire" if retired else "reinstate", numbers):
+        for number in numbers:
+            state = self.state()
             if retired:
-                db.upgrade()
-            for number in numbers:
-                state = self.state()
-                if retired:
-                    self._count(number, -1)
-                    db.execute("INSERT INTO removals VALUES (?, ?)", (state.revision + 1, number))
-                else:
-                    db.execute("DELETE FROM removals WHERE exemplar = ?", (number,))
-                db.execute(
-                    "UPDATE annotations SET present = present - ? WHERE exemplar = ?",
-                    (sign * RETIRED, number),
-                )
-                if not retired:
-                    self._count(number, 1)
-                self._advance(
-                    state, sign, sign * int.from_bytes(self.exemplar_digest(number), "big")
-                )
+                self._count(number, -1)
+                db.execute("INSERT INTO removals VALUES (?, ?)", (state.revision + 1, number))
+            else:
+                db.execute("DELETE FROM removals WHERE exemplar = ?", (number,))
+            db.execute(
+                "UPDATE annotations SET present = present - ? WHERE exemplar = ?",
+                (sign * RETIRED, number),
+            )
+            if not retired:
+                self._count(number, 1)
+            self._advance(state, sign, sign * int.from_bytes(self.exemplar_digest(number), "big"))
 
     def _count(self, number: int, change: int) -> None:
         """Count an exemplar that is not retired in the rows of its structures."""

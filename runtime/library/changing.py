@@ -410,16 +410,22 @@ def retag(store: Store, key: str, tags: Mapping[str, str] | None) -> None:
         store.see_own()
 
 
-def retire(store: Store, keys: str | Iterable[str], *, retired: bool) -> None:
-    """Take exemplars out of use, or into it again."""
-    store.check_writable("retire" if retired else "reinstate")
-    named = [keys] if isinstance(keys, str) else [*dict.fromkeys(keys)]
+def retire(store: Store, keys: str | Iterable[str] = (), back: str | Iterable[str] = ()) -> None:
+    """Take exemplars out of use, and others into it again, in one commit."""
+    store.check_writable("reinstate" if back else "retire")
     with store.changing, store.lock:
-        numbers = [store.number(key) for key in named]
-        for key, number in zip(named, numbers, strict=True):
-            if store.catalog.is_retired(number) is retired:
-                state = "is retired already" if retired else "is not retired"
-                raise InputError(f"exemplar '{key}' {state}; nothing was changed.")
-        if numbers:
-            store.on_a_full_disk(lambda: store.catalog.retire(numbers, retired=retired))
+        out, into = (_numbers(store, k, retired) for k, retired in ((keys, True), (back, False)))
+        if out or into:
+            store.on_a_full_disk(lambda: store.catalog.retire(out, into))
             store.see_own()
+
+
+def _numbers(store: Store, keys: str | Iterable[str], retired: bool) -> list[int]:
+    """Return the numbers of exemplars that are not yet retired, or not any more."""
+    named = [keys] if isinstance(keys, str) else [*dict.fromkeys(keys)]
+    numbers = [store.number(key) for key in named]
+    for key, number in zip(named, numbers, strict=True):
+        if store.catalog.is_retired(number) is retired:
+            state = "is retired already" if retired else "is not retired"
+            raise InputError(f"exemplar '{key}' {state}; nothing was changed.")
+    return numbers

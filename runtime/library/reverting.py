@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.library import changing
 from recallseg.runtime.library.history import UNRECORDED, Change
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Reverted:
 
 
 def revert(library: Library, revision: int) -> Reverted:
-    """Take into use the exemplars that were in use after a change, and only those.
+    """Take into use the exemplars that were in use after a change, and only those; all or none.
 
     What is taken out of use is retired, so that a revert can be reverted. Masks, tags and names
     that were changed since stay as they are.
@@ -79,10 +80,7 @@ def revert(library: Library, revision: int) -> Reverted:
     reinstated = tuple(one.key for one in library.retired if one.key in then)
     added = sum(change.erased for change in later if change.what in _ADDING)
     removed = sum(change.erased for change in later if change.what == "remove")
-    if retired:
-        library.retire(retired)
-    if reinstated:
-        library.reinstate(reinstated)
+    changing.retire(library._store, retired, reinstated)
     kept = [one for one in later if one.what not in (*_ADDING, "retire", "reinstate", "remove")]
     lost = removed - max(0, added - len(replaced))
     return Reverted(retired, reinstated, max(0, lost), tuple(kept))

@@ -69,7 +69,7 @@ class Upkeep:
         0 a
         1 ['add', 'retire', 'reinstate']
         """
-        changing.retire(self._store, keys, retired=True)
+        changing.retire(self._store, keys)
 
     def reinstate(self, keys: str | Iterable[str]) -> None:
         """Take retired exemplars into use again, as they were, all or none.
@@ -87,7 +87,7 @@ class Upkeep:
         LibraryWriteError
             If the library is open for reading only or cannot be written.
         """
-        changing.retire(self._store, keys, retired=False)
+        changing.retire(self._store, back=keys)
 
     @property
     def retired(self) -> tuple[Exemplar, ...]:

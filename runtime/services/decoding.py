@@ -8,6 +8,7 @@ as the same user, and what it sends back is trusted.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -35,9 +36,13 @@ from recallseg.runtime.formats.reading import count_item, read_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import printable
 
-__all__ = ["DecodingLimits", "IsolatedDecoder"]
+__all__ = ["DecodingLimits", "IsolatedDecoder", "disk_error"]
 
 LOOK_S = 0.2  # between two looks at whether to stop
+_OF_THE_DISK = {
+    *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+}
 START_S = 120.0  # for the process to start, on a busy or small machine
 
 
@@ -86,6 +91,26 @@ class _Question:
     stack: str | None = None
 
 
+@dataclass(frozen=True)
+class _Unreadable:
+    """Why the other process has no answer, and the number of the disk's error if it was that."""
+
+    why: str
+    number: int = 0
+
+
+def disk_error(error: BaseException | None) -> int:
+    """Return the number of the system's error that caused another; 0 if it was none of a disk's.
+
+    A file that the disk does not give, or memory that is short, says nothing about what is in it.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            return error.errno
+        error = error.__cause__
+    return 0
+
+
 class IsolatedDecoder:
     """Reads items one after the other in a process that is started when it is first needed."""
 
@@ -115,7 +140,8 @@ class IsolatedDecoder:
         Raises
         ------
         InputError
-            If it cannot be read, is no regular file any more, or breaks a limit.
+            If it cannot be read, is no regular file any more, or breaks a limit; see
+            :func:`disk_error` for what caused it.
         """
         found = self._of_item(_Question(item, False, voi, as_stored, time, stack))
         assert found is None or isinstance(found, np.ndarray | Volume)
@@ -138,8 +164,9 @@ class IsolatedDecoder:
                 "read here."
             )
         found = self._ask(question, item.path, self._limits.time_for(item))
-        if isinstance(found, str):
-            raise InputError(found)
+        if isinstance(found, _Unreadable):
+            cause = OSError(found.number, os.strerror(found.number)) if found.number else None
+            raise InputError(found.why) from cause
         return found
 
     def read_header(self, path: Path) -> Header:
@@ -148,6 +175,8 @@ class IsolatedDecoder:
             found = self._ask(path, path, self._limits.header_seconds)
         except InputError as error:
             return str(error)
+        if isinstance(found, _Unreadable):
+            return found.why
         assert found is None or isinstance(found, DicomHeader | str)
         return found
 
@@ -250,7 +279,7 @@ def _answer(question: Path | _Question) -> Any:
     files = (question,) if isinstance(question, Path) else question.item.files
     for path in files:
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            return f"{printable(path)} is no regular file any more."
+            raise InputError(f"{printable(path)} is no regular file any more.")
     if isinstance(question, Path):
         return read_header(question)
     item = question.item
@@ -271,17 +300,18 @@ def _serve(link: Connection[Any, Any]) -> None:
         except EOFError:
             return
         path = question if isinstance(question, Path) else question.item.path
-        too_much = f"{printable(path)} needs more memory than an item may take."
+        too_much = _Unreadable(f"{printable(path)} needs more memory than an item may take.")
         found: Any
         try:
             found = _answer(question)
         except InputError as error:
-            found = printable(error)
+            found = _Unreadable(printable(error), disk_error(error))
         except MemoryError:
             found = too_much
         except Exception as error:  # of a decoder, whatever it may be; it is told, never kept
             kind = type(error).__name__
-            found = f"{printable(path)} cannot be read: {kind}: {printable(error)}"
+            why = f"{printable(path)} cannot be read: {kind}: {printable(error)}"
+            found = _Unreadable(why, disk_error(error))
         try:
             _send(link, found)
         except MemoryError:

@@ -25,14 +25,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults.operations import CommandError, Operation, names
+from faults.operation import CommandError, Operation, names
 from faults.shim import FAULTS, Fault, injecting
 from recallseg.engines.errors import RecallSegError
 
 __all__ = ["Found", "run_operation"]
 
-SECONDS = 60
-"""How long one case may take, of which nearly none takes one."""
 UNSEEN = ("rebuild", "rebuild_index", "read")
 """Operations that change nothing that a reader sees."""
 _VARYING = re.compile(r"[0-9a-f]{6,}|\d+")
@@ -76,11 +74,12 @@ def run_operation(
     shutil.rmtree(clean)
     if (before == after) != operation.name.endswith(UNSEEN):
         raise AssertionError(f"what {operation.name} does is not seen in its state: {after}")
+    seconds = operation.seconds
     judge = _Judge(operation, base, work, before, after, there)
     for fault in faults:
-        calls = _in_child(lambda fault=fault: judge.case(fault, 0)).calls  # type: ignore[misc]
+        calls = _in_child(lambda fault=fault: judge.case(fault, 0), seconds).calls  # type: ignore[misc]
         for number in range(first, calls + 1, every):
-            verdict = _in_child(lambda n=number, fault=fault: judge.case(fault, n))  # type: ignore[misc]
+            verdict = _in_child(lambda n=number, fault=fault: judge.case(fault, n), seconds)  # type: ignore[misc]
             found.counts["cases"] += 1
             found.counts["fired"] += verdict.fired > 0
             found.counts[verdict.outcome] += 1
@@ -153,7 +152,9 @@ class _Judge:
             state = self.operation.state(root)
         if state != self.after:
             verdict.violations.append(f"done again, it is {state}")
-        if left := _kinds(names(root)) - self.there:
+        keeps = self.operation.keeps
+        there = {name for name in names(root) if not keeps or not name.startswith(keeps)}
+        if left := _kinds(there) - self.there:
             verdict.violations.append(f"({verdict.outcome}) left behind: {dict(left)}")
 
 
@@ -166,7 +167,7 @@ def _names_a_place(said: str, root: Path) -> bool:
     return str(root) in said.replace("\n", "") or "case" in said
 
 
-def _in_child(act: Callable[[], _Verdict]) -> _Verdict:
+def _in_child(act: Callable[[], _Verdict], seconds: int) -> _Verdict:
     """Run in a forked process; one that dies or hangs is a violation."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -174,7 +175,7 @@ def _in_child(act: Callable[[], _Verdict]) -> _Verdict:
         status = 1
         try:
             os.close(reading)
-            signal.alarm(SECONDS)
+            signal.alarm(seconds)
             for descriptor in (1, 2):  # what it says is not for the campaign's reader
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             with os.fdopen(writing, "w", encoding="utf-8") as answer:

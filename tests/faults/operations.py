@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +19,18 @@ from support.fake_bundle import make_fake_bundle
 from support.fake_library import HashEncoder, StubBundle, draw, embedding
 from support.pictures import LABELS, disc, write_pairs
 
-from recallseg.cli import main
+from faults.model_operations import MODEL_OPERATIONS
+from faults.node_operations import NODE_OPERATIONS
+from faults.operation import Operation, command, names
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import LibraryNotFoundError
 from recallseg.engines.signing import SigningKey, create_key
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.installing import install, installed
 from recallseg.runtime.library.releases import read_release
+from recallseg.runtime.library.reverting import revert
 
-__all__ = ["LIFE", "OPERATIONS", "CommandError", "Operation", "library_state", "names"]
-
-
-class CommandError(Exception):
-    """A command ended with another exit status than 0; the text is what it said."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """Something that writes; the callables take the folder below which it all happens.
-
-    ``partial`` tells whether a state is on the way to the one after, where an operation of many
-    parts keeps what it has done.
-    """
-
-    name: str
-    prepare: Callable[[Path], None]
-    run: Callable[[Path], Any]
-    state: Callable[[Path], Any]
-    partial: Callable[[Any, Any], bool] = lambda state, after: False
+__all__ = ["LIFE", "OPERATIONS", "library_state"]
 
 
 def _exemplar(number: int) -> dict[str, Any]:
@@ -104,12 +84,16 @@ def _state_of(folder: Path) -> Any:
     return found
 
 
-def _on_library(name: str, act: Callable[[Library], Any], exemplars: int = 4) -> Operation:
+def _on_library(
+    name: str,
+    act: Callable[[Library], Any],
+    prepare: Callable[[Path], None] | None = None,
+) -> Operation:
     def run(root: Path) -> None:
         with _writing(root) as library:
             act(library)
 
-    return Operation(f"library.{name}", lambda root: _library(root, exemplars), run, library_state)
+    return Operation(f"library.{name}", prepare or _library, run, library_state)
 
 
 def _replace(library: Library) -> None:
@@ -130,8 +114,52 @@ def _retire_all_but_one(library: Library) -> None:
     library.retire([key for key in ("case 1", "case 2") if key in library])
 
 
+def _with_retired(root: Path) -> None:
+    _library(root)
+    with _writing(root) as library:
+        library.retire(["case 1", "case 2"])
+
+
+def _reinstate(library: Library) -> None:
+    library.reinstate([one.key for one in library.retired])
+
+
 def _rename(library: Library) -> None:
     library.rename_structure("wall", "membrane")
+
+
+def _with_later_changes(root: Path) -> None:
+    """One retired, one back in use and two more after the third change."""
+    _library(root)
+    with _writing(root) as library:
+        library.retire("case 3")
+        library.add(**_exemplar(7))
+        library.reinstate("case 3")
+        library.retire("case 1")
+        library.add(**_exemplar(8))
+
+
+def _revert(library: Library) -> None:
+    revert(library, [change.revision for change in library.history()][3])
+
+
+def _anonymise(library: Library) -> None:
+    library.anonymise()
+
+
+def _with_names(root: Path) -> None:
+    """A library as earlier versions made them: keys and tags that identify."""
+    _library(root)
+    with _writing(root) as library:
+        library.retag("case 2", {"PatientID": "12345", "view": "axial"})
+
+
+def _anonymised(root: Path) -> Any:
+    """What is there, by its contents: keys are drawn anew each time."""
+    found = library_state(root)
+    return sorted((value[3], tuple(name for name, _ in value[2])) for value in found.values()), [
+        key for key in found if key.startswith("case")
+    ]
 
 
 def _two_libraries(root: Path) -> None:
@@ -218,30 +246,13 @@ def _read(root: Path) -> None:
         library.verify()
 
 
-def _command(*arguments: str) -> Callable[[Path], None]:
-    """Run ``recallseg`` in this process; ``{root}`` in an argument is the folder."""
-
-    def run(root: Path) -> None:
-        said = io.StringIO()
-        values = [argument.replace("{root}", str(root)) for argument in arguments]
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            sys.argv = ["recallseg", *values]
-            try:
-                main()
-            except SystemExit as end:
-                if end.code:
-                    raise CommandError(f"exit status {end.code}: {said.getvalue()}") from None
-
-    return run
-
-
 def _with_bundle(root: Path) -> None:
     make_fake_bundle(root / "bundle")
     write_pairs(root / "annotated", [0.2, 0.5, 0.8])
-    _command("library", "create", "{root}/library", "--bundle", "{root}/bundle")(root)
+    command("library", "create", "{root}/library", "--bundle", "{root}/bundle")(root)
 
 
-_IMPORT = _command(
+_IMPORT = command(
     *("library", "import", "{root}/library", "{root}/annotated"),
     *("--labels", LABELS, "--engine", "fake"),
 )
@@ -295,17 +306,17 @@ def _some_results(state: Any, after: Any) -> bool:
     return set(state) <= set(after) and records <= masks
 
 
-_SEGMENT = _command(
+_SEGMENT = command(
     *("segment", "{root}/library", "{root}/new/q0.png", "{root}/new/q1.png"),
     *("--output", "{root}/out", "--engine", "fake", "--resume"),
 )
 
 _AUDIT = ("--audit", "{root}/audit/log.jsonl")
-_WATCH = _command(
+_WATCH = command(
     *("watch", "{root}/new", "--library", "{root}/library", "--output", "{root}/out"),
     *("--once", "--settle", "0", "--engine", "fake", *_AUDIT),
 )
-_EVALUATE = _command(
+_EVALUATE = command(
     *("evaluate", "{root}/library", "{root}/held-out", "--output", "{root}/report"),
     *("--labels", LABELS, "--engine", "fake"),
 )
@@ -318,18 +329,18 @@ def _with_log(root: Path) -> None:
 
 def _logged(root: Path) -> Any:
     """Whether a log that can be followed to its end was put aside."""
-    _command("audit", "verify", "{root}/audit/log.jsonl")(root)
+    command("audit", "verify", "{root}/audit/log.jsonl")(root)
     return len(list((root / "audit").glob("log.jsonl.*"))) > 0
 
 
 def _rotate_once(root: Path) -> None:
     if not _logged(root):
-        _command("audit", "rotate", "{root}/audit/log.jsonl")(root)
+        command("audit", "rotate", "{root}/audit/log.jsonl")(root)
 
 
 def _with_key(root: Path) -> None:
     make_fake_bundle(root / "bundle")
-    _command("sign", "key", "{root}/key")(root)
+    command("sign", "key", "{root}/key")(root)
 
 
 OPERATIONS = {
@@ -348,6 +359,8 @@ OPERATIONS = {
         _on_library("compact", _remove_and_compact),
         _on_library("retire", _retire_all_but_one),
         _on_library("rename", _rename),
+        _on_library("reinstate", _reinstate, prepare=_with_retired),
+        _on_library("revert", _revert, prepare=_with_later_changes),
         Operation("library.merge", _two_libraries, _merge, library_state),
         Operation("library.backup", _library, _copy, _copied),
         Operation("library.restore", _backed_up, _restore, library_state),
@@ -358,7 +371,7 @@ OPERATIONS = {
         Operation(
             "calibrate",
             _with_library,
-            _command("library", "calibrate", "{root}/library", "--engine", "fake"),
+            command("library", "calibrate", "{root}/library", "--engine", "fake"),
             _command_library_state,
         ),
         Operation("watch", _with_library, _WATCH, _files_state("out"), _some_results),
@@ -372,22 +385,24 @@ OPERATIONS = {
         Operation(
             "sign.key",
             lambda root: None,
-            _command("sign", "key", "{root}/key"),
+            command("sign", "key", "{root}/key"),
             lambda root: len(names(root)),
         ),
         Operation(
             "audit.key",
             lambda root: None,
-            _command("audit", "key", "{root}/key"),
+            command("audit", "key", "{root}/key"),
             lambda root: len(names(root)),
         ),
         Operation(
             "sign.bundle",
             _with_key,
-            _command("sign", "bundle", "{root}/bundle", "--key", "{root}/key"),
+            command("sign", "bundle", "{root}/bundle", "--key", "{root}/key"),
             lambda root: (Bundle.open(root / "bundle").identity, len(names(root))),
         ),
         Operation("segment", _with_library, _SEGMENT, _files_state("out"), _some_results),
+        *MODEL_OPERATIONS,
+        *NODE_OPERATIONS,
     )
 }
 
@@ -407,12 +422,3 @@ LIFE: list[Callable[[Path], Any]] = [
     OPERATIONS["library.rebuild_index"].run,
 ]
 """A library's life, step by step, for those who cut the power in it."""
-
-
-def names(root: Path) -> set[str]:
-    """Return what is below a folder, by relative name."""
-    return {
-        os.path.relpath(os.path.join(place, name), root)
-        for place, folders, files in os.walk(root)
-        for name in (*folders, *files)
-    }

@@ -176,7 +176,7 @@ class Worklist:
                     continue
                 try:
                     self._embeddings[version] = self._library.embed(_middle(self._read(item)))
-                except (RecallSegError, MemoryError) as error:
+                except (RecallSegError, MemoryError, OSError) as error:
                     self._troubles[version] = str(error)
                 if self._stop.is_set():
                     return

@@ -28,7 +28,7 @@ from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.decoding import IsolatedDecoder
+from recallseg.runtime.services.decoding import IsolatedDecoder, disk_error
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
 from recallseg.runtime.services.node.receiving import Arrivals, HeaderReaders
@@ -72,8 +72,13 @@ class Decider:
         for series in self._store.asked_again():
             self._decide(series)
         done = self._arrivals.complete()
-        for series in done:
-            self._decide(series)
+        for place, series in enumerate(done):
+            try:
+                self._decide(series)
+            except BaseException:  # a full disk under the database, say: they are not forgotten
+                for left in done[place:]:
+                    self._arrivals.touch(left)
+                raise
         return len(done)
 
     def _decide(self, series: str) -> None:
@@ -174,6 +179,9 @@ class Answerer:
                 self._questions.forget(self._rules[job.rule])
             self._put_off(job, error)
         except (InputError, OutputError) as error:
+            if disk_error(error):
+                self._put_off(job, error)
+                return True
             self._log.error("not segmented", series=job.series, rule=job.rule, error=error)
             self._metrics.done("not segmented")
             self._store.drop_job(job, "failed", printable(error))
@@ -224,6 +232,8 @@ class Answerer:
             try:
                 answers += self._segment(folder / f"{number:04d}", item, rule, segmenter)
             except (InputError, OutputError) as error:
+                if disk_error(error):
+                    raise
                 troubles.append(printable(error).replace(f"{files}/", ""))
         if not found.items:
             troubles = [each.reason for each in found.passed] or ["there is no image"]

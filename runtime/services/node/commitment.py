@@ -163,8 +163,11 @@ class Commitments:
     def _run(self) -> None:
         while not self._stop.is_set():
             self._wake.clear()
-            for promise in self._store.due_promises():
-                self._report(promise)
+            try:
+                for promise in self._store.due_promises():
+                    self._report(promise)
+            except Exception as error:  # a full disk under the database, say: it is tried again
+                self._log.error("cannot report", error=error)
             self._wake.wait(_LOOK_S)
 
     def _report(self, promise: Promise) -> None:

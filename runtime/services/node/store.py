@@ -31,11 +31,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from recallseg.engines.durable import make_folder, sync_folder
-from recallseg.engines.errors import InputError, LibraryLockedError
+from recallseg.engines.errors import InputError, LibraryLockedError, OutputError
 from recallseg.runtime.library.storage import WriterLock
 from recallseg.runtime.services.logs import Marks
 
-__all__ = ["Answer", "Delivery", "Job", "NodeStore", "Promise", "SeriesRow", "object_file"]
+__all__ = [
+    "Answer",
+    "Delivery",
+    "Job",
+    "NodeStore",
+    "Promise",
+    "SeriesRow",
+    "naming_the_state",
+    "object_file",
+]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS objects (
@@ -141,6 +150,8 @@ class NodeStore:
     ------
     InputError
         If another node runs in the folder, or a newer RecallSeg wrote it, or there is none.
+    OutputError
+        If the disk does not let it be read or written.
     """
 
     def __init__(
@@ -149,10 +160,16 @@ class NodeStore:
         if not running and not (folder / "node.sqlite").is_file():
             raise InputError(f"{folder} is no state of a node: there is no node.sqlite.")
         self.folder, self.clock = folder, clock
-        self.incoming, self.received = folder / "incoming", folder / "received"
-        self.work, self.answers = folder / "work", folder / "answers"
         self._lock = threading.RLock()
         self._writer: WriterLock | None = None
+        self._database: Any = None
+        with naming_the_state(folder):
+            self._open(running)
+
+    def _open(self, running: bool) -> None:
+        folder = self.folder
+        self.incoming, self.received = folder / "incoming", folder / "received"
+        self.work, self.answers = folder / "work", folder / "answers"
         if running:
             for place in (folder, self.incoming, self.received, self.work, self.answers):
                 make_folder(place, mode=0o700)  # patients' images
@@ -162,22 +179,23 @@ class NodeStore:
                 raise InputError(
                     f"another node runs in {folder}. Stop it, or give this one a state of its own."
                 ) from error
-        self.marks = Marks(folder / "marks.key")
-        self._database = sqlite3.connect(
-            folder / "node.sqlite", timeout=30.0, isolation_level=None, check_same_thread=False
-        )
+        self._used = 0
         try:
+            self.marks = Marks(folder / "marks.key")
+            self._database = sqlite3.connect(
+                folder / "node.sqlite", timeout=30.0, isolation_level=None, check_same_thread=False
+            )
             self._prepare(running)
+            if running:
+                self._recover()
         except BaseException:
             self.close()
             raise
-        self._used = 0
-        if running:
-            self._recover()
 
     def close(self) -> None:
         """Close the files. Harmless if repeated."""
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
         if self._writer is not None:
             self._writer.release()
 
@@ -216,6 +234,7 @@ class NodeStore:
                 (series, instance),
             )
             if row is not None and row[2] and row[0] == digest:
+                sync_folder(folder)  # who sent it first may not have been told yet
                 return "same"
             size = spool.stat().st_size
             make_folder(folder, mode=0o700)
@@ -723,10 +742,11 @@ class NodeStore:
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._database.execute("COMMIT")
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if self._database.in_transaction:  # SQLite itself gives some up
+                    self._database.rollback()
                 raise
-            self._database.execute("COMMIT")
 
     def _run(self, statement: str, values: Sequence[Any] = ()) -> int:
         with self._lock:
@@ -739,6 +759,18 @@ class NodeStore:
     def _all(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock:
             return self._database.execute(statement, values).fetchall()
+
+
+@contextmanager
+def naming_the_state(folder: Path) -> Iterator[None]:
+    """Explain what the system or SQLite says of a state folder; raises OutputError."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise OutputError(
+            f"the state of the node in {folder} cannot be read or written: {error}. What was "
+            "received is unharmed. Free some space, or look at the disk and its permissions."
+        ) from error
 
 
 def object_file(instance: str, digest: str) -> str:

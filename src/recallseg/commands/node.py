@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -115,15 +117,17 @@ def quarantine(
         _tell(aside)
 
 
-def _store(config: Path) -> NodeStore:
+@contextmanager
+def _store(config: Path) -> Iterator[NodeStore]:
     from recallseg.engines.errors import InputError
-    from recallseg.runtime.services.node.store import NodeStore
+    from recallseg.runtime.services.node.store import NodeStore, naming_the_state
     from recallseg.runtime.services.settings import read_configuration
 
     state = read_configuration(config).state
     if state is None:
         raise InputError(f"{config} names no state folder.")
-    return NodeStore(state, running=False)
+    with naming_the_state(state), NodeStore(state, running=False) as store:
+        yield store
 
 
 def _tell(troubles: list[dict[str, object]]) -> None:

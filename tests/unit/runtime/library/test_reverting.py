@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from recallseg.engines.errors import InputError, LibraryWriteError
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.reverting import revert
 
 
@@ -86,3 +88,24 @@ def test_only_who_may_write(library: Library) -> None:
     add(library, "a")
     with Library.open(library.path) as reader, pytest.raises(LibraryWriteError):
         revert(reader, 1)
+
+
+def test_a_revert_that_fails_halfway_changes_nothing(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(library, "a")
+    then = add(library, "b")
+    library.retire("a")
+    add(library, "c")
+    before = library.digest, library.history()
+    mark = Catalog._mark
+
+    def full(self: Catalog, numbers: Any, *, retired: bool) -> None:
+        if not retired:
+            raise LibraryWriteError("the disk is full")
+        mark(self, numbers, retired=retired)
+
+    monkeypatch.setattr(Catalog, "_mark", full)
+    with pytest.raises(LibraryWriteError):
+        revert(library, then)
+    assert (library.digest, library.history()) == before

@@ -1,6 +1,7 @@
 // What every operator needs of ONNX Runtime: tensors, threads, errors.
 #pragma once
 
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -47,8 +48,11 @@ inline Status* invalid(const ort::Api& api, const char* name, const std::string&
   return api.create_status(ort::kInvalidArgument, (name + (": " + message)).c_str());
 }
 
+// Takes none itself: what is thrown while an exception is handled would end the process.
 inline Status* no_memory(const ort::Api& api, const char* name) {
-  return api.create_status(ort::kFailed, (name + std::string(": no memory")).c_str());
+  char text[64];
+  std::snprintf(text, sizeof text, "%s: no memory", name);
+  return api.create_status(ort::kFailed, text);
 }
 
 // A tensor of the type that the operator declares.

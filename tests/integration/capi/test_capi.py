@@ -71,6 +71,15 @@ def test_the_first_header_is_not_changed_by_what_came_later() -> None:
     assert "#define RECALLSEG_ABI_VERSION 2u" in now
 
 
+def test_every_allocation_may_fail_once(capi: Installed, tmp_path: Path) -> None:
+    library = make_fake_library(tmp_path)
+    program = capi.checks.with_name("starving")
+    found = passed(program, library, tmp_path / "scratch", env=capi.env)
+    failed = re.search(r"starving: done, (\d+) allocations failed", found)
+    assert failed is not None
+    assert int(failed[1]) > 100, found
+
+
 @pytest.mark.parametrize("name", ["lists", "verifies", "cancels"])
 def test_the_second_abi(capi: Installed, tmp_path: Path, name: str) -> None:
     library = make_fake_library(tmp_path)

@@ -79,22 +79,22 @@ inline const char* text_or(const char* text, const char* otherwise) {
 // header is longer: taken if what this version does not know is 0, refused otherwise.
 // Its size in the first ABI that had it: none that was ever handed over is shorter.
 template <typename T>
-constexpr std::size_t kFirstSize = sizeof(T);
+inline constexpr std::size_t kFirstSize = sizeof(T);
 template <>
-constexpr std::size_t kFirstSize<recallseg_library_options> =
+inline constexpr std::size_t kFirstSize<recallseg_library_options> =
     offsetof(recallseg_library_options, gpu);
 template <>
-constexpr std::size_t kFirstSize<recallseg_image> = offsetof(recallseg_image, location);
+inline constexpr std::size_t kFirstSize<recallseg_image> = offsetof(recallseg_image, location);
 template <>
-constexpr std::size_t kFirstSize<recallseg_output> = offsetof(recallseg_output, location);
+inline constexpr std::size_t kFirstSize<recallseg_output> = offsetof(recallseg_output, location);
 template <>
-constexpr std::size_t kFirstSize<recallseg_segmenter_options> =
+inline constexpr std::size_t kFirstSize<recallseg_segmenter_options> =
     offsetof(recallseg_segmenter_options, audit);
 template <>
-constexpr std::size_t kFirstSize<recallseg_summary> =
+inline constexpr std::size_t kFirstSize<recallseg_summary> =
     offsetof(recallseg_summary, provenance_digest);
 template <>
-constexpr std::size_t kFirstSize<recallseg_score> = offsetof(recallseg_score, presence);
+inline constexpr std::size_t kFirstSize<recallseg_score> = offsetof(recallseg_score, presence);
 
 template <typename T, typename = void>
 struct HasReserved : std::false_type {};

@@ -22,7 +22,7 @@ struct Slot {
 struct Table {
   std::mutex mutex;
   std::vector<Slot> slots;
-  std::vector<std::uint64_t> free;
+  std::vector<std::uint64_t> free;  // has room for every slot, so that closing needs no memory
 };
 
 Table& table() {
@@ -93,13 +93,14 @@ std::shared_ptr<Object> remove_object(Kind kind, std::uintptr_t handle) {
 }
 
 void close_all_handles() {
-  std::vector<std::shared_ptr<Object>> closed;  // destroyed last, without the mutex
   Table& all = table();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  for (std::uint64_t i = 0; i < all.slots.size(); ++i) {
+  for (std::uint64_t i = 0;; ++i) {
+    std::shared_ptr<Object> closed;  // destroyed without the mutex; one by one takes no memory
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    if (i >= all.slots.size()) return;
     Slot& slot = all.slots[i];
     if (slot.object == nullptr) continue;
-    closed.push_back(std::move(slot.object));
+    closed = std::move(slot.object);
     slot.object.reset();
     ++slot.generation;
     all.free.push_back(i);

@@ -145,20 +145,21 @@ recallseg_status recallseg_library_add(recallseg_library* library, const recalls
     check_count(what.masks, what.mask_count, "masks");
     if (key != nullptr && key_size < 1025)
       refuse("key_size must be at least 1025 bytes, got " + std::to_string(key_size));
-    std::string name;
-    {
-      const Gil gil;
-      name = with_loan([&](Loan& loan) {
-        const Ref masks = tuple_of_each(what.mask_count, [&](std::size_t i) {
-          return mask_tuple(loan, what.masks[i], pixels);
-        });
-        const Ref added = call("add", self->object, loan.lend(layout, Access::kRead), masks,
-                               names_of(what.absent, what.absent_count, "absent"),
-                               tags_of(what.tags, what.tag_count), text_or(what.key, nullptr));
-        return text_of(added.get());
+    const Gil gil;
+    const Ref added = with_loan([&](Loan& loan) {
+      const Ref masks = tuple_of_each(what.mask_count, [&](std::size_t i) {
+        return mask_tuple(loan, what.masks[i], pixels);
       });
-    }
-    if (key != nullptr) std::memcpy(key, name.c_str(), name.size() + 1);
+      return call("add", self->object, loan.lend(layout, Access::kRead), masks,
+                  names_of(what.absent, what.absent_count, "absent"),
+                  tags_of(what.tags, what.tag_count), text_or(what.key, nullptr));
+    });
+    if (key == nullptr) return;
+    // It is stored: what is left to do takes no memory.
+    Py_ssize_t size = 0;
+    const char* text = python.PyUnicode_AsUTF8AndSize(added.get(), &size);
+    if (text == nullptr) throw_python_error();
+    std::memcpy(key, text, static_cast<std::size_t>(size) + 1);
   });
 }
 

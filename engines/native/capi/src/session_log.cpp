@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <string>
 
@@ -23,15 +24,16 @@ using LogFunction = void (*)(void* user, int severity, const char* category, con
                              const char* where, const char* message);
 using SetLogFunction = void* (*)(void* options, LogFunction function, void* user);
 
-// Severities: verbose, info, warning, error, fatal.
+// Severities: verbose, info, warning, error, fatal. Takes no memory, as nothing may be thrown at ONNX
+// Runtime; a longer line is cut.
 void log(void*, int severity, const char* category, const char*, const char*, const char* message) {
   const int level = severity >= 3   ? RECALLSEG_LOG_ERROR
                     : severity == 2 ? RECALLSEG_LOG_WARNING
                                     : RECALLSEG_LOG_DEBUG;
-  capi::log_native(level, "recallseg.onnxruntime",
-                   (std::string(category == nullptr ? "" : category) + ": " +
-                    (message == nullptr ? "" : message))
-                       .c_str());
+  char line[2048];
+  std::snprintf(line, sizeof line, "%s: %s", category == nullptr ? "" : category,
+                message == nullptr ? "" : message);
+  capi::log_native(level, "recallseg.onnxruntime", line);
 }
 
 }  // namespace

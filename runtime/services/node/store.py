@@ -26,7 +26,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -161,8 +161,7 @@ class NodeStore:
             raise InputError(f"{folder} is no state of a node: there is no node.sqlite.")
         self.folder, self.clock = folder, clock
         self._lock = threading.RLock()
-        self._writer: WriterLock | None = None
-        self._database: Any = None
+        self._closing = ExitStack()
         with naming_the_state(folder):
             self._open(running)
 
@@ -174,7 +173,7 @@ class NodeStore:
             for place in (folder, self.incoming, self.received, self.work, self.answers):
                 make_folder(place, mode=0o700)  # patients' images
             try:
-                self._writer = WriterLock(folder / "node.lock")
+                self._closing.callback(WriterLock(folder / "node.lock").release)
             except LibraryLockedError as error:
                 raise InputError(
                     f"another node runs in {folder}. Stop it, or give this one a state of its own."
@@ -185,6 +184,7 @@ class NodeStore:
             self._database = sqlite3.connect(
                 folder / "node.sqlite", timeout=30.0, isolation_level=None, check_same_thread=False
             )
+            self._closing.callback(self._database.close)
             self._prepare(running)
             if running:
                 self._recover()
@@ -194,10 +194,7 @@ class NodeStore:
 
     def close(self) -> None:
         """Close the files. Harmless if repeated."""
-        if self._database is not None:
-            self._database.close()
-        if self._writer is not None:
-            self._writer.release()
+        self._closing.close()
 
     def __enter__(self) -> NodeStore:
         return self

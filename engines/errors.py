@@ -20,6 +20,7 @@
     ├── OutputError           a result cannot be written in its format
     ├── DeadlineError         not done in time; what was done so far is thrown away
     ├── CancelledError        ended because the caller said so
+    ├── ForkedError           what a parent process had opened, in a process forked from it
     ├── LibraryError
     │   ├── LibraryNotFoundError     no library in that folder
     │   ├── LibraryCorruptError      stored bytes do not match their digests
@@ -46,6 +47,7 @@ __all__ = [
     "EngineRunError",
     "EngineUnavailableError",
     "ExportError",
+    "ForkedError",
     "HostMemoryError",
     "InputError",
     "LibraryCorruptError",
@@ -128,6 +130,10 @@ class AuditError(RecallSegError):
 
 class OutputError(RecallSegError):
     """A result cannot be written in its format; the input is not at fault."""
+
+
+class ForkedError(RecallSegError):
+    """What a parent process had opened was used in a process that was forked from it."""
 
 
 class DeadlineError(RecallSegError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import sys
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -25,6 +24,7 @@ from recallseg.engines.errors import (
     LibraryVersionError,
     LibraryWriteError,
 )
+from recallseg.runtime.forked import Opener, OwnLock
 from recallseg.runtime.library.catalog_file import (
     check_catalog_file,
     check_schema,
@@ -96,6 +96,12 @@ CREATE TABLE heads (id INTEGER PRIMARY KEY, about TEXT NOT NULL, data BLOB NOT N
 """What a library gets when it first needs it; see :meth:`Database.upgrade`."""
 
 
+def _close(connection: sqlite3.Connection, opener: Opener) -> None:
+    """Close a connection, but not from a process that was forked while it may have been at work."""
+    if not opener.elsewhere:
+        connection.close()
+
+
 class Database:
     """One connection. May be shared between threads: each statement or transaction takes a lock."""
 
@@ -103,10 +109,11 @@ class Database:
         self.path = path
         self.writable = writable
         self._connection = connection
-        self._lock = threading.RLock()
+        self._opener = Opener(f"the library in {path.parent}")
+        self._lock = OwnLock(self._opener)
         self._effort = _Effort(path)
         connection.set_progress_handler(self._effort.look, _STEPS_PER_LOOK)
-        self._close = weakref.finalize(self, connection.close)
+        self._close = weakref.finalize(self, _close, connection, self._opener)
 
     @classmethod
     def create(
@@ -230,7 +237,9 @@ class Database:
                 self.execute(statement)
 
     def close(self) -> None:
-        """Close the connection; harmless when called again."""
+        """Close the connection; harmless when called again, and in a forked process."""
+        if self._opener.elsewhere:
+            return
         with self._lock:
             self._close()
 

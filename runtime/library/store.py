@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from recallseg.engines.errors import (
     LibraryWriteError,
 )
 from recallseg.engines.ownership import foreign
+from recallseg.runtime.forked import Opener, OwnLock
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.encoding import Origin
@@ -59,8 +59,8 @@ class Store:
     def __init__(self, path: Path, catalog: Catalog, writer_lock: WriterLock | None) -> None:
         self.path = path
         self.catalog = catalog
-        self.changing = threading.RLock()
-        self.lock = threading.RLock()
+        self.opener = Opener(f"the library {path}")
+        self.changing, self.lock = OwnLock(self.opener), OwnLock(self.opener)
         self.sources = SourceStore(path / SOURCES)
         self.identifiers = Identifiers(path, catalog)
         self._writer_lock = writer_lock
@@ -120,7 +120,13 @@ class Store:
         self.retrieval = Retrieval(self.catalog, self.path / INDEX, self.settings.embedding_dim)
 
     def close(self) -> None:
-        """Save worn search indexes, close the files, let others write. Harmless if repeated."""
+        """Save worn search indexes, close the files, let others write. Harmless if repeated.
+
+        In a forked process nothing is saved: the library is its parent's.
+        """
+        if self.opener.elsewhere:
+            self.abandon()
+            return
         with self.changing, self.lock:
             try:
                 if self.writable and self.catalog.database.is_open:
@@ -233,7 +239,8 @@ class Store:
                 self._writer_lock.hold_room()
 
     def check_writable(self, what: str) -> None:
-        """Raise LibraryWriteError if it was opened for reading."""
+        """Raise LibraryWriteError if it was opened for reading, ForkedError by another process."""
+        self.opener.check()
         if not self.writable:
             raise LibraryWriteError(
                 f"cannot {what}: the library {self.path} is open for reading. Open it with "

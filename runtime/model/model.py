@@ -164,6 +164,8 @@ class Model(ABC):
 
     def close(self) -> None:
         """Give engines and buffers back when the query in work has ended. Harmless if repeated."""
+        if self.turns.opener.elsewhere:
+            return  # they are the parent's
         with self.turns:
             if not self._closed:
                 self._closed = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from threading import Lock, get_ident
 
+from recallseg.runtime.forked import Opener
+
 __all__ = ["Turns"]
 
 
@@ -16,6 +18,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
+        self.opener = Opener("the model")
         self._changing = Lock()
         self._waiting: deque[Lock] = deque()
         self._owner: int | None = None
@@ -24,8 +27,9 @@ class Turns:
     def acquire(self, timeout: float = -1) -> bool:
         """Wait for the turn, at most ``timeout`` seconds (-1: for ever); False if it did not come.
 
-        Every acquisition needs a :meth:`release`.
+        Every acquisition needs a :meth:`release`. Raises ForkedError in a forked process.
         """
+        self.opener.check()
         me = get_ident()
         if self._owner == me:
             self._depth += 1

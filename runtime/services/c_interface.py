@@ -95,6 +95,7 @@ Tags = tuple[tuple[str, str], ...]
 
 STATUS: dict[type[BaseException], int] = {
     errors.InputError: 7,
+    errors.ForkedError: 5,
     errors.BundleError: 8,
     errors.EngineUnavailableError: 9,
     errors.EngineError: 10,

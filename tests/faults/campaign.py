@@ -29,7 +29,7 @@ from faults.operation import CommandError, Operation, names
 from faults.shim import FAULTS, Fault, injecting
 from recallseg.engines.errors import RecallSegError
 
-__all__ = ["Found", "run_operation"]
+__all__ = ["Found", "Judge", "Verdict", "in_child", "prepared", "run_operation"]
 
 UNSEEN = ("rebuild", "rebuild_index", "read")
 """Operations that change nothing that a reader sees."""
@@ -45,7 +45,9 @@ class Found:
 
 
 @dataclass
-class _Verdict:
+class Verdict:
+    """What came of one case."""
+
     calls: int = 0
     fired: int = 0
     outcome: str = ""  # "done", or the kind of error
@@ -63,23 +65,11 @@ def run_operation(
     progress: Callable[[str], None] = print,
 ) -> Found:
     """Let every call fail once in each way; ``every`` and ``first`` take one in so many."""
-    base, found = work / "base", Found()
-    base.mkdir(parents=True)
-    operation.prepare(base)
-    before = operation.state(base)
-    clean = work / "clean"
-    shutil.copytree(base, clean)
-    operation.run(clean)
-    after, there = operation.state(clean), _kinds(names(clean))
-    shutil.rmtree(clean)
-    if (before == after) != operation.name.endswith(UNSEEN):
-        raise AssertionError(f"what {operation.name} does is not seen in its state: {after}")
-    seconds = operation.seconds
-    judge = _Judge(operation, base, work, before, after, there)
+    judge, found, seconds = prepared(operation, work), Found(), operation.seconds
     for fault in faults:
-        calls = _in_child(lambda fault=fault: judge.case(fault, 0), seconds).calls  # type: ignore[misc]
+        calls = in_child(lambda fault=fault: judge.case(fault, 0), seconds).calls  # type: ignore[misc]
         for number in range(first, calls + 1, every):
-            verdict = _in_child(lambda n=number, fault=fault: judge.case(fault, n), seconds)  # type: ignore[misc]
+            verdict = in_child(lambda n=number, fault=fault: judge.case(fault, n), seconds)  # type: ignore[misc]
             found.counts["cases"] += 1
             found.counts["fired"] += verdict.fired > 0
             found.counts[verdict.outcome] += 1
@@ -90,34 +80,60 @@ def run_operation(
     return found
 
 
+def prepared(operation: Operation, work: Path) -> Judge:
+    """Prepare an operation below a folder and do it once, to know what it leads to."""
+    base, clean = work / "base", work / "clean"
+    base.mkdir(parents=True)
+    operation.prepare(base)
+    before = operation.state(base)
+    shutil.copytree(base, clean)
+    operation.run(clean)
+    after, there = operation.state(clean), _kinds(names(clean))
+    shutil.rmtree(clean)
+    if (before == after) != operation.name.endswith(UNSEEN):
+        raise AssertionError(f"what {operation.name} does is not seen in its state: {after}")
+    return Judge(operation, base, work / "case", before, after, there)
+
+
 @dataclass
-class _Judge:
+class Judge:
+    """An operation, what it starts from and leads to, and a folder in which it is done."""
+
     operation: Operation
     base: Path
-    work: Path
+    case_folder: Path
     before: Any
     after: Any
     there: Counter[str]
 
-    def case(self, fault: Fault, number: int) -> _Verdict:
+    def fresh(self) -> None:
+        """Make the folder anew, as the operation finds it."""
+        shutil.rmtree(self.case_folder, ignore_errors=True)
+        shutil.copytree(self.base, self.case_folder)
+
+    def attempt(self) -> Verdict:
+        """Do the operation; return how it ended."""
+        verdict = Verdict()
+        try:
+            self.operation.run(self.case_folder)
+            verdict.outcome = "done"
+        except RecallSegError as error:
+            verdict.outcome, verdict.said = type(error).__name__, str(error)
+        except CommandError as error:
+            verdict.outcome, verdict.said = "exit", str(error)
+        except BaseException as error:
+            verdict.outcome, verdict.said = f"bare {type(error).__name__}", str(error)
+            verdict.violations.append(
+                f"raised {error!r}: {traceback.format_exc().splitlines()[-16:-1:3]}"
+            )
+        return verdict
+
+    def case(self, fault: Fault, number: int) -> Verdict:
         """Do the operation with one fault; runs in a process of its own."""
-        root = self.work / "case"
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(self.base, root)
-        verdict = _Verdict()
+        self.fresh()
+        root = self.case_folder
         with injecting(root, fault, number) as injected:
-            try:
-                self.operation.run(root)
-                verdict.outcome = "done"
-            except RecallSegError as error:
-                verdict.outcome, verdict.said = type(error).__name__, str(error)
-            except CommandError as error:
-                verdict.outcome, verdict.said = "exit", str(error)
-            except BaseException as error:
-                verdict.outcome = f"bare {type(error).__name__}"
-                verdict.violations.append(
-                    f"raised {error!r}: {traceback.format_exc().splitlines()[-16:-1:3]}"
-                )
+            verdict = self.attempt()
         verdict.calls, verdict.fired = injected.calls, injected.fired
         if not number:
             return verdict
@@ -127,10 +143,17 @@ class _Judge:
             verdict.violations.append(f"called a fault of the input: {verdict.said}")
         if verdict.outcome not in ("done",) and not _names_a_place(verdict.said, root):
             verdict.violations.append(f"names no file or folder: {verdict.said}")
-        self._look(root, verdict)
+        self._look(verdict)
         return verdict
 
-    def _look(self, root: Path, verdict: _Verdict) -> None:
+    def look(self, outcome: str) -> Verdict:
+        """Look at what an operation that ended so has left; runs in a process of its own."""
+        verdict = Verdict(outcome=outcome)
+        self._look(verdict)
+        return verdict
+
+    def _look(self, verdict: Verdict) -> None:
+        root = self.case_folder
         try:
             state = self.operation.state(root)
         except BaseException as error:
@@ -167,7 +190,7 @@ def _names_a_place(said: str, root: Path) -> bool:
     return str(root) in said.replace("\n", "") or "case" in said
 
 
-def _in_child(act: Callable[[], _Verdict], seconds: int) -> _Verdict:
+def in_child(act: Callable[[], Verdict], seconds: int) -> Verdict:
     """Run in a forked process; one that dies or hangs is a violation."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -189,6 +212,6 @@ def _in_child(act: Callable[[], _Verdict], seconds: int) -> _Verdict:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code == 0 and text:
-        return _Verdict(**json.loads(text))
+        return Verdict(**json.loads(text))
     how = "did not end in time" if code == -signal.SIGALRM else f"ended with {code}"
-    return _Verdict(outcome="died", violations=[f"the process {how}"])
+    return Verdict(outcome="died", violations=[f"the process {how}"])

@@ -15,7 +15,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -342,6 +344,40 @@ long faults_disarm(void) { classes = 0; return count; }
 
 /* How many calls failed since the last faults_arm. */
 long faults_fired(void) { return fired; }
+
+static long jumps; /* seconds by which the time of day may be off at any look at it; 0: none */
+static unsigned long looks;
+
+/* Let the time of day jump back and forth, by less than so many seconds. */
+void faults_clock(long most) { jumps = most; }
+
+static long off(void) {
+  if (!jumps) return 0;
+  unsigned long number = __sync_add_and_fetch(&looks, 1) * 6364136223846793005ul;
+  return (long)((number >> 16) % (2 * (unsigned long)jumps)) - jumps;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  REAL(clock_gettime);
+  int done = real(clock, now);
+  if (!done && clock == CLOCK_REALTIME) now->tv_sec += off();
+  return done;
+}
+
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+  static int (*real)(struct timeval *, void *);
+  if (!real) real = (int (*)(struct timeval *, void *))dlsym(RTLD_NEXT, "gettimeofday");
+  int done = real(now, zone);
+  if (!done) now->tv_sec += off();
+  return done;
+}
+
+time_t time(time_t *into) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (into) *into = now.tv_sec;
+  return now.tv_sec;
+}
 
 /* Write what changes below a folder into a descriptor; -1 ends it. */
 void faults_record(const char *folder, int into) {

@@ -23,6 +23,7 @@ __all__ = [
     "build",
     "changes",
     "injecting",
+    "jumping_clock",
     "recording",
 ]
 
@@ -112,6 +113,17 @@ def injecting(folder: Path, fault: Fault, number: int) -> Iterator[Injected]:
     finally:
         shim.faults_disarm.restype = shim.faults_fired.restype = ctypes.c_long
         found.calls, found.fired = shim.faults_disarm(), shim.faults_fired()
+
+
+@contextmanager
+def jumping_clock(most: int) -> Iterator[None]:
+    """Let the time of day jump back and forth by less than ``most`` seconds at every look at it."""
+    shim = ctypes.CDLL(None)
+    shim.faults_clock(ctypes.c_long(most))
+    try:
+        yield
+    finally:
+        shim.faults_clock(ctypes.c_long(0))
 
 
 @dataclass(frozen=True)

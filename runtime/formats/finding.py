@@ -192,13 +192,23 @@ def find_in_folder(
     return replace(whole, items=items, passed=tuple(passed))
 
 
-def find_inputs(paths: Sequence[Path], kind: str | None = None) -> Finding:
+def find_inputs(
+    paths: Sequence[Path],
+    kind: str | None = None,
+    *,
+    by_folder: bool = True,
+    read: Callable[[Path], Header] | None = None,
+    named: bool = True,
+) -> Finding:
     """Return what a person named: files as they are, folders by what is in them.
 
     DICOM files of one series that are named one by one (``scan/*.dcm``) are one image.
 
     Parameters
     ----------
+    by_folder, read : see :func:`find_in_folder`.
+    named : a file that is no image is an item, whose reader says so; False, for files that matched
+        a pattern: it is passed over.
     kind : one of :data:`FORMATS`: files are taken for that, and of folders only those that are.
 
     Raises
@@ -215,7 +225,7 @@ def find_inputs(paths: Sequence[Path], kind: str | None = None) -> Finding:
     loose: dict[Path, _Sorted] = {}
     for path in paths:
         if path.is_dir():
-            part = find_in_folder(path, kind=kind)
+            part = find_in_folder(path, by_folder=by_folder, kind=kind, read=read)
             items += part.items
             masks += part.masks
             passed += part.passed
@@ -224,11 +234,11 @@ def find_inputs(paths: Sequence[Path], kind: str | None = None) -> Finding:
             items.append(file_item(path, path.parent, kind or "image"))
         else:
             group = loose.setdefault(
-                path.parent, _Sorted(path.parent, passed, {}, read_header, named=True)
+                path.parent, _Sorted(path.parent, passed, {}, read or read_header, named=named)
             )
             group.take(path, _signature(path))
     for group in loose.values():
-        part = group.finish(by_folder=True)
+        part = group.finish(by_folder)
         items += part.items
         masks += part.masks
         drawn_on |= part.drawn_on

@@ -27,8 +27,9 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.inbox import Inbox
-from recallseg.runtime.services.outputs import output_base, record_file, time_base, write_result
-from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files
+from recallseg.runtime.services.items import segment_item
+from recallseg.runtime.services.outputs import output_base, record_file, time_base
+from recallseg.runtime.volumes.outputs import VolumeSettings
 
 __all__ = ["Arrival", "Watcher"]
 
@@ -288,20 +289,14 @@ class Watcher:
     def _write_once(
         self, item: Item, image: NDArray[Any] | Volume, base: Path, extra: Mapping[str, Any]
     ) -> dict[str, Any]:
-        if not isinstance(image, Volume):
-            result = self._segmenter.segment(image)
-            if self._audit is not None:
-                self._audit.record(image, result.label_map, result.to_audit())
-            return write_result(base, result, item.name)
-        _, record = segment_to_files(
+        _, record = segment_item(
             self._segmenter,
+            item,
             image,
             base,
             self._volumes,
-            kind=item.kind,
-            source=item.name,
             log=self._audit,
-            extra={"files": len(item.files), **extra},
+            extra={"files": len(item.files), **extra} if isinstance(image, Volume) else None,
         )
         return record
 

@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from recallseg import __version__
+from recallseg.commands.archive import archive
 from recallseg.commands.audit import app as audit_app
 from recallseg.commands.build import build
 from recallseg.commands.cache import app as cache_app
@@ -84,6 +85,8 @@ EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "dicomweb_client": "node",
+    "fsspec": "archive",
+    "pyarrow": "archive",
 }
 """Which extra brings a package that may be missing."""
 
@@ -213,6 +216,7 @@ for _command in (release, install, retire, reinstate, rename, merge, backup, res
     library_app.command()(_command)
 app.add_typer(library_app, name="library")
 app.command()(segment)
+app.command()(archive)
 app.command()(watch)
 app.command()(serve)
 app.command()(evaluate)

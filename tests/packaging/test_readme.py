@@ -89,6 +89,14 @@ def test_the_commands_of_the_libraries_page_run(folder: Path) -> None:
     assert "rename_structure from: core; to: centre; 6 exemplars" in told
 
 
+def test_the_commands_of_the_archive_page_run(folder: Path) -> None:
+    (text,) = blocks("sh", README.parent / "docs" / "archive.md")
+    told = run(["bash", "-euc", text], folder)
+    assert "2 done, 0 set aside" in told
+    assert '"before": 2' in told
+    assert (folder / "archived" / "summary.parquet").is_file()
+
+
 def test_the_python_example_runs(folder: Path) -> None:
     (program,) = blocks("python")
     program += '\nassert result.masks["lesion"].shape == image.shape\nprint(result)'

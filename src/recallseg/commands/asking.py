@@ -77,19 +77,22 @@ class Asking:
         """Return a segmenter of an open library."""
         from recallseg.runtime.segmenting.segmenter import Segmenter
 
+        return Segmenter(library, **self.settings(frames))
+
+    def settings(self, frames: int = 0) -> dict[str, Any]:
+        """Return the keyword arguments of a segmenter; raises BadParameter."""
         names, tags = self._parsed()
-        return Segmenter(
-            library,
-            k=self.k,
-            structures=names,
-            tags=tags,
-            reach=self.reach,
-            engine=self.engine,
-            precision=self.precision,
-            threads=self.threads,
-            frames=frames,
-            refine=self.refine,
-        )
+        return {
+            "k": self.k,
+            "structures": names,
+            "tags": tags,
+            "reach": self.reach,
+            "engine": self.engine,
+            "precision": self.precision,
+            "threads": self.threads,
+            "frames": frames,
+            "refine": self.refine,
+        }
 
     def _parsed(self) -> tuple[list[str] | None, dict[str, str]]:
         names = None

@@ -56,7 +56,6 @@ def segment(
 ) -> None:
     """Segment images, and volumes slice by slice, by recalling the library's exemplars."""
     from recallseg.runtime.formats.finding import find_inputs
-    from recallseg.runtime.formats.reading import count_item
     from recallseg.runtime.library import Library
 
     if overwrite and resume:
@@ -78,15 +77,7 @@ def segment(
         with progress_bar("Segmenting", len(jobs)) as step:
             for item, base in jobs:
                 try:
-                    if item.kind == "image":
-                        done = iter([_segment_image(segmenter, item, base, settings, log)])
-                    else:
-                        times = [None if settings.time == "all" else settings.time]
-                        if settings.time == "all":
-                            times = list(range(1, count_item(item, settings.stack) + 1))
-                        done = _segment_volume(
-                            segmenter, item, base, settings, times, overwrite, resume, log
-                        )
+                    done = _segment_item(segmenter, item, base, settings, overwrite, resume, log)
                     for record, line in done:
                         records.append(record)
                         for text in record.get("notes", ()):
@@ -109,37 +100,35 @@ def segment(
         raise typer.Exit(1)
 
 
-def _segment_image(
-    segmenter: Segmenter, item: Item, base: Path, settings: VolumeSettings, log: AuditLog | None
-) -> tuple[dict[str, Any], str]:
-    from recallseg.runtime.formats.images import read_image
-    from recallseg.runtime.services.outputs import mask_file, write_result
-
-    image = read_image(item.path, as_stored=settings.as_stored)
-    say_notice(segmenter.bundle.notice)
-    result = segmenter.segment(image)
-    if log is not None:
-        log.record(image, result.label_map, result.to_audit())
-    record = write_result(base, result, item.name, _request(item, settings))
-    return record, f"{mask_file(base)}  {result!r}"
-
-
-def _segment_volume(
+def _segment_item(
     segmenter: Segmenter,
     item: Item,
     base: Path,
     settings: VolumeSettings,
-    times: Sequence[int | None],
     overwrite: bool,
     resume: bool,
     log: AuditLog | None,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Segment a volume, or each of several at one place: those get names of their own."""
-    from recallseg.runtime.formats.reading import read_item
+    """Segment an image, a volume, or each of several at one place: those get names of their own."""
+    from recallseg.runtime.formats.images import read_image
+    from recallseg.runtime.formats.reading import count_item, read_item
     from recallseg.runtime.formats.volume import Slicing
-    from recallseg.runtime.services.outputs import is_done, time_base
-    from recallseg.runtime.volumes.outputs import segment_to_files
+    from recallseg.runtime.services.items import request_of, segment_item
+    from recallseg.runtime.services.outputs import is_done, mask_file, time_base
 
+    request = request_of(item, settings)
+    extra = {"request": request}
+    if item.kind == "image":
+        picture = read_image(item.path, as_stored=settings.as_stored)
+        say_notice(segmenter.bundle.notice)
+        result, record = segment_item(
+            segmenter, item, picture, base, settings, log=log, extra=extra
+        )
+        yield record, f"{mask_file(base)}  {result!r}"
+        return
+    times = [None if settings.time == "all" else settings.time]
+    if settings.time == "all":
+        times = list(range(1, count_item(item, settings.stack) + 1))
     for time in times:
         with progress_bar(f"Reading {printable(item.name)}", len(item.files)) as step:
             each = step if len(item.files) > 1 else lambda image: None  # one file has many
@@ -149,25 +138,13 @@ def _segment_volume(
         slices = Slicing.of(volume, settings.plane).count(volume)
         say_notice(segmenter.bundle.notice)
         target = base if time is None or len(times) == 1 else time_base(base, time)
-        if (
-            target != base
-            and resume
-            and is_done(target, _request(item, settings)["request"], segmenter.provenance)
-        ):
+        if target != base and resume and is_done(target, request, segmenter.provenance):
             continue
         if target != base and not (overwrite or resume):
             _refuse_existing([(item, target)])
         with progress_bar(printable(item.name), slices) as step:
-            result, record = segment_to_files(
-                segmenter,
-                volume,
-                target,
-                settings,
-                kind=item.kind,
-                source=item.name,
-                log=log,
-                progress=step,
-                extra=_request(item, settings),
+            result, record = segment_item(
+                segmenter, item, volume, target, settings, log=log, progress=step, extra=extra
             )
         written = record["mask"] or "nothing found"
         yield record, f"{base.parent / written}  {result!r}"
@@ -208,21 +185,13 @@ def _left(
     jobs: Sequence[tuple[Item, Path]], settings: VolumeSettings, segmenter: Segmenter
 ) -> list[tuple[Item, Path]]:
     """Return the jobs that no earlier call has done; InputError where it did something else."""
+    from recallseg.runtime.services.items import request_of
     from recallseg.runtime.services.outputs import is_done
 
     made = segmenter.provenance
     return [
-        (item, base)
-        for item, base in jobs
-        if not is_done(base, _request(item, settings)["request"], made)
+        (item, base) for item, base in jobs if not is_done(base, request_of(item, settings), made)
     ]
-
-
-def _request(item: Item, settings: VolumeSettings) -> dict[str, str]:
-    """Return what a record says of what was asked for: which files as they are, treated how."""
-    from recallseg.engines.digest import digest_json
-
-    return {"request": digest_json([item.kind, repr(item.signature), repr(settings)])}
 
 
 def _refuse_existing(jobs: Sequence[tuple[Item, Path]]) -> None:

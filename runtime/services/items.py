@@ -1,0 +1,73 @@
+"""One found item in, its segmentation and record out: what segment, watch and archive share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from recallseg.engines.digest import digest_json
+from recallseg.runtime.formats.finding import Item
+from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.segmenting.result import Result
+from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.outputs import write_result
+from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files
+from recallseg.runtime.volumes.slices import VolumeResult
+
+__all__ = ["request_of", "segment_item"]
+
+
+def request_of(item: Item, settings: VolumeSettings) -> str:
+    """Return a digest of what is asked for: which files as they are, treated how.
+
+    It stands in a record as ``request``, see
+    :func:`recallseg.runtime.services.outputs.is_done`.
+    """
+    return digest_json([item.kind, repr(item.signature), repr(settings)])
+
+
+def segment_item(
+    segmenter: Segmenter,
+    item: Item,
+    image: NDArray[Any] | Volume,
+    base: Path,
+    settings: VolumeSettings,
+    *,
+    log: AuditLog | None = None,
+    progress: Callable[[str], None] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> tuple[Result | VolumeResult, dict[str, Any]]:
+    """Segment what was read of an item, record it in the log, write it; return it and its record.
+
+    Parameters
+    ----------
+    image : HxW or HxWx3, or a volume.
+    base : path of the outputs, less their suffixes.
+    settings, progress : for volumes.
+    extra : what else the record shall have.
+
+    Raises
+    ------
+    InputError, OutputError, EngineRunError, AuditError, OSError
+        As :meth:`Segmenter.segment`, :func:`segment_to_files` and :func:`write_result` say.
+    """
+    if isinstance(image, Volume):
+        return segment_to_files(
+            segmenter,
+            image,
+            base,
+            settings,
+            kind=item.kind,
+            source=item.name,
+            log=log,
+            progress=progress,
+            extra=extra,
+        )
+    result = segmenter.segment(image)
+    if log is not None:
+        log.record(image, result.label_map, result.to_audit())
+    return result, write_result(base, result, item.name, extra)

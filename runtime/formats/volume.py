@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -230,15 +231,19 @@ class Slicing:
 
     def places(self, volume: Volume) -> Callable[[int], NDArray[np.int64]]:
         """Return what gives, for a slice, the flat index IxJxK of each of its pixels, HxW."""
-        steps = np.array([volume.shape[1] * volume.shape[2], volume.shape[2], 1])
-        shape = [1 if axis == self.axis else size for axis, size in enumerate(volume.shape)]
-        plane = sum(
-            np.arange(size, dtype=np.int64).reshape([-1 if a == axis else 1 for a in range(3)])
-            * steps[axis]
-            for axis, size in enumerate(shape)
-        )
-        first = self.view(np.asarray(plane), 0)
-        return lambda index: first + index * int(steps[self.axis])
+        steps = (volume.shape[1] * volume.shape[2], volume.shape[2], 1)
+
+        @cache  # large, and seldom asked for
+        def first() -> NDArray[np.int64]:
+            shape = [1 if axis == self.axis else size for axis, size in enumerate(volume.shape)]
+            plane = sum(
+                np.arange(size, dtype=np.int64).reshape([-1 if a == axis else 1 for a in range(3)])
+                * steps[axis]
+                for axis, size in enumerate(shape)
+            )
+            return self.view(np.asarray(plane), 0)
+
+        return lambda index: first() + index * steps[self.axis]
 
     def spacing(self, volume: Volume) -> tuple[float, float]:
         """Return the millimetres between rows and between columns of a slice."""

@@ -84,8 +84,9 @@ class VolumeResult:
 
     Attributes
     ----------
-    label_map : uint8 IxJxK on the volume's own grid; 0 is background, ``labels`` names the rest.
-        Where structures overlap, the one with the highest logit has the voxel.
+    label_map : uint8 IxJxK on the volume's own grid, in memory as the volume's array lies; 0 is
+        background, ``labels`` names the rest. Where structures overlap, the one with the highest
+        logit has the voxel.
     shared : by structure, flat indices (int64) of its voxels that another one has in
         ``label_map``; see :meth:`mask`.
     slicing : how it was cut.
@@ -231,7 +232,8 @@ def segment_volume(
         If it took too long.
     """
     slicing = Slicing.of(volume, plane)
-    label_map = np.zeros(volume.shape, np.uint8)
+    grey = volume.array if volume.array.ndim == 3 else volume.array[..., 0]
+    label_map = np.zeros_like(grey, np.uint8, subok=False)
     shared: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
     places = slicing.places(volume)
     records: dict[int, SliceRecord] = {}
@@ -241,13 +243,15 @@ def segment_volume(
         if index in records:
             continue
         slicing.view(label_map, index)[:] = result.label_map
-        for name, mask in result.masks.items():
-            lost = mask & (result.label_map != result.labels[name])
-            if lost.any():
-                shared[name].append(places(index)[lost])
+        pixels = {name: int(np.count_nonzero(mask)) for name, mask in result.masks.items()}
+        if sum(pixels.values()) > np.count_nonzero(result.label_map):  # structures overlap
+            for name, mask in result.masks.items():
+                lost = mask & (result.label_map != result.labels[name])
+                if lost.any():
+                    shared[name].append(places(index)[lost])
         records[index] = SliceRecord(
             index,
-            {name: int(mask.sum()) for name, mask in result.masks.items()},
+            pixels,
             result.scores,
             result.recalled,
             result.frame_memories,

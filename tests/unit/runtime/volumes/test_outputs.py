@@ -19,6 +19,7 @@ from recallseg import Bundle, Library, cli
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
 from recallseg.runtime.formats.reading import read_volume
+from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.volumes import outputs
 from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files, write_volume_result
@@ -89,6 +90,20 @@ def test_segmenting_keeps_what_overlaps(tmp_path: Path, library: Path) -> None:
         )  # fmt: skip
     for name in result.labels:
         assert np.array_equal(result.mask(name), np.stack([masks[name] for masks in planes]))
+
+
+def test_how_an_array_lies_in_memory_changes_nothing(library: Path) -> None:
+    lying = np.asfortranarray(ARRAY), ARRAY.transpose(2, 0, 1).copy().transpose(1, 2, 0), ARRAY
+    with Library.open(library) as opened:
+        segmenter = Segmenter(opened, k=1, engine="fake")
+        found = [segment_volume(segmenter, Volume(each, np.eye(4), "LPS")) for each in lying]
+    cleaned = [clean_up(each, largest=True, fill_holes=True) for each in found]
+    assert found[2].shared
+    for one, clean, array in zip(found, cleaned, lying, strict=True):
+        assert one == found[2]
+        assert one.label_map.strides == np.zeros_like(array, np.uint8).strides
+        for name in one.labels:
+            assert np.array_equal(clean.mask(name), cleaned[2].mask(name))
 
 
 def test_clean_up_of_what_overlaps(tmp_path: Path, library: Path) -> None:

@@ -1,16 +1,17 @@
 """The libraries and segmenters that rules ask, opened when first needed and kept up to date.
 
 Between two questions a library may have been added to, fitted anew, rebuilt for another bundle,
-replaced by another folder, or taken away. All of that is seen when the next question is asked:
-what changed is opened again, and what is gone is a LibraryNotFoundError until it is back.
+replaced by another folder (as ``library install`` does), or taken away. All of that is seen when
+the next question is asked: what changed is opened again, and what is gone is a LibraryNotFoundError
+until it is back. A question that is under way keeps what it was asked of.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,13 @@ __all__ = ["Questions", "check_rule"]
 class _Open:
     segmenter: Segmenter
     place: tuple[int, int]  # device and inode of the catalog: another file is another library
+    users: int = 0
+    left: bool = False  # for another one: closed as soon as nobody uses it
+
+    def close_unused(self) -> None:
+        if self.left and not self.users:
+            with suppress(LibraryError):  # it may be gone
+                self.segmenter.library.close()
 
 
 class Questions:
@@ -47,10 +55,9 @@ class Questions:
         self._open: dict[str, _Open] = {}
         self._models: list[Model] = []
 
-    def segmenter(self, rule: Rule) -> Segmenter:
-        """Return the segmenter of a rule, as its library is now.
-
-        It may be used until the next call for the same rule.
+    @contextmanager
+    def ask(self, rule: Rule) -> Iterator[Segmenter]:
+        """Yield the segmenter of a rule, as its library is now; it stays that in the block.
 
         Raises
         ------
@@ -60,6 +67,18 @@ class Questions:
             As :class:`recallseg.Segmenter` says.
         """
         with self._lock:
+            held = self._current(rule)
+            held.users += 1
+            segmenter = held.segmenter
+        try:
+            yield segmenter
+        finally:
+            with self._lock:
+                held.users -= 1
+                held.close_unused()
+
+    def _current(self, rule: Rule) -> _Open:
+        with self._lock:
             try:
                 place = _place(rule.library)
             except OSError:
@@ -68,11 +87,9 @@ class Questions:
             known = self._open.get(rule.name)
             if known is not None and known.place == place:
                 try:
-                    if not known.segmenter.library.refresh():
-                        return known.segmenter
-                    made = self._make(rule, known.segmenter.library)
-                    self._open[rule.name] = _Open(made, place)
-                    return made
+                    if known.segmenter.library.refresh():
+                        known.segmenter = self._make(rule, known.segmenter.library)
+                    return known
                 except LibraryMismatchError:
                     pass  # rebuilt for another bundle
             self.forget(rule)
@@ -82,26 +99,27 @@ class Questions:
             except BaseException:
                 library.close()
                 raise
-            self._open[rule.name] = _Open(made, place)
-            return made
+            self._open[rule.name] = opened = _Open(made, place)
+            return opened
 
     def warm_up(self, rules: Iterable[Rule]) -> dict[str, RecallSegError]:
         """Open what rules ask and let each answer once; return what failed, by rule."""
         failed = {}
         for rule in rules:
             try:
-                self.segmenter(rule).warm_up(1)
+                with self.ask(rule) as segmenter:
+                    segmenter.warm_up(1)
             except RecallSegError as error:
                 failed[rule.name] = error
         return failed
 
     def forget(self, rule: Rule) -> None:
-        """Close what a rule asked, so that the next question opens it anew."""
+        """Let the next question open what a rule asks anew."""
         with self._lock:
             known = self._open.pop(rule.name, None)
             if known is not None:
-                with suppress(LibraryError):  # it may be gone
-                    known.segmenter.library.close()
+                known.left = True
+                known.close_unused()
 
     def close(self) -> None:
         """Close everything. Harmless if repeated."""

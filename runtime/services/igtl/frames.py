@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ class Frames:
         self._lock = threading.Lock()
         self._pushed: dict[int, tuple[Image, Message, float]] = {}
         self._segmenter: Segmenter | None = None
+        self._asked = ExitStack()
         self._stream: Stream | None = None
         self._volumes: _Newest | None = None
         self._seen: tuple[object, ...] = ()
@@ -106,8 +108,9 @@ class Frames:
             self._stream.close()
         if self._volumes is not None:
             self._volumes.close()
-        self._stream = self._volumes = None
+        self._stream = self._volumes = self._segmenter = None
         self._pushed.clear()
+        self._asked.close()
 
     def _refresh(self) -> None:
         """Open the library anew if it has changed; what is in work ends before that."""
@@ -118,8 +121,8 @@ class Frames:
         seen = _state(self._rule)
         if self._segmenter is None or seen != self._seen:
             self.close()
-            self._segmenter = None
-            self._segmenter, self._seen = self._questions.segmenter(self._rule), seen
+            self._segmenter = self._asked.enter_context(self._questions.ask(self._rule))
+            self._seen = seen
 
     def _result(self, frame: Frame) -> None:
         with self._lock:

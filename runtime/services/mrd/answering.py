@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -47,18 +48,18 @@ class Answer:
 
     Attributes
     ----------
-    images : messages, each with the kind that its series is of.
+    images : messages, each with the kind that its series is of; who gets them may change them.
     state : ``answered``, ``unmatched``, ``skipped``, ``late`` or ``failed``.
     notes : sentences for the scanner's log.
     """
 
-    images: tuple[tuple[str, bytes], ...] = ()
+    images: tuple[tuple[str, bytearray], ...] = ()
     state: str = "answered"
     notes: tuple[str, ...] = ()
 
 
 class Answerer:
-    """Asks what rules say of images; in a process of its own.
+    """Asks what rules say of images; in a process of its own, in several threads.
 
     Parameters
     ----------
@@ -73,6 +74,7 @@ class Answerer:
         self._settings, self._audit = settings, audit
         self._questions = Questions()
         self._variants: OrderedDict[str, Rule] = OrderedDict()
+        self._lock = threading.Lock()
         self._log = ServiceLog("mrd.answer")
 
     def warm_up(self) -> None:
@@ -84,7 +86,7 @@ class Answerer:
         """Close libraries and models."""
         self._questions.close()
 
-    def answer(self, raw: bytes, said: Said, *, nul: bool, until: float) -> Answer:
+    def answer(self, raw: bytes | bytearray, said: Said, *, nul: bool, until: float) -> Answer:
         """Answer one image.
 
         Parameters
@@ -102,7 +104,7 @@ class Answerer:
             self._log.error("an image cannot be segmented", error=error)
             return Answer(state="failed", notes=(f"an image cannot be segmented: {error}",))
 
-    def _answer(self, raw: bytes, said: Said, nul: bool, until: float) -> Answer:
+    def _answer(self, raw: bytes | bytearray, said: Said, nul: bool, until: float) -> Answer:
         image = Image.of(raw)
         wish = Wish.of(said, tuple(self._rules), self._settings.returned)
         if not (wish.returned.mask or wish.returned.overlay or wish.returned.roi):
@@ -123,13 +125,12 @@ class Answerer:
                 ),
             )
         volume, notes = volume_of(image, attributes)
-        made: list[tuple[str, bytes]] = []
+        made: list[tuple[str, bytearray]] = []
         for rule in rules:
             result = self._segmented(self._asked(rule, wish), volume, until)
             labels = _as_sent(volume, result.label_map)
-            masks = {name: _as_sent(volume, mask) for name, mask in result.masks.items()}
             told = _told(rule, result)
-            answers = _answers(image, attributes, masks, labels, result, rule, told, wish)
+            answers = _answers(image, attributes, volume, labels, result, rule, told, wish)
             if wish.returned.roi and labels.shape[0] > 1:
                 notes = (*notes, "contours are made of two-dimensional images only.")
             made += [
@@ -142,13 +143,13 @@ class Answerer:
         left_ms = (until - time.monotonic()) * 1e3
         if left_ms <= 0:
             raise DeadlineError("an image had waited too long and was not begun.")
-        segmenter = self._questions.segmenter(rule)
-        result = segment_volume(
-            segmenter,
-            volume,
-            plane=rule.volumes.plane if volume.frame != "image" else None,
-            deadline_ms=max(0.0, (until - time.monotonic()) * 1e3),
-        )
+        with self._questions.ask(rule) as segmenter:
+            result = segment_volume(
+                segmenter,
+                volume,
+                plane=rule.volumes.plane if volume.frame != "image" else None,
+                deadline_ms=max(0.0, (until - time.monotonic()) * 1e3),
+            )
         if rule.volumes.largest or rule.volumes.fill_holes:
             result = clean_up(
                 result, largest=rule.volumes.largest, fill_holes=rule.volumes.fill_holes
@@ -180,11 +181,13 @@ class Answerer:
         structures = wish.structures or rule.structures
         name = f"{rule.name} {recipe.k} {','.join(structures or ())}"
         changes = {"name": name, "recipe": recipe, "structures": structures}
-        self._variants[name] = rule.model_copy(update=changes)
-        self._variants.move_to_end(name)
-        while len(self._variants) > VARIANTS:
-            self._questions.forget(self._variants.popitem(last=False)[1])
-        return self._variants[name]
+        variant = rule.model_copy(update=changes)
+        with self._lock:
+            self._variants[name] = variant
+            self._variants.move_to_end(name)
+            while len(self._variants) > VARIANTS:
+                self._questions.forget(self._variants.popitem(last=False)[1])
+        return variant
 
     def _coloured(self, kind: str, image: Image) -> Image:
         if kind != "mask" or not self._settings.colours:
@@ -245,11 +248,9 @@ def _affine(header: object, attributes: dict[str, list[str]]) -> NDArray[np.floa
         across = np.cross(row, column)
     directions = np.stack([row, column, across], axis=1)
     position = fields["position"].astype(np.float64)
-    if not (np.isfinite(directions).all() and np.isfinite(position).all()):
+    if not (np.isfinite([position, extent]).all() and (extent > 0).all()):
         return None
-    if not (np.isfinite(extent).all() and (extent > 0).all()):
-        return None
-    if not np.allclose(directions.T @ directions, np.eye(3), atol=1e-3):
+    if not np.abs(directions.T @ directions - np.eye(3)).max() < 1e-3:  # NaN is not, either
         return None
     affine = np.eye(4)
     affine[:3, :3] = directions * (extent / size)
@@ -261,10 +262,10 @@ def _direction(
     attributes: dict[str, list[str]], name: str, otherwise: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     try:
-        given = np.array([float(value) for value in attributes.get(name, ())], np.float64)
+        given = [float(value) for value in attributes.get(name, ())]
     except ValueError:
-        given = np.empty(0)
-    return given if given.shape == (3,) else otherwise.astype(np.float64)
+        given = []
+    return np.array(given if len(given) == 3 else otherwise, np.float64)
 
 
 def _description(said: Said, attributes: dict[str, list[str]]) -> str:
@@ -281,7 +282,7 @@ def _told(rule: Rule, result: VolumeResult) -> str:
 def _answers(
     image: Image,
     attributes: dict[str, list[str]],
-    masks: Mapping[str, NDArray[np.bool_]],
+    volume: Volume,
     labels: NDArray[np.uint8],
     result: VolumeResult,
     rule: Rule,
@@ -323,7 +324,9 @@ def _answers(
             ("overlay", image.answer(coloured, about("overlay", "Image", **window), image_type=RGB))
         )
     if wish.returned.roi and labels.shape[0] == 1:
-        contours = _contours({result.labels[name]: mask[0] for name, mask in masks.items()})
+        contours = _contours(
+            {value: _as_sent(volume, result.mask(name))[0] for name, value in result.labels.items()}
+        )
         text = about("roi", "Image", **contours)
         made.append(("roi", replace(image, attributes=text)))
     return made

@@ -218,9 +218,8 @@ class Conversation:
             self._send(message.raw)
         (series,) = struct.unpack_from("<H", message.raw, SERIES_AT)
         for kind, image in answer.images:
-            made = bytearray(image)
-            struct.pack_into("<H", made, SERIES_AT, self._series_of(series, kind))
-            self._send(made)
+            struct.pack_into("<H", image, SERIES_AT, self._series_of(series, kind))
+            self._send(image)
 
     def _series_of(self, source: int, kind: str) -> int:
         """Return the series of results of a kind: one that the scanner has not used so far."""

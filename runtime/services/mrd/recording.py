@@ -84,7 +84,7 @@ class Recording:
                 ServiceLog("mrd").error("a recording has ended", error=error)
 
 
-def without_identifiers(message: Message) -> bytes:
+def without_identifiers(message: Message) -> bytes | bytearray:
     """Return a message as it is kept."""
     nul = message.ends_with_nul
     if message.id == CONFIG_FILE:
@@ -180,7 +180,7 @@ def _parameters(text: str) -> str:
     return json.dumps({"parameters": kept})
 
 
-def _image(message: Message) -> bytes:
+def _image(message: Message) -> bytearray:
     image = Image.of(message.raw)
     try:
         attributes = attributes_of(image.attributes)

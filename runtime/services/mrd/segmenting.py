@@ -1,7 +1,8 @@
 """The process that segments, beside the one that passes on: neither waits for the other.
 
 What is asked of it comes back in time or is given up. If it dies or hangs it is started anew, and
-images are passed on alone meanwhile.
+images are passed on alone meanwhile. It reads the next image and writes the last answer while an
+image is segmented.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import os
 import pickle
 import queue
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 from recallseg.engines.child import bound_process, python_command, python_environment
@@ -34,6 +35,8 @@ __all__ = ["SegmentingProcess", "Setup"]
 
 HUNG_S = 30.0
 """After a deadline, before a process that does not answer is ended."""
+WORKERS = 2
+"""Threads of the process: one prepares and answers while the other has the model."""
 _FIRST_S, _MOST_S = 0.5, 30.0
 _LOOK_S = 0.5
 _GONE = Answer(state="failed", notes=("the segmentation ended: an image is passed on alone.",))
@@ -68,7 +71,7 @@ class SegmentingProcess:
         self._futures: dict[int, tuple[Future[Answer], float]] = {}
         self._number = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._link: Connection[Any, Any] | None = None
+        self._link: socket.socket | None = None
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._threads = [
@@ -137,27 +140,30 @@ class SegmentingProcess:
 
     def _open(self) -> None:
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            self._process = subprocess.Popen(  # noqa: S603  # this Python, this module
-                python_command(__name__, str(theirs.fileno()), str(os.getpid())),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=python_environment(),
-            )
-            link: Connection[Any, Any] = Connection(ours.detach())
-        link.send(self._setup)
-        self._link = link
+        try:
+            with theirs:
+                self._process = subprocess.Popen(  # noqa: S603  # this Python, this module
+                    python_command(__name__, str(theirs.fileno()), str(os.getpid())),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=python_environment(),
+                )
+            _put(ours, self._setup)
+        except BaseException:
+            ours.close()
+            raise
+        self._link = ours
 
     def _take(self) -> None:
         link = self._link
         assert link is not None
-        if link.recv() == "ready":
+        if _get(link)[0] == "ready":
             self._ready.set()
             self._log.info("the segmentation is ready")
         while True:
-            number, state, notes, kinds = link.recv()
-            images = tuple((kind, link.recv_bytes()) for kind in kinds)
+            (number, state, notes, kinds), messages = _get(link)
+            images = tuple(zip(kinds, messages, strict=True))
             self._answer(number, Answer(images, state, notes))
 
     def _send(self) -> None:
@@ -167,9 +173,8 @@ class SegmentingProcess:
             try:
                 if link is None:
                     raise BrokenPipeError
-                link.send(job)
-                link.send_bytes(raw)
-            except (OSError, ValueError):  # ended meanwhile
+                _put(link, job, raw)
+            except OSError:  # ended meanwhile
                 self._answer(job.number, _GONE)
 
     def _watch(self) -> None:
@@ -203,39 +208,70 @@ class SegmentingProcess:
             self._process.wait()
         link, self._link = self._link, None
         if link is not None:
-            with suppress(OSError):
-                link.close()
+            link.close()
 
 
-def _serve(link: Connection[Any, Any]) -> None:
-    setup: Setup = link.recv()
+def _put(link: socket.socket, told: object, *blobs: bytes | bytearray) -> None:
+    """Send a value, and bytes that belong to it."""
+    head = pickle.dumps((told, [len(blob) for blob in blobs]))
+    link.sendall(struct.pack("<I", len(head)) + head)
+    for blob in blobs:
+        link.sendall(blob)
+
+
+def _get(link: socket.socket) -> tuple[Any, list[bytearray]]:
+    """Receive what :func:`_put` sent; EOFError if nothing comes any more."""
+    (count,) = struct.unpack("<I", _bytes(link, 4))
+    told, sizes = pickle.loads(_bytes(link, count))  # noqa: S301  # of the other process of ours
+    return told, [_bytes(link, size) for size in sizes]
+
+
+def _bytes(link: socket.socket, count: int) -> bytearray:
+    whole = bytearray(count)
+    view = memoryview(whole)
+    while view:
+        got = link.recv_into(view, 0, socket.MSG_WAITALL)
+        if not got:
+            raise EOFError
+        view = view[got:]
+    return whole
+
+
+def _serve(link: socket.socket) -> None:
+    setup: Setup = _get(link)[0]
     configure_logs(setup.log.format, setup.log.level)
     silence_libraries()
-    jobs: queue.SimpleQueue[tuple[_Job, bytes] | None] = queue.SimpleQueue()
-
-    def receive() -> None:
-        try:
-            while True:
-                job = link.recv()
-                jobs.put((job, link.recv_bytes()))
-        except (EOFError, OSError):
-            jobs.put(None)
-
-    threading.Thread(target=receive, name="receive", daemon=True).start()
+    jobs: queue.SimpleQueue[tuple[_Job, bytearray] | None] = queue.SimpleQueue()
     audit = None if setup.audit is None else setup.audit.open()
     answerer = Answerer(setup.rules, setup.settings, audit)
+    sending = threading.Lock()
+
+    def receive() -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                job, (raw,) = _get(link)
+                jobs.put((job, raw))
+        jobs.put(None)
+
+    def work() -> None:
+        try:
+            while (asked := jobs.get()) is not None:
+                job, raw = asked
+                answer = answerer.answer(raw, job.said, nul=job.nul, until=job.until)
+                kinds = [kind for kind, _ in answer.images]
+                told = (job.number, answer.state, answer.notes, kinds)
+                with sending, suppress(OSError):  # then nobody waits any more: see receive
+                    _put(link, told, *(message for _, message in answer.images))
+        finally:
+            jobs.put(None)  # none goes on without the others
+
+    threading.Thread(target=receive, name="receive", daemon=True).start()
     answerer.warm_up()
-    link.send("ready")
+    _put(link, "ready")
     try:
-        while (asked := jobs.get()) is not None:
-            job, raw = asked
-            answer = answerer.answer(raw, job.said, nul=job.nul, until=job.until)
-            kinds = [kind for kind, _ in answer.images]
-            link.send((job.number, answer.state, answer.notes, kinds))
-            for _, message in answer.images:
-                link.send_bytes(message)
-    except OSError:
-        pass  # nobody waits any more
+        with ThreadPoolExecutor(WORKERS, "work") as pool:
+            for done in as_completed([pool.submit(work) for _ in range(WORKERS)]):
+                done.result()
     finally:
         answerer.close()
 
@@ -245,7 +281,8 @@ def main() -> None:
     descriptor, parent = map(int, sys.argv[1:3])
     if bound_process(parent, None):
         try:
-            _serve(Connection(descriptor))
+            with socket.socket(fileno=descriptor) as link:
+                _serve(link)
         except RecallSegError as error:
             ServiceLog("mrd.segment").error("the segmentation cannot start", error=error)
             raise SystemExit(1) from None

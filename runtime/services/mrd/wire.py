@@ -122,13 +122,16 @@ class Image:
         data = np.frombuffer(raw, DTYPES[int(header["data_type"])], -1, start + length)
         return cls(header, text, data.reshape(int(header["channels"]), z, y, x))
 
-    def message(self, *, nul: bool) -> bytes:
+    def message(self, *, nul: bool) -> bytearray:
         """Return the message; ``nul``: attributes end with it."""
         text = self.attributes.encode() + b"\0" * nul
         header = self.header.copy()
         header["attribute_string_len"] = len(text)
-        head = struct.pack("<H", IMAGE) + header.tobytes() + struct.pack("<Q", len(text))
-        return bytes(head + text + self.data.tobytes())
+        head = struct.pack("<H", IMAGE) + header.tobytes() + struct.pack("<Q", len(text)) + text
+        whole = bytearray(len(head) + self.data.nbytes)
+        whole[: len(head)] = head
+        np.frombuffer(whole, self.data.dtype, -1, len(head))[:] = self.data.reshape(-1)
+        return whole
 
     def answer(self, data: NDArray[Any], attributes: str, **changes: int) -> Image:
         """Return another image at the same place: all of the header but what must differ.

@@ -225,16 +225,16 @@ class Answerer:
         found = find_in_folder(
             files, links=False, by_folder=False, kind="dicom", read=self._readers
         )
-        segmenter = self._questions.segmenter(rule)
         troubles: list[str] = []
         answers: list[Answer] = []
-        for number, item in enumerate(found.items):
-            try:
-                answers += self._segment(folder / f"{number:04d}", item, rule, segmenter)
-            except (InputError, OutputError) as error:
-                if disk_error(error):
-                    raise
-                troubles.append(printable(error).replace(f"{files}/", ""))
+        with self._questions.ask(rule) as segmenter:
+            for number, item in enumerate(found.items):
+                try:
+                    answers += self._segment(folder / f"{number:04d}", item, rule, segmenter)
+                except (InputError, OutputError) as error:
+                    if disk_error(error):
+                        raise
+                    troubles.append(printable(error).replace(f"{files}/", ""))
         if not found.items:
             troubles = [each.reason for each in found.passed] or ["there is no image"]
         if not answers and troubles:

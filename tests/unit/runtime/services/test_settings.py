@@ -14,12 +14,17 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from support.services import half_library, wait_until
+from support.services import half_library
 from typer.testing import CliRunner
 
 from recallseg import Bundle, Library
 from recallseg.cli import app
-from recallseg.engines.errors import InputError, LibraryNotFoundError, OutputError
+from recallseg.engines.errors import (
+    InputError,
+    LibraryError,
+    LibraryNotFoundError,
+    OutputError,
+)
 from recallseg.runtime.services.logs import Marks, ServiceLog, configure_logs
 from recallseg.runtime.services.metrics import Metrics, MetricsServer
 from recallseg.runtime.services.questions import Questions
@@ -303,22 +308,30 @@ def test_a_library_that_changes_between_two_questions_is_seen(
     folder = half_library(tmp_path / "lib", fake_bundle)
     questions = Questions()
     rule = rule_of(folder)
-    first = questions.segmenter(rule)
-    assert questions.segmenter(rule) is first
-    image, masks = first.library.source(next(iter(first.library)).key)
+
+    def structures() -> tuple[str, ...]:
+        with questions.ask(rule) as segmenter:
+            return segmenter.structures
+
+    with questions.ask(rule) as first, questions.ask(rule) as second:
+        assert second is first
+        image, masks = first.library.source(next(iter(first.library)).key)
     with Library.open(folder, mode="write", engine="fake") as library:
         library.add(image + 1, {"other": masks["half"]})
-    assert questions.segmenter(rule).structures == ("half", "other")
+    assert structures() == ("half", "other")
     folder.rename(tmp_path / "away")
     with pytest.raises(LibraryNotFoundError):
-        questions.segmenter(rule)
+        structures()
     half_library(folder, fake_bundle, "third")  # another library in its place
-    assert questions.segmenter(rule).structures == ("third",)
-    (tmp_path / "lib").rename(tmp_path / "gone")
-    (tmp_path / "away").rename(folder)  # replaced while in use
-    assert questions.segmenter(rule).structures == ("half", "other")
-    twin = questions.segmenter(rule_of(tmp_path / "gone", name="b"))
-    assert twin.model is questions.segmenter(rule).model  # one model for rules of one kind
+    assert structures() == ("third",)
+    with questions.ask(rule) as third:
+        (tmp_path / "lib").rename(tmp_path / "gone")
+        (tmp_path / "away").rename(folder)  # replaced while in use
+        assert structures() == ("half", "other")
+        assert third.segment(image).masks["third"].any()  # what is under way is not disturbed
+    with pytest.raises(LibraryError, match="has been closed"):
+        third.segment(image)
+    with questions.ask(rule_of(tmp_path / "gone", name="b")) as twin, questions.ask(rule) as one:
+        assert twin.model is one.model  # one model for rules of one kind
     questions.close()
     assert twin.model.closed
-    wait_until(lambda: True)

@@ -66,7 +66,7 @@ class Place:
         )
         log.close()
 
-    def ready(self, seconds: float = 120) -> None:
+    def ready(self, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while True:
             try:

@@ -195,6 +195,15 @@ class Library(Upkeep, HeadDoor):
         return self._store.path
 
     @property
+    def replaced(self) -> bool:
+        """Whether another library, or none, is found now where this one was opened.
+
+        So it is after ``library install`` has put another release in use, or when the folder was
+        moved. This object goes on with the one that it opened. Costs some microseconds.
+        """
+        return self._store.replaced
+
+    @property
     def bundle(self) -> Bundle:
         """The bundle it belongs to; raises BundleError or LibraryMismatchError if it is gone."""
         return self._binding.bundle

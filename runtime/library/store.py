@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ class Store:
     Attributes
     ----------
     path : the library's folder.
+    asked : what it was opened as: the folder, or a link to it.
     catalog, sources, identifiers, reader, writer, retrieval : its files.
     settings, state, structures : what the catalog said when it was last looked at.
     changing : held by whoever changes the library, while a model encodes too; taken before a turn
@@ -56,8 +58,15 @@ class Store:
         meanwhile. Both may be taken again by the thread that has them.
     """
 
-    def __init__(self, path: Path, catalog: Catalog, writer_lock: WriterLock | None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        catalog: Catalog,
+        writer_lock: WriterLock | None,
+        asked: Path | None = None,
+    ) -> None:
+        self.path, self.asked = path, asked or path
+        self._file = _identity(path)
         self.catalog = catalog
         self.opener = Opener(f"the library {path}")
         self.changing, self.lock = OwnLock(self.opener), OwnLock(self.opener)
@@ -95,12 +104,15 @@ class Store:
         """Open a library's folder."""
         if mode not in ("read", "write"):
             raise InputError(f"mode must be 'read' or 'write', got {mode!r}.")
+        asked = folder
+        if folder.is_symlink():  # followed once: all files are of one library, wherever it points
+            folder = folder.resolve()
         database = Database.open(folder / CATALOG, writable=mode == "write")
         _warn_of_others(folder)
         lock = None
         try:
             lock = WriterLock(folder / LOCK) if mode == "write" else None
-            return cls(folder, Catalog(database), lock)
+            return cls(folder, Catalog(database), lock, asked)
         except BaseException:
             database.close()
             if lock is not None:
@@ -139,6 +151,11 @@ class Store:
         self.catalog.database.close()
         if self._writer_lock is not None:
             self._writer_lock.release()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another library, or none, is found now where this one was."""
+        return _identity(self.asked) != self._file
 
     @property
     def memories(self) -> Path:
@@ -262,6 +279,15 @@ def _warn_of_others(folder: Path) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return which file a folder's catalog is; None if there is none."""
+    try:
+        found = os.stat(folder / CATALOG)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _refuse_second(folder: Path, *, writable: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,11 @@ class MetricsServer:
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
         class Handler(BaseHTTPRequestHandler):
             timeout = _REQUEST_S
+
+            def handle(self) -> None:
+                """Answer, if the other side waits for it."""
+                with suppress(ConnectionError):
+                    super().handle()
 
             def do_GET(self) -> None:
                 """Answer."""

@@ -8,12 +8,10 @@ until it is back. A question that is under way keeps what it was asked of.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from recallseg.engines.errors import (
     InputError,
@@ -22,7 +20,6 @@ from recallseg.engines.errors import (
     RecallSegError,
 )
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.store import CATALOG
 from recallseg.runtime.model.choice import Choice
 from recallseg.runtime.model.model import Model
 from recallseg.runtime.segmenting.segmenter import Segmenter
@@ -34,7 +31,6 @@ __all__ = ["Questions", "check_rule"]
 @dataclass
 class _Open:
     segmenter: Segmenter
-    place: tuple[int, int]  # device and inode of the catalog: another file is another library
     users: int = 0
     left: bool = False  # for another one: closed as soon as nobody uses it
 
@@ -79,13 +75,8 @@ class Questions:
 
     def _current(self, rule: Rule) -> _Open:
         with self._lock:
-            try:
-                place = _place(rule.library)
-            except OSError:
-                self.forget(rule)
-                place = (0, 0)  # opening it tells what is wrong
             known = self._open.get(rule.name)
-            if known is not None and known.place == place:
+            if known is not None and not known.segmenter.library.replaced:
                 try:
                     if known.segmenter.library.refresh():
                         known.segmenter = self._make(rule, known.segmenter.library)
@@ -99,7 +90,7 @@ class Questions:
             except BaseException:
                 library.close()
                 raise
-            self._open[rule.name] = opened = _Open(made, place)
+            self._open[rule.name] = opened = _Open(made)
             return opened
 
     def warm_up(self, rules: Iterable[Rule]) -> dict[str, RecallSegError]:
@@ -178,8 +169,3 @@ def check_rule(rule: Rule) -> str:
     except RecallSegError as error:
         return f"rule '{rule.name}': {error}"
     return ""
-
-
-def _place(library: Path) -> tuple[int, int]:
-    found = os.stat(library / CATALOG)
-    return found.st_dev, found.st_ino

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -18,7 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from recallseg.engines.durable import make_folder, replace_file
-from recallseg.engines.errors import InputError, LibraryLockedError, OutputError
+from recallseg.engines.errors import InputError, LibraryError, LibraryLockedError, OutputError
 from recallseg.runtime.formats.finding import Header, Item, PassedOver, file_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
@@ -71,6 +71,9 @@ class Watcher:
     kind : one of :data:`recallseg.runtime.formats.reading.FORMATS`: only such images are taken.
     audit : log in which every segmentation is recorded.
     limits : what one item may take while it is decoded.
+    renewed : returns what segments from now on, when another library is found where the
+        segmenter's was (after ``library install``, say); that one is closed then. None: the watch
+        ends.
 
     Raises
     ------
@@ -89,6 +92,7 @@ class Watcher:
         kind: str | None = None,
         audit: AuditLog | None = None,
         limits: DecodingLimits | None = None,
+        renewed: Callable[[], Segmenter] | None = None,
     ) -> None:
         if not source.is_dir():
             raise InputError(f"{source} is not a folder. Make it before it is watched.")
@@ -107,7 +111,7 @@ class Watcher:
             raise InputError(
                 f"another process already watches into {output}. Stop it, or choose another folder."
             ) from error
-        self._segmenter = segmenter
+        self._segmenter, self._renewed = segmenter, renewed
         self._output = output
         self._decoder = IsolatedDecoder(limits)
         self._source = source
@@ -141,6 +145,7 @@ class Watcher:
             for item in arrived:
                 if stop.is_set():
                     return
+                self._renew()
                 for arrival in self._segment(item):
                     if arrival is None:
                         return
@@ -170,6 +175,18 @@ class Watcher:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _renew(self) -> None:
+        """Ask the library that is there now."""
+        former = self._segmenter.library
+        if former.replaced:
+            if self._renewed is None:
+                raise LibraryError(
+                    f"another library, or none, is found where {former.path} was opened. Start the "
+                    "watch anew."
+                )
+            self._segmenter = self._renewed()
+            former.close()
 
     def _header(self, path: Path) -> Header:
         """Read a DICOM header; what was set aside before, and is the same, is not met again."""

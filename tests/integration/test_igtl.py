@@ -17,6 +17,7 @@ import crcmod
 import numpy as np
 import pyigtl
 import pytest
+from support.igtl import PLACE, next_of, raw_client, running, sent
 from support.services import half_library, half_volume, wait_until
 
 from recallseg import Bundle, Library
@@ -24,29 +25,13 @@ from recallseg.runtime.services.igtl import wire
 from recallseg.runtime.services.igtl.checksum import crc64
 from recallseg.runtime.services.igtl.service import Igtl
 from recallseg.runtime.services.igtl.wire import make
-from recallseg.runtime.services.settings import Configuration
 
 EXAMPLES = Path("/usr/share/doc/openigtlink-examples/examples")
-PLACE = np.array([[0.0, 0.5, 0, 10], [-0.5, 0, 0, 20], [0, 0, 2, -30], [0, 0, 0, 1]])
 
 
 @pytest.fixture(scope="module")
 def library(fake_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return half_library(tmp_path_factory.mktemp("igtl") / "lib", fake_bundle)
-
-
-@contextmanager
-def running(library: Path, **changes: Any) -> Iterator[Igtl]:
-    rule = {"name": "half", "library": library, "recipe": {"k": 1, "engine": "fake"}}
-    rules = changes.pop("rules", [rule])
-    service = Igtl(
-        Configuration(rules=rules, igtl={"port": 0, "message_s": 2, "deadline_ms": 1e4, **changes})
-    )
-    try:
-        service.start()
-        yield service
-    finally:
-        service.stop(5)
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +48,6 @@ def client(port: int) -> Iterator[pyigtl.OpenIGTLinkClient]:
         yield made
     finally:
         made.stop()
-
-
-@contextmanager
-def raw_client(port: int) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", port), 20) as link:
-        yield link
-
-
-def read(link: socket.socket) -> wire.Message:
-    return wire.read(link, idle_s=10, message_s=10, most_bytes=2**28)
-
-
-def next_of(link: socket.socket, kind: str, device: str | None = None) -> wire.Message:
-    while (message := read(link)).type != kind or device not in (None, message.device):
-        pass
-    return message
-
-
-def sent(pixels: np.ndarray, device: str = "Image", place: np.ndarray = PLACE, **more: Any) -> Any:
-    return pyigtl.ImageMessage(pixels, ijk_to_world_matrix=place, device_name=device, **more)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 255, 256, 257, 4096, 70_001])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from support.dicom_peers import DCMTK, ORTHANC, dcmtk, free_port, orthanc
+from support.dicom_peers import DCMTK, ORTHANC, dcmjs, dcmtk, free_port, orthanc
 from support.dicom_series import write_series
 from support.nodes import QUIET_S, configured, running
 from support.services import half_library, half_volume, wait_until
@@ -158,6 +158,38 @@ def test_a_sender_is_promised_what_is_here_and_told_what_is_not(
     assert report["Status"] == "Failure"
     assert [each["SOPInstanceUID"] for each in report["Success"]] == [known]
     assert [each["SOPInstanceUID"] for each in report["Failures"]] == [missing]
+
+
+def test_dcmjs_sends_is_promised_and_takes_the_answer(tmp_path: Path, library: Path) -> None:
+    files = write_series(tmp_path / "series", half_volume(3))
+    sent = {str(pydicom.dcmread(file).SOPInstanceUID) for file in files}
+    port, own = free_port(), free_port()
+    there = {"type": "dicom", "host": "127.0.0.1", "port": own, "ae_title": "DCMJS"}
+    configuration = configured(
+        tmp_path,
+        library,
+        port=port,
+        senders=[{"ae_title": "DCMJS", "host": "127.0.0.1", "port": own}],
+        commitment={"keep_days": 1},
+        destinations={"pacs": there},
+        rule={"report": True, "preview": True},
+    )
+    with running(configuration) as node, dcmjs(tmp_path / "pacs", own, port, files) as told:
+        first = [next(told) for _ in range(5)]
+        assert first == [{"echo": 0}, *[{"store": 0}] * 3, {"action": 0}]
+        rest = [next(told) for _ in range(4)]
+        (report,) = [each for each in rest if "committed" in each]
+        assert set(report["committed"]) == sent
+        assert report["failed"] == []
+        wait_until(lambda: node.counts()["deliveries"] == {"done": 3}, 60)
+    theirs = {str(d.SOPInstanceUID): d for d in map(pydicom.dcmread, (tmp_path / "pacs").iterdir())}
+    ours = [pydicom.dcmread(f) for f in (tmp_path / "state" / "answers").rglob("*.dcm")]
+    assert {each["received"] for each in rest if "received" in each} == set(theirs)
+    assert len(ours) == 3
+    for one in ours:
+        other = theirs[str(one.SOPInstanceUID)]
+        assert other.get("PixelData") == one.get("PixelData")
+        assert [e.tag for e in other] == [e.tag for e in one]
 
 
 def test_voxels_come_back_where_they_were(tmp_path: Path, library: Path) -> None:

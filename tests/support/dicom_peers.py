@@ -1,4 +1,4 @@
-"""DICOM programs that we did not write, as peers of a node: dcmtk, Orthanc."""
+"""DICOM programs that we did not write, as peers of a node: dcmtk, Orthanc, dcmjs-dimse."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,37 @@ def dcmtk(name: str, port: int, *arguments: object, called: str = "RECALLSEG") -
         timeout=120,
     )
     return f"{done.returncode}\n{done.stdout}{done.stderr}"
+
+
+@contextmanager
+def dcmjs(
+    folder: Path, own_port: int, node_port: int, files: Iterable[Path]
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """Run ``dimse_peer.js``; yields what it tells; it is ended after a minute."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    modules = os.environ.get("NODE_PATH") or (
+        npm and subprocess.run([npm, "root", "-g"], capture_output=True, text=True).stdout.strip()
+    )
+    if not node or not modules or not Path(modules, "dcmjs-dimse").is_dir():
+        pytest.skip("dcmjs-dimse is not installed (npm install -g dcmjs-dimse)")
+    folder.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("dimse_peer.js")
+    process = subprocess.Popen(
+        [node, str(script), str(own_port), str(folder), str(node_port), *map(str, files)],
+        env={**os.environ, "NODE_PATH": modules},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    bound = threading.Timer(60, process.kill)
+    bound.start()
+    try:
+        yield (json.loads(line) for line in process.stdout)
+    finally:
+        bound.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 class Orthanc:

@@ -50,10 +50,21 @@ class Desk:
         audit: AuditLog,
         segmenter: Callable[..., Segmenter] = Segmenter,
     ) -> None:
-        self.library, self.audit = library, audit
+        self._library, self.audit = library, audit
         self._make = segmenter
         self._made: tuple[tuple[str, ...], Segmenter] | None = None
         self._making, self._changing = Lock(), RLock()
+
+    @property
+    def library(self) -> Library:
+        """The library; raises RefusedError (503) once it is no longer the one that is in use."""
+        if self._library.replaced:
+            raise RefusedError(
+                503,
+                f"another library, or none, is found where {self._library.path} was opened: "
+                "nothing is asked of the former and nothing goes into it. Restart the server.",
+            )
+        return self._library
 
     @property
     def structures(self) -> tuple[str, ...]:

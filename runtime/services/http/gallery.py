@@ -36,11 +36,10 @@ class Tags(BaseModel):
 def routes(desk: Desk) -> APIRouter:
     """Return the routes, below ``/library`` and ``/history``."""
     router = APIRouter()
-    library = desk.library
 
     def known(key: str) -> Exemplar:
         try:
-            return library.get(key)
+            return desk.library.get(key)
         except InputError as error:
             raise RefusedError(404, str(error)) from error
 
@@ -51,11 +50,11 @@ def routes(desk: Desk) -> APIRouter:
         retired: bool = False,
     ) -> dict[str, Any]:
         """Return exemplars, the newest first."""
-        held = [*library.retired] if retired else [*library]
+        held = [*desk.library.retired] if retired else [*desk.library]
         held.reverse()
         return {
             "count": len(held),
-            "structures": list(library.structures),
+            "structures": list(desk.library.structures),
             "exemplars": [_described(one) for one in held[offset : offset + count]],
         }
 
@@ -68,8 +67,8 @@ def routes(desk: Desk) -> APIRouter:
     def shown(key: str) -> Response:
         """Return a picture of an exemplar with its masks' outlines (PNG)."""
         known(key)
-        image, masks = library.source(key)
-        data = picture(image, masks, library.intensity, list(library.structures))
+        image, masks = desk.library.source(key)
+        data = picture(image, masks, desk.library.intensity, list(desk.library.structures))
         return Response(data, media_type="image/png")
 
     @router.patch("/library/{key:path}")
@@ -77,7 +76,7 @@ def routes(desk: Desk) -> APIRouter:
         """Give an exemplar other tags."""
         known(key)
         desk.retag(key, asked.tags, request.state.user)
-        return _described(library.get(key))
+        return _described(desk.library.get(key))
 
     @router.post("/library/{key:path}/retire")
     def retire(key: str, request: Request) -> dict[str, bool]:
@@ -103,7 +102,7 @@ def routes(desk: Desk) -> APIRouter:
     @router.get("/history")
     def history(count: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
         """Return what changed the library, the newest first."""
-        changes = library.history()
+        changes = desk.library.history()
         return {"count": len(changes), "changes": [c.to_json() for c in changes[::-1][:count]]}
 
     return router

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -18,6 +19,9 @@ from recallseg.commands.common import (
     tell_passed,
 )
 from recallseg.runtime.json_text import json_text, printable
+
+if TYPE_CHECKING:
+    from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["watch"]
 
@@ -62,9 +66,16 @@ def watch(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     failures, told = set[str](), set[str]()
-    with Library.open(library) as opened:
-        segmenter = asking.segmenter(opened, handling.propagate)
-        log = handling.log()
+    with ExitStack() as held:
+
+        def ask() -> Segmenter:
+            opened = held.enter_context(Library.open(library))
+            segmenter = asking.segmenter(opened, handling.propagate)
+            say_notice(segmenter.bundle.notice)
+            segmenter.warm_up()
+            return segmenter
+
+        segmenter, log = ask(), handling.log()
         with Watcher(
             segmenter,
             source,
@@ -73,9 +84,8 @@ def watch(
             volumes=volumes,
             kind=handling.format,
             audit=log,
+            renewed=ask,
         ) as watcher:
-            say_notice(segmenter.bundle.notice)
-            segmenter.warm_up()
             if not as_json:
                 note(f"watching {source}")
             for arrival in watcher.run(stop, once=once):

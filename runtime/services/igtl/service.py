@@ -12,18 +12,10 @@ from recallseg.engines.errors import AuditError, DeadlineError, InputError, Reca
 from recallseg.runtime.reports.pictures import colour
 from recallseg.runtime.services.igtl import wire
 from recallseg.runtime.services.igtl.frames import Frames, Segmented
-from recallseg.runtime.services.igtl.settings import Source
+from recallseg.runtime.services.igtl.settings import IgtlSettings, Source
 from recallseg.runtime.services.igtl.wire import Image, Message
-from recallseg.runtime.services.listening import (
-    Acceptor,
-    ClosedError,
-    connect,
-    keep_alive,
-    listen,
-    send_all,
-)
-from recallseg.runtime.services.logs import ServiceLog
-from recallseg.runtime.services.metrics import Metrics, serve_metrics
+from recallseg.runtime.services.inline import InlineService
+from recallseg.runtime.services.listening import ClosedError, connect, keep_alive, send_all
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Arriving, fitting
 from recallseg.runtime.services.settings import Configuration
@@ -40,7 +32,7 @@ _NAME_BYTES = 20
 _STATUS_DEVICE = "RecallSeg"
 
 
-class Igtl:
+class Igtl(InlineService[IgtlSettings]):
     """An OpenIGTLink service; see :func:`recallseg.runtime.services.running.run_service`.
 
     Parameters
@@ -61,18 +53,8 @@ class Igtl:
     """
 
     def __init__(self, configuration: Configuration) -> None:
-        settings = configuration.igtl
-        if settings is None:
-            raise InputError(
-                "this service needs a section [igtl] in its configuration. "
-                "'recallseg config example igtl' prints one."
-            )
-        self._settings, self._rules = settings, configuration.rules
-        self._log = ServiceLog("igtl")
-        for rule in configuration.rules:
-            rule.volumes.settings()  # what is wrong is told now
-        self._audit = None if configuration.audit is None else configuration.audit.open()
-        self.metrics = Metrics("igtl")
+        super().__init__("igtl", configuration, configuration.igtl)
+        self._rules = configuration.rules
         self._questions = Questions()
         self._peers: list[_Peer] = []
         self._lock = threading.Lock()
@@ -80,26 +62,12 @@ class Igtl:
         self._told: dict[str, int] = {}
         self._results = _Latest()
         self._stop = threading.Event()
-        self._acceptor = Acceptor(
-            listen(settings.host, settings.port, "igtl.port"),
-            settings.most_clients,
-            lambda link: self._serve(link, None),
-            lambda link: self.metrics.refused("clients"),
-        )
-        self.port = self._acceptor.port
         self._threads = [threading.Thread(target=self._publish, name="publish", daemon=True)]
-        if settings.source is not None:
+        source = self._settings.source
+        if source is not None:
             self._threads.append(
-                threading.Thread(
-                    target=self._follow, args=(settings.source,), name="follow", daemon=True
-                )
+                threading.Thread(target=self._follow, args=(source,), name="follow", daemon=True)
             )
-        try:
-            self._server = serve_metrics(self.metrics, configuration.metrics)
-        except BaseException:
-            self._acceptor.close()
-            raise
-        self.metrics.alive_while("accept", self._acceptor.alive)
         for thread in self._threads:
             self.metrics.alive_while(thread.name, thread.is_alive)
 
@@ -111,10 +79,6 @@ class Igtl:
         for thread in self._threads:
             thread.start()
         self._log.info("listening", port=self.port)
-
-    def alive(self) -> bool:
-        """Whether all of it still runs."""
-        return not self.metrics.dead()
 
     def stop(self, seconds: float) -> None:
         """Disconnect everybody, within about so many seconds."""
@@ -130,8 +94,7 @@ class Igtl:
             if thread.ident is not None:
                 thread.join(seconds / 4)
         self._questions.close()
-        if self._server is not None:
-            self._server.close()
+        self._close()
 
     def _follow(self, source: Source) -> None:
         """Be the client of a server that frames come from, again whenever it is there."""
@@ -145,7 +108,7 @@ class Igtl:
                     self._serve(link, source)
             self._stop.wait(source.retry_s)
 
-    def _serve(self, link: socket.socket, source: Source | None) -> None:
+    def _serve(self, link: socket.socket, source: Source | None = None) -> None:
         keep_alive(link)
         peer = _Peer(link, self._settings.message_s, source is None or source.answered)
         with self._lock:

@@ -7,13 +7,11 @@ import threading
 import time
 from contextlib import suppress
 
-from recallseg.engines.errors import InputError
-from recallseg.runtime.services.listening import Acceptor, listen
-from recallseg.runtime.services.logs import ServiceLog
-from recallseg.runtime.services.metrics import Metrics, serve_metrics
+from recallseg.runtime.services.inline import InlineService
 from recallseg.runtime.services.mrd.connection import Conversation
 from recallseg.runtime.services.mrd.recording import Recording
 from recallseg.runtime.services.mrd.segmenting import SegmentingProcess, Setup
+from recallseg.runtime.services.mrd.settings import MrdSettings
 from recallseg.runtime.services.mrd.wire import CLOSING
 from recallseg.runtime.services.settings import Configuration
 
@@ -23,7 +21,7 @@ READY_S = 120.0
 """Longest that a start waits for libraries and models; images are passed on alone until then."""
 
 
-class Mrd:
+class Mrd(InlineService[MrdSettings]):
     """An MRD service; see :func:`recallseg.runtime.services.running.run_service`.
 
     Parameters
@@ -44,40 +42,16 @@ class Mrd:
     """
 
     def __init__(self, configuration: Configuration) -> None:
-        settings = configuration.mrd
-        if settings is None:
-            raise InputError(
-                "this service needs a section [mrd] in its configuration. "
-                "'recallseg config example mrd' prints one."
-            )
-        self._settings, self._log = settings, ServiceLog("mrd")
+        super().__init__("mrd", configuration, configuration.mrd)
         self._names = tuple(rule.name for rule in configuration.rules)
-        for rule in configuration.rules:
-            rule.volumes.settings()  # what is wrong is told now
-        if configuration.audit is not None:
-            configuration.audit.open()
-        self.metrics = Metrics("mrd")
         self.segmenting = SegmentingProcess(
-            Setup(configuration.rules, settings, configuration.audit, configuration.log)
+            Setup(configuration.rules, self._settings, configuration.audit, configuration.log)
         )
-        self._acceptor = Acceptor(
-            listen(settings.host, settings.port, "mrd.port"),
-            settings.most_clients,
-            self._serve,
-            self._refuse,
-        )
-        self.port = self._acceptor.port
         self._stopping = threading.Event()
         self._links: set[socket.socket] = set()
-        try:
-            self._server = serve_metrics(self.metrics, configuration.metrics)
-        except BaseException:
-            self._acceptor.close()
-            raise
         self.metrics.ready_when(
             "segmentation", lambda: "" if self.segmenting.ready else "the segmentation to start"
         )
-        self.metrics.alive_while("accept", self._acceptor.alive)
         self.metrics.alive_while("segmentation", self.segmenting.alive)
 
     def start(self) -> None:
@@ -91,10 +65,6 @@ class Mrd:
             self._log.error("the segmentation is not ready; images are passed on alone")
         self._log.info("listening", port=self.port)
 
-    def alive(self) -> bool:
-        """Whether all of it still runs."""
-        return not self.metrics.dead()
-
     def stop(self, seconds: float) -> None:
         """Take nothing more, answer what has come within about so many seconds."""
         self._stopping.set()
@@ -104,8 +74,7 @@ class Mrd:
                 link.shutdown(socket.SHUT_RD)  # as if the sender had no more
         self._acceptor.join(seconds)
         self.segmenting.stop()
-        if self._server is not None:
-            self._server.close()
+        self._close()
 
     def _serve(self, link: socket.socket) -> None:
         self._links.add(link)
@@ -137,6 +106,5 @@ class Mrd:
             return None
 
     def _refuse(self, link: socket.socket) -> None:
-        self.metrics.refused("clients")
-        self._log.warning("a connection is refused: there are too many")
+        super()._refuse(link)
         link.sendall(CLOSING)

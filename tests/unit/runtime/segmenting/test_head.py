@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ from recallseg.runtime.segmenting.fitting import WAYS, _choice, group_numbers
 from recallseg.runtime.segmenting.refining import Filters, Refiner
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.segmenting.units import fit_units
+from recallseg.runtime.services.questions import Questions
+from recallseg.runtime.services.rules import Rule
 
 
 def picture(seed: int, size: int = 192, *, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -123,6 +126,27 @@ def test_a_fit_again_uses_what_was_kept_and_gives_the_same(
     for one, other in zip(before.units, after.units, strict=True):
         np.testing.assert_array_equal(one, other)
     assert before.choices == after.choices
+
+
+def test_services_take_up_a_head_that_is_fitted_or_removed_between_two_questions(
+    fitted_at: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "library"
+    shutil.copytree(fitted_at, path)
+    rule = Rule.model_validate({"name": "a", "library": path, "recipe": {"k": 4}})
+    questions = Questions()
+
+    def refined() -> bool:
+        with questions.ask(rule) as segmenter:
+            return segmenter.segment(picture(80)[0]).provenance.recipe.head
+
+    assert refined()
+    with Library.open(path, mode="write") as library:
+        library.remove_head()
+        assert not refined()
+        library.fit()
+        assert refined()
+    questions.close()
 
 
 def test_added_exemplars_make_it_older_which_is_said(library: Library) -> None:

@@ -1,0 +1,90 @@
+"""What inline services have in common, and libraries that change under them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import igtl as igtl_peers
+from support import mrd as mrd_peers
+from support.services import half_library, half_volume, wait_until
+
+from recallseg import Bundle
+from recallseg.engines.errors import InputError, OutputError
+from recallseg.runtime.services.igtl.service import Igtl
+from recallseg.runtime.services.inline import InlineService
+from recallseg.runtime.services.mrd.service import Mrd
+from recallseg.runtime.services.settings import Configuration
+
+
+@pytest.fixture(scope="module")
+def library(fake_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return half_library(tmp_path_factory.mktemp("inline") / "lib", fake_bundle)
+
+
+@pytest.mark.parametrize(("make", "name"), [(Mrd, "mrd"), (Igtl, "igtl")])
+def test_what_keeps_it_from_listening_is_told_and_nothing_stays_open(
+    make: Callable[[Configuration], InlineService], name: str, library: Path
+) -> None:
+    rules = [{"name": "half", "library": library, "recipe": {"k": 1, "engine": "fake"}}]
+    with pytest.raises(InputError, match=rf"needs a section \[{name}\].*config example {name}"):
+        make(Configuration(rules=rules))
+    with socket.socket() as taken, socket.socket() as free:
+        for each in (taken, free):
+            each.bind(("127.0.0.1", 0))
+        taken.listen()
+        port, other = taken.getsockname()[1], free.getsockname()[1]
+        free.close()
+        with pytest.raises(OutputError, match=rf"127.0.0.1:{port}.*another {name}.port"):
+            make(Configuration(rules=rules, **{name: {"port": port}}))
+        for _ in range(2):  # the second time it could not listen if it still did
+            with pytest.raises(OutputError, match=rf"metrics cannot be served.*:{port}"):
+                make(Configuration(rules=rules, metrics={"port": port}, **{name: {"port": other}}))
+
+
+def test_more_connections_than_may_be_are_counted(library: Path) -> None:
+    with igtl_peers.running(library, most_clients=1) as service:
+        with igtl_peers.raw_client(service.port):
+            wait_until(lambda: len(service._acceptor) == 1)
+            with igtl_peers.raw_client(service.port) as one_more:
+                assert one_more.recv(1) == b""
+        assert 'reason="clients"' in service.metrics.text().decode()
+
+
+def test_mrd_passes_on_alone_while_the_library_is_away(tmp_path: Path, fake_bundle: Bundle) -> None:
+    path = half_library(tmp_path / "lib", fake_bundle)
+    sent = mrd_peers.image_of(half_volume(1)[0])
+    with mrd_peers.running(mrd_peers.configured(path)) as service:
+        assert len(mrd_peers.asked(service.port, [sent])) == 2
+        path.rename(tmp_path / "away")
+        found = mrd_peers.asked(service.port, [sent])
+        assert [each.to_bytes() for each in found if not isinstance(each, str)] == [sent.to_bytes()]
+        assert any("no library" in each for each in found if isinstance(each, str)), found
+        (tmp_path / "away").rename(path)
+        assert len(mrd_peers.asked(service.port, [sent])) == 2
+
+
+def test_mrd_answers_in_the_order_of_images_while_two_are_in_work(
+    tmp_path: Path, fake_bundle: Bundle
+) -> None:
+    """Large and small ones in turn: the small one of two that are in work is done first."""
+    path = half_library(tmp_path / "lib", fake_bundle)
+    images = [
+        mrd_peers.image_of(half_volume(1, 512 if n % 2 == 0 else 64)[0], index=n) for n in range(12)
+    ]
+    with mrd_peers.running(mrd_peers.configured(path)) as service:
+        found = mrd_peers.asked(service.port, images)
+        masks = [each for each in found if each.getHead().image_series_index >= 1000]
+        assert [each.getHead().image_index for each in masks] == list(range(12))
+        assert [each.data.shape for each in masks] == [each.data.shape for each in images]
+        process = service.segmenting.process
+        assert process is not None
+        os.kill(process, signal.SIGKILL)  # and both are given up when it dies
+        begin = time.monotonic()
+        assert len(mrd_peers.asked(service.port, images)) >= 12
+        assert time.monotonic() - begin < 30

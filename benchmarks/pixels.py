@@ -250,7 +250,7 @@ def pixels(
     if kernels is None:
         raise EngineUnavailableError(
             "the native pixel kernels were not built, so there is nothing to compare. Install "
-            "recallseg with '-C wheel.cmake=true' (docs/native-kernels.md)."
+            "recallseg with '-C wheel.cmake=true' (docs/contribute/native-kernels.md)."
         )
     conditions, watch = describe_conditions(), Watch()
     measured = measure_pixels(kernels, rounds, lambda name: typer.echo(name, err=True))

@@ -3,7 +3,7 @@
 What can be counted is counted: weights, inputs and outputs, what the library holds. What a compiled
 engine needs in between is estimated from the shapes that the method prescribes; what a driver and
 its libraries take is an allowance. Each line says which of the three it is. None of it was
-compared with a GPU (docs/status.md).
+compared with a GPU (docs/device/status.md).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Budget:
     image_size, k, n, precision : what it was computed for.
     lines : the parts.
     scores : what memory attention needs in addition if it is *not* fused, as no TensorRT is known
-        to fuse it in fp32 (``fp32``, ``mixed``); see docs/status.md.
+        to fuse it in fp32 (``fp32``, ``mixed``); see docs/device/status.md.
     exemplar : what one exemplar adds for each structure it shows, on disk and in the page cache.
     """
 

@@ -2,7 +2,7 @@
 
 A session's tensors are bound to addresses on the device and its work goes to our stream; nothing is
 copied and nobody waits. A provider is used only after it has reproduced the bundle's golden tensors
-on this very GPU. What ran where: docs/status.md; everything short of a GPU is tested with a
+on this very GPU. What ran where: docs/device/status.md; everything short of a GPU is tested with a
 stand-in.
 """
 
@@ -182,7 +182,7 @@ class OnnxRuntimeGpu(DeviceEngine):
             raise EngineUnavailableError(
                 f"ONNX Runtime placed {path.name} on {self.providers}, not on {self.provider}: "
                 "libraries of CUDA, cuDNN or TensorRT are missing or of another version. Install "
-                "those that this onnxruntime-gpu was built with (docs/gpu.md)."
+                "those that this onnxruntime-gpu was built with (docs/device/gpu.md)."
             )
         self._bindings: OrderedDict[Binding, tuple[Any, Any]] = OrderedDict()
         # A session must not go while its work is queued: callbacks on the stream would own what it

@@ -1,7 +1,7 @@
 """Native operators for ONNX Runtime: where they are, and what to say where not.
 
-They are built where there is a compiler (docs/native-kernels.md) and nothing stands in for them: a
-graph that has them needs them.
+They are built where there is a compiler (docs/contribute/native-kernels.md) and nothing stands in
+for them: a graph that has them needs them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ for :data:`LINEAR`, GELU in its tanh form."""
 # A node's field 7, its domain, as it is written to a file: onnx itself is not a runtime dependency.
 _MARK = b"\x3a" + bytes([len(DOMAIN)]) + DOMAIN.encode()
 _LIBRARY = Path(__file__).with_name("_operators.so")
-_HOW = "install recallseg with '-C wheel.cmake=true' (docs/native-kernels.md)"
+_HOW = "install recallseg with '-C wheel.cmake=true' (docs/contribute/native-kernels.md)"
 
 
 def operators_library() -> Path | None:
@@ -116,7 +116,7 @@ def describe_operators() -> str:
     except (OSError, AttributeError) as error:
         raise EngineUnavailableError(
             f"the native operators cannot be loaded: {error}. Build them anew on this machine "
-            "(docs/native-kernels.md)."
+            "(docs/contribute/native-kernels.md)."
         ) from error
     level.restype = ctypes.c_char_p
     return f"native (vector units: {level().decode()})"

@@ -87,7 +87,7 @@ def explain(error: DriverError) -> EngineError:
     if status in _IMAGES:
         return EngineRunError(
             f"the GPU does not take these kernels: {error}. Build them for its compute capability, "
-            "with a CUDA that is no newer than the driver (docs/native-kernels.md)."
+            "with a CUDA that is no newer than the driver (docs/contribute/native-kernels.md)."
         )
     return EngineRunError(f"{error}.")
 

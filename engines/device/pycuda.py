@@ -48,8 +48,8 @@ class PyCuda(Driver):
             self._api: Any = import_needed(
                 "pycuda.driver",
                 "device provider 'pycuda'",
-                "pip install 'recallseg[pycuda]' beside the NVIDIA driver (docs/gpu.md), or choose "
-                "engine onnxruntime-cpu",
+                "pip install 'recallseg[pycuda]' beside the NVIDIA driver (docs/device/gpu.md), or "
+                "choose engine onnxruntime-cpu",
             )
         self._kept: dict[int, Any] = {}
         self._here = threading.local()  # its `pushed`: see _Pushed

@@ -2,7 +2,7 @@
 
 There is one interface, :class:`Pixels`, with two implementations whose results are equal within
 rounding (``tests/unit/engines/pixels``): the native kernels, built where there is a compiler
-(docs/native-kernels.md), and OpenCV with numpy everywhere.
+(docs/contribute/native-kernels.md), and OpenCV with numpy everywhere.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def open_pixels() -> Pixels:
     if choice == NativePixels.name:
         raise EngineUnavailableError(
             f"{CHOICE} asks for the native pixel kernels, which were not built. Install recallseg "
-            "with '-C wheel.cmake=true' (docs/native-kernels.md), or unset it."
+            "with '-C wheel.cmake=true' (docs/contribute/native-kernels.md), or unset it."
         )
     return OpenCvPixels()
 
@@ -68,5 +68,5 @@ def native_kernels() -> Any | None:
     except ImportError as error:
         raise EngineUnavailableError(
             f"the native pixel kernels cannot be loaded: {error}. Build them anew on this machine "
-            f"(docs/native-kernels.md), or set {CHOICE}={OpenCvPixels.name}."
+            f"(docs/contribute/native-kernels.md), or set {CHOICE}={OpenCvPixels.name}."
         ) from error

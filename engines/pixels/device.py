@@ -65,7 +65,7 @@ def kernel_image() -> bytes:
     if not file.is_file():
         raise EngineUnavailableError(
             "the CUDA pixel kernels were not built: install recallseg with '-C wheel.cmake=true' "
-            "where there is an nvcc (docs/native-kernels.md)."
+            "where there is an nvcc (docs/contribute/native-kernels.md)."
         )
     return file.read_bytes()
 

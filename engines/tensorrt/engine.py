@@ -1,6 +1,6 @@
 """A verified plan, ready to run: one graph on one GPU by TensorRT or TensorRT-RTX.
 
-It never ran on a GPU (docs/status.md); everything short of one is tested with a stand-in.
+It never ran on a GPU (docs/device/status.md); everything short of one is tested with a stand-in.
 """
 
 from __future__ import annotations

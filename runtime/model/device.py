@@ -2,8 +2,8 @@
 
 ``embed`` runs on a stream of its own beside ``encode``, and the search on the CPU beside both.
 Pixels are prepared and finished on the device where its kernels were built
-(docs/native-kernels.md), and on the CPU where they were not. It is tested on a stand-in whose
-results are the CPU's, bit by bit.
+(docs/contribute/native-kernels.md), and on the CPU where they were not. It is tested on a stand-in
+whose results are the CPU's, bit by bit.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ class DeviceModel(Model):
         if self._kernels is None and any(one is not None and on_gpu(one) for one in out):
             raise InputError(
                 "out lies on the GPU, and the pixel kernels that would write there were not "
-                "built (docs/native-kernels.md). Pass numpy arrays."
+                "built (docs/contribute/native-kernels.md). Pass numpy arrays."
             )
         logits, small = None, [False] * n
         if refine is not None:

@@ -65,7 +65,7 @@ class MetricsSettings(Section):
 
 
 class AuditSettings(Section):
-    """The log in which every segmentation is recorded; see docs/security.md."""
+    """The log in which every segmentation is recorded; see docs/device/security.md."""
 
     log: Place
     key: Optional[Place] = None

@@ -93,7 +93,7 @@ def test_wrong_calls(tmp_path: Path, command: tuple[str, ...]) -> None:
 
 
 def test_the_guide_and_the_presets_agree() -> None:
-    guide = (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "device" / "jetson.md").read_text(encoding="utf-8")
     rows = re.findall(
         r"\| `(jetson-\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\w+) \| (\d+) GiB \|", guide
     )

@@ -73,18 +73,18 @@ def test_the_commands_of_the_security_page_run(folder: Path) -> None:
     python = folder / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    for text in blocks("sh", README.parent / "docs" / "security.md"):
+    for text in blocks("sh", README.parent / "docs" / "device" / "security.md"):
         run(["bash", "-euc", text], folder)
     assert "our-bundle" in {path.name for path in folder.iterdir()}
 
 
 def test_the_commands_of_the_integration_page_run(folder: Path) -> None:
-    for text in blocks("sh", README.parent / "docs" / "integration.md"):
+    for text in blocks("sh", README.parent / "docs" / "device" / "integration.md"):
         run(["bash", "-euc", text], folder)
 
 
 def test_the_commands_of_the_libraries_page_run(folder: Path) -> None:
-    (text,) = blocks("sh", README.parent / "docs" / "libraries.md")
+    (text,) = blocks("sh", README.parent / "docs" / "use" / "libraries.md")
     told = run(["bash", "-euc", text], folder)
     assert "rename_structure from: core; to: centre; 6 exemplars" in told
 

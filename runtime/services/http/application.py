@@ -98,7 +98,7 @@ def make_application(
     app = FastAPI(
         title="RecallSeg",
         version=__version__,
-        description="Propose from a library, correct, accept: see docs/annotate.md.",
+        description="Propose from a library, correct, accept: see docs/use/annotate.md.",
         lifespan=life,
         docs_url=None,  # pages that load their scripts from elsewhere
         redoc_url=None,

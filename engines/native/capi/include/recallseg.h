@@ -3,7 +3,7 @@
  *
  * C99, and C++ (see recallseg.hpp for a wrapper with destructors). Every function returns a
  * recallseg_status and lets no exception out; recallseg_last_error() then says, for the calling
- * thread, what happened and how to mend it. docs/device-engineers.md is the manual.
+ * thread, what happened and how to mend it. docs/device/c.md is the manual.
  *
  * Threads: every function may be called from any thread. Queries of one segmenter wait for each
  * other; different segmenters run beside each other.
@@ -16,7 +16,7 @@
  * `reserved` that is not 0 is refused. Structs grow at their end, and 0 there is as it was before: a
  * program that was compiled with an older header runs with a newer library unchanged.
  *
- * The end: return from main or call exit whenever you like (docs/device-engineers.md, "Life").
+ * The end: return from main or call exit whenever you like (docs/device/c.md, "Life").
  */
 #ifndef RECALLSEG_H
 #define RECALLSEG_H
@@ -334,7 +334,7 @@ typedef struct recallseg_audit_options {
 
 /* [2] Open an audit log, which is made if it is not there; what is there is checked first. Given to a
  * segmenter, every result of recallseg_segment and of its streams is an entry, on disk, before it is
- * handed over: docs/security.md. options may be null. A segmenter keeps the log open. */
+ * handed over: docs/device/security.md. options may be null. A segmenter keeps the log open. */
 RECALLSEG_API recallseg_status recallseg_audit_open(const char *file,
                                                     const recallseg_audit_options *options,
                                                     recallseg_audit **audit);

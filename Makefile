@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WITH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo test fast full native slow coverage release clean
+.PHONY: demo test fast full native slow coverage docs release clean
 
 demo: $(VENV)/.demo  ## segment real MR slices on the CPU and leave a page in demo-output/
 	$(BIN)/recallseg demo --output demo-output
@@ -28,6 +28,9 @@ coverage: $(VENV)/.dev  ## which lines and branches the tests reach: coverage/in
 
 release: $(VENV)/.dev  ## files of a release, from what is committed
 	$(WITH) scripts/release build
+
+docs: $(VENV)/.dev  ## the pages of docs/ and the reference, as a site in build/site
+	$(WITH) scripts/build-docs
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

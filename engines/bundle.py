@@ -86,7 +86,7 @@ class MemorySemantics:
     object_pointers : whether ``attend`` takes object pointers beside the memory tokens.
     pointer_time : the one time code given to every recalled exemplar, in SAM 2's unit: frames
         between query and exemplar, divided by the most pointers less one. Exemplars have no time,
-        so it is a choice (PITFALLS 19).
+        so it is a choice (pitfall 19).
     """
 
     object_pointers: bool

@@ -27,7 +27,7 @@ def provider_options(
     ----------
     spec, precision, profile : what to build.
     folder : of the engine cache. Graphs of equal names collide in a shared one, and nothing in it
-        is renewed by an upgrade (PITFALLS 11): it has to be this graph's and version's alone.
+        is renewed by an upgrade (pitfall 11): it has to be this graph's and version's alone.
     prefix : of the cached files' names.
     """
     shapes = {
@@ -68,7 +68,7 @@ class OnnxRuntimeTensorRt(OnnxRuntimeGpu):
         return options
 
     def _configure(self, settings: Any, *, proving: bool) -> None:
-        # A part of the graph on the CPU would be a silent fall-back (PITFALLS 10).
+        # A part of the graph on the CPU would be a silent fall-back (pitfall 10).
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
 
     @classmethod

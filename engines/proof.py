@@ -2,7 +2,7 @@
 
 What it takes until engines on a GPU are used is said here, once; a backend says how they are made.
 
-The golden case has three exemplars. A kernel that is wrong beyond some number of keys (PITFALLS 5)
+The golden case has three exemplars. A kernel that is wrong beyond some number of keys (pitfall 5)
 passes it, so ``attend`` is asked once more with as many memories as it was built for. That needs no
 further golden tensors: the same exemplar recalled k times has k equal keys for every one, the
 softmax divides their weight by k, and the result is that of k = 1; likewise for all three exemplars

@@ -68,7 +68,7 @@ def load_engines(
     Parameters
     ----------
     bundle : whose graphs to load; each file is compared with its digest.
-    name, precision : as in INTERFACES "Names".
+    name, precision : as in docs/contribute/interfaces.md.
     options : thread count and the like.
     graphs : which are wanted; an optional one only where the bundle has it.
     variants : graph variants to take instead of those that the engine likes best.

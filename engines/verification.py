@@ -1,6 +1,6 @@
 """Is this engine right, here? Compare it with the bundle's golden tensors before it is used.
 
-A build that succeeds proves nothing (PITFALLS 6 to 8): wrong fused attention, half-precision
+A build that succeeds proves nothing (pitfalls 6 to 8): wrong fused attention, half-precision
 overflow and a transposed output all come out of successful builds.
 """
 

@@ -2,13 +2,13 @@
 
 Three steps. Are the five modules, composed, the complete video model with exemplars as
 mask-conditioned frames and the query as the next frame? (Its pointer times are fed and its rounding
-of memories to bfloat16 is imitated where it rounds, PITFALLS 19, so that what remains is
+of memories to bfloat16 is imitated where it rounds, pitfall 19, so that what remains is
 arithmetic.) Is each
 exported graph its module, on random and on image-like inputs? Are the five graphs, composed, the
 five modules?
 
 A comparison can come out perfect for the wrong reason: where the object score is negative SAM 2
-replaces every logit by one constant. The gate therefore refuses to judge such a case (PITFALLS 18).
+replaces every logit by one constant. The gate therefore refuses to judge such a case (pitfall 18).
 """
 
 from __future__ import annotations

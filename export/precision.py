@@ -6,7 +6,7 @@ inputs of which operators have to stay what they are; ``bf16`` is its result wit
 the weights rounded anew from fp32. Inputs and outputs of a graph stay fp32.
 
 ``mixed`` is fp16 where products dominate, and fp32 where range or cancellation does: the core of
-every attention (65,536 keys are more than the largest fp16 number: PITFALLS 5), normalisations,
+every attention (65,536 keys are more than the largest fp16 number: pitfall 5), normalisations,
 positions, and the whole of ``embed``: on the demo model it loses ten times as much to fp16 as any
 other graph (relative error 1e-2 against 1e-3), to the products themselves and not to any one kind
 of layer, and it is a twentieth of the work.

@@ -3,7 +3,7 @@
 TensorRT recognises attention as MatMul, Softmax, MatMul on tensors B x heads x length x width with
 nothing in between. It wants the scale on the query *before* the first product, for the sake of the
 numbers as much as of speed (its guide, "Fused Attention"; with the scale after the product, fused
-kernels have been wrong: PITFALLS 6). PyTorch's own export multiplies the keys too, which at k = 16
+kernels have been wrong: pitfall 6). PyTorch's own export multiplies the keys too, which at k = 16
 is a pass over 65,536 of them, and guards the softmax with IsNaN and Where, which ends the fusion.
 
 The standard ``Attention`` operator says the same in one node, but wants a parser of TensorRT 10.14;

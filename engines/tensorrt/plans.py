@@ -12,7 +12,7 @@
 
 A plan's folder appears by one rename, so a plan that exists is whole. Equal keys mean equal plans:
 another graph, TensorRT, target, precision or profile is another folder, and nothing that is stale
-can be taken for something fresh (PITFALLS 11).
+can be taken for something fresh (pitfall 11).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Profile:
     """Ranges of ``n`` (structures) and ``k`` (recalled memories).
 
     A dynamic k, and not a bank padded to the largest one: padding without a mask is wrong
-    (PITFALLS 3), a mask ends the fusion of attention.
+    (pitfall 3), a mask ends the fusion of attention.
     """
 
     n: Range = Range(1, 1, 4)

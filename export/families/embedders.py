@@ -67,7 +67,7 @@ def pooled(model: Any, image: Tensor) -> Tensor:
 
 
 def _fix_dinov2(model: Any, size: int) -> None:
-    """Interpolate the positional embedding here, so that no exporter has to (PITFALLS 9)."""
+    """Interpolate the positional embedding here, so that no exporter has to (pitfall 9)."""
     embeddings = model.embeddings
     patches = (size // int(model.config.patch_size)) ** 2
     template = torch.zeros(1, patches + 1, model.config.hidden_size)

@@ -182,20 +182,30 @@ def _root(
         ctx.call_on_close(lambda: os.environ.__setitem__(TRUST, before))
 
 
+LAZY: dict[str, tuple[str, str]] = {}
+"""Where commands are whose modules are imported when they are called: module and attribute."""
+
+
+def lazy_command(name: str) -> Any:
+    """Import the command that a stand-in of this name stands for."""
+    module, attribute = LAZY[name]
+    found = getattr(importlib.import_module(module), attribute)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    real = typer.Typer(add_completion=False)
+    real.command(name)(found)
+    return typer.main.get_command(real)
+
+
 def _mount_lazily(name: str, module: str, attribute: str, summary: str) -> None:
     """Mount a command whose module may import something heavy, or something that is not installed.
 
     What stands in for it takes every argument as it comes, imports the module and hands them on.
     """
+    LAZY[name] = (module, attribute)
 
     def stand_in(ctx: typer.Context) -> None:
-        found = getattr(importlib.import_module(module), attribute)
-        if isinstance(found, typer.Typer):
-            real = found
-        else:
-            real = typer.Typer(add_completion=False)
-            real.command(name)(found)
-        command = typer.main.get_command(real)
+        command = lazy_command(name)
         status = command.main(args=ctx.args, prog_name=ctx.command_path, standalone_mode=False)
         if isinstance(status, int) and status:
             raise typer.Exit(status)

@@ -278,7 +278,7 @@ def test_metas_shift_of_the_position_grid_is_the_only_difference_at_224(
     dinov2_reference: dict[str, np.ndarray],
     dinov2_run: Callable[[bool, int], tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Without registers Meta shifts the grid by 0.1 patch, transformers does not (PITFALLS 9).
+    """Without registers Meta shifts the grid by 0.1 patch, transformers does not (pitfall 9).
 
     With white noise for a position embedding, the worst case, the cosine changes by 5e-5.
     """

@@ -64,7 +64,7 @@ def test_dice_on_a_real_brain_in_every_precision(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_sixteen_exemplars_at_1024_px(tmp_path: Path) -> None:
-    """65,536 keys are one more than fp16 can count to with its largest number (PITFALLS 5)."""
+    """65,536 keys are one more than fp16 can count to with its largest number (pitfall 5)."""
     sam2 = load_sam2("random:tiny", image_size=1024).model
     dinov2 = load_dinov2("random:small").model
     assert isinstance(sam2, Sam2VideoModel)

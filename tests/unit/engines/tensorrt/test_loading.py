@@ -147,7 +147,7 @@ def scale_twice(model: onnx.ModelProto) -> None:
 
 
 def mask_scale_twice(model: onnx.ModelProto) -> None:
-    """``mask * 20 - 10`` applied to its own result (PITFALLS 12)."""
+    """``mask * 20 - 10`` applied to its own result (pitfall 12)."""
     if "masks" not in {value.name for value in model.graph.input}:
         return
     twenty, ten = (

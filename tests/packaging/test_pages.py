@@ -1,0 +1,243 @@
+"""What pages say is there: links, anchors, citations, commands, options; every block parses.
+
+Blocks that are marked ``<!-- run -->`` are run, by test_pages_run.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.pages import ROOT, anchors, blocks, pages
+
+sys.path.append(str(ROOT / "scripts" / "docs"))
+
+from options import commands
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LINK = re.compile(r"\]\(([^)#\s<>]*)(#[^)\s]*)?\)")
+CITED = re.compile(r"\bdocs/[\w./-]+?\.(?:md|json)\b")
+PITFALL = re.compile(r"\bpitfalls? (\d+)(?: (?:to|and) (\d+))?")
+NO_DOCS = ("tests/fixtures/", "CHANGELOG.md")  # former headers, and what former versions changed
+HEARSAY = {"docs/operators.md"}  # of onnx-tensorrt
+
+
+@pytest.fixture(params=pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def page(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.param
+    return found
+
+
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    for link, anchor in LINK.findall(text):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target = page.parent / link if link else page
+        if page == ROOT / "docs" / "index.md" and link.startswith("reference/"):
+            continue  # made with the site, which is built strictly
+        assert target.exists(), f"{link} of {page.name}"
+        if anchor and target.suffix == ".md":
+            assert anchor[1:] in anchors(target), f"{link}{anchor} of {page.name}"
+
+
+def test_blocks_can_be_read(page: Path) -> None:
+    for block in blocks(page):
+        if block.language in ("sh", "bash"):
+            done = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True)
+            assert done.returncode == 0, done.stderr
+        elif block.language == "python":
+            compile(block.text, page.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        elif block.language == "toml":
+            tomllib.loads(block.text)
+        elif block.language == "json":
+            json.loads(block.text)
+        else:
+            assert block.language in ("", "text", "c", "cmake", "css"), block.language
+
+
+def test_shell_blocks_call_commands_that_there_are(page: Path) -> None:
+    for block in blocks(page):
+        if block.language not in ("sh", "bash"):
+            assert "\nrecallseg " not in f"\n{block.text}" or block.language == "text", "say 'sh'"
+            continue
+        for line in block.text.replace("\\\n", " ").split("\n"):
+            words = shlex.split(line, comments=True)
+            if "recallseg" in words[:2]:
+                check_call(words[words.index("recallseg") + 1 :], line)
+
+
+def check_call(words: list[str], line: str) -> None:
+    name, known = "recallseg", dict(known_options())
+    while words and words[0].startswith("--"):
+        assert words[0] in known[name], line
+        words = words[2:] if words[0] == "--trust" else words[1:]
+    while words and f"{name} {words[0]}" in known:
+        name, words = f"{name} {words[0]}", words[1:]
+    assert name != "recallseg" or not words, f"there is no such command: {line}"
+    for word in words:
+        if word in (";", "|", "||", "&&", ">"):
+            break
+        if word.startswith("--") and len(word) > 2:
+            assert word.split("=")[0] in known[name], f"{name} has no {word}: {line}"
+
+
+@cache
+def known_options() -> dict[str, set[str]]:
+    return {
+        name: {"--help"}.union(*(set(each.opts + each.secondary_opts) for each in command.params))
+        for name, command in commands()
+    }
+
+
+def test_inline_commands_are_there(page: Path) -> None:
+    known = known_options()
+    for said in re.findall(
+        r"`recallseg ([a-z][a-z-]*(?: [a-z][a-z-]*)?)", page.read_text(encoding="utf-8")
+    ):
+        words = said.split()
+        first = f"recallseg {words[0]}"
+        assert first in known, said
+        if len(words) > 1 and any(name.startswith(f"{first} ") for name in known):
+            assert f"{first} {words[1]}" in known, said
+
+
+def test_citations_in_the_source_lead_somewhere() -> None:
+    listed = subprocess.run(
+        ["git", "grep", "-InE", r"docs/[a-z]|\b[Pp]itfalls? [0-9]"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    numbers = {
+        int(n)
+        for n in re.findall(
+            r"^\*\*(\d+)\. ", (ROOT / "docs/contribute/pitfalls.md").read_text(), re.MULTILINE
+        )
+    }
+    found = 0
+    for line in listed.stdout.splitlines():
+        name, _, said = line.partition(":")
+        if name.startswith(NO_DOCS) or name == "tests/packaging/test_pages.py":
+            continue
+        for cited in CITED.findall(said):
+            assert cited in HEARSAY or (ROOT / cited).is_file(), line
+            found += 1
+        for first, last in PITFALL.findall(said):
+            assert set(range(int(first), int(last or first) + 1)) <= numbers, line
+            found += 1
+    assert found > 40
+    gone = ["git", "grep", "-nwE", "PITFALLS|INTERFACES|ECOSYSTEM|DESIGN", "--", ":!CHANGELOG.md"]
+    listed = subprocess.run(gone, cwd=ROOT, capture_output=True, text=True)
+    assert [line for line in listed.stdout.splitlines() if "test_pages.py" not in line] == []
+
+
+def test_interfaces_names_what_there_is() -> None:
+    from recallseg.engines.precisions import PRECISIONS
+    from recallseg.engines.registry import ENGINES
+    from recallseg.engines.specs import GRAPHS
+
+    text = (ROOT / "docs/contribute/interfaces.md").read_text(encoding="utf-8")
+    named = {
+        row: set(re.findall(r"`([\w-]+)`", said))
+        for row, said in re.findall(r"^\| (graphs|precisions|engines) \| (.+) \|$", text, re.M)
+    }
+    assert named["precisions"] == set(PRECISIONS)
+    assert named["engines"] == set(ENGINES)
+    assert named["graphs"] == {*GRAPHS, "correct"}
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as users build it: strict about links and anchors, nothing fetched."""
+    folder = tmp_path_factory.mktemp("site")
+    env = {**os.environ, "PYTHON": sys.executable, "OUT": str(folder)}
+    done = subprocess.run(
+        [ROOT / "scripts" / "build-docs"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return folder
+
+
+def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
+    text = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    sections = dict(zip(*[iter(re.split(r'<h[23] id="([\w-]+)">', text)[1:])] * 2, strict=True))
+    counted = 0
+    for name, command in commands():
+        section = sections[name.removeprefix("recallseg ").replace(" ", "-")]
+        for each in command.params:
+            for option in each.opts + each.secondary_opts:
+                if option.startswith("--") and option != "--help" and not each.hidden:
+                    assert re.search(rf"{option}[ <,]", section), f"{name} {option}"
+                    counted += 1
+    assert counted > 250
+
+
+def test_the_reference_has_what_it_is_made_from(site: Path) -> None:
+    reference = site / "reference"
+    metrics = (reference / "metrics.html").read_text(encoding="utf-8")
+    from recallseg.runtime.services.metrics import Metrics
+
+    exposed = re.findall(r"^# TYPE (\w+) ", Metrics("x").text().decode(), re.MULTILINE)
+    assert len(exposed) >= 5
+    for name in exposed:
+        assert f"<code>{name}</code>" in metrics
+    configuration = (reference / "configuration.html").read_text(encoding="utf-8")
+    for name in settings():
+        assert f"<code>{name}</code>" in configuration, name
+    header = ROOT / "engines" / "native" / "capi" / "include" / "recallseg.h"
+    names = re.findall(r"RECALLSEG_API[^;(]*?(recallseg_\w+)\(", header.read_text())
+    c = re.sub(r"<[^>]+>", "", (reference / "c.html").read_text(encoding="utf-8"))
+    assert len(names) > 40
+    for name in names:
+        assert c.count(name) >= 2, name
+    import recallseg
+
+    shown = "".join(p.read_text(encoding="utf-8") for p in (reference / "python").glob("*.html"))
+    for name in set(recallseg.__all__) - {"__version__", "errors"}:
+        assert re.search(rf'<h[12] id="[\w.]+\.{name}"', shown), name
+    for number, _ in re.findall(
+        r"(\d+) (done|could not|called wrongly|interrupted)", recallseg_help()
+    ):
+        assert f"<td>{number}</td>" in (reference / "status.html").read_text(encoding="utf-8")
+
+
+def settings() -> set[str]:
+    """Every key of the examples that are shipped, which are not what the page is made from."""
+    from recallseg.runtime.services.settings import EXAMPLES
+
+    def keys(table: Any) -> set[str]:
+        if isinstance(table, list):
+            return set().union(*map(keys, table))
+        if not isinstance(table, dict):
+            return set()
+        inner = {name: value for name, value in table.items() if name not in ("destinations",)}
+        return {k for k, v in inner.items() if not isinstance(v, (dict, list))}.union(
+            *map(keys, inner.values())
+        )
+
+    found = set()
+    for path in EXAMPLES.glob("*.toml"):
+        found |= keys(tomllib.loads(path.read_text(encoding="utf-8")))
+    assert {"quiet_s", "deadline_ms", "state"} <= found
+    return found
+
+
+def recallseg_help() -> str:
+    from recallseg import cli
+
+    return cli.__doc__ or ""

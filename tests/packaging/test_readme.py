@@ -90,7 +90,7 @@ def test_the_commands_of_the_libraries_page_run(folder: Path) -> None:
 
 
 def test_the_commands_of_the_archive_page_run(folder: Path) -> None:
-    (text,) = blocks("sh", README.parent / "docs" / "archive.md")
+    (text,) = blocks("sh", README.parent / "docs" / "device" / "archive.md")
     told = run(["bash", "-euc", text], folder)
     assert "2 done, 0 set aside" in told
     assert '"before": 2' in told

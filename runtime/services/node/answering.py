@@ -31,9 +31,10 @@ from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import IsolatedDecoder, disk_error
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
+from recallseg.runtime.services.node.database import Answer, Job
 from recallseg.runtime.services.node.receiving import Arrivals, HeaderReaders
 from recallseg.runtime.services.node.settings import RetrySettings
-from recallseg.runtime.services.node.store import Answer, Job, NodeStore
+from recallseg.runtime.services.node.store import NodeStore
 from recallseg.runtime.services.node.texts import write_capture, write_report
 from recallseg.runtime.services.outputs import PREVIEW_SUFFIXES, VOLUME_SUFFIXES, time_base
 from recallseg.runtime.services.questions import Questions

@@ -22,8 +22,9 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
+from recallseg.runtime.services.node.database import Delivery, Promise
 from recallseg.runtime.services.node.settings import NodeSettings, Sender
-from recallseg.runtime.services.node.store import Delivery, NodeStore, Promise
+from recallseg.runtime.services.node.store import NodeStore
 
 __all__ = ["Commitments", "ask_for"]
 

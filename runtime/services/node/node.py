@@ -12,9 +12,10 @@ from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics, serve_metrics
 from recallseg.runtime.services.node.answering import Answerer, Decider
 from recallseg.runtime.services.node.commitment import Commitments
+from recallseg.runtime.services.node.database import Delivery
 from recallseg.runtime.services.node.receiving import Arrivals, HeaderReaders, Receiver
 from recallseg.runtime.services.node.sending import Sending, sending_to
-from recallseg.runtime.services.node.store import Delivery, NodeStore
+from recallseg.runtime.services.node.store import NodeStore
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.settings import Configuration
 

@@ -22,12 +22,13 @@ from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
 from recallseg.runtime.services.node.answering import backoff
 from recallseg.runtime.services.node.commitment import ask_for
+from recallseg.runtime.services.node.database import Delivery
 from recallseg.runtime.services.node.settings import (
     DicomDestination,
     RetrySettings,
     StowDestination,
 )
-from recallseg.runtime.services.node.store import Delivery, NodeStore
+from recallseg.runtime.services.node.store import NodeStore
 
 __all__ = ["Sending", "sending_to"]
 

@@ -120,7 +120,8 @@ def quarantine(
 @contextmanager
 def _store(config: Path) -> Iterator[NodeStore]:
     from recallseg.engines.errors import InputError
-    from recallseg.runtime.services.node.store import NodeStore, naming_the_state
+    from recallseg.runtime.services.node.database import naming_the_state
+    from recallseg.runtime.services.node.store import NodeStore
     from recallseg.runtime.services.settings import read_configuration
 
     state = read_configuration(config).state

@@ -539,6 +539,8 @@ def _segmentation(
         transfer_syntax_uid=ExplicitVRLittleEndian,
         specific_character_set="ISO_IR 192",
     )
+    segmentation.SeriesDate = segmentation.ContentDate  # archives order a study's series by it
+    segmentation.SeriesTime = segmentation.ContentTime
     _refer_to_the_source(segmentation, source)
     return segmentation
 

@@ -187,6 +187,7 @@ def test_dcmjs_sends_is_promised_and_takes_the_answer(tmp_path: Path, library: P
     assert {each["received"] for each in rest if "received" in each} == set(theirs)
     assert len(ours) == 3
     for one in ours:
+        assert one.SeriesDate  # by which archives order a study's series
         other = theirs[str(one.SOPInstanceUID)]
         assert other.get("PixelData") == one.get("PixelData")
         assert [e.tag for e in other] == [e.tag for e in one]

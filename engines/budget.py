@@ -17,9 +17,19 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.manifest import data_files
 from recallseg.engines.precisions import find_precision
+from recallseg.engines.registry import engine_class
 from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
 
-__all__ = ["PRESETS", "Budget", "Line", "Preset", "graph_bytes", "largest_k", "memory_budget"]
+__all__ = [
+    "PRESETS",
+    "Budget",
+    "Line",
+    "Preset",
+    "encoding_bytes",
+    "graph_bytes",
+    "largest_k",
+    "memory_budget",
+]
 
 _FLOAT = 4
 _POOLED = 4
@@ -143,7 +153,7 @@ def memory_budget(
     size, pixels = chosen.size, geometry.places
     spatial = geometry.tokens // (_POOLED if "pooled" in chosen.approximations else 1)
     tokens = k * (spatial + geometry.channels // geometry.memory_dim)
-    encode = LAYERS_ALIVE * (side // 4) ** 2 * STEM_WIDTH * size
+    encode = _widest(side, size)
     attend = n * (KEYS_ALIVE * tokens + 8 * pixels) * geometry.channels * size
     # Engines run one after the other, and may use the same scratch memory.
     lines = [
@@ -211,6 +221,24 @@ def graph_bytes(
     keys = [[f"{variant}/{precision}/{graph}" for variant in variants] for graph in graphs]
     first = [next((entries[key] for key in own if key in entries), None) for own in keys]
     return sum(_size(bundle, entry) for entry in first if entry is not None)
+
+
+def encoding_bytes(bundle: Bundle, engine: str, precision: str) -> int:
+    """Estimate what encoding one image on a CPU needs: weights twice, as ONNX Runtime repacks
+    them, inputs and outputs, and the widest layers.
+    """
+    graphs, variants = ("embed", "encode", "memorize"), engine_class(engine).variants
+    geometry = bundle.geometry
+    return (
+        2 * graph_bytes(bundle, graphs, variants, precision)
+        + _buffers(geometry, bundle.memory.object_pointers, 1, 1)
+        + _widest(geometry.image_size, _FLOAT)
+    )
+
+
+def _widest(side: int, size: int) -> int:
+    """Size of the widest layers of an image of this side, with so many bytes a number."""
+    return LAYERS_ALIVE * (side // 4) ** 2 * STEM_WIDTH * size
 
 
 def _size(bundle: Bundle, entry: Any) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # readers need no engine, and importing what runs one takes i
     from recallseg.runtime.model.choice import Choice
     from recallseg.runtime.model.model import Model
 
-__all__ = ["Binding", "accept_bundle", "bundle_settings", "open_bundle"]
+__all__ = ["Binding", "accept_bundle", "bundle_settings", "lanes_of", "open_bundle"]
 
 
 class Binding:
@@ -117,6 +118,24 @@ class _ModelEncoder:
 
     def embed(self, image: NDArray[Any]) -> NDArray[np.float32]:
         return self.model.embed(image, self.intensity)
+
+
+@contextmanager
+def lanes_of(encoder: ExemplarEncoder, images: int) -> Iterator[list[ExemplarEncoder]]:
+    """Lend encoders that make of an image what ``encoder`` does, and may work at the same time.
+
+    Itself alone, unless its model has lanes for so many images, see :meth:`Model.lanes`.
+    """
+    if not isinstance(encoder, _ModelEncoder):
+        yield [encoder]
+        return
+    models = encoder.model.lanes(images)
+    try:
+        yield [replace(encoder, model=model) for model in models]
+    finally:
+        for model in models:
+            if model is not encoder.model:
+                model.close()
 
 
 def open_bundle(bundle: Bundle | str | Path) -> Bundle:

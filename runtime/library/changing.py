@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import starmap
 from typing import Any, Optional, TypedDict
 
 import numpy as np
@@ -23,8 +24,9 @@ from recallseg.runtime.checks import (
 )
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library import maintenance
+from recallseg.runtime.library.ahead import encode_ahead
 from recallseg.runtime.library.catalog import ADDING
-from recallseg.runtime.library.encoding import ExemplarEncoder, check_encoded
+from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
 from recallseg.runtime.library.heads import group_of
 from recallseg.runtime.library.identifiers import FORGET, Identity, is_hashed, random_key
 from recallseg.runtime.library.queries import unknown_key
@@ -218,15 +220,10 @@ def _add_all(
     """
     identities: list[Identity] = []
 
-    def encoded(one: _Checked) -> Make:
+    def maker(one: _Checked, made: Encoded) -> Make:
         def make(number: int, places: Iterator[Place]) -> Made:
-            # Queries go on meanwhile, and take their turns on the model.
-            encoded = check_encoded(
-                encoder().encode(one.pixels, one.masks),
-                tuple(one.masks),
-                store.settings.embedding_dim,
-                store.settings.layout,
-            )
+            structures, settings = tuple(one.masks), store.settings
+            encoded = check_encoded(made, structures, settings.embedding_dim, settings.layout)
             new = NewExemplar(
                 number=number,
                 key=one.key,
@@ -257,7 +254,11 @@ def _add_all(
                 details = {"structure": structure}
                 store.catalog.add(*written, instead=key, what="replace_mask", details=details)
 
-    write_all(store, map(encoded, exemplars), count, memories, commit, progress)
+    # Queries go on meanwhile: they take turns with it on a model, or its lanes run beside them.
+    with closing(
+        encode_ahead(encoder(), exemplars, count, lambda one: (one.pixels, one.masks))
+    ) as encoded:
+        write_all(store, starmap(maker, encoded), count, memories, commit, progress)
 
 
 def write_all(

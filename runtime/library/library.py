@@ -574,8 +574,9 @@ class Library(Upkeep, HeadDoor):
         """Add annotated images in one commit, and return their keys: all are added, or none.
 
         All are looked at before the first is encoded: files are read, checked and let go, and read
-        again when their turn comes, so that a list of paths needs the memory of one image. Until
-        the commit at the end nobody sees any of them, also if the process dies.
+        again when their turn comes, so that a list of paths needs the memory of the few images that
+        are worked on. On a CPU up to four are encoded at once, with a share of the threads each.
+        Until the commit at the end nobody sees any of them, also if the process dies.
 
         Parameters
         ----------

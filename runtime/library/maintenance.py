@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import LibraryCorruptError, LibraryError
 from recallseg.engines.inside import list_inside, remove_inside, sync_inside
+from recallseg.runtime.library.ahead import encode_ahead
 from recallseg.runtime.library.binding import Binding, bundle_settings, open_bundle
 from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
@@ -183,24 +189,30 @@ def _encode_all(
     generation = _begin_generation(catalog, settings)
     total = catalog.state().exemplars + len(catalog.retired_numbers())
     done = total - catalog.count_not_encoded(generation)
-    while page := catalog.not_encoded(generation, _PAGE):
-        for number, exemplar in page:
-            progress(done, total)
-            digest = catalog.source_digest(number)
-            if digest is None:
-                raise LibraryError(f"the image of exemplar '{exemplar.key}' was not kept.")
-            names = catalog.names_in_source(number)
-            image, masks = sources.read(number, digest, exemplar.key, names)
-            encoded = check_encoded(
-                encoder.encode(image, masks), tuple(masks), settings.embedding_dim, settings.layout
-            )
+
+    def missing() -> Iterator[tuple[int, NDArray[Any], dict[str, NDArray[np.bool_]]]]:
+        after = 0
+        while page := catalog.not_encoded(generation, _PAGE, after):
+            for after, exemplar in page:
+                digest = catalog.source_digest(after)
+                if digest is None:
+                    raise LibraryError(f"the image of exemplar '{exemplar.key}' was not kept.")
+                names = catalog.names_in_source(after)
+                yield after, *sources.read(after, digest, exemplar.key, names)
+
+    progress(done, total)
+    with closing(
+        encode_ahead(encoder, missing(), total - done, lambda one: (one[1], one[2]))
+    ) as made:
+        for (number, _, masks), found in made:
+            encoded = check_encoded(found, tuple(masks), settings.embedding_dim, settings.layout)
             memories = append(catalog, writer, encoded, generation)
             with catalog.database.transaction():
                 catalog.add_encoding(
                     number, generation, encoded.embedding, memories, encoded.origin
                 )
             done += 1
-    progress(done, total)
+            progress(done, total)
     return generation
 
 

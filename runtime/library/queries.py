@@ -433,12 +433,12 @@ class CatalogQueries:
         rows = self.database.execute("SELECT structure, present FROM indexes")
         return [(integer(row[0], "a structure's number", 1), bool(row[1])) for row in rows]
 
-    def not_encoded(self, generation: int, limit: int) -> list[tuple[int, Exemplar]]:
-        """Return exemplars that have no encoding of ``generation`` yet."""
+    def not_encoded(self, generation: int, limit: int, after: int) -> list[tuple[int, Exemplar]]:
+        """Return exemplars that have no encoding of ``generation`` yet, of numbers above one."""
         rows = self.database.execute(
-            _EXEMPLARS + " WHERE id NOT IN (SELECT exemplar FROM encodings WHERE generation = ?) "
-            "ORDER BY id LIMIT ?",
-            (generation, limit),
+            _EXEMPLARS + " WHERE id > ? AND id NOT IN (SELECT exemplar FROM encodings WHERE "
+            "generation = ?) ORDER BY id LIMIT ?",
+            (after, generation, limit),
         )
         return [self._exemplar(row) for row in rows]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.budget import encoding_bytes
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import Device, adopt_tensor, on_gpu, open_device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import HostMemoryError
+from recallseg.engines.onnxruntime_cpu import usable_cores
 from recallseg.engines.pixels import Pixels, open_pixels
 from recallseg.runtime.arrays import as_array
 from recallseg.runtime.checks import check_image
@@ -25,6 +28,13 @@ from recallseg.runtime.model.view import Finished, Gather, Refine
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 
 __all__ = ["HostModel", "available_memory", "host_copy"]
+
+
+MOST_LANES = 4
+"""Images encoded at once, at most. Threads that share one wait for each other at every operator;
+with an image each they do not, and each needs memory (docs/speed.md)."""
+LANE_IMAGES = 16
+"""Images that a lane must have to do, or loading its graphs takes longer than it saves."""
 
 
 class HostModel(Model):
@@ -41,6 +51,17 @@ class HostModel(Model):
     def pixels(self) -> Pixels:
         """What touches pixels."""
         return self._pixels
+
+    def lanes(self, images: int) -> tuple[Model, ...]:
+        threads = self.threads or usable_cores()
+        free, needed = available_memory(), encoding_bytes(self.bundle, self.engine, self.precision)
+        room = MOST_LANES if free is None else free // 2 // needed
+        count = min(threads, MOST_LANES, images // LANE_IMAGES, room)
+        if count < 2 or self.closed:
+            return (self,)
+        options = replace(self._options, threads=threads // count)
+        lane = (self.bundle, self.engine, self.precision, options, 0)
+        return tuple(HostModel(*lane) for _ in range(count))
 
     @property
     def nbytes(self) -> int:

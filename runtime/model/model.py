@@ -357,6 +357,14 @@ class Model(ABC):
             self.reserve(masks=most, graphs=ENCODING)
             return self._encoded(self.look(image, intensity), masks)
 
+    def lanes(self, images: int) -> tuple[Model, ...]:
+        """Return models to :meth:`memorize` so many images with, at the same time.
+
+        This one alone, where its engine gains nothing by more or the images are too few; else new
+        ones of the same bundle, engine and precision, which share its threads. Close those.
+        """
+        return (self,)
+
     def memorize_kept(self, kept: Kept, masks: Mapping[str, NDArray[np.bool_]]) -> Encoded:
         """Do the same with an image that was kept, with its embedding, and is not encoded anew."""
         most = max(1, min(len(masks), self.bundle.geometry.max_n))

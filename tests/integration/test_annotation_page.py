@@ -72,7 +72,7 @@ class Person:
         return self.browser.find_element(By.ID, name)
 
     def wait(self, done: Callable[[], bool]) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not done():
             assert time.monotonic() < end, (self.find("status").text, self.find("error").text)
             time.sleep(0.05)

@@ -22,7 +22,7 @@ def campaign(output: Path, *options: str, report: str) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": python_path},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -66,7 +66,7 @@ def test_frames_of_all_types_come_back_as_label_maps_at_the_same_place(
     frame = (half_volume(1) // 2).astype(dtype)
     with client(service.port) as one:
         one.send_message(sent(frame))
-        answer = one.wait_for_message("Image-mask", timeout=20)
+        answer = one.wait_for_message("Image-mask", timeout=120)
     assert answer.message_type == "IMAGE"
     assert answer.image.dtype == np.uint8
     assert answer.image.shape == (1, 64, 64)
@@ -92,7 +92,7 @@ def test_colour_and_long_names(service: Igtl) -> None:
     frame = np.repeat((half_volume(1)).astype(np.uint8)[..., None], 3, axis=-1)
     with client(service.port) as one:
         one.send_message(sent(frame, "A device of 20 bytes"))
-        answer = one.wait_for_message("A device of 20 -mask", timeout=20)
+        answer = one.wait_for_message("A device of 20 -mask", timeout=120)
     assert answer.image.shape == (1, 64, 64)
     assert answer.image[0, :30].all()
 
@@ -108,10 +108,10 @@ def test_volumes_are_turned_upright_and_their_masks_turned_back(service: Igtl, s
     upside_down[1, 1] *= -1
     with client(service.port) as one:
         one.send_message(sent(volume, "up", place, world_coordinate_system=system))
-        up = one.wait_for_message("up-mask", timeout=20)
+        up = one.wait_for_message("up-mask", timeout=120)
         flipped = np.ascontiguousarray(volume[:, ::-1])
         one.send_message(sent(flipped, "down", upside_down, world_coordinate_system=system))
-        down = one.wait_for_message("down-mask", timeout=20)
+        down = one.wait_for_message("down-mask", timeout=120)
     assert up.image.shape == (4, 64, 64)
     assert up.image[:, :30].all()
     assert not up.image[:, 34:].any()
@@ -149,8 +149,8 @@ def test_transforms_and_others_are_passed_on_as_they_came(service: Igtl) -> None
         other = pyigtl.StringMessage("hello", device_name="Text")
         wait_until(lambda: len(service._peers) == 2)
         one.sendall(message.pack() + other.pack())
-        got = two.wait_for_message("Probe", timeout=20)
-        assert two.wait_for_message("Text", timeout=20).string == "hello"
+        got = two.wait_for_message("Probe", timeout=120)
+        assert two.wait_for_message("Text", timeout=120).string == "hello"
     assert (got.matrix == move).all()
     assert got.metadata == {"status": "ok"}
 
@@ -160,7 +160,7 @@ def test_a_frame_with_metadata_of_version_three(service: Igtl) -> None:
     message.header_version, message.metadata = 2, {"depth": "50"}
     with client(service.port) as one:
         one.send_message(message)
-        assert one.wait_for_message("Three-mask", timeout=20).image[0, :30].all()
+        assert one.wait_for_message("Three-mask", timeout=120).image[0, :30].all()
 
 
 def test_as_client_it_follows_a_source_and_answers_viewers(library: Path) -> None:
@@ -171,8 +171,8 @@ def test_as_client_it_follows_a_source_and_answers_viewers(library: Path) -> Non
             with client(service.port) as viewer:
                 wait_until(lambda: len(service._peers) == 2)
                 source.send_message(sent(half_volume(1), "US"))
-                assert viewer.wait_for_message("US-mask", timeout=20).image[0, :30].all()
-                assert viewer.wait_for_message("US", timeout=20).image.shape == (1, 64, 64)
+                assert viewer.wait_for_message("US-mask", timeout=120).image[0, :30].all()
+                assert viewer.wait_for_message("US", timeout=120).image.shape == (1, 64, 64)
     finally:
         source.stop()
 
@@ -260,7 +260,7 @@ def test_hostile_headers_end_and_others_are_served(service: Igtl) -> None:
                 pass
     with client(service.port) as one:
         one.send_message(sent(half_volume(1), "After"))
-        assert one.wait_for_message("After-mask", timeout=20).image[0, :30].all()
+        assert one.wait_for_message("After-mask", timeout=120).image[0, :30].all()
     assert service.alive()
 
 
@@ -271,7 +271,7 @@ def test_who_does_not_read_holds_up_nobody(service: Igtl) -> None:
         for _ in range(40):
             one.send_message(sent(big, "Big"), wait=True)
         one.send_message(sent(half_volume(1), "Small"))
-        assert one.wait_for_message("Small-mask", timeout=20).image[0, :30].all()
+        assert one.wait_for_message("Small-mask", timeout=120).image[0, :30].all()
         assert silent.fileno() > 0
 
 
@@ -305,8 +305,8 @@ def test_openigtlinks_own_examples_in_c(service: Igtl, tmp_path: Path) -> None:
     )
     try:
         with client(service.port) as one:
-            answer = one.wait_for_message("ImagerClient-mask", timeout=20)
-            original = one.wait_for_message("ImagerClient", timeout=20)
+            answer = one.wait_for_message("ImagerClient-mask", timeout=120)
+            original = one.wait_for_message("ImagerClient", timeout=120)
         assert answer.image.shape == original.image.shape
         wait_until(lambda: (tmp_path / "heard.txt").read_text().count("IMAGE") > 3)
     finally:

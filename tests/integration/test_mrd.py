@@ -279,7 +279,7 @@ def test_a_segmentation_that_dies_is_started_anew(service: Mrd) -> None:
     os.kill(process, signal.SIGKILL)
     sent = image_of(half_volume(1)[0])
     assert images_in(asked(service.port, [sent]))[0].to_bytes() == sent.to_bytes()
-    wait_until(lambda: service.segmenting.ready and service.segmenting.process != process, 60)
+    wait_until(lambda: service.segmenting.ready and service.segmenting.process != process)
     assert len(images_in(asked(service.port, [sent]))) == 2
 
 

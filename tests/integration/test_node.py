@@ -127,7 +127,7 @@ def test_an_archive_commits_to_what_it_was_sent(tmp_path: Path, library: Path) -
         configuration = configured(tmp_path, library, port=port, destinations={"pacs": there})
         with running(configuration) as node:
             dcmtk("storescu", node.port, "+sd", tmp_path / "series")
-            wait_until(lambda: node.counts()["deliveries"] == {"done": 1}, 60)
+            wait_until(lambda: node.counts()["deliveries"] == {"done": 1})
 
 
 def test_a_sender_is_promised_what_is_here_and_told_what_is_not(
@@ -153,7 +153,7 @@ def test_a_sender_is_promised_what_is_here_and_told_what_is_not(
                 "/modalities/node/storage-commitment",
                 {"DicomInstances": [[kind, known], [kind, missing]]},
             )
-            wait_until(lambda: sender.get(asked["Path"])["Status"] != "Pending", 60)
+            wait_until(lambda: sender.get(asked["Path"])["Status"] != "Pending")
             report = sender.get(asked["Path"])
     assert report["Status"] == "Failure"
     assert [each["SOPInstanceUID"] for each in report["Success"]] == [known]

@@ -501,8 +501,8 @@ def test_every_syntax_that_is_agreed_on_is_read(tmp_path: Path, library: Path) -
                 subprocess.run([*command, str(file), str(packed)], check=True, capture_output=True)
             told = dcmtk("storescu", node.port, option, "+sd", packed.parent)
             assert told.startswith("0"), (command, told)
-        wait_until(lambda: sum(node.counts()["jobs"].values()) == len(SYNTAXES), 60)
-        wait_until(lambda: not node.counts()["jobs"].get("waiting"), 60)
+        wait_until(lambda: sum(node.counts()["jobs"].values()) == len(SYNTAXES))
+        wait_until(lambda: not node.counts()["jobs"].get("waiting"))
         assert node.troubles() == []
         answers = list((tmp_path / "state" / "answers").rglob("*.seg.dcm"))
         frames = {pydicom.dcmread(a).pixel_array.tobytes() for a in answers}

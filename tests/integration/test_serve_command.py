@@ -94,7 +94,7 @@ def test_over_https_with_the_token_that_it_prints(tmp_path: Path, certificate: P
             assert "recallseg:" in second.stderr
         finally:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
     assert (tmp_path / "lib.audit.jsonl").exists()
 
 
@@ -102,4 +102,4 @@ def test_a_network_without_https_is_refused(tmp_path: Path) -> None:
     Library.create(tmp_path / "lib", "demo").close()
     with start(str(tmp_path / "lib"), "--host", "0.0.0.0", "--port", "0") as process:
         read_until(process, "in the clear")
-        assert process.wait(timeout=30) == 1
+        assert process.wait(timeout=120) == 1

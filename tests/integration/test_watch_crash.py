@@ -79,5 +79,5 @@ def test_a_watch_ends_when_it_is_told_to(tmp_path: Path, fake_bundle: Bundle) ->
     cv2.imwrite(str(tmp_path / "in" / "late.png"), picture(1))
     assert json.loads(process.stdout.readline())["image"] == "late.png"
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, ""), err

@@ -11,8 +11,11 @@ import numpy as np
 from recallseg import Bundle, Library
 
 
-def wait_until(true: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait until something is true; AssertionError if it does not get so."""
+def wait_until(true: Callable[[], object], seconds: float = 120.0) -> None:
+    """Wait until something is true; AssertionError if it does not get so.
+
+    A machine that others use too may take long; one that has nothing else to do is not held up.
+    """
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not so within {seconds} s"

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from support.annotating import disc, fill
+from support.services import wait_until
 
 from recallseg.runtime.library import Library
 from recallseg.runtime.services.http.limits import RefusedError
@@ -44,10 +45,9 @@ def test_the_newest_first_or_what_would_teach_most(library: Library, folder: Pat
         assert "link.png" not in {one.name for one in newest}
         assert {one.teaches for one in worklist.entries("teaching")} == {None}
         worklist.start()
-        end = time.monotonic() + 60
-        while sum(one.teaches is not None for one in worklist.entries("teaching")) < 6:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_until(
+            lambda: sum(one.teaches is not None for one in worklist.entries("teaching")) == 6
+        )
         order = worklist.entries("teaching")
         assert order[0].name.startswith("stripes")
         assert order[0].teaches > 0.3

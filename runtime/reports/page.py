@@ -231,15 +231,22 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], note
     )
 
 
+JUDGED = {
+    "groups": "judged by patients that it had not seen",
+    "exemplars": "judged by exemplars that it had not seen, though maybe others of their patients",
+    "blocks": "judged by other slices of one patient",
+}
+"""By what was left out in turn."""
+
+
 def _heads(evaluation: Evaluation, summaries: Sequence[StructureSummary]) -> str:
     """Return what the library's head was expected to do, beside what it did."""
     found = {(s.structure, s.k): s.dice["mean"] for s in summaries if s.method == RECALLED}
     rows, said = [], []
     for k, head in evaluation.heads.items():
         age = f"fitted {head.created} on {head.exemplars} of {head.of} exemplars"
-        said.append(
-            f"k = {k}: head {head.digest[:12]}, {age}; {head.older or head.why or 'in use'}"
-        )
+        state = f"{head.older or head.why or 'in use'}; {JUDGED[head.grouping]}"
+        said.append(f"k = {k}: head {head.digest[:12]}, {age}; {state}")
         for name, choice in head.choices.items():
             uses = head.used and choice.used
             share = f"{choice.mix:.0%}" if uses else escape(choice.why or head.why)

@@ -318,6 +318,7 @@ def describe_head(library: Library, head: Head, structures: Sequence[str]) -> He
         head.of,
         len(library),
         library.head_older(head),
+        head.grouping,
         FrozenMap(choices),
     )
 

@@ -69,6 +69,9 @@ class HeadUse:
     digest, created : of the head; ISO 8601, UTC.
     exemplars, of, now : how many it was fitted on, how many the library had then, and has now.
     older : how the library has changed since; empty if it has not.
+    grouping : what was left out in turn when it was judged: ``groups`` that were told,
+        ``exemplars`` each by itself (flattering where several are of one patient), or ``blocks``
+        within one patient.
     choices : by structure that the head knows, of those asked for: the share that it has in the
         logits, the Dice that is expected and that of memory attention alone, or why it stays out.
     """
@@ -80,6 +83,7 @@ class HeadUse:
     of: int
     now: int
     older: str
+    grouping: str
     choices: Mapping[str, Choice]
 
     @property

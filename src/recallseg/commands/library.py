@@ -350,7 +350,8 @@ def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:
     """Return what was chosen for a head and is expected of it, for a person and as JSON values."""
     grouping = {
         "groups": "groups left out in turn",
-        "exemplars": "exemplars left out in turn, no groups being known",
+        "exemplars": "exemplars left out in turn, no groups being known (expected is too high "
+        "for other patients where several are of one: add --group, or fit --by TAG)",
         "blocks": "blocks of slices left out in turn, within one patient",
     }[head.grouping]
     older = library.head_older(head)

@@ -343,7 +343,7 @@ def test_records_say_what_it_did_and_what_was_expected(fitted_at: Path) -> None:
         check_head(said)
         assert (said["used"], said["why"], said["older"]) == (True, "", "")
         assert (said["exemplars"], said["of"], said["now"]) == (6, 6, 6)
-        assert said["digest"] == head.digest
+        assert (said["digest"], said["grouping"]) == (head.digest, "exemplars")
         assert said["structures"]["star"]["expected"] == head.choices["star"].expected
         plain = Segmenter(library, refine=False).segment(picture(70)[0])
         assert plain.to_json()["quality"]["head"] is None
@@ -364,6 +364,7 @@ def test_an_evaluation_shows_what_was_expected_beside_what_it_found(fitted_at: P
     assert found.heads[4].digest == head.digest
     assert "The library&#x27;s head" in page
     assert f"head {head.digest[:12]}, fitted" in page
+    assert "judged by exemplars that it had not seen" in page
     assert f"<td>{choice.mix:.0%}</td>" in page
     mean = np.mean([case.dice for case in found.cases])
     assert f"<td>{choice.expected:.3f}</td>" in page

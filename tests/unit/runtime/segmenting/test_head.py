@@ -455,6 +455,15 @@ def test_harm_is_what_somebody_would_notice(loss: float, used: bool) -> None:
     assert _choice(rows, 0.01).used is used
 
 
+def test_a_larger_share_is_chosen_only_if_it_is_surely_better() -> None:
+    unsure = [row(i, 0.5, a=0.55, b=0.6 + (i % 2) / 50, c=0.612 - (i % 2) / 250) for i in range(8)]
+    assert _choice(unsure, 0.01).mix == 0.5
+    sure = [row(i, 0.5, a=0.55, b=0.6, c=0.604) for i in range(8)]
+    assert _choice(sure, 0.01).mix == 0.75
+    far = [row(i, 0.5, b=0.6, c=0.6 + (0.2 if i == 0 else -0.005)) for i in range(8)]
+    assert _choice(far, 0.01).mix == 0.75  # on average by more than 0.01
+
+
 def test_small_finds_are_dropped_only_if_that_costs_no_exemplar() -> None:
     rows = [row(i, 0.8) for i in range(6)]
     rows += [row(i, 0.0, alone_small=1.0) for i in (6, 7)]

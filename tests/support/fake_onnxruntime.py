@@ -47,7 +47,7 @@ class FakeSession:
     ) -> None:
         assert not enable_fallback
         ((self.provider, options),) = providers
-        self.graph = Path(path).stem
+        self.graph = Path(path).stem.rpartition(".")[2]  # VARIANT.PRECISION.GRAPH
         self.made.append((self.graph, options, sess_options))
         self.stream = int(options["user_compute_stream"])
         settings = onnxruntime.SessionOptions()

@@ -23,7 +23,7 @@ def export_triton_command(
     device: Annotated[str, typer.Option(help="Where the models run: gpu or cpu.")] = "gpu",
     prefix: Annotated[str, typer.Option(help="Of the models' names.")] = "recallseg",
 ) -> None:
-    """Write a Triton model repository: five graphs and the model that composes them."""
+    """Write a Triton model repository: the graphs, and models that segment and remember by them."""
     opened = Bundle.open(bundle)
     folder = export_triton(
         opened, output, engine=engine, precision=precision, device=device, prefix=prefix

@@ -18,7 +18,7 @@ from typing import Any
 
 from recallseg.engines.errors import EngineUnavailableError
 
-__all__ = ["disable_telemetry", "import_needed", "import_onnxruntime", "lacks_memory"]
+__all__ = ["disable_telemetry", "import_needed", "import_onnxruntime", "import_ray", "lacks_memory"]
 
 VARIABLE = "ORT_DISABLE_TELEMETRY"
 _OFF = ("1", "true")
@@ -70,6 +70,18 @@ def import_onnxruntime(part: str = "", *, wanted_by: str, extra: str = "cpu") ->
         f"pip install 'recallseg[{extra}]'",
         package,
     )
+
+
+def import_ray() -> Any:
+    """Return Ray, its usage statistics off: for this process, and for a cluster that it starts.
+
+    Raises
+    ------
+    EngineUnavailableError, MemoryError
+        As :func:`import_needed`.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when a cluster starts
+    return import_needed("ray", "an archive on Ray", "pip install 'recallseg[ray]'")
 
 
 def import_needed(module: str, wanted_by: str, install: str, package: str | None = None) -> Any:

@@ -87,6 +87,7 @@ EXTRAS = {
     "dicomweb_client": "node",
     "fsspec": "archive",
     "pyarrow": "archive",
+    "ray": "ray",
 }
 """Which extra brings a package that may be missing."""
 

@@ -1,4 +1,4 @@
-"""A whole archive is segmented, by many processes."""
+"""A whole archive is segmented: by processes of one machine, or by many machines on Ray."""
 
 from __future__ import annotations
 

@@ -150,6 +150,7 @@ def segment_archive(
     volumes: VolumeSettings | None = None,
     kind: str | None = None,
     audit: AuditFiles | None = None,
+    ray: str | None = None,
     workers: int | None = None,
     attempts: int = 3,
     deadline_s: float = 3600.0,
@@ -166,14 +167,17 @@ def segment_archive(
 
     Parameters
     ----------
-    library : its folder.
+    library : its folder; with Ray, the same on every machine.
     inputs : see :func:`recallseg.runtime.services.archive.sources.list_sources`.
     output : folder for outputs, named as those of ``watch``: by the identity of their input.
     volumes, kind : as :func:`recallseg.runtime.services.items.segment_item` and
         :func:`recallseg.runtime.formats.finding.find_inputs` take them.
     audit : log in which every segmentation is recorded.
-    workers : processes, each with a model of its own. None: one for four cores, or one if the
-        engine runs on a GPU.
+    ray : address of a cluster, or ``local`` for Ray on this machine; None for processes without
+        Ray.
+    workers : processes or actors, each with a model of its own. None: on this machine one for four
+        cores, or one if the engine runs on a GPU; with Ray as many as the cluster holds, more when
+        machines join.
     attempts : how often an input is begun that ends its worker, or fails in a way that may pass.
     deadline_s : seconds after which a worker that is not done is ended: an attempt.
     retry : try again what was set aside.
@@ -194,7 +198,7 @@ def segment_archive(
     OutputError
         If outputs cannot be written.
     EngineUnavailableError
-        If fsspec or pyarrow is needed and not installed.
+        If Ray, fsspec or pyarrow is needed and not installed.
     EngineRunError
         If workers die whenever they start.
     LibraryError, BundleError, EngineError, AuditError, OSError
@@ -223,7 +227,7 @@ def segment_archive(
     journal = None
     try:
         journal = Journal(output)
-        crew = _crew(setup, workers, deadline_s)
+        crew = _crew(setup, ray, workers, deadline_s)
         try:
             run = _Run(crew, journal, output, list_sources(inputs), attempts, progress, stop)
             if retry:
@@ -264,8 +268,12 @@ def _check_inputs(inputs: Sequence[str | Path], output: Path) -> None:
                 )
 
 
-def _crew(setup: Setup, workers: int | None, deadline_s: float) -> Crew:
+def _crew(setup: Setup, ray: str | None, workers: int | None, deadline_s: float) -> Crew:
     on_gpu = issubclass(engine_class(setup.asking.get("engine") or defaults.ENGINE), DeviceEngine)
+    if ray is not None:
+        from recallseg.runtime.services.archive.actors import Actors
+
+        return Actors(setup, ray, workers, on_gpu, deadline_s)
     cores = usable_cores()
     threads = setup.asking.get("threads")
     if workers is None:

@@ -1,4 +1,4 @@
-"""``recallseg archive``: everything in an archive, by many processes."""
+"""``recallseg archive``: everything in an archive, by many processes or machines."""
 
 from __future__ import annotations
 
@@ -47,6 +47,15 @@ def archive(
     output: Annotated[Path, typer.Option(help="Folder for segmentations and their NAME.json.")],
     asking: Asking,
     handling: Handling,
+    ray: Annotated[
+        Optional[str],
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS|local",
+            help="Spread over a cluster of Ray, or Ray on this machine.",
+            show_default="processes of this machine, without Ray",
+        ),
+    ] = None,
     workers: Annotated[
         Optional[int],
         typer.Option(
@@ -104,6 +113,7 @@ def archive(
                 volumes=volumes,
                 kind=handling.format,
                 audit=audit,
+                ray=ray,
                 workers=workers,
                 attempts=attempts,
                 deadline_s=deadline,

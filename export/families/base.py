@@ -3,7 +3,7 @@
 A *family* is a network's architecture together with everything in which it differs from the others
 as far as this project is concerned. Exporters ask it; engines and runtime know none, only what a
 bundle's manifest says (sizes, tokens of a memory and their grid, normalisation).
-``docs/use/networks.md`` says how to add one.
+``docs/contribute/networks.md`` says how to add one.
 """
 
 from __future__ import annotations

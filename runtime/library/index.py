@@ -34,7 +34,7 @@ __all__ = [
 EXACT_LIMIT = 4096
 """Most embeddings that are searched exactly: 4096 x 384 fp32 take 6 MB, a product some 0.2 ms."""
 DTYPE, CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = "i8", 24, 128, 192
-"""By ``bench retrieval`` (docs/use/speed.md): int8 finds what fp16 finds, in half the bytes."""
+"""``bench retrieval`` (docs/contribute/measurements.md): int8 finds as much in half the bytes."""
 OVERSAMPLING = 4
 """Candidates asked of the graph for each one wanted; re-ranked exactly. Two would do for embeddings
 that spread; where all are within 0.1 of one another, int8 needs four (recall 0.9996, not 0.99)."""

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from support.pages import ROOT, anchors, blocks, pages
 
+pytest.importorskip("mkdocs", reason="the extra 'docs'")
 sys.path.append(str(ROOT / "scripts" / "docs"))
 
 from options import commands
@@ -146,6 +147,13 @@ def test_citations_in_the_source_lead_somewhere() -> None:
     assert [line for line in listed.stdout.splitlines() if "test_pages.py" not in line] == []
 
 
+def test_every_extra_is_told() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/use/install.md").read_text(), re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    assert told == set(project["optional-dependencies"])
+
+
 def test_interfaces_names_what_there_is() -> None:
     from recallseg.engines.precisions import PRECISIONS
     from recallseg.engines.registry import ENGINES
@@ -161,19 +169,18 @@ def test_interfaces_names_what_there_is() -> None:
     assert named["graphs"] == {*GRAPHS, "correct"}
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as users build it: strict about links and anchors, nothing fetched."""
-    folder = tmp_path_factory.mktemp("site")
-    env = {**os.environ, "PYTHON": sys.executable, "OUT": str(folder)}
+def test_the_site_is_built_and_its_reference_is_whole(tmp_path: Path) -> None:
+    """As users build it: strict about links and anchors, nothing fetched."""
+    env = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
     done = subprocess.run(
         [ROOT / "scripts" / "build-docs"], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return folder
+    check_commands(tmp_path)
+    check_sources(tmp_path)
 
 
-def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
+def check_commands(site: Path) -> None:
     text = (site / "reference" / "commands.html").read_text(encoding="utf-8")
     sections = dict(zip(*[iter(re.split(r'<h[23] id="([\w-]+)">', text)[1:])] * 2, strict=True))
     counted = 0
@@ -187,7 +194,7 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
     assert counted > 250
 
 
-def test_the_reference_has_what_it_is_made_from(site: Path) -> None:
+def check_sources(site: Path) -> None:
     reference = site / "reference"
     metrics = (reference / "metrics.html").read_text(encoding="utf-8")
     from recallseg.runtime.services.metrics import Metrics

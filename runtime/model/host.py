@@ -32,7 +32,7 @@ __all__ = ["HostModel", "available_memory", "host_copy"]
 
 MOST_LANES = 4
 """Images encoded at once, at most. Threads that share one wait for each other at every operator;
-with an image each they do not, and each needs memory (docs/speed.md)."""
+with an image each they do not, and each needs memory (docs/contribute/measurements.md)."""
 LANE_IMAGES = 16
 """Images that a lane must have to do, or loading its graphs takes longer than it saves."""
 

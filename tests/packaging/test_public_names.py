@@ -19,7 +19,7 @@ MODULES_WITH_EXAMPLES = (
     "recallseg.errors",
     "recallseg.runtime.arrays",
     "recallseg.runtime.formats.images",
-    "recallseg.runtime.library.library",
+    "recallseg.runtime.library.editing",
     "recallseg.runtime.library.upkeep",
 )
 

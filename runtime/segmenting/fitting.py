@@ -46,6 +46,7 @@ LEAST = 0.25
 SAMPLES, MOST_OF_ONE = 96_000, 4000
 """Pixels that are fitted on, of all and of one exemplar."""
 DRAWS = 2000
+TINY = 1e-9
 ALPHA = 0.05
 
 Progress = Callable[[int, int], None]
@@ -433,21 +434,21 @@ def _choice(rows: Sequence[tuple[int, list[float]]], limit: float) -> Choice:
 def _best(groups: NDArray[np.int_], dice: NDArray[np.float64]) -> tuple[int, tuple[float, float]]:
     """Return the best way that does no harm, and the interval of its gain; 0 if there is none.
 
-    Of ways near the best, and not surely worse than it, that with the smallest share of the head:
-    an exemplar that is left out has farther neighbours than a query, and memory attention suffers
-    more of that than the head.
+    Of ways near the best and not surely worse than it, or worse by one group alone, that with the
+    smallest share of the head: an exemplar that is left out has farther neighbours than a query,
+    and memory attention suffers more of that than the head.
     """
     gains = dice - dice[:, :1]
     means = gains.mean(0).round(9)
     found: dict[int, tuple[float, float]] = {}
     for i in map(int, np.argsort(-means, kind="stable")):
-        best = next(iter(found), i)
-        if i == 0 or means[i] <= 0 or means[i] < means[best] - NEAR:
+        if i == 0 or means[i] <= 0:
             break
         if any((dice[:, i] < dice[:, WAYS.index(way)]).any() for way in WAYS[i].bolder):
             continue
-        if i != best and _interval(groups, dice[:, best] - dice[:, i])[0] >= 0:
-            continue  # surely worse
+        best = next(iter(found), i)
+        if i != best and not _near(groups, dice[:, best] - dice[:, i]):
+            continue
         low, high = _interval(groups, gains[:, i])
         if low >= -HARM:
             found[i] = low, high
@@ -455,6 +456,14 @@ def _best(groups: NDArray[np.int_], dice: NDArray[np.float64]) -> tuple[int, tup
         return 0, (0.0, 0.0)
     chosen = min(found, key=lambda i: WAYS[i].mix)  # of equal ones the first, which is better
     return chosen, found[chosen]
+
+
+def _near(groups: NDArray[np.int_], behind: NDArray[np.float64]) -> bool:
+    """Whether a way that is behind another by so much, by exemplar, is as good for all we know."""
+    sums = np.array([behind[groups == name].sum() for name in np.unique(groups)])
+    if sums.sum() - sums.max() <= TINY:
+        return True  # one group alone makes the difference
+    return bool(behind.mean() <= NEAR and _interval(groups, behind)[0] < 0)
 
 
 def _interval(groups: NDArray[np.int_], gains: NDArray[np.float64]) -> tuple[float, float]:

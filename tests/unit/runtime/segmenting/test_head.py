@@ -460,8 +460,10 @@ def test_a_larger_share_is_chosen_only_if_it_is_surely_better() -> None:
     assert _choice(unsure, 0.01).mix == 0.5
     sure = [row(i, 0.5, a=0.55, b=0.6, c=0.604) for i in range(8)]
     assert _choice(sure, 0.01).mix == 0.75
-    far = [row(i, 0.5, b=0.6, c=0.6 + (0.2 if i == 0 else -0.005)) for i in range(8)]
+    far = [row(i, 0.5, b=0.6, c=0.6 + (0.1 if i < 2 else -0.005)) for i in range(8)]
     assert _choice(far, 0.01).mix == 0.75  # on average by more than 0.01
+    one = [row(i, 0.5, b=0.6, c=0.6 + (0.2 if i == 0 else -0.005)) for i in range(8)]
+    assert _choice(one, 0.01).mix == 0.5  # by one exemplar alone
 
 
 def test_small_finds_are_dropped_only_if_that_costs_no_exemplar() -> None:

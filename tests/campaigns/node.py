@@ -171,7 +171,7 @@ def kills(folder: Path, count: int, most_s: float = 3.0, minutes: float = 600) -
         place.start()
         place.ready()
         took = time.monotonic()
-        senders = [threading.Thread(target=sender, args=(n,)) for n in range(2)]
+        senders = [threading.Thread(target=sender, args=(n,), daemon=True) for n in range(2)]
         for each in senders:
             each.start()
         number = -1

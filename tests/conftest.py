@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from support.emulated_gpu import build_emulator
 from support.fake_bundle import make_fake_bundle
 from support.kernels import build_kernels, build_operators
+from support.making import build_folder, exporters, once
 from support.records import check_record
 
 from recallseg.engines.bundle import Bundle
@@ -76,6 +77,21 @@ def operators_file(pytestconfig: pytest.Config) -> Path:
 def emulator(pytestconfig: pytest.Config) -> ctypes.CDLL:
     """The CUDA source of the pixel kernels, compiled for this processor."""
     return build_emulator(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def converted_demo(pytestconfig: pytest.Config) -> Bundle:
+    """The demo bundle in every precision of floating point; read it, do not change it."""
+    from recallseg.export.converting import convert_bundle
+    from recallseg.export.precision import FLOATING
+
+    def make(folder: Path) -> None:
+        convert_bundle(Bundle.open("demo"), folder / "demo", FLOATING)
+
+    sources = ("engines", "export")
+    return Bundle.open(
+        once(build_folder(pytestconfig, "converted", sources, exporters()), make) / "demo"
+    )
 
 
 @pytest.fixture

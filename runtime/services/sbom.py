@@ -11,13 +11,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import platform
 import re
 import struct
 import sysconfig
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 from cyclonedx.contrib.license.factories import LicenseFactory
 from cyclonedx.model import HashAlgorithm, HashType, Property
@@ -60,6 +63,11 @@ def make_sbom(
         no ELF library.
     BundleError
         If a bundle cannot be opened.
+
+    Notes
+    -----
+    Where the environment has ``SOURCE_DATE_EPOCH`` the same installation gives the same bytes: the
+    bill is of that time, and its serial number comes from what it lists.
     """
     bom = Bom()
     needs: dict[str, list[str]] = {}
@@ -85,6 +93,10 @@ def make_sbom(
     for name, component in components.items():
         bom.register_dependency(component, [components[need] for need in needs[name]])
     bom.register_dependency(root, native)
+    if epoch := os.environ.get("SOURCE_DATE_EPOCH"):
+        bom.metadata.timestamp = datetime.fromtimestamp(int(epoch), timezone.utc)
+        bom.serial_number = UUID(int=0)
+        bom.serial_number = uuid5(NAMESPACE_URL, JsonV1Dot6(bom).output_as_string())
     return JsonV1Dot6(bom).output_as_string(indent=1)
 
 

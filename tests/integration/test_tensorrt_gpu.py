@@ -18,17 +18,15 @@ from recallseg.engines.tensorrt.flavour import FLAVOURS
 from recallseg.engines.tensorrt.profile import Profile
 from recallseg.engines.tensorrt.targets import Target
 from recallseg.engines.verification import verify_engines
-from recallseg.export.converting import convert_bundle
 
 pytestmark = pytest.mark.gpu
 
 FUSED = re.compile(r"mha|attention|flash", re.IGNORECASE)
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("gpu") / "demo"
-    return convert_bundle(Bundle.open("demo"), folder, ["fp16", "bf16", "mixed"])
+@pytest.fixture
+def bundle(converted_demo: Bundle) -> Bundle:
+    return converted_demo
 
 
 @pytest.mark.timeout(1800)

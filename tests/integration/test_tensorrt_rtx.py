@@ -22,7 +22,6 @@ from recallseg.engines.tensorrt.profile import Profile
 from recallseg.engines.tensorrt.targets import Target
 from recallseg.export import tensorrt
 from recallseg.export.checkpoints import load_dinov2, load_sam2, load_segmenter
-from recallseg.export.converting import convert_bundle
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import export_graph
 from recallseg.export.precision import FLOATING, convert_graph
@@ -43,11 +42,6 @@ def demo() -> Bundle:
     return Bundle.open("demo")
 
 
-@pytest.fixture(scope="module")
-def converted(demo: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return convert_bundle(demo, tmp_path_factory.mktemp("rtx") / "demo", FLOATING)
-
-
 def test_what_the_engine_asks_of_a_context_is_there(api: Any) -> None:
     # It is asked on a GPU only; names that do not exist would show there first.
     assert hasattr(api.DynamicShapesKernelSpecializationStrategy, "EAGER")
@@ -66,10 +60,10 @@ def request_for(*targets: str, precision: str = "fp32") -> BuildRequest:
 
 @pytest.mark.parametrize("precision", ["fp32", *FLOATING])
 def test_every_graph_builds_and_only_known_messages_come(
-    api: Any, converted: Bundle, tmp_path: Path, precision: str
+    api: Any, converted_demo: Bundle, tmp_path: Path, precision: str
 ) -> None:
     items = list(
-        build_bundle(converted, request_for(precision=precision), cache=PlanCache(tmp_path))
+        build_bundle(converted_demo, request_for(precision=precision), cache=PlanCache(tmp_path))
     )
     assert [item.graph for item in items] == list(GRAPHS)
     for item in items:

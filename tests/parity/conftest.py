@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from support.making import build_folder, exporters, once
 
 from recallseg.engines.bundle import Bundle
 from recallseg.export.bundling import VARIANTS, export_bundle
@@ -20,7 +23,13 @@ def models() -> tuple[Loaded, Loaded]:
 
 
 @pytest.fixture(scope="session")
-def exported(models: tuple[Loaded, Loaded], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of these models in every variant, through the whole gate."""
-    folder = tmp_path_factory.mktemp("export") / "bundle"
-    return export_bundle(*models, folder, variants=VARIANTS, pooled=True)
+def exported(models: tuple[Loaded, Loaded], pytestconfig: pytest.Config) -> Bundle:
+    """The bundle of these models in every variant, through the whole gate; do not change it."""
+
+    def make(folder: Path) -> None:
+        export_bundle(*models, folder / "bundle", variants=VARIANTS, pooled=True)
+
+    sources = ("engines", "export", __file__)
+    return Bundle.open(
+        once(build_folder(pytestconfig, "exported", sources, exporters()), make) / "bundle"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["build_folder", "for_all_workers", "once"]
+__all__ = ["build_folder", "exporters", "once"]
 
 SOURCE = Path(__file__).parents[2]
 
@@ -35,18 +34,15 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
     return folder
 
 
-def for_all_workers(factory: pytest.TempPathFactory, name: str) -> Path:
-    """Return the path of a folder that all workers of this run share, for :func:`once`."""
-    own = factory.getbasetemp()
-    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared" / name
-
-
-def build_folder(config: pytest.Config, name: str, sources: Sequence[Path | str]) -> Path:
+def build_folder(
+    config: pytest.Config, name: str, sources: Sequence[Path | str], tools: str | None = None
+) -> Path:
     """Return where a build of these files (folders: all in them) lies, for :func:`once`.
 
-    Another content, compiler or Python has another folder, so what is there was built from these.
+    Another content, Python or compiler (or what ``tools`` says instead) has another folder, so
+    what is there was built from these.
     """
-    digest = hashlib.sha256(_tools().encode())
+    digest = hashlib.sha256(f"{sys.executable}\n{sys.version}\n{tools or _compilers()}".encode())
     for source in sources:
         path = SOURCE / source
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -56,12 +52,15 @@ def build_folder(config: pytest.Config, name: str, sources: Sequence[Path | str]
     return config.cache.mkdir("builds") / f"{name}-{digest.hexdigest()[:16]}"
 
 
+def exporters() -> str:
+    """What makes graphs, for ``tools`` of :func:`build_folder`."""
+    names = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
+    return "\n".join(f"{name} {version(name)}" for name in names)
+
+
 @cache
-def _tools() -> str:
-    """What else a build depends on."""
-    said = [sys.executable, sys.version, str(SOURCE)]
-    if find_spec("nanobind"):
-        said.append(version("nanobind"))
+def _compilers() -> str:
+    said = [f"nanobind {version('nanobind')}" if find_spec("nanobind") else ""]
     for tool in ("cmake", "cc", "c++", "nvcc"):
         if where := shutil.which(tool):
             command = [where, "--version"]

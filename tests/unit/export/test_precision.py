@@ -146,46 +146,40 @@ def test_what_is_asked_for_must_exist() -> None:
         convert_graph(attention_model(), "int8", "attend")
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("converted") / "demo"
-    return convert_bundle(Bundle.open("demo"), folder, FLOATING)
-
-
-def test_the_demo_model_in_every_precision(converted: Bundle) -> None:
+def test_the_demo_model_in_every_precision(converted_demo: Bundle) -> None:
     demo = Bundle.open("demo")
-    assert converted.identity == demo.identity  # libraries stay valid
-    assert converted.precisions["portable"] == ("fp32", *FLOATING)
-    parity = [e for e in converted.manifest["parity"] if e["variant"].startswith("portable/")]
+    assert converted_demo.identity == demo.identity  # libraries stay valid
+    assert converted_demo.precisions["portable"] == ("fp32", *FLOATING)
+    parity = [e for e in converted_demo.manifest["parity"] if e["variant"].startswith("portable/")]
     assert {e["variant"] for e in parity} == {f"portable/{name}" for name in FLOATING}
     # Those with ONNX Runtime's own operators are for its CUDA provider.
-    fused = [e for e in converted.manifest["parity"] if e["variant"].startswith("ort-cuda/")]
+    fused = [e for e in converted_demo.manifest["parity"] if e["variant"].startswith("ort-cuda/")]
     assert {e["variant"] for e in fused} == {f"ort-cuda/{name}" for name in FLOATING}
-    assert converted.graph_file("attend", OnnxRuntimeCuda.variants, "fp16")[1] == "ort-cuda"
-    assert converted.graph_file("decode", OnnxRuntimeCuda.variants, "fp16")[1] == "portable"
-    assert converted.graph_file("attend", OnnxRuntimeCuda.variants, "fp32")[1] == "portable"
+    assert converted_demo.graph_file("attend", OnnxRuntimeCuda.variants, "fp16")[1] == "ort-cuda"
+    assert converted_demo.graph_file("decode", OnnxRuntimeCuda.variants, "fp16")[1] == "portable"
+    assert converted_demo.graph_file("attend", OnnxRuntimeCuda.variants, "fp32")[1] == "portable"
     for entry in (*parity, *fused):
         assert entry["error"] <= entry["tolerance"]
         if entry["variant"] != "portable/mixed" and entry["tensor"] == "features":
             assert entry["error"] > 1e-4  # it was rounded at all
     for graph in GRAPHS:
         sizes = [
-            graph_bytes(converted, (graph,), ("portable",), precision)
+            graph_bytes(converted_demo, (graph,), ("portable",), precision)
             for precision in ("fp16", "fp32")
         ]
         assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_a_converted_bundle_can_be_verified_again(converted: Bundle) -> None:
+def test_a_converted_bundle_can_be_verified_again(converted_demo: Bundle) -> None:
     engines = {
         graph: EmulatedEngine(
-            converted.specs[graph],
-            converted.graph_file(graph, ("portable",), "mixed")[0],
+            converted_demo.specs[graph],
+            converted_demo.graph_file(graph, ("portable",), "mixed")[0],
             EngineOptions(threads=1),
         )
         for graph in GRAPHS
     }
-    result = verify_engines(converted, engines, "mixed")
+    result = verify_engines(converted_demo, engines, "mixed")
     errors = {check.tensor: check.error for check in result.checks}
     assert errors["embedding"] < 1e-4  # embed stays fp32 in mixed
     assert errors["masks (1 - Dice)"] <= 0.002

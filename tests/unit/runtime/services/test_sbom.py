@@ -47,6 +47,17 @@ def test_it_lists_what_is_installed_and_nothing_else(bill: str) -> None:
     assert f"pkg:pypi/numpy@{version('numpy')}" in dependencies[root]
 
 
+def test_the_same_installation_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    first = make_sbom(("cpu",))
+    assert make_sbom(("cpu",)) == first
+    assert json.loads(first)["metadata"]["timestamp"] == "2023-11-14T22:13:20+00:00"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000001")
+    assert json.loads(make_sbom(("cpu",)))["serialNumber"] != json.loads(first)["serialNumber"]
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    assert make_sbom(("cpu",)) != make_sbom(("cpu",))
+
+
 def test_linked_libraries_are_those_that_readelf_tells(tmp_path: Path) -> None:
     told = subprocess.run(
         ["readelf", "-d", sys.executable], capture_output=True, text=True, check=True

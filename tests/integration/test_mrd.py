@@ -257,6 +257,7 @@ def test_gadgetrons_own_connection_reads_the_answer(service: Mrd) -> None:
     assert found[1].data[0, 0, :30].all()
 
 
+@pytest.mark.alone
 def test_what_comes_too_late_is_passed_on_alone_and_the_stream_ends(library: Path) -> None:
     with running(configured(library, deadline_s=0.3, finish_s=1.0)) as service:
         process = service.segmenting.process
@@ -359,6 +360,7 @@ def test_rules_choose_by_what_the_scanner_says(library: Path) -> None:
         assert len(images_in(asked(service.port, sent, config="b"))) == 2
 
 
+@pytest.mark.alone
 def test_a_slow_sender_is_not_waited_for(service: Mrd) -> None:
     raw = struct.pack("<H", 1022) + image_of(half_volume(1)[0]).to_bytes()
     with socket.create_connection(("127.0.0.1", service.port), 20) as link:

@@ -12,6 +12,7 @@ from recallseg import Frame, Library, Segmenter, Stream
 from recallseg.benchmarks.resident import resident_bytes
 from recallseg.engines.verification import mask_dice
 
+pytestmark = pytest.mark.alone
 SIDE = 192
 FRAMES = 50
 

@@ -306,6 +306,7 @@ print("still running", sys.version_info[:2])
     assert "still running" in passed(sys.executable, "-c", program, env=env)
 
 
+@pytest.mark.alone
 def test_the_call_through_c_costs_little(capi: Installed) -> None:
     found = measure_overhead(capi.file, rounds=60)
     assert found.difference.p50 <= MOST_OVERHEAD_MS, found

@@ -60,7 +60,7 @@ def _train(
             record: dict[str, Any] = {"step": trainer.step, "size": trainer.size, **means}
             if isinstance(trainer, SegmenterTrainer):
                 record["families"] = _rounded(trainer.scores)
-            if isinstance(trainer, CorrectorTrainer) and trainer.step % 200 == 0:
+            if isinstance(trainer, CorrectorTrainer) and trainer.step % 1000 == 0:
                 record["held_out"] = trainer.evaluate()
             _append(log, record)
             print(json.dumps(record), file=sys.stderr, flush=True)

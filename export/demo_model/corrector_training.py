@@ -2,8 +2,9 @@
 
 The segmenter stays as it is, and so do the memories and masks that it makes: a copy of its prompt
 encoder and mask decoder is trained, which the graph ``correct`` alone has. What goes into it is
-generated once (:func:`generate`) and kept; a step draws from that, lets a simulated person correct
-a few times (a click in the largest error, a box, a scribble, a lasso) and is judged after each.
+generated once (:func:`generate`) and kept. Several simulated persons are at work, each with a few
+images at once; a step lets one of them correct (a click in the largest error, a box, a scribble, a
+lasso) and judges what comes of it. With so many in turn, neighbouring steps have little in common.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,17 @@ from transformers import Sam2VideoModel
 from recallseg.export.correcting import Correct, is_corrector
 from recallseg.export.demo_model.arithmetic import fast_arithmetic
 from recallseg.export.demo_model.checkpoints import load_checkpoint, save_checkpoint
+from recallseg.export.demo_model.corrector_start import begin
 from recallseg.export.demo_model.families import FAMILIES
 from recallseg.export.demo_model.losses import hard_dice, mask_loss
 from recallseg.export.demo_model.optimizers import apply_step, build_optimizers
 from recallseg.export.demo_model.segmenter_training import run_batch, segmenter_graphs
 from recallseg.export.demo_model.tasks import make_batch
 
-__all__ = ["CorrectorTrainer", "generate", "person_clicks"]
+__all__ = ["CorrectorTrainer", "generate", "largest_error", "person_clicks"]
 
 SURE = 10.0
 """Logit of a mask that a person drew."""
-LABEL_SIZE = 6.0
-"""Length of a label's code at the start; a place's is 8."""
-LABEL_GAIN = 3.0
-"""Makes what the image takes over of a label as large as its features."""
-PRIOR_GAIN = 24.0
-"""Makes a prior, whose path the segmenter uses for small corrections, as large as the features."""
 
 
 @torch.no_grad()
@@ -78,13 +75,12 @@ def generate(model: Sam2VideoModel, folder: Path, size: int, seed: int, minutes:
     return number
 
 
-def person_clicks(
-    wanted: np.ndarray[Any, Any], found: np.ndarray[Any, Any], rng: np.random.Generator | None
-) -> tuple[float, float, int]:
-    """Return where a person would click next, x, y in pixels of the masks, and 1 inside or 0.
+def largest_error(
+    wanted: np.ndarray[Any, Any], found: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], int]:
+    """Return the largest connected error, and 1 where it is missing or 0 where it is too much.
 
-    The place farthest from the edge of the largest connected error (missing or too much); with
-    ``rng`` at times any place in it. Where there is no error, the middle of the structure.
+    Where there is no error, the structure, or all where it is not there.
     """
     best: tuple[float, np.ndarray[Any, Any], int] | None = None
     for label, error in ((1, wanted & ~found), (0, found & ~wanted)):
@@ -95,15 +91,42 @@ def person_clicks(
             if best is None or area > best[0]:
                 best = area, parts == largest, label
     if best is None:
-        best = 0.0, wanted if wanted.any() else ~wanted, int(wanted.any())
-    _, region, label = best
-    if rng is not None and rng.random() < 0.5:
+        return (wanted if wanted.any() else ~wanted), int(wanted.any())
+    return best[1:]
+
+
+def person_clicks(
+    region: np.ndarray[Any, Any], rng: np.random.Generator | None
+) -> tuple[float, float]:
+    """Return where a person clicks into an error, x, y in pixels of the masks.
+
+    The place farthest from its edge; with ``rng`` at times any place in it.
+    """
+    if rng is not None and rng.random() < 0.3:
         places = np.flatnonzero(region)
         y, x = divmod(int(rng.choice(places)), region.shape[1])
     else:
         inner = cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 5)
         y, x = divmod(int(np.argmax(inner[1:-1, 1:-1])), region.shape[1])
-    return float(x), float(y), label
+    return float(x), float(y)
+
+
+@dataclass
+class Person:
+    """Someone at work on a few images at once, and how far they are.
+
+    ``batch`` has what goes into ``correct``; ``points``, ``labels``, ``prior`` and ``has_prior``
+    are the next correction's; ``clicked`` is the error that the last point is in, a share of each
+    cell of the logits; ``left`` counts down to 0.
+    """
+
+    batch: dict[str, Tensor]
+    prior: Tensor
+    has_prior: Tensor
+    points: Tensor
+    labels: Tensor
+    clicked: Tensor
+    left: int
 
 
 class CorrectorTrainer:
@@ -122,7 +145,10 @@ class CorrectorTrainer:
         self.size = int(model.config.image_size)  # type: ignore[arg-type]
         torch.manual_seed(int(self.settings["seed"]))
         own = copy.deepcopy(model)
-        self._prepare(own)
+        # One place has one code, whether it is a point's or the image's.
+        own.prompt_encoder.shared_embedding.positional_embedding.data.copy_(
+            own.shared_image_embedding.positional_embedding
+        )
         self.correct = Correct(own)
         self.no_memory = own.no_memory_embedding.detach().reshape(1, -1, 1, 1)
         for name, parameter in own.named_parameters():
@@ -132,21 +158,27 @@ class CorrectorTrainer:
             [self.correct.prompt_encoder, self.correct.mask_decoder], self.settings
         )
         self.step = 0
+        self.persons: list[Person] = []
+        self._listed: list[Path] = []
+        self._listed_until = -1
 
-    @torch.no_grad()
-    def _prepare(self, model: Sam2VideoModel) -> None:
+    def begin(self) -> None:
         """Begin near what it has to do: the segmenter never had a point nor a single mask."""
-        encoder, decoder = model.prompt_encoder, model.mask_decoder
-        # One place has one code, whether it is a point's or the image's.
-        encoder.shared_embedding.positional_embedding.copy_(
-            model.shared_image_embedding.positional_embedding
+        rng = np.random.default_rng(int(self.settings["seed"]))
+        decoder = self.model.mask_decoder
+        with torch.no_grad():
+            decoder.mask_tokens.weight[0] = decoder.mask_tokens.weight[1]
+            networks = decoder.output_hypernetworks_mlps
+            networks[0].load_state_dict(networks[1].state_dict())
+            last = decoder.iou_prediction_head.proj_out
+            last.weight[0], last.bias[0] = last.weight[1], last.bias[1]
+        begin(
+            self.correct,
+            self.no_memory,
+            lambda: self.draw(rng),
+            float(self.settings["sharpness"]),
+            int(self.settings["prior_steps"]),
         )
-        _make_heard(model, float(self.settings["sharpness"]))
-        decoder.mask_tokens.weight[0] = decoder.mask_tokens.weight[1]
-        networks = decoder.output_hypernetworks_mlps
-        networks[0].load_state_dict(networks[1].state_dict())
-        last = decoder.iou_prediction_head.proj_out
-        last.weight[0], last.bias[0] = last.weight[1], last.bias[1]
 
     @property
     def total_steps(self) -> int:
@@ -162,24 +194,19 @@ class CorrectorTrainer:
 
     def draw(self, rng: np.random.Generator, *, held_out: bool = False) -> dict[str, Tensor]:
         """Draw the samples of a step; every 20th task is never trained on."""
-        files = [
-            path
-            for path in sorted(self.cache.glob("*.pt"))
-            if (int(path.stem) % 20 == 19) == held_out
-        ]
+        files = [path for path in self._files() if (int(path.stem) % 20 == 19) == held_out]
         chosen = rng.choice(len(files), size=int(self.settings["tasks"]), replace=False)
         parts: list[dict[str, Tensor]] = []
         for index in chosen:
-            held = torch.load(files[int(index)], weights_only=True)
+            held = torch.load(files[int(index)], weights_only=True, mmap=True)
             count = len(held["masks"])
-            image = torch.arange(count) // (count // len(held["features"]))
             # Of what is not there some, so that it can be clicked away.
             there = held["masks"].flatten(1).any(dim=1).numpy()
             order = rng.permutation(count)
             late = ~there[order] & (rng.random(count) > self.settings["absent"])
             order = np.concatenate([order[~late], order[late]])
             rows = torch.from_numpy(order[: int(self.settings["samples"])])
-            image = image[rows]
+            image = rows // (count // len(held["features"]))
             parts.append(
                 {
                     **{name: held[name][image].float() for name in ("features", "skip0", "skip1")},
@@ -189,87 +216,116 @@ class CorrectorTrainer:
             )
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def _files(self) -> list[Path]:
+        if self.step >= self._listed_until:
+            self._listed = sorted(self.cache.glob("*.pt"))
+            self._listed_until = self.step + 200
+        return self._listed
+
     def train_step(self) -> dict[str, float]:
-        """Do one step and return what is worth logging."""
+        """Let one person correct once, learn from it, and return what is worth logging."""
+        if self.step == 0 and not self.persons:
+            self.begin()
         rng = np.random.default_rng([int(self.settings["seed"]), self.step])
         started = time.monotonic()
-        kind = str(rng.choice(list(self.settings["kinds"]), p=list(self.settings["shares"])))
-        rounds = int(rng.integers(1, int(self.settings["rounds"]) + 1))
-        total, dice = self.session(self.draw(rng), kind, rounds, rng)
-        total.backward()
+        while len(self.persons) < int(self.settings["persons"]):
+            kind = str(rng.choice(list(self.settings["kinds"]), p=list(self.settings["shares"])))
+            most = int(self.settings["rounds"].get(kind, self.settings["rounds"]["others"]))
+            rounds = int(rng.integers(1, most + 1))
+            self.persons.append(self._person(self.draw(rng), kind, rounds, rng))
+        index = int(rng.integers(len(self.persons)))
+        person = self.persons[index]
+        loss, dice = self._correct(person, rng)
+        loss.backward()
+        if not person.left:
+            del self.persons[index]
         rate = self.rate()
         norm = apply_step(self.optimizers, rate, float(self.settings["clip"]))
         self.step += 1
         return {
-            "loss": float(total.detach()),
-            "first": dice[0],
-            "last": dice[-1],
-            "rounds": float(rounds),
+            "loss": float(loss.detach()),
+            "dice": dice,
             "norm": norm,
             "rate": rate,
             "step_s": time.monotonic() - started,
         }
 
     @torch.no_grad()
-    def evaluate(self, batches: int = 4) -> dict[str, list[float]]:
+    def evaluate(self, batches: int = 8) -> dict[str, list[float]]:
         """Mean Dice after each of four corrections, by how they begin, on samples of their own."""
         found = {}
         for kind in self.settings["kinds"]:
             seen = []
             for number in range(batches):
                 rng = np.random.default_rng([2**31, number])
-                seen.append(self.session(self.draw(rng, held_out=True), kind, 4, rng)[1])
+                person = self._person(self.draw(rng, held_out=True), kind, 4, rng)
+                seen.append([self._correct(person, rng)[1] for _ in range(4)])
             found[kind] = [round(float(value), 3) for value in np.mean(seen, axis=0)]
         return found
 
-    def session(
-        self, batch: Mapping[str, Tensor], kind: str, rounds: int, rng: np.random.Generator
-    ) -> tuple[Tensor, list[float]]:
-        """Let a person correct; return the loss, and the mean Dice after each correction."""
+    def _person(
+        self, batch: dict[str, Tensor], kind: str, rounds: int, rng: np.random.Generator
+    ) -> Person:
+        """Return someone who begins with a kind of correction."""
         recalled = torch.from_numpy(rng.random(len(batch["masks"])) < self.settings["recalled"])
         if kind == "proposal":
             recalled[:] = True
-        conditioned = torch.where(
+        batch["conditioned"] = torch.where(
             recalled[:, None, None, None],
             batch["conditioned"],
             batch["features"] + self.no_memory,
         )
-        masks = batch["masks"]
-        prior, has_prior, points, labels = self._begin(kind, batch, rng)
-        total, dice = torch.zeros(()), []
-        for index in range(rounds):
-            tokens = self.correct.embed_points(points, labels)
-            with fast_arithmetic(masks.device):
-                logits, iou, score = self.correct.decode(
-                    conditioned, batch["skip0"], batch["skip1"], tokens, prior, has_prior
-                )
-            logits, iou, score = logits.float(), iou.float(), score.float()
-            few = bool(((labels >= 0).sum(dim=1) <= 1).all())
-            total = total + self._loss(logits, iou, score, masks, few) / rounds
-            with torch.no_grad():
-                picked = self.correct.choose(logits, iou, labels)
-                prior = logits[torch.arange(len(picked)), picked][:, None].detach()
-                has_prior = torch.ones(len(picked), dtype=torch.bool)
-                small = F.avg_pool2d(masks[:, None], 4)[:, 0]
-                dice.append(float(hard_dice(prior[:, 0], small).mean()))
-            if index + 1 < rounds:
-                points, labels = self._click(points, labels, prior[:, 0], masks, rng)
-        return total, dice
+        return Person(batch, *self._begin(kind, batch, rng), rounds)
+
+    def _correct(self, person: Person, rng: np.random.Generator) -> tuple[Tensor, float]:
+        """Correct once, and prepare the next; return the loss and the mean Dice."""
+        batch, masks, labels = person.batch, person.batch["masks"], person.labels
+        tokens = self.correct.embed_points(person.points, labels)
+        logits, iou, score = self.correct.decode(
+            batch["conditioned"],
+            batch["skip0"],
+            batch["skip1"],
+            tokens,
+            person.prior,
+            person.has_prior,
+        )
+        few = bool(((labels >= 0).sum(dim=1) <= 1).all())
+        loss = self._loss(logits, iou, score, masks, few, person.clicked)
+        with torch.no_grad():
+            picked = self.correct.choose(logits, iou, labels)
+            person.prior = logits[torch.arange(len(picked)), picked][:, None].detach()
+            person.has_prior = torch.ones(len(picked), dtype=torch.bool)
+            small = F.avg_pool2d(masks[:, None], 4)[:, 0]
+            dice = float(hard_dice(person.prior[:, 0], small).mean())
+        person.left -= 1
+        if person.left:
+            person.points, person.labels, person.clicked = self._click(
+                person.points, labels, person.prior[:, 0], masks, rng
+            )
+        return loss, dice
 
     def _begin(
         self, kind: str, batch: Mapping[str, Tensor], rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return prior, whether there is one, points and labels of the first correction."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return prior, whether there is one, points, labels and error of the first correction."""
         masks = batch["masks"]
         n, side = len(masks), self.size // 4
         prior = torch.zeros(n, 1, side, side)
         has_prior = torch.zeros(n, dtype=torch.bool)
         none = torch.zeros(n, 0, 2), torch.zeros(n, 0, dtype=torch.int32)
+        clicked = F.avg_pool2d(masks[:, None], 4)[:, 0]
         if kind == "click":
-            points, labels = self._click(*none, torch.full((n, side, side), -1.0), masks, rng)
+            blank = torch.full((n, side, side), -1.0)
+            points, labels, clicked = self._click(*none, blank, masks, rng)
         elif kind == "proposal":
             prior, has_prior = batch["logits"][:, None], torch.ones(n, dtype=torch.bool)
-            points, labels = self._click(*none, batch["logits"], masks, rng)
+            points, labels, clicked = self._click(*none, batch["logits"], masks, rng)
+        elif kind == "draft":
+            drafts = np.stack([_draft(mask, rng) for mask in masks.numpy()])
+            sure = torch.from_numpy(rng.uniform(2, SURE, (n, 1, 1, 1))).float()
+            prior = (F.avg_pool2d(torch.from_numpy(drafts)[:, None], 4) * 2 - 1) * sure
+            has_prior = torch.ones(n, dtype=torch.bool)
+            points, labels, clicked = self._click(*none, prior[:, 0], masks, rng)
         elif kind == "scribble":
             points, labels = _scribble(masks, int(rng.integers(3, 8)), rng)
         else:
@@ -278,7 +334,7 @@ class CorrectorTrainer:
                 drawn = np.stack([_drawn(mask, rng) for mask in masks.numpy()])
                 prior = F.avg_pool2d(torch.from_numpy(drawn)[:, None], 4) * 2 * SURE - SURE
                 has_prior = torch.ones(n, dtype=torch.bool)
-        return prior, has_prior, points, labels
+        return prior, has_prior, points, labels, clicked
 
     def _click(
         self,
@@ -287,18 +343,28 @@ class CorrectorTrainer:
         logits: Tensor,
         masks: Tensor,
         rng: np.random.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """Append to each sample's points the next click."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append to each sample's points the next click; return the errors clicked at as well."""
         found = F.interpolate(logits[:, None], size=masks.shape[-2:], mode="bilinear")[:, 0] > 0
-        clicks = [
-            person_clicks(wanted, seen, rng)
+        errors = [
+            largest_error(wanted, seen)
             for wanted, seen in zip((masks > 0.5).numpy(), found.numpy(), strict=True)
         ]
-        places = torch.tensor([[[x, y]] for x, y, _ in clicks])
-        kinds = torch.tensor([[label] for _, _, label in clicks], dtype=torch.int32)
-        return torch.cat([points, places], dim=1), torch.cat([labels, kinds], dim=1)
+        places = torch.tensor([[person_clicks(region, rng)] for region, _ in errors])
+        kinds = torch.tensor([[label] for _, label in errors], dtype=torch.int32)
+        regions = torch.from_numpy(np.stack([region for region, _ in errors])).float()
+        clicked = F.avg_pool2d(regions[:, None], 4)[:, 0]
+        return torch.cat([points, places], dim=1), torch.cat([labels, kinds], dim=1), clicked
 
-    def _loss(self, logits: Tensor, iou: Tensor, score: Tensor, masks: Tensor, few: bool) -> Tensor:
+    def _loss(
+        self,
+        logits: Tensor,
+        iou: Tensor,
+        score: Tensor,
+        masks: Tensor,
+        few: bool,
+        clicked: Tensor,
+    ) -> Tensor:
         target = F.avg_pool2d(masks[:, None], 4)
         losses = mask_loss(logits, target)
         rows = torch.arange(len(logits))
@@ -307,6 +373,11 @@ class CorrectorTrainer:
         fine = F.interpolate(logits[rows, chosen][:, None], scale_factor=2.0, mode="bilinear")
         own = mask_loss(fine, F.avg_pool2d(masks[:, None], 2))[:, 0]
         beside = losses[rows, three] if not few else losses[:, 0]
+        # What was clicked at must be put right, however small it is.
+        wrong = F.binary_cross_entropy_with_logits(
+            logits[rows, chosen], target[:, 0], reduction="none"
+        )
+        heard = (wrong * clicked).flatten(1).sum(1) / clicked.flatten(1).sum(1).clamp(min=1.0)
         with torch.no_grad():
             dice = hard_dice(logits, target)
             actual = dice / (2.0 - dice)
@@ -314,7 +385,12 @@ class CorrectorTrainer:
         quality = (iou - actual).abs().mean(dim=1)
         presence = F.binary_cross_entropy_with_logits(score, present, reduction="none")
         return (
-            own + 0.3 * beside + 0.05 * losses.mean(dim=1) + 0.5 * quality + 0.2 * presence
+            own
+            + float(self.settings["heard"]) * heard
+            + 0.3 * beside
+            + 0.05 * losses.mean(dim=1)
+            + 0.5 * quality
+            + 0.2 * presence
         ).mean()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -343,43 +419,6 @@ class CorrectorTrainer:
         until = time.monotonic() + 60.0 * minutes
         while self.step < self.total_steps and time.monotonic() < until:
             yield self.train_step()
-
-
-def _make_heard(model: Sam2VideoModel, sharpness: float) -> None:
-    """Let points and priors be heard from the first step on, in place.
-
-    What the segmenter learnt passes over them: it never had any. One head of each attention between
-    tokens and image begins by looking for equal places: its queries and keys become the same
-    projection of a place's code, onto the directions in which the codes of all places differ most.
-    Where the image reads tokens, that head carries a point's label over. Priors are made as large
-    as the features that they are added to.
-    """
-    encoder: Any = model.prompt_encoder
-    transformer: Any = model.mask_decoder.transformer
-    codes = model.get_image_wide_positional_embeddings().flatten(2)[0].T  # places x C
-    middle = codes.mean(dim=0)
-    directions = torch.linalg.svd(codes - middle, full_matrices=False).Vh
-    channels = codes.shape[1]
-    attentions = [transformer.final_attn_token_to_image]
-    for layer in transformer.layers:
-        attentions += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
-    basis = torch.linalg.qr(torch.randn(channels, channels)).Q
-    encoder.point_embed.weight.copy_(LABEL_SIZE * basis[: len(encoder.point_embed.weight)])
-    for attention in attentions:
-        width = attention.q_proj.out_features // attention.num_attention_heads
-        for part in (attention.q_proj, attention.k_proj):
-            part.weight[-width:] = directions[:width] * sharpness
-            part.bias[-width:] = -(directions[:width] @ middle) * sharpness
-    for layer in transformer.layers:
-        attention = layer.cross_attn_image_to_token
-        width = attention.q_proj.out_features // attention.num_attention_heads
-        attention.v_proj.weight[-width:] = basis[:width]
-        attention.v_proj.bias[-width:] = 0
-        carried = torch.linalg.qr(torch.randn(channels, width)).Q
-        attention.o_proj.weight[:, -width:] = LABEL_GAIN * carried
-    last = encoder.mask_embed.conv3
-    last.weight *= PRIOR_GAIN
-    last.bias *= PRIOR_GAIN
 
 
 def _box(masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -413,6 +452,22 @@ def _scribble(masks: Tensor, count: int, rng: np.random.Generator) -> tuple[Tens
         labels.append([label] * count)
     points = torch.from_numpy(np.stack(strokes)).float()
     return points, torch.tensor(labels, dtype=torch.int32)
+
+
+def _draft(mask: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Return a mask that is right but for one place, where some is missing or too much."""
+    wanted = mask > 0.5
+    draft = wanted.astype(np.float32)
+    edge = cv2.dilate(draft, np.ones((9, 9), np.uint8)) > 0
+    places = np.flatnonzero(edge if edge.any() else ~edge)
+    y, x = divmod(int(rng.choice(places)), mask.shape[1])
+    length = max(12.0, float(np.sqrt(wanted.sum())))
+    axes = rng.uniform(0.15, 0.5, 2) * length
+    disc = np.zeros(mask.shape, np.uint8)
+    cv2.ellipse(disc, ((x, y), (2 * axes[0], 2 * axes[1]), float(rng.uniform(0, 180))), 1, -1)
+    flipped = disc > 0
+    draft[flipped] = 0.0 if wanted[flipped].mean() > 0.5 else 1.0
+    return draft
 
 
 def _drawn(mask: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:

@@ -2,52 +2,68 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import Sam2VideoModel
 
+from recallseg.engines.verification import mask_dice
 from recallseg.export.correcting import is_corrector, load_corrector, with_corrector
+from recallseg.export.demo_model import corrector_training
 from recallseg.export.demo_model.checkpoints import save_tensors
 from recallseg.export.demo_model.corrector_training import (
     CorrectorTrainer,
     generate,
+    largest_error,
     person_clicks,
 )
 from recallseg.export.demo_model.models import build_sam2, set_image_size
 from recallseg.export.demo_model.recipe import load_recipe
 
 SIZE = 128
+WEIGHTS = Path(corrector_training.__file__).parent / "weights" / "sam2"
 
 
 def test_a_person_clicks_into_the_largest_error() -> None:
     wanted = np.zeros((50, 50), bool)
     wanted[10:21, 20:31] = True
-    assert person_clicks(wanted, np.zeros_like(wanted), None) == (25, 15, 1)
+    region, label = largest_error(wanted, np.zeros_like(wanted))
+    assert label == 1
+    assert person_clicks(region, None) == (25, 15)
     found = wanted.copy()
     found[30:49, 5:45] = True
-    x, y, label = person_clicks(wanted, found, None)
+    region, label = largest_error(wanted, found)
+    x, y = person_clicks(region, None)
     assert label == 0
     assert found[int(y), int(x)]
     assert not wanted[int(y), int(x)]
+    assert largest_error(wanted, wanted)[1] == 1
 
 
 @pytest.mark.timeout(600)
 def test_steps_change_what_corrects_and_nothing_else(tmp_path: Path) -> None:
     torch.manual_seed(0)
     recipe = load_recipe()
-    recipe["corrector"].update(tasks=1, samples=2, rounds=2, warmup=1)
+    recipe["corrector"].update(
+        tasks=1, samples=2, rounds={"others": 2}, warmup=1, persons=2, prior_steps=2
+    )
     model = build_sam2(recipe["sam2"])
     set_image_size(model, SIZE)
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert generate(model, tmp_path / "cache", SIZE, 1, 0.001) >= 1
+    held_out = tmp_path / "cache/00019.pt"
+    shutil.copy(tmp_path / "cache/00000.pt", held_out)
     trainer = CorrectorTrainer(recipe, model, tmp_path / "cache")
     start = {name: value.clone() for name, value in trainer.tensors().items()}
     for _ in range(3):
         assert np.isfinite(trainer.train_step()["loss"])
+    assert set(trainer.evaluate(1)) == set(recipe["corrector"]["kinds"])
     trainer.save(tmp_path / "checkpoint")
     again = CorrectorTrainer(recipe, model, tmp_path / "cache")
     again.load(tmp_path / "checkpoint")
@@ -62,3 +78,36 @@ def test_steps_change_what_corrects_and_nothing_else(tmp_path: Path) -> None:
     assert set(made.tensors) == set(load_file(tmp_path / "corrector.safetensors"))
     assert made.weights.source == "demo"
     with_corrector(model, made.tensors)
+
+
+def test_at_the_start_priors_and_points_are_heard(tmp_path: Path) -> None:
+    """Before the first step: a prior comes out as the mask, a click raises or lowers its place."""
+    recipe = load_recipe()
+    recipe["corrector"].update(tasks=1, samples=8, prior_steps=30, absent=0)
+    model = Sam2VideoModel.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
+    set_image_size(model, 192)
+    assert generate(model, tmp_path / "cache", 192, 1, 0.001) >= 1
+    trainer = CorrectorTrainer(recipe, model, tmp_path / "cache")
+    trainer.begin()
+    batch = trainer.draw(np.random.default_rng(0))
+    n, masks = len(batch["masks"]), F.avg_pool2d(batch["masks"][:, None], 4)
+
+    def logits(label: int, prior: bool) -> torch.Tensor:
+        found, iou, _ = trainer.correct.candidates(
+            batch["features"],
+            batch["skip0"],
+            batch["skip1"],
+            torch.full((n, 1, 2), 96.0),
+            torch.full((n, 1), label),
+            (masks * 2 - 1) * 8,
+            torch.full((n,), prior),
+        )
+        return found[torch.arange(n), iou[:, 1:].argmax(dim=1) + 1]
+
+    with torch.no_grad():
+        wanted = masks[:, 0] > 0.5
+        without, having = (logits(-1, prior) > 0 for prior in (False, True))
+        assert mask_dice(having.numpy(), wanted.numpy()) > 0.5
+        assert mask_dice(without.numpy(), wanted.numpy()) < 0.3
+        apart = (logits(1, False) - logits(0, False)).mean(dim=0)
+        assert apart[20:28, 20:28].mean() > max(0, float(apart[:8, :8].mean()))

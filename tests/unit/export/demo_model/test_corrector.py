@@ -106,8 +106,9 @@ def test_at_the_start_priors_and_points_are_heard(tmp_path: Path) -> None:
 
     with torch.no_grad():
         wanted = masks[:, 0] > 0.5
-        without, having = (logits(-1, prior) > 0 for prior in (False, True))
-        assert mask_dice(having.numpy(), wanted.numpy()) > 0.5
-        assert mask_dice(without.numpy(), wanted.numpy()) < 0.3
+        without, having = (
+            mask_dice((logits(-1, prior) > 0).numpy(), wanted.numpy()) for prior in (False, True)
+        )
+        assert having > max(0.5, without + 0.2)
         apart = (logits(1, False) - logits(0, False)).mean(dim=0)
         assert apart[20:28, 20:28].mean() > max(0, float(apart[:8, :8].mean()))

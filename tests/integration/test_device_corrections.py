@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.correct_graph import add_correct
 from support.fake_onnxruntime import install
 from support.fake_tensorrt import HostGpu
 
 from recallseg import Bundle, GpuOptions, Library, Segmenter
+from recallseg.engines.digest import digest_file
 from recallseg.engines.errors import VerificationError
 from recallseg.engines.registry import load_engines
 from recallseg.engines.verification import verify_engines
@@ -20,8 +22,21 @@ NAME = "onnxruntime-cuda"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return add_correct(Bundle.open("demo"), tmp_path_factory.mktemp("b") / "demo")
+def bundle() -> Bundle:
+    return Bundle.open("demo")
+
+
+def unproven(source: Bundle, folder: Path) -> Bundle:
+    """Copy a bundle without the golden tensors of ``correct``."""
+    shutil.copytree(source.path, folder)
+    golden = Bundle.open(folder).golden_file
+    with np.load(golden) as held:
+        others = {name: held[name] for name in held.files if "corrected" not in name}
+    np.savez(golden, **others)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["golden"]["sha256"] = digest_file(golden)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.open(folder)
 
 
 @pytest.fixture
@@ -71,6 +86,6 @@ def test_the_optional_graph_is_proven_with_the_others(
     engines = load_engines(bundle, NAME, graphs=graphs)
     found = verify_engines(bundle, engines, "fp32")
     assert "corrected_logits" in {check.tensor for check in found.checks}
-    without = add_correct(Bundle.open("demo"), tmp_path / "unproven", proven=False)
+    without = unproven(bundle, tmp_path / "unproven")
     with pytest.raises(VerificationError, match=r"no golden tensors.*'correct'.*nothing unproven"):
         load_engines(without, NAME, graphs=("correct",))

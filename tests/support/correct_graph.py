@@ -1,46 +1,15 @@
-"""A bundle with a toy graph ``correct``: its tensors are the real ones, and prove what they do."""
+"""A toy graph ``correct``: its tensors are the real ones, and prove what they do."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper
 
-from recallseg.engines.bundle import Bundle
-from recallseg.engines.composition import Composition
-from recallseg.engines.digest import digest_file
-from recallseg.engines.golden import GoldenTensors, run_case
-from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import Geometry, graph_specs
 
-__all__ = ["add_correct", "write_correct"]
-
-
-def add_correct(source: Bundle, folder: Path, *, proven: bool = True) -> Bundle:
-    """Copy a bundle to ``folder``, with such a graph and, if ``proven``, its golden tensors."""
-    shutil.copytree(source.path, folder)
-    path = folder / "graphs/portable/fp32/correct.onnx"
-    write_correct(path, source.geometry)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry = {"file": "graphs/portable/fp32/correct.onnx", "sha256": digest_file(path)}
-    entry["bytes"] = path.stat().st_size
-    manifest["graphs"]["portable/fp32/correct"] = entry
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    bundle = Bundle.open(folder)
-    if proven:
-        file = bundle.golden_file
-        golden = GoldenTensors.load(file)
-        engines = load_engines(bundle, "onnxruntime-cpu", graphs=tuple(bundle.specs))
-        made = run_case(
-            golden.case, Composition(engines), bundle.geometry, bundle.normalisation, bundle.memory
-        )
-        GoldenTensors.from_run(golden.case, made, 0).save(file)
-        manifest["golden"]["sha256"] = digest_file(file)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-    return Bundle.open(folder)
+__all__ = ["write_correct"]
 
 
 def write_correct(path: Path, geometry: Geometry) -> None:

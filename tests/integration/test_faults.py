@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim is for
 TESTS = Path(__file__).parents[1]
 
 
-def campaign(output: Path, *options: str, report: str) -> dict[str, Any]:
+def campaign(output: Path, *options: str, report: str, module: str = "faults") -> dict[str, Any]:
     python_path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "faults", "--output", output, *options],
+        [sys.executable, "-m", module, "--output", output, *options],
         env={**os.environ, "PYTHONPATH": python_path},
         capture_output=True,
         text=True,
@@ -26,12 +26,12 @@ def campaign(output: Path, *options: str, report: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads((output / report).read_text())
+    found: dict[str, Any] = json.loads((output / report if report else output).read_text())
     return found
 
 
 def test_no_single_fault_of_the_system_harms_a_library(tmp_path: Path) -> None:
-    found = campaign(tmp_path, "--every", "31", "--only", "library.", report="faults.json")
+    found = campaign(tmp_path, "--every", "43", "--only", "library.", report="faults.json")
     assert found["counts"]["cases"] == found["counts"]["fired"] > 150
     assert found["counts"]["LibraryWriteError"] > 50  # they do reach what is done
 
@@ -39,3 +39,18 @@ def test_no_single_fault_of_the_system_harms_a_library(tmp_path: Path) -> None:
 def test_no_power_cut_takes_what_was_acknowledged(tmp_path: Path) -> None:
     found = campaign(tmp_path, "--cuts", "160", "--seed", "3", report="power.json")
     assert sum(found["counts"].values()) >= 160
+
+
+@pytest.mark.parametrize(
+    ("options", "counted", "least"),
+    [
+        (("kills", "--count", "6", "--only", "library.add"), "hit", 6),
+        (("threads", "--seconds", "2", "--threads", "4", "--processes", "3"), "searched", 10),
+    ],
+)
+def test_nothing_from_outside_harms_a_library(
+    tmp_path: Path, options: tuple[str, ...], counted: str, least: int
+) -> None:
+    found = campaign(tmp_path / "found.json", *options, report="", module="campaigns.harm")
+    assert found["violations"] == []
+    assert found["counts"][counted] >= least

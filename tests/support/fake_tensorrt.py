@@ -193,13 +193,18 @@ class Context:
         inputs = {}
         for value in session.get_inputs():
             shape = shapes[value.name]
-            count = int(np.prod(shape))
-            source = (ctypes.c_float * count).from_address(addresses[value.name])
-            inputs[value.name] = np.frombuffer(source, np.float32).reshape(shape).copy()
+            dtype = np.dtype(_TYPES[value.type])
+            source = (ctypes.c_byte * (int(np.prod(shape)) * dtype.itemsize)).from_address(
+                addresses[value.name]
+            )
+            inputs[value.name] = np.frombuffer(source, dtype).reshape(shape).copy()
         found = session.run(None, inputs)
         for value, array in zip(session.get_outputs(), found, strict=True):
             made = self._engine.spoil(value.name, np.ascontiguousarray(array), inputs)
             ctypes.memmove(addresses[value.name], made.ctypes.data, made.nbytes)
+
+
+_TYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(bool)": "bool"}
 
 
 class Engine:
@@ -285,7 +290,8 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
     module.MemoryPoolType = Values("WORKSPACE")
     module.HardwareCompatibilityLevel = Values("NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY")
     module.OnnxParser = Parser
-    module.DataType = type("DataType", (), {"FLOAT": onnx.TensorProto.FLOAT})
+    kinds = ("FLOAT", "INT32", "BOOL")
+    module.DataType = type("DataType", (), {k: getattr(onnx.TensorProto, k) for k in kinds})
 
     class Logger:
         ERROR, WARNING = Severity.ERROR, Severity.WARNING

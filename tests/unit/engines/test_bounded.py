@@ -92,7 +92,7 @@ def test_the_shipped_bundle_passes_within_the_limits(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     found = verify_bounded(Bundle.open("demo"), ENGINE, "fp32")
     assert found.passed
-    assert (found.engine, found.precision, len(found.checks)) == (ENGINE, "fp32", 11)
+    assert (found.engine, found.precision, len(found.checks)) == (ENGINE, "fp32", 14)
 
 
 def test_a_graph_without_end_is_ended(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from recallseg.engines.budget import PRESETS, largest_k, memory_budget
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.precisions import PRECISIONS
+from recallseg.engines.specs import GRAPHS
 
 MIB = 1 << 20
 
@@ -32,14 +33,12 @@ def test_counted_lines_are_exact(demo: Bundle) -> None:
     lines = {line.name: line for line in budget.lines}
     tensors = [
         prod(tensor.resolve(n=2, k=4)) * 4
-        for spec in demo.specs.values()
+        for spec in (demo.specs[graph] for graph in GRAPHS)
         for tensor in (*spec.inputs, *spec.outputs)
     ]
     assert lines["inputs and outputs of the engines"].size == sum(tensors)
-    files = [demo.graph_file(graph, ("portable",), "fp32")[0] for graph in demo.specs]
-    files += [
-        file for graph in demo.specs for file in demo.weights_files(graph, "portable", "fp32")
-    ]
+    files = [demo.graph_file(graph, ("portable",), "fp32")[0] for graph in GRAPHS]
+    files += [file for graph in GRAPHS for file in demo.weights_files(graph, "portable", "fp32")]
     assert lines["weights"].size == sum(file.stat().st_size for file in files)
     assert {line.kind for line in budget.lines} == {"counted", "estimated", "assumed"}
     assert budget.total == sum(line.size for line in budget.lines)

@@ -30,7 +30,8 @@ from recallseg.export.sharing import share_weights
 from recallseg.export.triton.repository import export_triton
 from recallseg.export.writing import write_manifest
 
-MODELS = sorted(["recallseg", "recallseg_remember", *(f"recallseg_{graph}" for graph in GRAPHS)])
+EVERY = (*GRAPHS, "correct")
+MODELS = sorted(["recallseg", "recallseg_remember", *(f"recallseg_{graph}" for graph in EVERY)])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,8 @@ def read(schema: Any, repository: Path, model: str) -> Any:
 
 def test_every_configuration_is_one_of_triton(schema: Any, repository: Path, demo: Bundle) -> None:
     assert sorted(path.name for path in repository.iterdir()) == MODELS
-    for graph in GRAPHS:
+    kinds = {"float32": schema.TYPE_FP32, "int32": schema.TYPE_INT32, "bool": schema.TYPE_BOOL}
+    for graph in EVERY:
         config = read(schema, repository, f"recallseg_{graph}")
         assert config.name == f"recallseg_{graph}"
         assert config.platform == "onnxruntime_onnx"
@@ -77,7 +79,7 @@ def test_every_configuration_is_one_of_triton(schema: Any, repository: Path, dem
         for values, tensors in ((config.input, spec.inputs), (config.output, spec.outputs)):
             assert [value.name for value in values] == [tensor.name for tensor in tensors]
             for value, tensor in zip(values, tensors, strict=True):
-                assert value.data_type == schema.TYPE_FP32
+                assert value.data_type == kinds[tensor.dtype]
                 assert list(value.dims) == [-1 if isinstance(d, str) else d for d in tensor.shape]
         # What Triton's ONNX backend would find in the file itself.
         model = repository / f"recallseg_{graph}" / "1" / "model.onnx"
@@ -88,8 +90,9 @@ def test_every_configuration_is_one_of_triton(schema: Any, repository: Path, dem
 def test_the_composition_is_a_python_model(schema: Any, repository: Path, demo: Bundle) -> None:
     config = read(schema, repository, "recallseg")
     assert config.backend == "python"
-    assert [value.name for value in config.input] == ["image", "memories", "pointers"]
-    assert [value.optional for value in config.input] == [False, True, True]
+    prompts = ["points", "point_labels", "prior"]
+    assert [v.name for v in config.input] == ["image", "memories", "pointers", *prompts]
+    assert [value.optional for value in config.input] == [False, *5 * [True]]
     assert json.loads(config.parameters["no_memory"].string_value) == list(demo.no_memory or ())
     assert [v.name for v in config.output] == ["logits", "iou", "object_score", "notice"]
     assert config.parameters["notice"].string_value == demo.notice
@@ -381,7 +384,7 @@ def test_only_verified_plans_are_exported(demo: Bundle, schema: Any, tmp_path: P
     with pytest.raises(ExportError, match="no verified tensorrt plan of graph 'embed'"):
         export_triton(demo, tmp_path / "a", engine="tensorrt", cache=cache)
     plans = []
-    for graph in GRAPHS:
+    for graph in EVERY:
         key = PlanKey(
             graph,
             demo.graph_digest(graph, "portable", "fp32"),

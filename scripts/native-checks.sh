@@ -48,7 +48,8 @@ run_check() {
 run_alone() {
   rm -rf "$work/alone" && mkdir -p "$work/alone/scratch"
   cp -r "$work/library" "$work/bundle" "$work/alone"
-  "$RECALLSEG_PYTHON" -m recallseg audit key "$work/alone/scratch/audit.key" >"$work/log"
+  PYTHONPATH=${RECALLSEG_SITE_PACKAGES:-} \
+    "$RECALLSEG_PYTHON" -m recallseg audit key "$work/alone/scratch/audit.key" >"$work/log"
   DAMAGE=$(ls "$work"/alone/library/memories/*.shard) \
     "${@:3}" "$work/$1-checks/checks" "$2" "$work/alone/library" "$work/alone/scratch"
 }

@@ -31,6 +31,7 @@ __all__ = ["Questions", "check_rule"]
 @dataclass
 class _Open:
     segmenter: Segmenter
+    commits: object  # of the library, when the segmenter was made
     users: int = 0
     left: bool = False  # for another one: closed as soon as nobody uses it
 
@@ -78,19 +79,22 @@ class Questions:
             known = self._open.get(rule.name)
             if known is not None and not known.segmenter.library.replaced:
                 try:
-                    if known.segmenter.library.refresh():
-                        known.segmenter = self._make(rule, known.segmenter.library)
+                    library = known.segmenter.library
+                    library.refresh()
+                    if known.commits != (commits := library.commits):  # a head fitted, say
+                        known.segmenter, known.commits = self._make(rule, library), commits
                     return known
                 except LibraryMismatchError:
                     pass  # rebuilt for another bundle
             self.forget(rule)
             library = Library.open(rule.library)
             try:
+                commits = library.commits
                 made = self._make(rule, library)
             except BaseException:
                 library.close()
                 raise
-            self._open[rule.name] = opened = _Open(made)
+            self._open[rule.name] = opened = _Open(made, commits)
             return opened
 
     def warm_up(self, rules: Iterable[Rule]) -> dict[str, RecallSegError]:

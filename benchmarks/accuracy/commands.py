@@ -167,7 +167,7 @@ def choosing(
 
 
 def clicks(
-    output: Annotated[Path, typer.Option("--output", help="Folder for clicks.csv.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for clicks.csv and clicks.svg.")],
     bundle: Annotated[
         str, typer.Option("--bundle", help="Folder of a bundle with the graph 'correct'.")
     ] = "demo",
@@ -183,6 +183,7 @@ def clicks(
         tabulate,
         write_clicks,
     )
+    from recallseg.benchmarks.accuracy.click_curves import click_curves
     from recallseg.benchmarks.accuracy.datasets import load_datasets
     from recallseg.engines.bundle import Bundle
 
@@ -198,6 +199,7 @@ def clicks(
                 dataset, opened, most_queries=queries, threads=threads, step=step
             )
         write_clicks(output / "clicks.csv", found)
+        (output / "clicks.svg").write_text(click_curves(found), encoding="utf-8")
     _print_rows("Clicks into the middle of the largest error", *tabulate(found), missing)
     say_notice(opened.notice)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from recallseg.benchmarks.accuracy.annotator import (
     tabulate,
     write_clicks,
 )
+from recallseg.benchmarks.accuracy.click_curves import click_curves
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate
 from recallseg.engines.errors import BundleError
 
@@ -85,3 +87,21 @@ def test_every_library_and_start_is_measured(tmp_path: Path) -> None:
 def test_a_bundle_that_cannot_correct_is_told(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="'correct'"):
         measure_clicks(small(), make_fake_bundle(tmp_path / "bundle"), engine="fake")
+
+
+def test_curves_are_one_panel_for_each_data_set() -> None:
+    found = [
+        Clicked(name, "a", "x", annotated, start, clicks, clicks / 10)
+        for name in ("one", "two & a half")
+        for annotated, start in ((0, "clicks"), (0, "box"), (16, "clicks"))
+        for clicks in range(3)
+    ]
+    root = ElementTree.fromstring(click_curves(found))
+    space = "{http://www.w3.org/2000/svg}"
+    lines = [line.get("points") for line in root.iter(f"{space}polyline")]
+    assert sum(bool(line) for line in lines) == 6
+    assert {text.text for text in root.iter(f"{space}text")} >= {
+        "one",
+        "two & a half",
+        "a box first",
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from recallseg.runtime.services.archive.running import Archived, Progress, segment_archive
+from recallseg.runtime.services.archive.progress import Archived, Progress
+from recallseg.runtime.services.archive.running import segment_archive
 
 __all__ = ["Archived", "Progress", "segment_archive"]

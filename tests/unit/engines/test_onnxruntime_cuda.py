@@ -46,8 +46,8 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession
 
 def test_it_is_proven_once_on_this_device(session: type[FakeSession], demo: Bundle) -> None:
     engines = load_engines(demo, NAME)
-    assert [name for name, *_ in session.made] == [*GRAPHS, *GRAPHS]  # traced, then for use
-    assert [s.enable_profiling for *_, s in session.made] == [True] * 5 + [False] * 5
+    assert [name for name, *_ in session.made] == [*demo.specs, *GRAPHS]  # traced, for use
+    assert [s.enable_profiling for *_, s in session.made] == [True] * 6 + [False] * 5
     session.made.clear()
     assert list(load_engines(demo, NAME, graphs=("attend",))) == ["attend"]
     assert len(session.made) == 1
@@ -144,8 +144,8 @@ def test_attention_of_one_wide_head_is_flash_attention(
 def test_each_binding_has_a_recording_of_its_own(session: type[FakeSession], demo: Bundle) -> None:
     options = EngineOptions(cuda_graphs=True, device=HostGpu.open())
     engine = load_engines(demo, NAME, options=options, graphs=("embed",))["embed"]
-    # Proven as it is and traced; recorded and replayed after it: five sessions more.
-    assert len(session.made) == 11
+    # Proven as it is and traced; recorded and replayed after it: six sessions more.
+    assert len(session.made) == 13
     assert session.made[-1][1]["enable_cuda_graph"] == "1"
     session.runs.clear()
     image = np.zeros((1, 3, demo.geometry.embed_size, demo.geometry.embed_size), np.float32)

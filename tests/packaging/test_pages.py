@@ -147,6 +147,37 @@ def test_citations_in_the_source_lead_somewhere() -> None:
     assert [line for line in listed.stdout.splitlines() if "test_pages.py" not in line] == []
 
 
+WHEN = re.compile(r"\d{1,2}(?: \(Zen \d\))?(?: and \d{1,2})? November 2026|2026-11-\d\d")
+WHERE = re.compile(r"EPYC|Zen|H100")
+HOW = re.compile(
+    r"`(?:PYTHONPATH=\S+ )?(?:recallseg|python|pytest) [^`]*`|command was not recorded"
+)
+TIMES = re.compile(r"\d+(?:\.\d+)? (?:ms|MB/s|GB/s|GFLOP/s|frames/s)\b|\bmilliseconds\b|\bDice\b")
+COUNTED = {  # sizes and versions, figures of others, definitions
+    ("jetson.md", "What the system gives, what pip gives"),
+    ("networks.md", "Which networks there are"),
+    ("pitfalls.md", "Exporting"),
+    ("pitfalls.md", "Precision and engines"),
+    ("architecture.md", "Decisions"),
+    ("c.md", "Threads"),
+}
+
+
+def test_figures_say_when_where_and_how_they_were_measured() -> None:
+    checked = 0
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for section in re.split(r"^(?=##+ )", text, flags=re.MULTILINE):
+            title = section.split("\n")[0].lstrip("# ")
+            numbers = re.findall(r"^\|.*\d+\.\d+", section, re.MULTILINE)
+            if (page.name, title) in COUNTED or len(numbers) < 3 or not TIMES.search(section):
+                continue
+            for what in (WHEN, WHERE, HOW):
+                assert what.search(section), f"{page.name}, {title}: {what.pattern}"
+            checked += 1
+    assert checked > 10
+
+
 def test_every_extra_is_told() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/use/install.md").read_text(), re.MULTILINE)

@@ -125,7 +125,7 @@ def test_the_tutorial_runs(folder: Path) -> None:
     shutil.rmtree(folder / "new")
     run_page(TUTORIAL, folder)
     with Library.open(folder / "brain") as library:
-        assert len(library) == 11
+        assert len(library) == 12
         assert library.structures == ("grey matter", "white matter")
     for name in ("axial-017", "axial-064", "axial-111"):
         record = json.loads((folder / "out" / f"{name}.json").read_text())

@@ -86,8 +86,8 @@ build_digest() {
 # build_operators NAME COMPILER FLAGS...: the operators' kernels and their checks.
 build_operators() {
   local program=operators folder=engines/native/operators prefix=OPERATORS
-  local sources=(exact_kernels quantized_kernels) levels=(v3 vnni) contract=-ffp-contract=fast
-  local rest=("$folder"/{dispatch,exact,quantized_attention}.cpp
+  local sources=({exact,head,quantized}_kernels) levels=(v3 vnni) contract=-ffp-contract=fast
+  local rest=("$folder"/{dispatch,exact,head,quantized_attention}.cpp
     tests/integration/operators/checks.cpp)
   build_levels "$@"
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from typing import Any
 
 import griffe
@@ -12,7 +13,7 @@ ENTRY = re.compile(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*) ?: (.+)$")
 
 
 def as_numpydoc(text: str) -> str:
-    """Move what stands behind the colon of an entry to a line of its own; make roles code."""
+    """Give each name of an entry a line of its own, and what is said of it; make roles code."""
     lines: list[str] = []
     inside = False
     every = text.split("\n")
@@ -23,8 +24,11 @@ def as_numpydoc(text: str) -> str:
         found = ENTRY.match(line) if inside else None
         if found:
             names, said = found.groups()
-            lines += [names, f"    {said}"]
-        else:
+            rest = takewhile(lambda each: each.startswith("    "), every[at + 1 :])
+            whole = [f"    {said}", *rest]
+            for name in names.split(", "):
+                lines += [name, *whole]
+        elif not (inside and line.startswith("    ")):
             lines.append(line)
     return ROLE.sub(r"`\1`", "\n".join(lines))
 

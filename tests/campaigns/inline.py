@@ -36,7 +36,7 @@ from ismrmrd.serialization import ProtocolDeserializer
 from support.dicom_peers import free_port
 from support.fake_bundle import make_fake_bundle
 from support.mrd import asked, image_of
-from support.services import half_library, half_volume
+from support.services import half_library, half_volume, what_comes_to_the_end
 
 from recallseg import Library, Segmenter
 from recallseg.runtime.services.igtl import wire
@@ -250,9 +250,7 @@ def mrd_hostile(folder: Path, count: int) -> dict[str, Any]:
                 came = b""
                 try:
                     link.sendall(stream)
-                    link.shutdown(socket.SHUT_WR)
-                    while part := link.recv(65536):
-                        came = came[-2:] + part
+                    came = what_comes_to_the_end(link)
                 except OSError:
                     came = b""
             broken += not came.endswith(CLOSE)
@@ -350,9 +348,7 @@ def igtl_hostile(folder: Path, count: int) -> dict[str, Any]:
                 link.settimeout(20)
                 try:
                     link.sendall(raw)
-                    link.shutdown(socket.SHUT_WR)
-                    while link.recv(65536):
-                        pass
+                    what_comes_to_the_end(link)
                 except ConnectionError:
                     pass
                 except TimeoutError:

@@ -18,7 +18,7 @@ import numpy as np
 import pyigtl
 import pytest
 from support.igtl import PLACE, next_of, raw_client, running, sent
-from support.services import half_library, half_volume, wait_until
+from support.services import half_library, half_volume, wait_until, what_comes_to_the_end
 
 from recallseg import Bundle, Library
 from recallseg.runtime.services.igtl import wire
@@ -251,13 +251,8 @@ def test_hostile_headers_end_and_others_are_served(service: Igtl) -> None:
             head = bytearray(good[: chance.randrange(len(good))])
         with raw_client(service.port) as one:
             one.sendall(head)
-            one.shutdown(socket.SHUT_WR)
             one.settimeout(10)
-            try:
-                while one.recv(65536):
-                    pass
-            except ConnectionResetError:
-                pass
+            what_comes_to_the_end(one)
     with client(service.port) as one:
         one.send_message(sent(half_volume(1), "After"))
         assert one.wait_for_message("After-mask", timeout=120).image[0, :30].all()

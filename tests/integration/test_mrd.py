@@ -20,7 +20,7 @@ import ismrmrd
 import numpy as np
 import pytest
 from support.mrd import HEADER, asked, configured, image_of, running
-from support.services import half_library, half_volume, wait_until
+from support.services import half_library, half_volume, wait_until, what_comes_to_the_end
 
 from recallseg import Bundle
 from recallseg.runtime.services.audit import verify_audit_log
@@ -285,8 +285,9 @@ def test_a_segmentation_that_dies_is_started_anew(service: Mrd) -> None:
 
 
 def test_too_many_connections_are_refused_with_close(service: Mrd) -> None:
+    wait_until(lambda: len(service._acceptor) == 0)  # those of the tests before
     links = [socket.create_connection(("127.0.0.1", service.port), 20) for _ in range(4)]
-    time.sleep(0.2)
+    wait_until(lambda: len(service._acceptor) == 4)
     with socket.create_connection(("127.0.0.1", service.port), 20) as one_more:
         assert one_more.recv(10) == struct.pack("<H", 4)
     for link in links:
@@ -311,8 +312,7 @@ def test_random_and_truncated_streams_end_and_others_are_served(service: Mrd) ->
         with socket.create_connection(("127.0.0.1", service.port), 20) as link:
             link.settimeout(20)
             link.sendall(stream)
-            link.shutdown(socket.SHUT_WR)
-            came = b"".join(iter(lambda link=link: link.recv(65536), b""))  # type: ignore[misc]
+            came = what_comes_to_the_end(link)
         assert came.endswith(struct.pack("<H", 4))
     assert len(images_in(asked(service.port, [sent]))) == 2
     assert service.alive()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,20 @@ def wait_until(true: Callable[[], object], seconds: float = 120.0) -> None:
     while not true():
         assert time.monotonic() < end, f"not so within {seconds} s"
         time.sleep(0.02)
+
+
+def what_comes_to_the_end(link: socket.socket) -> bytes:
+    """Say that nothing more is sent, and return what comes until the other end closes or resets.
+
+    It may have done so already: a service that gave a stream up need not wait for a slow sender.
+    """
+    with suppress(OSError):
+        link.shutdown(socket.SHUT_WR)
+    came = bytearray()
+    with suppress(ConnectionError):
+        while part := link.recv(65536):
+            came += part
+    return bytes(came)
 
 
 def half_volume(slices: int = 3, side: int = 64, seed: int = 0) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -105,8 +106,11 @@ class Store:
         if mode not in ("read", "write"):
             raise InputError(f"mode must be 'read' or 'write', got {mode!r}.")
         asked = folder
-        if folder.is_symlink():  # followed once: all files are of one library, wherever it points
-            folder = folder.resolve()
+        with suppress(OSError, RuntimeError):  # no access, or a loop: said by the catalog below
+            if (
+                folder.is_symlink()
+            ):  # followed once: all files are of one library, wherever it points
+                folder = folder.resolve()
         database = Database.open(folder / CATALOG, writable=mode == "write")
         _warn_of_others(folder)
         lock = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -262,8 +263,9 @@ def test_a_folder_that_cannot_be_written(library: Library) -> None:
     library.close()
     for item in [library.path, *library.path.rglob("*")]:
         item.chmod(0o555 if item.is_dir() else 0o444)
-    for parent in (library.path.parent, *library.path.parent.parents[:2]):
-        parent.chmod(0o755)
+    seen = [parent for parent in library.path.parents if parent.stat().st_uid == os.getuid()]
+    for parent in seen:
+        parent.chmod(parent.stat().st_mode | 0o055)
     try:
         out = run(
             """
@@ -292,6 +294,25 @@ for call in (
             item.chmod(0o755)
     assert out == "refused\nrefused\n"
     assert key in Library.open(library.path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+def test_a_folder_that_cannot_be_seen(library: Library) -> None:
+    library.close()
+    library.path.parent.chmod(0o700)
+    out = run(
+        """
+Library.open(path).verify()  # imports what an ordinary user may not read here
+os.setgid(65534); os.setuid(65534)
+try:
+    Library.open(path)
+except LibraryError as error:
+    assert path in str(error), error
+    print("told")
+""",
+        library.path,
+    )
+    assert out == "told\n"
 
 
 def test_threads_may_share_a_library(library: Library) -> None:

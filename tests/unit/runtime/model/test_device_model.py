@@ -587,7 +587,7 @@ def test_exemplars_are_encoded_on_the_gpu_of_the_librarys_model(
         shards.append([p.read_bytes() for p in sorted((tmp_path / str(number)).glob("memories/*"))])
     assert shards[0] == shards[1]
     assert sorted({name for name, _, _ in session.made}) == [
-        "attend", "decode", "embed", "encode", "memorize",
+        "attend", "correct", "decode", "embed", "encode", "memorize",
     ]  # fmt: skip
 
 

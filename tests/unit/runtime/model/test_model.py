@@ -461,8 +461,8 @@ def test_ten_threads_are_all_answered_and_none_starves(library: Library) -> None
         for outcome in [threads.submit(work, number) for number in range(10)]:
             outcome.result(60)
     assert sorted(served) == sorted(list(range(10)) * 12)
-    # While all ten ask, each is served: without turns one thread has its twelve in a row. That it was
-    # served is written down after its turn, so on a busy machine the order here is not exact.
+    # While all ten ask, each is served: without turns one thread has its twelve in a row. What is
+    # written down comes after a turn, so on a busy machine the order is not exact.
     middle = Counter(served[30:90])
     assert all(middle[number] >= 2 for number in range(10)), middle
 

@@ -44,9 +44,10 @@ def test_build_verify_list_clear(api: Any) -> None:
         "memorize",
         "attend",
         "decode",
+        "correct",
     ]
     listed = json.loads(run("cache", "list", "--json").stdout)["plans"]
-    assert len(listed) == 5
+    assert len(listed) == 6
     assert {tuple(plan["states"].values()) for plan in listed} == {("verified",)}
     text = run("cache", "list").stdout
     assert "verified on sm87 Stand-in, driver 12.6" in text
@@ -55,7 +56,7 @@ def test_build_verify_list_clear(api: Any) -> None:
     assert "was in the cache" in run("build", "demo", "--engine", "tensorrt", "--max-k", "8").stdout
     cleared = json.loads(run("cache", "clear", "--engine", "tensorrt", "--stale", "--json").stdout)
     assert cleared["plans"] == 0
-    assert json.loads(run("cache", "clear", "--json").stdout)["plans"] == 5
+    assert json.loads(run("cache", "clear", "--json").stdout)["plans"] == 6
     assert "0 plans" in run("cache", "list").stdout
 
 

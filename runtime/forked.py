@@ -1,7 +1,8 @@
 """What a process that was forked must not touch: it belongs to the process that opened it.
 
 A forked process has the memory of its parent and none of its threads. Locks may be held by threads
-that are gone, engines have lost theirs, and a connection of SQLite is the parent's alone.
+that are gone, engines have lost theirs, and a connection of SQLite is the parent's alone. Where
+other threads were at work, one may have held SQLite's own lock, and opening anew waits for ever.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Opener:
         if self.elsewhere:
             raise ForkedError(
                 f"{self._what} was opened by process {self._process}, from which this process was "
-                "forked, and cannot be used here. Open it again in this process, or fork before "
-                "anything is opened (multiprocessing: start method 'spawn' or 'forkserver')."
+                "forked, and cannot be used here. Fork before anything is opened (multiprocessing: "
+                "start method 'spawn' or 'forkserver'), or open it again in this process if no "
+                "other thread was at work when it was forked."
             )
 
 

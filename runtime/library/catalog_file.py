@@ -15,13 +15,16 @@ import os
 import re
 import stat
 import struct
+import threading
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from recallseg.engines.errors import LibraryCorruptError
 
-__all__ = ["check_catalog_file", "check_schema", "create_catalog_file"]
+__all__ = ["Hold", "check_catalog_file", "check_schema", "create_catalog_file", "hold_catalog_file"]
 
 JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 _JOURNAL = struct.Struct(">8sIIIII")  # magic, records, nonce, pages before, sector, page size
@@ -31,19 +34,117 @@ MOST_BYTES = 2**38
 """A catalog of a hundred million exemplars; SQLite would make a file of 281 TB."""
 
 
-def create_catalog_file(path: Path) -> None:
-    """Make the empty file, for SQLite to fill, with the permissions of its folder.
+class Hold:
+    """A hold of this process on a catalog, given back when a connection to it is closed.
+
+    Closing any descriptor of a file gives up every POSIX lock that the process has on it, SQLite's
+    own included (https://www.sqlite.org/howtocorrupt.html, 2.2). Another process would then take a
+    commit that is under way for one that was cut off, and undo it. So a catalog is not just opened
+    and closed: what this process opened of it is closed when nothing holds it any more.
+
+    Parameters
+    ----------
+    path : of the catalog; a link is refused.
+    mode : permissions of the file that is made if there is none; None: there must be one.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened.
+    """
+
+    def __init__(self, path: Path, mode: int | None = None) -> None:
+        with _guard:
+            try:
+                found = os.lstat(path)
+                self._key = (found.st_dev, found.st_ino)
+            except FileNotFoundError:
+                self._key = (-1, -1)
+            if self._key not in _held:
+                self._open(path, mode)
+            self._descriptor = _held[self._key][0]
+            _holds[self._key] += 1
+
+    def _open(self, path: Path, mode: int | None) -> None:
+        flags = os.O_RDONLY if mode is None else os.O_RDWR | os.O_CREAT
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(path, flags, mode or 0)
+        found = os.fstat(descriptor)
+        self._key = (found.st_dev, found.st_ino)
+        _held.setdefault(self._key, []).append(descriptor)
+
+    def header(self) -> bytes:
+        """Return the first 100 bytes, fewer of a shorter file."""
+        return os.pread(self._descriptor, _HEADER_BYTES, 0)
+
+    def give_back(self) -> None:
+        """Close what was opened, unless others of this process hold the file; call once."""
+        with _guard:
+            _holds[self._key] -= 1
+            if not _holds[self._key]:
+                del _holds[self._key]
+                for descriptor in _held.pop(self._key):
+                    os.close(descriptor)
+
+
+_guard = threading.Lock()
+_held: dict[tuple[int, int], list[int]] = {}
+"""Descriptors by device and inode: one, or more where a file was exchanged while it was opened."""
+_holds: Counter[tuple[int, int]] = Counter()
+
+
+def _begin_anew() -> None:
+    """In a forked process: holds are its parent's, and the lock may be a thread's that is gone."""
+    global _guard
+    _guard = threading.Lock()
+    _held.clear()
+    _holds.clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
+def create_catalog_file(path: Path) -> Hold:
+    """Make the empty file, for SQLite to fill, with the permissions of its folder, and hold it.
 
     SQLite itself would make it readable for all, and would follow a link. What an interrupted
     creation left is taken.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    os.close(os.open(path, flags, path.parent.stat().st_mode & 0o666))
-    check_catalog_file(path)
+    hold = Hold(path, path.parent.stat().st_mode & 0o666)
+    try:
+        check_catalog_file(path, hold)
+    except BaseException:
+        hold.give_back()
+        raise
+    return hold
 
 
-def check_catalog_file(path: Path) -> None:
+def hold_catalog_file(path: Path) -> Hold:
+    """Check a catalog, and hold it.
+
+    Raises
+    ------
+    LibraryCorruptError
+        As :func:`check_catalog_file`.
+    OSError
+        If there is none, or it cannot be opened.
+    """
+    _regular(path)
+    hold = Hold(path)
+    try:
+        check_catalog_file(path, hold)
+    except BaseException:
+        hold.give_back()
+        raise
+    return hold
+
+
+def check_catalog_file(path: Path, hold: Hold) -> None:
     """Refuse what SQLite must not open.
+
+    Parameters
+    ----------
+    hold : on the catalog.
 
     Raises
     ------
@@ -62,12 +163,11 @@ def check_catalog_file(path: Path) -> None:
                 "write-ahead logs belong to no library of RecallSeg. If another program wrote "
                 "to the catalog, let that program close it",
             )
-    with path.open("rb") as file:
-        header = file.read(_HEADER_BYTES)
+    header = hold.header()
     if len(header) >= 20 and _WAL_VERSION in (header[18], header[19]):
         raise _refused(path, "it asks for a write-ahead log, which no library of RecallSeg has")
     journal = path.with_name(path.name + "-journal")
-    if os.path.lexists(journal):
+    with suppress(FileNotFoundError):  # there is none, or its writer has committed meanwhile
         _check_journal(journal, header, size)
 
 

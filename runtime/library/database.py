@@ -26,9 +26,10 @@ from recallseg.engines.errors import (
 )
 from recallseg.runtime.forked import Opener, OwnLock
 from recallseg.runtime.library.catalog_file import (
-    check_catalog_file,
+    Hold,
     check_schema,
     create_catalog_file,
+    hold_catalog_file,
 )
 from recallseg.runtime.library.storage import advice, writing
 
@@ -96,16 +97,22 @@ CREATE TABLE heads (id INTEGER PRIMARY KEY, about TEXT NOT NULL, data BLOB NOT N
 """What a library gets when it first needs it; see :meth:`Database.upgrade`."""
 
 
-def _close(connection: sqlite3.Connection, opener: Opener) -> None:
+def _close(connection: sqlite3.Connection, hold: Hold, opener: Opener) -> None:
     """Close a connection, but not from a process that was forked while it may have been at work."""
     if not opener.elsewhere:
         connection.close()
+        hold.give_back()
 
 
 class Database:
     """One connection. May be shared between threads: each statement or transaction takes a lock."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, writable: bool) -> None:
+    def __init__(self, path: Path, hold: Hold, mode: str, writable: bool) -> None:
+        try:
+            connection = _connect(path, mode)
+        except BaseException:
+            hold.give_back()
+            raise
         self.path = path
         self.writable = writable
         self._connection = connection
@@ -113,7 +120,7 @@ class Database:
         self._lock = OwnLock(self._opener)
         self._effort = _Effort(path)
         connection.set_progress_handler(self._effort.look, _STEPS_PER_LOOK)
-        self._close = weakref.finalize(self, _close, connection, self._opener)
+        self._close = weakref.finalize(self, _close, connection, hold, self._opener)
 
     @classmethod
     def create(
@@ -121,8 +128,8 @@ class Database:
     ) -> Database:
         """Make the file with its schema and the rows of ``fill``, in one transaction."""
         with writing(path):
-            create_catalog_file(path)
-        database = cls(path, _connect(path, "rw"), True)
+            hold = create_catalog_file(path)
+        database = cls(path, hold, "rw", True)
         try:
             database.execute("PRAGMA page_size=8192")
             database._prepare()
@@ -150,26 +157,24 @@ class Database:
         LibraryCorruptError
             If it is no SQLite file, another program's, or asks SQLite for what ours never does.
         """
-        try:
-            check_catalog_file(path)
-            empty = path.stat().st_size == 0
-        except (FileNotFoundError, NotADirectoryError):
-            empty = True
-        except OSError as error:
-            raise _cannot_open(path, error) from error
-        if empty:
-            raise LibraryNotFoundError(
-                f"there is no library in {path.parent}: {path.name} is missing or empty. Make one "
-                "with 'recallseg library create'."
-            )
         # Undoing a commit that was cut off takes write permission: readers ask for it if they can.
         may_write = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+        try:
+            hold = hold_catalog_file(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _no_library(path) from None
+        except OSError as error:
+            raise _cannot_open(path, error) from error
+        if not hold.header():
+            hold.give_back()
+            raise _no_library(path)
         if writable and not may_write:
+            hold.give_back()
             raise LibraryWriteError(
                 f"{path.parent} cannot be written by this user. Open it for reading, grant write "
                 "permission, or copy it to a folder that can be written."
             )
-        database = cls(path, _connect(path, "rw" if may_write else "ro"), writable)
+        database = cls(path, hold, "rw" if may_write else "ro", writable)
         try:
             database._distrust()
             application = database.value("PRAGMA application_id")
@@ -213,14 +218,13 @@ class Database:
     def copy(self, path: Path) -> None:
         """Copy the file as it is committed now, in one piece, to a new one; others wait or not."""
         with writing(path):
-            create_catalog_file(path)
-        made = _connect(path, "rw")
+            hold = create_catalog_file(path)
         try:
-            with self._lock, self._explained():
+            with closing(_connect(path, "rw")) as made, self._lock, self._explained():
                 self._check_open()
                 self._connection.backup(made)
         finally:
-            made.close()
+            hold.give_back()
 
     @staticmethod
     def vacuum(path: Path) -> None:
@@ -381,11 +385,19 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         raise _cannot_open(path, error) from error
 
 
+def _no_library(path: Path) -> LibraryNotFoundError:
+    return LibraryNotFoundError(
+        f"there is no library in {path.parent}: {path.name} is missing or empty. Make one "
+        "with 'recallseg library create'."
+    )
+
+
 def _cannot_open(path: Path, error: Exception) -> LibraryError:
     """Return the error for a file that cannot be opened; where SQLite is silent, ask the system."""
     if not isinstance(error, OSError):
         try:
-            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            os.close(os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC))  # may be one too many
+            Hold(path).give_back()
         except OSError as found:
             error = found
     if isinstance(error, OSError):

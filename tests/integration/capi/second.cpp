@@ -7,6 +7,8 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -211,9 +213,12 @@ std::pair<int, int> threads_with(int nice, int core) {
   std::pair<int, int> found{0, 0};
   for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
     const auto id = static_cast<id_t>(std::stoi(task.path().filename()));
-    found.first += getpriority(PRIO_PROCESS, id) == nice;
     cpu_set_t set;
-    CHECK(sched_getaffinity(static_cast<pid_t>(id), sizeof set, &set) == 0);
+    if (sched_getaffinity(static_cast<pid_t>(id), sizeof set, &set) != 0) {
+      CHECK(errno == ESRCH);  // it has ended meanwhile
+      continue;
+    }
+    found.first += getpriority(PRIO_PROCESS, id) == nice;
     found.second += CPU_COUNT(&set) == 1 && CPU_ISSET(core, &set);
   }
   return found;
@@ -251,6 +256,10 @@ void schedules() {
   };
   static int told = 0;
   GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, nullptr, callback, &told, &stream));
+  // The stream's thread says how urgent it is once it runs.
+  for (int tries = 0; threads_with(nice, core).first == opened.first && tries < 1000; ++tries) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
   CHECK(threads_with(nice, core).first == opened.first + 1);
   Query query, same;
   query.output.masks = same.output.masks = nullptr;

@@ -9,11 +9,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support.fake_library import (
     HashEncoder,
+    StubBundle,
     add,
     buffers,
     create,
@@ -331,3 +333,39 @@ def test_threads_may_share_a_library(library: Library) -> None:
             add(library, n, key=str(n))
         list(readings)
     assert len(reader) == 15
+
+
+def catalog_descriptors(library: Path) -> int:
+    catalog = os.stat(library / "library.sqlite")
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found += os.path.samestat(os.stat(f"/proc/self/fd/{name}"), catalog)
+    return found
+
+
+def test_a_second_look_gives_up_no_lock(library: Library) -> None:
+    """Closing a descriptor of a file drops the process's POSIX locks on it, SQLite's too."""
+    add(library, 1)
+    catalog = library.path / "library.sqlite"
+    attempt = (
+        "import sqlite3, sys; one = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None);"
+        "one.execute('BEGIN IMMEDIATE')"
+    )
+    database = library._store.catalog.database
+    with database.transaction():
+        database.execute("UPDATE state SET revision = revision")
+        for _ in range(3):
+            Library.open(library.path).close()
+            with pytest.raises(LibraryError):
+                Library.create(library.path, StubBundle(), encoder=HashEncoder())
+        other = subprocess.run(
+            [sys.executable, "-c", attempt, catalog], capture_output=True, text=True, check=False
+        )
+        assert "database is locked" in other.stderr
+    before = catalog_descriptors(library.path)
+    for _ in range(3):
+        Library.open(library.path).close()
+    assert catalog_descriptors(library.path) == before
+    library.close()
+    assert catalog_descriptors(library.path) == 0

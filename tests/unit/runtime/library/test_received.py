@@ -21,7 +21,7 @@ from usearch.index import Index
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import BundleError, InputError, LibraryCorruptError, LibraryError
 from recallseg.engines.limits import max_bytes
-from recallseg.runtime.library import Library, index, retrieval
+from recallseg.runtime.library import Library, catalog_file, index, retrieval
 from recallseg.runtime.library.catalog_file import JOURNAL_MAGIC
 
 
@@ -90,6 +90,25 @@ def test_an_ordinary_journal_is_rolled_back(tmp_path: Path, library: Path) -> No
         assert [e.created[-1] for e in opened] == ["0"] * 3
         assert opened.verify().ok
     assert not (copy / "library.sqlite-journal").exists()
+
+
+def test_a_journal_may_go_while_it_is_looked_at(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that commits removes its journal: its library is there all the same."""
+    journal = library / "library.sqlite-journal"
+    journal.write_bytes(b"\0" * 512)
+    regular = catalog_file._regular
+
+    def committed(path: Path) -> int:
+        size = regular(path)
+        if path == journal:
+            path.unlink()
+        return size
+
+    monkeypatch.setattr(catalog_file, "_regular", committed)
+    Library.open(library, encoder=HashEncoder()).close()
+    assert not journal.exists()
 
 
 def grow_by_journal(library: Path) -> None:

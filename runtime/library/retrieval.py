@@ -274,6 +274,9 @@ class Retrieval:
         self._catalog.store_index(structure, present, stored)
         if before is not None and before.digest != digest:
             forget_index(before.digest)
+        if before is not None and before.file != name and _NAME.fullmatch(before.file):
+            with writing(path):
+                remove_inside(self._folder.parent, f"{self._folder.name}/{before.file}")
 
     def _cached(self, vectors: Vectors) -> Index:
         """Return a graph from the user's cache, where it goes if the library cannot be written."""

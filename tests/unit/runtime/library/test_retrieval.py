@@ -95,6 +95,22 @@ def test_an_index_through_its_life(tmp_path: Path) -> None:
     check(reader, alive - set(range(20, 45)))
 
 
+def test_an_index_that_is_replaced_goes_at_once(tmp_path: Path) -> None:
+    with Library.create(tmp_path / "library", StubBundle(), encoder=HashEncoder()) as library:  # type: ignore[arg-type]
+        add(library, range(LIMIT + 1))
+        check(library, {*range(LIMIT + 1)})
+        (first,) = files(library)
+        for number in range(4):  # so many that it is built anew
+            library.remove(str(number))
+        with Library.open(library.path) as reader:
+            check(reader, {*range(4, LIMIT + 1)})
+        add(library, range(LIMIT + 1, LIMIT + 5))
+        check(library, {*range(4, LIMIT + 5)})
+        (second,) = files(library)
+        assert second != first
+        assert library.verify().ok
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "junk", "gone"])
 def test_a_damaged_index_costs_only_time(tmp_path: Path, harm: str) -> None:
     path = tmp_path / "library"

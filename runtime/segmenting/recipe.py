@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from recallseg.engines.digest import digest_json
@@ -53,7 +54,7 @@ class Recipe:
         for name in ("tags", "intensity"):
             object.__setattr__(self, name, FrozenMap(getattr(self, name)))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all fields, hex."""
         return digest_json(self.to_json())
@@ -139,7 +140,7 @@ class Provenance:
     def __post_init__(self) -> None:
         object.__setattr__(self, "graphs", FrozenMap(self.graphs))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all fields, hex."""
         return digest_json(self._fields())

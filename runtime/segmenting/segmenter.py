@@ -145,6 +145,7 @@ class Segmenter:
             graphs=self._graphs,
         )
         self._view: View | None = None
+        self._made: Provenance | None = None  # of the last result: few results change it
         self.recipe = Recipe(
             self.bundle.identity,
             self.engine,
@@ -611,18 +612,22 @@ class Segmenter:
         return self._provenance(Recollection(self.library.digest, self.library.origins, {}))
 
     def _provenance(self, recollection: Recollection) -> Provenance:
-        return Provenance(
-            self.recipe,
-            recollection.digest,
-            recollection.origins,
-            self.structures,
-            self.model.graph_digests(*self._graphs)
-            | ({} if self.refining is None else {"refine": self.refining.graph}),
-            self.frames,
-            None if self.refining is None else self.refining.head.digest,
-            __version__,
-            self._operators,
-        )
+        made, operators = self._made, self._operators
+        found = recollection.digest, recollection.origins, operators
+        if made is None or (made.library_digest, made.memories, made.operators) != found:
+            self._made = made = Provenance(
+                self.recipe,
+                recollection.digest,
+                recollection.origins,
+                self.structures,
+                self.model.graph_digests(*self._graphs)
+                | ({} if self.refining is None else {"refine": self.refining.graph}),
+                self.frames,
+                None if self.refining is None else self.refining.head.digest,
+                __version__,
+                operators,
+            )
+        return made
 
     def _memories(
         self,

@@ -37,6 +37,7 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Exemplar, Match
 from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.segmenting.reach import REACH
+from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
@@ -367,6 +368,13 @@ class Query:
         self.segmenter, self.scheduling = segmenter, scheduling
         self._tags: dict[str, Tags] = {}
         self._digest = ""
+        self._told: tuple[Provenance, str] | None = None
+
+    def provenance(self, made: Provenance) -> str:
+        """Return a provenance as JSON; of results between two changes of the library it is one."""
+        if self._told is None or self._told[0] is not made:
+            self._told = made, json.dumps(made.to_json(), ensure_ascii=False)
+        return self._told[1]
 
     def tags(self, recalled: Match, digest: str) -> Tags:
         """Return an exemplar's tags, from memory while the library stays what it is."""
@@ -541,7 +549,7 @@ def record(query: Query, result: Result, pixel_area: float) -> tuple[Any, ...]:
         made.recipe.engine,
         made.recipe.precision,
         result.notice,
-        json.dumps(made.to_json(), ensure_ascii=False),
+        query.provenance(made),
         made.digest,
         in_c(result.quality.mend),
         made.recipe.k,

@@ -14,11 +14,11 @@ from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.outputs import write_result
+from recallseg.runtime.services.outputs import time_base, write_result
 from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files
 from recallseg.runtime.volumes.slices import VolumeResult
 
-__all__ = ["request_of", "segment_item"]
+__all__ = ["request_of", "segment_item", "volumes_of"]
 
 
 def request_of(item: Item, settings: VolumeSettings) -> str:
@@ -28,6 +28,29 @@ def request_of(item: Item, settings: VolumeSettings) -> str:
     :func:`recallseg.runtime.services.outputs.is_done`.
     """
     return digest_json([item.kind, repr(item.signature), repr(settings)])
+
+
+def volumes_of(
+    item: Item, base: Path, time: int | str | None, count: Callable[[], int | None]
+) -> list[tuple[int | None, Path]] | None:
+    """Return what of an item is segmented: its volumes' time points, each with its outputs' path.
+
+    Parameters
+    ----------
+    base : path of the item's outputs, less their suffixes.
+    time : number of one volume, from 1; ``all``; None for the only one.
+    count : returns how many volumes there are, or None if it was stopped, which is returned then;
+        asked for ``all`` only.
+    """
+    if item.kind == "image":
+        return [(None, base)]
+    if time != "all":
+        assert not isinstance(time, str)
+        return [(time, base)]
+    found = count()
+    if found is None:
+        return None
+    return [(n, base if found == 1 else time_base(base, n)) for n in range(1, found + 1)]
 
 
 def segment_item(

@@ -27,7 +27,7 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.inbox import Inbox
-from recallseg.runtime.services.items import segment_item
+from recallseg.runtime.services.items import segment_item, volumes_of
 from recallseg.runtime.services.outputs import output_base, record_file, time_base
 from recallseg.runtime.volumes.outputs import VolumeSettings
 
@@ -232,18 +232,16 @@ class Watcher:
         """Yield what became of each volume of an item; None if it is to stop before one."""
         base = self._base(item)
         try:
-            times: list[int | None] = [None]
-            if self._volumes.time != "all":
-                times = [self._volumes.time]
-            elif item.kind != "image":
-                count = self._decoder.count(item, self._volumes.stack)
-                if count is None:
-                    yield None
-                    return
-                times = list(range(1, count + 1))
-            for time in times:
-                several = time is not None and len(times) > 1
-                target = time_base(base, time) if several and time is not None else base
+            volumes = volumes_of(
+                item,
+                base,
+                self._volumes.time,
+                lambda: self._decoder.count(item, self._volumes.stack),
+            )
+            if volumes is None:
+                yield None
+                return
+            for time, target in volumes:
                 other = _read_record(record_file(target))
                 if other is not None and other.get("image") != item.name:
                     raise InputError(
@@ -262,7 +260,7 @@ class Watcher:
                     return
                 extra: dict[str, int] = {} if time is None else {"time": time}
                 if self._volumes.time == "all":
-                    extra["volumes"] = len(times)
+                    extra["volumes"] = len(volumes)
                 record = self._write(item, image, target, extra)
                 yield Arrival(item.path, item.name, record, None)
         except OSError as error:

@@ -29,6 +29,7 @@ from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import IsolatedDecoder, disk_error
+from recallseg.runtime.services.items import volumes_of
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
 from recallseg.runtime.services.node.database import Answer, Job
@@ -36,7 +37,7 @@ from recallseg.runtime.services.node.receiving import Arrivals, HeaderReaders
 from recallseg.runtime.services.node.settings import RetrySettings
 from recallseg.runtime.services.node.store import NodeStore
 from recallseg.runtime.services.node.texts import write_capture, write_report
-from recallseg.runtime.services.outputs import PREVIEW_SUFFIXES, VOLUME_SUFFIXES, time_base
+from recallseg.runtime.services.outputs import PREVIEW_SUFFIXES, VOLUME_SUFFIXES
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Arriving, Rule, fitting
 from recallseg.runtime.volumes.outputs import segment_to_files
@@ -245,21 +246,19 @@ class Answerer:
 
     def _segment(self, base: Path, item: Item, rule: Rule, segmenter: Segmenter) -> list[Answer]:
         handling = rule.volumes
-        times: list[int | None] = [handling.time if isinstance(handling.time, int) else None]
-        if handling.time == "all":
-            count = self._decoder.count(item, handling.stack)
-            if count is None:
-                raise _StoppedError
-            times = list(range(1, count + 1))
+        volumes = volumes_of(
+            item, base, handling.time, lambda: self._decoder.count(item, handling.stack)
+        )
+        if volumes is None:
+            raise _StoppedError
         answers = []
-        for time_point in times:
+        for time_point, target in volumes:
             volume = self._decoder.read(
                 item, voi=handling.voi, time=time_point, stack=handling.stack
             )
             if volume is None:
                 raise _StoppedError
             assert isinstance(volume, Volume)  # a picture's reader gives one too
-            target = base if len(times) == 1 or time_point is None else time_base(base, time_point)
             answers += self._write(target, item, volume, rule, segmenter)
         return answers
 

@@ -113,8 +113,8 @@ def _segment_item(
     from recallseg.runtime.formats.images import read_image
     from recallseg.runtime.formats.reading import count_item, read_item
     from recallseg.runtime.formats.volume import Slicing
-    from recallseg.runtime.services.items import request_of, segment_item
-    from recallseg.runtime.services.outputs import is_done, mask_file, time_base
+    from recallseg.runtime.services.items import request_of, segment_item, volumes_of
+    from recallseg.runtime.services.outputs import is_done, mask_file
 
     request = request_of(item, settings)
     extra = {"request": request}
@@ -126,10 +126,8 @@ def _segment_item(
         )
         yield record, f"{mask_file(base)}  {result!r}"
         return
-    times = [None if settings.time == "all" else settings.time]
-    if settings.time == "all":
-        times = list(range(1, count_item(item, settings.stack) + 1))
-    for time in times:
+    volumes = volumes_of(item, base, settings.time, lambda: count_item(item, settings.stack))
+    for time, target in volumes or ():
         with progress_bar(f"Reading {printable(item.name)}", len(item.files)) as step:
             each = step if len(item.files) > 1 else lambda image: None  # one file has many
             volume = read_item(
@@ -137,7 +135,6 @@ def _segment_item(
             )
         slices = Slicing.of(volume, settings.plane).count(volume)
         say_notice(segmenter.bundle.notice)
-        target = base if time is None or len(times) == 1 else time_base(base, time)
         if target != base and resume and is_done(target, request, segmenter.provenance):
             continue
         if target != base and not (overwrite or resume):

@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 
 from recallseg.engines.durable import replace_file, sync_folder, write_file
 from recallseg.engines.errors import AuditError
-from recallseg.runtime.services.audit_keys import AuditKey
+from recallseg.runtime.services.audit_keys import AuditKey, read_audit_key
 
-__all__ = ["AuditLog", "AuditSummary", "verify_audit_log"]
+__all__ = ["AuditLog", "AuditSummary", "open_audit", "verify_audit_log"]
 
 FORMAT_VERSION = 2
 _READ = (1, 2)
@@ -253,6 +253,13 @@ class AuditLog:
 
     def __repr__(self) -> str:
         return f"AuditLog({str(self.path)!r})"
+
+
+def open_audit(
+    log: str | Path, key: str | Path | None = None, head: str | Path | None = None
+) -> AuditLog:
+    """Open a log whose seals' key lies in a file; arguments and errors as :class:`AuditLog`."""
+    return AuditLog(log, key=None if key is None else read_audit_key(key), head=head)
 
 
 def verify_audit_log(

@@ -40,8 +40,7 @@ from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
-from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.audit_keys import read_audit_key
+from recallseg.runtime.services.audit import AuditLog, open_audit
 from recallseg.runtime.services.audited import AuditedSegmenter, on_host
 from recallseg.runtime.services.scheduling import Scheduling
 from recallseg.runtime.services.stream import Frame, Stream, close_streams
@@ -354,11 +353,6 @@ def verify(library: Library, report: Report, address: int) -> tuple[int, int, in
     found = library.verify(follow(report, address))
     counts = found.exemplars, found.memories, found.sources, found.indexes
     return (*counts, len(found.problems), "\n".join(found.problems))
-
-
-def open_audit(file: str, key: str | None, head: str | None) -> AuditLog:
-    """Open an audit log."""
-    return AuditLog(file, key=None if key is None else read_audit_key(key), head=head)
 
 
 class Query:

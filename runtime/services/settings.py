@@ -19,8 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.json_text import printable
-from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.audit_keys import read_audit_key
+from recallseg.runtime.services.audit import AuditLog, open_audit
 from recallseg.runtime.services.igtl.settings import IgtlSettings
 from recallseg.runtime.services.mrd.settings import MrdSettings
 from recallseg.runtime.services.node.settings import NodeSettings
@@ -73,8 +72,7 @@ class AuditSettings(Section):
 
     def open(self) -> AuditLog:
         """Open it; raises AuditError."""
-        key = None if self.key is None else read_audit_key(self.key)
-        return AuditLog(self.log, key=key, head=self.head)
+        return open_audit(self.log, self.key, self.head)
 
 
 class Configuration(BaseSettings):

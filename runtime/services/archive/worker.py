@@ -31,11 +31,10 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.archive.journal import Task
 from recallseg.runtime.services.archive.objects import fetched
 from recallseg.runtime.services.archive.sources import Source, find
-from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.audit_keys import read_audit_key
+from recallseg.runtime.services.audit import AuditLog, open_audit
 from recallseg.runtime.services.decoding import IsolatedDecoder
-from recallseg.runtime.services.items import request_of, segment_item
-from recallseg.runtime.services.outputs import is_done, output_base, record_file, time_base
+from recallseg.runtime.services.items import request_of, segment_item, volumes_of
+from recallseg.runtime.services.outputs import is_done, output_base, record_file
 from recallseg.runtime.volumes.outputs import VolumeSettings
 
 __all__ = [
@@ -64,8 +63,7 @@ class AuditFiles:
 
     def open(self) -> AuditLog:
         """Open the log; raises AuditError."""
-        key = None if self.key is None else read_audit_key(self.key)
-        return AuditLog(self.log, key=key, head=self.head)
+        return open_audit(self.log, self.key, self.head)
 
 
 @dataclass(frozen=True)
@@ -257,14 +255,10 @@ class Worker:
         settings = self._setup.volumes
         base = output_base(self._setup.output, place)
         request = request_of(item, settings)
-        times: list[int | None] = [None]
-        if item.kind != "image":
-            times = [None if settings.time == "all" else settings.time]
-            if settings.time == "all":
-                count = self._decoder.count(item, settings.stack)
-                times = list(range(1, (count or 0) + 1))
-        for time in times:
-            target = base if time is None or len(times) == 1 else time_base(base, time)
+        volumes = volumes_of(
+            item, base, settings.time, lambda: self._decoder.count(item, settings.stack)
+        )
+        for time, target in volumes or ():
             new = not is_done(target, request, self._segmenter.provenance)
             if new:
                 image = self._decoder.read(

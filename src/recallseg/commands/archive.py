@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -20,6 +18,7 @@ from recallseg.commands.common import (
     emit_json,
     note,
     say_notice,
+    stopped_by_signals,
 )
 from recallseg.runtime.json_text import printable
 
@@ -99,33 +98,24 @@ def archive(
             None if head is None else head.absolute(),
         )
         audit.open()  # what is wrong with it is said before the work
-    stop = Event()
-    former = {
-        number: signal.signal(number, lambda *_: stop.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        with _shown() as show:
-            done = segment_archive(
-                library,
-                inputs,
-                output,
-                volumes=volumes,
-                kind=handling.format,
-                audit=audit,
-                ray=ray,
-                workers=workers,
-                attempts=attempts,
-                deadline_s=deadline,
-                retry=retry,
-                summary=summary,
-                progress=show,
-                stop=stop.is_set,
-                **asking.settings(handling.propagate),
-            )
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    with stopped_by_signals() as stop, _shown() as show:
+        done = segment_archive(
+            library,
+            inputs,
+            output,
+            volumes=volumes,
+            kind=handling.format,
+            audit=audit,
+            ray=ray,
+            workers=workers,
+            attempts=attempts,
+            deadline_s=deadline,
+            retry=retry,
+            summary=summary,
+            progress=show,
+            stop=stop.is_set,
+            **asking.settings(handling.propagate),
+        )
     told = done.progress
     if as_json:
         emit_json(done.to_json())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
@@ -58,6 +60,7 @@ __all__ = [
     "split_tags",
     "split_time",
     "state_of",
+    "stopped_by_signals",
     "tell_passed",
     "tell_unlabelled",
 ]
@@ -244,12 +247,24 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JS
 
 def open_audit(path: Path | None, key: Path | None, head: Path | None) -> AuditLog | None:
     """Open the log of ``--audit`` with its key and head; None without one."""
-    from recallseg.runtime.services.audit import AuditLog
-    from recallseg.runtime.services.audit_keys import read_audit_key
+    from recallseg.runtime.services import audit
 
-    if path is None:
-        return None
-    return AuditLog(path, key=None if key is None else read_audit_key(key), head=head)
+    return None if path is None else audit.open_audit(path, key, head)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[Event]:
+    """Yield what Ctrl-C and SIGTERM set while the block lasts."""
+    stop = Event()
+    former = {
+        number: signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def parsed(parse: Callable[[str], T], text: str, option: str) -> T:

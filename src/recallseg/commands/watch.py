@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -16,6 +14,7 @@ from recallseg.commands.common import (
     LibraryArgument,
     note,
     say_notice,
+    stopped_by_signals,
     tell_passed,
 )
 from recallseg.runtime.json_text import json_text, printable
@@ -62,11 +61,8 @@ def watch(
         raise typer.BadParameter("name the library and the folder: watch LIB IN.")
     asking.check()
     volumes = handling.volumes()
-    stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     failures, told = set[str](), set[str]()
-    with ExitStack() as held:
+    with stopped_by_signals() as stop, ExitStack() as held:
 
         def ask() -> Segmenter:
             opened = held.enter_context(Library.open(library))

@@ -16,15 +16,15 @@ import re
 import stat
 import struct
 import threading
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from recallseg.engines.errors import LibraryCorruptError
 
-__all__ = ["Hold", "check_catalog_file", "check_schema", "create_catalog_file", "hold_catalog_file"]
+__all__ = ["Hold", "check_schema", "hold_catalog_file"]
 
 JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 _JOURNAL = struct.Struct(">8sIIIII")  # magic, records, nonce, pages before, sector, page size
@@ -56,104 +56,91 @@ class Hold:
     def __init__(self, path: Path, mode: int | None = None) -> None:
         with _guard:
             try:
-                found = os.lstat(path)
-                self._key = (found.st_dev, found.st_ino)
+                key = _key(os.lstat(path))
             except FileNotFoundError:
-                self._key = (-1, -1)
-            if self._key not in _held:
-                self._open(path, mode)
-            self._descriptor = _held[self._key][0]
-            _holds[self._key] += 1
+                key = None
+            if key not in _open:
+                key = self._add(path, mode)
+            self._key, self._file = key, _open[key]
+            self._file.holds += 1
 
-    def _open(self, path: Path, mode: int | None) -> None:
+    @staticmethod
+    def _add(path: Path, mode: int | None) -> tuple[int, int]:
         flags = os.O_RDONLY if mode is None else os.O_RDWR | os.O_CREAT
         flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         descriptor = os.open(path, flags, mode or 0)
-        found = os.fstat(descriptor)
-        self._key = (found.st_dev, found.st_ino)
-        _held.setdefault(self._key, []).append(descriptor)
+        key = _key(os.fstat(descriptor))
+        _open.setdefault(key, _Open()).descriptors.append(descriptor)
+        return key
 
     def header(self) -> bytes:
         """Return the first 100 bytes, fewer of a shorter file."""
-        return os.pread(self._descriptor, _HEADER_BYTES, 0)
+        return os.pread(self._file.descriptors[0], _HEADER_BYTES, 0)
 
     def give_back(self) -> None:
         """Close what was opened, unless others of this process hold the file; call once."""
         with _guard:
-            _holds[self._key] -= 1
-            if not _holds[self._key]:
-                del _holds[self._key]
-                for descriptor in _held.pop(self._key):
+            self._file.holds -= 1
+            if not self._file.holds:
+                del _open[self._key]
+                for descriptor in self._file.descriptors:
                     os.close(descriptor)
 
 
+@dataclass
+class _Open:
+    """A file: one descriptor, or more if it was put in another's place while that was opened."""
+
+    descriptors: list[int] = field(default_factory=list)
+    holds: int = 0
+
+
+def _key(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
 _guard = threading.Lock()
-_held: dict[tuple[int, int], list[int]] = {}
-"""Descriptors by device and inode: one, or more where a file was exchanged while it was opened."""
-_holds: Counter[tuple[int, int]] = Counter()
+_open: dict[tuple[int, int] | None, _Open] = {}
 
 
 def _begin_anew() -> None:
     """In a forked process: holds are its parent's, and the lock may be a thread's that is gone."""
     global _guard
     _guard = threading.Lock()
-    _held.clear()
-    _holds.clear()
+    _open.clear()
 
 
 os.register_at_fork(after_in_child=_begin_anew)
 
 
-def create_catalog_file(path: Path) -> Hold:
-    """Make the empty file, for SQLite to fill, with the permissions of its folder, and hold it.
-
-    SQLite itself would make it readable for all, and would follow a link. What an interrupted
-    creation left is taken.
-    """
-    hold = Hold(path, path.parent.stat().st_mode & 0o666)
-    try:
-        check_catalog_file(path, hold)
-    except BaseException:
-        hold.give_back()
-        raise
-    return hold
-
-
-def hold_catalog_file(path: Path) -> Hold:
-    """Check a catalog, and hold it.
-
-    Raises
-    ------
-    LibraryCorruptError
-        As :func:`check_catalog_file`.
-    OSError
-        If there is none, or it cannot be opened.
-    """
-    _regular(path)
-    hold = Hold(path)
-    try:
-        check_catalog_file(path, hold)
-    except BaseException:
-        hold.give_back()
-        raise
-    return hold
-
-
-def check_catalog_file(path: Path, hold: Hold) -> None:
-    """Refuse what SQLite must not open.
+def hold_catalog_file(path: Path, *, create: bool = False) -> Hold:
+    """Check a catalog that SQLite is to open, and hold it.
 
     Parameters
     ----------
-    hold : on the catalog.
+    create : make the empty file, with the permissions of its folder: SQLite itself would make it
+        readable for all, and would follow a link. What an interrupted creation left is taken.
 
     Raises
     ------
     LibraryCorruptError
         If catalog or journal is a link or no ordinary file, has a second name, or is too large;
         there is a write-ahead log, or the header asks for one; or the journal names other files.
-    FileNotFoundError
-        If there is no catalog.
+    OSError
+        If there is none, or it cannot be opened.
     """
+    if not create:
+        _regular(path)  # says more than that it cannot be opened
+    hold = Hold(path, path.parent.stat().st_mode & 0o666 if create else None)
+    try:
+        _check(path, hold.header())
+    except BaseException:
+        hold.give_back()
+        raise
+    return hold
+
+
+def _check(path: Path, header: bytes) -> None:
     size = _regular(path)
     for suffix in ("-wal", "-shm"):
         side = path.with_name(path.name + suffix)
@@ -163,7 +150,6 @@ def check_catalog_file(path: Path, hold: Hold) -> None:
                 "write-ahead logs belong to no library of RecallSeg. If another program wrote "
                 "to the catalog, let that program close it",
             )
-    header = hold.header()
     if len(header) >= 20 and _WAL_VERSION in (header[18], header[19]):
         raise _refused(path, "it asks for a write-ahead log, which no library of RecallSeg has")
     journal = path.with_name(path.name + "-journal")

@@ -25,12 +25,7 @@ from recallseg.engines.errors import (
     LibraryWriteError,
 )
 from recallseg.runtime.forked import Opener, OwnLock
-from recallseg.runtime.library.catalog_file import (
-    Hold,
-    check_schema,
-    create_catalog_file,
-    hold_catalog_file,
-)
+from recallseg.runtime.library.catalog_file import Hold, check_schema, hold_catalog_file
 from recallseg.runtime.library.storage import advice, writing
 
 __all__ = ["FORMAT_VERSION", "Database"]
@@ -128,7 +123,7 @@ class Database:
     ) -> Database:
         """Make the file with its schema and the rows of ``fill``, in one transaction."""
         with writing(path):
-            hold = create_catalog_file(path)
+            hold = hold_catalog_file(path, create=True)
         database = cls(path, hold, "rw", True)
         try:
             database.execute("PRAGMA page_size=8192")
@@ -218,7 +213,7 @@ class Database:
     def copy(self, path: Path) -> None:
         """Copy the file as it is committed now, in one piece, to a new one; others wait or not."""
         with writing(path):
-            hold = create_catalog_file(path)
+            hold = hold_catalog_file(path, create=True)
         try:
             with closing(_connect(path, "rw")) as made, self._lock, self._explained():
                 self._check_open()

@@ -107,10 +107,8 @@ class Store:
             raise InputError(f"mode must be 'read' or 'write', got {mode!r}.")
         asked = folder
         with suppress(OSError, RuntimeError):  # no access, or a loop: said by the catalog below
-            if (
-                folder.is_symlink()
-            ):  # followed once: all files are of one library, wherever it points
-                folder = folder.resolve()
+            # Followed once: all files are of one library, wherever it points.
+            folder = folder.resolve() if folder.is_symlink() else folder
         database = Database.open(folder / CATALOG, writable=mode == "write")
         _warn_of_others(folder)
         lock = None

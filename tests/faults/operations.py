@@ -143,25 +143,6 @@ def _revert(library: Library) -> None:
     revert(library, [change.revision for change in library.history()][3])
 
 
-def _anonymise(library: Library) -> None:
-    library.anonymise()
-
-
-def _with_names(root: Path) -> None:
-    """A library as earlier versions made them: keys and tags that identify."""
-    _library(root)
-    with _writing(root) as library:
-        library.retag("case 2", {"PatientID": "12345", "view": "axial"})
-
-
-def _anonymised(root: Path) -> Any:
-    """What is there, by its contents: keys are drawn anew each time."""
-    found = library_state(root)
-    return sorted((value[3], tuple(name for name, _ in value[2])) for value in found.values()), [
-        key for key in found if key.startswith("case")
-    ]
-
-
 def _two_libraries(root: Path) -> None:
     _library(root)
     with Library.create(root / "other", StubBundle(), encoder=HashEncoder()) as library:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +11,6 @@ from onnxruntime import InferenceSession, SessionOptions
 from recallseg.engines.heads import HEADS, REFINE, REFINE_NATIVE, feature_count
 
 Inputs = dict[str, np.ndarray]
-
-
-@pytest.fixture(params=[0, 1, 2])
-def level(operators_file: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """The library at each of its levels of vector units."""
-    loaded = ctypes.CDLL(str(operators_file))
-    if request.param >= loaded.recallseg_operators_levels():
-        pytest.skip("this processor has fewer levels of vector units")
-    loaded.recallseg_operators_choose(request.param)
-    yield operators_file
-    loaded.recallseg_operators_choose(0)
 
 
 def inputs(height: int, width: int, n: int = 3, units: tuple[int, int] = (32, 16)) -> Inputs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +92,6 @@ def tensors(
         + rng.standard_normal((1, 1, heads * width), np.float32),
         "value": rng.uniform(-1, 1, (batch, keys, heads * values)).astype(np.float32),
     }
-
-
-@pytest.fixture(params=[0, 1, 2])
-def level(operators_file: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """The library at each of its levels of vector units."""
-    loaded = ctypes.CDLL(str(operators_file))
-    if request.param >= loaded.recallseg_operators_levels():
-        pytest.skip("this processor has fewer levels of vector units")
-    loaded.recallseg_operators_choose(request.param)
-    yield operators_file
-    loaded.recallseg_operators_choose(0)
 
 
 @kinds

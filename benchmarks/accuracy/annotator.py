@@ -8,9 +8,8 @@ box round the reference in the place of the first click.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +25,6 @@ from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.library import Library
-from recallseg.runtime.reports.format import csv_text
 from recallseg.runtime.segmenting.corrections import Corrections
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
@@ -38,7 +36,6 @@ __all__ = [
     "measure_clicks",
     "next_click",
     "tabulate",
-    "write_clicks",
 ]
 
 ANNOTATED = (0, 1, 4, 16)
@@ -201,14 +198,3 @@ def tabulate(found: Sequence[Clicked]) -> tuple[list[str], list[list[str]]]:
                 + [f"{r:.1f}" for r in reached]
             )
     return header, rows
-
-
-def write_clicks(path: Path, found: Sequence[Clicked]) -> None:
-    """Write one line for each number of corrections of each image: the curves."""
-    columns = [field.name for field in fields(Clicked)]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for one in found:
-            values = [getattr(one, column) for column in columns]
-            writer.writerow([csv_text(v) if isinstance(v, str) else v for v in values])

@@ -7,9 +7,8 @@ by coverage, later ones with the doubt of a library of those before. Queries are
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, get_args
@@ -27,7 +26,7 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
-__all__ = ["BUDGETS", "RANDOM", "Chosen", "measure_choosing", "tabulate", "write_chosen"]
+__all__ = ["BUDGETS", "RANDOM", "Chosen", "measure_choosing", "tabulate"]
 
 BUDGETS = (4, 8, 12, 16)
 ROUND = 4
@@ -125,14 +124,6 @@ class _Run:
     def _stack(self, keys: Sequence[str]) -> NDArray[np.float32] | None:
         rows = [self._embeddings[key] for key in keys]
         return np.stack(rows) if rows else None
-
-
-def write_chosen(path: Path, found: Sequence[Chosen]) -> None:
-    """Write one row for each set of annotated images."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Chosen)])
-        writer.writeheader()
-        writer.writerows(asdict(one) for one in found)
 
 
 def tabulate(found: Sequence[Chosen]) -> tuple[list[str], list[list[str]]]:

@@ -24,6 +24,7 @@ from recallseg.commands.common import (
 from recallseg.engines import defaults
 
 if TYPE_CHECKING:
+    from recallseg.benchmarks.accuracy.dataset import Dataset
     from recallseg.benchmarks.accuracy.run import Accuracy
 
 __all__ = ["accuracy", "choosing", "clicks", "head"]
@@ -149,19 +150,17 @@ def choosing(
     threads: ThreadsOption = None,
 ) -> None:
     """Measure whether 'library next' saves annotations, against random choices."""
-    from recallseg.benchmarks.accuracy.choosing import measure_choosing, tabulate, write_chosen
-    from recallseg.benchmarks.accuracy.datasets import load_datasets
+    from recallseg.benchmarks.accuracy.choosing import Chosen, measure_choosing, tabulate
+    from recallseg.benchmarks.accuracy.rows import write_rows
     from recallseg.engines.bundle import Bundle
 
-    names = None if datasets is None else parsed(split_list, datasets, "--datasets")
     opened = Bundle.open(bundle)
-    loaded, missing = load_datasets(names, data)
-    output.mkdir(parents=True, exist_ok=True)
+    loaded, missing = _loaded(data, datasets, output)
     found = []
     for dataset in loaded:
         with progress_bar(dataset.name, 4 * (draws + 4)) as step:
             found += measure_choosing(dataset, opened, draws=draws, threads=threads, step=step)
-        write_chosen(output / "choosing.csv", found)
+        write_rows(output / "choosing.csv", Chosen, found)
     _print_rows("Mean Dice by annotated images", *tabulate(found), missing)
     say_notice(opened.notice)
 
@@ -179,18 +178,16 @@ def clicks(
     """Count a simulated person's clicks: without a library, with 1, 4, 16 images, with a box."""
     from recallseg.benchmarks.accuracy.annotator import (
         ANNOTATED,
+        Clicked,
         measure_clicks,
         tabulate,
-        write_clicks,
     )
     from recallseg.benchmarks.accuracy.click_curves import click_curves
-    from recallseg.benchmarks.accuracy.datasets import load_datasets
+    from recallseg.benchmarks.accuracy.rows import write_rows
     from recallseg.engines.bundle import Bundle
 
-    names = None if datasets is None else parsed(split_list, datasets, "--datasets")
     opened = Bundle.open(bundle)
-    loaded, missing = load_datasets(names, data)
-    output.mkdir(parents=True, exist_ok=True)
+    loaded, missing = _loaded(data, datasets, output)
     found = []
     for dataset in loaded:
         count = len(ANNOTATED) * min(queries, len(dataset.queries))
@@ -198,7 +195,7 @@ def clicks(
             found += measure_clicks(
                 dataset, opened, most_queries=queries, threads=threads, step=step
             )
-        write_clicks(output / "clicks.csv", found)
+        write_rows(output / "clicks.csv", Clicked, found)
         (output / "clicks.svg").write_text(click_curves(found), encoding="utf-8")
     _print_rows("Clicks into the middle of the largest error", *tabulate(found), missing)
     say_notice(opened.notice)
@@ -213,19 +210,17 @@ def head(
     threads: ThreadsOption = None,
 ) -> None:
     """Measure what 'library fit' brings with 16 annotated images, and what it had expected."""
-    from recallseg.benchmarks.accuracy.datasets import load_datasets
     from recallseg.benchmarks.accuracy.heads import (
+        Headed,
         measure_head,
         tabulate,
-        write_headed,
         write_sheet,
     )
+    from recallseg.benchmarks.accuracy.rows import write_rows
     from recallseg.engines.bundle import Bundle
 
-    names = None if datasets is None else parsed(split_list, datasets, "--datasets")
     opened = Bundle.open(bundle)
-    loaded, missing = load_datasets(names, data)
-    output.mkdir(parents=True, exist_ok=True)
+    loaded, missing = _loaded(data, datasets, output)
     found, shown = [], []
     for dataset in loaded:
         with progress_bar(dataset.name, len(dataset.queries)) as step:
@@ -234,10 +229,22 @@ def head(
             )
         found += rows
         shown += pictures
-        write_headed(output / "head.csv", found)
+        write_rows(output / "head.csv", Headed, found)
         write_sheet(output / "head.png", shown)
     _print_rows("Mean Dice, 16 annotated images", *tabulate(found), missing)
     say_notice(opened.notice)
+
+
+def _loaded(
+    data: Path | None, datasets: str | None, output: Path
+) -> tuple[Sequence[Dataset], Mapping[str, str]]:
+    """Return the data sets of the options, and why others are missing; make the output's folder."""
+    from recallseg.benchmarks.accuracy.datasets import load_datasets
+
+    names = None if datasets is None else parsed(split_list, datasets, "--datasets")
+    found = load_datasets(names, data)
+    output.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 def _print_rows(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
-__all__ = ["Headed", "measure_head", "tabulate", "write_headed", "write_sheet"]
+__all__ = ["Headed", "measure_head", "tabulate", "write_sheet"]
 
 K = 8
 DRAWS, ALPHA = 2000, 0.05
@@ -204,14 +203,6 @@ def _means(parts: Sequence[Sequence[Headed]]) -> NDArray[np.float64]:
     values = [[(o.alone, o.head, o.forest, o.expected) for o in part] for part in parts]
     means: NDArray[np.float64] = np.mean([np.mean(part, axis=0) for part in values], axis=0)
     return means
-
-
-def write_headed(path: Path, rows: Sequence[Headed]) -> None:
-    """Write one row for each structure of each dataset."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Headed)])
-        writer.writeheader()
-        writer.writerows(asdict(one) for one in rows)
 
 
 def write_sheet(path: Path, shown: Sequence[Shown]) -> None:

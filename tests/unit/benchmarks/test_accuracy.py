@@ -18,7 +18,7 @@ from recallseg.benchmarks.accuracy import run as running
 from recallseg.benchmarks.accuracy.baselines import copy_nearest_by_position
 from recallseg.benchmarks.accuracy.choosing import BUDGETS, measure_choosing, tabulate
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate, spread, tiles
-from recallseg.benchmarks.accuracy.heads import measure_head, write_headed, write_sheet
+from recallseg.benchmarks.accuracy.heads import Headed, measure_head, write_sheet
 from recallseg.benchmarks.accuracy.heads import tabulate as head_table
 from recallseg.benchmarks.accuracy.measure import (
     COPY_EMBEDDING,
@@ -33,6 +33,7 @@ from recallseg.benchmarks.accuracy.measure import (
     measure,
 )
 from recallseg.benchmarks.accuracy.recall import RandomLibrary, fill, member_tag
+from recallseg.benchmarks.accuracy.rows import write_rows
 from recallseg.benchmarks.accuracy.tables import (
     compare,
     false_positives,
@@ -364,7 +365,7 @@ def test_a_head_is_measured_beside_what_it_expected(tmp_path: Path) -> None:
         *("discs", "other"),
         *("mean over structures", "mean over data sets"),
     ]
-    write_headed(tmp_path / "head.csv", rows)
+    write_rows(tmp_path / "head.csv", Headed, rows)
     assert len((tmp_path / "head.csv").read_text().splitlines()) == 1 + len(rows)
     write_sheet(tmp_path / "head.png", shown)
     sheet = cv2.imread(str(tmp_path / "head.png"))

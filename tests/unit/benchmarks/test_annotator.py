@@ -17,10 +17,10 @@ from recallseg.benchmarks.accuracy.annotator import (
     measure_clicks,
     next_click,
     tabulate,
-    write_clicks,
 )
 from recallseg.benchmarks.accuracy.click_curves import click_curves
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate
+from recallseg.benchmarks.accuracy.rows import write_rows
 from recallseg.engines.errors import BundleError
 
 
@@ -79,7 +79,7 @@ def test_every_library_and_start_is_measured(tmp_path: Path) -> None:
     header, rows = tabulate(found)
     assert header[3:] == ["Dice 0", "Dice 1", "Dice 3", "clicks to 0.85", "clicks to 0.9"]
     assert len(rows) == len(ways)
-    write_clicks(tmp_path / "clicks.csv", found)
+    write_rows(tmp_path / "clicks.csv", Clicked, found)
     with (tmp_path / "clicks.csv").open(encoding="utf-8") as file:
         assert len([*csv.DictReader(file)]) == len(found)
 

@@ -16,6 +16,7 @@ import re
 import stat
 import struct
 import threading
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -54,15 +55,18 @@ class Hold:
     """
 
     def __init__(self, path: Path, mode: int | None = None) -> None:
-        with _guard:
-            try:
-                key = _key(os.lstat(path))
-            except FileNotFoundError:
-                key = None
-            if key not in _open:
-                key = self._add(path, mode)
-            self._key, self._file = key, _open[key]
-            self._file.holds += 1
+        try:
+            with _guard:
+                try:
+                    key = _key(os.lstat(path))
+                except FileNotFoundError:
+                    key = None
+                if key not in _open:
+                    key = self._add(path, mode)
+                self._key, self._file = key, _open[key]
+                self._file.holds += 1
+        finally:
+            _close_what_nothing_holds()
 
     @staticmethod
     def _add(path: Path, mode: int | None) -> tuple[int, int]:
@@ -78,13 +82,12 @@ class Hold:
         return os.pread(self._file.descriptors[0], _HEADER_BYTES, 0)
 
     def give_back(self) -> None:
-        """Close what was opened, unless others of this process hold the file; call once."""
-        with _guard:
-            self._file.holds -= 1
-            if not self._file.holds:
-                del _open[self._key]
-                for descriptor in self._file.descriptors:
-                    os.close(descriptor)
+        """Close what was opened, unless others of this process hold the file; call once.
+
+        It waits for nothing: the garbage collector may call it while this thread has the guard.
+        """
+        _given_back.append((self._key, self._file))
+        _close_what_nothing_holds()
 
 
 @dataclass
@@ -101,6 +104,22 @@ def _key(found: os.stat_result) -> tuple[int, int]:
 
 _guard = threading.Lock()
 _open: dict[tuple[int, int] | None, _Open] = {}
+_given_back: deque[tuple[tuple[int, int] | None, _Open]] = deque()
+
+
+def _close_what_nothing_holds() -> None:
+    """Count what was given back; whoever has the guard meanwhile does it when done."""
+    while _given_back and _guard.acquire(blocking=False):
+        try:
+            while _given_back:
+                key, file = _given_back.popleft()
+                file.holds -= 1
+                if not file.holds:
+                    del _open[key]
+                    for descriptor in file.descriptors:
+                        os.close(descriptor)
+        finally:
+            _guard.release()
 
 
 def _begin_anew() -> None:
@@ -108,6 +127,7 @@ def _begin_anew() -> None:
     global _guard
     _guard = threading.Lock()
     _open.clear()
+    _given_back.clear()
 
 
 os.register_at_fork(after_in_child=_begin_anew)

@@ -9,8 +9,10 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
+from threading import Thread
+from types import FrameType
+from typing import Any
 
 import pytest
 from support.fake_library import (
@@ -19,6 +21,7 @@ from support.fake_library import (
     add,
     buffers,
     create,
+    descriptors_of,
     embedding,
 )
 
@@ -30,7 +33,8 @@ from recallseg.engines.errors import (
     LibraryVersionError,
     LibraryWriteError,
 )
-from recallseg.runtime.library import Library
+from recallseg.runtime.library import Library, catalog_file
+from recallseg.runtime.library.catalog_file import Hold
 
 
 @pytest.fixture
@@ -335,15 +339,6 @@ def test_threads_may_share_a_library(library: Library) -> None:
     assert len(reader) == 15
 
 
-def catalog_descriptors(library: Path) -> int:
-    catalog = os.stat(library / "library.sqlite")
-    found = 0
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            found += os.path.samestat(os.stat(f"/proc/self/fd/{name}"), catalog)
-    return found
-
-
 def test_a_second_look_gives_up_no_lock(library: Library) -> None:
     """Closing a descriptor of a file drops the process's POSIX locks on it, SQLite's too."""
     add(library, 1)
@@ -363,9 +358,60 @@ def test_a_second_look_gives_up_no_lock(library: Library) -> None:
             [sys.executable, "-c", attempt, catalog], capture_output=True, text=True, check=False
         )
         assert "database is locked" in other.stderr
-    before = catalog_descriptors(library.path)
+    before = descriptors_of(library.path / "library.sqlite")
     for _ in range(3):
         Library.open(library.path).close()
-    assert catalog_descriptors(library.path) == before
+    assert descriptors_of(library.path / "library.sqlite") == before
     library.close()
-    assert catalog_descriptors(library.path) == 0
+    assert descriptors_of(library.path / "library.sqlite") == 0
+
+
+def test_the_garbage_collector_may_close_a_library_wherever_another_is_opened(
+    tmp_path: Path,
+) -> None:
+    """It runs on the thread that is at work, which may have the guard of all holds."""
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.write_bytes(bytes(100))
+
+    def opened_with_a_collection_at(step: int, garbage: Path) -> int:
+        """Open the first file, and let a hold of ``garbage`` go at that line; return all lines."""
+        dropped, lines = Hold(garbage), 0
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != catalog_file.__file__:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == step:
+                    dropped.give_back()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            hold = Hold(files[0])
+        finally:
+            sys.settrace(None)
+        if lines < step:
+            dropped.give_back()
+        assert hold.header() == bytes(100)
+        assert descriptors_of(files[0]) == 1
+        hold.give_back()
+        assert [descriptors_of(file) for file in files] == [0, 0]
+        return lines
+
+    def every_line() -> None:
+        for garbage in files:
+            step, lines = 1, 1
+            while step <= lines:
+                lines = opened_with_a_collection_at(step, garbage)
+                done.append(lines)
+                step += 1
+
+    done: list[int] = []
+    thread = Thread(target=every_line, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), f"it waits for itself after {len(done)} of them"
+    assert len(done) > 20

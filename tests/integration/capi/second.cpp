@@ -208,18 +208,19 @@ void audits() {
 
 namespace {
 
-// How many threads of this process have this niceness, and may run on this core alone.
-std::pair<int, int> threads_with(int nice, int core) {
-  std::pair<int, int> found{0, 0};
+// The threads of this process that have this niceness and may run on this core alone; one that
+// was just joined may still be listed.
+std::set<int> threads_with(int nice, int core) {
+  std::set<int> found;
   for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
-    const auto id = static_cast<id_t>(std::stoi(task.path().filename()));
+    const int id = std::stoi(task.path().filename());
     cpu_set_t set;
-    if (sched_getaffinity(static_cast<pid_t>(id), sizeof set, &set) != 0) {
+    if (sched_getaffinity(id, sizeof set, &set) != 0) {
       CHECK(errno == ESRCH);  // it has ended meanwhile
       continue;
     }
-    found.first += getpriority(PRIO_PROCESS, id) == nice;
-    found.second += CPU_COUNT(&set) == 1 && CPU_ISSET(core, &set);
+    const bool alone = CPU_COUNT(&set) == 1 && CPU_ISSET(core, &set);
+    if (alone && getpriority(PRIO_PROCESS, static_cast<id_t>(id)) == nice) found.insert(id);
   }
   return found;
 }
@@ -240,7 +241,7 @@ void schedules() {
   options.threads = 3;
   recallseg_segmenter* plain = nullptr;
   GIVES(RECALLSEG_OK, recallseg_segmenter_open(library, &options, &plain));
-  CHECK(threads_with(nice, core).first == 0);
+  CHECK(threads_with(nice, core).empty());
 
   recallseg_segmenter* segmenter = nullptr;
   options.cores = &core;
@@ -248,7 +249,7 @@ void schedules() {
   options.nice = nice;
   GIVES(RECALLSEG_OK, recallseg_segmenter_open(library, &options, &segmenter));
   const auto opened = threads_with(nice, core);
-  CHECK(opened.first >= 2);  // beside the caller, each graph has two threads
+  CHECK(opened.size() >= 2);  // beside the caller, each graph has two threads
   recallseg_stream* stream = nullptr;
   const recallseg_frame_callback callback = [](const recallseg_frame* frame, void* user) {
     CHECK(frame->status == RECALLSEG_OK);
@@ -257,10 +258,14 @@ void schedules() {
   static int told = 0;
   GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, nullptr, callback, &told, &stream));
   // The stream's thread says how urgent it is once it runs.
-  for (int tries = 0; threads_with(nice, core).first == opened.first && tries < 1000; ++tries) {
+  std::set<int> streams;
+  for (int tries = 0; streams.empty() && tries < 1000; ++tries) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    for (const int id : threads_with(nice, core)) {
+      if (opened.count(id) == 0) streams.insert(id);
+    }
   }
-  CHECK(threads_with(nice, core).first == opened.first + 1);
+  CHECK(streams.size() == 1);
   Query query, same;
   query.output.masks = same.output.masks = nullptr;
   GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));

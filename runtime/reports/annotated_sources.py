@@ -56,6 +56,11 @@ class GroupRule:
             return cls(rule, pattern)
         raise InputError(f"groups must read patient, folder, file or name:REGEX, got '{text}'.")
 
+    @property
+    def unit(self) -> str:
+        """What belongs together, in a word."""
+        return "group" if self.rule == "name" else self.rule
+
     def of(self, name: str, item: Item | None = None) -> str:
         """Return the group of an image or volume.
 
@@ -121,14 +126,16 @@ class Images:
 class Source:
     """An image or a volume, read when it is asked for: a folder may be larger than memory.
 
-    ``read`` raises InputError if it cannot be read. ``group`` says what it belongs to: a patient, a
-    folder; empty: it is one of its own.
+    ``read`` raises InputError if it cannot be read. ``group`` says what it belongs to, empty: it is
+    one of its own; ``unit`` says what that is: ``patient``, ``folder``, ``file``, ``group``, or
+    ``image``.
     """
 
     name: str
     read: Callable[[], Images]
     is_volume: bool = False
     group: str = ""
+    unit: str = "image"
 
     @classmethod
     def of(cls, annotated: Annotated) -> Source:
@@ -180,7 +187,7 @@ def sources_of(
 
     return [
         *(
-            Source(pair.name, partial(picture, pair), group=group.of(pair.name))
+            Source(pair.name, partial(picture, pair), group=group.of(pair.name), unit=group.unit)
             for pair in found.pairs
         ),
         *(
@@ -189,11 +196,12 @@ def sources_of(
                 partial(slices, each.item, each.segmentation),
                 is_volume=True,
                 group=group.of(each.item.relative.as_posix(), each.item),
+                unit=group.unit,
             )
             for each in found.volumes
         ),
         *(
-            Source(name, partial(refuse, why), is_volume=True)
+            Source(name, partial(refuse, why), is_volume=True, unit=group.unit)
             for name, why in found.unclear.items()
         ),
     ]

@@ -145,6 +145,7 @@ class Evaluation:
     tolerance : of surface Dice, in the same unit.
     exemplars : how many the library has.
     split : whether queries were recalled without their own group (or fold).
+    unit : what a group is: ``patient``, ``folder``, ``file``, ``group``, or ``image``.
     provenance : what made the last result, by k.
     heads : what the library's head had to do with it, by k, if it has one.
     unmentioned : names of images and volumes that say nothing of the structures.
@@ -168,3 +169,4 @@ class Evaluation:
     unmentioned: tuple[str, ...] = ()
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     heads: Mapping[int, HeadUse] = field(default_factory=dict)
+    unit: str = "image"

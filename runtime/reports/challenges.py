@@ -100,7 +100,7 @@ def _acdc(folder: Path) -> Challenge | None:
             testing.add(patient)
         name = f"{patient}_frame{frame:02d}"
         read = partial(_read_frame, image, truth, name)
-        sources.append(Source(name, read, is_volume=True, group=patient))
+        sources.append(Source(name, read, is_volume=True, group=patient, unit="patient"))
     if not sources:
         return None
     return Challenge("ACDC", (*ACDC.values(),), (*sources,), frozenset(testing), (*notes,))
@@ -141,7 +141,7 @@ def _chaos(folder: Path) -> list[Challenge]:
             for stem, file in files.items():
                 name = f"{patient}-{sequence}-{stem}"
                 read = partial(_read_slice, file, drawn[stem], name)
-                sources.append(Source(name, read, group=patient))
+                sources.append(Source(name, read, group=patient, unit="patient"))
         if sources:
             found.append(Challenge(f"CHAOS {sequence}", (*CHAOS.values(),), (*sources,)))
     return found

@@ -201,7 +201,13 @@ def evaluate(
         unmentioned=tuple(run.unmentioned),
         notes=run.notes,
         heads=run.heads,
+        unit=_unit(sources),
     )
+
+
+def _unit(sources: Sequence[Source]) -> str:
+    units = {source.unit for source in sources}
+    return units.pop() if len(units) == 1 else "group"
 
 
 def _maker(library: Library, **settings: Any) -> Callable[[int], Segmenter]:

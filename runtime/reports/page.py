@@ -232,7 +232,7 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], note
 
 
 JUDGED = {
-    "groups": "judged by patients that it had not seen",
+    "groups": "judged by groups (patients, series or volumes) that it had not seen",
     "exemplars": "judged by exemplars that it had not seen, though maybe others of their patients",
     "blocks": "judged by other slices of one patient",
 }
@@ -293,9 +293,11 @@ def _volumes(evaluation: Evaluation) -> str:
 
 
 def _groups(evaluation: Evaluation) -> str:
+    unit = evaluation.unit
     return _table(
-        "By patient",
-        ("Structure", "Of", "Method", "Groups", "Mean Dice", "95 % interval", "Worst group"),
+        f"By {unit}",
+        ("Structure", "Of", "Method", f"{unit.capitalize()}s", "Mean Dice", "95 % interval",
+         f"Worst {unit}"),
         [
             (
                 escape(g.structure),
@@ -308,15 +310,18 @@ def _groups(evaluation: Evaluation) -> str:
             )
             for g in by_group(evaluation)
         ],
-        "Each patient (or other group: file, folder) counts once. Interval: bootstrap over groups. "
-        + ("No exemplar of a query's own group was recalled." if evaluation.split else ""),
-    )
+        f"Each {unit} counts once. Interval: bootstrap over {unit}s"
+        + ("" if unit == "patient" else ", too narrow where several are of one patient")
+        + (f". No exemplar of a query's own {unit} was recalled." if evaluation.split else "."),
+    )  # fmt: skip
 
 
 def _differences(evaluation: Evaluation) -> str:
+    unit = evaluation.unit
     return _table(
         "Against others, on the same images",
-        ("Structure", "Method", "Less that of", "Groups", "Difference in Dice", "95 % interval"),
+        ("Structure", "Method", "Less that of", f"{unit.capitalize()}s", "Difference in Dice",
+         "95 % interval"),
         [
             (
                 escape(d.structure),
@@ -328,9 +333,9 @@ def _differences(evaluation: Evaluation) -> str:
             )
             for d in differences(evaluation)
         ],
-        "Mean over groups of paired differences. An interval that holds 0 tells nothing apart; "
-        "with few groups it is too narrow.",
-    )
+        f"Mean over {unit}s of paired differences. An interval that holds 0 tells nothing apart; "
+        f"with few {unit}s it is too narrow.",
+    )  # fmt: skip
 
 
 def _budgets(evaluation: Evaluation) -> str:

@@ -252,7 +252,7 @@ def reproduce(
             return Segmenter(library, k=k, structures=structures, reach=reach, model=model)
 
         sources = [
-            Source(one.name, lambda one=one: Images((one,)), group=group)  # type: ignore[misc]
+            Source(one.name, lambda one=one: Images((one,)), group=group, unit="patient")  # type: ignore[misc]
             for one, group in asked
         ]
         found = evaluate(

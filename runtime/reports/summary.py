@@ -151,6 +151,7 @@ def to_json(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
         "budgets": [vars(budget) for budget in budgets(evaluation)],
         "exemplars": evaluation.exemplars,
         "split": evaluation.split,
+        "grouped_by": evaluation.unit,
         "tolerance": evaluation.tolerance,
         "latency_ms": {str(k): stages for k, stages in latency(evaluation).items()},
         "workspace_bytes": {str(k): size for k, size in evaluation.workspace_bytes.items()},

@@ -345,8 +345,8 @@ def print_tables(evaluation: Evaluation) -> None:
     )
     _print(
         console,
-        "By patient (group): mean Dice and its 95 % interval",
-        ("structure", "of", "method", "groups", "Dice", "from", "to", "worst"),
+        f"By {evaluation.unit}: mean Dice and its 95 % interval",
+        ("structure", "of", "method", f"{evaluation.unit}s", "Dice", "from", "to", "worst"),
         [
             (g.structure, "volumes" if g.three_d else "images", ways[g.arm], str(g.groups),
              *(_number(x, 3) for x in (g.mean, g.low, g.high, g.worst)))
@@ -356,7 +356,7 @@ def print_tables(evaluation: Evaluation) -> None:
     _print(
         console,
         "Paired differences in Dice on the same images, 95 % interval",
-        ("structure", "method", "less", "groups", "difference", "from", "to"),
+        ("structure", "method", "less", f"{evaluation.unit}s", "difference", "from", "to"),
         [
             (d.structure, ways[d.arm], ways[d.other], str(d.groups),
              *(_number(x, 3) for x in (d.mean, d.low, d.high)))

@@ -108,6 +108,9 @@ def test_says_what_it_must(page: str, fake_bundle: Bundle) -> None:
     assert "prefers-color-scheme" in page
     assert "Every image, lowest Dice first" in page
     assert "absent, as it is" in page or "absent, yet drawn" in page
+    assert "<h2>By image</h2>" in page  # whose they are nobody said
+    assert "patients" not in page
+    assert "too narrow where several are of one patient" in page
 
 
 def test_exemplars_are_in_the_page_once(page: str) -> None:

@@ -265,13 +265,14 @@ def test_command(fake_bundle: Bundle, tmp_path: Path) -> None:
     more = ["--split-by", "folder", "--budgets", "2", "--draws", "2", "--baselines", "copy"]
     told = CliRunner().invoke(app, [*arguments, *more])
     assert told.exit_code == 0, told.output
-    for title in ("By patient", "Paired differences", "By number of annotated images"):
+    for title in ("By folder", "Paired differences", "By number of annotated images"):
         assert title in told.output
     summary = json.loads((out / "summary.json").read_text())
     assert summary["split"]
     assert {d["other"]["method"] for d in summary["differences"]} == {"recalled", "copy"}
     page = (out / "report.html").read_text()
     assert "Against others" in page
+    assert "<h2>By folder</h2>" in page
     with open(out / "cases.csv") as file:
         assert {len(row["group"]) for row in csv.DictReader(file)} == {12}
     wrong = CliRunner().invoke(app, [*arguments, *more, "--baselines", "x"])

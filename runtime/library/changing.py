@@ -103,11 +103,12 @@ def add_many(
     store: Store,
     encoder: Callable[[], ExemplarEncoder],
     items: Iterable[Addition],
+    details: Mapping[str, str] | None,
     progress: Progress | None,
 ) -> list[str]:
     """Add exemplars in one commit: all, or none."""
     store.check_writable("add")
-    items = [*items]
+    items, details = [*items], check_tags(details)
     contents: dict[str, tuple[int, str]] = {}
     first: dict[str, int] = {}
     memories = 0
@@ -139,7 +140,8 @@ def add_many(
                 yield concealed
 
         if items:
-            _add_all(store, encoder, again(), len(items), memories, progress or _no_progress)
+            tell = progress or _no_progress
+            _add_all(store, encoder, again(), len(items), memories, tell, details=details)
     return [*contents]
 
 
@@ -213,10 +215,12 @@ def _add_all(
     memories: int,
     progress: Progress,
     instead: tuple[str, str] | None = None,
+    details: Mapping[str, str] | None = None,
 ) -> None:
     """Encode and write exemplars, with so many memories in all; one commit makes them visible.
 
-    ``instead`` is the key of an exemplar that goes, and the structure that it has another mask of.
+    ``instead`` is the key of an exemplar that goes, and the structure that it has another mask of;
+    ``details`` is for the history.
     """
     identities: list[Identity] = []
 
@@ -248,11 +252,11 @@ def _add_all(
     def commit(written: list[NewExemplar]) -> None:
         with store.identifiers.telling(identities), store.lock:
             if instead is None:
-                store.catalog.add(*written)
+                store.catalog.add(*written, details=details)
             else:
                 key, structure = instead
-                details = {"structure": structure}
-                store.catalog.add(*written, instead=key, what="replace_mask", details=details)
+                of = {"structure": structure}
+                store.catalog.add(*written, instead=key, what="replace_mask", details=of)
 
     # Queries go on meanwhile: they take turns with it on a model, or its lanes run beside them.
     with closing(

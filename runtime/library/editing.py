@@ -69,7 +69,11 @@ class Editing:
         return changing.add(self._store, make, item)
 
     def add_many(
-        self, items: Iterable[changing.Addition], *, progress: Progress | None = None
+        self,
+        items: Iterable[changing.Addition],
+        *,
+        details: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
     ) -> list[str]:
         """Add annotated images in one commit, and return their keys: all are added, or none.
 
@@ -81,6 +85,8 @@ class Editing:
         Parameters
         ----------
         items : for each a mapping with the parts that :meth:`add` takes, by its names.
+        details : what the history shall say of it beside, names and short texts as of tags; nothing
+            that identifies anybody.
         progress : is told how many are encoded and written, of how many; that all are when they are
             there.
 
@@ -105,7 +111,7 @@ class Editing:
         ...     print(library.add_many(items))
         ['bar 0', 'bar 1', 'bar 2']
         """
-        return changing.add_many(self._store, self._binding.encoder, items, progress)
+        return changing.add_many(self._store, self._binding.encoder, items, details, progress)
 
     def remove(self, key: str) -> None:
         """Erase an exemplar for good; the space of its memories is freed by :meth:`compact`.

@@ -284,6 +284,12 @@ class Heads:
         found = self._read("heads", 1)
         return None if found is None else self._parse_head(*found)
 
+    @property
+    def mark(self) -> bytes | None:
+        """What differs when the head is another one; None without one. Very fast."""
+        rows = self._rows("SELECT digest FROM heads WHERE id = 1")
+        return bytes(rows[0][0]) if rows else None
+
     def _parse_head(self, about: dict[str, Any], data: bytes) -> Head:
         def parse() -> Head:
             names = self._names()

@@ -157,6 +157,18 @@ class AuditLog:
         """
         return self._append({"event": event, **fields})
 
+    def entries(self, event: str) -> Iterator[dict[str, Any]]:
+        """Yield the entries of an event, the oldest first; those since the log was last rotated.
+
+        Raises
+        ------
+        AuditError
+            If it cannot be read.
+        """
+        for entry, _ in _entries(self.path):
+            if entry.get("event") == event:
+                yield entry
+
     def _append(self, fields: dict[str, Any]) -> str:
         try:
             with self._locked() as file:
@@ -325,19 +337,10 @@ class _Walk:
         """Check a file that follows what was read."""
         if self.unfinished:
             raise AuditError(f"{path} follows a file whose last entry is cut off.")
-        line_number = 0
-        try:
-            with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
-                while line := file.readline(LONGEST):
-                    if not line.endswith(b"\n"):
-                        if len(line) == LONGEST:
-                            raise AuditError(f"{path} is not an audit log: a line never ends.")
-                        self.unfinished = len(line)
-                        break
-                    self._take(_parse(line, path, line_number), path, line_number)
-                    line_number += 1
-        except OSError as error:
-            raise AuditError(f"the audit log {path} cannot be read: {error.strerror}.") from error
+        for line_number, (entry, unfinished) in enumerate(_entries(path)):
+            if entry:
+                self._take(entry, path, line_number)
+            self.unfinished = unfinished
 
     def need(self, path: Path) -> None:
         """Raise AuditError if an entry that must be there was not."""
@@ -396,6 +399,23 @@ def _read_head(path: Path) -> str:
     if not isinstance(digest, str) or len(digest) != len(NOTHING):
         raise AuditError(f"{path} is no head of an audit log: its digest is {digest!r:.80}.")
     return digest
+
+
+def _entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield entries; after them, if the last is cut off, an empty one with its bytes."""
+    number = 0
+    try:
+        with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
+            while line := file.readline(LONGEST):
+                if not line.endswith(b"\n"):
+                    if len(line) == LONGEST:
+                        raise AuditError(f"{path} is not an audit log: a line never ends.")
+                    yield {}, len(line)
+                    return
+                yield _parse(line, path, number), 0
+                number += 1
+    except OSError as error:
+        raise AuditError(f"the audit log {path} cannot be read: {error.strerror}.") from error
 
 
 def _open(path: Path, flags: int) -> int:

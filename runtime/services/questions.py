@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from recallseg.engines.errors import (
     InputError,
@@ -22,6 +23,7 @@ from recallseg.engines.errors import (
 from recallseg.runtime.library import Library
 from recallseg.runtime.model.choice import Choice
 from recallseg.runtime.model.model import Model
+from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.rules import Rule
 
@@ -30,15 +32,15 @@ __all__ = ["Questions", "check_rule"]
 
 @dataclass
 class _Open:
-    segmenter: Segmenter
-    commits: object  # of the library, when the segmenter was made
+    library: Library
+    current: Current
     users: int = 0
     left: bool = False  # for another one: closed as soon as nobody uses it
 
     def close_unused(self) -> None:
         if self.left and not self.users:
             with suppress(LibraryError):  # it may be gone
-                self.segmenter.library.close()
+                self.library.close()
 
 
 class Questions:
@@ -64,9 +66,8 @@ class Questions:
             As :class:`recallseg.Segmenter` says.
         """
         with self._lock:
-            held = self._current(rule)
+            held, segmenter = self._current(rule)
             held.users += 1
-            segmenter = held.segmenter
         try:
             yield segmenter
         finally:
@@ -74,28 +75,24 @@ class Questions:
                 held.users -= 1
                 held.close_unused()
 
-    def _current(self, rule: Rule) -> _Open:
+    def _current(self, rule: Rule) -> tuple[_Open, Segmenter]:
         with self._lock:
             known = self._open.get(rule.name)
-            if known is not None and not known.segmenter.library.replaced:
+            if known is not None and not known.library.replaced:
                 try:
-                    library = known.segmenter.library
-                    library.refresh()
-                    if known.commits != (commits := library.commits):  # a head fitted, say
-                        known.segmenter, known.commits = self._make(rule, library), commits
-                    return known
+                    return known, known.current.get()
                 except LibraryMismatchError:
                     pass  # rebuilt for another bundle
             self.forget(rule)
             library = Library.open(rule.library)
+            current = Current(library, partial(self._make, rule, library))
             try:
-                commits = library.commits
-                made = self._make(rule, library)
+                made = current.get()
             except BaseException:
                 library.close()
                 raise
-            self._open[rule.name] = opened = _Open(made, commits)
-            return opened
+            self._open[rule.name] = opened = _Open(library, current)
+            return opened, made
 
     def warm_up(self, rules: Iterable[Rule]) -> dict[str, RecallSegError]:
         """Open what rules ask and let each answer once; return what failed, by rule."""
@@ -121,7 +118,7 @@ class Questions:
         with self._lock:
             for known in self._open.values():
                 with suppress(LibraryError):
-                    known.segmenter.library.close()
+                    known.library.close()
             self._open.clear()
             for model in self._models:
                 model.close()

@@ -10,7 +10,9 @@ import errno
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -22,7 +24,9 @@ from recallseg.engines.errors import InputError, LibraryError, LibraryLockedErro
 from recallseg.runtime.formats.finding import Header, Item, PassedOver, file_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
+from recallseg.runtime.library import Library
 from recallseg.runtime.library.storage import WriterLock
+from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
@@ -71,9 +75,10 @@ class Watcher:
     kind : one of :data:`recallseg.runtime.formats.reading.FORMATS`: only such images are taken.
     audit : log in which every segmentation is recorded.
     limits : what one item may take while it is decoded.
-    renewed : returns what segments from now on, when another library is found where the
-        segmenter's was (after ``library install``, say); that one is closed then. None: the watch
-        ends.
+    renewed : returns what segments from now on: of the segmenter's library, when a head was fitted
+        or a structure came, say; or, given None, of another library that is found where that one
+        was (after ``library install``); the former is closed then. None: the segmenter stays, and
+        the watch ends when its library is replaced.
 
     Raises
     ------
@@ -92,7 +97,7 @@ class Watcher:
         kind: str | None = None,
         audit: AuditLog | None = None,
         limits: DecodingLimits | None = None,
-        renewed: Callable[[], Segmenter] | None = None,
+        renewed: Callable[[Library | None], Segmenter] | None = None,
     ) -> None:
         if not source.is_dir():
             raise InputError(f"{source} is not a folder. Make it before it is watched.")
@@ -111,7 +116,10 @@ class Watcher:
             raise InputError(
                 f"another process already watches into {output}. Stop it, or choose another folder."
             ) from error
-        self._segmenter, self._renewed = segmenter, renewed
+        self._renewed = renewed
+        self._segmenter: Segmenter
+        self._current: Current
+        self._use(segmenter)
         self._output = output
         self._decoder = IsolatedDecoder(limits)
         self._source = source
@@ -185,8 +193,17 @@ class Watcher:
                     f"another library, or none, is found where {former.path} was opened. Start the "
                     "watch anew."
                 )
-            self._segmenter = self._renewed()
+            self._use(self._renewed(None))
             former.close()
+            return
+        # Where a structure that was asked for is gone, each result of the former says so.
+        with suppress(InputError):
+            self._segmenter = self._current.get()
+
+    def _use(self, segmenter: Segmenter) -> None:
+        renewed, library = self._renewed, segmenter.library
+        make = (lambda: segmenter) if renewed is None else partial(renewed, library)
+        self._segmenter, self._current = segmenter, Current(library, make, segmenter)
 
     def _header(self, path: Path) -> Header:
         """Read a DICOM header; what was set aside before, and is the same, is not met again."""

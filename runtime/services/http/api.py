@@ -148,8 +148,8 @@ def routes(
     @router.post("/drafts", status_code=201)
     def open_(asked: Open, request: Request) -> dict[str, Any]:
         """Open an image of the worklist."""
-        volume, name = listed().open(asked.mark)
-        return opened(Draft(volume, desk, budget, name, asked.mark), request)
+        volume, name, item = listed().open(asked.mark)
+        return opened(Draft(volume, desk, budget, name, item), request)
 
     @router.post("/drafts/upload", status_code=201)
     async def upload(request: Request) -> dict[str, Any]:

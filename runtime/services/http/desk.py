@@ -6,8 +6,8 @@ gallery. Each is in the audit log before it is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from threading import Lock, RLock
+from collections.abc import Callable, Collection, Iterator, Mapping
+from threading import RLock
 from typing import Any, Literal
 
 import numpy as np
@@ -20,18 +20,19 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.library.changing import Addition
 from recallseg.runtime.library.identifiers import random_key
 from recallseg.runtime.segmenting.corrections import Corrections
+from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.http.drafts import Draft
 from recallseg.runtime.services.http.limits import RefusedError
 from recallseg.runtime.services.http.prompts import CANNOT, Correcting, Place
+from recallseg.runtime.services.http.worklist import ITEM
+from recallseg.runtime.volumes.spreading import Spreading
 
 __all__ = ["Desk"]
 
 Which = Literal["corrected", "all"]
-SPREAD_FRAMES = 3
-"""Slices whose memories the next one attends to, beside the library's exemplars."""
 
 
 class Desk:
@@ -51,9 +52,8 @@ class Desk:
         segmenter: Callable[..., Segmenter] = Segmenter,
     ) -> None:
         self._library, self.audit = library, audit
-        self._make = segmenter
-        self._made: tuple[tuple[str, ...], Segmenter] | None = None
-        self._making, self._changing = Lock(), RLock()
+        self._current = Current(library, lambda: segmenter(library))
+        self._changing = RLock()
 
     @property
     def library(self) -> Library:
@@ -83,13 +83,7 @@ class Desk:
 
     def segmenter(self) -> Segmenter | None:
         """Return what segments all structures that there are now; None while there are none."""
-        with self._making:
-            known = self.library.structures
-            if not known:
-                return None
-            if self._made is None or self._made[0] != known:
-                self._made = known, self._make(self.library)
-            return self._made[1]
+        return self._current.get() if self.library.structures else None
 
     def propose(self, image: NDArray[Any]) -> Result | None:
         """Segment a slice HxW(x3) from the library; None while that is empty."""
@@ -108,33 +102,22 @@ class Desk:
     def spread(
         self,
         structure: str,
-        image: NDArray[Any],
-        mask: NDArray[np.bool_],
-        others: Iterable[NDArray[Any]],
-    ) -> Iterator[NDArray[np.bool_]]:
-        """Yield masks of slices that follow on one whose mask is right, each from those before.
+        picture: Callable[[int], NDArray[Any]],
+        count: int,
+        right: Mapping[int, NDArray[np.bool_]],
+    ) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """Yield masks of the other slices of a volume by their index, see :class:`Spreading`.
 
-        Raises
-        ------
-        RefusedError
-            409 if the library has no exemplar of the structure yet.
+        Parameters
+        ----------
+        picture : returns a slice HxW(x3) by its index, of ``count``.
+        right : masks by index that stay as they are; one without a pixel says that it is absent.
         """
-        if structure not in self.library.structures:
-            raise RefusedError(
-                409,
-                f"'{structure}' can be carried on when the library has an exemplar of it: accept "
-                "this slice first.",
-            )
-        segmenter = self._make(self.library, frames=SPREAD_FRAMES)
-        memories = segmenter.frame_memories()
-        model = segmenter.model
-        with model.turns:
-            view = model.look(np.ascontiguousarray(image), self.library.intensity)
-            position = segmenter.structures.index(structure)
-            view.remember(memories, {position: np.ascontiguousarray(mask)})
-        for other in others:
-            result = segmenter.segment(np.ascontiguousarray(other), frame_memories=memories)
-            yield result.masks[structure]
+        spreading = Spreading(self.library, [structure], picture, segmenter=self.segmenter())
+        for index, mask in right.items():
+            spreading.know(index, {structure: mask})
+        for index, found in spreading.run(count):
+            yield index, np.zeros((), bool) if found is None else found.masks[0]
 
     # Changes
 
@@ -193,6 +176,7 @@ class Desk:
                 "accept it together with a structure that is there.",
             )
         keys = [str(item["key"]) for item in items]
+        of = {ITEM: draft.item} if draft.item else {}
         entry = {
             "who": who,
             "exemplars": keys,
@@ -200,6 +184,7 @@ class Desk:
             "shape": list(draft.shape),
             "corrections": {name: dict(draft.counts.get(name, {})) for name in names},
             "proposal": draft.proposal_record(names),
+            **of,
         }
         with self._changing:
             retired = {one.key for one in self.library.retired}
@@ -207,7 +192,7 @@ class Desk:
             if former:
                 entry["instead_of"] = former
             self._record("accept", entry)
-            self._do("accept", entry, lambda: self.library.add_many(items))
+            self._do("accept", entry, lambda: self.library.add_many(items, details=of))
             draft.accepted = keys
             if former:  # which the next revert can bring back
                 self.library.retire(former)
@@ -222,6 +207,7 @@ class Desk:
                 "reason": reason,
                 "shape": list(draft.shape),
                 "proposal": draft.proposal_record(list(draft.masks)),
+                **({ITEM: draft.item} if draft.item else {}),
             },
         )
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import check_name
@@ -131,12 +132,13 @@ class Draft(Sheet):
     def spread(self, structure: str) -> Change:
         """Carry a structure's corrected slices on to their neighbours, until it ends there.
 
-        Slices that a person worked on stay as they are. One step, also if it is cancelled.
+        Half way from each to the next; slices that a person worked on stay as they are, and where
+        none of them shows the structure, so do all. One step, also if it is cancelled.
 
         Raises
         ------
         RefusedError
-            409 if no slice along :attr:`axis` was corrected, or there is nothing to carry on from.
+            409 if no slice along :attr:`axis` was corrected, or it was cancelled.
         """
         self._cancelled = False
         worked = {one.index for one in self.corrected.get(structure, ()) if one.axis == self.axis}
@@ -146,43 +148,24 @@ class Draft(Sheet):
             )
         self._remember(structure, None)
         before, count = self.masks[structure].copy(), self.shape[self.axis]
-        ways = [(start, way) for start in sorted(worked) for way in (1, -1)]
+        right = {at: self.mask(structure, Place(self.axis, at)) for at in sorted(worked)}
         try:
-            for done, (start, way) in enumerate(ways):
-                self.progress = done, len(ways)
-                seed = Place(self.axis, start)
-                if not self.mask(structure, seed).any():
-                    continue
-                free = self._free(start, way, worked, count)
-                self._carry(structure, seed, free)
+            if any(mask.any() for mask in right.values()):
+                self.progress = 0, count - len(right)
+                masks = self._proposer.spread(structure, self._picture_at, count, right)
+                for done, (index, mask) in enumerate(masks, 1):
+                    place = Place(self.axis, index)
+                    self.mask_to_change(structure, place)[:] = mask
+                    self._drawn.add((structure, place))
+                    self.progress = done, count - len(right)
+                    self._check_cancelled()
         finally:
             self.progress = None
         self._count(structure, "spread")
         return Change(structure, box_of(before ^ self.masks[structure]))
 
-    @staticmethod
-    def _free(start: int, way: int, worked: set[int], count: int) -> list[int]:
-        """Return the slices from one on: half the way to the next that a person worked on."""
-        ahead = [one for one in worked if (one - start) * way > 0]
-        if not ahead:
-            return [*range(start + way, count if way > 0 else -1, way)]
-        gap = min(abs(one - start) for one in ahead) - 1
-        share = (gap + 1) // 2 if way > 0 else gap // 2
-        return [start + way * step for step in range(1, share + 1)]
-
-    def _carry(self, structure: str, seed: Place, indices: Sequence[int]) -> None:
-        places = [Place(self.axis, index) for index in indices]
-        pictures = (self.picture(place) for place in places)
-        masks = self._proposer.spread(
-            structure, self.picture(seed), self.mask(structure, seed), pictures
-        )
-        ended = False
-        for place in places:
-            self._check_cancelled()
-            found = np.False_ if ended else next(masks)
-            ended = ended or not np.any(found)
-            self.mask_to_change(structure, place)[:] = found
-            self._drawn.add((structure, place))
+    def _picture_at(self, index: int) -> NDArray[Any]:
+        return self.picture(Place(self.axis, index))
 
     def refine(self, structure: str) -> Change:
         """Let the networks improve on a mask that was given: in each slice as a lasso round it."""

@@ -105,9 +105,9 @@ def protocol(
         return _prediction(seat, prompts[0].structure, changes)
 
     def carried(draft: Draft, name: str) -> list[Change]:
-        """Carry what was corrected on, where the library knows how."""
+        """Carry what was corrected on."""
         along = any(place.axis == draft.axis for place in draft.corrected.get(name, ()))
-        return [draft.spread(name)] if along and name in desk.structures else []
+        return [draft.spread(name)] if along else []
 
     @router.get("/capabilities")
     def capabilities() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -60,10 +60,10 @@ class Proposer(Protocol):
     def spread(
         self,
         structure: str,
-        image: NDArray[Any],
-        mask: NDArray[np.bool_],
-        others: Iterable[NDArray[Any]],
-    ) -> Iterator[NDArray[np.bool_]]: ...
+        picture: Callable[[int], NDArray[Any]],
+        count: int,
+        right: Mapping[int, NDArray[np.bool_]],
+    ) -> Iterator[tuple[int, NDArray[np.bool_]]]: ...
 
 
 @dataclass(frozen=True)

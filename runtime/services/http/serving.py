@@ -17,7 +17,7 @@ from recallseg.runtime.services.http.desk import Desk
 from recallseg.runtime.services.http.guard import make_token
 from recallseg.runtime.services.http.limits import Limits
 from recallseg.runtime.services.http.server import AnnotationServer, is_loopback
-from recallseg.runtime.services.http.worklist import Worklist
+from recallseg.runtime.services.http.worklist import Worklist, settled
 
 __all__ = ["Access", "open_server"]
 
@@ -126,7 +126,7 @@ def open_server(
     library.check_writable("accept")
     limits = limits or Limits()
     desk = Desk(library, audit, segmenter)
-    worklist = None if folder is None else Worklist(folder, library)
+    worklist = None if folder is None else Worklist(folder, library, settled(library, audit))
     application = make_application(
         desk,
         {token: name for name, token in access.tokens.items()},

@@ -1,6 +1,9 @@
 """The images of a folder that wait to be annotated: the newest first, or what would teach most.
 
 Clients name an image by a mark of it and never by a path, so that none leads out of the folder.
+What was done with an image outlasts the server: the library's history says of which images its
+exemplars are, and the audit log which were rejected. Both know an image by a digest of its file's
+name, size and time of change, so that what was changed is new.
 What would teach most is what brings the most of the images that are left nearest to something
 annotated, see :mod:`recallseg.runtime.segmenting.choosing`.
 """
@@ -25,16 +28,19 @@ from recallseg.runtime.formats.finding import Headers, Item, find_in_folder
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.library import Library
 from recallseg.runtime.segmenting.choosing import rank
+from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.http.cuts import stack
 from recallseg.runtime.services.http.limits import RefusedError
 
-__all__ = ["Entry", "Order", "Worklist"]
+__all__ = ["ITEM", "Entry", "Order", "Worklist", "settled"]
 
 Order = Literal["newest", "teaching"]
 State = Literal["new", "accepted", "rejected"]
 LOOK_S = 2.0
 """Between two looks at the folder."""
+ITEM = "item"
+"""Names an image, by a digest of its file, in the history of libraries and in audit logs."""
 MOST_RANKED = 50
 """Images that are ordered by what they would teach; the rest follow as they come."""
 
@@ -69,10 +75,15 @@ class Worklist:
     ----------
     folder : whose images are served, and those of the folders below. Links are not followed.
     library : whose exemplars are known already.
+    states : what was done with images before, see :func:`settled`.
     """
 
     def __init__(
-        self, folder: Path, library: Library, limits: DecodingLimits | None = None
+        self,
+        folder: Path,
+        library: Library,
+        states: Mapping[str, State] | None = None,
+        limits: DecodingLimits | None = None,
     ) -> None:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder.")
@@ -84,7 +95,7 @@ class Worklist:
         self._items: dict[str, Item] = {}
         self._looked = -LOOK_S
         self._looking = Lock()
-        self._states: dict[str, State] = {}
+        self._states: dict[str, State] = dict(states or {})
         self._embeddings: dict[tuple[str, Any], NDArray[np.float32]] = {}
         self._troubles: dict[tuple[str, Any], str] = {}
         self._stop = Event()
@@ -112,21 +123,22 @@ class Worklist:
             teaches = self._ranked(items)
             rest = [mark for mark in items if mark not in teaches]
             marks = [*teaches, *rest]
-        marks.sort(key=lambda mark: self._states.get(mark, "new") != "new")
+        states = {mark: self._state(item) for mark, item in items.items()}
+        marks.sort(key=lambda mark: states[mark] != "new")
         return [
             Entry(
                 mark,
                 items[mark].name,
                 items[mark].kind,
-                self._states.get(mark, "new"),
+                states[mark],
                 teaches.get(mark),
                 items[mark].trouble or self._troubles.get(self._version(mark, items[mark]), ""),
             )
             for mark in marks
         ]
 
-    def open(self, mark: str) -> tuple[Volume, str]:
-        """Read an image; return it and its name.
+    def open(self, mark: str) -> tuple[Volume, str, str]:
+        """Read an image; return it, its name, and what :meth:`settle` knows it by.
 
         Raises
         ------
@@ -138,12 +150,12 @@ class Worklist:
         item = self._look().get(mark)
         if item is None:
             raise RefusedError(404, "there is no such image in the list (any more).")
-        return self._read(item), item.name
+        return self._read(item), item.name, _identity(item)
 
-    def settle(self, mark: str, state: State) -> None:
-        """Note what was done with an image."""
-        if mark in self._items:
-            self._states[mark] = state
+    def settle(self, item: str, state: State) -> None:
+        """Note what was done with an image; of one that is none of the list nothing is noted."""
+        if item:
+            self._states[item] = state
 
     def _look(self) -> dict[str, Item]:
         with self._looking:
@@ -152,6 +164,9 @@ class Worklist:
                 self._items = {self._mark(item): item for item in found.items}
                 self._looked = monotonic()
             return self._items
+
+    def _state(self, item: Item) -> State:
+        return self._states.get(_identity(item), "new")
 
     def _mark(self, item: Item) -> str:
         name = f"{item.relative}\0{item.suffix}".encode("utf-8", "surrogateescape")
@@ -187,7 +202,7 @@ class Worklist:
         marks, vectors = [], []
         for mark, item in items.items():
             vector = self._embeddings.get(self._version(mark, item))
-            if vector is not None and self._states.get(mark, "new") == "new":
+            if vector is not None and self._state(item) == "new":
                 marks.append(mark)
                 vectors.append(vector)
         if not marks:
@@ -197,6 +212,28 @@ class Worklist:
         unknown = np.full(len(marks), np.nan)
         chosen = rank(np.stack(vectors), known, unknown, MOST_RANKED, "coverage")
         return {marks[i]: gain for i, _, gain in chosen}
+
+
+def settled(library: Library, audit: AuditLog) -> dict[str, State]:
+    """Return what was done with images, as far as a library and an audit log tell.
+
+    Accepted is an image of which an exemplar is in use. Who rejected one and then accepted it has
+    accepted it.
+    """
+    states: dict[str, State] = {
+        str(entry[ITEM]): "rejected" for entry in audit.entries("reject") if entry.get(ITEM)
+    }
+    used = {exemplar.key for exemplar in library}
+    for change in library.history():
+        if ITEM in change.details and not used.isdisjoint(change.exemplars):
+            states[change.details[ITEM]] = "accepted"
+    return states
+
+
+def _identity(item: Item) -> str:
+    """Return what stands for an image's file as it is now; it leads to no name."""
+    name = f"{item.relative}\0{item.suffix}\0{item.signature}"
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _middle(volume: Volume) -> NDArray[Any]:

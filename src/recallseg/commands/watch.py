@@ -64,10 +64,11 @@ def watch(
     failures, told = set[str](), set[str]()
     with stopped_by_signals() as stop, ExitStack() as held:
 
-        def ask() -> Segmenter:
-            opened = held.enter_context(Library.open(library))
+        def ask(opened: Library | None = None) -> Segmenter:
+            if opened is None:
+                opened = held.enter_context(Library.open(library))
+                say_notice(opened.bundle.notice)
             segmenter = asking.segmenter(opened, handling.propagate)
-            say_notice(segmenter.bundle.notice)
             segmenter.warm_up()
             return segmenter
 

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
+import cv2
 import numpy as np
 import pytest
 from support.records import check_head
@@ -36,8 +38,11 @@ from recallseg.runtime.segmenting.fitting import WAYS, _choice, group_numbers
 from recallseg.runtime.segmenting.refining import Filters, Refiner
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.segmenting.units import fit_units
+from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.http.desk import Desk
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Rule
+from recallseg.runtime.services.watching import Watcher
 
 
 def picture(seed: int, size: int = 192, *, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -147,6 +152,46 @@ def test_services_take_up_a_head_that_is_fitted_or_removed_between_two_questions
         library.fit()
         assert refined()
     questions.close()
+
+
+def test_a_desk_and_a_watch_take_up_a_head_with_the_next_item(
+    fitted_at: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "library"
+    shutil.copytree(fitted_at, path)
+    (tmp_path / "in").mkdir()
+    heads, refined = [], []
+    with Library.open(path) as library, Library.open(path, mode="write") as writer:
+        digest = writer.head.digest if writer.head else None
+        desk = Desk(writer, AuditLog(tmp_path / "audit.jsonl"))
+        first = desk.segmenter()
+
+        def renewed(same: Library | None) -> Segmenter:
+            assert same is library
+            return Segmenter(library)
+
+        with Watcher(
+            Segmenter(library), tmp_path / "in", tmp_path / "out", settle_s=0.0, renewed=renewed
+        ) as watcher:
+            arrivals = watcher.run(Event(), poll_s=0.01)
+            for number in range(3):
+                image = picture(80 + number)[0]
+                cv2.imwrite(str(tmp_path / "in" / f"{number}.png"), image)
+                record = next(arrivals).record
+                assert record is not None
+                heads.append(record["provenance"]["head"])
+                result = desk.propose(image)
+                assert result is not None
+                refined.append(result.provenance.head)
+                if number == 0:
+                    assert desk.segmenter() is first, "nothing has changed"
+                    writer.remove_head()
+                elif number == 1:
+                    writer.fit()
+        now = writer.head
+    assert heads == refined == [digest, None, now.digest if now else None]
+    assert digest is not None
+    assert heads[2] is not None
 
 
 def test_added_exemplars_make_it_older_which_is_said(library: Library) -> None:

@@ -13,6 +13,7 @@ from support.fake_bundle import make_fake_bundle
 
 from recallseg import Library, Segmenter
 from recallseg.engines.errors import InputError
+from recallseg.engines.verification import mask_dice
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.services.audit import AuditLog
@@ -20,7 +21,8 @@ from recallseg.runtime.services.http.cuts import outline_of, scribble_points, st
 from recallseg.runtime.services.http.desk import Desk
 from recallseg.runtime.services.http.drafts import Draft
 from recallseg.runtime.services.http.limits import Budget, RefusedError
-from recallseg.runtime.services.http.prompts import Place, Prompt
+from recallseg.runtime.services.http.prompts import CancelledError, Place, Prompt
+from recallseg.runtime.volumes.corrections import VolumeCorrections
 
 HEIGHT, WIDTH = 96, 160
 
@@ -112,16 +114,59 @@ def test_what_is_spread_stops_half_way_to_the_next_that_was_corrected(draft: Dra
     draft.spread("bar")
     for index, mask in zip((0, 4), kept, strict=True):
         assert (draft.mask("bar", Place(0, index)) == mask).all()
-    assert draft._free(0, 1, {0, 4}, 5) == [1, 2]
-    assert draft._free(4, -1, {0, 4}, 5) == [3]
+    assert all(draft.mask("bar", Place(0, index)).any() for index in (1, 2, 3))
     draft.undo()
     assert [bool(draft.mask("bar", Place(0, i)).any()) for i in (1, 2, 3)] == [False] * 3
 
 
-def test_what_is_new_is_spread_when_the_library_knows_it(draft: Draft) -> None:
-    click(draft, 130, 50, name="lesion")
-    with pytest.raises(RefusedError, match="accept this slice first"):
-        draft.spread("lesion")
+def test_what_is_new_is_spread_as_well(draft: Draft, desk: Desk) -> None:
+    assert "lesion" not in desk.structures
+    draft.paint("lesion", Place(0, 2), np.ones((60, 80), bool), 60, 20, True)
+    draft.spread("lesion")
+    given = draft.mask("lesion", Place(0, 2))
+    for index in range(5):
+        assert mask_dice(draft.mask("lesion", Place(0, index)), given) > 0.5
+
+
+def test_spreading_is_what_a_corrected_volume_does(draft: Draft, desk: Desk) -> None:
+    draft.paint("bar", Place(0, 1), np.ones((60, 80), bool), 60, 20, True)
+    draft.paint("bar", Place(0, 4), np.ones((40, 40), bool), 20, 30, True)
+    session = VolumeCorrections(desk.library, draft.volume, segmenter=desk.segmenter())
+    for index in (1, 4):
+        session.at(index).draw("bar", draft.mask("bar", Place(0, index)))
+    draft.spread("bar")
+    assert np.array_equal(session.propagate().masks["bar"], draft.masks["bar"])
+
+
+def test_a_spread_that_is_cancelled_keeps_what_it_did(draft: Draft) -> None:
+    draft.paint("bar", Place(0, 2), np.ones((60, 80), bool), 60, 20, True)
+    told: list[Any] = []
+    check = draft._check_cancelled
+
+    def checked() -> None:
+        told.append(draft.progress)
+        if len(told) == 2:
+            draft.cancel()
+        check()
+
+    draft._check_cancelled = checked  # type: ignore[method-assign]
+    with pytest.raises(CancelledError):
+        draft.spread("bar")
+    assert told == [(1, 4), (2, 4)]
+    assert draft.progress is None
+    assert [bool(draft.mask("bar", Place(0, i)).any()) for i in range(5)] == [
+        *(False, False, True, True, True)
+    ]
+    draft.undo()
+    assert not draft.mask("bar", Place(0, 3)).any()
+
+
+def test_where_no_corrected_slice_shows_it_nothing_is_carried_on(draft: Draft) -> None:
+    assert draft.propose()
+    before = draft.masks["bar"].copy()
+    draft.paint("bar", Place(0, 2), np.ones((HEIGHT, WIDTH), bool), 0, 0, False)
+    assert draft.spread("bar").box is None
+    assert (draft.masks["bar"][[0, 1, 3, 4]] == before[[0, 1, 3, 4]]).all()
 
 
 @pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, 1), (1, -1, -1)])

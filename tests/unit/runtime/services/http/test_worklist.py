@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 from support.annotating import disc, fill
 from support.services import wait_until
 
 from recallseg.runtime.library import Library
+from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.http.limits import RefusedError
+from recallseg.runtime.services.http.serving import Access, open_server
 from recallseg.runtime.services.http.worklist import LOOK_S, Worklist
 
 
@@ -52,7 +56,8 @@ def test_the_newest_first_or_what_would_teach_most(library: Library, folder: Pat
         assert order[0].name.startswith("stripes")
         assert order[0].teaches > 0.3
         assert [one.name for one in order if one.trouble] == ["broken.png"]
-        worklist.settle(order[0].mark, "accepted")
+        _, _, item = worklist.open(order[0].mark)
+        worklist.settle(item, "accepted")
         assert worklist.entries("teaching")[-1].name == order[0].name
         assert worklist.entries("newest")[-1].state == "accepted"
     finally:
@@ -63,7 +68,7 @@ def test_an_image_that_went_is_none_of_the_list(library: Library, folder: Path) 
     worklist = Worklist(folder, library)
     try:
         entry = next(one for one in worklist.entries("newest") if one.name == "disc-0.png")
-        volume, name = worklist.open(entry.mark)
+        volume, name, _ = worklist.open(entry.mark)
         assert (volume.shape, name) == ((1, 120, 140), "disc-0.png")
         (folder / "disc-0.png").unlink()
         time.sleep(LOOK_S)
@@ -71,3 +76,55 @@ def test_an_image_that_went_is_none_of_the_list(library: Library, folder: Path) 
             worklist.open(entry.mark)
     finally:
         worklist.close()
+
+
+def test_what_was_done_outlasts_the_server(library: Library, folder: Path, tmp_path: Path) -> None:
+    """Accepted, rejected and new images are so after a restart, and a changed one is new."""
+    log = tmp_path / "audit.jsonl"
+
+    @contextmanager
+    def client() -> Iterator[httpx.Client]:
+        access = Access.of(["ada"], "token-of-ada-is-long")
+        with open_server(library, AuditLog(log), access, port=0, folder=folder) as server:
+            headers = {"Authorization": "Bearer token-of-ada-is-long"}
+            with httpx.Client(base_url=f"{server.url}/api", headers=headers, timeout=60) as one:
+                yield one
+
+    def states(one: httpx.Client) -> dict[str, str]:
+        images = one.get("/worklist").json()["images"]
+        return {image["name"]: image["state"] for image in images}
+
+    with client() as one:
+        images = one.get("/worklist").json()["images"]
+        marks = {image["name"]: image["mark"] for image in images}
+        for name, done in (
+            ("disc-0.png", "accept"),
+            ("disc-1.png", "accept"),
+            ("disc-2.png", "reject"),
+        ):
+            draft = one.post("/drafts", json={"mark": marks[name]}).json()["draft"]
+            one.post(f"/drafts/{draft}/propose")
+            body = {"structures": ["disc"]} if done == "accept" else {}
+            answer = one.post(f"/drafts/{draft}/{done}", json=body)
+            assert answer.status_code == 200, answer.text
+            one.delete(f"/drafts/{draft}")
+        before = states(one)
+    wanted = {"disc-0.png": "accepted", "disc-1.png": "accepted", "disc-2.png": "rejected"}
+    assert before == {name: wanted.get(name, "new") for name in before}
+    with client() as one:
+        assert states(one) == before
+        assert one.get("/next", params={"order": "newest"}).json()["image"]["state"] == "new"
+    (accepted, other) = [change for change in library.history() if change.details]
+    library.retire(accepted.exemplars)  # of which nothing is in use any more
+    image = cv2.imread(str(folder / "disc-1.png"), cv2.IMREAD_UNCHANGED)
+    cv2.imwrite(str(folder / "disc-1.png"), image // 2)
+    with client() as one:
+        after = states(one)
+    assert (after["disc-0.png"], after["disc-1.png"], after["disc-2.png"]) == (
+        "new",
+        "new",
+        "rejected",
+    )
+    assert other.exemplars
+    for entry in log.read_text().splitlines():
+        assert "disc-" not in entry

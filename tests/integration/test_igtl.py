@@ -201,7 +201,10 @@ def test_a_library_that_is_added_to_is_asked_as_it_is(
         path.rename(tmp_path / "gone")
         one.sendall(sent(half_volume(1), "A").pack())
         told = next_of(one, "STATUS", "RecallSeg")
-        assert b"is gone" in bytes(told.content)
+        assert b"no library" in bytes(told.content)
+        monkeypatch.setattr("recallseg.runtime.services.igtl.frames.LOOK_S", 1e9)
+        one.sendall(sent(half_volume(1), "A").pack())  # nor is it asked without another look
+        assert b"no library" in bytes(next_of(one, "STATUS", "RecallSeg").content)
         (tmp_path / "gone").rename(path)
         one.sendall(sent(half_volume(1), "A").pack())
         next_of(one, "IMAGE", "A-mask")

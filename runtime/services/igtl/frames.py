@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import DeadlineError, InputError, RecallSegError
+from recallseg.engines.errors import DeadlineError, RecallSegError
 from recallseg.runtime.formats.volume import Volume
-from recallseg.runtime.library.store import CATALOG
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.igtl.wire import Image, Message
 from recallseg.runtime.services.questions import Questions
@@ -78,7 +76,6 @@ class Frames:
         self._asked = ExitStack()
         self._stream: Stream | None = None
         self._volumes: _Newest | None = None
-        self._seen: tuple[object, ...] = ()
         self._looked = 0.0
 
     def push(self, image: Image, message: Message, since: float) -> None:
@@ -113,16 +110,22 @@ class Frames:
         self._asked.close()
 
     def _refresh(self) -> None:
-        """Open the library anew if it has changed; what is in work ends before that."""
+        """Ask the library as it is now, from time to time; what is in work ends before another."""
         now = time.monotonic()
         if self._segmenter is not None and now - self._looked < LOOK_S:
             return
         self._looked = now
-        seen = _state(self._rule)
-        if self._segmenter is None or seen != self._seen:
-            self.close()
-            self._segmenter = self._asked.enter_context(self._questions.ask(self._rule))
-            self._seen = seen
+        asked = ExitStack()
+        try:
+            segmenter = asked.enter_context(self._questions.ask(self._rule))
+        except RecallSegError:
+            self.close()  # of a library that is gone nothing is asked until it is back
+            raise
+        if segmenter is self._segmenter:
+            asked.close()
+            return
+        self.close()
+        self._segmenter, self._asked = segmenter, asked
 
     def _result(self, frame: Frame) -> None:
         with self._lock:
@@ -198,12 +201,3 @@ def _volume(image: Image) -> Volume:
     axes = (2, 1, 0, 3)[: image.array.ndim]
     frame = "RAS" if image.frame == "RAS" else "LPS"
     return Volume(image.array.transpose(axes), image.affine, frame)  # type: ignore[arg-type]
-
-
-def _state(rule: Rule) -> tuple[object, ...]:
-    """Return what changes when a library does; InputError if it is gone."""
-    try:
-        found = os.stat(rule.library / CATALOG)
-    except OSError as error:
-        raise InputError(f"the library {rule.library} is gone: {error.strerror}.") from error
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size

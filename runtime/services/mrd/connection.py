@@ -7,7 +7,6 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError  # a class of its own before Python 3.11
@@ -43,6 +42,8 @@ AT_ONCE = 2
 FIRST_SERIES = 1000
 """Of results; further ones are counted from there, those that the scanner has used left out."""
 _GOODBYE_S = 2.0
+_Begun = tuple[Message, bool, "Future[Answer]"]
+"""An image, whether it was returned already, and what comes of it."""
 _LATE = Answer(state="late", notes=("an image took too long: it is passed on alone.",))
 
 
@@ -72,6 +73,9 @@ class Conversation:
         self._told: set[str] = set()
         self._outgoing: queue.SimpleQueue[bytes | bytearray | None] = queue.SimpleQueue()
         self._images: queue.SimpleQueue[tuple[Message, Said, bool] | None] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[_Begun | None] = queue.SimpleQueue()
+        self._places = threading.Semaphore(AT_ONCE)
+        self._asked = self._answered = 0  # images
         self._room = _Room(settings.most_bytes)
         self._series: dict[tuple[int, str], int] = {}
         self._taken: set[int] = set()
@@ -82,7 +86,7 @@ class Conversation:
         """Read until the end, answer what is left, and close."""
         threads = [
             threading.Thread(target=each, name=each.__name__, daemon=True)
-            for each in (self._write, self._answer)
+            for each in (self._write, self._ask, self._answer)
         ]
         for thread in threads:
             thread.start()
@@ -91,7 +95,7 @@ class Conversation:
         finally:
             self._finish = time.monotonic() + self._settings.finish_s
             self._images.put(None)
-            threads[1].join()
+            threads[2].join()
             self._send(CLOSING)
             self._outgoing.put(None)
             threads[0].join(self._settings.message_s)
@@ -172,30 +176,24 @@ class Conversation:
         except InputError as error:
             return True, str(error)
 
+    def _ask(self) -> None:
+        """Ask for images as they come: the next one while one is in work."""
+        while (taken := self._images.get()) is not None:
+            message, said, returned = taken
+            self._places.acquire()
+            now = time.monotonic()
+            ahead, self._asked = self._asked - self._answered, self._asked + 1
+            # What nobody waits for any more is not begun.
+            end = now if self._gone.is_set() else self._finish
+            until = max(now, min(now + self._settings.deadline_s * (1 + ahead), end))
+            future = self._segmenting.ask(message.raw, said, nul=self._nul, until=until)
+            self._begun.put((message, returned, future))
+        self._begun.put(None)
+
     def _answer(self) -> None:
-        """Ask for images one after the other, the next one before the last one is answered."""
-        begun: deque[tuple[Message, bool, Future[Answer]]] = deque()
-        ended = False
-        while begun or not ended:
-            while not ended and len(begun) < AT_ONCE:
-                try:
-                    next_one = self._images.get(block=not begun)
-                except queue.Empty:
-                    break
-                if next_one is None:
-                    ended = True
-                    break
-                message, said, returned = next_one
-                until = time.monotonic() + self._settings.deadline_s * (1 + len(begun))
-                begun.append(
-                    (
-                        message,
-                        returned,
-                        self._segmenting.ask(message.raw, said, nul=self._nul, until=until),
-                    )
-                )
-            if begun:
-                self._finish_one(*begun.popleft())
+        """Answer in the order in which images came."""
+        while (begun := self._begun.get()) is not None:
+            self._finish_one(*begun)
 
     def _finish_one(self, message: Message, returned: bool, future: Future[Answer]) -> None:
         begin = time.monotonic()
@@ -209,6 +207,8 @@ class Conversation:
                 until = min(until, self._finish)
                 if time.monotonic() >= until:
                     break
+        self._answered += 1
+        self._places.release()
         self._room.give(len(message.raw))
         self._metrics.took("segment", time.monotonic() - begin)
         self._metrics.done(f"images {answer.state}")

@@ -39,6 +39,7 @@ WORKERS = 2
 """Threads of the process: one prepares and answers while the other has the model."""
 _FIRST_S, _MOST_S = 0.5, 30.0
 _LOOK_S = 0.5
+_ROOM = 4 * 2**20
 _GONE = Answer(state="failed", notes=("the segmentation ended: an image is passed on alone.",))
 
 
@@ -140,6 +141,8 @@ class SegmentingProcess:
 
     def _open(self) -> None:
         ours, theirs = socket.socketpair()
+        for link in (ours, theirs):  # a whole image at once, as far as the system allows
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
         try:
             with theirs:
                 self._process = subprocess.Popen(  # noqa: S603  # this Python, this module
@@ -241,37 +244,29 @@ def _serve(link: socket.socket) -> None:
     setup: Setup = _get(link)[0]
     configure_logs(setup.log.format, setup.log.level)
     silence_libraries()
-    jobs: queue.SimpleQueue[tuple[_Job, bytearray] | None] = queue.SimpleQueue()
     audit = None if setup.audit is None else setup.audit.open()
     answerer = Answerer(setup.rules, setup.settings, audit)
-    sending = threading.Lock()
-
-    def receive() -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                job, (raw,) = _get(link)
-                jobs.put((job, raw))
-        jobs.put(None)
+    receiving, sending = threading.Lock(), threading.Lock()
 
     def work() -> None:
-        try:
-            while (asked := jobs.get()) is not None:
-                job, raw = asked
+        with suppress(EOFError, OSError):  # then nobody waits any more
+            while True:
+                with receiving:
+                    job, (raw,) = _get(link)
                 answer = answerer.answer(raw, job.said, nul=job.nul, until=job.until)
                 kinds = [kind for kind, _ in answer.images]
                 told = (job.number, answer.state, answer.notes, kinds)
-                with sending, suppress(OSError):  # then nobody waits any more: see receive
+                with sending:
                     _put(link, told, *(message for _, message in answer.images))
-        finally:
-            jobs.put(None)  # none goes on without the others
 
-    threading.Thread(target=receive, name="receive", daemon=True).start()
     answerer.warm_up()
     _put(link, "ready")
     try:
         with ThreadPoolExecutor(WORKERS, "work") as pool:
             for done in as_completed([pool.submit(work) for _ in range(WORKERS)]):
-                done.result()
+                if (error := done.exception()) is not None:
+                    link.shutdown(socket.SHUT_RDWR)  # none goes on without the others
+                    raise error
     finally:
         answerer.close()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,11 @@ from recallseg import Bundle
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.services.igtl.service import Igtl
 from recallseg.runtime.services.inline import InlineService
+from recallseg.runtime.services.metrics import Metrics
+from recallseg.runtime.services.mrd.answering import Answer
+from recallseg.runtime.services.mrd.connection import Conversation
 from recallseg.runtime.services.mrd.service import Mrd
+from recallseg.runtime.services.mrd.wire import CLOSE, IMAGE, Image, Link
 from recallseg.runtime.services.settings import Configuration
 
 
@@ -88,3 +95,53 @@ def test_mrd_answers_in_the_order_of_images_while_two_are_in_work(
         begin = time.monotonic()
         assert len(mrd_peers.asked(service.port, images)) >= 12
         assert time.monotonic() - begin < 30
+
+
+def test_mrd_asks_for_the_next_image_while_one_is_in_work(library: Path) -> None:
+    """Also for one that comes only then; no more than two, and answered in their order."""
+    asked: list[Future[Answer]] = []
+
+    class Segmenting:
+        def ask(self, raw: bytearray, *_: object, **__: object) -> Future[Answer]:
+            asked.append(Future())
+            return asked[-1]
+
+    def done(number: int) -> None:
+        image = bytearray(images[number])
+        asked[number].set_result(Answer((("mask", image),)))
+
+    images = [
+        struct.pack("<H", IMAGE) + mrd_peers.image_of(half_volume(1)[0], index=n).to_bytes()
+        for n in range(4)
+    ]
+    settings = mrd_peers.configured(library).mrd
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        said = Link(ours, idle_s=20, message_s=20, most_bytes=2**26)
+
+        def heard() -> tuple[int, int]:
+            header = Image.of(said.read().raw).header
+            return int(header["image_index"]), int(header["image_series_index"])
+
+        talk = Conversation(
+            theirs, settings, ("half",), Segmenting(), Metrics("mrd"), None, lambda: True
+        )
+        thread = threading.Thread(target=talk.hold)
+        thread.start()
+        for number, image in enumerate(images):
+            ours.sendall(image)
+            assert heard() == (number, 1)  # passed on at once
+            wait_until(lambda n=number: len(asked) == min(n + 1, 2), 20)
+        done(1)
+        ours.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            ours.recv(1)
+        done(0)
+        assert [heard(), heard()] == [(0, 1000), (1, 1000)]
+        wait_until(lambda: len(asked) == 4, 20)
+        ours.shutdown(socket.SHUT_WR)
+        done(2), done(3)
+        assert [heard(), heard()] == [(2, 1000), (3, 1000)]
+        assert said.read().id == CLOSE
+        thread.join(20)
+        assert not thread.is_alive()

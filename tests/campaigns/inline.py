@@ -38,10 +38,21 @@ from support.fake_bundle import make_fake_bundle
 from support.mrd import asked, image_of
 from support.services import half_library, half_volume, what_comes_to_the_end
 
+from campaigns.turns import (
+    SIDE,
+    Turn,
+    children_of,
+    in_turn,
+    pictures,
+    processor_ms,
+    processors_of,
+    rate,
+    ratios,
+    segmenter_alone,
+)
 from recallseg import Library, Segmenter
 from recallseg.runtime.services.igtl import wire
 
-SIDE = 512
 ROUNDS = 9
 CLOSE = struct.pack("<H", 4)
 
@@ -94,18 +105,19 @@ def _ready(process: subprocess.Popen[bytes], metrics: int) -> None:
     raise AssertionError("the service is not ready")
 
 
+def process_of_service() -> int:
+    """Return the number of the process that was started; it may have started others."""
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if b"conf.toml" in command.read_bytes():
+                return int(command.parent.name)
+    raise AssertionError("there is no service")
+
+
 def memory_of() -> int:
     """Return the resident bytes of the service, without the process that segments."""
-    found = 0
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            text = status.read_text()
-            command = (status.parent / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"conf.toml" in command:
-            found += int(text.split("VmRSS:")[1].split()[0]) * 1024
-    return found
+    status = Path(f"/proc/{process_of_service()}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
 def alone(folder: Path, count: int, fake: bool = False) -> list[float]:
@@ -124,30 +136,37 @@ def alone(folder: Path, count: int, fake: bool = False) -> list[float]:
 def mrd(folder: Path, count: int) -> dict[str, Any]:
     """Rate beside the segmenter's own, and what passing on takes, idle and while segmenting."""
     found: dict[str, Any] = {}
-    pixels = [half_volume(1, SIDE, n)[0] for n in range(count)]
-    images = [image_of(each, index=n) for n, each in enumerate(pixels)]
+    images = [image_of(each, index=n) for n, each in enumerate(pictures(count))]
     with (
         served(folder, "mrd", fake=False, deadline_s=60) as port,
-        Segmenter(folder / "library", k=1) as segmenter,
+        segmenter_alone(folder / "library", count) as own,
     ):
-        segmenter.warm_up()
-        asked(port, images[:3])
-        own, ours = [], []
-        for _ in range(ROUNDS):  # in turn, so that what else this machine does is of both
-            begin = time.perf_counter()
-            for number in range(count):
-                segmenter.segment(pixels[number])
-            own.append(time.perf_counter() - begin)
-            begin = time.perf_counter()
+        service = process_of_service()
+        (segmenting,) = children_of(service)
+
+        def ours() -> Turn:
+            def spent() -> list[float]:
+                return [time.process_time(), processors_of(service), processors_of(segmenting)]
+
+            before, begin = spent(), time.perf_counter()
             answers = asked(port, images)
-            ours.append(time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
             assert len(answers) == 2 * count
-        rates = [one / other for one, other in zip(own, ours, strict=True)]
-        found["rate beside the segmenter's own, quartiles"] = [
-            round(float(each), 3) for each in np.percentile(rates, (25, 50, 75))
-        ]
-        found["of the medians"] = round(statistics.median(own) / statistics.median(ours), 3)
-        found["images a second"] = round(count / statistics.median(ours), 2)
+            names = ("client", "passing on", "segmenting")
+            took = (two - one for one, two in zip(before, spent(), strict=True))
+            return Turn(seconds, dict(zip(names, took, strict=True)))
+
+        own(), ours()
+        alone, served_ = in_turn(ROUNDS, own, ours)
+        rates = ratios(alone, served_)
+        found["rate beside the segmenter's own, quartiles"] = rates
+        found["images a second"] = {
+            "segmenter": rate(alone, count),
+            "service": rate(served_, count),
+        }
+        found["ms of processors an image"] = processor_ms(alone, count) | processor_ms(
+            served_, count
+        )
         found["passing on, idle, ms"] = _passing(port, images[0], 300)
         with echoed() as echo:
             found["bare echo in a process of its own, idle, ms"] = _passing(echo, None, 300)
@@ -165,7 +184,7 @@ def mrd(folder: Path, count: int) -> dict[str, Any]:
             found["bare echo, while segmenting, ms"] = _passing(echo, None, 300)
         stop.set()
         thread.join()
-    found["broken"] = int(statistics.median(rates) < 0.9)
+    found["broken"] = int(rates[1] < 0.9)
     return found
 
 

@@ -36,7 +36,7 @@ from recallseg.runtime.formats.reading import count_item, read_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import printable
 
-__all__ = ["DecodingLimits", "IsolatedDecoder", "disk_error"]
+__all__ = ["DecodingLimits", "IsolatedDecoder", "answer", "disk_error"]
 
 LOOK_S = 0.2  # between two looks at whether to stop
 _OF_THE_DISK = {
@@ -290,6 +290,25 @@ def _answer(question: Path | _Question) -> Any:
     return read_item(item, voi=question.voi, time=question.time, stack=question.stack)
 
 
+def answer(question: Any) -> Any:
+    """Return what was asked for of a file or item, or why it cannot be had."""
+    path = question if isinstance(question, Path) else question.item.path
+    try:
+        return _answer(question)
+    except InputError as error:
+        return _Unreadable(printable(error), disk_error(error))
+    except MemoryError:
+        return _too_much(question)
+    except Exception as error:  # of a decoder, whatever it may be; it is told, never kept
+        why = f"{printable(path)} cannot be read: {type(error).__name__}: {printable(error)}"
+        return _Unreadable(why, disk_error(error))
+
+
+def _too_much(question: Any) -> _Unreadable:
+    path = question if isinstance(question, Path) else question.item.path
+    return _Unreadable(f"{printable(path)} needs more memory than an item may take.")
+
+
 def _serve(link: Connection[Any, Any]) -> None:
     with suppress(ModuleNotFoundError):  # told when a file needs it
         import pydicom.pixels  # noqa: F401  # takes seconds on a small machine
@@ -299,23 +318,11 @@ def _serve(link: Connection[Any, Any]) -> None:
             question = link.recv()
         except EOFError:
             return
-        path = question if isinstance(question, Path) else question.item.path
-        too_much = _Unreadable(f"{printable(path)} needs more memory than an item may take.")
-        found: Any
-        try:
-            found = _answer(question)
-        except InputError as error:
-            found = _Unreadable(printable(error), disk_error(error))
-        except MemoryError:
-            found = too_much
-        except Exception as error:  # of a decoder, whatever it may be; it is told, never kept
-            kind = type(error).__name__
-            why = f"{printable(path)} cannot be read: {kind}: {printable(error)}"
-            found = _Unreadable(why, disk_error(error))
+        found = answer(question)
         try:
             _send(link, found)
         except MemoryError:
-            _send(link, too_much)
+            _send(link, _too_much(question))
         except BrokenPipeError:
             return  # it was not waited for
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
+from time import monotonic
 from typing import Any
 
 from numpy.typing import NDArray
 
 from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError, LibraryError, LibraryLockedError, OutputError
-from recallseg.runtime.formats.finding import Header, Item, PassedOver, file_item
+from recallseg.runtime.formats.finding import Header, Item, PassedOver, Signature, file_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.library import Library
@@ -29,7 +30,7 @@ from recallseg.runtime.library.storage import WriterLock
 from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
+from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder, disk_error
 from recallseg.runtime.services.inbox import Inbox
 from recallseg.runtime.services.items import segment_item, volumes_of
 from recallseg.runtime.services.outputs import output_base, record_file, time_base
@@ -40,6 +41,8 @@ __all__ = ["Arrival", "Watcher"]
 LOCK = ".recallseg-watch.lock"
 ASKED_AGAIN = 5
 """Times that an item is segmented while another process changes the library under it."""
+AGAIN_S, MOST_AGAIN_S = 5.0, 300.0
+"""After which a file that the disk did not give is asked for again; each time twice as long."""
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ)
 """Faults of one output; others (a full disk) are of all, and end the watch."""
 _TEMPORARY = re.compile(r"\..+\.(png|json|gz|nrrd|dcm|html)(\.[0-9a-f]+)?\.tmp")  # of replace_file
@@ -58,13 +61,24 @@ class Arrival:
     error: str | None
 
 
+@dataclass(frozen=True)
+class _PutOff:
+    """An item whose files the disk did not give: until when, and how long that is."""
+
+    signature: Signature
+    until: float
+    wait: float
+    why: str
+
+
 class Watcher:
     """Watches one folder and those below it.
 
     An item has arrived when nothing of it has changed for ``settle_s``; what counts as one, see
     :class:`recallseg.runtime.services.inbox.Inbox`. A series to which slices are added after it was
     segmented is segmented again, whole. What cannot be segmented leaves NAME.error.json, and is
-    tried again when a file of it changes.
+    tried again when a file of it changes. What the disk did not give, or found no room for, says
+    nothing of the item: it is tried again after a while, and by the next watch.
 
     Parameters
     ----------
@@ -127,6 +141,7 @@ class Watcher:
         self._volumes = volumes or VolumeSettings()
         self._audit = audit
         self._set_aside: dict[str, str] = {}
+        self._put_off: dict[str, _PutOff] = {}
         for left in output.rglob(".*.tmp"):  # of a watch that was killed; the lock says it is ours
             if _TEMPORARY.fullmatch(left.name):
                 left.unlink(missing_ok=True)
@@ -221,6 +236,10 @@ class Watcher:
         count = several.get("volumes", 0) if self._volumes.time == "all" else 0
         if count and all(self._is_written(item, time_base(base, n + 1)) for n in range(count)):
             return True
+        put_off = self._put_off.get(item.name)
+        if put_off is not None and put_off.signature == item.signature:
+            self._set_aside[item.name] = put_off.why
+            return put_off.until > monotonic()
         failure = _read_record(_failure_file(base, item))
         if failure is None or tuple(failure.get("files", ())) != item.signature:
             return False
@@ -286,9 +305,17 @@ class Watcher:
             yield Arrival(item.path, item.name, None, f"{printable(base)}: {error.strerror}")
             return
         except (InputError, OutputError, MemoryError) as error:
-            yield self._put_aside(item, base, str(error) or "it needs more memory than there is")
+            why = str(error) or "it needs more memory than there is"
+            yield (self._delay if disk_error(error) else self._put_aside)(item, base, why)
             return
+        self._put_off.pop(item.name, None)
         _failure_file(base, item).unlink(missing_ok=True)
+
+    def _delay(self, item: Item, base: Path, why: str) -> Arrival:
+        before = self._put_off.get(item.name)
+        wait = AGAIN_S if before is None else min(MOST_AGAIN_S, 2 * before.wait)
+        self._put_off[item.name] = _PutOff(item.signature, monotonic() + wait, wait, why)
+        return Arrival(item.path, item.name, None, printable(why))
 
     def _put_aside(self, item: Item, base: Path, why: str) -> Arrival:
         make_folder(base.parent)

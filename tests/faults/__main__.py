@@ -1,14 +1,17 @@
 """Inject faults into everything that writes: ``PYTHONPATH=tests python -m faults --output DIR``.
 
 Every call of an operation to the system below its folder is made to fail, once in each way that it
-can. ``--only add`` takes the operations of that name, ``--every 7`` one call in seven. ``--cuts``
-cuts the power in the life of a library instead, in so many images of the disk.
+can. ``--only add`` takes the operations of that name, ``--every 7`` one point in seven. What was
+tried is written down in DIR, and the same command goes on where one was ended, by whoever or by
+``--seconds-each``. ``--cuts`` cuts the power in the life of a library instead, in so many images of
+the disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,11 +27,13 @@ def main() -> int:
     """Run; exit status 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
     parser.add_argument("--only", action="append", help="operations whose name has this")
-    parser.add_argument("--every", type=int, default=1, help="one call in so many")
-    parser.add_argument("--first", type=int, default=1, help="the first of them")
+    parser.add_argument("--every", type=int, default=1, help="one point in so many")
+    parser.add_argument("--seconds-each", type=float, default=math.inf, help="for an operation")
     parser.add_argument("--cuts", type=int, help="cut the power so often")
-    parser.add_argument("--seed", type=int, default=0, help="of what the power cuts leave")
-    parser.add_argument("--output", type=Path, required=True, help="folder for faults.json")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice and order of points")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for points.jsonl, faults.json"
+    )
     chosen = parser.parse_args()
     chosen.output.mkdir(parents=True, exist_ok=True)
     if "faults_shim" not in os.environ.get("LD_PRELOAD", ""):
@@ -47,28 +52,46 @@ def main() -> int:
         return _cut(chosen.cuts, chosen.seed, chosen.output)
     from faults.campaign import run_operation
     from faults.operations import OPERATIONS
+    from faults.record import Record, code_digest
 
-    report, start = {}, perf_counter()
-    counts: Counter[str] = Counter()
+    start = perf_counter()
+    record = Record(chosen.output / "points.jsonl", code_digest())
     for name, operation in OPERATIONS.items():
         if chosen.only and not any(part in name for part in chosen.only):
             continue
         began = perf_counter()
         with tempfile.TemporaryDirectory(prefix="recallseg-faults-", dir=_memory()) as work:
-            found = run_operation(operation, Path(work), every=chosen.every, first=chosen.first)
-        seconds = round(perf_counter() - began, 1)
-        counts.update(found.counts)
-        report[name] = {"counts": found.counts, "seconds": seconds, "violations": found.violations}
-        print(f"{name}: {dict(found.counts)} in {seconds} s", flush=True)
+            run_operation(
+                *(operation, Path(work), record),
+                every=chosen.every,
+                seed=chosen.seed,
+                seconds=chosen.seconds_each,
+                progress=lambda text: print(text, flush=True),
+            )
+        told = record.report()[name]
+        seconds = perf_counter() - began
+        print(f"{name}: {told['points']} points, {told['left']} left, ", end="")
+        print(f"{dict(told['counts'])} in {seconds:.1f} s", flush=True)
+    record.close()
+    report = record.report()
+    counts: Counter[str] = Counter()
+    for one in report.values():
+        counts.update(one["counts"])
     whole = {
+        "seed": chosen.seed,
         "every": chosen.every,
         "seconds": round(perf_counter() - start, 1),
+        "points": sum(one["points"] for one in report.values()),
+        "left": sum(one["left"] for one in report.values()),
         "counts": counts,
         "operations": report,
     }
     (chosen.output / "faults.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-    bad = sum(len(one["violations"]) for one in report.values())  # type: ignore[arg-type]
-    print(f"{counts['cases']} cases, {counts['fired']} faults injected, {bad} violations")
+    bad = sum(len(one["violations"]) for one in report.values())
+    print(
+        f"{counts['cases']} of {whole['points']} points, {counts['fired']} faults injected, "
+        f"{bad} violations"
+    )
     return 1 if bad else 0
 
 

@@ -13,10 +13,13 @@ does the operation with the fault, and judges. What must hold, whatever failed:
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import re
 import shutil
 import signal
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -26,22 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from faults.operation import CommandError, Operation, names
+from faults.record import Point, Record
 from faults.shim import FAULTS, Fault, injecting
 from recallseg.engines.errors import RecallSegError
 
-__all__ = ["Found", "Judge", "Verdict", "in_child", "prepared", "run_operation"]
+__all__ = ["Judge", "Verdict", "in_child", "prepared", "run_operation"]
 
 UNSEEN = ("rebuild", "rebuild_index", "read")
 """Operations that change nothing that a reader sees."""
 _VARYING = re.compile(r"[0-9a-f]{6,}|\d+")
-
-
-@dataclass
-class Found:
-    """What came of one operation's faults: how many ended how, and what should not have been."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    violations: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -58,26 +54,40 @@ class Verdict:
 def run_operation(
     operation: Operation,
     work: Path,
+    record: Record,
     *,
     every: int = 1,
-    first: int = 1,
-    faults: tuple[Fault, ...] = FAULTS,
+    seed: int = 0,
+    seconds: float = math.inf,
     progress: Callable[[str], None] = print,
-) -> Found:
-    """Let every call fail once in each way; ``every`` and ``first`` take one in so many."""
-    judge, found, seconds = prepared(operation, work), Found(), operation.seconds
-    for fault in faults:
-        calls = in_child(lambda fault=fault: judge.case(fault, 0), seconds).calls  # type: ignore[misc]
-        for number in range(first, calls + 1, every):
-            verdict = in_child(lambda n=number, fault=fault: judge.case(fault, n), seconds)  # type: ignore[misc]
-            found.counts["cases"] += 1
-            found.counts["fired"] += verdict.fired > 0
-            found.counts[verdict.outcome] += 1
-            for violation in verdict.violations:
-                text = f"{operation.name} {fault} at {number} of {calls}: {violation}"
-                found.violations.append(text)
-                progress(text)
-    return found
+) -> None:
+    """Let every call fail once in each way, in an order that the seed gives.
+
+    What the record has is passed over. ``every`` takes one point in so many; after ``seconds`` what
+    is left is left.
+    """
+    until, limit = time.monotonic() + seconds, operation.seconds
+    judge, chance = prepared(operation, work), random.Random(f"{seed} {operation.name}")
+    calls: dict[str, int] = {}
+    for fault in FAULTS:
+        if fault.call not in calls:
+            calls[fault.call] = in_child(lambda fault=fault: judge.case(fault, 0), limit).calls  # type: ignore[misc]
+        record.counted(operation.name, str(fault), calls[fault.call])
+    points = [(fault, n) for fault in FAULTS for n in range(1, calls[fault.call] + 1)]
+    for fault, number in chance.sample(points, -(-len(points) // every)):
+        point = Point(operation.name, str(fault), number)
+        if record.done(point):
+            continue
+        if time.monotonic() > until:
+            return
+        verdict = in_child(lambda n=number, fault=fault: judge.case(fault, n), limit)  # type: ignore[misc]
+        found = [
+            f"{operation.name} {fault} at {number} of {calls[fault.call]}: {violation}"
+            for violation in verdict.violations
+        ]
+        record.note(point, verdict.fired > 0, verdict.outcome, found)
+        for text in found:
+            progress(text)
 
 
 def prepared(operation: Operation, work: Path) -> Judge:

@@ -15,12 +15,11 @@ import pydicom
 from pynetdicom import AE
 from support.dicom_series import write_series
 from support.fake_bundle import make_fake_bundle
+from support.inside import HereDecoder
 from support.nodes import configured
 from support.services import half_library, half_volume, wait_until
 
 from faults.operation import CommandError, Operation
-from recallseg.runtime.formats.finding import read_header
-from recallseg.runtime.formats.reading import count_item, read_item
 from recallseg.runtime.services.node import answering, receiving
 from recallseg.runtime.services.node.node import Node
 
@@ -30,27 +29,8 @@ SLICES = 2
 PATIENCE_S = 20.0
 
 
-class _HereDecoder:
-    """Reads in this process."""
-
-    def __init__(self, limits: Any = None) -> None:
-        self.stop: Any = None
-
-    def read_header(self, path: Path) -> Any:
-        return read_header(path)
-
-    def read(self, item: Any, **how: Any) -> Any:
-        return read_item(item, **how)
-
-    def count(self, item: Any, stack: str | None = None) -> Any:
-        return count_item(item, stack)
-
-    def close(self) -> None:
-        pass
-
-
 def _with_series(root: Path) -> None:
-    answering.IsolatedDecoder = receiving.IsolatedDecoder = _HereDecoder  # type: ignore[assignment, misc]
+    answering.IsolatedDecoder = receiving.IsolatedDecoder = HereDecoder
     half_library(root / "library", make_fake_bundle(root / "bundle"))
     write_series(root.with_name("series"), half_volume(SLICES))
 

@@ -6,94 +6,41 @@ Each operation works below one folder: ``prepare`` makes what it starts from, ``
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 from support.fake_bundle import make_fake_bundle
 from support.fake_library import HashEncoder, StubBundle, draw, embedding
+from support.former_tags import in_the_clear
+from support.leaks import leaks
 from support.pictures import LABELS, disc, write_pairs
 
+from faults.archive_operations import ARCHIVE_OPERATIONS
+from faults.libraries import (
+    exemplar,
+    library_state,
+    on_library,
+    state_of,
+    stub_library,
+    writing,
+)
 from faults.model_operations import MODEL_OPERATIONS
 from faults.node_operations import NODE_OPERATIONS
 from faults.operation import Operation, command, names
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.errors import LibraryNotFoundError
 from recallseg.engines.signing import SigningKey, create_key
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.identifiers import IDENTIFIERS, is_hashed, is_random_key
 from recallseg.runtime.library.installing import install, installed
 from recallseg.runtime.library.releases import read_release
 from recallseg.runtime.library.reverting import revert
 
 __all__ = ["LIFE", "OPERATIONS", "library_state"]
 
-
-def _exemplar(number: int) -> dict[str, Any]:
-    image, mask = draw(number)
-    masks = {"nucleus": mask, "wall": ~mask} if number % 2 else {"nucleus": mask}
-    return {"image": image, "masks": masks, "tags": {"n": str(number)}, "key": f"case {number}"}
-
-
-def _library(root: Path, exemplars: int = 4) -> None:
-    with Library.create(root / "library", StubBundle(), encoder=HashEncoder()) as library:
-        for number in range(exemplars):
-            library.add(**_exemplar(number))
-
-
-@contextlib.contextmanager
-def _writing(root: Path) -> Iterator[Library]:
-    with Library.open(root / "library", mode="write", encoder=HashEncoder()) as library:
-        yield library
-
-
-def library_state(root: Path) -> Any:
-    """Everything that the library below a folder holds, read anew; None where there is none."""
-    return _state_of(root / "library")
-
-
-def _state_of(folder: Path) -> Any:
-    try:
-        opened = Library.open(folder, encoder=HashEncoder())
-    except LibraryNotFoundError:
-        return None
-    with opened as library:
-        # What an operation that failed has left is deleted by the next one; names() looks then.
-        problems = [one for one in library.verify().problems if "is deleted when" not in one]
-        if problems:
-            raise AssertionError(f"verify found: {problems}")
-        found = {}
-        for one in library:
-            image, masks = library.source(one.key)
-            parts = [np.asarray(image).tobytes(), *(masks[name].tobytes() for name in masks)]
-            for name in one.structures:
-                (memory,) = library.memories([one.key], name)
-                parts.append(memory.digest)
-            digest = hashlib.sha256(b"".join(parts)).hexdigest()
-            found[one.key] = (one.structures, one.absent, tuple(sorted(one.tags.items())), digest)
-        asked = embedding(0)
-        for name in library.structures:
-            hits = {hit.key for hit in library.search(asked, name, k=100) if not hit.absent}
-            there = {key for key, value in found.items() if name in value[0]}
-            if hits != there:
-                raise AssertionError(f"search finds {sorted(hits)}, there are {sorted(there)}")
-    return found
-
-
-def _on_library(
-    name: str,
-    act: Callable[[Library], Any],
-    prepare: Callable[[Path], None] | None = None,
-) -> Operation:
-    def run(root: Path) -> None:
-        with _writing(root) as library:
-            act(library)
-
-    return Operation(f"library.{name}", prepare or _library, run, library_state)
+PATIENT = "Doe^Jane of 17"
 
 
 def _replace(library: Library) -> None:
@@ -115,8 +62,8 @@ def _retire_all_but_one(library: Library) -> None:
 
 
 def _with_retired(root: Path) -> None:
-    _library(root)
-    with _writing(root) as library:
+    stub_library(root)
+    with writing(root) as library:
         library.retire(["case 1", "case 2"])
 
 
@@ -130,39 +77,70 @@ def _rename(library: Library) -> None:
 
 def _with_later_changes(root: Path) -> None:
     """One retired, one back in use and two more after the third change."""
-    _library(root)
-    with _writing(root) as library:
+    stub_library(root)
+    with writing(root) as library:
         library.retire("case 3")
-        library.add(**_exemplar(7))
+        library.add(**exemplar(7))
         library.reinstate("case 3")
         library.retire("case 1")
-        library.add(**_exemplar(8))
+        library.add(**exemplar(8))
 
 
 def _revert(library: Library) -> None:
     revert(library, [change.revision for change in library.history()][3])
 
 
+def _with_patients(root: Path) -> None:
+    """As an earlier version made it: keys of files, patients in the clear."""
+    stub_library(root)
+    with writing(root) as library:
+        for number in range(3):
+            library.retag(f"case {number}", {"n": str(number), "patient": f"{number}"})
+    (root / "library" / IDENTIFIERS).unlink()
+    in_the_clear(root / "library", PATIENT)
+
+
+def _anonymise(root: Path) -> None:
+    with writing(root) as library:
+        library.anonymise()
+
+
+def _unnamed(root: Path) -> Any:
+    """What is there by its content, as keys are drawn; and whether former keys are known."""
+    there = state_of(root / "library")
+    found = []
+    with Library.open(root / "library", encoder=HashEncoder()) as library:
+        for one in library:
+            known = library.whois(one.key)
+            tags = {name: "hash" if is_hashed(value) else value for name, value in one.tags.items()}
+            drawn = is_random_key(one.key)
+            told = (known.name, known.former, sorted(known.tags.items()))
+            found.append((one.content, drawn, sorted(tags.items()), told, there[one.key][0]))
+        former = [library.whois(f"case {number}").key in library for number in range(4)]
+    files = [p for p in (root / "library").rglob("*") if p.is_file() and p.name != IDENTIFIERS]
+    return sorted(found), former, bool(leaks(files, [PATIENT]))
+
+
 def _two_libraries(root: Path) -> None:
-    _library(root)
+    stub_library(root)
     with Library.create(root / "other", StubBundle(), encoder=HashEncoder()) as library:
         for number in (2, 7, 8):
-            library.add(**_exemplar(number))
+            library.add(**exemplar(number))
 
 
 def _merge(root: Path) -> None:
     with (
-        _writing(root) as library,
+        writing(root) as library,
         Library.open(root / "other", encoder=HashEncoder()) as other,
     ):
         library.merge(other)
 
 
 def _backed_up(root: Path) -> None:
-    _library(root)
+    stub_library(root)
     with Library.open(root / "library", encoder=HashEncoder()) as library:
         library.backup(root / "copy")
-    with _writing(root) as library:
+    with writing(root) as library:
         library.remove("case 1")
 
 
@@ -174,7 +152,7 @@ def _copy(root: Path) -> None:
 def _copied(root: Path) -> Any:
     there = (root / "copy").exists()
     moved = Path("copy") if there else Path("library")
-    return there, _state_of(root / moved), library_state(root)
+    return there, state_of(root / moved), library_state(root)
 
 
 def _restore(root: Path) -> None:
@@ -182,7 +160,7 @@ def _restore(root: Path) -> None:
 
 
 def _with_signed(root: Path) -> None:
-    _library(root)
+    stub_library(root)
     create_key(root / "key")
     KEYS["private"] = SigningKey.read(root / "key")
 
@@ -214,7 +192,7 @@ def _install(root: Path) -> None:
 
 def _installed(root: Path) -> Any:
     used = installed(root / "site") if (root / "site").exists() else None
-    return None if used is None else (used.library, _state_of(root / "site" / "current"))
+    return None if used is None else (used.library, state_of(root / "site" / "current"))
 
 
 def _read(root: Path) -> None:
@@ -328,26 +306,25 @@ OPERATIONS = {
     one.name: one
     for one in (
         Operation("library.create", lambda root: None, _create, library_state),
-        _on_library("add", lambda library: library.add(**_exemplar(7))),
-        _on_library("add_many", lambda library: library.add_many(map(_exemplar, (7, 8, 9)))),
-        _on_library("remove", lambda library: library.remove("case 1")),
-        _on_library("replace_mask", _replace),
-        _on_library("retag", lambda library: library.retag("case 2", {"view": "axial"})),
-        _on_library(
-            "rebuild", lambda library: library.rebuild(StubBundle(), encoder=HashEncoder())
-        ),
-        _on_library("rebuild_index", lambda library: library.rebuild_index()),
-        _on_library("compact", _remove_and_compact),
-        _on_library("retire", _retire_all_but_one),
-        _on_library("rename", _rename),
-        _on_library("reinstate", _reinstate, prepare=_with_retired),
-        _on_library("revert", _revert, prepare=_with_later_changes),
+        on_library("add", lambda library: library.add(**exemplar(7))),
+        on_library("add_many", lambda library: library.add_many(map(exemplar, (7, 8, 9)))),
+        on_library("remove", lambda library: library.remove("case 1")),
+        on_library("replace_mask", _replace),
+        on_library("retag", lambda library: library.retag("case 2", {"view": "axial"})),
+        on_library("rebuild", lambda library: library.rebuild(StubBundle(), encoder=HashEncoder())),
+        on_library("rebuild_index", lambda library: library.rebuild_index()),
+        on_library("compact", _remove_and_compact),
+        on_library("retire", _retire_all_but_one),
+        on_library("rename", _rename),
+        on_library("reinstate", _reinstate, prepare=_with_retired),
+        on_library("revert", _revert, prepare=_with_later_changes),
+        Operation("library.anonymise", _with_patients, _anonymise, _unnamed),
         Operation("library.merge", _two_libraries, _merge, library_state),
-        Operation("library.backup", _library, _copy, _copied),
+        Operation("library.backup", stub_library, _copy, _copied),
         Operation("library.restore", _backed_up, _restore, library_state),
         Operation("library.release", _with_signed, _release, _released),
         Operation("library.install", _with_release, _install, _installed),
-        Operation("library.read", _library, _read, library_state),
+        Operation("library.read", stub_library, _read, library_state),
         Operation("import", _with_bundle, _IMPORT, _command_library_state, _some_exemplars),
         Operation(
             "calibrate",
@@ -383,13 +360,14 @@ OPERATIONS = {
         ),
         Operation("segment", _with_library, _SEGMENT, _files_state("out"), _some_results),
         *MODEL_OPERATIONS,
+        *ARCHIVE_OPERATIONS,
         *NODE_OPERATIONS,
     )
 }
 
 
 def _adding(number: int) -> Callable[[Path], None]:
-    return _on_library("", lambda library: library.add(**_exemplar(number))).run
+    return on_library("", lambda library: library.add(**exemplar(number))).run
 
 
 LIFE: list[Callable[[Path], Any]] = [
@@ -399,7 +377,7 @@ LIFE: list[Callable[[Path], Any]] = [
         OPERATIONS[f"library.{name}"].run
         for name in ("add_many", "replace_mask", "retag", "remove", "compact", "rebuild")
     ),
-    _on_library("", lambda library: library.remove("case 8")).run,
+    on_library("", lambda library: library.remove("case 8")).run,
     OPERATIONS["library.rebuild_index"].run,
 ]
 """A library's life, step by step, for those who cut the power in it."""

@@ -30,10 +30,20 @@ def campaign(output: Path, *options: str, report: str, module: str = "faults") -
     return found
 
 
-def test_no_single_fault_of_the_system_harms_a_library(tmp_path: Path) -> None:
-    found = campaign(tmp_path, "--every", "43", "--only", "library.", report="faults.json")
-    assert found["counts"]["cases"] == found["counts"]["fired"] > 150
-    assert found["counts"]["LibraryWriteError"] > 50  # they do reach what is done
+@pytest.mark.parametrize(
+    ("only", "every", "outcome", "least"),
+    [("library.", 43, "LibraryWriteError", 50), ("archive", 40, "exit", 5)],
+)
+def test_no_single_fault_of_the_system_harms_what_is_stored(
+    tmp_path: Path, only: str, every: int, outcome: str, least: int
+) -> None:
+    options = ("--every", str(every), "--only", only)
+    found = campaign(tmp_path, *options, report="faults.json")
+    assert found["counts"]["cases"] == found["counts"]["fired"] >= found["points"] / every > 20
+    assert found["counts"][outcome] > least  # they do reach what is done
+    before = (tmp_path / "points.jsonl").read_text().count('"fired"')
+    campaign(tmp_path, *options, report="faults.json")
+    assert (tmp_path / "points.jsonl").read_text().count('"fired"') == before  # it went on
 
 
 def test_no_power_cut_takes_what_was_acknowledged(tmp_path: Path) -> None:

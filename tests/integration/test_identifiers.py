@@ -21,6 +21,7 @@ import pydicom
 import pytest
 from pydicom.uid import generate_uid
 from support.dicom_series import write_series
+from support.former_tags import in_the_clear
 from support.leaks import leaks
 from support.pictures import LABELS, write_pairs
 from typer.testing import CliRunner
@@ -210,28 +211,6 @@ def test_anonymising_leaves_nothing(fake_bundle: Bundle, home: Path) -> None:
     shown = call("library", "whois", library, keys[0])
     assert keys[0] in shown
     assert f"patient={MARK}-patient" in shown
-
-
-def in_the_clear(library: Path, value: str) -> None:
-    """Write tags as an earlier version did, with the digests that belong to them."""
-    from recallseg.runtime.library.records import exemplar_digest
-
-    database = sqlite3.connect(library / "library.sqlite")
-    database.execute("DELETE FROM settings WHERE name = 'identifiers'")
-    database.execute("UPDATE tags SET value = ? WHERE name = 'patient'", (value,))
-    total = 0
-    for number, key, content in database.execute("SELECT id, key, content FROM exemplars"):
-        tags = dict(
-            database.execute(
-                "SELECT name, value FROM tags WHERE exemplar = ? ORDER BY name", (number,)
-            )
-        )
-        digest = exemplar_digest(key, content, tags)
-        total += int.from_bytes(digest, "big")
-        database.execute("UPDATE exemplars SET digest = ? WHERE id = ?", (digest, number))
-    database.execute("UPDATE state SET digest_sum = ?", (f"{total % 2**256:x}",))
-    database.commit()
-    database.close()
 
 
 def test_the_search_finds_what_is_hidden(tmp_path: Path) -> None:

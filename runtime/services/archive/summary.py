@@ -152,5 +152,5 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], structures: Seque
     return count
 
 
-def _stream(descriptor: int) -> io.FileIO:
-    return os.fdopen(os.dup(descriptor), "wb", buffering=0)
+def _stream(descriptor: int) -> io.BufferedWriter:
+    return os.fdopen(os.dup(descriptor), "wb")  # buffered: it goes on where a write was short

@@ -32,7 +32,7 @@ from recallseg.runtime.services.archive.journal import Task
 from recallseg.runtime.services.archive.objects import fetched
 from recallseg.runtime.services.archive.sources import Source, find
 from recallseg.runtime.services.audit import AuditLog, open_audit
-from recallseg.runtime.services.decoding import IsolatedDecoder
+from recallseg.runtime.services.decoding import IsolatedDecoder, disk_error
 from recallseg.runtime.services.items import request_of, segment_item, volumes_of
 from recallseg.runtime.services.outputs import is_done, output_base, record_file
 from recallseg.runtime.volumes.outputs import VolumeSettings
@@ -198,7 +198,7 @@ class Worker:
         except (LibraryError, BundleError, AuditError) as error:
             return Failed(_told(error), all=True, ends=True, error=error)
         except InputError as error:
-            return Failed(_told(error))
+            return Failed(_told(error), again=bool(disk_error(error)))
         except OSError as error:
             everywhere = error.errno not in _OF_THE_NAME
             return Failed(_told(error), all=everywhere, error=error if everywhere else None)

@@ -29,7 +29,7 @@ from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.library import Library
 from recallseg.runtime.segmenting.choosing import rank
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
+from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder, disk_error
 from recallseg.runtime.services.http.cuts import stack
 from recallseg.runtime.services.http.limits import RefusedError
 
@@ -98,6 +98,7 @@ class Worklist:
         self._states: dict[str, State] = dict(states or {})
         self._embeddings: dict[tuple[str, Any], NDArray[np.float32]] = {}
         self._troubles: dict[tuple[str, Any], str] = {}
+        self._not_given: set[tuple[str, Any]] = set()  # by the disk; asked for again
         self._stop = Event()
         self._decoder.stop = self._stop.is_set
         self._thread = Thread(target=self._embed_all, name="worklist", daemon=True)
@@ -187,12 +188,15 @@ class Worklist:
         while not self._stop.is_set():
             for mark, item in self._look().items():
                 version = self._version(mark, item)
-                if version in self._embeddings or version in self._troubles:
+                told = version in self._troubles and version not in self._not_given
+                if version in self._embeddings or told:
                     continue
                 try:
                     self._embeddings[version] = self._library.embed(_middle(self._read(item)))
+                    self._troubles.pop(version, None)
                 except (RecallSegError, MemoryError, OSError) as error:
                     self._troubles[version] = str(error)
+                    (self._not_given.add if disk_error(error) else self._not_given.discard)(version)
                 if self._stop.is_set():
                     return
             self._stop.wait(LOOK_S)

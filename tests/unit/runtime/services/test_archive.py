@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import os
 import sqlite3
@@ -21,13 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.dicom_series import write_series
+from support.inside import HereCrew, HereDecoder
 from support.pictures import disc
 from support.records import check_record
 
 from recallseg import Bundle, Library
 from recallseg.engines.errors import InputError
+from recallseg.runtime.services import decoding
 from recallseg.runtime.services.archive import Archived, Progress, running, segment_archive, worker
-from recallseg.runtime.services.archive.crews import Event
 from recallseg.runtime.services.archive.journal import JOURNAL, Journal, Task
 from recallseg.runtime.services.archive.sources import Source, list_sources
 from recallseg.runtime.services.archive.worker import AuditFiles, Done, Failed, Setup, Worker
@@ -72,30 +75,6 @@ def outputs(folder: Path) -> dict[str, int]:
     }
 
 
-class Here:
-    """A crew of one that works in this process, for what does not depend on where it works."""
-
-    size = 1
-
-    def __init__(self, setup: Setup) -> None:
-        self._worker = Worker(setup)
-        self._events = [Event(None, self._worker.open())]
-
-    @property
-    def idle(self) -> int:
-        return int(not self._events)
-
-    def give(self, order: Any) -> None:
-        self._events = [Event(order, self._worker.do(order))]
-
-    def wait(self, seconds: float) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[IsolatedDecoder]:
     with IsolatedDecoder() as made:
@@ -104,7 +83,7 @@ def decoder() -> Iterator[IsolatedDecoder]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, decoder: IsolatedDecoder) -> None:
-    monkeypatch.setattr(running, "_crew", lambda setup, *_: Here(setup))
+    monkeypatch.setattr(running, "_crew", lambda setup, *_: HereCrew(setup))
     monkeypatch.setattr(worker, "IsolatedDecoder", lambda: decoder)
 
 
@@ -416,6 +395,58 @@ def test_what_is_wrong_is_said_before_the_work(library: Path, tmp_path: Path) ->
     (tmp_path / "in" / "empty").mkdir()
     with pytest.raises(InputError, match="there is no image"):
         archived(library, [tmp_path / "in" / "empty"], out)
+
+
+@pytest.mark.parametrize(("times", "why"), [(1, ""), (9, "3 attempts")])
+@pytest.mark.usefixtures("here")
+def test_what_the_disk_did_not_give_is_asked_for_again(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, why: str
+) -> None:
+    """An error of the disk says nothing of the image, which would be set aside at once."""
+    write_archive(tmp_path / "in")
+    given, failed = decoding._answer, []
+
+    def answer(question: Any) -> Any:
+        name = "" if isinstance(question, Path) else question.item.path.name
+        if name == "1.png" and len(failed) < times:
+            failed.append(name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return given(question)
+
+    monkeypatch.setattr(decoding, "_answer", answer)
+    monkeypatch.setattr(worker, "IsolatedDecoder", HereDecoder)
+    done = archived(library, [tmp_path / "in" / "a"], tmp_path / "out")
+    assert len(failed) == min(times, 3)
+    assert (done.progress.done, done.failed) == ((2, 1) if why else (3, 0))
+    assert why in str(done.set_aside)
+
+
+@pytest.mark.parametrize("name", ["summary.parquet", "summary.csv"])
+@pytest.mark.usefixtures("here")
+def test_a_summary_is_whole_where_the_system_writes_less_than_it_was_asked_to(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_archive(tmp_path / "in")
+    real = os.fdopen
+
+    def slow(descriptor: int, mode: str = "r", buffering: int = -1, **more: Any) -> Any:
+        if "w" not in mode:
+            return real(descriptor, mode, buffering, **more)
+
+        class Short(io.FileIO):
+            def write(self, data: Any) -> int:
+                return super().write(bytes(data)[: max(1, len(data) // 2)])
+
+        raw = Short(descriptor, mode)
+        return raw if buffering == 0 else io.BufferedWriter(raw)
+
+    monkeypatch.setattr(os, "fdopen", slow)
+    done = archived(library, [tmp_path / "in"], tmp_path / "out", summary=tmp_path / name)
+    if name.endswith(".csv"):
+        with done.summary.open(newline="") as file:
+            assert len([*csv.DictReader(file)]) == done.rows == 7
+    else:
+        assert pq.read_table(done.summary).num_rows == done.rows == 7
 
 
 @pytest.mark.usefixtures("here")

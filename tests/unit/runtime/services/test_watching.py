@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import cv2
 import nibabel
@@ -12,9 +15,11 @@ import numpy as np
 import pydicom
 import pytest
 from support.dicom_series import write_series
+from support.inside import HereDecoder
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import InputError
+from recallseg.runtime.services import decoding, watching
 from recallseg.runtime.services.audit import AuditLog, verify_audit_log
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.watching import Arrival, Watcher
@@ -95,6 +100,30 @@ def test_what_cannot_be_read_is_reported_once_and_tried_again_when_it_changes(
     cv2.imwrite(str(inbox / "broken.png"), picture(3))
     assert [a.record is not None for a in watch(segmenter, inbox)] == [True]
     assert not report.exists()
+
+
+def test_what_the_disk_did_not_give_is_asked_for_again(
+    segmenter: Segmenter, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the disk says nothing of the image, which would be set aside for good."""
+    given, asked = decoding._answer, Counter[str]()
+
+    def answer(question: Any) -> Any:
+        name = question.item.path.name
+        asked[name] += 1
+        if name == "a.png" and asked[name] < 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return given(question)
+
+    monkeypatch.setattr(decoding, "_answer", answer)
+    monkeypatch.setattr(watching, "IsolatedDecoder", HereDecoder)
+    found = {a.name: a for a in watch(segmenter, inbox)}
+    assert "Input/output error" in str(found["a.png"].error)
+    assert found["b.png"].record is not None
+    assert not list((inbox.parent / "out").rglob("*.error.json"))
+    monkeypatch.setattr(watching, "AGAIN_S", 0.0)  # the next watch tries it, and so does this one
+    assert [a.record is not None for a in watch(segmenter, inbox)] == [False, True]
+    assert asked["a.png"] == 3
 
 
 def test_two_images_of_one_name_do_not_replace_each_other(

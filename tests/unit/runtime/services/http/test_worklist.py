@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import httpx
 import numpy as np
 import pytest
 from support.annotating import disc, fill
+from support.inside import HereDecoder
 from support.services import wait_until
 
 from recallseg.runtime.library import Library
+from recallseg.runtime.services import decoding
 from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.http import worklist as worklists
 from recallseg.runtime.services.http.limits import RefusedError
 from recallseg.runtime.services.http.serving import Access, open_server
 from recallseg.runtime.services.http.worklist import LOOK_S, Worklist
@@ -62,6 +69,30 @@ def test_the_newest_first_or_what_would_teach_most(library: Library, folder: Pat
         assert worklist.entries("newest")[-1].state == "accepted"
     finally:
         worklist.close()
+
+
+def test_what_the_disk_did_not_give_is_asked_for_again(
+    library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, asked = decoding._answer, Counter[str]()
+
+    def answer(question: Any) -> Any:
+        name = "" if isinstance(question, Path) else question.item.path.name
+        asked[name] += 1
+        if name == "disc-0.png" and asked[name] == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return given(question)
+
+    monkeypatch.setattr(decoding, "_answer", answer)
+    monkeypatch.setattr(worklists, "IsolatedDecoder", HereDecoder)
+    listed = Worklist(folder, library)
+    try:
+        listed.start()
+        wait_until(lambda: sum(one.teaches is not None for one in listed.entries("teaching")) == 6)
+        assert [one.name for one in listed.entries("newest") if one.trouble] == ["broken.png"]
+        assert (asked["disc-0.png"], asked["broken.png"]) == (2, 1)
+    finally:
+        listed.close()
 
 
 def test_an_image_that_went_is_none_of_the_list(library: Library, folder: Path) -> None:

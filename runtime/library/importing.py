@@ -1,4 +1,4 @@
-"""Bring annotated images into a library, one exemplar at a time, so that it can be resumed.
+"""Bring annotated images into a library, a few at a time, so that it can be resumed.
 
 What is in the library already (same pixels, same masks, same absences) is skipped: after an
 interruption the same command continues. A file that cannot be used does not stop the others.
@@ -31,8 +31,7 @@ from recallseg.runtime.formats.pairs import (
     read_pair,
 )
 from recallseg.runtime.formats.volume import SPACING_TAG, Slicing, Volume
-from recallseg.runtime.library.identifiers import random_key
-from recallseg.runtime.library.sources import content_digest
+from recallseg.runtime.library.batches import Batches
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
@@ -275,15 +274,6 @@ def check_pattern(key: str) -> None:
         )
 
 
-def _key(library: Library, pattern: str | None, name: str) -> str:
-    if pattern is None:
-        return random_key()
-    number = len(library) + 1
-    while "{number}" in pattern and pattern.replace("{number}", str(number)) in library:
-        number += 1
-    return pattern.replace("{number}", str(number)).replace("{name}", name)
-
-
 def import_annotated(
     library: Library,
     sources: Sequence[tuple[str, Callable[[], Annotated]]],
@@ -306,7 +296,8 @@ def import_annotated(
     origin : where all of them come from, which is told with their names.
     group : that all of them belong to, see :meth:`recallseg.Library.add`.
     strict : stop at the first that cannot be used; what was added before stays.
-    progress : called after each with its name.
+    progress : called with the name of each when it is there, or is skipped, or failed. Several are
+        added in one commit, as many as take a few seconds; an interruption loses those.
 
     Raises
     ------
@@ -317,31 +308,9 @@ def import_annotated(
     """
     if key is not None:
         check_pattern(key)
-    known = {exemplar.content for exemplar in library}
-    added: dict[str, str] = {}
-    skipped: list[str] = []
-    failed: dict[str, str] = {}
+    told = {"tags": dict(tags or {}), "group": group}
+    batches = Batches(library, key, origin, told, strict, progress or (lambda name: None))
     for name, read in sources:
-        try:
-            annotated = read()
-            content = content_digest(annotated.image, annotated.masks, annotated.absent)
-            if content in known:
-                skipped.append(name)
-            else:
-                added[name] = library.add(
-                    annotated.image,
-                    annotated.masks,
-                    absent=annotated.absent,
-                    tags=dict(tags or {}),
-                    key=_key(library, key, name),
-                    name=f"{name} of {origin}" if origin else name,
-                    group=group,
-                )
-                known.add(content)
-        except InputError as error:
-            if strict:
-                raise
-            failed[name] = str(error)
-        if progress is not None:
-            progress(name)
-    return ImportReport(added, tuple(skipped), failed)
+        batches.take(name, read)
+    batches.flush()
+    return ImportReport(batches.added, tuple(batches.skipped), batches.failed)

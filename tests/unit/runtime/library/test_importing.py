@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.pictures import LABELS, write_pairs
+from support.pictures import LABELS, disc, write_pairs
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.annotations import find_annotations
 from recallseg.runtime.formats.pairs import find_pairs, parse_labels
-from recallseg.runtime.library import Library
+from recallseg.runtime.library import Library, batches
 from recallseg.runtime.library.identifiers import is_random_key
-from recallseg.runtime.library.importing import import_exemplars, import_pairs
+from recallseg.runtime.library.importing import (
+    import_annotated,
+    import_exemplars,
+    import_pairs,
+)
 
 POSITIONS = [0.1, 0.3, 0.5, 0.7]
 NAMES = [f"disc-{position:.2f}" for position in POSITIONS]
 
 
-def test_interrupted_then_resumed(fake_bundle: Bundle, tmp_path: Path) -> None:
+def test_interrupted_then_resumed(
+    fake_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "LEAST_BATCH", 2)
     write_pairs(tmp_path / "pairs", POSITIONS)
     pairs, labels = find_pairs(tmp_path / "pairs").pairs, parse_labels(LABELS)
 
@@ -43,6 +51,37 @@ def test_interrupted_then_resumed(fake_bundle: Bundle, tmp_path: Path) -> None:
         assert library.get(report.added[NAMES[3]]).tags == {"modality": "MR"}
         assert import_pairs(library, pairs, labels).skipped == tuple(NAMES)
         assert len(library) == 4
+
+
+def test_many_are_added_in_few_commits(fake_bundle: Bundle, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", [i / 40 for i in range(40)])
+    pairs, labels = find_pairs(tmp_path / "pairs").pairs, parse_labels(LABELS)
+    told: list[str] = []
+    with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
+        report = import_pairs(library, pairs, labels, key="{number}", progress=told.append)
+        assert [*report.added] == told == [pair.name for pair in pairs]
+        assert [exemplar.key for exemplar in library] == [str(i + 1) for i in range(40)]
+        assert len([*library.history()]) < 10
+
+
+def test_one_that_cannot_be_added_is_named_and_stops_no_other(
+    fake_bundle: Bundle, tmp_path: Path
+) -> None:
+    """The key is taken twice, and a picture comes twice, all within what is added at once."""
+    names, places = ["x", "y", "x", "y again", "late"], [0.1, 0.2, 0.3, 0.2, 0.5]
+    sources = [(name, partial(disc, at)) for name, at in zip(names, places, strict=True)]
+    told: list[str] = []
+    with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
+        report = import_annotated(library, sources, key="{name}", progress=told.append)
+        assert [exemplar.key for exemplar in library] == ["x", "y", "late"]
+        assert told == names
+        assert report.skipped == ("y again",)
+        assert "already has an exemplar 'x'" in report.failed["x"]
+        assert "items[" not in report.failed["x"]
+        sources = [("a", partial(disc, 0.6)), ("x", partial(disc, 0.7))]
+        with pytest.raises(InputError, match="an exemplar 'x'"):
+            import_annotated(library, sources, key="{name}", strict=True)
+        assert "a" in library
 
 
 def test_other_masks_for_a_name_that_is_there(fake_bundle: Bundle, tmp_path: Path) -> None:

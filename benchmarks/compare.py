@@ -138,6 +138,9 @@ def _figures(report: Report) -> Iterator[tuple[tuple[str, str], _Figure]]:
         what = f"soak, {soak.subject} at {soak.image_size} px, k = {soak.k}, n = {soak.n}"
         yield (what, "total"), _Figure("ms", soak.total.p50, soak.total)
         yield (what, "resident set"), _Figure("bytes", float(soak.resident_end))
+    for together in report.together:
+        for one in together.latency:
+            yield ("services together", one.name), _Figure("ms", one.late)
 
 
 def _change(key: tuple[str, str], before: _Figure, after: _Figure) -> Change:

@@ -11,18 +11,14 @@ from typing import Any
 from recallseg.benchmarks.page_latency import latency_body
 from recallseg.benchmarks.page_parts import (
     DASH,
-    MEBI,
-    TIMES,
-    cards,
     judged,
     mebibytes,
-    milliseconds,
     number,
-    structures,
     table,
 )
-from recallseg.benchmarks.plots import Range, curve, range_plot
-from recallseg.benchmarks.schema import Report, RetrievalRun, SoakRun
+from recallseg.benchmarks.page_soak import soak_body
+from recallseg.benchmarks.plots import Range, range_plot
+from recallseg.benchmarks.schema import Report, RetrievalRun
 from recallseg.runtime.reports.format import POLICY
 from recallseg.runtime.reports.page import STYLE
 from recallseg.runtime.reports.pictures import colour
@@ -34,13 +30,13 @@ BENCH_STYLE = Path(__file__).parent / "templates" / "bench.css"
 GOALS = {"recall": 0.99, "p99_ms": 3.0, "open_s": 0.5}
 """What search in a million embeddings is to reach."""
 GOAL_SIZE = 1_000_000
-SOAK_GROWTH, SOAK_SLOWEST = 0.01, 2.0
-"""Growth of resident memory over a soak, and slowest query by median, that are to be kept."""
 
 
 def render_page(report: Report) -> str:
     """Return the page of any kind of benchmark."""
-    body = {"latency": latency_body, "retrieval": _retrieval, "soak": _soak}[report.kind](report)
+    body = {"latency": latency_body, "retrieval": _retrieval, "soak": soak_body}[report.kind](
+        report
+    )
     title = _title(report)
     style = STYLE.read_text(encoding="utf-8") + BENCH_STYLE.read_text(encoding="utf-8")
     body = f"{_head(report, title)}{body}{_remarks(report)}{_provenance(report)}"
@@ -140,44 +136,6 @@ def _retrieval_plot(runs: Sequence[RetrievalRun]) -> str:
     return (
         f'<section><h2>From the median to the 99th percentile</h2><div class="card scroll">{plot}'
         '</div><p class="caption">Milliseconds.</p></section>'
-    )
-
-
-def _soak(report: Report) -> str:
-    return "".join(_soak_run(run) for run in report.soak)
-
-
-def _soak_run(run: SoakRun) -> str:
-    good, bad = "var(--good)", "var(--bad)"
-    kept = run.slowest_over_median <= SOAK_SLOWEST
-    shown = [
-        ("Queries", f"{run.queries:,}", f"{run.warm_up} to warm up", "var(--faint)"),
-        (
-            "Resident memory grew",
-            f"{run.growth:+.2%}",
-            f"{mebibytes(run.resident_start)} to {mebibytes(run.resident_end)}",
-            good if run.growth < SOAK_GROWTH else bad,
-        ),
-        (
-            "Slowest by median",
-            f"{run.slowest_over_median:.2f} {TIMES}",
-            f"{milliseconds(run.total.most)} by {milliseconds(run.total.p50)}",
-            good if kept else bad,
-        ),
-        (
-            "99 % under",
-            milliseconds(run.total.p99),
-            f"median {milliseconds(run.total.p50)}",
-            colour(1),
-        ),
-    ]
-    series = [(float(point.query), point.resident / MEBI) for point in run.series]
-    plot = curve(series, title="Resident memory over queries", colour=colour(1), unit="MiB")
-    return (
-        f"{cards(shown)}<p class='caption'>{escape(run.subject)}, k = {run.k}, "
-        f"{structures(run.n)}, {run.image_size} px. Goals: growth below {SOAK_GROWTH:.0%}, no "
-        f"query slower than {SOAK_SLOWEST:g} times the median on an idle machine.</p>"
-        f'<section><h2>Resident memory</h2><div class="card scroll">{plot}</div></section>'
     )
 
 

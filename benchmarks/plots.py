@@ -126,7 +126,14 @@ def range_plot(rows: Sequence[Range], *, title: str, one: bool = True) -> str:
     return _svg("ranges", y + 24, title, ticks + "".join(parts))
 
 
-def curve(points: Sequence[tuple[float, float]], *, title: str, colour: str, unit: str) -> str:
+def curve(
+    points: Sequence[tuple[float, float]],
+    *,
+    title: str,
+    colour: str,
+    unit: str,
+    along: str = "queries",
+) -> str:
     """Return one curve; the vertical axis starts at 0, so that growth is seen for what it is."""
     height, left = 240, 70
     right = max(x for x, _ in points) or 1.0
@@ -149,7 +156,7 @@ def curve(points: Sequence[tuple[float, float]], *, title: str, colour: str, uni
     lines.append(f'<polyline style="--c:{colour}" points="{shown}"/>')
     lines.append(
         f'<text x="{left}" y="{height - 8}">{start:,.0f}</text>'
-        f'<text class="end" x="{WIDTH - 20}" y="{height - 8}">{right:,.0f} queries</text>'
+        f'<text class="end" x="{WIDTH - 20}" y="{height - 8}">{right:,.0f} {escape(along)}</text>'
         f'<text class="tick" transform="translate(14 {height / 2:.0f}) rotate(-90)">'
         f"{escape(unit)}</text>"
     )

@@ -14,7 +14,8 @@ fields that a reader does not know are an error, so that a figure is never dropp
     │   └── memory, cold_start, energy, quality
     ├── ratios: Ratio ...     baseline / runtime, both measured in turns
     ├── retrieval: RetrievalRun ...    one library size (bench retrieval)
-    └── soak: SoakRun ...              (bench soak)
+    ├── soak: SoakRun ...              (bench soak)
+    └── together: TogetherRun ...      (bench soak --minutes)
 
 Stage names are those of :class:`recallseg.runtime.segmenting.result.Result`: prepare, embed,
 search, encode, gather, attend, decode, finish; baselines that encode exemplars anew add
@@ -301,6 +302,55 @@ class SoakRun:
 
 
 @dataclass(frozen=True)
+class SoakSeries:
+    """One figure over a run of services together, and whether it stayed as it was.
+
+    Attributes
+    ----------
+    seconds, values : readings, in the order in which they were taken.
+    early, late : of the second quarter of the run and of the last: the mean of a reading of the
+        process, the median of durations.
+    most : that ``late`` may be; None where it may be anything.
+    """
+
+    name: str
+    unit: str
+    early: float
+    late: float
+    most: float | None
+    seconds: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @property
+    def flat(self) -> bool:
+        """Whether it stayed as it was."""
+        return self.most is None or self.late <= self.most
+
+
+@dataclass(frozen=True)
+class TogetherRun:
+    """Services, writers and readers in one process.
+
+    Attributes
+    ----------
+    counts : what was done, and how often.
+    errors : what failed; empty is what must be.
+    process, latency : figures of the process, and milliseconds of what was done.
+    """
+
+    minutes: float
+    counts: Mapping[str, int]
+    errors: tuple[str, ...]
+    process: tuple[SoakSeries, ...]
+    latency: tuple[SoakSeries, ...]
+
+    @property
+    def grew(self) -> tuple[str, ...]:
+        """Names of what did not stay as it was, of the process."""
+        return tuple(one.name for one in self.process if not one.flat)
+
+
+@dataclass(frozen=True)
 class BundleFacts:
     """Which bundle; ``source`` is the less trustworthy one of its two networks' weights."""
 
@@ -340,6 +390,7 @@ class Report:
     ratios: tuple[Ratio, ...] = ()
     retrieval: tuple[RetrievalRun, ...] = ()
     soak: tuple[SoakRun, ...] = ()
+    together: tuple[TogetherRun, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from recallseg.engines import defaults
 
 if TYPE_CHECKING:
     from recallseg.benchmarks.schema import Report
+    from recallseg.benchmarks.subjects import RuntimeChoice
 
 __all__ = ["capi", "soak"]
 
@@ -37,6 +38,13 @@ def soak(
     ],
     output: OutputOption,
     queries: Annotated[int, typer.Option(min=1, help="How many.")] = 10_000,
+    minutes: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Instead: all services together among writers and readers, for so long.",
+            show_default="queries alone",
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 4,
     structures: Annotated[
         Optional[str],
@@ -48,7 +56,12 @@ def soak(
     query_size: SideOption = 512,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer many queries in one process: does memory grow, how slow is the slowest?"""
+    """Answer many queries in one process: does memory grow, how slow is the slowest?
+
+    With --minutes, an annotation server, a DICOM node, MRD, OpenIGTLink, a stream, queries, and
+    exemplars that come and go share the process: do memory, files, threads or times grow? Exit
+    status 1 if they do, but for times, or if anything fails.
+    """
     from recallseg.benchmarks.makers.soak import run_soak
     from recallseg.benchmarks.subjects import RuntimeChoice
     from recallseg.benchmarks.workload import SPARE, fill_library, structure_names
@@ -59,6 +72,9 @@ def soak(
 
     used = threads or usable_cores()
     choice = RuntimeChoice(engine, precision, used)
+    if minutes is not None:
+        _together(target, choice, minutes, output, as_json=as_json)
+        return
     with TemporaryDirectory(prefix="recallseg-bench-") as scratch, steps() as step:
         if (Path(target) / CATALOG).is_file():
             library = Path(target)
@@ -91,3 +107,30 @@ def _print_soak(report: Report) -> None:
             f"({run.resident_start / 2**20:.1f} to {run.resident_end / 2**20:.1f} MiB), slowest "
             f"{run.slowest_over_median:.2f} times the median of {run.total.p50:.1f} ms"
         )
+
+
+def _together(
+    target: str, choice: RuntimeChoice, minutes: float, output: Path, *, as_json: bool
+) -> None:
+    from recallseg.benchmarks.makers.together import run_together
+    from recallseg.engines.bundle import Bundle
+
+    bundle = Bundle.open(target)
+    say_notice(bundle.notice)
+    with TemporaryDirectory(prefix="recallseg-bench-") as scratch, steps() as step:
+        report = run_together(bundle, choice, minutes=minutes, folder=Path(scratch), step=step)
+    finish(report, output, _print_together, as_json=as_json)
+    if any(run.grew or run.errors for run in report.together):
+        raise typer.Exit(1)
+
+
+def _print_together(report: Report) -> None:
+    for run in report.together:
+        typer.echo(
+            f"{run.minutes:.1f} minutes: {', '.join(f'{n} {v:,}' for n, v in run.counts.items())}"
+        )
+        for one in (*run.process, *run.latency):
+            sign = "" if one.flat else "  NOT FLAT"
+            typer.echo(f"  {one.name}: {one.early:.1f} to {one.late:.1f} {one.unit}{sign}")
+        for text in run.errors:
+            typer.echo(f"  failed: {text}")

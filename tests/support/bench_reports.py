@@ -18,9 +18,11 @@ from recallseg.benchmarks.schema import (
     Run,
     SoakPoint,
     SoakRun,
+    SoakSeries,
+    TogetherRun,
 )
 
-__all__ = ["make_full", "make_report", "make_retrieval", "make_run", "make_soak"]
+__all__ = ["make_full", "make_report", "make_retrieval", "make_run", "make_soak", "make_together"]
 
 HEAD: dict[str, Any] = {
     "created": "2000-01-01T00:00:00+00:00",
@@ -93,3 +95,13 @@ def make_soak(end: int = 101) -> Report:
         end / 100 - 1, 1.5, Distribution.of([10.0] * 44 + [15.0]), series,
     )  # fmt: skip
     return Report(kind="soak", settings={}, soak=(run,), **HEAD)
+
+
+def make_together(late: float = 1005.0, errors: tuple[str, ...] = ()) -> Report:
+    """Return a soak report of services together."""
+    seconds = tuple(map(float, range(8)))
+    memory = SoakSeries("resident memory", "MiB", 1000.0, late, 1030.0, seconds, (1000.0,) * 8)
+    disk = SoakSeries("on the disk", "MiB", 5.0, 9.0, None, seconds, (5.0,) * 8)
+    spent = SoakSeries("queries", "ms", 40.0, 41.0, 60.0, seconds, (40.0,) * 8)
+    run = TogetherRun(30.0, {"queries": 900}, errors, (memory, disk), (spent,))
+    return Report(kind="soak", settings={}, together=(run,), **HEAD)

@@ -6,7 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from support.bench_reports import make_full, make_retrieval, make_soak
+from support.bench_reports import make_full, make_retrieval, make_soak, make_together
 
 from recallseg.benchmarks.page import render_page
 from recallseg.benchmarks.plots import Bar, Range, curve, range_plot, stacked_bars
@@ -14,7 +14,7 @@ from recallseg.benchmarks.schema import Report
 
 
 @pytest.mark.parametrize(
-    "report", [make_full(), make_retrieval(), make_soak()], ids=lambda r: r.kind
+    "report", [make_full(), make_retrieval(), make_soak(), make_together()], ids=lambda r: r.kind
 )
 def test_page_is_self_contained_and_its_plots_are_well_formed(report: Report) -> None:
     page = render_page(report)
@@ -42,6 +42,17 @@ def test_goals_are_judged_at_a_million_only() -> None:
     assert 'class="good">0.9950' in render_page(make_retrieval(recall=0.995))
     assert 'class="bad">0.9800' in render_page(make_retrieval(recall=0.98))
     assert 'class="bad">9.' in render_page(make_retrieval(p99=9.9))
+
+
+def test_services_together_are_judged() -> None:
+    page = render_page(make_together())
+    assert "1,005" in page
+    assert "900" in page
+    assert "var(--bad)" not in page.split("<main>")[1]
+    for bad in (make_together(late=1040.0), make_together(errors=("queries: <lost>",))):
+        page = render_page(bad)
+        assert "var(--bad)" in page.split("<main>")[1]
+    assert "&lt;lost&gt;" in page
 
 
 def test_bars_are_drawn_to_scale_and_cut_visibly() -> None:

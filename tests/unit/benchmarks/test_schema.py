@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from support.bench_reports import make_full, make_retrieval, make_soak
+from support.bench_reports import make_full, make_retrieval, make_soak, make_together
 
 from recallseg.benchmarks.schema import VERSION, Distribution, Report
 from recallseg.engines.errors import InputError
 
 
 @pytest.mark.parametrize(
-    "report", [make_full(), make_retrieval(), make_soak()], ids=lambda r: r.kind
+    "report", [make_full(), make_retrieval(), make_soak(), make_together()], ids=lambda r: r.kind
 )
 def test_round_trip(report: Report, tmp_path: Path) -> None:
     report.save(tmp_path / "bench.json")

@@ -9,7 +9,8 @@ from support.bench_reports import make_report, make_run
 from typer.testing import CliRunner
 
 from recallseg.benchmarks.commands import bench
-from recallseg.benchmarks.schema import Report
+from recallseg.benchmarks.makers.load import Load, duration_series, process_series
+from recallseg.benchmarks.schema import Report, TogetherRun
 from recallseg.benchmarks.workload import fill_library
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
@@ -49,6 +50,41 @@ def test_soak_of_a_library_takes_its_own_images(fake_bundle: Bundle, tmp_path: P
 def test_too_few_queries_are_refused(fake_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="more than 10 queries"):
         soak(fake_bundle.path, tmp_path, queries=10)
+
+
+def test_what_grows_is_told_and_what_fails_is_named() -> None:
+    steady = {"resident memory": 100.0, "open files": 40.0, "threads": 20.0, "on the disk": 1.0}
+    grown = {"resident memory": 104.0, "open files": 43.0, "threads": 22.0, "on the disk": 9.0}
+    readings = [(float(n), grown if n > 50 else steady) for n in range(100)]
+    run = TogetherRun(1.0, {}, (), process_series(readings), ())
+    assert run.grew == ("resident memory", "open files")
+    assert TogetherRun(1.0, {}, (), process_series(readings[:50]), ()).grew == ()
+    load = Load()
+
+    def act(number: int) -> None:
+        if number == 2:
+            raise ValueError("lost")
+        if number == 4:
+            load.over.set()
+
+    load.begin("acts", act, 0.0)
+    load.over.wait(60)
+    load.end()
+    assert load.counts == {"acts": 4}
+    assert [text.split(": ")[1] for text in load.errors] == ["ValueError('lost')"]
+    [series] = duration_series(load.spent)
+    assert (series.name, len(series.values)) == ("acts", 4)
+
+
+@pytest.mark.slow
+def test_services_together(tmp_path: Path) -> None:
+    arguments = ["soak", "demo", "--minutes", "0.5", "--threads", "1", "--output", str(tmp_path)]
+    found = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+    (run,) = Report.load(tmp_path).together
+    assert not run.errors, found.output
+    assert min(run.counts.values()) > 0
+    assert set(run.counts) == {one.name for one in run.latency}
+    assert len(run.counts) == 9
 
 
 def test_compare_exits_with_1_when_something_got_worse(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults.campaign import Judge, Verdict, in_child, prepared
+from faults.campaign import HUNG, Judge, Verdict, in_child, prepared
 from faults.operation import Operation
 from faults.operations import OPERATIONS
 from faults.shim import build, jumping_clock
@@ -51,11 +51,13 @@ class Sum:
     """What was done how often, and what should not have been."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    operations: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
 
     def note(self, name: str, how: str, verdict: Verdict) -> None:
         """Take in what came of one case."""
         self.counts["cases"] += 1
+        self.operations[name] += 1
         for violation in verdict.violations:
             text = f"{name} {how}: {violation}"
             self.violations.append(text)
@@ -107,6 +109,7 @@ def kills(names: list[str], count: int, seed: int, work: Path, number: int) -> S
         outcome = "killed" if hit else "done"
         verdict = in_child(lambda: judge.look(outcome), 120)  # noqa: B023
         total.note(operation.name, f"signal {number}", verdict)
+        total.operations[f"{operation.name}, hit"] += hit
     return total
 
 
@@ -115,14 +118,16 @@ def memory(names: list[str], work: Path) -> Sum:
     total = Sum()
     for operation, judge, _ in each(names, work):
         for room in ROOM_MB:
-            verdict = in_child(lambda: _within(judge, room * MB), 120)  # noqa: B023
+            verdict = in_child(lambda: _within(judge, room * MB), 60)  # noqa: B023
             died = verdict.outcome == "died"
             total.counts[verdict.outcome] += 1
-            if died:  # it may; what it leaves is looked at
-                verdict = Verdict(outcome="died")
+            if died:  # it may, but not hang; what it leaves is looked at
+                hung = [text for text in verdict.violations if HUNG in text]
+                verdict = Verdict(outcome="died", violations=hung)
             looked = in_child(lambda: judge.look(verdict.outcome), 120)  # noqa: B023
             verdict.violations += looked.violations
             total.note(operation.name, f"with {room} MiB more", verdict)
+        print(f"{operation.name}: {dict(total.counts)}", flush=True)
     return total
 
 
@@ -149,6 +154,7 @@ def clock(names: list[str], work: Path) -> Sum:
             verdict.violations += looked.violations
             total.counts[verdict.outcome] += 1
             total.note(operation.name, f"clock within {most} s", verdict)
+        print(f"{operation.name}: {dict(total.counts)}", flush=True)
     return total
 
 
@@ -373,6 +379,7 @@ def main() -> int:
                 shutil.rmtree(work / name)
             more = kills(names, asked.count // 2, asked.seed + 1, work, signal.SIGINT)
             found.counts.update(more.counts)
+            found.operations.update(more.operations)
             found.violations += more.violations
         elif asked.what == "memory":
             found = memory(names, work)
@@ -385,6 +392,7 @@ def main() -> int:
         "seed": asked.seed,
         "seconds": round(time.monotonic() - begin, 1),
         "counts": found.counts,
+        "operations": found.operations,
         "violations": found.violations,
     }
     if asked.output:

@@ -33,10 +33,11 @@ from faults.record import Point, Record
 from faults.shim import FAULTS, Fault, injecting
 from recallseg.engines.errors import RecallSegError
 
-__all__ = ["Judge", "Verdict", "in_child", "prepared", "run_operation"]
+__all__ = ["HUNG", "Judge", "Verdict", "in_child", "prepared", "run_operation"]
 
 UNSEEN = ("rebuild", "rebuild_index", "read")
 """Operations that change nothing that a reader sees."""
+HUNG = "did not end in time"
 _VARYING = re.compile(r"[0-9a-f]{6,}|\d+")
 
 
@@ -223,5 +224,5 @@ def in_child(act: Callable[[], Verdict], seconds: int) -> Verdict:
     code = os.waitstatus_to_exitcode(status)
     if code == 0 and text:
         return Verdict(**json.loads(text))
-    how = "did not end in time" if code == -signal.SIGALRM else f"ended with {code}"
+    how = HUNG if code == -signal.SIGALRM else f"ended with {code}"
     return Verdict(outcome="died", violations=[f"the process {how}"])

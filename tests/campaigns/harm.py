@@ -41,6 +41,8 @@ QUICK = tuple(
     if name not in ("node", "export", "convert", "build", "fit", "library.read")
 )
 """Operations of which one takes well below a second."""
+PATIENCE_S = 600
+"""After which a process hangs: it may be at work beside much else."""
 MB = 1 << 20
 ROOM_MB = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 """Address space beside what the process has when the operation begins."""
@@ -70,7 +72,7 @@ def each(names: list[str], work: Path) -> list[tuple[Operation, Judge, float]]:
     for name in names:
         judge = prepared(OPERATIONS[name], work / name)
         begin = time.monotonic()
-        in_child(lambda judge=judge: _do(judge), 120)  # type: ignore[misc]
+        in_child(lambda judge=judge: _do(judge), PATIENCE_S)  # type: ignore[misc]
         found.append((OPERATIONS[name], judge, time.monotonic() - begin))
     return found
 
@@ -107,7 +109,7 @@ def kills(names: list[str], count: int, seed: int, work: Path, number: int) -> S
         total.counts["hit"] += hit
         total.counts[f"ended {code}"] += 1
         outcome = "killed" if hit else "done"
-        verdict = in_child(lambda: judge.look(outcome), 120)  # noqa: B023
+        verdict = in_child(lambda: judge.look(outcome), PATIENCE_S)  # noqa: B023
         total.note(operation.name, f"signal {number}", verdict)
         total.operations[f"{operation.name}, hit"] += hit
     return total
@@ -118,13 +120,13 @@ def memory(names: list[str], work: Path) -> Sum:
     total = Sum()
     for operation, judge, _ in each(names, work):
         for room in ROOM_MB:
-            verdict = in_child(lambda: _within(judge, room * MB), 60)  # noqa: B023
+            verdict = in_child(lambda: _within(judge, room * MB), PATIENCE_S)  # noqa: B023
             died = verdict.outcome == "died"
             total.counts[verdict.outcome] += 1
             if died:  # it may, but not hang; what it leaves is looked at
                 hung = [text for text in verdict.violations if HUNG in text]
                 verdict = Verdict(outcome="died", violations=hung)
-            looked = in_child(lambda: judge.look(verdict.outcome), 120)  # noqa: B023
+            looked = in_child(lambda: judge.look(verdict.outcome), PATIENCE_S)  # noqa: B023
             verdict.violations += looked.violations
             total.note(operation.name, f"with {room} MiB more", verdict)
         print(f"{operation.name}: {dict(total.counts)}", flush=True)
@@ -147,10 +149,10 @@ def clock(names: list[str], work: Path) -> Sum:
     total = Sum()
     for operation, judge, _ in each(names, work):
         for most in (2, 3600, 86400, 10 * 365 * 86400):
-            verdict = in_child(lambda: _jumping(judge, most), 120)  # noqa: B023
+            verdict = in_child(lambda: _jumping(judge, most), PATIENCE_S)  # noqa: B023
             if verdict.outcome != "done":
                 verdict.violations.append(f"{verdict.outcome}: {verdict.said}")
-            looked = in_child(lambda: judge.look(verdict.outcome), 120)  # noqa: B023
+            looked = in_child(lambda: judge.look(verdict.outcome), PATIENCE_S)  # noqa: B023
             verdict.violations += looked.violations
             total.counts[verdict.outcome] += 1
             total.note(operation.name, f"clock within {most} s", verdict)

@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import time
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from faults.operation import CommandError, Operation, names
 from faults.record import Point, Record
@@ -38,6 +39,8 @@ __all__ = ["HUNG", "Judge", "Verdict", "in_child", "prepared", "run_operation"]
 UNSEEN = ("rebuild", "rebuild_index", "read")
 """Operations that change nothing that a reader sees."""
 HUNG = "did not end in time"
+IDLE_S = 90
+"""Without a moment of the processor, even on a busy machine: it waits for what does not come."""
 _VARYING = re.compile(r"[0-9a-f]{6,}|\d+")
 
 
@@ -219,10 +222,23 @@ def in_child(act: Callable[[], Verdict], seconds: int) -> Verdict:
             os._exit(status)
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as answer:
+        _until_it_hangs(child, answer)
         text = answer.read()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code == 0 and text:
         return Verdict(**json.loads(text))
-    how = HUNG if code == -signal.SIGALRM else f"ended with {code}"
+    how = HUNG if code in (-signal.SIGALRM, -signal.SIGXCPU) else f"ended with {code}"
     return Verdict(outcome="died", violations=[f"the process {how}"])
+
+
+def _until_it_hangs(child: int, answer: IO[str]) -> None:
+    """Wait until a child answers or ends; end one that does nothing for long."""
+    before = -1
+    while not select.select([answer], [], [], IDLE_S)[0]:
+        times = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        used = int(times[11]) + int(times[12])
+        if used == before:
+            os.kill(child, signal.SIGXCPU)
+            return
+        before = used

@@ -26,7 +26,7 @@ from recallseg.runtime.services.node.node import Node
 __all__ = ["NODE_OPERATIONS"]
 
 SLICES = 2
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def _with_series(root: Path) -> None:
@@ -103,7 +103,7 @@ def _on_the_way(state: Any, after: Any) -> bool:
 NODE_OPERATIONS = (
     Operation(
         *("node", _with_series, _receive, _answered, _on_the_way),
-        seconds=120,
+        seconds=300,
         keeps="state/answers/",
     ),
 )

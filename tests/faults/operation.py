@@ -34,7 +34,7 @@ class Operation:
     run: Callable[[Path], Any]
     state: Callable[[Path], Any]
     partial: Callable[[Any, Any], bool] = lambda state, after: False
-    seconds: int = 60
+    seconds: int = 300
     keeps: str = ""
 
 

@@ -1,24 +1,26 @@
-"""How much memory a bundle needs for k, n and S: computed from its sizes, before anything is built.
+"""How much memory a bundle needs for k, n and S: computed from its files, before anything is built.
 
-What can be counted is counted: weights, inputs and outputs, what the library holds. What a compiled
-engine needs in between is estimated from the shapes that the method prescribes; what a driver and
-its libraries take is an allowance. Each line says which of the three it is. None of it was
-compared with a GPU (docs/device/status.md).
+What can be counted is counted: weights, inputs and outputs, recalled memories. What an engine works
+in is estimated from the graphs: the tensors between their operators that live at once. What a
+driver and its libraries take is an allowance. Each line says which of the three it is. What was
+compared with what was measured: docs/device/status.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from recallseg.engines.buffer_shapes import buffer_shapes, bytes_of
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.errors import InputError
-from recallseg.engines.manifest import data_files
+from recallseg.engines.errors import BundleError, InputError
+from recallseg.engines.graph_sizes import GraphSizes
 from recallseg.engines.precisions import find_precision
 from recallseg.engines.registry import engine_class
-from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
+from recallseg.engines.specs import GRAPHS, graph_specs
 
 __all__ = [
     "PRESETS",
@@ -31,22 +33,18 @@ __all__ = [
     "memory_budget",
 ]
 
-_FLOAT = 4
+_FLOAT, _HALF = 4, 2
+_ARENA = 2
+"""ONNX Runtime's arena on a CPU by what lives in it: it doubles when it is full."""
+_INTEGERS = 2
+"""Bytes more of a number with the integers that quantized products take and give: between 1 and 4;
+this fits what was measured."""
 _POOLED = 4
 """Memory tokens that one takes the place of in the precisions that average them 2x2."""
 
-STEM_WIDTH = 576
-"""Widest layer at stride 4 of any SAM 2: four times the 144 channels of Hiera-L."""
-
-LAYERS_ALIVE = 3
-"""Tensors of the widest layer that live at once: input, output, and what is being made."""
-
-KEYS_ALIVE = 4
-"""Tensors of all recalled tokens at full width that live at once: keys, the same rotated, values,
-and the sum that the keys were projected from."""
-
-ALLOWANCE = 900 << 20
-"""CUDA's context, TensorRT's libraries, Python. An assumption; 'doctor' cannot know it."""
+ALLOWANCE = {"device": 900 << 20, "host": 85 << 20}
+"""Python and libraries, by where an engine runs: with CUDA's context and TensorRT, which 'doctor'
+cannot know, and on a CPU with ONNX Runtime, what a process has before it opens a model."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Budget:
 
     Attributes
     ----------
-    image_size, k, n, precision : what it was computed for.
+    image_size, k, n, precision, engine : what it was computed for.
     lines : the parts.
     scores : what memory attention needs in addition if it is *not* fused, as no TensorRT is known
         to fuse it in fp32 (``fp32``, ``mixed``); see docs/device/status.md.
@@ -75,6 +73,7 @@ class Budget:
     k: int
     n: int
     precision: str
+    engine: str
     lines: tuple[Line, ...]
     scores: int
     exemplar: int
@@ -125,6 +124,7 @@ def memory_budget(
     n: int,
     precision: str = "mixed",
     image_size: int | None = None,
+    engine: str = "tensorrt",
     shared: bool = True,
 ) -> Budget:
     """Compute what a process with all five graphs needs.
@@ -134,43 +134,64 @@ def memory_budget(
     bundle : whose weights and sizes.
     k, n : most memories and structures of one call: the profile's largest.
     precision : of the plans.
-    image_size : S in pixels, a multiple of 16; the bundle's by default.
-    shared : CPU and GPU share their memory (Jetson), so that what lies on both counts twice.
+    image_size : S in pixels, a multiple of 16; the bundle's by default. At another one what an
+        engine works in is that of the bundle's, as much more as the image has pixels.
+    engine : that runs them.
+    shared : CPU and GPU share their memory (Jetson), so that what lies on both counts twice; of no
+        meaning for an engine on the CPU.
 
     Raises
     ------
     InputError
-        For k, n or S that no graph can have, or an unknown precision.
+        For k, n or S that no graph can have, or an unknown precision or engine.
+    BundleError
+        If a graph's file cannot be read.
     """
     side, stride = image_size or bundle.geometry.image_size, bundle.geometry.stride
     if side < stride or side % stride:
         raise InputError(f"an image size must be a multiple of {stride}, got {side}.")
     if k < 1 or n < 1:
         raise InputError(f"a budget needs k and n of at least 1; got k = {k}, n = {n}.")
-    chosen = find_precision(precision)
+    chosen, kind = find_precision(precision), engine_class(engine)
     geometry = bundle.geometry.at(side)
-    buffers = _buffers(geometry, bundle.memory.object_pointers, n, k)
-    size, pixels = chosen.size, geometry.places
+    specs = graph_specs(geometry, object_pointers=bundle.memory.object_pointers)
+    buffers = bytes_of(buffer_shapes(specs, geometry, n=n, k=k, masks=n))
     spatial = geometry.tokens // (_POOLED if "pooled" in chosen.approximations else 1)
     tokens = k * (spatial + geometry.channels // geometry.memory_dim)
-    encode = _widest(side, size)
-    attend = n * (KEYS_ALIVE * tokens + 8 * pixels) * geometry.channels * size
-    # Engines run one after the other, and may use the same scratch memory.
-    lines = [
-        Line("weights", _weights(bundle, precision), "counted"),
-        Line("inputs and outputs of the engines", buffers, "counted"),
-        *([Line("the same for the CPU", buffers, "counted")] if shared else []),
-        Line("activations", max(encode, attend), "estimated"),
-        Line("driver, libraries, Python", ALLOWANCE, "assumed"),
+    variants, host = kind.variants, kind.place == "host"
+    weights = sum(_weights(bundle, graph, variants, precision) for graph in GRAPHS)
+    grown = (side / bundle.geometry.image_size) ** 2
+    peaks = [
+        _peak(bundle, graph, variants, precision, n, k, _living(precision, host=host))
+        * (1 if graph == "embed" else grown)
+        for graph in GRAPHS
     ]
+    ours = n * k * (geometry.tokens * geometry.memory_dim * _HALF + geometry.channels * _FLOAT)
+    there = [Line("weights", weights, "counted"), Line("buffers of the graphs", buffers, "counted")]
+    if host:
+        # Repacked beside the files, which are mapped; one arena for all graphs.
+        there.insert(1, Line("the same, repacked", weights, "estimated"))
+        activations = _ARENA * max(peaks)
+    else:
+        there.append(Line("recalled memories", ours, "counted"))
+        there += [Line("the same for the CPU", buffers, "counted")] if shared else []
+        activations = sum(peaks)  # each graph works in memory of its own
+    lines = (
+        *there,
+        Line("activations", int(activations), "estimated"),
+        Line("driver, libraries, Python", ALLOWANCE[kind.place], "assumed"),
+    )
     return Budget(
         side,
         k,
         n,
         precision,
-        tuple(lines),
+        engine,
+        lines,
         # Scores and their softmax; in mixed this is the part that stays fp32.
-        scores=2 * n * pixels * tokens * (_FLOAT if precision == "mixed" else size),
+        scores=0
+        if host
+        else 2 * n * geometry.places * tokens * (_FLOAT if precision == "mixed" else chosen.size),
         exemplar=geometry.tokens * geometry.memory_dim * _FLOAT,
     )
 
@@ -188,59 +209,91 @@ def largest_k(bundle: Bundle, memory: int, **settings: Any) -> int:
     return max(fits, default=0)
 
 
-def _buffers(geometry: Geometry, object_pointers: bool, n: int, k: int) -> int:
-    def tensors() -> Iterator[int]:
-        for spec in graph_specs(geometry, object_pointers=object_pointers).values():
-            for tensor in (*spec.inputs, *spec.outputs):
-                yield prod(tensor.resolve(n=n, k=k)) * _FLOAT
-
-    return sum(tensors())
-
-
-def _weights(bundle: Bundle, precision: str) -> int:
-    """Size of the graph files in this precision, or what fp32's would become."""
-    entries = bundle.manifest["graphs"]
-    total = 0
-    for graph in GRAPHS:
-        for variant in ("tensorrt", "portable", "ort-cuda", "ort-cpu"):
-            exact = entries.get(f"{variant}/{precision}/{graph}")
-            if exact is not None:
-                total += _size(bundle, exact)
-                break
-        else:
-            fp32 = entries[f"portable/fp32/{graph}"]
-            total += _size(bundle, fp32) * find_precision(precision).size // _FLOAT
-    return total
-
-
 def graph_bytes(
     bundle: Bundle, graphs: Sequence[str], variants: Sequence[str], precision: str
 ) -> int:
-    """Return the size of the files that an engine loads; what the bundle lacks counts nothing."""
-    entries = bundle.manifest["graphs"]
-    keys = [[f"{variant}/{precision}/{graph}" for variant in variants] for graph in graphs]
-    first = [next((entries[key] for key in own if key in entries), None) for own in keys]
-    return sum(_size(bundle, entry) for entry in first if entry is not None)
+    """Return the bytes of the weights of graphs, each graph's its own, as engines hold them.
+
+    Files that several graphs refer to are counted as often as they are needed, and no more of them
+    than a graph needs. What the bundle lacks counts nothing.
+    """
+    found = (_file(bundle, graph, variants, precision) for graph in graphs)
+    return sum(_read(path, *_state(path)).weights for path in found if path is not None)
 
 
 def encoding_bytes(bundle: Bundle, engine: str, precision: str) -> int:
     """Estimate what encoding one image on a CPU needs: weights twice, as ONNX Runtime repacks
-    them, inputs and outputs, and the widest layers.
+    them, inputs and outputs, and the activations of one graph at a time.
     """
     graphs, variants = ("embed", "encode", "memorize"), engine_class(engine).variants
-    geometry = bundle.geometry
-    return (
-        2 * graph_bytes(bundle, graphs, variants, precision)
-        + _buffers(geometry, bundle.memory.object_pointers, 1, 1)
-        + _widest(geometry.image_size, _FLOAT)
-    )
+    shapes = buffer_shapes(bundle.specs, bundle.geometry, n=1, k=1, masks=1)
+    size = _living(precision, host=True)
+    peak = max(_peak(bundle, graph, variants, precision, 1, 1, size) for graph in graphs)
+    weights = graph_bytes(bundle, graphs, variants, precision)
+    return 2 * weights + bytes_of(shapes) + _ARENA * peak
 
 
-def _widest(side: int, size: int) -> int:
-    """Size of the widest layers of an image of this side, with so many bytes a number."""
-    return LAYERS_ALIVE * (side // 4) ** 2 * STEM_WIDTH * size
+def _living(precision: str, *, host: bool) -> int:
+    """Return the bytes of a number between two operators; on a CPU they are fp32."""
+    chosen = find_precision(precision)
+    if not host:
+        return chosen.size
+    return _FLOAT + (_INTEGERS if chosen.made_by == "quantized" else 0)
 
 
-def _size(bundle: Bundle, entry: Any) -> int:
-    files = [entry, *data_files(entry)]
-    return sum((bundle.path / str(file["file"])).stat().st_size for file in files)
+def _weights(bundle: Bundle, graph: str, variants: Sequence[str], precision: str) -> int:
+    """Return a graph's weights in this precision, or what fp32's would become."""
+    for chosen, part in ((precision, 1.0), ("fp32", find_precision(precision).size / _FLOAT)):
+        path = _file(bundle, graph, (*variants, "portable"), chosen)
+        if path is not None:
+            return int(_read(path, *_state(path)).weights * part)
+    return 0
+
+
+def _peak(
+    bundle: Bundle,
+    graph: str,
+    variants: Sequence[str],
+    precision: str,
+    n: int,
+    k: int,
+    float_bytes: int,
+) -> int:
+    """Return what a graph works in if scores of attention are not stored."""
+    exported = precision if find_precision(precision).made_by == "export" else "fp32"
+    for chosen in (exported, "fp32"):  # what was converted does not state its shapes
+        path = _file(bundle, graph, (*variants, "portable"), chosen)
+        if path is not None:
+            few = (1, 1) if graph in ("embed", "encode") else (n, k if graph == "attend" else 1)
+            return _peak_of(path, *_state(path), *few, float_bytes)
+    return 0
+
+
+def _file(bundle: Bundle, graph: str, variants: Sequence[str], precision: str) -> Path | None:
+    """Return the file of the first of ``variants`` that the bundle has."""
+    entries = bundle.manifest["graphs"]
+    for variant in variants:
+        entry = entries.get(f"{variant}/{precision}/{graph}")
+        if entry is not None:
+            return bundle.path / str(entry["file"])
+    return None
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return what changes with a file's content."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise BundleError(f"the graph {path} cannot be read: {error.strerror}.") from error
+    return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, size: int, changed: int) -> GraphSizes:
+    return GraphSizes(path)
+
+
+@lru_cache(maxsize=4096)
+def _peak_of(path: Path, size: int, changed: int, n: int, k: int, float_bytes: int) -> int:
+    symbols = {"n": n, "k": k}
+    return _read(path, size, changed).peak(symbols, float_bytes=float_bytes, fused=True)

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from recallseg.engines.errors import BundleError
+from recallseg.engines.wire import Wire
 
 __all__ = ["OPERATORS", "check_graph", "find_outputs", "with_output"]
 
@@ -55,7 +56,6 @@ OPERATORS = {
 """Operators by domain: what a network of tensors needs. Left out is what branches and repeats
 (``If``, ``Loop``, ``Scan``, sequences), decodes text and images, or names files (``EPContext``)."""
 
-_MOST_FIELDS = 20_000_000
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 8, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64,
          14: 64, 15: 128, 16: 16}  # fmt: skip
 """Bits of one element by ``TensorProto.DataType``; the newer, smaller ones have at least 2."""
@@ -119,31 +119,30 @@ def _length(number: int) -> bytes:
     return bytes([*encoded, number])
 
 
-class _Check:
+class _Check(Wire):
     """One walk through a file; positions are those of the file."""
 
     def __init__(self, path: Path, content: mmap.mmap, weights: Sequence[Path] = ()) -> None:
+        super().__init__(content)
         self._path = path
-        self._content = content
         self._weights = {data.name: data.stat().st_size for data in weights}
         self._outside = 8 * sum(self._weights.values())
         self._bits = 8 * len(content) + self._outside
-        self._fields = 0
         self._nodes: list[tuple[list[str], list[str]]] = []
 
     def model(self, start: int, end: int) -> None:
         graphs = 0
-        for number, at, stop in self._parts(start, end):
+        for number, at, stop in self.parts(start, end):
             if number == 7:  # graph
                 graphs += 1
                 self._graph(at, stop)
             elif number in (20, 25):  # training_info, functions
-                raise self._refused("holds functions or training steps")
+                raise self.refused("holds functions or training steps")
         if graphs != 1:
-            raise self._refused(f"holds {graphs} graphs, not 1")
+            raise self.refused(f"holds {graphs} graphs, not 1")
 
     def _graph(self, start: int, end: int) -> None:
-        for number, at, stop in self._parts(start, end):
+        for number, at, stop in self.parts(start, end):
             if number == 1:  # node
                 self._node(at, stop)
             elif number == 5:  # initializer
@@ -154,13 +153,13 @@ class _Check:
 
     def outputs(self, operators: Collection[str]) -> Iterator[str]:
         """Yield the first outputs of nodes that are one of ``operators``."""
-        for number, start, end in self._parts(0, len(self._content)):
+        for number, start, end in self.parts(0, len(self.content)):
             if number != 7:
                 continue
-            for part, at, stop in self._parts(start, end):
+            for part, at, stop in self.parts(start, end):
                 if part != 1:
                     continue
-                fields = [(n, self._text(a, s)) for n, a, s in self._parts(at, stop) if n in (2, 4)]
+                fields = [(n, self.text(a, s)) for n, a, s in self.parts(at, stop) if n in (2, 4)]
                 if dict(fields).get(4) in operators:
                     yield next(text for n, text in fields if n == 2)
 
@@ -170,7 +169,7 @@ class _Check:
         for index, (_, outputs) in enumerate(self._nodes):
             for name in outputs:
                 if name and makers.setdefault(name, index) != index:
-                    raise self._refused(f"makes {name!a} twice")
+                    raise self.refused(f"makes {name!a} twice")
         waits = [len({makers[n] for n in inputs if n in makers}) for inputs, _ in self._nodes]
         users: dict[int, set[int]] = {}
         for index, (inputs, _) in enumerate(self._nodes):
@@ -186,36 +185,36 @@ class _Check:
                 if waits[user] == 0:
                     ready.append(user)
         if done < len(self._nodes):
-            raise self._refused("goes in circles: an operator needs what is made of its own output")
+            raise self.refused("goes in circles: an operator needs what is made of its own output")
 
     def _node(self, start: int, end: int) -> None:
         operator, domain, attributes = "", "", []
         inputs: list[str] = []
         outputs: list[str] = []
         self._nodes.append((inputs, outputs))
-        for number, at, stop in self._parts(start, end):
+        for number, at, stop in self.parts(start, end):
             if number in (1, 2):
-                (inputs if number == 1 else outputs).append(self._text(at, stop))
+                (inputs if number == 1 else outputs).append(self.text(at, stop))
             elif number == 4:
-                operator = self._text(at, stop)
+                operator = self.text(at, stop)
             elif number == 7:
-                domain = self._text(at, stop)
+                domain = self.text(at, stop)
             elif number == 5:
                 attributes.append((at, stop))
         if operator not in OPERATORS.get(domain, ()):
             name = f"{domain}::{operator}" if domain else operator
-            raise self._refused(f"has the operator {name!a}, which no graph of ours needs")
+            raise self.refused(f"has the operator {name!a}, which no graph of ours needs")
         for at, stop in attributes:
-            for number, inner, inner_stop in self._parts(at, stop):
+            for number, inner, inner_stop in self.parts(at, stop):
                 if number in (6, 11):  # g, graphs
-                    raise self._refused(f"has a graph inside of an operator {operator}")
+                    raise self.refused(f"has a graph inside of an operator {operator}")
                 if number in (5, 10):  # t, tensors
                     self._tensor(inner, inner_stop)
                 elif number in (22, 23):  # sparse_tensor, sparse_tensors
                     self._sparse(inner, inner_stop)
 
     def _sparse(self, start: int, end: int) -> None:
-        for number, at, stop in self._parts(start, end):
+        for number, at, stop in self.parts(start, end):
             if number in (1, 2):  # values, indices
                 self._tensor(at, stop)
 
@@ -223,24 +222,24 @@ class _Check:
         dims: list[int] = []
         kind, location = 0, 0
         entries: dict[str, str] = {}
-        for number, at, stop in self._parts(start, end):
+        for number, at, stop in self.parts(start, end):
             if number == 1:  # dims
-                dims += self._numbers(at, stop)
+                dims += self.numbers(at, stop)
             elif number == 2:  # data_type
-                kind = self._numbers(at, stop)[0]
+                kind = self.numbers(at, stop)[0]
             elif number == 13:  # external_data
-                pair = {n: self._text(a, s) for n, a, s in self._parts(at, stop)}
+                pair = {n: self.text(a, s) for n, a, s in self.parts(at, stop)}
                 entries[pair.get(1, "")] = pair.get(2, "")
             elif number == 14:  # data_location
-                location = self._numbers(at, stop)[0]
+                location = self.numbers(at, stop)[0]
         bits = math.prod(dims) * _BITS.get(kind, 2)
         if any(not 0 <= size < 2**40 for size in dims) or bits > self._bits:
-            raise self._refused(f"declares a constant of {dims}, more than its files hold")
+            raise self.refused(f"declares a constant of {dims}, more than its files hold")
         if entries or location:
             self._external(entries, location)
             self._outside -= bits
             if self._outside < 0:  # many constants of the same bytes
-                raise self._refused("declares more weights than the files beside it hold")
+                raise self.refused("declares more weights than the files beside it hold")
 
     def _external(self, entries: dict[str, str], location: int) -> None:
         name = entries.get("location", "")
@@ -251,59 +250,11 @@ class _Check:
         if location != _EXTERNAL or name not in self._weights:
             names = ", ".join(map(repr, self._weights))
             allowed = f"only {names}" if names else "none"
-            raise self._refused(f"asks for weights in the file {name!a}; the manifest {allowed}")
+            raise self.refused(f"asks for weights in the file {name!a}; the manifest {allowed}")
         if offset < 0 or length < 0 or offset + length > self._weights[name]:
-            raise self._refused(f"asks for weights beyond the end of {name}")
+            raise self.refused(f"asks for weights beyond the end of {name}")
 
-    def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield each field's number and where its value lies."""
-        position = start
-        while position < end:
-            self._fields += 1
-            if self._fields > _MOST_FIELDS:
-                raise self._refused("has more parts than any network")
-            key, position = self._varint(position, end)
-            number, wire = key >> 3, key & 7
-            if wire == 0:
-                begin = position
-                _, position = self._varint(position, end)
-            elif wire in (1, 5):
-                begin, position = position, position + (8 if wire == 1 else 4)
-            elif wire == 2:
-                length, begin = self._varint(position, end)
-                position = begin + length
-            else:
-                raise self._refused("is no Protocol Buffers message")
-            if position > end:
-                raise self._refused("is cut off")
-            yield number, begin, position
-
-    def _numbers(self, start: int, end: int) -> list[int]:
-        """Return whole numbers, one or packed ones."""
-        found, position = [], start
-        while position < end:
-            value, position = self._varint(position, end)
-            found.append(value - 2**64 if value >= 2**63 else value)
-            if len(found) > 64:
-                raise self._refused("has a tensor of too many axes")
-        return found or [0]
-
-    def _varint(self, position: int, end: int) -> tuple[int, int]:
-        value = shift = 0
-        while position < end and shift < 70:
-            byte = self._content[position]
-            value |= (byte & 0x7F) << shift
-            position, shift = position + 1, shift + 7
-            if byte < 0x80:
-                return value & (2**64 - 1), position
-        raise self._refused("is cut off or no Protocol Buffers message")
-
-    def _text(self, start: int, end: int) -> str:
-        if end - start > 4096:
-            raise self._refused("has a name of more than 4096 bytes")
-        return self._content[start:end].decode("utf-8", "backslashreplace")
-
-    def _refused(self, why: str) -> BundleError:
+    def refused(self, why: str) -> BundleError:
         return BundleError(
             f"the graph {self._path} is not opened: it {why}. Export the bundle again, or ask for "
             "it anew from who made it."

@@ -1,4 +1,10 @@
-"""ONNX Runtime on the CPU, with inputs and outputs bound to caller-owned memory."""
+"""ONNX Runtime on the CPU, with inputs and outputs bound to caller-owned memory.
+
+A session may run in several threads at once, so that all engines of one graph in a process have
+one: its weights, repacked for this processor, are there once. And all sessions take what they work
+in from one arena: graphs run in turn, and each would keep its own
+(docs/contribute/measurements.md).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +12,25 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary, finalize
 
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.imports import import_onnxruntime
-from recallseg.engines.operators import needs_operators, operators_library, require_operators
+from recallseg.engines.operators import (
+    needs_operators,
+    operators_digest,
+    operators_library,
+    require_operators,
+)
 from recallseg.engines.session_log import configure_session_log
 from recallseg.engines.specs import GraphSpec
 
 __all__ = ["OnnxRuntimeCpu"]
 
 _PROVIDER = "CPUExecutionProvider"
+_SHARED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
+"""Sessions of this process, for as long as an engine has them."""
 
 
 class OnnxRuntimeCpu(Engine):
@@ -47,23 +61,13 @@ class OnnxRuntimeCpu(Engine):
         if path is None:
             raise EngineRunError(f"graph '{spec.name}': ONNX Runtime needs a .onnx file, got none.")
         onnxruntime = import_onnxruntime(wanted_by=f"engine '{self.name}'")
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = self.options.threads or usable_cores()
-        settings.inter_op_num_threads = 1
-        configure_session_log(settings)
-        # A query runs five sessions in turn: the threads of one must not spin through the next.
-        settings.add_session_config_entry("session.force_spinning_stop", "1")
-        library = operators_library()
-        try:
-            if library is not None:
-                settings.register_custom_ops_library(str(library))
-            self._session = onnxruntime.InferenceSession(
-                str(path), sess_options=settings, providers=[_PROVIDER]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            if library is None and path.is_file() and needs_operators(path):
-                require_operators(str(path))
-            raise EngineRunError(f"ONNX Runtime cannot load {path}: {error}") from error
+        threads = self.options.threads or usable_cores()
+        key = _key(path, threads, onnxruntime.InferenceSession)
+        session = _SHARED.get(key)
+        if session is None:
+            session = _SHARED[key] = _make_session(onnxruntime, path, threads)
+            finalize(session, _forget_arena, onnxruntime).atexit = False
+        self._session = session
         providers = self._session.get_providers()
         if providers != [_PROVIDER]:
             raise EngineRunError(
@@ -103,6 +107,59 @@ class OnnxRuntimeCpu(Engine):
             "providers": self._session.get_providers(),
             "threads": settings.intra_op_num_threads,
         }
+
+
+def _make_session(onnxruntime: Any, path: Path, threads: int) -> Any:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    configure_session_log(settings)
+    # A query runs five sessions in turn: the threads of one must not spin through the next.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if not any(key[0] == os.getpid() for key in [*_SHARED]):
+        _new_arena(onnxruntime)  # the first, or the first since a fork
+    settings.add_session_config_entry("session.use_env_allocators", "1")
+    # A plan of where each tensor lies would hold a second arena, of this graph alone.
+    settings.enable_mem_pattern = False
+    library = operators_library()
+    try:
+        if library is not None:
+            settings.register_custom_ops_library(str(library))
+        return onnxruntime.InferenceSession(str(path), sess_options=settings, providers=[_PROVIDER])
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        if library is None and path.is_file() and needs_operators(path):
+            require_operators(str(path))
+        raise EngineRunError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+def _key(path: Path, threads: int, kind: object) -> tuple[object, ...]:
+    """Return what a session is shared by: one process, one file as it is, one kind of session.
+
+    Threads are a session's, and those who share one would wait for them: a number that is neither
+    one (the caller's) nor all that there are is meant for this engine alone.
+    """
+    try:
+        found = path.stat()
+    except OSError:  # said by whoever opens it
+        return (object(),)
+    alone = object() if 1 < threads < usable_cores() else None
+    file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return os.getpid(), str(path), *file, threads, kind, operators_digest(), alone
+
+
+def _new_arena(onnxruntime: Any) -> None:
+    """Make the arena of sessions to come; that of earlier ones goes with the last of them."""
+    cpu = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    # Of any size, growing by doubling, the rest as ONNX Runtime has it.
+    onnxruntime.create_and_register_allocator(cpu, onnxruntime.OrtArenaCfg(0, 0, -1, -1))
+
+
+def _forget_arena(onnxruntime: Any) -> None:
+    """Let the arena go with the last session."""
+    if not [*_SHARED.values()]:
+        _new_arena(onnxruntime)
 
 
 def usable_cores() -> int:

@@ -11,13 +11,14 @@ import numpy as np
 
 from recallseg.benchmarks.schema import Distribution
 from recallseg.benchmarks.subjects import RuntimeChoice
+from recallseg.engines.buffer_shapes import buffer_shapes
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.device import DeviceTensor, open_device
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import BundleError, EngineUnavailableError
 from recallseg.engines.registry import load_engines
-from recallseg.runtime.model.buffers import Buffers, buffer_shapes
+from recallseg.runtime.model.buffers import Buffers
 
 __all__ = ["measure_graphs"]
 
@@ -59,7 +60,7 @@ def measure_graphs(
     loaded = perf_counter() - start
     composition = Composition(engines)
     buffers = Buffers(bundle, device.tensor)
-    shapes = buffer_shapes(bundle, n=max(ns), k=max(ks), masks=max(ns))
+    shapes = buffer_shapes(bundle.specs, bundle.geometry, n=max(ns), k=max(ks), masks=max(ns))
     buffers.grow(shapes)
     _fill({name: buffers[name] for name in shapes}, device.stream)
     first, last = device.new_event(), device.new_event()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
+from recallseg.engines.buffer_shapes import Shapes, buffer_name, buffer_shapes
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import DeviceTensor
-from recallseg.engines.specs import GRAPHS
 
-__all__ = ["Buffers", "buffer_shapes", "bytes_of"]
-
-Shapes = Mapping[str, tuple[int, ...]]
+__all__ = ["Buffers"]
 
 
 class Buffers:
@@ -39,10 +37,10 @@ class Buffers:
 
     def missing(self, *, n: int, k: int, masks: int) -> Shapes:
         """Return the shapes of what has to be allocated for such a call, see :meth:`grow`."""
-        held = self._tensors
+        held, specs, geometry = self._tensors, self._bundle.specs, self._bundle.geometry
         return {
             name: shape
-            for name, shape in buffer_shapes(self._bundle, n=n, k=k, masks=masks).items()
+            for name, shape in buffer_shapes(specs, geometry, n=n, k=k, masks=masks).items()
             if name not in held or held[name].shape[0] < shape[0]
         }
 
@@ -61,7 +59,7 @@ class Buffers:
         if call not in self._calls:
             spec = self._bundle.specs[graph]
             self._calls[call] = {
-                tensor.name: self.part(_buffer(graph, tensor.name), tensor.resolve(n=n, k=k))
+                tensor.name: self.part(buffer_name(graph, tensor.name), tensor.resolve(n=n, k=k))
                 for tensor in (*spec.inputs, *spec.outputs)
             }
         return self._calls[call]
@@ -82,45 +80,3 @@ class Buffers:
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
-
-
-def buffer_shapes(bundle: Bundle, *, n: int, k: int, masks: int = 0) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every buffer; that of what is made for no structure is left out.
-
-    Parameters
-    ----------
-    n, k : structures of one question, and most memories of each.
-    masks : structures that are memorized at once.
-    """
-    g = bundle.geometry
-    group = min(n, g.max_n)
-    # Flat where both count: four structures with one memory need what one with four does.
-    rows = group * k
-    shapes: dict[str, tuple[int, ...]] = {}
-    for graph in GRAPHS:
-        symbols = {"n": min(masks, g.max_n) if graph == "memorize" else group}
-        spec = bundle.specs[graph]
-        for tensor in (*spec.inputs, *spec.outputs):
-            if "k" in tensor.shape:
-                shape = (rows, *(size for size in tensor.shape if isinstance(size, int)))
-            else:
-                shape = tensor.resolve(**symbols)
-            shapes[_buffer(graph, tensor.name)] = shape
-    # Stored with every memory, whether the graph takes them or not.
-    shapes["pointers"] = (rows, g.channels)
-    shapes["all_logits"] = (n, g.logit_size, g.logit_size)
-    shapes["all_iou"] = shapes["all_scores"] = (n,)
-    return {name: shape for name, shape in shapes.items() if shape[0]}
-
-
-def bytes_of(shapes: Shapes) -> int:
-    """Return the bytes of float32 tensors."""
-    return 4 * sum(map(prod, shapes.values()))
-
-
-def _buffer(graph: str, tensor: str) -> str:
-    if tensor == "image":
-        return f"{graph}_image"
-    if graph == "memorize" and tensor in ("memories", "pointers"):
-        return f"new_{tensor}"
-    return tensor

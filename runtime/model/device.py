@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.budget import graph_bytes
+from recallseg.engines.buffer_shapes import Shapes, bytes_of
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import Device, DeviceTensor, adopt_tensor, on_gpu, open_device
 from recallseg.engines.engine import EngineOptions
@@ -27,7 +28,6 @@ from recallseg.engines.pixels.native import DTYPES
 from recallseg.engines.registry import engine_class
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library.exemplar import StoredMemory
-from recallseg.runtime.model.buffers import Shapes, bytes_of
 from recallseg.runtime.model.device_room import Frames, Places, Room
 from recallseg.runtime.model.host import host_copy
 from recallseg.runtime.model.memory_cache import MemoryCache

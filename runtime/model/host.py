@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.budget import encoding_bytes
+from recallseg.engines.buffer_shapes import Shapes, bytes_of
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import Device, adopt_tensor, on_gpu, open_device
 from recallseg.engines.engine import EngineOptions
@@ -20,7 +21,6 @@ from recallseg.engines.pixels import Pixels, open_pixels
 from recallseg.runtime.arrays import as_array
 from recallseg.runtime.checks import check_image
 from recallseg.runtime.library.exemplar import StoredMemory
-from recallseg.runtime.model.buffers import Shapes, bytes_of
 from recallseg.runtime.model.model import Model
 from recallseg.runtime.model.postprocess import finish_masks
 from recallseg.runtime.model.preprocess import Intensity, intensity_window

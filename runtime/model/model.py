@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from recallseg import __version__
 from recallseg.engines import defaults
+from recallseg.engines.buffer_shapes import Shapes, buffer_shapes, bytes_of
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.device import Device
@@ -35,7 +36,7 @@ from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.frozen import public
 from recallseg.runtime.library.encoding import Encoded, Origin
 from recallseg.runtime.library.exemplar import StoredMemory
-from recallseg.runtime.model.buffers import Buffers, Shapes, buffer_shapes, bytes_of
+from recallseg.runtime.model.buffers import Buffers
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.preprocess import Intensity, intensity_window, planes_of
 from recallseg.runtime.model.turns import Turns
@@ -205,7 +206,7 @@ class Model(ABC):
         (:mod:`recallseg.engines.budget`), images and masks at their own size, and on a GPU the
         cache of memories.
         """
-        return bytes_of(buffer_shapes(bundle, n=n, k=k, masks=masks))
+        return bytes_of(buffer_shapes(bundle.specs, bundle.geometry, n=n, k=k, masks=masks))
 
     @property
     @abstractmethod

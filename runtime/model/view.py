@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.buffer_shapes import bytes_of
 from recallseg.engines.composition import Prompts
 from recallseg.engines.errors import EngineRunError, InputError, StaleViewError
 from recallseg.runtime.library.exemplar import StoredMemory
-from recallseg.runtime.model.buffers import bytes_of
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.preprocess import prepare_mask
 

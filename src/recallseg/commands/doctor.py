@@ -23,6 +23,9 @@ def doctor(
         str, typer.Option("--bundle", help="For --budget: folder or shipped name.")
     ] = "demo",
     precision: Annotated[str, typer.Option("--precision", help="For --budget.")] = "mixed",
+    engine: Annotated[
+        str, typer.Option("--engine", help="For --budget: what runs the graphs.")
+    ] = "tensorrt",
     gib: Annotated[
         Optional[float],
         typer.Option(
@@ -33,7 +36,7 @@ def doctor(
 ) -> None:
     """Say what this machine has, which engines can run, and what is missing."""
     if budget:
-        _show_budget(bundle, precision, gib, as_json)
+        _show_budget(bundle, precision, engine, gib, as_json)
         return
     from recallseg.runtime.services.doctor import diagnose
 
@@ -74,9 +77,12 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _show_budget(source: str, precision: str, gib: float | None, as_json: bool) -> None:
+def _show_budget(
+    source: str, precision: str, engine: str, gib: float | None, as_json: bool
+) -> None:
     from recallseg.engines.budget import PRESETS, largest_k, memory_budget
     from recallseg.engines.bundle import Bundle
+    from recallseg.engines.registry import engine_class
     from recallseg.runtime.reports.machine import describe_machine
 
     opened = Bundle.open(source)
@@ -84,12 +90,12 @@ def _show_budget(source: str, precision: str, gib: float | None, as_json: bool) 
     sizes = sorted({opened.geometry.image_size, 512, 768, 1024})
     settings = [(side, n, k) for side in sizes for n in (1, 2, 4) for k in (1, 4, 8, 16)]
     budgets = [
-        memory_budget(opened, k=k, n=n, precision=precision, image_size=side)
+        memory_budget(opened, k=k, n=n, precision=precision, engine=engine, image_size=side)
         for side, n, k in settings
     ]
     largest = {
         side: {
-            n: largest_k(opened, limit, n=n, precision=precision, image_size=side)
+            n: largest_k(opened, limit, n=n, precision=precision, engine=engine, image_size=side)
             for n in (1, 2, 4)
         }
         for side in sizes
@@ -98,6 +104,7 @@ def _show_budget(source: str, precision: str, gib: float | None, as_json: bool) 
         emit_json(
             {
                 "bundle": opened.name,
+                "engine": engine,
                 "limit": limit,
                 "measured": False,
                 "budgets": [b.to_json() for b in budgets],
@@ -107,16 +114,20 @@ def _show_budget(source: str, precision: str, gib: float | None, as_json: bool) 
             }
         )
         return
-    typer.echo(f"memory for {opened.name} in {precision}, CPU and GPU sharing it, in MiB")
-    typer.echo("computed from sizes, not measured on a GPU\n")
+    host = engine_class(engine).place == "host"
+    where = "on the CPU" if host else "CPU and GPU sharing it"
+    typer.echo(f"memory for {opened.name} in {precision} by {engine}, {where}, in MiB")
+    typer.echo("computed from the graphs, not measured" + ("\n" if host else " on a GPU\n"))
     typer.echo(
         "    S   n   k   fused  not fused   of which  weights  buffers  activations   scores"
     )
     for b in budgets:
         sizes_of = {line.name: line.size >> 20 for line in b.lines}
-        held = sizes_of["inputs and outputs of the engines"] + sizes_of["the same for the CPU"]
+        weights = sizes_of["weights"] + sizes_of.get("the same, repacked", 0)
+        copied = sizes_of.get("recalled memories", 0) + sizes_of.get("the same for the CPU", 0)
+        held = sizes_of["buffers of the graphs"] + copied
         mark = "" if b.worst <= limit else "  fits if fused" if b.total <= limit else "  too large"
-        parts = f"{sizes_of['weights']:>9}{held:>9}{sizes_of['activations']:>13}{b.scores >> 20:>9}"
+        parts = f"{weights:>9}{held:>9}{sizes_of['activations']:>13}{b.scores >> 20:>9}"
         typer.echo(
             f"{b.image_size:>5} {b.n:>3} {b.k:>3} {b.total >> 20:>7} {b.worst >> 20:>10}{'':11}"
             f"{parts}{mark}"

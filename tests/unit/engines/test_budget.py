@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
-from math import prod
+import subprocess
+import sys
 
+import onnx
 import pytest
+from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from recallseg.cli import app
@@ -12,6 +15,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.precisions import PRECISIONS
 from recallseg.engines.specs import GRAPHS
+from recallseg.runtime.model.model import Model
 
 MIB = 1 << 20
 
@@ -31,17 +35,54 @@ def test_scores_are_those_of_the_method(demo: Bundle) -> None:
 def test_counted_lines_are_exact(demo: Bundle) -> None:
     budget = memory_budget(demo, k=4, n=2, precision="fp32", shared=False)
     lines = {line.name: line for line in budget.lines}
-    tensors = [
-        prod(tensor.resolve(n=2, k=4)) * 4
-        for spec in (demo.specs[graph] for graph in GRAPHS)
-        for tensor in (*spec.inputs, *spec.outputs)
-    ]
-    assert lines["inputs and outputs of the engines"].size == sum(tensors)
-    files = [demo.graph_file(graph, ("portable",), "fp32")[0] for graph in GRAPHS]
-    files += [file for graph in GRAPHS for file in demo.weights_files(graph, "portable", "fp32")]
-    assert lines["weights"].size == sum(file.stat().st_size for file in files)
+    assert lines["buffers of the graphs"].size == Model.required_bytes(demo, n=2, k=4, masks=2)
+    graphs = [demo.graph_file(graph, ("portable",), "fp32")[0] for graph in GRAPHS]
+    constants = [tensor for path in graphs for tensor in onnx.load(path).graph.initializer]
+    weights = sum(numpy_helper.to_array(tensor).nbytes for tensor in constants)
+    assert lines["weights"].size == weights
     assert {line.kind for line in budget.lines} == {"counted", "estimated", "assumed"}
     assert budget.total == sum(line.size for line in budget.lines)
+
+
+MEASURE = """
+import math, sys, tempfile
+import numpy as np
+from recallseg import Library, Segmenter
+from recallseg.engines.budget import memory_budget
+
+def resident():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+
+precision, n, k = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+draw = np.random.default_rng(0)
+structures = [str(i) for i in range(n)]
+with tempfile.TemporaryDirectory() as folder:
+    library = Library.create(f"{folder}/library", "demo", threads=1, precision=precision)
+    for _ in range(k):
+        images = [draw.integers(0, 1000, (256, 256)).astype(np.uint16) for _ in range(n + 1)]
+        library.add(images[0], {s: i > 500 for s, i in zip(structures, images[1:], strict=True)})
+    for _ in range(2):
+        Segmenter(library, k=k, structures=structures, reach=math.inf).segment(images[0])
+    one = resident()
+    other = Segmenter(
+        f"{folder}/library", k=k, structures=structures, reach=math.inf, threads=1,
+        precision=precision,
+    )
+    other.segment(images[0])
+    budget = memory_budget(library.bundle, k=k, n=n, precision=precision, engine="onnxruntime-cpu")
+    print(one, resident() - one, other.model.nbytes, budget.total)
+"""
+
+
+@pytest.mark.parametrize(("precision", "n", "k"), [("fp32", 1, 4), ("fp32", 4, 8), ("int8", 2, 4)])
+def test_a_cpus_budget_is_what_a_process_takes(precision: str, n: int, k: int) -> None:
+    """And a second model of the same bundle takes its buffers, not the weights again."""
+    command = [sys.executable, "-c", MEASURE, precision, str(n), str(k)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, more, buffers, budget = map(int, done.stdout.split())
+    assert budget == pytest.approx(taken, rel=0.1)
+    assert more < buffers + 8 * MIB
 
 
 def test_more_needs_more(demo: Bundle) -> None:
@@ -71,9 +112,11 @@ def test_presets_fit_even_if_attention_is_not_fused(demo: Bundle, name: str) -> 
     budget = memory_budget(
         demo, k=preset.k, n=preset.n, precision=preset.precision, image_size=preset.image_size
     )
-    # The demo model is small; SAM 2.1 base+ and DINOv2-B have 170 million weights.
+    # The demo model is small; SAM 2.1 base+ and DINOv2-B have 170 million weights, and layers
+    # 448 wide at stride 4, of which four live at once.
     weights = 170_000_000 * 2
-    assert budget.worst + weights <= preset.memory
+    layers = 4 * (preset.image_size // 4) ** 2 * 448 * 2
+    assert budget.worst + weights + layers <= preset.memory
 
 
 def test_what_cannot_be_is_refused(demo: Bundle) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from recallseg.engines import onnxruntime_cpu
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError, InputError
@@ -44,6 +48,67 @@ def test_threads_and_provider_are_read_back(doubler: Path) -> None:
     described = OnnxRuntimeCpu(SPEC, doubler, EngineOptions(threads=1)).describe()
     assert described["threads"] == 1
     assert described["providers"] == ["CPUExecutionProvider"]
+
+
+def test_engines_of_one_file_share_a_session_while_one_of_them_lives(doubler: Path) -> None:
+    one, two = (OnnxRuntimeCpu(SPEC, doubler, EngineOptions(threads=1)) for _ in range(2))
+    assert one._session is two._session
+    other = OnnxRuntimeCpu(SPEC, doubler, EngineOptions(threads=3))
+    assert other._session is not one._session
+    left = weakref.ref(one._session)
+    del one
+    a, b = np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32)
+    two.run({"a": a}, {"b": b})
+    assert b.tolist() == [[2, 2]]
+    del two
+    gc.collect()
+    assert left() is None
+
+
+def test_a_number_of_threads_that_was_asked_for_is_not_shared(
+    doubler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime_cpu, "usable_cores", lambda: 8)
+    for threads, shared in ((1, True), (2, False), (8, True), (None, True)):
+        options = EngineOptions(threads=threads)
+        one, two = (OnnxRuntimeCpu(SPEC, doubler, options) for _ in range(2))
+        assert (one._session is two._session) is shared
+
+
+def test_a_file_that_has_changed_is_read_anew(doubler: Path) -> None:
+    one = OnnxRuntimeCpu(SPEC, doubler, EngineOptions(threads=1))
+    model = onnx.load(doubler)
+    model.graph.node[0].op_type = "Sub"
+    doubler.unlink()
+    onnx.save(model, doubler)
+    a, b = np.ones((1, 2), np.float32), np.ones((1, 2), np.float32)
+    two = OnnxRuntimeCpu(SPEC, doubler, EngineOptions(threads=1))
+    two.run({"a": a}, {"b": b})
+    assert b.tolist() == [[0, 0]]
+    one.run({"a": a}, {"b": b})
+    assert b.tolist() == [[2, 2]]
+
+
+def test_engines_of_one_session_run_in_threads_of_their_own() -> None:
+    demo = Bundle.open("demo")
+    made = [load_engines(demo, "onnxruntime-cpu", graphs=("encode",))["encode"] for _ in range(3)]
+    draw = np.random.default_rng(0)
+    images = [draw.normal(size=demo.specs["encode"].inputs[0].shape) for _ in made]
+    inputs = [{"image": image.astype(np.float32)} for image in images]
+    expected = [made[0].allocate_outputs() for _ in made]
+    for given, out in zip(inputs, expected, strict=True):
+        made[0].run(given, out)
+    found = [engine.allocate_outputs() for engine in made]
+
+    def run(index: int) -> None:
+        for _ in range(3):
+            made[index].run(inputs[index], found[index])
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    for one, other in zip(found, expected, strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_missing_unknown_and_misshapen_tensors_are_refused(doubler: Path) -> None:

@@ -20,10 +20,11 @@ from support.fake_bundle import make_fake_bundle
 
 from recallseg import Bundle, Library, Model, Segmenter
 from recallseg.engines import errors
+from recallseg.engines.buffer_shapes import buffer_shapes
 from recallseg.engines.fake import FakeEngine
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.model import host
-from recallseg.runtime.model.buffers import Buffers, buffer_shapes
+from recallseg.runtime.model.buffers import Buffers
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.turns import Turns
 from recallseg.runtime.model.view import Kept, Wanted
@@ -298,7 +299,7 @@ def test_a_model_states_its_size_in_advance(
 
 def test_what_a_call_is_given_is_contiguous_and_shared(fake_bundle: Bundle) -> None:
     buffers = Buffers(fake_bundle, lambda shape: np.zeros(shape, np.float32))
-    buffers.grow(buffer_shapes(fake_bundle, n=4, k=8))
+    buffers.grow(buffer_shapes(fake_bundle.specs, fake_bundle.geometry, n=4, k=8))
     for n, k in ((1, 8), (3, 2), (4, 8), (1, 32)):
         call = buffers.of("attend", n, k)
         assert call["memories"].shape[:2] == (n, k)

@@ -140,7 +140,9 @@ class GraphSizes(Wire):
                     self._outside.add(name)
 
     def _node(self, start: int, end: int) -> None:
-        operator, inputs, outputs = "", [], []
+        operator = ""
+        inputs: list[str] = []
+        outputs: list[str] = []
         for number, at, stop in self.parts(start, end):
             if number == 4:
                 operator = self.text(at, stop)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from recallseg.engines.errors import LibraryCorruptError
 from recallseg.runtime.library.encoding import Origin
-from recallseg.runtime.library.shards import MappedShard
+from recallseg.runtime.library.shards import MappedShard, Record
 
 __all__ = ["Exemplar", "Found", "LibraryReport", "Match", "Recollection", "StoredMemory"]
 
@@ -74,6 +75,27 @@ class StoredMemory:
     digest: bytes
     shard: MappedShard = field(repr=False)
     slot: int = field(repr=False)
+
+    @property
+    def memory_format(self) -> str:
+        """How its tokens are stored: ``fp16`` or ``int8``."""
+        return self.shard.memory_format
+
+    def read(self) -> Record:
+        """Return its record as it lies there; call :meth:`MappedShard.look` before.
+
+        Raises
+        ------
+        LibraryCorruptError
+            If it is not what was stored.
+        """
+        if not self.shard.intact(self.slot, self.digest):
+            raise LibraryCorruptError(
+                f"the memory of '{self.structure}' of exemplar '{self.key}' in {self.shard.path} "
+                "is not what was stored: it does not match its digest. Restore the file, or encode "
+                "it anew with 'recallseg library rebuild'."
+            )
+        return self.shard.record(self.slot)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import InputError, LibraryCorruptError
+from recallseg.engines.errors import InputError
 from recallseg.engines.pixels import Pixels
 from recallseg.runtime.checks import check_count, check_tags
 from recallseg.runtime.library.encoding import MemoryLayout
 from recallseg.runtime.library.exemplar import Found, Match, Recollection, StoredMemory
 from recallseg.runtime.library.records import StructureRow
-from recallseg.runtime.library.shards import Place, Record
+from recallseg.runtime.library.shards import Place
 from recallseg.runtime.library.store import Store
 
 __all__ = ["gather", "memories", "recall"]
@@ -85,7 +85,7 @@ def gather(
     _check_buffers(layout, len(memories), memories_out, pointers_out)
     for shard in {memory.shard for memory in memories}:
         shard.look()
-    records = [_read(memory) for memory in memories]
+    records = [memory.read() for memory in memories]
     for row, record in enumerate(records):
         pointers_out[row] = record["pointer"]
     scales = [record["scales"] for record in records] if layout.format == "int8" else None
@@ -132,17 +132,6 @@ def _find(
 def _stored(store: Store, key: str, structure: str, place: Place, digest: bytes) -> StoredMemory:
     """Return a memory, its file mapped; within a snapshot, which keeps writers from it."""
     return StoredMemory(key, structure, digest, store.reader.shard(place), place.slot)
-
-
-def _read(memory: StoredMemory) -> Record:
-    """Return the record of a memory; LibraryCorruptError if it is not what was stored."""
-    if not memory.shard.intact(memory.slot, memory.digest):
-        raise LibraryCorruptError(
-            f"the memory of '{memory.structure}' of exemplar '{memory.key}' in "
-            f"{memory.shard.path} is not what was stored: it does not match its digest. Restore "
-            "the file, or encode it anew with 'recallseg library rebuild'."
-        )
-    return memory.shard.record(memory.slot)
 
 
 def _unit(embedding: NDArray[np.float32], size: int) -> NDArray[np.float32]:

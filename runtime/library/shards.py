@@ -45,6 +45,7 @@ __all__ = [
     "DEFAULT_SHARD_BYTES",
     "MappedShard",
     "Place",
+    "Record",
     "ShardReader",
     "ShardWriter",
     "pack",
@@ -147,6 +148,11 @@ class MappedShard:
         self._changed: tuple[int, int, int] | None = None
         self._intact: set[tuple[int, bytes]] = set()
         weakref.finalize(self, os.close, descriptor)
+
+    @property
+    def memory_format(self) -> str:
+        """How tokens are stored in it."""
+        return "int8" if "scales" in (self.records.dtype.names or ()) else "fp16"
 
     def look(self) -> None:
         """Notice what became of the file since; call before records are read."""

@@ -30,11 +30,11 @@ from recallseg.runtime.checks import check_image
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.device_room import Frames, Places, Room
 from recallseg.runtime.model.host import host_copy
-from recallseg.runtime.model.memory_cache import MemoryCache
+from recallseg.runtime.model.memory_cache import MemoryCache, copy_stored
 from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.postprocess import check_out, finish_masks
 from recallseg.runtime.model.preprocess import Intensity, intensity_window, prepare_image
-from recallseg.runtime.model.view import Finished, Gather, Refine
+from recallseg.runtime.model.view import Finished, Gather, Refine, Stored
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 
 __all__ = ["DeviceModel"]
@@ -65,9 +65,7 @@ class DeviceModel(Model):
             self._kernels = None
         else:
             self._kernels = device.load_kernels(image)
-        self.cache = MemoryCache(
-            device, bundle.geometry, np.float32 if self._kernels is None else np.float16
-        )
+        self.caches: dict[str, MemoryCache] = {}  # by the format of what is in them
         self._cache_bytes = gpu.cache_bytes
         self._room = Room(device)
         self._frames, self._handing_over = Frames(device), Lock()
@@ -81,8 +79,9 @@ class DeviceModel(Model):
 
     @property
     def nbytes(self) -> int:
-        held = (self._buffers, self._kept, self._room, self.cache, self._frames)
-        return sum(part.nbytes for part in held)
+        held = (self._buffers, self._kept, self._room, self._frames)
+        cached = sum(cache.nbytes for cache in self.caches.values())
+        return cached + sum(part.nbytes for part in held)
 
     def copy_frame(self, image: Any) -> Any:
         if not on_gpu(image):
@@ -134,10 +133,10 @@ class DeviceModel(Model):
         return array
 
     def _require(
-        self, shapes: Shapes, recalled: int, memories: int, graphs: Sequence[str], what: str
+        self, shapes: Shapes, recalled: int, stored: Stored, graphs: Sequence[str], what: str
     ) -> None:
-        slots = self._slots(recalled, memories)
-        cache = self.cache.growth_bytes(slots)
+        slots = self._slots(recalled, stored)
+        cache = self._cache(stored.memory_format).growth_bytes(slots)
         missing = [graph for graph in graphs if graph not in self._engines]
         variants = engine_class(self.engine).variants
         weights = graph_bytes(self.bundle, missing, variants, self.precision)
@@ -149,18 +148,28 @@ class DeviceModel(Model):
                 "weights,",
             )
 
-    def _slots(self, recalled: int, memories: int) -> int:
-        """Return how many memories the cache should hold; what one question takes is never less."""
-        within = self._cache_bytes // self.cache.slot_bytes
-        return max(recalled, min(within, memories)) if recalled else 0
+    def _cache(self, memory_format: str) -> MemoryCache:
+        """Return the cache of memories of this format; without kernels all are decoded before."""
+        kept = "fp32" if self._kernels is None else memory_format
+        if kept not in self.caches:
+            self.caches[kept] = MemoryCache(self.device, self.bundle.geometry, kept)
+        return self.caches[kept]
 
-    def _fill(self, names: Shapes, recalled: int, memories: int) -> None:
+    def _slots(self, recalled: int, stored: Stored) -> int:
+        """Return how many memories a cache should hold; what one question takes is never less."""
+        cache = self._cache(stored.memory_format)
+        others = sum(other.nbytes for other in self.caches.values() if other is not cache)
+        within = max(0, self._cache_bytes - others) // cache.slot_bytes
+        return max(recalled, min(within, stored.number)) if recalled else 0
+
+    def _fill(self, names: Shapes, recalled: int, stored: Stored) -> None:
         if "pointer_time" in names:
             tensor = self._buffers["pointer_time"]
             constant = np.full(tensor.shape, self.bundle.memory.pointer_time, np.float32)
             self._stream.copy_in(tensor, constant)
             self._stream.synchronize()
-        self.cache.grow(self._slots(recalled, memories), recalled, self._stream)
+        slots = self._slots(recalled, stored)
+        self._cache(stored.memory_format).grow(slots, recalled, self._stream)
         if recalled and (self._places is None or self._places.count < recalled):
             self._places = Places(self.device, recalled)
 
@@ -177,10 +186,12 @@ class DeviceModel(Model):
             self._looking = self._asking = False
         if beginning == "question":
             self._asking, self._gathered = True, 0
-            self.cache.begin()
+            for cache in self.caches.values():
+                cache.begin()
 
     def _release(self) -> None:
-        self.cache.clear()
+        for cache in self.caches.values():
+            cache.clear()
         self._room, self._frames = Room(self.device), Frames(self.device)
         self._places = None
 
@@ -258,17 +269,26 @@ class DeviceModel(Model):
         tokens: DeviceTensor,
         pointers: DeviceTensor,
     ) -> None:
-        slots = self.cache.fetch(gather, memories, self._stream)
+        if not memories:
+            return
+        cache = self._cache(memories[0].memory_format)
+
+        def decode(some: Sequence[StoredMemory], parts: Mapping[str, NDArray[Any]]) -> None:
+            gather(some, parts["tokens"], parts["pointers"])
+
+        fill = decode if self._kernels is None else copy_stored
+        slots, banks = cache.fetch(fill, memories, self._stream), cache.banks
         for row, slot in enumerate(slots):
-            self._stream.copy(pointers[row], self.cache.pointers[slot])
+            self._stream.copy(pointers[row], banks["pointers"][slot])
         if self._kernels is None:
             for row, slot in enumerate(slots):
-                self._stream.copy(tokens[row], self.cache.tokens[slot])
-        elif slots and self._places is not None:
+                self._stream.copy(tokens[row], banks["tokens"][slot])
+        elif self._places is not None:
             places = self._places.put(self._gathered, slots, self._stream)
             self._gathered += len(slots)
             pixels = self._device_pixels(1, 1)
-            pixels.gather(self.cache.tokens, places, tokens[: len(slots)], self._stream)
+            into = tokens[: len(slots)]
+            pixels.gather(banks["tokens"], places, into, self._stream, banks.get("scales"))
 
     def _leave_out(self, rows: Sequence[int]) -> None:
         absent = self._room.pinned("absent", (1,), np.float32)

@@ -24,7 +24,7 @@ from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.model import Model
 from recallseg.runtime.model.postprocess import finish_masks
 from recallseg.runtime.model.preprocess import Intensity, intensity_window
-from recallseg.runtime.model.view import Finished, Gather, Refine
+from recallseg.runtime.model.view import Finished, Gather, Refine, Stored
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 
 __all__ = ["HostModel", "available_memory", "host_copy"]
@@ -109,7 +109,7 @@ class HostModel(Model):
         return array
 
     def _require(
-        self, shapes: Shapes, recalled: int, memories: int, graphs: Sequence[str], what: str
+        self, shapes: Shapes, recalled: int, stored: Stored, graphs: Sequence[str], what: str
     ) -> None:
         needed, free = bytes_of(shapes), available_memory()
         if free is not None and needed > free:
@@ -125,7 +125,7 @@ class HostModel(Model):
     def _release(self) -> None:
         self._pixels, self._source = open_pixels(), None
 
-    def _fill(self, names: Shapes, recalled: int, memories: int) -> None:
+    def _fill(self, names: Shapes, recalled: int, stored: Stored) -> None:
         if "pointer_time" in names:
             self._buffers["pointer_time"][:] = self.bundle.memory.pointer_time
 

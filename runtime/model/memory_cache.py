@@ -1,9 +1,14 @@
-"""Memories of exemplars on the GPU: what queries recall again is not copied again."""
+"""Memories of exemplars on the GPU: what queries recall again is not copied again.
+
+They lie there as the library stores them, and are decoded where they are gathered: a memory of fp16
+takes half of what the network reads, one of int8 a little more than a quarter.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,9 +19,39 @@ from recallseg.engines.errors import EngineRunError
 from recallseg.engines.specs import Geometry
 from recallseg.runtime.library.exemplar import StoredMemory
 
-__all__ = ["MemoryCache"]
+__all__ = ["MemoryCache", "copy_stored", "part_kinds"]
 
-Gather = Callable[[Sequence[StoredMemory], NDArray[Any], NDArray[np.float32]], None]
+Fill = Callable[[Sequence[StoredMemory], Mapping[str, NDArray[Any]]], None]
+"""Writes memories into rows of their parts."""
+
+_Kinds = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
+
+
+def part_kinds(geometry: Geometry, memory_format: str) -> _Kinds:
+    """Return shape and dtype of each part of a memory: ``tokens``, ``pointers``, int8's ``scales``.
+
+    Parameters
+    ----------
+    geometry : of the bundle.
+    memory_format : ``fp16`` or ``int8``, as libraries store them, or ``fp32``.
+    """
+    number = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[memory_format]
+    kinds: _Kinds = {
+        "tokens": ((geometry.tokens, geometry.memory_dim), np.dtype(number)),
+        "pointers": ((geometry.channels,), np.dtype(np.float32)),
+    }
+    if memory_format == "int8":
+        kinds["scales"] = ((geometry.tokens,), np.dtype(np.float32))
+    return kinds
+
+
+def copy_stored(memories: Sequence[StoredMemory], parts: Mapping[str, NDArray[Any]]) -> None:
+    """Copy memories as they are stored, see :data:`Fill`; LibraryCorruptError if they are not."""
+    for row, memory in enumerate(memories):
+        memory.shard.look()
+        record = memory.read()
+        for part, array in parts.items():
+            array[row] = record["pointer" if part == "pointers" else part]
 
 
 class MemoryCache:
@@ -29,28 +64,23 @@ class MemoryCache:
     Parameters
     ----------
     device, geometry : where, and of what sizes.
-    dtype : float16 as libraries store them, or float32.
+    memory_format : of what is stored there, see :func:`part_kinds`.
 
     Attributes
     ----------
     slots : how many memories it holds; all that one question recalls must fit.
     slot_bytes : of each.
-    tokens, pointers : the bank: slots x T x 64 of ``dtype``, slots x C float32.
+    banks : of each part of a memory, slots x its shape.
     hits, misses : how many memories were there, and were not, since it was made.
     """
 
-    tokens: DeviceTensor
-    pointers: DeviceTensor
+    banks: dict[str, DeviceTensor]
 
-    def __init__(self, device: Device, geometry: Geometry, dtype: Any) -> None:
-        g = geometry
+    def __init__(self, device: Device, geometry: Geometry, memory_format: str) -> None:
         self._device = device
         self._shared = device.facts.integrated
-        self._kinds: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...] = (
-            ((g.tokens, g.memory_dim), np.dtype(dtype)),
-            ((g.channels,), np.dtype(np.float32)),
-        )
-        self.slot_bytes = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in self._kinds)
+        self._kinds = part_kinds(geometry, memory_format)
+        self.slot_bytes = sum(prod(shape) * kind.itemsize for shape, kind in self._kinds.values())
         self.hits, self.misses = 0, 0
         self.clear()
 
@@ -60,10 +90,9 @@ class MemoryCache:
         self._places: OrderedDict[bytes, int] = OrderedDict()  # slots by the memories' digests
         self._pinned: set[int] = set()  # slots that work queued for the present question reads
         self._row = 0
-        self._host: list[NDArray[Any]] = []
+        self._host: dict[str, NDArray[Any]] = {}
         self._owners: list[PinnedBuffer] = []
-        if hasattr(self, "tokens"):
-            del self.tokens, self.pointers
+        self.banks = {}
 
     @property
     def nbytes(self) -> int:
@@ -83,26 +112,27 @@ class MemoryCache:
             return
         slots, staged = max(slots, self.slots), max(staged, self._staged)
         rows = slots if self._shared else staged
-        owners, host = [], []
-        for shape, kind in self._kinds:
-            owner = self._device.allocate_pinned(rows * int(np.prod(shape)) * kind.itemsize)
+        owners: list[PinnedBuffer] = []
+        host: dict[str, NDArray[Any]] = {}
+        for part, (shape, kind) in self._kinds.items():
+            owner = self._device.allocate_pinned(rows * prod(shape) * kind.itemsize)
             owners.append(owner)
-            host.append(owner.array.view(kind).reshape(rows, *shape))
-        banks = []
-        for owner, (shape, kind) in zip(owners, self._kinds, strict=True):
+            host[part] = owner.array.view(kind).reshape(rows, *shape)
+        banks = {}
+        for owner, (part, (shape, kind)) in zip(owners, self._kinds.items(), strict=True):
             if self._shared:
-                banks.append(DeviceTensor(owner.device_address, (slots, *shape), kind, owner))
+                banks[part] = DeviceTensor(owner.device_address, (slots, *shape), kind, owner)
             else:
-                banks.append(self._device.tensor((slots, *shape), kind))
+                banks[part] = self._device.tensor((slots, *shape), kind)
         if self.slots and self._shared:
             self._device.synchronize()
-            for new, old in zip(host, self._host, strict=True):
-                new[: self.slots] = old
+            for part, new in host.items():
+                new[: self.slots] = self._host[part]
         elif self.slots:
-            for bank, there in zip(banks, (self.tokens, self.pointers), strict=True):
-                stream.copy(bank.rows(self.slots), there)
+            for part, bank in banks.items():
+                stream.copy(bank.rows(self.slots), self.banks[part])
             self._device.synchronize()
-        self._owners, self._host, (self.tokens, self.pointers) = owners, host, banks
+        self._owners, self._host, self.banks = owners, host, banks
         self.slots, self._staged, self._row = slots, staged, 0
 
     def begin(self) -> None:
@@ -110,7 +140,7 @@ class MemoryCache:
         self._pinned.clear()
         self._row = 0
 
-    def fetch(self, gather: Gather, memories: Sequence[StoredMemory], stream: Stream) -> list[int]:
+    def fetch(self, fill: Fill, memories: Sequence[StoredMemory], stream: Stream) -> list[int]:
         """Return the slots of exemplars' memories; copies of those that were not there are queued.
 
         Raises
@@ -123,7 +153,7 @@ class MemoryCache:
             slot = self._places.get(memory.digest)
             if slot is None:
                 self.misses += 1
-                slot = self._load(gather, memory, stream)
+                slot = self._load(fill, memory, stream)
                 self._places[memory.digest] = slot
             else:
                 self.hits += 1
@@ -132,17 +162,17 @@ class MemoryCache:
             found.append(slot)
         return found
 
-    def _load(self, gather: Gather, memory: StoredMemory, stream: Stream) -> int:
+    def _load(self, fill: Fill, memory: StoredMemory, stream: Stream) -> int:
         evicted, slot = self._free_slot()
         row = slot if self._shared else self._row
-        tokens, pointers = (part[row : row + 1] for part in self._host)
         if evicted is not None:
             del self._places[evicted]
-        gather([memory], tokens, pointers)
+        here = {part: array[row : row + 1] for part, array in self._host.items()}
+        fill([memory], here)
         if not self._shared:
             self._row += 1
-            stream.copy_in(self.tokens.row(slot), tokens[0])
-            stream.copy_in(self.pointers.row(slot), pointers[0])
+            for part, array in here.items():
+                stream.copy_in(self.banks[part].row(slot), array[0])
         return slot
 
     def _free_slot(self) -> tuple[bytes | None, int]:

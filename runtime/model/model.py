@@ -34,7 +34,7 @@ from recallseg.engines.pixels.opencv import scaled
 from recallseg.engines.registry import check_choice, load_engines
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.frozen import public
-from recallseg.runtime.library.encoding import Encoded, Origin
+from recallseg.runtime.library.encoding import MEMORY_FORMATS, Encoded, Origin
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Buffers
 from recallseg.runtime.model.frame_memories import FrameMemories
@@ -47,6 +47,7 @@ from recallseg.runtime.model.view import (
     Kept,
     KeptLooks,
     Refine,
+    Stored,
     View,
     groups,
 )
@@ -236,7 +237,14 @@ class Model(ABC):
                 )
 
     def reserve(
-        self, n: int = 0, k: int = 0, *, masks: int = 0, memories: int = 0, graphs: Sequence[str]
+        self,
+        n: int = 0,
+        k: int = 0,
+        *,
+        masks: int = 0,
+        memories: int = 0,
+        memory_format: str = MEMORY_FORMATS[0],
+        graphs: Sequence[str],
     ) -> None:
         """Make room for questions, and load what they need; nothing grows while one is answered.
 
@@ -248,7 +256,8 @@ class Model(ABC):
         n, k : structures of one question, and most memories of each.
         masks : structures that are memorized at once.
         memories : how many stored memories there are to be recalled: on a GPU, what is recalled
-            again stays there, within :attr:`GpuOptions.cache_bytes`.
+            again stays there as it is stored, within :attr:`GpuOptions.cache_bytes`.
+        memory_format : in which they are stored.
         graphs : which will run.
 
         Raises
@@ -260,13 +269,14 @@ class Model(ABC):
             self._begin_turn()
             missing = self._buffers.missing(n=n, k=k, masks=masks)
             what = f"Room for {n} structures and k = {k}" if n else f"Room for {masks} masks"
-            self._require(missing, n * k, memories, tuple(graphs), what)
+            stored = Stored(memories, memory_format)
+            self._require(missing, n * k, stored, tuple(graphs), what)
             self.load(*graphs)
             if missing:
                 self._looks += 1  # the buffers of the last look may go
                 self._settle("growth")
                 self._buffers.grow(missing)
-            self._fill(missing, n * k, memories)
+            self._fill(missing, n * k, stored)
 
     # An image
 
@@ -400,7 +410,7 @@ class Model(ABC):
                 "memories": (structures, size, g.tokens, g.memory_dim),
                 "pointers": (structures, size, g.channels),
             }
-            self._require(shapes, 0, 0, (), f"Memories of {size} frames")
+            self._require(shapes, 0, Stored(), (), f"Memories of {size} frames")
             tensors = {name: self._allocate(shape) for name, shape in shapes.items()}
             return FrameMemories(tensors["memories"], tensors["pointers"])
 
@@ -478,12 +488,12 @@ class Model(ABC):
 
     @abstractmethod
     def _require(
-        self, shapes: Shapes, recalled: int, memories: int, graphs: Sequence[str], what: str
+        self, shapes: Shapes, recalled: int, stored: Stored, graphs: Sequence[str], what: str
     ) -> None:
         """Raise if there is too little memory for these buffers, memories and graphs."""
 
     @abstractmethod
-    def _fill(self, names: Shapes, recalled: int, memories: int) -> None:
+    def _fill(self, names: Shapes, recalled: int, stored: Stored) -> None:
         """Write what new buffers must hold, and make room for stored memories."""
 
     @abstractmethod

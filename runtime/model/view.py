@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from recallseg.engines.buffer_shapes import bytes_of
 from recallseg.engines.composition import Prompts
 from recallseg.engines.errors import EngineRunError, InputError, StaleViewError
+from recallseg.runtime.library.encoding import MEMORY_FORMATS
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.preprocess import prepare_mask
@@ -27,6 +28,7 @@ __all__ = [
     "Kept",
     "KeptLooks",
     "Refine",
+    "Stored",
     "View",
     "Wanted",
     "groups",
@@ -47,6 +49,13 @@ class Wanted(NamedTuple):
 
     position: int
     memories: Sequence[StoredMemory]
+
+
+class Stored(NamedTuple):
+    """How many memories there are to be recalled, and how they are stored."""
+
+    number: int = 0
+    memory_format: str = MEMORY_FORMATS[0]
 
 
 Refine = Callable[
@@ -436,7 +445,7 @@ class KeptLooks:
             )
         while (tensors := self._reuse(size)) is None:
             if self.nbytes + size <= self._most:
-                model._require(shapes, 0, 0, (), "A kept look")
+                model._require(shapes, 0, Stored(), (), "A kept look")
                 tensors = {name: model._allocate(one) for name, one in shapes.items()}
                 break
             if self._free:

@@ -142,6 +142,7 @@ class Segmenter:
         self.model.reserve(
             **self._size,
             memories=sum(self.library.count(name) for name in self._every),
+            memory_format=self.library.memory_format,
             graphs=self._graphs,
         )
         self._view: View | None = None

@@ -65,7 +65,14 @@ class Spreading:
         self._nearest = min(NEAREST, most - 1)
         self._k = min(most, recalled + self._nearest + 1)
         count = len(self._names)
-        self._model.reserve(count, self._k, masks=count, memories=len(library), graphs=GRAPHS)
+        self._model.reserve(
+            count,
+            self._k,
+            masks=count,
+            memories=len(library),
+            memory_format=library.memory_format,
+            graphs=GRAPHS,
+        )
         self._seen: dict[int, FrameMemories] = {}
         self._right: dict[int, dict[str, bool]] = {}
 

@@ -27,6 +27,7 @@ KERNELS = (
     "recallseg_prepare",
     "recallseg_finish",
     "recallseg_gather_half",
+    "recallseg_gather_int8",
 )
 
 

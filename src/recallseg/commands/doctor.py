@@ -60,10 +60,8 @@ def doctor(
         typer.echo(f"pixels    {diagnosis.pixels}")
         typer.echo(f"operators {diagnosis.operators}")
         typer.echo("engines")
-        for engine in diagnosis.engines:
-            typer.echo(
-                f"  {'yes' if engine.available else 'no ':<4}{engine.name:<22}{engine.detail}"
-            )
+        for found in diagnosis.engines:
+            typer.echo(f"  {'yes' if found.available else 'no ':<4}{found.name:<22}{found.detail}")
         for test in diagnosis.self_tests:
             word = "passed" if test.passed else "FAILED"
             typer.echo(

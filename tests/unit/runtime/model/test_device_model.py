@@ -7,7 +7,7 @@ import gc
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from recallseg.engines.errors import (
     DeviceMemoryError,
     EngineRunError,
     InputError,
+    LibraryCorruptError,
     StaleViewError,
 )
 from recallseg.engines.heads import REFINE, feature_count, graph_digest
+from recallseg.runtime.library.encoding import MEMORY_FORMATS
 from recallseg.runtime.library.heads import Choice, Head
 from recallseg.runtime.model import device as device_model
 from recallseg.runtime.model.device import DeviceModel
@@ -113,7 +115,8 @@ def same(found: Any, expected: Any) -> None:
 
 def cache_of(segmenter: Segmenter) -> MemoryCache:
     assert isinstance(segmenter.model, DeviceModel)
-    return segmenter.model.cache
+    [cache] = segmenter.model.caches.values()
+    return cache
 
 
 # Work is done as early as it may, and as late: what is reused too soon shows in one of the two.
@@ -173,19 +176,94 @@ def test_probabilities_of_a_device_are_its_masks_at_one_half(
         np.testing.assert_array_equal(there.probabilities["disc"] >= 0.5, held.masks["disc"])
 
 
-def test_memories_in_int8_are_the_same_on_the_device(
-    session: type[FakeSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
-    with Library.create(tmp_path / "library", demo(), threads=1, memory_format="int8") as library:
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Library]]:
+    """One in each format of memories, of the same exemplars."""
+    folder = tmp_path_factory.mktemp("formats")
+    made = {}
+    for memory_format in MEMORY_FORMATS:
+        library = Library.create(
+            folder / memory_format, demo(), threads=1, memory_format=memory_format
+        )
         for seed in range(4):
             library.add(*picture(seed))
-        found, expected = (
+        made[memory_format] = library
+    yield made
+    for library in made.values():
+        library.close()
+
+
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize("facts", [{}, {"deferred": True, "integrated": True}])
+@pytest.mark.parametrize("kernels_built", [False, True])
+def test_memories_of_any_format_are_the_same_on_the_device(
+    libraries: dict[str, Library],
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    kernels: Any,
+    memory_format: str,
+    facts: dict[str, bool],
+    kernels_built: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "recallseg.engines.pixels._native", kernels)
+    monkeypatch.setenv("RECALLSEG_PIXELS", "native" if kernels_built else "opencv")
+    library = libraries[memory_format]
+    device = (
+        with_kernels(emulator, monkeypatch, **facts) if kernels_built else without_kernels(**facts)
+    )
+    segmenter = make(library, device)
+    for seed in (10, 11):  # copied there, and there already
+        found = segmenter.segment(picture(seed)[0])
+        same(found, on_cpu(library).segment(picture(seed)[0]))
+    assert found.provenance.recipe.memory_format == memory_format
+    g = library.bundle.geometry
+    numbers = {("fp16", True): 2, ("int8", True): 1}.get((memory_format, kernels_built), 4)
+    scales = 4 * g.tokens if numbers == 1 else 0
+    stored = g.tokens * g.memory_dim * numbers + scales + 4 * g.channels
+    assert cache_of(segmenter).slot_bytes == stored
+
+
+def test_memories_of_two_formats_share_the_caches_room(
+    libraries: dict[str, Library],
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = with_kernels(emulator, monkeypatch)
+    g = libraries["fp16"].bundle.geometry
+    room = 8 * (2 * g.tokens * g.memory_dim + 4 * g.channels) + 100_000
+    first = make(libraries["fp16"], device, k=1, cache_bytes=room)
+    second = Segmenter(
+        libraries["int8"], k=1, structures=STRUCTURES, reach=math.inf, model=first.model
+    )
+    image = picture(10)[0]
+    for _ in range(2):
+        same(first.segment(image), make(libraries["fp16"], device, k=1).segment(image))
+        same(second.segment(image), make(libraries["int8"], device, k=1).segment(image))
+    assert isinstance(first.model, DeviceModel)
+    caches = first.model.caches
+    assert (caches["fp16"].slots, caches["int8"].slots) == (8, 2)  # what a question takes, at least
+    first.model.close()
+    assert device.live_bytes >= 0
+
+
+def test_a_memory_that_was_damaged_on_disk_is_not_taken_there(
+    session: type[FakeSession],
+    emulator: ctypes.CDLL,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Library.create(tmp_path / "library", demo(), threads=1, memory_format="int8") as library:
+        library.add(*picture(0))
+    [shard] = (tmp_path / "library" / "memories").iterdir()
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    with Library.open(tmp_path / "library", threads=1) as library:
+        segmenter = make(library, with_kernels(emulator, monkeypatch), k=1)
+        with pytest.raises(LibraryCorruptError, match="not what was stored"):
             segmenter.segment(picture(10)[0])
-            for segmenter in (make(library, without_kernels()), on_cpu(library))
-        )
-    same(found, expected)
-    assert found.provenance.recipe.memory_format == "int8"
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def head(
     from recallseg.benchmarks.accuracy.heads import (
         Headed,
         measure_head,
+        steps,
         tabulate,
         write_sheet,
     )
@@ -222,13 +223,16 @@ def head(
     opened = Bundle.open(bundle)
     loaded, missing = _loaded(data, datasets, output)
     found, shown = [], []
-    for dataset in loaded:
-        with progress_bar(dataset.name, len(dataset.queries)) as step:
+    for i, dataset in enumerate(loaded):
+        title = f"{dataset.name} ({i + 1} of {len(loaded)} data sets)"
+        with progress_bar(title, steps(dataset)) as step:
             rows, pictures = measure_head(
                 dataset, opened, forest=forest, threads=threads, step=step
             )
         found += rows
         shown += pictures
+        for row in rows:
+            note(f"{title}: {row.structure} {row.alone:.3f} alone, {row.head:.3f} with head")
         write_rows(output / "head.csv", Headed, found)
         write_sheet(output / "head.png", shown)
     _print_rows("Mean Dice, 16 annotated images", *tabulate(found), missing)

@@ -17,16 +17,19 @@ from recallseg.engines.errors import InputError
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.choices import Expected
 from recallseg.runtime.model.preprocess import Intensity, scale_intensities
 from recallseg.runtime.reports.baselines import make_baselines
+from recallseg.runtime.segmenting.fitting import FOLDS
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
 
-__all__ = ["Headed", "measure_head", "tabulate", "write_sheet"]
+__all__ = ["Headed", "measure_head", "steps", "tabulate", "write_sheet"]
 
 K = 8
+MOST_QUERIES = 64
 DRAWS, ALPHA = 2000, 0.05
 SIDE = 320
 """Pixels along a side of a picture on the sheet."""
@@ -44,7 +47,11 @@ class Headed:
     alone, head, forest : of memory attention, with the head, and of a pixel forest.
     low, high : 95 % interval of the head's gain, by a bootstrap over queries.
     mix, within, least : what was chosen, see :class:`recallseg.runtime.library.heads.Choice`.
-    alone_expected, expected : mean Dice that the fit said before it saw the queries.
+    fitted : mean Dice that the fit expected of images as far from the library as its exemplars are
+        from each other, before there was a query.
+    expected, expected_low, expected_high : of images as far from it as the queries, each as showing
+        the structure or not, and the 95 % interval; NaN where nothing is known of one of them.
+    beyond : whether some queries are farther than all exemplars that it was judged by.
     """
 
     dataset: str
@@ -58,8 +65,11 @@ class Headed:
     mix: float
     within: bool
     least: float
-    alone_expected: float
+    fitted: float
     expected: float
+    expected_low: float
+    expected_high: float
+    beyond: bool
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ def measure_head(
     dataset: Dataset,
     bundle: Bundle,
     *,
-    most_queries: int = 64,
+    most_queries: int = MOST_QUERIES,
     forest: bool = True,
     engine: str | None = None,
     threads: int | None = None,
@@ -89,7 +99,8 @@ def measure_head(
     Parameters
     ----------
     forest : fit the baseline too (scikit-learn).
-    step : called after each query.
+    step : called with what was done, after each exemplar that was added, each step of the fit, and
+        each query; :func:`steps` says how often.
 
     Returns
     -------
@@ -108,17 +119,20 @@ def measure_head(
     ):
         for image in dataset.exemplars:
             library.add(image.image, image.masks, absent=image.absent, key=image.name)
-        head = library.fit(dataset.structures, k=K)
+            step("adding exemplars")
+        head = library.fit(dataset.structures, k=K, progress=lambda done, of: step("fitting"))
         ways = {
             ALONE: Segmenter(library, k=K, structures=dataset.structures, refine=False),
             WITH_HEAD: Segmenter(library, k=K, structures=dataset.structures),
         }
         others = make_baselines(["forest"] if forest else [], library, dataset.structures, K, 1)
         dice: dict[str, list[tuple[float, float, float]]] = {n: [] for n in dataset.structures}
+        images: dict[str, list[tuple[float, bool]]] = {n: [] for n in dataset.structures}
         gains: list[tuple[float, Shown]] = []
         for query in queries:
-            masks: dict[str, Masks] = {n: way.segment(query.image).masks for n, way in ways.items()}
-            embedding = library.embed(query.image)
+            results = {name: way.segment(query.image) for name, way in ways.items()}
+            masks: dict[str, Masks] = {name: found.masks for name, found in results.items()}
+            embedding = library.embed(query.image) if others else np.empty(0, np.float32)
             masks |= {o.name: o.segment(query.image, embedding, ()) for o in others}
             own = []
             for name in dataset.structures:
@@ -127,6 +141,8 @@ def measure_head(
                 reference = query.masks.get(name, np.zeros(query.image.shape[:2], bool))
                 found = [_dice(made[name], reference) for made in masks.values()]
                 dice[name].append((found[0], found[1], found[2] if forest else np.nan))
+                distance = results[WITH_HEAD].scores[name].distance
+                images[name].append((distance, bool(reference.any())))
                 own.append(found[1] - found[0])
             title = f"{dataset.name}, {query.name}: {np.mean(own):+.3f}"
             gains.append((float(np.mean(own)), Shown(title, query, dataset.intensity, masks)))
@@ -140,6 +156,7 @@ def measure_head(
         drawn = np.random.default_rng(0).integers(len(gain), size=(DRAWS, len(gain)))
         low, high = np.quantile(gain[drawn].mean(1), [ALPHA / 2, 1 - ALPHA / 2])
         means = found_dice.mean(0)
+        expected = choice.over(images[name]) or Expected(np.nan, np.nan, np.nan)
         rows.append(
             Headed(
                 dataset.name,
@@ -153,12 +170,19 @@ def measure_head(
                 choice.mix,
                 choice.within,
                 choice.least,
-                choice.alone,
                 choice.expected,
+                *expected,
             )
         )
     gains.sort(key=lambda one: one[0])
     return rows, [shown for _, shown in (gains[0], gains[-1])]
+
+
+def steps(dataset: Dataset, most_queries: int = MOST_QUERIES) -> int:
+    """Return how many steps :func:`measure_head` takes."""
+    exemplars = len(dataset.exemplars)
+    fit = 2 * exemplars + min(FOLDS, exemplars) + 1
+    return exemplars + fit + min(most_queries, len(dataset.queries))
 
 
 def _dice(found: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
@@ -167,7 +191,8 @@ def _dice(found: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
 
 def tabulate(rows: Sequence[Headed]) -> tuple[list[str], list[list[str]]]:
     """Return a header and rows, the last one with means over structures and over datasets."""
-    header = ["data set", "structure", "alone", "with head", "gain", "forest", "share", "expected"]
+    header = ["data set", "structure", "alone", "with head", "gain", "forest", "share"]
+    header += ["fit expected", "expected here", "interval"]
     table = []
     for one in rows:
         stays = one.mix == 0 and one.least == 0
@@ -180,29 +205,57 @@ def tabulate(rows: Sequence[Headed]) -> tuple[list[str], list[list[str]]]:
                 "" if stays else f"{one.low:+.3f} to {one.high:+.3f}",
                 f"{one.forest:.3f}",
                 f"{one.mix:.0%}{' within' if one.within else ''}{' least' if one.least else ''}",
+                f"{one.fitted:.3f}",
                 f"{one.expected:.3f}",
+                f"{one.expected_low:.3f} to {one.expected_high:.3f}"
+                + (" beyond" if one.beyond else ""),
             ]
         )
     names = dict.fromkeys(one.dataset for one in rows)
     sets = [[one for one in rows if one.dataset == name] for name in names]
     for title, parts in (("structures", [rows]), ("data sets", sets)):
-        alone, head, forest, expected = _means(parts)
+        alone, head, forest, fitted, expected = _means(parts)
         table.append(
             [
                 f"mean over {title}",
                 "",
                 *(f"{alone:.3f}", f"{head:.3f}", f"{head - alone:+.3f}"),
-                *(f"{forest:.3f}", "", f"{expected:.3f}"),
+                *(f"{forest:.3f}", "", f"{fitted:.3f}", f"{expected:.3f}", ""),
             ]
         )
+    off = np.array([_off(part) for part in sets])
+    for title, values in (
+        ("expected less found, data sets", _known_mean(off)),
+        ("how far off, data sets", _known_mean(np.abs(off))),
+    ):
+        table.append([title, *[""] * 6, *(f"{value:+.3f}" for value in values), ""])
     return header, table
 
 
 def _means(parts: Sequence[Sequence[Headed]]) -> NDArray[np.float64]:
-    """Return the mean over parts of their means: alone, with head, forest, expected."""
-    values = [[(o.alone, o.head, o.forest, o.expected) for o in part] for part in parts]
-    means: NDArray[np.float64] = np.mean([np.mean(part, axis=0) for part in values], axis=0)
+    """Return the mean over parts of their means, see :func:`_mean`."""
+    means: NDArray[np.float64] = np.mean([_mean(part) for part in parts], axis=0)
     return means
+
+
+def _off(part: Sequence[Headed]) -> NDArray[np.float64]:
+    """Return expected less found, by the fit and of these queries, on average over structures."""
+    return _known_mean(np.array([(o.fitted - o.head, o.expected - o.head) for o in part]))
+
+
+def _known_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return means over rows of what is known; NaN where nothing is."""
+    known = np.isfinite(values)
+    count = known.sum(0)
+    sums = np.where(known, values, 0.0).sum(0)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
+
+
+def _mean(part: Sequence[Headed]) -> NDArray[np.float64]:
+    """Return the mean over structures: alone, with head, forest, expected by the fit, and here."""
+    values = [(o.alone, o.head, o.forest, o.fitted, o.expected) for o in part]
+    mean: NDArray[np.float64] = np.mean(values, axis=0)
+    return mean
 
 
 def write_sheet(path: Path, shown: Sequence[Shown]) -> None:

@@ -22,52 +22,25 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import LibraryCorruptError
 from recallseg.engines.heads import feature_count
 from recallseg.runtime.checks import check_key, check_origin
+from recallseg.runtime.library.choices import Choice, choice_values, parse_choice
+from recallseg.runtime.library.kept import KEPT_FORMAT, Kept, kept_values, parse_kept
 from recallseg.runtime.library.values import binary, hex_digest, integer, text, timestamp
 
 if TYPE_CHECKING:
     from recallseg.runtime.library.catalog import Catalog
     from recallseg.runtime.library.store import Store
 
-__all__ = ["Choice", "Head", "Heads", "Kept", "Units", "group_of"]
+__all__ = ["Head", "Heads", "Units", "group_of"]
 
 FORMAT_VERSION = 1
-MOST_UNITS, MOST_FOLDS, MOST_SIDE = 1024, 64, 4096
+READ = {"heads": (FORMAT_VERSION,), "kept_logits": (1, KEPT_FORMAT)}
+"""Formats that are read, by table."""
+MOST_UNITS, MOST_FOLDS = 1024, 64
 _MEND = "Fit it anew with 'recallseg library fit', or segment without it (--no-refine)."
 
 Value = TypeVar("Value")
 Units = tuple[NDArray[np.float32], ...]
 """Weights and biases of three layers: UxF, U, VxU, V, nxV, n."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen for one structure, by exemplars that the head had not seen.
-
-    Attributes
-    ----------
-    mix : the head's share of the logits, 0 (memory attention alone) to 1.
-    least : share of an image's pixels below which the structure counts as absent; 0: none.
-    alone, expected : mean Dice of memory attention alone, and of what was chosen.
-    low, high : 95 % interval of the difference that the choice makes, by groups.
-    exemplars : that it was judged by.
-    why : why the head stays out, if it does; empty otherwise.
-    within : whether it counts as absent where memory attention finds none of it.
-    """
-
-    mix: float
-    least: float
-    alone: float
-    expected: float
-    low: float
-    high: float
-    exemplars: int
-    why: str = ""
-    within: bool = False
-
-    @property
-    def used(self) -> bool:
-        """Whether it changes anything."""
-        return self.mix > 0 or self.least > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,26 +85,6 @@ class Head:
         return any(choice.used for choice in self.choices.values())
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """What memory attention made of one exemplar, from those of other groups.
-
-    Attributes
-    ----------
-    recipe : digest of the settings.
-    generation : of the memories.
-    recalled : numbers of the exemplars that were recalled, by structure.
-    scores : object score, by structure.
-    logits : float16 qxq, by structure; NaN where none were made.
-    """
-
-    recipe: str
-    generation: int
-    recalled: Mapping[str, tuple[int, ...]]
-    scores: Mapping[str, float]
-    logits: Mapping[str, NDArray[np.float16]]
-
-
 def group_of(catalog: Catalog, number: int) -> str | None:
     """Return the stored group of an exemplar, a keyed hash; None if none was told."""
     if catalog.database.format_version < 3:
@@ -174,19 +127,8 @@ class Heads:
 
     def keep(self, number: int, kept: Kept) -> None:
         """Store what was made of an exemplar, in one commit."""
-        ids = {name: self._store.structure(name).id for name in kept.logits}
-        stack = np.stack([kept.logits[name] for name in ids])
-        about = {
-            "format_version": FORMAT_VERSION,
-            "recipe": kept.recipe,
-            "generation": kept.generation,
-            "side": stack.shape[-1],
-            "structures": [
-                [ids[name], kept.scores[name], list(kept.recalled[name])] for name in ids
-            ],
-        }
-        data = zlib.compress(stack.astype("<f2").tobytes(), 1)
-        self._write("kept_logits", number, about, data)
+        ids = {name: self._store.structure(name).id for name in kept.apart.logits}
+        self._write("kept_logits", number, *kept_values(kept, ids))
 
     def kept(self, number: int) -> Kept | None:
         """Return what is kept of an exemplar; None if nothing is, or it is damaged.
@@ -200,7 +142,10 @@ class Heads:
 
     def _kept(self, number: int) -> Kept | None:
         found = self._read("kept_logits", number)
-        return None if found is None else self._parse_kept(number, *found)
+        if found is None or found[0]["format_version"] < KEPT_FORMAT:
+            return None  # what was kept before says too little to fit by
+        parse = partial(parse_kept, *found, self._names())
+        return _parsed(_called("kept_logits", number), parse)
 
     def check(self) -> tuple[int, list[str]]:
         """Return how many heads, and logits kept for them, there are, and what is wrong."""
@@ -216,30 +161,6 @@ class Heads:
                 problems.append(str(error))
         return heads + len(numbers), problems
 
-    def _parse_kept(self, number: int, about: dict[str, Any], data: bytes) -> Kept:
-        def parse() -> Kept:
-            names = self._names()
-            side = integer(about["side"], "a side of logits", 1, MOST_SIDE)
-            listed = about["structures"]
-            size = 2 * side * side * len(listed)
-            unpacked = zlib.decompressobj().decompress(data, size + 1)
-            if len(unpacked) != size:
-                raise ValueError(f"{len(unpacked)} bytes of logits")
-            stack = np.frombuffer(unpacked, "<f2").reshape(len(listed), side, side)
-            known = [names[one[0]] for one in listed]
-            return Kept(
-                hex_digest(about["recipe"], "the recipe of logits"),
-                integer(about["generation"], "the generation of logits", 1),
-                {
-                    name: tuple(integer(n, "a recalled exemplar", 1) for n in one[2])
-                    for name, one in zip(known, listed, strict=True)
-                },
-                {name: _finite(one[1]) for name, one in zip(known, listed, strict=True)},
-                dict(zip(known, stack, strict=True)),
-            )
-
-        return _parsed(_called("kept_logits", number), parse)
-
     def store(self, head: Head) -> None:
         """Store a head in the place of the one before, in one commit."""
         arrays = [array for units in (head.units, *head.folds) for array in units]
@@ -251,7 +172,7 @@ class Heads:
             "units": [len(head.units[1]), len(head.units[3])],
             "folds": len(head.folds),
             "structures": [
-                [self._store.structure(name).id, *_choice_values(head.choices[name])]
+                [self._store.structure(name).id, *choice_values(head.choices[name])]
                 for name in head.structures
             ],
             "exemplars": [
@@ -323,7 +244,7 @@ class Heads:
                 raise ValueError(f"a grouping {about['grouping']!r}")
             return Head(
                 structures,
-                {name: _choice(one[1:]) for name, one in zip(structures, listed, strict=True)},
+                {name: parse_choice(one[1:]) for name, one in zip(structures, listed, strict=True)},
                 _cut(numbers[0], shapes),
                 tuple(_cut(row, shapes) for row in numbers[1:]),
                 {number: fold for number, _, fold, _ in exemplars},
@@ -394,7 +315,7 @@ class Heads:
                 digest, "a digest of a head", 32
             ):
                 raise ValueError("it does not match its digest")
-            if about["format_version"] != FORMAT_VERSION:
+            if about["format_version"] not in READ[table]:
                 raise ValueError(f"its format is {about['format_version']!r}")
             return about, data
 
@@ -431,30 +352,3 @@ def _cut(numbers: NDArray[np.float32], shapes: list[tuple[int, ...]]) -> Units:
         arrays.append(numbers[at : at + prod(shape)].reshape(shape))
         at += prod(shape)
     return tuple(arrays)
-
-
-def _choice_values(choice: Choice) -> list[Any]:
-    return [
-        *(choice.mix, choice.least, choice.alone, choice.expected, choice.low, choice.high),
-        *(choice.exemplars, choice.why, choice.within),
-    ]
-
-
-def _choice(values: list[Any]) -> Choice:
-    mix, least, alone, expected, low, high, exemplars, why, *more = values
-    within = more[0] if more else False  # the first heads did not say
-    numbers = [_finite(value) for value in (mix, least, alone, expected, low, high)]
-    if not (0 <= numbers[0] <= 1 and 0 <= numbers[1] <= 1) or not isinstance(why, str):
-        raise ValueError("a choice beyond its range")
-    if not isinstance(within, bool) or len(more) > 1:
-        raise ValueError("a choice beyond its range")
-    mix, least, alone, expected, low, high = numbers
-    count = integer(exemplars, "exemplars of a choice")
-    return Choice(mix, least, alone, expected, low, high, count, why, within)
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if isinstance(value, (str, bool)) or not np.isfinite(number):
-        raise ValueError(f"{value!r} is no finite number")
-    return number

@@ -23,6 +23,7 @@ from recallseg.runtime.reports.summary import (
     latency,
     summarise,
 )
+from recallseg.runtime.segmenting.result import STAYS_OUT
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
@@ -243,6 +244,11 @@ def _heads(evaluation: Evaluation, summaries: Sequence[StructureSummary]) -> str
     """Return what the library's head was expected to do, beside what it did."""
     found = {(s.structure, s.k): s.dice["mean"] for s in summaries if s.method == RECALLED}
     rows, said = [], []
+    images: dict[tuple[str, int], list[tuple[float, bool]]] = {}
+    for case in evaluation.cases:
+        if case.method == RECALLED and not case.annotated:
+            told = images.setdefault((case.structure, case.k), [])
+            told.append((case.nearest_distance, case.reference_volume > 0))
     for k, head in evaluation.heads.items():
         age = f"fitted {head.created} on {head.exemplars} of {head.of} exemplars"
         state = f"{head.older or head.why or 'in use'}; {JUDGED[head.grouping]}"
@@ -250,20 +256,27 @@ def _heads(evaluation: Evaluation, summaries: Sequence[StructureSummary]) -> str
         for name, choice in head.choices.items():
             uses = head.used and choice.used
             share = f"{choice.mix:.0%}" if uses else escape(choice.why or head.why)
+            here = choice.over(images.get((name, k), ())) if head.why in ("", STAYS_OUT) else None
             cells = (
                 number(choice.alone, 3),
-                number(choice.expected, 3),
+                f"{choice.expected:.3f} ({choice.interval[0]:.3f} to {choice.interval[1]:.3f})",
                 f"{choice.low:+.3f} to {choice.high:+.3f}" if uses else "-",
+                "-"
+                if here is None
+                else f"{here.dice:.3f} ({here.low:.3f} to {here.high:.3f})"
+                + (", some beyond" if here.beyond else ""),
                 number(found.get((name, k), math.nan), 3),
             )
             rows.append((escape(name), str(k), share, *cells))
     return _table(
         "The library's head",
         ("Structure", "k", "Share in the logits", "Memory attention alone, expected",
-         "Dice expected", "Gain expected", "Mean Dice found"),
+         "Dice expected", "Gain expected", "Dice expected of these images", "Mean Dice found"),
         rows,
         f"{'. '.join(said)}. Expected when it was fitted, of exemplars that it had not seen, with "
-        "the 95 % interval of the gain; found here, with memory attention and head.",
+        "95 % intervals. Expected of these images: as far from the library as they are, each as "
+        "showing the structure or not; beyond: farther than all exemplars that it was judged by. "
+        "Found here, with memory attention and head.",
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.operators import operators_digest, operators_library
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library.heads import Head, Units
-from recallseg.runtime.segmenting.result import HeadUse
+from recallseg.runtime.segmenting.result import STAYS_OUT, HeadUse
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
@@ -45,7 +45,6 @@ HALO = 64
 """Pixels around a tile that its filters see: whole coarsest ones, and more than they reach."""
 LIMIT = 10.0
 """Logits beyond it say no more; where memory attention made none, they are at its end."""
-STAYS_OUT = "it is surely no better for any of these structures"
 SMOOTHINGS = (5, 13)
 """Sides of the squares of logits that are averaged, on the logits' own grid."""
 

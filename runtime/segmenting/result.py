@@ -13,12 +13,20 @@ from numpy.typing import NDArray
 from recallseg.engines.device import on_gpu
 from recallseg.engines.errors import InputError
 from recallseg.runtime.frozen import FrozenMap, public, same_fields
+from recallseg.runtime.library.choices import Choice, Expected
 from recallseg.runtime.library.exemplar import Match
-from recallseg.runtime.library.heads import Choice
 from recallseg.runtime.segmenting.probabilities import LogitsOnModel, Probabilities
 from recallseg.runtime.segmenting.recipe import Provenance
 
-__all__ = ["RECORD_FORMAT", "HeadUse", "Quality", "Result", "Score", "calibration_json"]
+__all__ = [
+    "RECORD_FORMAT",
+    "STAYS_OUT",
+    "HeadUse",
+    "Quality",
+    "Result",
+    "Score",
+    "calibration_json",
+]
 
 RECORD_FORMAT = 2
 """Version of NAME.json and of whatever else states a result. Records of before 0.1.0 say none: they
@@ -59,6 +67,10 @@ class Score:
         return hash(tuple(self.to_json().values()))
 
 
+STAYS_OUT = "it is surely no better for any of these structures"
+"""Why a head took no part that was judged and found no better."""
+
+
 @dataclass(frozen=True)
 class HeadUse:
     """What the library's head has to do with a result, see :meth:`recallseg.Library.fit`.
@@ -90,6 +102,21 @@ class HeadUse:
     def used(self) -> bool:
         """Whether it took part in any structure's logits."""
         return not self.why
+
+    def expected(self, scores: Mapping[str, Score]) -> dict[str, Expected]:
+        """Return the Dice that is expected of an image by its scores, see :meth:`Choice.at`.
+
+        By structure, if the image shows it; without those that the fit could not say it of, and
+        empty where it says nothing of what was done, since other filters or memories were used.
+        """
+        if self.why not in ("", STAYS_OUT):
+            return {}
+        told = {
+            name: self.choices[name].at(score.distance)
+            for name, score in scores.items()
+            if name in self.choices
+        }
+        return {name: one for name, one in told.items() if one is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -209,6 +236,15 @@ class Result:
         """
         return Probabilities(self.logits, self.masks, self.scores, tuple(self.label_map.shape))
 
+    @property
+    def expected(self) -> Mapping[str, Expected]:
+        """Dice that the library's head expects of an image as far from the library as this one.
+
+        By structure, if the image shows it: of images like the exemplars that it was fitted on, see
+        :attr:`HeadUse.grouping`. Empty without a head.
+        """
+        return {} if self.quality.head is None else self.quality.head.expected(self.scores)
+
     def to_json(self) -> dict[str, Any]:
         """Return everything but the pixels, for ``NAME.json`` beside a mask."""
         return {
@@ -232,6 +268,7 @@ class Result:
             },
             "timings_ms": {name: round(ms, 3) for name, ms in self.timings.items()},
             "quality": self.quality.to_json(),
+            "expected": {name: one.to_json() for name, one in self.expected.items()},
             "provenance": self.provenance.to_json(),
             "frame_memories": dict(self.frame_memories),
             "corrections": dict(self.corrections),

@@ -371,11 +371,19 @@ class Segmenter:
         return self._view.logits()
 
     def logits_of(
-        self, image: Any, without: Collection[str] = ()
-    ) -> tuple[Result, NDArray[np.float32]]:
-        """Segment an image, and return what memory attention made of it too, see :meth:`logits`."""
+        self, image: Any, without: Sequence[Collection[str]] = ((),)
+    ) -> list[tuple[Result, NDArray[np.float32]]]:
+        """Segment an image, without each of some sets of exemplars in turn.
+
+        Returns what memory attention made of it too, see :meth:`logits`. The image is encoded once.
+        """
         with self.model.turns:
-            return self._segment(image, Timings(), without=without), self.logits()
+            found, view = [], None
+            for keys in without:
+                result = self._segment(image, Timings(), without=keys, view=view)
+                view = self._view
+                found.append((result, self.logits()))
+            return found
 
     def warm_up(self, runs: int = 2) -> None:
         """Run on a blank image, so that the first real query is as fast as the next.
@@ -499,15 +507,17 @@ class Segmenter:
         acquisition: Acquisition | None = None,
         keeper: Keeper | None = None,
         keep_logits: bool = False,
+        view: View | None = None,
     ) -> Result:
         """Run a query, without the exemplars of these keys.
 
         With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up; a
-        ``keeper`` keeps what the answer can be corrected with.
+        ``keeper`` keeps what the answer can be corrected with; a ``view`` is of the image, which is
+        on the model already.
         """
         with timings.locked(self.model.turns):
             result = self._answer(
-                image, timings, without, out, frame_memories, exemplars, acquisition, keeper
+                image, timings, without, out, frame_memories, exemplars, acquisition, keeper, view
             )
             return replace(result, logits=FrozenMap(result.logits)) if keep_logits else result
 
@@ -521,6 +531,7 @@ class Segmenter:
         exemplars: int | None,
         acquisition: Acquisition | None,
         keeper: Keeper | None,
+        view: View | None,
     ) -> Result:
         n = len(self.structures)
         earlier = [
@@ -528,7 +539,7 @@ class Segmenter:
             for i in range(len(self._every))
         ]
         with timings("prepare"):
-            self._view = view = self.model.look(image, self.library.intensity)
+            self._view = view = view or self.model.look(image, self.library.intensity)
             view.begin(len(self._every))
         with timings("embed"):
             embedding = view.embedding
@@ -710,8 +721,9 @@ class Segmenter:
                     f"unlike the library: distance {recalled[name][0].distance:.3f} to the nearest "
                     f"exemplar, usual is up to {limits.distance:.3f}"
                 )
-            if name in small:
-                found.append("likely absent: too little of it is found, or nothing by recall alone")
+            if name in small and score.object_score > 0:  # else it is absent without that
+                rule = "" if self.head is None else self.head.choices[name].absence
+                found.append(f"likely absent by the library's head: {rule}")
             elif not score.present and score.object_score != ABSENT_SCORE:
                 found.append(f"likely absent: object score {score.object_score:.1f}")
             if score.present and score.presence < DOUBTFUL_SHARE:

@@ -26,6 +26,12 @@ def check_record(record: Any) -> None:
     _validator().validate(record)
 
 
+def check_record_part(name: str, told: Any) -> None:
+    """Raise jsonschema.ValidationError unless a field of a record is as the schema says."""
+    schema = json.loads(SCHEMA.read_text())
+    Draft202012Validator({**schema["properties"][name], "$defs": schema["$defs"]}).validate(told)
+
+
 def check_head(told: Any) -> None:
     """Raise jsonschema.ValidationError unless what a record tells of a head is as it says."""
     _validator("head").validate(told)

@@ -434,15 +434,24 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
 def _lines(title: str, total: int) -> Callable[..., None]:
     """Return what a bar would be told; it says so in a line, once in a while."""
     done, told = 0.0, monotonic()
+    began = told
 
     def step(what: str, advance: float = 1) -> None:
         nonlocal done, told
         done += advance
         if monotonic() - told >= QUIET_SECONDS:
             told = monotonic()
-            note(f"{title}: {done:.0f} of {total}{f', {what}' if what else ''}")
+            rate = done / (told - began)
+            left = f", {rate:.2g}/s, {_minutes((total - done) / rate)} left" if rate > 0 else ""
+            note(f"{title}: {done:.0f} of {total}{left}{f', {what}' if what else ''}")
 
     return step
+
+
+def _minutes(seconds: float) -> str:
+    """Return a time to wait, as a person would say it."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    return f"{minutes} min" if minutes >= 10 else f"{minutes}:{rest:02d} min"
 
 
 def counted(step: Callable[[str], None]) -> Callable[[int, int], None]:

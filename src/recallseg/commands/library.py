@@ -32,6 +32,7 @@ from recallseg.engines.errors import InputError
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
     from recallseg.runtime.library.calibrations import StoredCalibration
+    from recallseg.runtime.library.choices import Choice
     from recallseg.runtime.library.heads import Head
     from recallseg.runtime.model.preprocess import Intensity
 
@@ -360,17 +361,18 @@ def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:
         f"{grouping}{f'; {older}' if older else ''}"
     ]
     for name, choice in head.choices.items():
+        under, over = choice.interval
+        dice = f"expected Dice {choice.expected:.3f} ({under:.3f} to {over:.3f})"
         if not choice.used:
-            lines.append(f"  {name}: the head stays out: {choice.why}")
+            lines.append(f"  {name}: the head stays out: {choice.why}; {dice}")
+            lines += _by_distance(choice)
             continue
-        small = f", absent below {choice.least:.2%} of an image" if choice.least else ""
-        if choice.within:
-            small += ", absent where memory attention finds none"
+        small = f", absent where {choice.absence}" if choice.absence else ""
         lines.append(
-            f"  {name}: {choice.mix:.0%} of the head{small}; expected Dice {choice.expected:.3f}, "
-            f"{choice.alone:.3f} without (95 % interval of the gain {choice.low:+.3f} to "
-            f"{choice.high:+.3f}, {choice.exemplars} exemplars)"
+            f"  {name}: {choice.mix:.0%} of the head{small}; {dice}, {choice.alone:.3f} without "
+            f"(gain {choice.low:+.3f} to {choice.high:+.3f}, {choice.exemplars} exemplars)"
         )
+        lines += _by_distance(choice)
     return lines, {
         "digest": head.digest,
         "created": head.created,
@@ -380,6 +382,21 @@ def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:
         "recipe": dict(head.recipe),
         "structures": {name: vars(choice) for name, choice in head.choices.items()},
     }
+
+
+def _by_distance(choice: Choice) -> list[str]:
+    """Return what is expected of images by their distance from the library."""
+    lines = []
+    if choice.curve:
+        told = ", ".join(
+            f"{knot.distance:.3f}: {knot.dice:.3f} ({knot.low:.3f} to {knot.high:.3f})"
+            for knot in choice.curve
+        )
+        lines.append(f"    where shown, by distance from the library: {told}")
+    right, of = choice.absent
+    if of:
+        lines.append(f"    nothing found in {right} of {of} exemplars without it")
+    return lines
 
 
 def _calibration(stored: StoredCalibration, library: Library) -> tuple[str, dict[str, Any]]:

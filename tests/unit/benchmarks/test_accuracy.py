@@ -18,7 +18,7 @@ from recallseg.benchmarks.accuracy import run as running
 from recallseg.benchmarks.accuracy.baselines import copy_nearest_by_position
 from recallseg.benchmarks.accuracy.choosing import BUDGETS, measure_choosing, tabulate
 from recallseg.benchmarks.accuracy.dataset import Dataset, annotate, spread, tiles
-from recallseg.benchmarks.accuracy.heads import Headed, measure_head, write_sheet
+from recallseg.benchmarks.accuracy.heads import Headed, measure_head, steps, write_sheet
 from recallseg.benchmarks.accuracy.heads import tabulate as head_table
 from recallseg.benchmarks.accuracy.measure import (
     COPY_EMBEDDING,
@@ -351,7 +351,10 @@ def test_chosen_images_are_measured_beside_random_ones(tmp_path: Path) -> None:
 
 def test_a_head_is_measured_beside_what_it_expected(tmp_path: Path) -> None:
     bundle = make_fake_bundle(tmp_path / "bundle")
-    rows, shown = measure_head(make_dataset(), bundle, forest=False, engine="fake")
+    done: list[str] = []
+    dataset = make_dataset()
+    rows, shown = measure_head(dataset, bundle, forest=False, engine="fake", step=done.append)
+    assert len(done) == steps(dataset)
     assert {row.structure for row in rows} <= {"disc", "stripe"}
     disc_row = next(row for row in rows if row.structure == "disc")
     assert disc_row.queries == 3
@@ -364,6 +367,7 @@ def test_a_head_is_measured_beside_what_it_expected(tmp_path: Path) -> None:
     assert [line[0] for line in table] == [
         *("discs", "other"),
         *("mean over structures", "mean over data sets"),
+        *("expected less found, data sets", "how far off, data sets"),
     ]
     write_rows(tmp_path / "head.csv", Headed, rows)
     assert len((tmp_path / "head.csv").read_text().splitlines()) == 1 + len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,9 +15,16 @@ from support.fake_library import HashEncoder, StubBundle, create, draw
 from recallseg.engines.errors import LibraryCorruptError, LibraryWriteError
 from recallseg.engines.heads import REFINE, feature_count, graph_digest
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.heads import Choice, Head, Kept, Units
+from recallseg.runtime.library.choices import Choice, Knot
+from recallseg.runtime.library.heads import Head, Units
+from recallseg.runtime.library.kept import Kept, Recall
 
 CATALOG = "library.sqlite"
+CHOICE = Choice(
+    *(0.5, 0.0, 0.7, 0.8, 0.01, 0.2, 4, "", False, (0.7, 0.9)),
+    (Knot(0.0, 1.0, 0.9, 1.0), Knot(0.04, 0.8, 0.6, 0.9), Knot(0.16, 0.4, 0.2, 0.7)),
+    (2, 3),
+)
 
 
 def picture(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +54,7 @@ def head(library: Library) -> Head:
     numbers = [library.number(f"e{i}") for i in range(4)]
     return Head(
         ("bar",),
-        {"bar": Choice(0.5, 0.0, 0.7, 0.8, 0.01, 0.2, 4)},
+        {"bar": CHOICE},
         units(0),
         (units(1), units(2)),
         {number: i // 2 for i, number in enumerate(numbers)},
@@ -184,14 +192,22 @@ def test_a_head_of_the_bundle_before_a_rebuild_is_no_damage(tmp_path: Path) -> N
 def test_kept_logits_come_back_and_go_with_their_exemplar(library: Library) -> None:
     plane = np.linspace(-9, 9, 96 * 96, dtype=np.float32).reshape(96, 96).astype(np.float16)
     plane[0, 0] = np.nan
-    kept = Kept("a" * 64, 1, {"bar": (2, 3)}, {"bar": 4.5}, {"bar": plane})
+    apart = Recall({"bar": (2, 3)}, {"bar": 4.5}, {"bar": 0.25}, {"bar": plane})
+    far = Recall({"bar": ()}, {"bar": -10.0}, {"bar": math.nan}, {"bar": plane - 1})
+    kept = Kept("a" * 64, 1, apart, apart, far)
     library.heads.keep(1, kept)
     found = library.heads.kept(1)
     assert found is not None
-    assert (found.recipe, found.generation, found.recalled, found.scores) == (
-        *(kept.recipe, 1, {"bar": (2, 3)}, {"bar": 4.5}),
-    )
-    np.testing.assert_array_equal(found.logits["bar"], plane)
+    assert (found.recipe, found.generation) == (kept.recipe, 1)
+    for one, other in zip(found.recalls, kept.recalls, strict=True):
+        assert (one.recalled, one.scores) == (other.recalled, other.scores)
+        np.testing.assert_equal(one.distances, other.distances)
+        np.testing.assert_array_equal(one.logits["bar"], other.logits["bar"])
+    older = {"format_version": 1}
+    library.heads._write("kept_logits", 1, older, b"")
+    assert library.heads.kept(1) is None  # what was kept before says too little
+    assert library.verify().ok
+    library.heads.keep(1, kept)
     change(library, "UPDATE kept_logits SET data = zeroblob(9)")
     assert library.heads.kept(1) is None  # damaged: made anew by whoever fits
     library.remove("e0")

@@ -33,8 +33,9 @@ from recallseg.engines.errors import (
     StaleViewError,
 )
 from recallseg.engines.heads import REFINE, feature_count, graph_digest
+from recallseg.runtime.library.choices import Choice
 from recallseg.runtime.library.encoding import MEMORY_FORMATS
-from recallseg.runtime.library.heads import Choice, Head
+from recallseg.runtime.library.heads import Head
 from recallseg.runtime.model import device as device_model
 from recallseg.runtime.model.device import DeviceModel
 from recallseg.runtime.model.memory_cache import MemoryCache

@@ -16,7 +16,7 @@ from threading import Event
 import cv2
 import numpy as np
 import pytest
-from support.records import check_head
+from support.records import check_head, check_record_part
 
 from recallseg import Frame, Stream, Volume, segment_volume
 from recallseg.engines.errors import EngineRunError, InputError, LibraryCorruptError
@@ -34,7 +34,8 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.reports.evaluation import evaluate
 from recallseg.runtime.reports.page import Settings, render_report
 from recallseg.runtime.segmenting import fitting, refining
-from recallseg.runtime.segmenting.fitting import WAYS, _choice, group_numbers
+from recallseg.runtime.segmenting.fitting import group_numbers
+from recallseg.runtime.segmenting.judging import WAYS, Found, Judged, choose, falling
 from recallseg.runtime.segmenting.refining import Filters, Refiner
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.segmenting.units import fit_units
@@ -390,8 +391,14 @@ def test_records_say_what_it_did_and_what_was_expected(fitted_at: Path) -> None:
         assert (said["exemplars"], said["of"], said["now"]) == (6, 6, 6)
         assert (said["digest"], said["grouping"]) == (head.digest, "exemplars")
         assert said["structures"]["star"]["expected"] == head.choices["star"].expected
+        check_record_part("expected", record["expected"])
+        expected = head.choices["star"].at(record["scores"]["star"]["distance"])
+        assert expected is not None
+        assert record["expected"]["star"] == expected.to_json()
+        assert 0 < expected.low <= expected.dice <= expected.high <= 1
         plain = Segmenter(library, refine=False).segment(picture(70)[0])
         assert plain.to_json()["quality"]["head"] is None
+        assert plain.to_json()["expected"] == {}
 
 
 def test_an_evaluation_shows_what_was_expected_beside_what_it_found(fitted_at: Path) -> None:
@@ -412,7 +419,10 @@ def test_an_evaluation_shows_what_was_expected_beside_what_it_found(fitted_at: P
     assert "judged by exemplars that it had not seen" in page
     assert f"<td>{choice.mix:.0%}</td>" in page
     mean = np.mean([case.dice for case in found.cases])
-    assert f"<td>{choice.expected:.3f}</td>" in page
+    assert f"<td>{choice.expected:.3f} (" in page
+    here = choice.over([(case.nearest_distance, True) for case in found.cases])
+    assert here is not None
+    assert f"<td>{here.dice:.3f} ({here.low:.3f} to {here.high:.3f})" in page
     assert f"<td>{mean:.3f}</td></tr>" in page
 
 
@@ -452,8 +462,11 @@ def test_the_whole_group_is_left_out(library: Library, monkeypatch: pytest.Monke
     left: list[tuple[str, ...]] = []
     real = Segmenter.logits_of
 
-    def watched(self: Segmenter, image: np.ndarray, without: tuple[str, ...]) -> object:
-        left.append(tuple(without))
+    def watched(self: Segmenter, image: np.ndarray, without: list[tuple[str, ...]]) -> object:
+        left.append(tuple(without[0]))
+        assert not without[1]
+        assert {*without[0]} < {*without[2]}
+        assert len(without[2]) == 2 + 3  # half of the six of other groups
         return real(self, image, without)
 
     monkeypatch.setattr(Segmenter, "logits_of", watched)
@@ -469,23 +482,26 @@ def test_the_whole_group_is_left_out(library: Library, monkeypatch: pytest.Monke
 # The choice
 
 
-def row(group: int, alone: float, **by_way: float) -> tuple[int, list[float]]:
-    """Return Dice by way: ``alone``, or what is said of a mix, by its letter and flags."""
+def row(group: int, alone: float, **by_way: float) -> Judged:
+    """Return Dice by way: ``alone``, or what is said of a mix, by its letter and flags.
+
+    As if the same were found whatever it is segmented from; what is smallest is smaller than 0.01.
+    """
     letters = {0.0: "alone", 0.25: "a", 0.5: "b", 0.75: "c", 1.0: "d"}
     values = []
     for way in WAYS:
         letter = letters[way.mix]
         flags = [letter, letter + "_within" * way.within, letter + "_small" * way.small]
         values.append(next((by_way[f] for f in reversed(flags) if f in by_way), alone))
-    return group, values
+    return Judged(group, True, [Found(0.1, values, [1.0] * len(WAYS))] * 3)
 
 
 def test_what_might_harm_is_not_chosen() -> None:
     rows = [row(i, 0.5, b=0.5 + gain) for i, gain in enumerate(GAINS)]
-    chosen = _choice(rows, 0.01)
+    chosen = choose(rows, 0.01)
     assert not chosen.used
     assert chosen.alone == chosen.expected == 0.5
-    chosen = _choice([row(i, 0.5, a=0.55, b=0.6, d=0.4) for i in range(8)], 0.01)
+    chosen = choose([row(i, 0.5, a=0.55, b=0.6, d=0.4) for i in range(8)], 0.01)
     assert (chosen.mix, chosen.least, chosen.within) == (0.5, 0.0, False)
     assert chosen.expected == pytest.approx(0.6)
 
@@ -497,35 +513,35 @@ GAINS = [0.3, -0.1, -0.05, 0.02, -0.1, 0.2, -0.1, 0.1]
 @pytest.mark.parametrize(("loss", "used"), [(0.002, True), (0.04, False)])
 def test_harm_is_what_somebody_would_notice(loss: float, used: bool) -> None:
     rows = [row(i, 0.5, a=0.5 + (0.06 if i == 0 else -loss / 4)) for i in range(8)]
-    assert _choice(rows, 0.01).used is used
+    assert choose(rows, 0.01).used is used
 
 
 def test_a_larger_share_is_chosen_only_if_it_is_surely_better() -> None:
     unsure = [row(i, 0.5, a=0.55, b=0.6 + (i % 2) / 50, c=0.612 - (i % 2) / 250) for i in range(8)]
-    assert _choice(unsure, 0.01).mix == 0.5
+    assert choose(unsure, 0.01).mix == 0.5
     sure = [row(i, 0.5, a=0.55, b=0.6, c=0.604) for i in range(8)]
-    assert _choice(sure, 0.01).mix == 0.75
+    assert choose(sure, 0.01).mix == 0.75
     far = [row(i, 0.5, b=0.6, c=0.6 + (0.1 if i < 2 else -0.005)) for i in range(8)]
-    assert _choice(far, 0.01).mix == 0.75  # on average by more than 0.01
+    assert choose(far, 0.01).mix == 0.75  # on average by more than 0.01
     one = [row(i, 0.5, b=0.6, c=0.6 + (0.2 if i == 0 else -0.005)) for i in range(8)]
-    assert _choice(one, 0.01).mix == 0.5  # by one exemplar alone
+    assert choose(one, 0.01).mix == 0.5  # by one exemplar alone
 
 
 def test_small_finds_are_dropped_only_if_that_costs_no_exemplar() -> None:
     rows = [row(i, 0.8) for i in range(6)]
     rows += [row(i, 0.0, alone_small=1.0) for i in (6, 7)]
-    assert _choice(rows, 0.01).least == 0.01
+    assert choose(rows, 0.01).least == 0.01
     rows.append(row(8, 0.8, alone_small=0.7))
-    assert _choice(rows, 0.01).least == 0.0
+    assert choose(rows, 0.01).least == 0.0
 
 
 def test_where_memory_attention_finds_nothing_a_head_may_not_either() -> None:
     rows = [row(i, 0.8, b=0.85) for i in range(7)]
     rows.append(row(7, 1.0, b=0.0, b_within=1.0))  # absent, and a head that sees it
-    chosen = _choice(rows, 0.01)
+    chosen = choose(rows, 0.01)
     assert (chosen.mix, chosen.within) == (0.5, True)
     rows.append(row(8, 0.0, b=0.7, b_within=0.0))  # there, and only the head sees it
-    assert not _choice(rows, 0.01).within
+    assert not choose(rows, 0.01).within
 
 
 def test_within_is_kept_to_in_a_query(fitted_at: Path) -> None:
@@ -543,6 +559,135 @@ def test_within_is_kept_to_in_a_query(fitted_at: Path) -> None:
             assert refine is not None
             assert refine(planes, nothing)[1] == [within]
             assert refine(planes, something)[1] == [False]
+
+
+def test_a_result_names_the_rule_that_counts_a_structure_as_absent(
+    fitted_at: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "library"
+    shutil.copytree(fitted_at, path)
+    with Library.open(path, mode="write") as library:
+        head = library.head
+        assert head is not None
+        choice = replace(head.choices["star"], least=0.5)
+        library.heads.store(replace(head, choices={"star": choice}))
+        result = Segmenter(library).segment(picture(50)[0])
+        assert not result.scores["star"].present
+        assert not result.masks["star"].any()
+        assert result.scores["star"].object_score > 0
+        [reason] = result.quality.reasons["star"]
+        assert "library's head: less than 50.00% of the image is found" in reason
+        assert result.to_json()["quality"]["head"]["structures"]["star"]["least"] == 0.5
+        for i in range(6):  # absent by the exemplars most like it: that is no news of the head's
+            flat = np.full((192, 192), 200 + i, np.uint8)
+            library.add(flat, {}, absent=("star",), key=f"flat{i}")
+        absent = Segmenter(library).segment(np.full((192, 192), 203, np.uint8))
+        assert not absent.scores["star"].present
+        assert "star" not in absent.quality.reasons
+
+
+# What is expected
+
+
+def found(distance: float, dice: float) -> Found:
+    return Found(distance, [dice] * len(WAYS), [1.0] * len(WAYS))
+
+
+def test_what_is_expected_depends_on_the_distance_and_never_rises_with_it() -> None:
+    draw = np.random.default_rng(3)
+    rows = []
+    for i in range(40):
+        near, far = draw.uniform(0.01, 0.09), draw.uniform(0.16, 0.36)
+        dice = [1 - chord + draw.normal(0, 0.02) for chord in np.sqrt([near, 0, far])]
+        rows.append(Judged(i, True, [*map(found, (near, 0.0, far), dice)]))
+    choice = choose(rows, 0.01)
+    told = [choice.at(distance) for distance in (0.0, 0.01, 0.0225, 0.06, 0.2, 0.3)]
+    dice = [one.dice for one in told if one is not None]
+    assert dice == sorted(dice, reverse=True)
+    for chord, one in zip(np.sqrt([0.0, 0.01, 0.0225, 0.06, 0.2, 0.3]), told, strict=True):
+        assert one is not None
+        assert one.dice == pytest.approx(1 - chord, abs=0.04)
+        assert one.low <= one.dice <= one.high
+        assert one.high - one.low < 0.1
+        assert not one.beyond
+    # Of images half as far from the library as exemplars from each other more is expected.
+    apart = float(np.mean([row.found[0].distance for row in rows]))
+    nearer = choice.at(apart / 4)
+    assert nearer is not None
+    assert nearer.dice > choice.expected + 0.05
+    beyond = choice.at(0.9)
+    assert beyond is not None
+    assert beyond.beyond
+    assert choice.at(float("nan")) is None
+
+
+def test_few_groups_widen_the_interval_and_fewer_than_four_say_nothing() -> None:
+    dice = [0.9, 0.8, 0.7, 0.6] * 8
+
+    def judged(count: int) -> list[Judged]:
+        return [Judged(i, True, [found(0.04, d)] * 3) for i, d in enumerate(dice[:count])]
+
+    few, many = choose(judged(4), 0.01), choose(judged(32), 0.01)
+    for choice in (few, many):
+        assert choice.expected == pytest.approx(0.75)
+        at = choice.at(0.04)
+        assert at is not None
+        assert at.dice == pytest.approx(0.75)
+    # Student's interval of the mean of four would be 0.54 to 0.96; beyond 0.6 to 0.9 none drew.
+    assert few.interval[0] < 0.63
+    assert few.interval[1] > 0.87
+    assert many.interval[1] - many.interval[0] == pytest.approx(0.08, abs=0.015)
+    at = many.at(0.04)
+    assert at is not None
+    assert at[1:3] == pytest.approx(many.interval, abs=0.01)
+    three = choose(judged(3), 0.01)
+    assert three.at(0.04) is None
+    assert three.curve == ()
+
+
+def test_images_without_the_structure_are_judged_apart() -> None:
+    rows = [Judged(i, True, [found(0.04, 0.8)] * 3) for i in range(6)]
+    rows += [Judged(6 + i, False, [found(0.5, float(i > 0))] * 3) for i in range(3)]
+    choice = choose(rows, 0.0)
+    assert choice.absent == (2, 3)
+    rejects = choice.rejects
+    assert rejects is not None
+    assert rejects.dice == pytest.approx(2.5 / 4)
+    assert rejects.low < 0.3 < 0.9 < rejects.high
+    over = choice.over([(0.04, True), (0.04, True), (0.5, False)])
+    assert over is not None
+    assert over.dice == pytest.approx((1.6 + 2.5 / 4) / 3)
+    shown_only = choose(rows[:6], 0.0)
+    assert shown_only.rejects is None
+    assert shown_only.over([(0.04, True), (0.5, False)]) is None  # nothing is known of the second
+
+
+def test_what_was_chosen_is_not_what_its_estimate_rests_on() -> None:
+    draw = np.random.default_rng(0)
+    rows = []
+    for i in range(16):  # ways that differ by chance alone: the best of them promises too much
+        values = [0.5, *np.clip(draw.normal(0.55, 0.2, len(WAYS) - 1), 0, 1)]
+        rows.append(Judged(i, True, [Found(0.1, values, [1.0] * len(WAYS))] * 3))
+    choice = choose(rows, 0.0)
+    best = max(np.mean([row.found[0].dice[w] for row in rows]) for w in range(len(WAYS)))
+    assert choice.used
+    assert choice.expected < best
+
+
+def test_a_falling_fit_is_that_of_scikit_learn() -> None:
+    isotonic = pytest.importorskip("sklearn.isotonic").IsotonicRegression(increasing=False)
+    draw = np.random.default_rng(5)
+    chords = np.sort(draw.uniform(0, 1, 60))
+    values = 1 - chords + draw.normal(0, 0.2, 60)
+    weights = draw.integers(1, 4, 60)
+    fitted = isotonic.fit(chords, values, weights).predict(chords)
+    levels = falling(chords, values, weights, chords)
+    for level in np.unique(fitted):  # in the middle of a step both are its mean
+        inside = fitted == level
+        middle = np.average(chords[inside], weights=weights[inside])
+        found_level = falling(chords, values, weights, np.array([middle]))[0]
+        assert found_level == pytest.approx(level)
+    assert (np.diff(levels) <= 1e-12).all()
 
 
 # The graph

@@ -15,7 +15,8 @@ from support.fake_bundle import make_fake_bundle
 from recallseg import Library, Result, Segmenter, Volume, segment_volume
 from recallseg.engines.errors import InputError, StaleViewError
 from recallseg.engines.pixels.opencv import resize_plane
-from recallseg.runtime.library.heads import Choice, Head
+from recallseg.runtime.library.choices import Choice
+from recallseg.runtime.library.heads import Head
 
 STRUCTURES = ("disc", "core")
 

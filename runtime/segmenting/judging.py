@@ -1,0 +1,315 @@
+"""What to choose for a structure, and what to expect: by exemplars that the head had not seen.
+
+Of the ways in which a head may be used, that of the highest mean Dice is chosen whose 95 %
+interval, by groups, excludes harm (a loss of more than :data:`HARM`).
+
+The Dice that is expected of a query depends on how far it is from the library, and exemplars need
+not be as far from each other as queries are from them: slices of one volume are twice as far from
+each other as from a slice midway, and those of another patient are farther than all of them. So
+each exemplar is judged three times: from those of other groups, from all (it is then no distance
+away), and from the farther half of the others. Mean Dice by distance, which never rises, is fitted
+to all of that by least squares (isotonic regression: Barlow, Bartholomew, Bremner and Brunk,
+"Statistical Inference under Order Restrictions", 1972), and its interval is a bootstrap's over
+groups, expanded for their small number (Hesterberg, "What Teachers Should Know About the
+Bootstrap", The American Statistician 2015). What is chosen for an exemplar is chosen without its
+group (nested cross-validation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recallseg.engines.verification import mask_dice
+from recallseg.runtime.library.choices import Choice, Knot
+from recallseg.runtime.segmenting.reach import SAME
+
+__all__ = ["FEWEST", "LEAST", "WAYS", "Found", "Judged", "by_way", "choose", "falling", "out"]
+
+FEWEST = 4
+"""Groups that show a structure, below which nothing can be said of a head."""
+MIXES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the head in the log-odds that are tried; memory attention has the rest."""
+HARM = 0.005
+"""A loss of mean Dice that the interval of what is chosen excludes: less nobody would notice."""
+NEAR = 0.01
+"""Of the best in mean Dice: ways that a smaller share may be chosen of."""
+LEAST = 0.25
+"""Of the smallest annotated share of an image: what is smaller may count as absent."""
+DRAWS, CURVES = 2000, 400
+KNOTS = 8
+DIGITS = 4
+"""Of the root of a cosine distance: nearer ones are equal."""
+TINY = 1e-9
+ALPHA = 0.05
+
+Floats = NDArray[np.float64]
+
+
+class Way(NamedTuple):
+    """What may be chosen for a structure: see :class:`Choice`."""
+
+    mix: float
+    within: bool = False
+    small: bool = False
+
+    @property
+    def bolder(self) -> tuple[Way, ...]:
+        """Ways that count it as absent less often: to choose this one must cost no exemplar."""
+        ways = (self._replace(within=False), self._replace(small=False))
+        return tuple(way for way in ways if way != self)
+
+
+ALONE = Way(0.0)
+WAYS = (
+    ALONE,
+    Way(0.0, small=True),
+    *(Way(mix, *flags) for mix in MIXES for flags in product((False, True), repeat=2)),
+)
+
+
+class Found(NamedTuple):
+    """How an exemplar was segmented: from how far, Dice by way, share of the image by way.
+
+    The distance is NaN where nothing was recalled.
+    """
+
+    distance: float
+    dice: list[float]
+    areas: list[float]
+
+
+class Judged(NamedTuple):
+    """An exemplar of which a structure is known: whether it shows it, and how it was found.
+
+    ``found`` is, in turn, from exemplars of other groups, from all, from the farther half.
+    """
+
+    group: int
+    shows: bool
+    found: list[Found]
+
+
+def by_way(
+    distance: float,
+    alone: NDArray[np.float32],
+    own: NDArray[np.float32],
+    present: bool,
+    mask: NDArray[np.bool_],
+) -> Found:
+    """Return what each way finds; nothing small left out yet.
+
+    Parameters
+    ----------
+    alone, own : logits HxW of memory attention, and of the head.
+    mask : HxW, what is shown.
+    """
+    nothing = not (alone > 0).any()
+    dice, areas = [], []
+    for way in WAYS:
+        found = (alone + np.float32(way.mix) * (own - alone) > 0) & present
+        if way.within and nothing:
+            found[:] = False
+        dice.append(_dice(found, mask))
+        areas.append(float(found.mean()))
+    return Found(distance, dice, areas)
+
+
+def _dice(found: NDArray[np.bool_], mask: NDArray[np.bool_]) -> float:
+    return float(mask_dice(found, mask)) if found.any() or mask.any() else 1.0
+
+
+def out(why: str) -> Choice:
+    """Return the choice that the head stays out."""
+    return Choice(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, why)
+
+
+def choose(rows: Sequence[Judged], limit: float) -> Choice:
+    """Return what is chosen for a structure, and what is expected.
+
+    Parameters
+    ----------
+    rows : of exemplars.
+    limit : of what is small.
+    """
+    if not rows:
+        return out("no exemplar with a stored image is annotated for it")
+    groups = np.array([row.group for row in rows])
+    shows = np.array([row.shows for row in rows])
+    # Dice by exemplar, by what it was segmented from, by way.
+    dice = np.array([[_judged(row, found, limit) for found in row.found] for row in rows])
+    apart = dice[:, 0]
+    shown = len(np.unique(groups[shows]))
+    best, gain, why = 0, (0.0, 0.0), f"{shown} of {FEWEST} groups that are needed to judge it"
+    if shown >= FEWEST:
+        best, gain = _best(groups, apart)
+        why = "" if best else "no better than memory attention alone, surely"
+    # What is expected was chosen without the exemplars that it is stated for.
+    own = np.zeros(len(rows), np.int_)
+    for group in np.unique(groups) if best else ():
+        rest = groups != group
+        if len(np.unique(groups[rest])) > 2:
+            own[~rest] = _best(groups[rest], apart[rest])[0]
+    honest = np.take_along_axis(dice, own[:, None, None], 2)[..., 0]
+    expected = honest[:, 0]
+    way = WAYS[best]
+    return Choice(
+        way.mix,
+        limit if way.small else 0.0,
+        float(apart[:, 0].mean()),
+        float(expected.mean()),
+        *gain,
+        len(rows),
+        why,
+        way.within,
+        _expanded(groups, expected),
+        _curve(groups[shows], _distances(rows)[shows], honest[shows]),
+        (int((expected[~shows] == 1).sum()), int((~shows).sum())),
+    )
+
+
+def _judged(row: Judged, found: Found, limit: float) -> list[float]:
+    """Return Dice by way, with what is small left out where that is the way."""
+    return [
+        float(not row.shows) if way.small and area < limit else value
+        for way, value, area in zip(WAYS, found.dice, found.areas, strict=True)
+    ]
+
+
+def _distances(rows: Sequence[Judged]) -> Floats:
+    return np.array([[found.distance for found in row.found] for row in rows])
+
+
+def _best(groups: NDArray[np.int_], dice: Floats) -> tuple[int, tuple[float, float]]:
+    """Return the best way that does no harm, and the interval of its gain; 0 if there is none.
+
+    Of ways near the best and not surely worse than it, or worse by one group alone, that with the
+    smallest share of the head: an exemplar that is left out has farther neighbours than a query,
+    and memory attention suffers more of that than the head.
+    """
+    gains = dice - dice[:, :1]
+    means = gains.mean(0).round(9)
+    found: dict[int, tuple[float, float]] = {}
+    for i in map(int, np.argsort(-means, kind="stable")):
+        if i == 0 or means[i] <= 0:
+            break
+        if any((dice[:, i] < dice[:, WAYS.index(way)]).any() for way in WAYS[i].bolder):
+            continue
+        best = next(iter(found), i)
+        if i != best and not _near(groups, dice[:, best] - dice[:, i]):
+            continue
+        low, high = _interval(groups, gains[:, i])
+        if low >= -HARM:
+            found[i] = low, high
+    if not found:
+        return 0, (0.0, 0.0)
+    chosen = min(found, key=lambda i: WAYS[i].mix)  # of equal ones the first, which is better
+    return chosen, found[chosen]
+
+
+def _near(groups: NDArray[np.int_], behind: Floats) -> bool:
+    """Whether a way that is behind another by so much, by exemplar, is as good for all we know."""
+    sums = np.array([behind[groups == name].sum() for name in np.unique(groups)])
+    if sums.sum() - sums.max() <= TINY:
+        return True  # one group alone makes the difference
+    return bool(behind.mean() <= NEAR and _interval(groups, behind)[0] < 0)
+
+
+def _interval(
+    groups: NDArray[np.int_], values: Floats, tail: float = ALPHA / 2
+) -> tuple[float, float]:
+    """Return the bootstrap's interval of a mean, groups being drawn, not exemplars."""
+    names = np.unique(groups)
+    sums = np.array([values[groups == name].sum() for name in names])
+    counts = np.array([(groups == name).sum() for name in names])
+    drawn = np.random.default_rng(0).integers(len(names), size=(DRAWS, len(names)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _expanded(groups: NDArray[np.int_], dice: Floats) -> tuple[float, float]:
+    """Return the interval of a mean Dice; that of what nobody knows with fewer than three groups.
+
+    A bootstrap of few groups is too narrow by a factor that is known for a normal mean.
+    """
+    count = len(np.unique(groups))
+    return _interval(groups, dice, _tail(count)) if count > 2 else (0.0, 1.0)
+
+
+def _tail(count: int) -> float:
+    """Return which quantile of a bootstrap of so many groups covers 95 % in the end.
+
+    Student's quantile by its expansion (Abramowitz and Stegun 26.7.5).
+    """
+    z, n = NormalDist().inv_cdf(1 - ALPHA / 2), count - 1
+    student = (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
+    return NormalDist().cdf(-student * float(np.sqrt(count / n)))
+
+
+def _curve(groups: NDArray[np.int_], distances: Floats, dice: Floats) -> tuple[Knot, ...]:
+    """Return mean Dice by distance, which does not rise.
+
+    Parameters
+    ----------
+    groups : N, of exemplars that show the structure.
+    distances, dice : Nx3, by what they were segmented from.
+    """
+    count = len(np.unique(groups))
+    if count < FEWEST:
+        return ()
+    known = np.isfinite(distances)
+    owners = np.broadcast_to(groups[:, None], dice.shape)[known]
+    near = np.where(distances[known] > SAME, distances[known], 0.0)
+    chords, values = np.sqrt(near).round(DIGITS), dice[known]
+    places = chords[chords > 0] if chords.any() else chords
+    knots = np.unique([0.0, *np.quantile(places, np.linspace(0, 1, KNOTS - 1)).round(DIGITS)])
+    mean = falling(chords, values, np.ones(len(chords)), knots)
+    names, own = np.unique(owners, return_inverse=True)
+    draw = np.random.default_rng(0)
+    drawn = np.array(
+        [
+            falling(chords, values, np.bincount(some, minlength=len(names))[own], knots)
+            for some in draw.integers(len(names), size=(CURVES, len(names)))
+        ]
+    )
+    tail = _tail(count)
+    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+    low, high = np.minimum(low, mean), np.maximum(high, mean)
+    return tuple(Knot(*map(float, knot)) for knot in zip(knots**2, mean, low, high, strict=True))
+
+
+def falling(chords: Floats, values: Floats, weights: NDArray[Any], at: Floats) -> Floats:
+    """Return the best fit in least squares that never rises, between its steps a straight line.
+
+    Parameters
+    ----------
+    chords, values, weights : N.
+    at : where to say it.
+    """
+    places, own = np.unique(chords, return_inverse=True)
+    there = np.bincount(own, weights)
+    sums = np.bincount(own, weights * values)
+    # Each step: weight, sum of chords, sum of values. Pool adjacent violators.
+    steps: list[tuple[float, float, float]] = []
+    for chord, weight, total in zip(places.tolist(), there.tolist(), sums.tolist(), strict=True):
+        if not weight:
+            continue
+        step = (weight, weight * chord, total)
+        while steps and steps[-1][2] * step[0] <= step[2] * steps[-1][0]:
+            before = steps.pop()
+            step = (before[0] + step[0], before[1] + step[1], before[2] + step[2])
+        steps.append(step)
+    found = np.array(steps)
+    fitted: Floats = np.interp(at, found[:, 1] / found[:, 0], found[:, 2] / found[:, 0])
+    return fitted

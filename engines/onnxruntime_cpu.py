@@ -29,6 +29,10 @@ from recallseg.engines.specs import GraphSpec
 __all__ = ["OnnxRuntimeCpu"]
 
 _PROVIDER = "CPUExecutionProvider"
+SPIN_US = 50
+"""For how long a thread without work keeps its core, in case the next operator comes: about what it
+takes to wake it. ONNX Runtime (from 1.26 on) would else keep it through all that one thread does
+alone, and take it from whoever reads, answers or runs beside (docs/contribute/measurements.md)."""
 _SHARED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
 """Sessions of this process, for as long as an engine has them."""
 
@@ -116,6 +120,7 @@ def _make_session(onnxruntime: Any, path: Path, threads: int) -> Any:
     configure_session_log(settings)
     # A query runs five sessions in turn: the threads of one must not spin through the next.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
     if not any(key[0] == os.getpid() for key in [*_SHARED]):
         _new_arena(onnxruntime)  # the first, or the first since a fork
     settings.add_session_config_entry("session.use_env_allocators", "1")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,35 @@ def test_threads_and_provider_are_read_back(doubler: Path) -> None:
     described = OnnxRuntimeCpu(SPEC, doubler, EngineOptions(threads=1)).describe()
     assert described["threads"] == 1
     assert described["providers"] == ["CPUExecutionProvider"]
+
+
+@pytest.mark.skipif(
+    tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 27),
+    reason="this ONNX Runtime lets threads spin for as long as it likes",
+)
+def test_a_thread_without_work_leaves_its_core_to_others(tmp_path: Path) -> None:
+    """Roots are taken by two threads; sums of all before, which take far longer, by one alone."""
+    count = 2**20
+    nodes = [
+        helper.make_node("Sqrt", ["a"], ["root"]),
+        helper.make_node("CumSum", ["root", "axis"], ["b"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [count]) for name in "ab"]
+    axis = helper.make_tensor("axis", TensorProto.INT32, [], [0])
+    graph = helper.make_graph(nodes, "sums", values[:1], values[1:], [axis])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "sums.onnx")
+    one, other = (TensorSpec(name, "float32", (count,)) for name in "ab")
+    spec = GraphSpec("decode", (one,), (other,))
+    engine = OnnxRuntimeCpu(spec, tmp_path / "sums.onnx", EngineOptions(threads=2))
+    a, b = np.ones(count, np.float32), np.zeros(count, np.float32)
+    engine.run({"a": a}, {"b": b})
+    every, own = time.process_time(), time.thread_time()
+    for _ in range(20):
+        engine.run({"a": a}, {"b": b})
+    own = time.thread_time() - own
+    others = time.process_time() - every - own
+    assert others < 0.3 * own  # it is 0.5 and more if the other one spins meanwhile
 
 
 def test_engines_of_one_file_share_a_session_while_one_of_them_lives(doubler: Path) -> None:

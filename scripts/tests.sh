@@ -1,10 +1,48 @@
 # shellcheck shell=bash
-# Sourced by the scripts that run tests.
+# Sourced by the scripts that check.
+
+# check_style: format, and lint of Python and of shell scripts.
+check_style() {
+  local shell
+  ruff format --check .
+  ruff check .
+  mapfile -t shell < <(grep -lE '^#!.*\b(ba)?sh$' .ci/* scripts/* 2>/dev/null)
+  shellcheck --external-sources "${shell[@]}" scripts/*.sh
+}
+
+# memory_folder: make a folder in memory and print its name; fail where there is not enough of it, or
+# where nothing could be run from it.
+memory_folder() {
+  local folder free limit
+  free=$(df --output=avail --block-size=1M /dev/shm | tail -1)
+  ((free > 6000)) || return 1
+  free=$(awk '/^MemAvailable/ { print int($2 / 1024) }' /proc/meminfo)
+  limit=$(cat /sys/fs/cgroup/memory.max 2>/dev/null || echo max)
+  [[ $limit == max ]] || free=$((limit >> 20 < free ? limit >> 20 : free))
+  ((free > 12000)) || return 1
+  folder=$(mktemp -d /dev/shm/recallseg.XXXXXX) || return 1
+  if cp "$(type -P true)" "$folder/run" && "$folder/run"; then
+    echo "$folder"
+  else
+    rm -rf "$folder"
+    return 1
+  fi
+}
 
 # run_tests FOLDER...: a worker for each core, and then what must have the machine to itself.
+#
+# A worker that has nothing left takes tests over from another. Most tests write a library, durably:
+# on a disk that waits for its medium they would wait for a third of the time, so they write to memory.
 run_tests() {
-  local tests="not gpu and not slow" alone
-  python -m pytest -q -n auto --maxprocesses 4 --dist loadscope -m "$tests and not alone" "$@"
+  local tests="not gpu and not slow" alone folder place=()
+  if folder=$(memory_folder 2>/dev/null); then
+    # shellcheck disable=SC2064 # the folder of now
+    trap "rm -rf '$folder'" EXIT
+    export TMPDIR=$folder
+    place=(--basetemp "$folder/tests") # short: names of sockets may have 107 bytes
+  fi
+  python -m pytest -q -n auto --maxprocesses 4 --dist worksteal "${place[@]}" \
+    -m "$tests and not alone" "$@"
   mapfile -t alone < <(grep -rl --include='test_*.py' 'mark\.alone' "$@")
-  ((${#alone[@]} == 0)) || python -m pytest -q -m "$tests and alone" "${alone[@]}"
+  ((${#alone[@]} == 0)) || python -m pytest -q "${place[@]}" -m "$tests and alone" "${alone[@]}"
 }

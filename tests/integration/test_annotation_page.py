@@ -72,7 +72,7 @@ class Person:
         return self.browser.find_element(By.ID, name)
 
     def wait(self, done: Callable[[], bool]) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not done():
             assert time.monotonic() < end, (self.find("status").text, self.find("error").text)
             time.sleep(0.05)
@@ -127,7 +127,7 @@ class Person:
     def export(self, mark: str) -> NDArray[np.bool_]:
         """Return what the server would propose for an image of the list."""
         with httpx.Client(
-            base_url=self.served.url, headers={"Authorization": f"Bearer {TOKEN}"}
+            base_url=self.served.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=300
         ) as client:
             draft = client.post("/api/drafts", json={"mark": mark}).json()["draft"]
             assert client.post(f"/api/drafts/{draft}/propose").json()["proposed"]

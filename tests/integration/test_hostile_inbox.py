@@ -110,5 +110,5 @@ def test_a_decoder_that_hangs_is_left_when_the_watch_is_to_end(
         assert process.poll() is None
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == 0

@@ -242,7 +242,13 @@ def test_what_no_rule_fits_is_kept_and_listed_and_answered_when_one_does(
 
 def test_two_senders_of_one_series_give_one_answer(tmp_path: Path, library: Path) -> None:
     files = write_series(tmp_path / "s", half_volume(6))
-    with running(configured(tmp_path, library, quiet_s=1.0)) as node:
+    with running(configured(tmp_path, library, idle_s=300)) as node:
+        # As long as this one is there, however long the two take, the series is not complete.
+        one = pydicom.dcmread(files[0])
+        ae = AE("C")
+        ae.add_requested_context(one.SOPClassUID, one.file_meta.TransferSyntaxUID)
+        association = ae.associate("127.0.0.1", node.port, ae_title="RECALLSEG")
+        assert association.send_c_store(one).Status == 0
         first = subprocess.Popen(
             [
                 program("storescu"),
@@ -256,7 +262,8 @@ def test_two_senders_of_one_series_give_one_answer(tmp_path: Path, library: Path
             ]
         )
         assert dcmtk("storescu", node.port, "-aet", "B", *files[2:]).startswith("0")
-        assert first.wait(30) == 0
+        assert first.wait(300) == 0
+        association.release()
         wait_until(lambda: node.counts()["jobs"] == {"made": 1})
         time.sleep(0.5)
         assert node.counts()["jobs"] == {"made": 1}
@@ -470,7 +477,7 @@ def test_an_archive_of_dcmtk_takes_answers_and_gives_them_back(
         found = subprocess.run(
             [program("findscu"), "-S", "-aec", "P", "-k", "QueryRetrieveLevel=STUDY", "-k",
              "ModalitiesInStudy", "-k", "StudyInstanceUID", "127.0.0.1", str(port)],
-            capture_output=True, text=True, timeout=30,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         study = str(pydicom.dcmread(next((tmp_path / "s").iterdir())).StudyInstanceUID)
         assert study in found.stdout + found.stderr

@@ -131,7 +131,7 @@ def test_a_watch_asks_it_of_the_next_file(
         stdout=subprocess.PIPE,
     )
     assert watch.stdout is not None
-    end = threading.Timer(60, watch.kill)
+    end = threading.Timer(300, watch.kill)
     end.start()
     try:
         for number, expected in enumerate(({"half": 1}, {"later": 1})):
@@ -141,7 +141,7 @@ def test_a_watch_asks_it_of_the_next_file(
             assert record["labels"] == expected, record
             next_release()
         watch.terminate()
-        assert watch.wait(20) == 0
+        assert watch.wait(300) == 0
     finally:
         end.cancel()
         watch.kill()
@@ -175,7 +175,7 @@ def test_a_server_puts_nothing_into_the_former_one(
             f"{server.url}/api{path}", headers={"Authorization": f"Bearer {TOKEN}"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             with error:

@@ -7,6 +7,7 @@ from time import perf_counter, sleep
 
 import numpy as np
 import pytest
+from support.measuring import measures
 
 from recallseg import Frame, Library, Segmenter, Stream
 from recallseg.benchmarks.resident import resident_bytes
@@ -51,11 +52,12 @@ def replay(
             pushed = perf_counter()
             assert stream.push(image) == number
             assert perf_counter() - pushed < 0.1  # a scanner must not be held up
-        assert stream.drain(60)
+        assert stream.drain(120)
     return stream, truth
 
 
 @pytest.mark.parametrize("rate", [20.0, 30.0])
+@measures
 def test_a_cine_is_segmented_at_the_displays_rate(library: Library, rate: float) -> None:
     frames: list[Frame] = []
     segmenter = Segmenter(library, k=1, frames=1)
@@ -78,6 +80,7 @@ def test_a_cine_is_segmented_at_the_displays_rate(library: Library, rate: float)
     )
 
 
+@measures
 def test_a_slow_display_drops_frames_and_not_the_stream(library: Library) -> None:
     shown: list[int] = []
 
@@ -90,6 +93,7 @@ def test_a_slow_display_drops_frames_and_not_the_stream(library: Library) -> Non
     assert shown == sorted(set(shown))
 
 
+@measures
 def test_an_impossible_deadline_is_late_and_says_so(library: Library) -> None:
     frames: list[Frame] = []
     stream, _ = replay(Segmenter(library, k=1), 30.0, frames.append, deadline_ms=0.5)
@@ -97,6 +101,7 @@ def test_an_impossible_deadline_is_late_and_says_so(library: Library) -> None:
     assert stream.statistics.late == len(frames) > 0
 
 
+@measures
 def test_memory_does_not_grow(library: Library) -> None:
     segmenter = Segmenter(library, k=1, frames=2)
     segmenter.warm_up()
@@ -106,7 +111,7 @@ def test_memory_does_not_grow(library: Library) -> None:
         for _ in range(3):
             for _ in range(15):
                 stream.push(image)
-                assert stream.drain(30)
+                assert stream.drain(120)
             sizes.append(resident_bytes())
     assert sizes[0] is not None
     assert sizes[-1] is not None

@@ -42,7 +42,7 @@ def test_a_watch_survives_being_killed(tmp_path: Path, fake_bundle: Bundle) -> N
     while killed < KILLS:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         wanted = len(list(out.glob("*.json"))) + rng.randint(1, 2) if killed < KILLS - 1 else 0
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while len(list(out.glob("*.json"))) < min(wanted, IMAGES - 1):
             assert process.poll() is None
             assert time.monotonic() < until
@@ -54,7 +54,7 @@ def test_a_watch_survives_being_killed(tmp_path: Path, fake_bundle: Bundle) -> N
     done = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert done
 
-    finished = subprocess.run([*command, "--once"], capture_output=True, text=True, timeout=120)
+    finished = subprocess.run([*command, "--once"], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert {path: path.stat().st_mtime_ns for path in done} == done
     for i in range(IMAGES):
@@ -79,5 +79,5 @@ def test_a_watch_ends_when_it_is_told_to(tmp_path: Path, fake_bundle: Bundle) ->
     cv2.imwrite(str(tmp_path / "in" / "late.png"), picture(1))
     assert json.loads(process.stdout.readline())["image"] == "late.png"
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (0, ""), err

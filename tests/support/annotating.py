@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
 from recallseg.runtime.library import Library
@@ -43,6 +44,11 @@ def fill(library: Library, count: int = 4) -> None:
     for seed in range(count):
         image, mask = disc(50 + 5 * seed, 60 + 6 * seed, 20 + seed, seed)
         library.add(image, {"disc": mask}, key=f"disc {seed}")
+
+
+def http(method: str, url: str, **more: Any) -> httpx.Response:
+    """Ask once; httpx itself gives up after 5 s, which a busy machine may take."""
+    return httpx.request(method, url, timeout=300, **more)
 
 
 @dataclass

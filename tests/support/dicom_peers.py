@@ -49,7 +49,7 @@ def dcmtk(name: str, port: int, *arguments: object, called: str = "RECALLSEG") -
         [program(name), "-v", "-aec", called, "127.0.0.1", str(port), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=3000,
     )
     return f"{done.returncode}\n{done.stdout}{done.stderr}"
 
@@ -94,7 +94,7 @@ class Orthanc:
     def get(self, path: str) -> Any:
         """Ask its REST interface."""
         url = f"http://127.0.0.1:{self.http_port}{path}"
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with urllib.request.urlopen(url, timeout=300) as answer:
             return json.loads(answer.read() or b"null")
 
     def post(self, path: str, body: object) -> Any:
@@ -102,7 +102,7 @@ class Orthanc:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         url = f"http://127.0.0.1:{self.http_port}{path}"
         request = urllib.request.Request(url, data, method="POST")
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return json.loads(answer.read() or b"null")
 
     def instances(self, modality: str = "SEG") -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def orthanc(folder: Path, node_port: int = 1, **options: Any) -> Iterator[Orthan
         )
         peer = Orthanc(dicom_port, http_port)
         try:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 300
             while True:
                 try:
                     peer.get("/system")
@@ -155,7 +155,7 @@ def orthanc(folder: Path, node_port: int = 1, **options: Any) -> Iterator[Orthan
         finally:
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(300)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -23,7 +23,7 @@ def running(library: Path, **changes: Any) -> Iterator[Igtl]:
     rule = {"name": "half", "library": library, "recipe": {"k": 1, "engine": "fake"}}
     rules = changes.pop("rules", [rule])
     service = Igtl(
-        Configuration(rules=rules, igtl={"port": 0, "message_s": 2, "deadline_ms": 1e4, **changes})
+        Configuration(rules=rules, igtl={"port": 0, "message_s": 60, "deadline_ms": 6e4, **changes})
     )
     try:
         service.start()
@@ -34,12 +34,12 @@ def running(library: Path, **changes: Any) -> Iterator[Igtl]:
 
 @contextmanager
 def raw_client(port: int) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", port), 20) as link:
+    with socket.create_connection(("127.0.0.1", port), 300) as link:
         yield link
 
 
 def read(link: socket.socket) -> wire.Message:
-    return wire.read(link, idle_s=10, message_s=10, most_bytes=2**28)
+    return wire.read(link, idle_s=120, message_s=120, most_bytes=2**28)
 
 
 def next_of(link: socket.socket, kind: str, device: str | None = None) -> wire.Message:

@@ -37,7 +37,7 @@ def configured(library: Path, **changes: Any) -> Configuration:
     """A configuration for tests; ``changes`` are of the section ``mrd``, but rules and audit."""
     rule = {"name": "half", "library": library, "recipe": {"k": 1, "engine": "fake"}}
     top = {name: changes.pop(name) for name in ("audit", "rules", "metrics") if name in changes}
-    mrd = {"port": 0, "message_s": 2, "deadline_s": 20, "finish_s": 30, **changes}
+    mrd = {"port": 0, "message_s": 60, "deadline_s": 120, "finish_s": 120, **changes}
     return Configuration(**{"rules": [rule], "mrd": mrd, **top})
 
 
@@ -76,8 +76,7 @@ def asked(
     header: str = HEADER,
 ) -> list[Any]:
     """Send images by ``ismrmrd``'s serializer, and return all that its deserializer reads."""
-    with socket.create_connection(("127.0.0.1", port), 20) as link:
-        link.settimeout(60)
+    with socket.create_connection(("127.0.0.1", port), 300) as link:
         stream: Any = link.makefile("rwb")
 
         def send() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from recallseg import Bundle, Library
 
 
-def wait_until(true: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 300.0) -> None:
     """Wait until something is true; AssertionError if it does not get so.
 
     A machine that others use too may take long; one that has nothing else to do is not held up.

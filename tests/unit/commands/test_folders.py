@@ -362,7 +362,7 @@ def test_file_names_of_any_bytes(library: Path, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "recallseg", *map(str, arguments), "--output",
              str(tmp_path / output), "--k", "1", "--engine", "fake"],
-            capture_output=True, env=environment, timeout=120,
+            capture_output=True, env=environment, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         done.stdout.decode(), done.stderr.decode()  # both are UTF-8

@@ -101,7 +101,7 @@ def test_a_graph_without_end_is_ended(tmp_path: Path) -> None:
     start = monotonic()
     with pytest.raises(DeadlineError, match=r"within 5 s.*--most-seconds"):
         verify_bounded(bundle, ENGINE, "fp32", most_seconds=5)
-    assert monotonic() - start < 30
+    assert monotonic() - start < 300  # the whole would take hours
     done = CliRunner().invoke(app, ["verify", str(bundle.path), "--most-seconds", "3"])
     assert done.exit_code == 1
     assert "not verified within 3 s" in done.output

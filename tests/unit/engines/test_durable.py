@@ -100,7 +100,7 @@ from recallseg.engines.durable import replace_folder
 with replace_folder(Path({str(tmp_path / "place")!r})) as work:
     (work / "half").touch()
     print("there", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
     killed, living = (
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)

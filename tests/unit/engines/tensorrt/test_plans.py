@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,10 +208,8 @@ def test_a_second_builder_waits_for_the_first(cache: PlanCache) -> None:
         os._exit(0)
     os.read(ready[0], 1)
     os.write(done[1], b"x")
-    start = time.monotonic()
     with cache.building(KEY):
         assert cache.find(KEY) is not None  # built by the other, not a second time
-    assert time.monotonic() - start < 60
     os.waitpid(child, 0)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Barrier, active_count
+from threading import Barrier
+from threading import enumerate as threads_now
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,10 @@ def test_many_at_once_are_stored_as_one_by_one(tmp_path: Path, model: Model) -> 
         for item in items(*range(COUNT)):
             one.add(**item)
         graphs = set(model.graphs)
-        threads = active_count()
+        threads = {*threads_now()}
         assert many.add_many(items(*range(COUNT))) == [f"case {n}" for n in range(COUNT)]
-        assert (set(model.graphs), active_count()) == (graphs, threads)
+        assert set(model.graphs) == graphs
+        assert {*threads_now()} <= threads
         assert many.digest == one.digest
         assert [e.key for e in many] == [e.key for e in one]
         assert many.origins == one.origins
@@ -66,7 +68,7 @@ def test_many_at_once_are_stored_as_one_by_one(tmp_path: Path, model: Model) -> 
 def test_images_are_encoded_at_the_same_time_and_come_in_their_order(
     model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    both = Barrier(2, timeout=60)  # two at a time, or it breaks
+    both = Barrier(2, timeout=300)  # two at a time, or it breaks
     done: list[int] = []
     memorize = AnyModel.memorize
 
@@ -95,12 +97,12 @@ def test_one_that_fails_beside_others_leaves_none(
         return memorize(self, image, masks, intensity)
 
     with Library.create(tmp_path / "library", "demo", model=model) as library:
-        threads = active_count()
+        threads = {*threads_now()}
         with monkeypatch.context() as patch:
             patch.setattr(AnyModel, "memorize", fail)
             with pytest.raises(EngineRunError, match="out of memory"):
                 library.add_many(items(*range(COUNT)))
-        assert active_count() == threads
+        assert {*threads_now()} <= threads
         assert len(library) == 0
         assert not [*library.path.rglob("*.npz*")]
         assert len(library.add_many(items(*range(COUNT)))) == COUNT

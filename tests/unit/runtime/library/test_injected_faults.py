@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.fake_library import HashEncoder, add, create, embedding
+from support.fake_library import HashEncoder, add, create, descriptors_of, embedding
 
 from recallseg.engines.errors import (
     LibraryCorruptError,
@@ -59,7 +59,7 @@ def test_a_lock_that_cannot_be_noted_or_taken_is_not_left_behind(tmp_path: Path)
     with pytest.raises(LibraryLockedError, match="written by another process"):
         WriterLock(path)
     lock.release()
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors_of(path)
     with pytest.MonkeyPatch.context() as patch:
 
         def refuse(descriptor: int, how: int) -> None:
@@ -68,7 +68,7 @@ def test_a_lock_that_cannot_be_noted_or_taken_is_not_left_behind(tmp_path: Path)
         patch.setattr(fcntl, "flock", refuse)
         with pytest.raises(LibraryWriteError, match="No locks available"):
             WriterLock(path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors_of(path) == before
     again = WriterLock(path)
     with pytest.raises(
         LibraryLockedError, match=rf"written by process {os.getpid()} on [^\0\n]+\. W"

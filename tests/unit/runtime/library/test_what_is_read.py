@@ -126,7 +126,7 @@ for look in (lambda: library.gather(held, *buffers(2)), lambda: print(library.ve
     except LibraryCorruptError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.returncode, done.stderr)
     gathered, verified = done.stdout.splitlines()
     assert "is cut off: it has 4696 bytes" in gathered

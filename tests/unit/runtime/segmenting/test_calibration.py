@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pytest
@@ -22,9 +22,9 @@ def test_the_nearest_other_is_not_the_exemplar_itself() -> None:
 
 def test_a_large_library_costs_no_square() -> None:
     embeddings = vectors(40 * MOST_LEFT_OUT)
-    start = perf_counter()
+    start = process_time()
     found = nearest_other(embeddings)
-    assert perf_counter() - start < 30  # all pairs would be 40 times as many
+    assert process_time() - start < 30  # all pairs would be 40 times as many
     assert len(found) == MOST_LEFT_OUT
     few, many = conformal_upper(found), conformal_upper(nearest_other(embeddings[::20]))
     assert few is not None

@@ -251,7 +251,7 @@ def test_a_killed_call_is_gone_on_with(library: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "recallseg", "archive", str(library), str(folder)]
     command += ["--output", str(out), "--engine", "fake", "--k", "1", "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while len([*out.glob("*.json")]) < 3:
         assert process.poll() is None
         assert time.monotonic() < until

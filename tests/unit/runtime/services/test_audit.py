@@ -116,7 +116,7 @@ def test_processes_may_share_a_log(tmp_path: Path) -> None:
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join(300)
         assert writer.exitcode == 0
     assert verify_audit_log(path).entries == 60
 

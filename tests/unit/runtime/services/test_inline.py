@@ -94,7 +94,7 @@ def test_mrd_answers_in_the_order_of_images_while_two_are_in_work(
         os.kill(process, signal.SIGKILL)  # and both are given up when it dies
         begin = time.monotonic()
         assert len(mrd_peers.asked(service.port, images)) >= 12
-        assert time.monotonic() - begin < 30
+        assert time.monotonic() - begin < 100  # an answer is waited for 120 s
 
 
 def test_mrd_asks_for_the_next_image_while_one_is_in_work(library: Path) -> None:
@@ -117,7 +117,7 @@ def test_mrd_asks_for_the_next_image_while_one_is_in_work(library: Path) -> None
     settings = mrd_peers.configured(library).mrd
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        said = Link(ours, idle_s=20, message_s=20, most_bytes=2**26)
+        said = Link(ours, idle_s=300, message_s=300, most_bytes=2**26)
 
         def heard() -> tuple[int, int]:
             header = Image.of(said.read().raw).header
@@ -131,17 +131,17 @@ def test_mrd_asks_for_the_next_image_while_one_is_in_work(library: Path) -> None
         for number, image in enumerate(images):
             ours.sendall(image)
             assert heard() == (number, 1)  # passed on at once
-            wait_until(lambda n=number: len(asked) == min(n + 1, 2), 20)
+            wait_until(lambda n=number: len(asked) == min(n + 1, 2))
         done(1)
         ours.settimeout(0.2)
         with pytest.raises(TimeoutError):
             ours.recv(1)
         done(0)
         assert [heard(), heard()] == [(0, 1000), (1, 1000)]
-        wait_until(lambda: len(asked) == 4, 20)
+        wait_until(lambda: len(asked) == 4)
         ours.shutdown(socket.SHUT_WR)
         done(2), done(3)
         assert [heard(), heard()] == [(2, 1000), (3, 1000)]
         assert said.read().id == CLOSE
-        thread.join(20)
+        thread.join(300)
         assert not thread.is_alive()

@@ -26,8 +26,9 @@ def test_threads_that_a_function_makes_are_scheduled_and_the_callers_are_not() -
         thread.join()
         return "done"
 
-    assert Scheduling((core,), nice=11).run(work) == "done"
-    assert seen == [({core}, 11)]
+    nice = 19 if before[1] < 19 else 18  # another than that of these tests
+    assert Scheduling((core,), nice=nice).run(work) == "done"
+    assert seen == [({core}, nice)]
     assert facts() == before
     assert Scheduling().run(get_native_id) == get_native_id()  # nothing was asked for
 

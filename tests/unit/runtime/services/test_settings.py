@@ -3,11 +3,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 from io import StringIO
@@ -235,19 +234,19 @@ def test_metrics_and_health_over_http() -> None:
 
 
 class Sleeper:
-    """A service that takes its time to stop."""
+    """A service that gets a signal as soon as it runs."""
 
-    def __init__(self, stops_in: float = 0.0) -> None:
-        self.stops_in, self.log = stops_in, list[str]()
+    def __init__(self) -> None:
+        self.log = list[str]()
 
     def start(self) -> None:
         self.log.append("start")
 
     def alive(self) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
         return True
 
     def stop(self, seconds: float) -> None:
-        time.sleep(self.stops_in)
         self.log.append("stop")
 
 
@@ -256,11 +255,10 @@ def test_sigterm_stops_a_service_and_systemd_is_told(
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
-        systemd.settimeout(5)
+        systemd.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         service = Sleeper()
-        threading.Timer(0.2, os.kill, (os.getpid(), 15)).start()
-        assert run_service(service, "node", stop_s=5)
+        assert run_service(service, "node", stop_s=300)
         assert service.log == ["start", "stop"]
         told = [systemd.recv(100).decode() for _ in range(2)]
         assert told[0] == "READY=1"
@@ -277,7 +275,7 @@ from recallseg.runtime.services.running import run_service
 class Stuck:
     def start(self): print("up", flush=True)
     def alive(self): return True
-    def stop(self, seconds): time.sleep(60)
+    def stop(self, seconds): time.sleep(3600)
 run_service(Stuck(), "node", stop_s=0.5)
 """
 
@@ -291,10 +289,8 @@ def test_a_service_that_does_not_stop_is_cut_off() -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
-        begin = time.monotonic()
         process.terminate()
-        assert process.wait(20) == STOPPED_LATE
-        assert time.monotonic() - begin < 10
+        assert process.wait(300) == STOPPED_LATE
 
 
 def rule_of(folder: Path, **fields: object) -> Rule:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from nnInteractive.inference.remote import (
@@ -16,7 +15,7 @@ from nnInteractive.inference.remote import (
     SessionExpiredError,
     nnInteractiveRemoteInferenceSession,
 )
-from support.annotating import OTHER, TOKEN, Served, ball, disc, serving
+from support.annotating import OTHER, TOKEN, Served, ball, disc, http, serving
 
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.services.http.limits import Limits
@@ -86,7 +85,7 @@ def test_what_a_session_holds_ends_with_it(served: Served) -> None:
     opened(session, disc()[0])
     session.close()
     headers = {"Authorization": f"Bearer {TOKEN}", "X-Lease-Token": lease or ""}
-    answer = httpx.post(f"{served.url}/predict", headers=headers, json={})
+    answer = http("post", f"{served.url}/predict", headers=headers, json={})
     assert answer.status_code == 410
 
 

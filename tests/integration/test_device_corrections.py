@@ -39,9 +39,15 @@ def unproven(source: Bundle, folder: Path) -> Bundle:
     return Bundle.open(folder)
 
 
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it is noted which graphs were proven on the stand-in GPU: once is enough here."""
+    return tmp_path_factory.mktemp("proven")
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GpuOptions:
-    install(monkeypatch, tmp_path / "cache")
+def gpu(monkeypatch: pytest.MonkeyPatch, proven: Path) -> GpuOptions:
+    install(monkeypatch, proven)
     return GpuOptions(HostGpu.open(deferred=True))
 
 

@@ -43,14 +43,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return made
 
 
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it is noted which graphs were proven on the stand-in GPU: once is enough here."""
+    return tmp_path_factory.mktemp("proven")
+
+
 @pytest.fixture(params=["stand-in", *(pytest.param(p, marks=pytest.mark.gpu) for p in PROVIDERS)])
-def device(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Device:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, proven: Path) -> Device:
     if request.param == "stand-in":
-        install(monkeypatch, tmp_path)
+        install(monkeypatch, proven)
         return HostGpu.open(deferred=True)
-    monkeypatch.setenv("RECALLSEG_CACHE", str(tmp_path))
+    monkeypatch.setenv("RECALLSEG_CACHE", str(proven))
     try:
         engine_class(ENGINE).require_library()  # type: ignore[attr-defined]
         return open_device(request.param)

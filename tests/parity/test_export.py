@@ -299,8 +299,8 @@ def test_what_is_native_is_not_made_where_it_cannot_be_run(
     assert not (tmp_path / "native").exists()
 
 
-def test_int8_needs_the_graphs_that_it_is_made_from(models: Models, tmp_path: Path) -> None:
-    bundle = export_bundle(*models, tmp_path / "bundle")
+def test_int8_needs_the_graphs_that_it_is_made_from(tmp_path: Path) -> None:
+    bundle = Bundle.open("demo")
     with pytest.raises(ExportError, match="--pooled"):
         convert_bundle(bundle, tmp_path / "int8", ["int8-pooled"])
     assert not (tmp_path / "int8").exists()

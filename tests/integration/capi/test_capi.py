@@ -307,9 +307,11 @@ print("still running", sys.version_info[:2])
 
 
 @pytest.mark.alone
+@measures
 def test_the_call_through_c_costs_little(capi: Installed) -> None:
-    found = measure_overhead(capi.file, rounds=60)
-    assert found.difference.p50 <= MOST_OVERHEAD_MS, found
+    """The least of each: what others do on this machine makes a call longer, and none shorter."""
+    found = measure_overhead(capi.file, rounds=60, clock=process_time)
+    assert found.c.least - found.python.least <= MOST_OVERHEAD_MS, found
 
 
 def test_pkg_config_finds_an_install_tree_that_was_moved(capi: Installed, tmp_path: Path) -> None:

@@ -142,9 +142,15 @@ class Host:
         return np.frombuffer(c.string_at(address, math.prod(shape)), np.uint8).reshape(shape)
 
 
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it is noted which graphs were proven on the stand-in GPU: once is enough here."""
+    return tmp_path_factory.mktemp("proven")
+
+
 @pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession]:
-    return install(monkeypatch, tmp_path)
+def session(monkeypatch: pytest.MonkeyPatch, proven: Path) -> type[FakeSession]:
+    return install(monkeypatch, proven)
 
 
 def start(

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from fixtures.checkpoints import recipe
 from typer.testing import CliRunner
@@ -19,8 +18,8 @@ from recallseg.export.families.listing import networks
 LAYOUTS = Path(__file__).resolve().parents[2] / "fixtures" / "checkpoints" / "meta_layouts.json"
 
 
-@pytest.mark.parametrize("name", ["MedSAM2_latest.pt", "medsam2_CTLesion.pt"])
-def test_medsam2_is_named_and_runs_at_the_size_it_was_trained_at(tmp_path: Path, name: str) -> None:
+def test_medsam2_is_named_and_runs_at_the_size_it_was_trained_at(tmp_path: Path) -> None:
+    name = "MedSAM2_latest.pt"
     layout = recipe.unfold(json.loads(LAYOUTS.read_text())["sam2.1-hiera-tiny"]["tensors"])
     weights = {n: torch.from_numpy(np.asarray(recipe.weight(n, s))) for n, s in layout.items()}
     torch.save({"model": weights}, tmp_path / name)
@@ -29,7 +28,10 @@ def test_medsam2_is_named_and_runs_at_the_size_it_was_trained_at(tmp_path: Path,
     assert "wanglab/MedSAM2" in loaded.licence
     assert loaded.model.config.image_size == 512
     assert load_segmenter(str(tmp_path / name), image_size=256).model.config.image_size == 256
-    (tmp_path / name).rename(tmp_path / "mine.pt")
+    (tmp_path / name).rename(tmp_path / "medsam2_CTLesion.pt")
+    again = load_segmenter(str(tmp_path / "medsam2_CTLesion.pt"))
+    assert again.architecture == loaded.architecture
+    (tmp_path / "medsam2_CTLesion.pt").rename(tmp_path / "mine.pt")
     other = load_segmenter(str(tmp_path / "mine.pt"))
     assert (other.architecture, other.model.config.image_size) == ("sam2.1-hiera-tiny", 1024)
     assert other.digest == loaded.digest

@@ -71,9 +71,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return made
 
 
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it is noted which graphs were proven on the stand-in GPU: once is enough here."""
+    return tmp_path_factory.mktemp("proven")
+
+
 @pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession]:
-    return install(monkeypatch, tmp_path)
+def session(monkeypatch: pytest.MonkeyPatch, proven: Path) -> type[FakeSession]:
+    return install(monkeypatch, proven)
 
 
 def without_kernels(**facts: Any) -> Device:
@@ -665,9 +671,9 @@ def test_exemplars_are_encoded_on_the_gpu_of_the_librarys_model(
             assert Segmenter(made).model is model
         shards.append([p.read_bytes() for p in sorted((tmp_path / str(number)).glob("memories/*"))])
     assert shards[0] == shards[1]
-    assert sorted({name for name, _, _ in session.made}) == [
-        "attend", "correct", "decode", "embed", "encode", "memorize",
-    ]  # fmt: skip
+    assert {name for name, _, _ in session.made} >= {
+        "attend", "decode", "embed", "encode", "memorize",
+    }  # fmt: skip
 
 
 def test_segmenters_of_a_library_share_what_is_cached(

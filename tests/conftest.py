@@ -26,7 +26,7 @@ from support.emulated_gpu import build_emulator
 from support.fake_bundle import make_fake_bundle
 from support.kernels import build_kernels, build_operators
 from support.making import build_folder, exporters, once
-from support.records import check_record
+from support.records import check_record, dumps_checked
 
 from recallseg.engines.bundle import Bundle
 from recallseg.runtime.services import outputs as image_outputs
@@ -44,7 +44,8 @@ settings.load_profile("recallseg")
 
 @pytest.fixture(autouse=True)
 def records_are_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever record a test writes is held to docs/schemas."""
+    """Whatever a test lets be written is held to docs/schemas."""
+    monkeypatch.setattr(json, "dumps", dumps_checked)
     for module in (image_outputs, volume_outputs):
 
         def replace_file(path: Path, data: bytes, write: Any = module.replace_file) -> None:

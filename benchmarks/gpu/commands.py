@@ -52,7 +52,7 @@ def gpu(
 ) -> None:
     """Measure everything on a GPU, in pieces that a later call takes up where this one ended."""
     from recallseg.benchmarks.commands import steps
-    from recallseg.benchmarks.gpu.goals import judge
+    from recallseg.benchmarks.gpu.goals import GOALS_SCHEMA, judge
     from recallseg.benchmarks.gpu.pieces import GpuPlan, pieces_of, run_pieces
 
     plan = GpuPlan(
@@ -79,7 +79,9 @@ def gpu(
     for goal in goals:
         typer.echo(str(goal))
     (output / "goals.json").write_text(
-        json.dumps([asdict(goal) for goal in goals], indent=1) + "\n", encoding="utf-8"
+        json.dumps({"schema": GOALS_SCHEMA, "goals": [asdict(goal) for goal in goals]}, indent=1)
+        + "\n",
+        encoding="utf-8",
     )
     left = len(pieces) - len(outcomes)
     if left:

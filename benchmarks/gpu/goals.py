@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from recallseg.benchmarks.gpu.pieces import Outcome
 from recallseg.benchmarks.schema import Report, Run
 
-__all__ = ["Goal", "judge"]
+__all__ = ["GOALS_SCHEMA", "Goal", "judge"]
 
+GOALS_SCHEMA = "recallseg-gpu-goals/1"
 DICE_LOSS = 0.005
 """A precision counts only if the golden masks lose no more."""
 _P50 = {1024: 6.0, 512: 3.0}

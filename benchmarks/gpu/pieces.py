@@ -43,6 +43,7 @@ OVERHEAD_MINUTES = 2.0
 """To load engines three times, prove them once, make a library and start a process."""
 COMPILE_MINUTES = 3.0
 """For torch.compile, of four graphs."""
+SCHEMA = "recallseg-gpu-piece/1"
 CUT_OFF = "the process ended while this was measured; remove {file} to measure it again"
 
 
@@ -274,13 +275,17 @@ def run_pieces(
 
 
 def _write(file: Path, outcome: Outcome) -> None:
-    replace_file(file, json.dumps(asdict(outcome), indent=1, allow_nan=False).encode())
+    told = {"schema": SCHEMA, **asdict(outcome)}
+    replace_file(file, json.dumps(told, indent=1, allow_nan=False).encode())
 
 
 def _read(file: Path) -> Outcome:
     try:
-        return Outcome(**json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        told = json.loads(file.read_bytes())
+        if told.pop("schema") != SCHEMA:
+            raise ValueError(f"it does not say that it is {SCHEMA}")
+        return Outcome(**told)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"{file} is no piece of 'bench gpu': {error}. Remove it to measure it again."
         ) from error

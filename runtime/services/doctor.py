@@ -30,6 +30,9 @@ _PROVIDERS = {kind.name: kind.provider for kind in (OnnxRuntimeCuda, OnnxRuntime
 """Engines of ONNX Runtime that need a GPU, and the provider of each."""
 
 
+SCHEMA = "recallseg-diagnosis/1"
+
+
 @dataclass(frozen=True)
 class EngineState:
     """Whether an engine can run here; ``detail`` says which version, or what is missing."""
@@ -73,7 +76,7 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return {**asdict(self), "healthy": self.healthy}
+        return {"schema": SCHEMA, **asdict(self), "healthy": self.healthy}
 
 
 def diagnose(*, self_test: bool = True) -> Diagnosis:

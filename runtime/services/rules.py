@@ -47,10 +47,16 @@ def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+_Pattern = Annotated[str, Field(min_length=1)]
 Patterns = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...],
-    BeforeValidator(_one_or_more),
+    tuple[_Pattern, ...],
     Field(min_length=1),
+    BeforeValidator(
+        _one_or_more,
+        json_schema_input_type=Union[
+            _Pattern, Annotated[tuple[_Pattern, ...], Field(min_length=1)]
+        ],
+    ),
 ]
 """One pattern or several, of which one must fit: ``*`` any characters, ``?`` one, ``[ab]`` one of
 these; upper and lower case are the same. The whole text must fit."""

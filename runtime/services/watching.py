@@ -36,8 +36,10 @@ from recallseg.runtime.services.items import segment_item, volumes_of
 from recallseg.runtime.services.outputs import output_base, record_file, time_base
 from recallseg.runtime.volumes.outputs import VolumeSettings
 
-__all__ = ["Arrival", "Watcher"]
+__all__ = ["FAILURE_SCHEMA", "LEFT_OUT_SCHEMA", "Arrival", "Watcher"]
 
+FAILURE_SCHEMA = "recallseg-failure/1"
+LEFT_OUT_SCHEMA = "recallseg-left-out/1"
 LOCK = ".recallseg-watch.lock"
 ASKED_AGAIN = 5
 """Times that an item is segmented while another process changes the library under it."""
@@ -320,6 +322,7 @@ class Watcher:
     def _put_aside(self, item: Item, base: Path, why: str) -> Arrival:
         make_folder(base.parent)
         failure = {
+            "schema": FAILURE_SCHEMA,
             "image": item.name,
             "files": list(item.signature),
             **{name: asked for name, asked in self._chosen().items() if asked is not None},

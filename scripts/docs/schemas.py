@@ -1,24 +1,120 @@
-"""JSON that is written, from the published schemas."""
+"""JSON that is written: its schemas in docs/schemas, and their page.
+
+    python scripts/docs/schemas.py    write those that are made from the source
+
+Some are written by hand; those of classes and of the configuration are made from them.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from text import cell
+from pydantic import BaseModel, TypeAdapter
+from text import attributes, cell, flowing
 
-__all__ = ["schemas_page"]
+from recallseg.benchmarks.schema import FORMAT, VERSION, Report
+from recallseg.runtime.services.doctor import SCHEMA, Diagnosis
+from recallseg.runtime.services.settings import Configuration
+
+__all__ = ["SCHEMAS", "generated", "schemas_page"]
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def generated() -> dict[str, dict[str, Any]]:
+    """Return the schemas that are made from the source, by file name."""
+    bench = _described(Report)
+    bench["properties"] = {
+        "format": {"const": FORMAT},
+        "version": {"const": VERSION},
+        **bench["properties"],
+    }
+    diagnosis = _described(Diagnosis)
+    diagnosis["properties"] = {
+        "schema": {"const": SCHEMA},
+        **diagnosis["properties"],
+        "healthy": {"type": "boolean", "description": "A real engine can run; all tests passed."},
+    }
+    for schema in (bench, diagnosis):
+        schema["required"] = [*schema["properties"]]
+    return {
+        "benchmark.json": {
+            "$schema": DRAFT,
+            "title": f"Benchmark (bench.json), version {VERSION}",
+            **bench,
+        },
+        "configuration.json": {
+            "$schema": DRAFT,
+            "title": "Configuration of services (TOML)",
+            **_described(Configuration),
+        },
+        "diagnosis.json": {
+            "$schema": DRAFT,
+            "title": f"Diagnosis ('doctor --json'), version {SCHEMA.rpartition('/')[2]}",
+            **diagnosis,
+        },
+    }
+
+
+def _described(kind: type) -> dict[str, Any]:
+    """Return the schema of a class, with what docstrings say of each field."""
+    schema = TypeAdapter(kind).json_schema(
+        mode="validation" if issubclass(kind, BaseModel) else "serialization"
+    )
+    known = {each.__name__: each for each in _classes(kind)}
+    for name, each in [("", schema), *schema.get("$defs", {}).items()]:
+        _describe(each, known.get(name, kind))
+    return schema
+
+
+def _classes(kind: type) -> set[type]:
+    """Return a class and those of ours that its fields, and theirs, are made of."""
+    found, left = set[type](), [kind]
+    while left:
+        one = left.pop()
+        if one in found:
+            continue
+        found.add(one)
+        for base in one.__mro__:
+            names = vars(sys.modules[base.__module__])
+            for annotation in inspect.get_annotations(base).values():
+                words = [names.get(word) for word in re.findall(r"\w+", str(annotation))]
+                left += [w for w in words if isinstance(w, type) and "recallseg" in w.__module__]
+    return found
+
+
+def _describe(schema: dict[str, Any], kind: type) -> None:
+    schema.pop("title", None)
+    if "properties" not in schema:
+        return
+    said = {}
+    for base in reversed(kind.__mro__):
+        said |= attributes(base.__dict__.get("__doc__") or "")
+    head = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes\n")[0]
+    schema["description"] = " ".join(flowing(head).split())
+    for name, each in schema["properties"].items():
+        each.pop("title", None)
+        if name in said:
+            each["description"] = said[name]
+    if not issubclass(kind, BaseModel):
+        schema["additionalProperties"] = False
+        schema["required"] = [*schema["properties"]]
 
 
 def schemas_page() -> str:
     """Return the page of all schemas."""
     out = [
         "# Records\n",
-        "Everything that is written has a `format_version`, and a reader refuses one that it does "
-        "not know. Tests hold whatever is written to these schemas.\n",
+        "Everything that is written for other programs says which schema it follows, and which "
+        "version of it (`schema`; `format_version` of records; `format` and `version` of "
+        "benchmarks). A reader refuses one that it does not know. Tests hold whatever is written "
+        "to these.\n",
     ]
     for path in sorted(SCHEMAS.glob("*.json")):
         schema = json.loads(path.read_text(encoding="utf-8"))
@@ -48,8 +144,11 @@ def _rows(schema: dict[str, Any], whole: dict[str, Any], before: str) -> list[st
 
 def _followed(schema: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in schema:
+        file, _, place = schema["$ref"].partition("#/")
+        if file:  # said there in full
+            return {"type": "object", "description": f"As in {file}."}
         found: Any = whole
-        for part in schema["$ref"].removeprefix("#/").split("/"):
+        for part in place.split("/"):
             found = found[part]
         return {**found, **{key: value for key, value in schema.items() if key != "$ref"}}
     return schema
@@ -66,3 +165,9 @@ def _words(schema: dict[str, Any], whole: dict[str, Any]) -> str:
             return " or ".join(dict.fromkeys(parts))
     kind = schema.get("type", "value")
     return " or ".join(kind) if isinstance(kind, list) else str(kind)
+
+
+if __name__ == "__main__":
+    for name, schema in generated().items():
+        text = json.dumps(schema, indent=2, ensure_ascii=False)
+        (SCHEMAS / name).write_text(text + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ pytest.importorskip("mkdocs", reason="the extra 'docs'")
 sys.path.append(str(ROOT / "scripts" / "docs"))
 
 from options import commands
+from schemas import generated
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -176,6 +177,35 @@ def test_figures_say_when_where_and_how_they_were_measured() -> None:
                 assert what.search(section), f"{page.name}, {title}: {what.pattern}"
             checked += 1
     assert checked > 10
+
+
+def test_schemas_that_are_made_from_the_source_are_published() -> None:
+    """By their fields: how a type is put differs between versions of pydantic."""
+
+    def fields(schema: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: (sorted(each.get("properties", {})), sorted(each.get("required", ())))
+            for name, each in [("", schema), *schema.get("$defs", {}).items()]
+        }
+
+    for name, schema in generated().items():
+        published = json.loads((ROOT / "docs" / "schemas" / name).read_text(encoding="utf-8"))
+        assert fields(schema) == fields(published), "run scripts/docs/schemas.py"
+
+
+def test_examples_of_a_configuration_follow_its_schema() -> None:
+    from jsonschema import Draft202012Validator
+
+    from recallseg.runtime.services.settings import EXAMPLES
+
+    schema = json.loads((ROOT / "docs/schemas/configuration.json").read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    checked = Draft202012Validator(schema)
+    for path in EXAMPLES.glob("*.toml"):
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        checked.validate(given)
+        given["nod"] = {}
+        assert not checked.is_valid(given)
 
 
 def test_every_extra_is_told() -> None:

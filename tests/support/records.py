@@ -1,29 +1,39 @@
-"""Records, held to the schema that is published."""
+"""JSON that is written, held to the schemas that are published."""
 
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "schemas" / "record.json"
+__all__ = ["check_head", "check_record", "check_written", "dumps_checked"]
+
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 
 
 @cache
-def _validator(part: str = "") -> Any:
-    schema = json.loads(SCHEMA.read_text())
+def _schemas() -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")}
+
+
+@cache
+def _validator(name: str, part: str = "") -> Any:
+    schema = _schemas()[f"{name}.json"]
     Draft202012Validator.check_schema(schema)
     if part:
         schema = {"$ref": f"#/$defs/{part}", "$defs": schema["$defs"]}
-    return Draft202012Validator(schema)
+    known = [(file, Resource.from_contents(each)) for file, each in _schemas().items()]
+    return Draft202012Validator(schema, registry=Registry().with_resources(known))
 
 
 def check_record(record: Any) -> None:
     """Raise jsonschema.ValidationError unless a record is as the schema says."""
-    _validator().validate(record)
+    _validator("record").validate(record)
 
 
 def check_record_part(name: str, told: Any) -> None:
@@ -34,4 +44,29 @@ def check_record_part(name: str, told: Any) -> None:
 
 def check_head(told: Any) -> None:
     """Raise jsonschema.ValidationError unless what a record tells of a head is as it says."""
-    _validator("head").validate(told)
+    _validator("record", "head").validate(told)
+
+
+def check_written(value: Any) -> None:
+    """Raise jsonschema.ValidationError if a value says which schema it follows, and does not.
+
+    KeyError if it says one that is not published.
+    """
+    if not isinstance(value, dict):
+        return
+    said = value.get("schema")
+    if value.get("format") == "recallseg-bench":
+        _validator("benchmark").validate(value)
+    elif isinstance(said, str) and said.startswith("recallseg-"):
+        _validator(said.removeprefix("recallseg-").partition("/")[0]).validate(value)
+
+
+_dumps = json.dumps
+
+
+def dumps_checked(value: Any, *args: Any, **named: Any) -> str:
+    """Do as ``json.dumps``, which it stands in for: what our modules write is looked at."""
+    text = _dumps(value, *args, **named)
+    if str(sys._getframe(1).f_globals.get("__name__")).startswith("recallseg."):
+        check_written(json.loads(text))
+    return text

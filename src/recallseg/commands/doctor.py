@@ -101,6 +101,7 @@ def _show_budget(
     if as_json:
         emit_json(
             {
+                "schema": "recallseg-budget/1",
                 "bundle": opened.name,
                 "engine": engine,
                 "limit": limit,

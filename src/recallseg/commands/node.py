@@ -67,7 +67,7 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> None:
     with _store(config) as store:
         counts, troubles = store.counts(), store.troubles()
     if as_json:
-        emit_json({"counts": counts, "troubles": troubles})
+        emit_json({"schema": "recallseg-node-status/1", "counts": counts, "troubles": troubles})
         return
     for table, states in counts.items():
         told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))

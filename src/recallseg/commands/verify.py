@@ -69,6 +69,7 @@ def verify(
         checks = [{**vars(check), "passed": check.passed} for check in result.checks]
         emit_json(
             {
+                "schema": "recallseg-verification/1",
                 "bundle": opened.name,
                 "identity": opened.identity,
                 "engine": result.engine,

@@ -52,7 +52,7 @@ def watch(
     passed over.
     """
     from recallseg.runtime.library import Library
-    from recallseg.runtime.services.watching import Watcher
+    from recallseg.runtime.services.watching import FAILURE_SCHEMA, LEFT_OUT_SCHEMA, Watcher
 
     if former is not None and source is None:
         library, source = former, library
@@ -93,7 +93,11 @@ def watch(
                     told.add(mend)
                     note(f"uncalibrated: {mend}")
                 if as_json:
-                    answer = arrival.record or {"image": arrival.name, "error": arrival.error}
+                    answer = arrival.record or {
+                        "schema": FAILURE_SCHEMA,
+                        "image": arrival.name,
+                        "error": arrival.error,
+                    }
                     typer.echo(json_text(answer, indent=None))
                 elif arrival.record is None:
                     note(f"failed: {arrival.error}")
@@ -106,7 +110,8 @@ def watch(
             if as_json and left_out:
                 passed = {str(each.path): each.reason for each in watcher.passed}
                 aside = dict(watcher.set_aside)
-                typer.echo(json_text({"passed_over": passed, "set_aside": aside}, indent=None))
+                told_last = {"schema": LEFT_OUT_SCHEMA, "passed_over": passed, "set_aside": aside}
+                typer.echo(json_text(told_last, indent=None))
             for name, why in watcher.set_aside.items():
                 if name not in failures:
                     note(f"set aside before: {name}: {why}")

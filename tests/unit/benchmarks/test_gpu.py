@@ -79,7 +79,7 @@ def test_everything_in_one_command(session: type[FakeSession], tmp_path: Path) -
         ("embed", None), ("encode", None), ("attend", 1), ("decode", 1), ("attend", 2),
         ("decode", 2),
     ]  # fmt: skip
-    assert {goal["met"] for goal in found["goals"]} == {None}  # the demo has neither size
+    assert {goal["met"] for goal in found["goals"]["goals"]} == {None}  # the demo has neither size
 
     session.made.clear()
     again = run(output, *options)

@@ -10,10 +10,12 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from time import process_time
 
 import cv2
 import numpy as np
 import pytest
+from support.measuring import measures
 from support.native import SOURCE, Installed, make_fake_library, passed, run
 from support.tracing import trace
 

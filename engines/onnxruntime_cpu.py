@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from threading import get_native_id
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary, finalize
 
@@ -141,7 +142,8 @@ def _key(path: Path, threads: int, kind: object) -> tuple[object, ...]:
     """Return what a session is shared by: one process, one file as it is, one kind of session.
 
     Threads are a session's, and those who share one would wait for them: a number that is neither
-    one (the caller's) nor all that there are is meant for this engine alone.
+    one (the caller's) nor all that there are is meant for this engine alone. Linux gives threads
+    the cores and the urgency of the one that makes them, so that those are shared by who has both.
     """
     try:
         found = path.stat()
@@ -149,7 +151,21 @@ def _key(path: Path, threads: int, kind: object) -> tuple[object, ...]:
         return (object(),)
     alone = object() if 1 < threads < usable_cores() else None
     file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return os.getpid(), str(path), *file, threads, kind, operators_digest(), alone
+    made_by = _scheduling() if threads > 1 else None
+    return os.getpid(), str(path), *file, threads, kind, operators_digest(), alone, made_by
+
+
+def _scheduling() -> tuple[object, ...]:
+    """Return on which cores, and how urgently, this thread runs and those that it makes will."""
+    if not hasattr(os, "sched_getaffinity"):
+        return ()
+    me = get_native_id()
+    return (
+        frozenset(os.sched_getaffinity(me)),
+        os.getpriority(os.PRIO_PROCESS, me),
+        os.sched_getscheduler(me),
+        os.sched_getparam(me).sched_priority,
+    )
 
 
 def _new_arena(onnxruntime: Any) -> None:

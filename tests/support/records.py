@@ -11,7 +11,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-__all__ = ["check_head", "check_record", "check_written", "dumps_checked"]
+__all__ = ["check_head", "check_record", "check_record_part", "check_written", "dumps_checked"]
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 
@@ -38,7 +38,7 @@ def check_record(record: Any) -> None:
 
 def check_record_part(name: str, told: Any) -> None:
     """Raise jsonschema.ValidationError unless a field of a record is as the schema says."""
-    schema = json.loads(SCHEMA.read_text())
+    schema = _schemas()["record.json"]
     Draft202012Validator({**schema["properties"][name], "$defs": schema["$defs"]}).validate(told)
 
 

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from threading import get_native_id
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from support.measuring import measures
 
 from recallseg.engines import onnxruntime_cpu
 from recallseg.engines.bundle import Bundle
@@ -20,6 +23,7 @@ from recallseg.engines.fake import FakeEngine
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.registry import engine_class, load_engines
 from recallseg.engines.specs import GraphSpec, TensorSpec
+from recallseg.runtime.services.scheduling import Scheduling
 
 SPEC = GraphSpec(
     "decode", (TensorSpec("a", "float32", ("n", 2)),), (TensorSpec("b", "float32", ("n", 2)),)
@@ -56,6 +60,7 @@ def test_threads_and_provider_are_read_back(doubler: Path) -> None:
     tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 27),
     reason="this ONNX Runtime lets threads spin for as long as it likes",
 )
+@measures
 def test_a_thread_without_work_leaves_its_core_to_others(tmp_path: Path) -> None:
     """Roots are taken by two threads; sums of all before, which take far longer, by one alone."""
     count = 2**20
@@ -94,6 +99,21 @@ def test_engines_of_one_file_share_a_session_while_one_of_them_lives(doubler: Pa
     del two
     gc.collect()
     assert left() is None
+
+
+def test_threads_that_run_elsewhere_or_less_urgently_are_not_shared(doubler: Path) -> None:
+    def opened() -> OnnxRuntimeCpu:
+        return OnnxRuntimeCpu(SPEC, doubler, EngineOptions(threads=8))
+
+    before = os.getpriority(os.PRIO_PROCESS, get_native_id())
+    nice = Scheduling(nice=19 if before < 19 else 18)
+    core = Scheduling(cores=(min(os.sched_getaffinity(0)),), nice=nice.nice)
+    plain, slow, slow_too, there = opened(), nice.run(opened), nice.run(opened), core.run(opened)
+    assert plain._session is not slow._session
+    assert slow._session is slow_too._session
+    if len(os.sched_getaffinity(0)) > 1:
+        assert there._session is not slow._session
+    assert opened()._session is plain._session
 
 
 def test_a_number_of_threads_that_was_asked_for_is_not_shared(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.fake_bundle import make_fake_bundle
+from support.measuring import measures
 
 from recallseg import Bundle, Library, Model, Segmenter
 from recallseg.engines import errors
@@ -438,6 +439,7 @@ def test_a_turn_that_was_given_up_is_not_handed_out() -> None:
         assert others.submit(turns.acquire, 1.0).result()
 
 
+@measures
 def test_ten_threads_are_all_answered_and_none_starves(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,10 +470,10 @@ def test_ten_threads_are_all_answered_and_none_starves(
             assert found.scores == expected[number].scores
             np.testing.assert_array_equal(found.label_map, expected[number].label_map)
 
-    monkeypatch.setattr(Turns, "acquire", noted)
-    with ThreadPoolExecutor(10) as threads:
+    with monkeypatch.context() as patch, ThreadPoolExecutor(10) as threads:
+        patch.setattr(Turns, "acquire", noted)
         for outcome in [threads.submit(work, number) for number in range(10)]:
-            outcome.result(60)
+            outcome.result(300)
     assert sorted(served) == sorted(list(range(10)) * 12)
     # While all ten ask, whoever is served has let every other go first.
     middle = served[30:90]

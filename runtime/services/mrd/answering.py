@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -20,6 +20,7 @@ from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.mrd.parameters import Said, Wish
 from recallseg.runtime.services.mrd.settings import MrdSettings
+from recallseg.runtime.services.mrd.volumes import shown_of, volume_of
 from recallseg.runtime.services.mrd.wire import (
     IMAGINARY,
     MAGNITUDE,
@@ -33,8 +34,9 @@ from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Arriving, Rule, fitting
 from recallseg.runtime.volumes.slices import VolumeResult, clean_up, segment_volume
 
-__all__ = ["Answer", "Answerer", "shown_of", "volume_of"]
+__all__ = ["Answer", "Answerer", "Question"]
 
+Made = TypeVar("Made")
 Kind = TypeVar("Kind", bound=np.generic)
 
 VARIANTS = 8
@@ -56,6 +58,25 @@ class Answer:
     images: tuple[tuple[str, bytearray], ...] = ()
     state: str = "answered"
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one image.
+
+    Attributes
+    ----------
+    rules, asked : those that fit, and the same with what is wished for.
+    volume, notes : see :func:`volume_of`.
+    """
+
+    image: Image
+    attributes: dict[str, list[str]]
+    wish: Wish
+    rules: tuple[Rule, ...]
+    asked: tuple[Rule, ...]
+    volume: Volume
+    notes: tuple[str, ...]
 
 
 class Answerer:
@@ -86,25 +107,48 @@ class Answerer:
         """Close libraries and models."""
         self._questions.close()
 
-    def answer(self, raw: bytes | bytearray, said: Said, *, nul: bool, until: float) -> Answer:
-        """Answer one image.
+    def prepare(self, raw: bytes | bytearray, said: Said) -> Question | Answer:
+        """Return what is asked of an image, or the answer where nothing is.
 
         Parameters
         ----------
         raw : its message.
         said : what the connection said before it.
-        nul : whether texts end with NUL.
+        """
+        return self._safely(lambda: self._prepare(raw, said))
+
+    def segment(self, question: Question, until: float) -> tuple[VolumeResult, ...] | Answer:
+        """Return what comes of each rule, or the answer where nothing does.
+
+        Parameters
+        ----------
         until : when it is too late, by ``time.monotonic``.
         """
+        return self._safely(
+            lambda: tuple(self._segmented(rule, question.volume, until) for rule in question.asked)
+        )
+
+    def answer(self, question: Question, results: Sequence[VolumeResult], *, nul: bool) -> Answer:
+        """Return the messages of what was found.
+
+        Parameters
+        ----------
+        results : of the rules, in their order.
+        nul : whether texts end with NUL.
+        """
+        return self._safely(lambda: self._answer(question, results, nul))
+
+    def _safely(self, do: Callable[[], Made]) -> Made | Answer:
+        """Do a part of the work; what keeps it from being done is an answer too."""
         try:
-            return self._answer(raw, said, nul, until)
+            return do()
         except DeadlineError:
             return Answer(state="late", notes=("an image took too long: it is passed on alone.",))
         except (RecallSegError, OSError, MemoryError) as error:
             self._log.error("an image cannot be segmented", error=error)
             return Answer(state="failed", notes=(f"an image cannot be segmented: {error}",))
 
-    def _answer(self, raw: bytes | bytearray, said: Said, nul: bool, until: float) -> Answer:
+    def _prepare(self, raw: bytes | bytearray, said: Said) -> Question | Answer:
         image = Image.of(raw)
         wish = Wish.of(said, tuple(self._rules), self._settings.returned)
         if not (wish.returned.mask or wish.returned.overlay or wish.returned.roi):
@@ -125,12 +169,18 @@ class Answerer:
                 ),
             )
         volume, notes = volume_of(image, attributes)
+        asked = tuple(self._asked(rule, wish) for rule in rules)
+        return Question(image, attributes, wish, rules, asked, volume, notes)
+
+    def _answer(self, question: Question, results: Sequence[VolumeResult], nul: bool) -> Answer:
+        volume, wish, notes = question.volume, question.wish, question.notes
         made: list[tuple[str, bytearray]] = []
-        for rule in rules:
-            result = self._segmented(self._asked(rule, wish), volume, until)
+        for rule, result in zip(question.rules, results, strict=True):
             labels = _as_sent(volume, result.label_map)
             told = _told(rule, result)
-            answers = _answers(image, attributes, volume, labels, result, rule, told, wish)
+            answers = _answers(
+                question.image, question.attributes, volume, labels, result, rule, told, wish
+            )
             if wish.returned.roi and labels.shape[0] > 1:
                 notes = (*notes, "contours are made of two-dimensional images only.")
             made += [
@@ -195,77 +245,6 @@ class Answerer:
         attributes = attributes_of(image.attributes)
         attributes["LUTFileName"] = [self._settings.colours]
         return replace(image, attributes=with_attributes(attributes))
-
-
-def volume_of(image: Image, attributes: dict[str, list[str]]) -> tuple[Volume, tuple[str, ...]]:
-    """Return an image as a volume, and what had to be decided.
-
-    Its axes are X, Y, Z; without a patient Z, Y, X, as those of pictures are.
-
-    Complex values are taken by their magnitude, and several coils by the root of the sum of their
-    squares. Directions are those of rows and columns in the attributes where an image was turned
-    after it was acquired, else those of readout and phase encoding.
-
-    Raises
-    ------
-    InputError
-        If it cannot be one.
-    """
-    shown = shown_of(image)
-    affine = _affine(image.header, attributes)
-    if affine is None:
-        note = "an image does not say how the patient lay: it is taken as it is shown."
-        stack = np.moveaxis(shown, 0, -1) if len(shown) == 3 else shown[0]
-        return Volume(stack, np.eye(4), "image", "MR"), (note,)
-    stack = shown.transpose(3, 2, 1, 0) if len(shown) == 3 else shown[0].transpose(2, 1, 0)
-    acquired = 2 if stack.shape[2] == 1 else None  # of several it is not said what they are
-    return Volume(stack, affine, "LPS", "MR", acquired=acquired), ()
-
-
-def shown_of(image: Image) -> NDArray[Any]:
-    """Return what people see of an image: 1 or 3 (RGB, uint8) x Z x Y x X, real."""
-    data = image.data
-    values: NDArray[Any]
-    if int(image.header["image_type"]) == RGB and len(data) == 3:
-        values = np.clip(data, 0, 255).astype(np.uint8)
-        return values
-    values = np.abs(data) if np.iscomplexobj(data) else data
-    if len(values) > 1:
-        values = np.sqrt((values.astype(np.float64) ** 2).sum(axis=0, keepdims=True))
-    return values
-
-
-def _affine(header: object, attributes: dict[str, list[str]]) -> NDArray[np.float64] | None:
-    fields = np.asarray(header)
-    size = fields["matrix_size"].astype(np.float64)
-    extent = fields["field_of_view"].astype(np.float64)
-    if size[2] == 1 and not extent[2] > 0:
-        extent[2] = 1.0  # a slice whose thickness nobody said
-    row = _direction(attributes, "ImageRowDir", fields["read_dir"])
-    column = _direction(attributes, "ImageColumnDir", fields["phase_dir"])
-    across = _direction(attributes, "ImageSliceDir", fields["slice_dir"])
-    if not np.linalg.norm(across) > 0:
-        across = np.cross(row, column)
-    directions = np.stack([row, column, across], axis=1)
-    position = fields["position"].astype(np.float64)
-    if not (np.isfinite([position, extent]).all() and (extent > 0).all()):
-        return None
-    if not np.abs(directions.T @ directions - np.eye(3)).max() < 1e-3:  # NaN is not, either
-        return None
-    affine = np.eye(4)
-    affine[:3, :3] = directions * (extent / size)
-    affine[:3, 3] = position - affine[:3, :3] @ ((size - 1) / 2)  # it is the centre's
-    return affine
-
-
-def _direction(
-    attributes: dict[str, list[str]], name: str, otherwise: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    try:
-        given = [float(value) for value in attributes.get(name, ())]
-    except ValueError:
-        given = []
-    return np.array(given if len(given) == 3 else otherwise, np.float64)
 
 
 def _description(said: Said, attributes: dict[str, list[str]]) -> str:

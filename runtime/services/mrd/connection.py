@@ -186,7 +186,9 @@ class Conversation:
             # What nobody waits for any more is not begun.
             end = now if self._gone.is_set() else self._finish
             until = max(now, min(now + self._settings.deadline_s * (1 + ahead), end))
-            future = self._segmenting.ask(message.raw, said, nul=self._nul, until=until)
+            future = self._segmenting.ask(
+                message.raw, said, sender=id(self), nul=self._nul, until=until
+            )
             self._begun.put((message, returned, future))
         self._begun.put(None)
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,21 +25,23 @@ from typing import Any
 from recallseg.engines.child import bound_process, python_command, python_environment
 from recallseg.engines.errors import RecallSegError
 from recallseg.runtime.services.logs import ServiceLog, configure_logs, silence_libraries
-from recallseg.runtime.services.mrd.answering import Answer, Answerer
+from recallseg.runtime.services.mrd.answering import Answer, Answerer, Question
 from recallseg.runtime.services.mrd.parameters import Said
 from recallseg.runtime.services.mrd.settings import MrdSettings
 from recallseg.runtime.services.rules import Rule
 from recallseg.runtime.services.settings import AuditSettings, LogSettings
+from recallseg.runtime.volumes.slices import VolumeResult
 
 __all__ = ["SegmentingProcess", "Setup"]
 
 HUNG_S = 30.0
 """After a deadline, before a process that does not answer is ended."""
 WORKERS = 2
-"""Threads of the process: one prepares and answers while the other has the model."""
+"""Connections whose images are segmented by turns; those of others wait."""
 _FIRST_S, _MOST_S = 0.5, 30.0
 _LOOK_S = 0.5
 _ROOM = 4 * 2**20
+_Found = tuple[VolumeResult, ...] | Answer
 _GONE = Answer(state="failed", notes=("the segmentation ended: an image is passed on alone.",))
 
 
@@ -56,6 +58,7 @@ class Setup:
 @dataclass(frozen=True)
 class _Job:
     number: int
+    sender: int
     said: Said
     nul: bool
     until: float
@@ -102,12 +105,20 @@ class SegmentingProcess:
         """Whether it is kept running."""
         return all(thread.is_alive() for thread in self._threads)
 
-    def ask(self, raw: bytes | bytearray, said: Said, *, nul: bool, until: float) -> Future[Answer]:
-        """Ask for one image; what comes of it is an :class:`Answer`, never an error."""
+    def ask(
+        self, raw: bytes | bytearray, said: Said, *, sender: int, nul: bool, until: float
+    ) -> Future[Answer]:
+        """Ask for one image; what comes of it is an :class:`Answer`, never an error.
+
+        Parameters
+        ----------
+        sender : number of the connection. Of one no two images are segmented at a time.
+        nul, until : see :class:`recallseg.runtime.services.mrd.answering.Answerer`.
+        """
         future: Future[Answer] = Future()
         with self._lock:
             self._number += 1
-            job = _Job(self._number, said, nul, until)
+            job = _Job(self._number, sender, said, nul, until)
             self._futures[job.number] = future, until
         self._asked.put((job, raw))
         return future
@@ -214,6 +225,61 @@ class SegmentingProcess:
             link.close()
 
 
+class _Asked:
+    """Questions that wait. Of each connection one is in work at a time.
+
+    So a thread goes on with the next image by itself, where two that share a model would have to
+    wake each other; and a connection that asks for much leaves a thread to the others.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[_Job, Question]] = []
+        self._in_work: set[int] = set()
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, job: _Job, question: Question) -> None:
+        with self._changed:
+            self._waiting.append((job, question))
+            if job.sender not in self._in_work:
+                self._changed.notify()
+
+    def get(self, done: int | None) -> tuple[_Job, Question] | None:
+        """Return the next one; None at the end.
+
+        Parameters
+        ----------
+        done : the connection whose question is no longer in work; None if none was.
+        """
+        with self._changed:
+            if done is not None:
+                self._in_work.remove(done)
+            self._changed.wait_for(lambda: self._next() is not None or self._over)
+            index = self._next()
+            found = None if index is None else self._waiting.pop(index)
+            if found is not None:
+                self._in_work.add(found[0].sender)
+            if self._over or self._next() is not None:
+                self._changed.notify_all()
+            return found
+
+    def close(self) -> None:
+        """Let what waits be the last."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _next(self) -> int | None:
+        """Return which is the oldest of a connection that has none in work."""
+        return next(
+            (i for i, (job, _) in enumerate(self._waiting) if job.sender not in self._in_work), None
+        )
+
+    @property
+    def _over(self) -> bool:
+        return self._closed and not self._waiting
+
+
 def _put(link: socket.socket, told: object, *blobs: bytes | bytearray) -> None:
     """Send a value, and bytes that belong to it."""
     head = pickle.dumps((told, [len(blob) for blob in blobs]))
@@ -246,27 +312,59 @@ def _serve(link: socket.socket) -> None:
     silence_libraries()
     audit = None if setup.audit is None else setup.audit.open()
     answerer = Answerer(setup.rules, setup.settings, audit)
-    receiving, sending = threading.Lock(), threading.Lock()
+    asked = _Asked()
+    found: queue.SimpleQueue[tuple[_Job, Question | None, _Found] | None] = queue.SimpleQueue()
 
-    def work() -> None:
-        with suppress(EOFError, OSError):  # then nobody waits any more
+    def receive() -> None:
+        try:
             while True:
-                with receiving:
-                    job, (raw,) = _get(link)
-                answer = answerer.answer(raw, job.said, nul=job.nul, until=job.until)
-                kinds = [kind for kind, _ in answer.images]
-                told = (job.number, answer.state, answer.notes, kinds)
-                with sending:
-                    _put(link, told, *(message for _, message in answer.images))
+                job, (raw,) = _get(link)
+                prepared = answerer.prepare(raw, job.said)
+                if isinstance(prepared, Answer):
+                    found.put((job, None, prepared))
+                else:
+                    asked.put(job, prepared)
+        except (EOFError, OSError):  # nobody asks any more
+            pass
+        finally:
+            asked.close()
+
+    def segment() -> None:
+        sender = None
+        while (taken := asked.get(sender)) is not None:
+            job, question = taken
+            sender = job.sender
+            found.put((job, question, answerer.segment(question, job.until)))
+
+    def send() -> None:
+        while (made := found.get()) is not None:
+            job, question, answer = made
+            if question is not None and not isinstance(answer, Answer):
+                answer = answerer.answer(question, answer, nul=job.nul)
+            assert isinstance(answer, Answer)
+            kinds = [kind for kind, _ in answer.images]
+            told = (job.number, answer.state, answer.notes, kinds)
+            with suppress(OSError):  # then nobody waits any more: see receive
+                _put(link, told, *(message for _, message in answer.images))
+
+    def ended(done: Future[None]) -> None:
+        if done.exception() is not None or all(each.done() for each in threads):
+            found.put(None)
 
     answerer.warm_up()
     _put(link, "ready")
     try:
-        with ThreadPoolExecutor(WORKERS, "work") as pool:
-            for done in as_completed([pool.submit(work) for _ in range(WORKERS)]):
-                if (error := done.exception()) is not None:
+        with ThreadPoolExecutor(1 + WORKERS, "work") as pool:
+            threads = [pool.submit(each) for each in (receive, *[segment] * WORKERS)]
+            for thread in threads:
+                thread.add_done_callback(ended)
+            try:
+                send()
+            finally:
+                with suppress(OSError):
                     link.shutdown(socket.SHUT_RDWR)  # none goes on without the others
-                    raise error
+        for thread in threads:
+            thread.result()
     finally:
         answerer.close()
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import cast
 
 import pytest
 from support import igtl as igtl_peers
@@ -22,8 +23,10 @@ from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.services.igtl.service import Igtl
 from recallseg.runtime.services.inline import InlineService
 from recallseg.runtime.services.metrics import Metrics
-from recallseg.runtime.services.mrd.answering import Answer
+from recallseg.runtime.services.mrd.answering import Answer, Question
 from recallseg.runtime.services.mrd.connection import Conversation
+from recallseg.runtime.services.mrd.parameters import Said
+from recallseg.runtime.services.mrd.segmenting import _Asked, _Job
 from recallseg.runtime.services.mrd.service import Mrd
 from recallseg.runtime.services.mrd.wire import CLOSE, IMAGE, Image, Link
 from recallseg.runtime.services.settings import Configuration
@@ -145,3 +148,36 @@ def test_mrd_asks_for_the_next_image_while_one_is_in_work(library: Path) -> None
         assert said.read().id == CLOSE
         thread.join(300)
         assert not thread.is_alive()
+
+
+def test_mrd_segments_one_image_of_each_connection_at_a_time() -> None:
+    """One that asks for much keeps one thread, and its images in their order."""
+    asked, question = _Asked(), cast(Question, None)
+
+    def job(number: int, sender: int) -> _Job:
+        return _Job(number, sender, Said(), False, 0.0)
+
+    def next_of(done: int | None) -> int:
+        found = asked.get(done)
+        assert found is not None
+        return found[0].number
+
+    for number, sender in enumerate((7, 7, 7, 8, 8, 9)):
+        asked.put(job(number, sender), question)
+    assert next_of(None) == 0
+    assert next_of(None) == 3  # of another connection, though it came later
+    assert next_of(7) == 1
+    assert next_of(8) == 4
+    assert next_of(7) == 2
+    waits = threading.Thread(target=lambda: came.append(next_of(None)))
+    came: list[int] = []
+    assert next_of(8) == 5
+    waits.start()  # nothing waits any more
+    asked.put(job(6, 7), question)  # of one that has an image in work
+    asked.put(job(7, 8), question)
+    waits.join(20)
+    assert came == [7]
+    asked.close()
+    assert next_of(7) == 6
+    assert asked.get(9) is None
+    assert asked.get(8) is None

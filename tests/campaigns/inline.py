@@ -53,7 +53,7 @@ from campaigns.turns import (
 from recallseg import Library, Segmenter
 from recallseg.runtime.services.igtl import wire
 
-ROUNDS = 9
+ROUNDS = 15
 CLOSE = struct.pack("<H", 4)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from recallseg.engines.device import Device, DeviceTensor, Graph, open_device
+from recallseg.engines.device.recording import recording
 from recallseg.engines.engine import AnyTensor, Engine, EngineOptions, Tensor
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.specs import GraphSpec
@@ -116,9 +117,10 @@ class DeviceEngine(Engine):
         if graph is not None:
             graph.launch(self.stream)
             return
-        self._enqueue(inputs, outputs)
-        with self.stream.capture() as made:
+        with recording():
             self._enqueue(inputs, outputs)
+            with self.stream.capture() as made:
+                self._enqueue(inputs, outputs)
         self._recorded[key] = made[0]
         if len(self._recorded) > MOST_BINDINGS:
             self._recorded.popitem(last=False)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from recallseg.engines.device import DeviceTensor
-from recallseg.engines.device_engine import MOST_BINDINGS
+from recallseg.engines.device.recording import recording
+from recallseg.engines.device_engine import MOST_BINDINGS, binding_key
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.onnxruntime_gpu import OnnxRuntimeGpu, Sessions
@@ -118,7 +120,11 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
     def _start(
         self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
     ) -> None:
-        self._enqueue(inputs, outputs)  # ONNX Runtime records and replays itself
+        # ONNX Runtime records and replays itself; the first call of a binding runs as often as that
+        # takes.
+        known = not self.options.cuda_graphs or binding_key(inputs, outputs) in self._bindings
+        with nullcontext() if known else recording():
+            self._enqueue(inputs, outputs)
 
     def _bind_all(
         self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]

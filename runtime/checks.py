@@ -22,6 +22,7 @@ __all__ = [
     "check_number",
     "check_origin",
     "check_tags",
+    "not_finite",
 ]
 
 MAX_NAME = 64
@@ -53,11 +54,16 @@ def check_image(image: Any) -> NDArray[Any]:
     if np.issubdtype(image.dtype, np.floating):
         wrong = image.size - int(np.count_nonzero(np.isfinite(image)))
         if wrong:
-            raise InputError(
-                f"the image has {wrong} NaN or infinite pixels of {image.size}. Replace them, for "
-                "example with numpy.nan_to_num(image)."
-            )
+            raise not_finite(wrong, image.size)
     return np.ascontiguousarray(image, image.dtype.newbyteorder("="))
+
+
+def not_finite(wrong: int, pixels: int) -> InputError:
+    """Return the error for an image so many pixels of which are NaN or infinite."""
+    return InputError(
+        f"the image has {wrong} NaN or infinite pixels of {pixels}. Replace them, for example with "
+        "numpy.nan_to_num(image)."
+    )
 
 
 def check_mask(

@@ -80,9 +80,13 @@ def _cases(device: Device, pixels: DevicePixels) -> Mapping[str, tuple[int, Call
         return tensor
 
     grey = put(rng.integers(0, 4000, (256, 256)).astype(np.uint16))
+    noise = rng.integers(0, 4000, (512, 512))
+    many, floats = put(noise.astype(np.uint16)), put((noise / 4000).astype(np.float32))
+    room = device.tensor((DevicePixels.window_bytes(np.float32),), np.uint8)
     single, half = (device.tensor((1, 3, 1024, 1024), kind) for kind in (np.float32, np.float16))
     normal = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     logits, scores = put(rng.normal(size=(8, 256, 256)).astype(np.float32)), put(np.ones(8, "f4"))
+    iou, numbers = put(np.ones(8, "f4")), device.tensor((2, 8))
     labels = device.tensor((512, 512), np.uint8)
     masks = device.tensor((8, 512, 512), np.bool_)
     bank = put(rng.normal(size=(64, 4096, 64)).astype(np.float16))
@@ -93,6 +97,14 @@ def _cases(device: Device, pixels: DevicePixels) -> Mapping[str, tuple[int, Call
     scales = put(rng.uniform(0.01, 0.1, (64, 4096)).astype(np.float32))
     window = (0.0, 4000.0)
     return {
+        "percentiles of 512x512 uint16": (
+            many.nbytes,
+            lambda: pixels.percentile_window(many, 1.0, 99.0, room, stream),
+        ),
+        "percentiles of 512x512 float32": (
+            2 * floats.nbytes,
+            lambda: pixels.percentile_window(floats, 1.0, 99.0, room, stream),
+        ),
         "prepare 256x256 uint16 to 3x1024x1024 float32": (
             grey.nbytes + single.nbytes,
             lambda: pixels.prepare(grey, window, single, normal, stream),
@@ -103,7 +115,7 @@ def _cases(device: Device, pixels: DevicePixels) -> Mapping[str, tuple[int, Call
         ),
         "finish 8x256x256 to 512x512": (
             logits.nbytes + labels.nbytes + masks.nbytes,
-            lambda: pixels.finish(logits, scores, labels, masks, stream),
+            lambda: pixels.finish(logits, scores, iou, numbers, labels, masks, stream),
         ),
         "gather 16 memories of 4096x64, fp16 to fp32": (
             memories.nbytes + memories.nbytes // 2,

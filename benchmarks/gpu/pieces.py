@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from recallseg.benchmarks.gpu.graphs import measure_graphs
+from recallseg.benchmarks.gpu.in_flight import IN_FLIGHT, measure_in_flight
 from recallseg.benchmarks.gpu.kernels import measure_kernels
 from recallseg.benchmarks.latency import LatencyPlan, run_latency
 from recallseg.benchmarks.subjects import RuntimeChoice
@@ -109,7 +110,8 @@ def pieces_of(plan: GpuPlan) -> Iterator[Piece]:
     """Yield all pieces, in the order in which they are worth a GPU's time.
 
     First what says whether the rest makes sense; then, for the usual k, every engine and what
-    PyTorch does, which is all that most goals need; then the other k, and last each graph alone.
+    PyTorch does, which is all that most goals need; then the other k, several queries in flight,
+    and last each graph alone.
     """
     yield Piece("machine", lambda step: _machine())
     if plan.tests is not None:
@@ -130,10 +132,11 @@ def pieces_of(plan: GpuPlan) -> Iterator[Piece]:
             for baseline in plan.baselines:
                 for n in plan.ns:
                     yield _of_baseline(plan, folder, baseline, k, n)
-    for folder in plan.bundles:
-        for choice in choices:
-            if _on_gpu(choice.engine):
-                yield _of_graphs(plan, folder, choice)
+    on_gpu = [choice for choice in choices if _on_gpu(choice.engine)]
+    for of in (_of_flights, _of_graphs):
+        for folder in plan.bundles:
+            for choice in on_gpu:
+                yield of(plan, folder, choice)
 
 
 def _on_gpu(engine: str) -> bool:
@@ -195,6 +198,19 @@ def _of_graphs(plan: GpuPlan, folder: Path, choice: RuntimeChoice) -> Piece:
             rounds=plan.queries, seconds=seconds, step=step,
         ),
         OVERHEAD_MINUTES + 2 * plan.most_seconds / 60.0,
+    )  # fmt: skip
+
+
+def _of_flights(plan: GpuPlan, folder: Path, choice: RuntimeChoice) -> Piece:
+    seconds = plan.most_seconds / (len(IN_FLIGHT) * len(plan.ns))
+    k = USUAL_K if USUAL_K in plan.ks else plan.ks[0]
+    return Piece(
+        f"flights-{_stem(folder, choice)}",
+        lambda step: measure_in_flight(
+            _bundle(folder, choice), choice, plan.ns,
+            k=k, queries=plan.queries, seconds=seconds, step=step,
+        ),
+        OVERHEAD_MINUTES + plan.most_seconds / 60.0,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Pixels on the GPU: arguments of the CUDA kernels of ``engines/native/pixels/kernels.cu``.
 
 They give the same bits as the native kernels on the CPU. Arrays are whatever has a
-``__cuda_array_interface__``; nothing is allocated, copied or waited for here.
+``__cuda_array_interface__``; nothing is allocated, copied to the host or waited for here.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from recallseg.engines.pixels.interface import (
 )
 from recallseg.engines.pixels.native import DTYPES
 
-__all__ = ["WHOLE", "DevicePixels", "Kernels", "kernel_image"]
+__all__ = ["DevicePixels", "Kernels", "kernel_image"]
 
 SPAN_BYTES = 20  # struct Span of core.h
-_BINS, _COARSE, _RUN = 65536 + 32768, 256, 8  # of kernels.cu
-_COUNTERS = _BINS + _BINS // _COARSE
-_FOUND = 6  # values at ranks, float64
-WHOLE = DTYPES[:3]
-"""Whole numbers of up to 16 bits: their percentiles are found on the device."""
+_WHOLE, _HALF, _COARSE, _RUN, _RANKS = 65536 + 32768, 65536, 256, 8, 6  # of kernels.cu
+_HEAD_BYTES = 136  # struct Found of kernels.cu
+_WRONG = slice(8, 12)
 _SQUARE = (32, 8, 1)
 _LINE = (256, 1, 1)
+_NARROW = (32, 1, 1)  # where each thread reads a lot
 _MOST_BLOCKS_Y = 65535  # CUDA's limit on the second and third side of a grid
 _FOUR = 4  # numbers of a memory per thread
 
@@ -76,22 +75,31 @@ class DevicePixels:
     Parameters
     ----------
     kernels : made of :func:`kernel_image`.
-    scratch : at least :meth:`scratch_bytes` bytes on the device, used by every call; calls on two
-        streams at a time need an object for each.
+    scratch : at least :meth:`scratch_bytes` bytes on the device, and nobody else's: the weights of
+        the last resize stay there, for the next one of the same sizes. All calls of an object are
+        for one stream.
     """
 
     def __init__(self, kernels: Kernels, scratch: Any) -> None:
         self._kernels = kernels
-        self._owner = scratch  # its memory lives as long as this
+        self.scratch = scratch  # its memory lives as long as this
         self._scratch = _Array.of(scratch)
+        self._resized: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @staticmethod
     def scratch_bytes(height: int, width: int) -> int:
         """Return the scratch that targets of up to this size need."""
         return SPAN_BYTES * (height + width)
 
-    WINDOW_BYTES: ClassVar[int] = 8 + 8 * _FOUND + 4 * _COUNTERS
-    """What :meth:`percentile_window` needs: the window, values at ranks, counters."""
+    WRONG: ClassVar[slice] = _WRONG
+    """Where in the room of :meth:`percentile_window` the number of NaN and infinite pixels stands,
+    uint32, in bytes."""
+
+    @staticmethod
+    def window_bytes(dtype: Any) -> int:
+        """Return what :meth:`percentile_window` needs for images of a dtype."""
+        counters, parts = _counters(np.dtype(dtype))
+        return _HEAD_BYTES + 4 * (counters + parts)
 
     def percentile_window(
         self, image: Any, low: float, high: float, room: Any, stream: Any
@@ -99,58 +107,94 @@ class DevicePixels:
         """Find the window between two percentiles where the image is; nobody waits for it.
 
         The bits are those of :func:`~recallseg.runtime.model.preprocess.intensity_window` for
-        ``percentile``. ``room`` then begins with the window, for :meth:`prepare`.
+        ``percentile``. ``room`` then begins with the window, for :meth:`prepare`. Of an image with
+        NaN or infinite pixels, which that refuses, the window is of no use: see :attr:`WRONG`.
 
         Parameters
         ----------
-        image : as for :meth:`prepare`, uint8, int16 or uint16: none of these is NaN.
+        image : as for :meth:`prepare`.
         low, high : percentiles, 0..100.
-        room : :attr:`WINDOW_BYTES` bytes on the device, aligned to 8.
+        room : :meth:`window_bytes` bytes on the device, aligned to 8.
 
         Raises
         ------
         InputError
             If a shape, dtype or the room does not fit.
         """
-        source, place = self._image(image), _Array.of(room)
-        source.must_be(WHOLE, "an image whose percentiles are found on the device")
-        if place.nbytes < self.WINDOW_BYTES or place.pointer % 8:
-            raise InputError(
-                f"percentiles need {self.WINDOW_BYTES} bytes aligned to 8, got {place.nbytes}."
-            )
-        found = c.c_void_p(place.pointer + 8)
-        fine = place.pointer + 8 + 8 * _FOUND
-        counters = c.c_void_p(fine), c.c_void_p(fine + 4 * _BINS)
+        source, head, counters, coarse = self._count(image, room, stream)
         size = int(np.prod(source.shape))
         ranks, shares = percentile_ranks(size, low, high)
-        one = (1, 1, 1)
-        self._kernels.launch(
-            "recallseg_clear",
-            _grid(_COUNTERS, 1, _LINE),
-            _LINE,
-            (counters[0], c.c_int64(_COUNTERS)),
-            stream,
-        )
-        rows, columns = source.shape[:2]
-        self._kernels.launch(
-            "recallseg_histogram",
-            _grid(-(-columns // _RUN), rows, _SQUARE),
-            _SQUARE,
-            (*source.pixels(), c.c_int32(rows), c.c_int32(columns), *counters),
-            stream,
-        )
+        wanted = [c.c_int64(rank) for rank in (*ranks, 0, size - 1)]
+        floats = source.dtype == np.float32
+        parts = (_HALF if floats else _WHOLE) // _COARSE
+        between, six = [c.c_double(share) for share in shares], (_RANKS, 1, 1)
+        self._sum(counters, parts, coarse, stream)
         self._kernels.launch(
             "recallseg_rank",
-            one,
-            (_FOUND, 1, 1),
-            (*counters, *(c.c_int64(rank) for rank in (*ranks, 0, size - 1)), found),
+            (1, 1, 1),
+            six,
+            (
+                *map(c.c_void_p, (counters, coarse)),
+                *(c.c_int32(parts), source.pixel()),
+                *(*wanted, *between, head),
+            ),
             stream,
         )
+        if not floats:
+            return
+        counters += 4 * _HALF
+        coarse += 4 * parts
+        self._over_pixels("recallseg_refine", source, c.c_void_p(counters), head, stream)
+        self._sum(counters, _RANKS * parts, coarse, stream)
         self._kernels.launch(
-            "recallseg_window",
-            one,
-            one,
-            (found, *(c.c_double(share) for share in shares), c.c_void_p(place.pointer)),
+            "recallseg_rank_low",
+            (1, 1, 1),
+            six,
+            (*map(c.c_void_p, (counters, coarse)), *between, head),
+            stream,
+        )
+
+    def count_wrong(self, image: Any, room: Any, stream: Any) -> None:
+        """Count an image's NaN and infinite pixels into ``room``; see :meth:`percentile_window`."""
+        self._count(image, room, stream)
+
+    def _count(self, image: Any, room: Any, stream: Any) -> tuple[_Array, c.c_void_p, int, int]:
+        """Count pixels by value; return the image, what is found, counters and room for sums."""
+        source, place = self._image(image), _Array.of(room)
+        needed = self.window_bytes(source.dtype)
+        if place.nbytes < needed or place.pointer % 8:
+            raise InputError(
+                f"percentiles need {needed} bytes aligned to 8, got {place.nbytes} at "
+                f"{place.pointer:#x}."
+            )
+        number = _counters(source.dtype)[0]
+        counters = place.pointer + _HEAD_BYTES
+        words = _HEAD_BYTES // 4 + number
+        head = c.c_void_p(place.pointer)
+        self._kernels.launch(
+            "recallseg_clear", _grid(words, 1, _LINE), _LINE, (head, c.c_int64(words)), stream
+        )
+        self._over_pixels("recallseg_histogram", source, c.c_void_p(counters), head, stream)
+        return source, head, counters, counters + 4 * number
+
+    def _over_pixels(
+        self, name: str, source: _Array, counters: c.c_void_p, head: c.c_void_p, stream: Any
+    ) -> None:
+        rows, columns = source.shape[:2]
+        self._kernels.launch(
+            name,
+            _grid(-(-columns // _RUN), rows, _SQUARE),
+            _SQUARE,
+            (*source.pixels(), c.c_int32(rows), c.c_int32(columns), counters, head),
+            stream,
+        )
+
+    def _sum(self, counters: int, parts: int, coarse: int, stream: Any) -> None:
+        self._kernels.launch(
+            "recallseg_coarse",
+            _grid(parts, 1, _NARROW),
+            _NARROW,
+            (c.c_void_p(counters), c.c_int64(parts), c.c_void_p(coarse)),
             stream,
         )
 
@@ -215,7 +259,14 @@ class DevicePixels:
         return source
 
     def finish(
-        self, logits: Any, object_scores: Any, label_map: Any, masks: Any, stream: Any
+        self,
+        logits: Any,
+        object_scores: Any,
+        iou: Any,
+        numbers: Any,
+        label_map: Any,
+        masks: Any,
+        stream: Any,
     ) -> None:
         """Make masks and a label map; meaning as :meth:`Pixels.finish` has it.
 
@@ -223,6 +274,8 @@ class DevicePixels:
         ----------
         logits : nxhxw float32, C-contiguous. NaN is not looked for: it is below every threshold.
         object_scores : n float32; a structure is present if its score is above 0.
+        iou : n float32.
+        numbers : 2xn float32, written: IoU estimates and scores, to be fetched with the masks.
         label_map, masks : uint8 HxW and boolean (or uint8) nxHxW of any strides, written.
 
         Raises
@@ -239,8 +292,14 @@ class DevicePixels:
                 f"logits must be nxhxw with n up to {MOST_STRUCTURES}, got {source.shape}."
             )
         n, rows, columns = source.shape
-        scores.must_be((np.float32,), "object scores", (n,))
-        scores.must_be_contiguous()
+        estimates, copied = _Array.of(iou), _Array.of(numbers)
+        for array, what, shape in (
+            (scores, "object scores", (n,)),
+            (estimates, "IoU estimates", (n,)),
+            (copied, "numbers", (2, n)),
+        ):
+            array.must_be((np.float32,), what, shape)
+            array.must_be_contiguous()
         labels.must_be((np.uint8,), "the label map")
         if len(labels.shape) != 2:
             raise InputError(f"the label map must be HxW, got {labels.shape}.")
@@ -253,7 +312,7 @@ class DevicePixels:
             _SQUARE,
             (
                 c.c_void_p(source.pointer),
-                c.c_void_p(scores.pointer),
+                *(c.c_void_p(array.pointer) for array in (scores, estimates, copied)),
                 c.c_int32(n),
                 c.c_int32(rows),
                 c.c_int32(columns),
@@ -277,10 +336,12 @@ class DevicePixels:
 
         Parameters
         ----------
-        bank : RxTxd float16, or int8 with ``scales``; on the device, or pinned and mapped. The
-            last two axes are packed, records may be further apart.
-        places : k int64 on the device: which records, each below R. They are not checked here.
-        out : kxTxd float32 or float16, C-contiguous; d is a multiple of four.
+        bank : RxTxd float16, int8 with ``scales``, or float32; on the device, or pinned and mapped.
+            The last two axes are packed, records may be further apart.
+        places : k int64 on the device: which records, each below R; where one is below 0 nothing
+            is written. They are not checked here.
+        out : kxTxd float32 or float16, C-contiguous; d is a multiple of four. Of a bank of float32
+            it is that too.
         scales : RxT float32, C-contiguous.
 
         Raises
@@ -289,9 +350,11 @@ class DevicePixels:
             If a shape, dtype or alignment does not fit.
         """
         source, chosen, target = _Array.of(bank), _Array.of(places), _Array.of(out)
-        kind = np.float16 if scales is None else np.int8
-        source.must_be((kind,), "a bank of memories")
-        target.must_be((np.float32, np.float16), "memories")
+        whole = source.dtype == np.float32 and scales is None
+        source.must_be(
+            (np.float16, np.float32) if scales is None else (np.int8,), "a bank of memories"
+        )
+        target.must_be((np.float32,) if whole else (np.float32, np.float16), "memories")
         target.must_be_contiguous()
         if len(source.shape) != 3 or target.shape[1:] != source.shape[1:]:
             raise InputError(f"a bank {source.shape} does not fill memories {target.shape}.")
@@ -319,6 +382,11 @@ class DevicePixels:
         record = (c.c_void_p(source.pointer), c.c_int64(source.strides[0]))
         where = (c.c_void_p(chosen.pointer), c.c_int64(fours))
         grid = _grid(fours, k, _LINE)
+        if whole:
+            self._kernels.launch(
+                "recallseg_gather_float", grid, _LINE, (*record, *where, to), stream
+            )
+            return
         if scales is None:
             self._kernels.launch(
                 "recallseg_gather_half", grid, _LINE, (*record, *where, half, to), stream
@@ -338,7 +406,10 @@ class DevicePixels:
     def _spans(
         self, source: tuple[int, ...], target: tuple[int, ...], stream: Any
     ) -> tuple[c.c_int32, c.c_void_p, c.c_void_p]:
-        """Enqueue the weights of both axes; return the rule and where they are, y and x."""
+        """Enqueue the weights of both axes, if they are others than the last ones.
+
+        Returns the rule and where they are, y and x.
+        """
         needed = self.scratch_bytes(*target)
         if self._scratch.nbytes < needed or self._scratch.pointer % 4:
             raise InputError(
@@ -352,6 +423,10 @@ class DevicePixels:
         rule = c.c_int32(0 if grows else 1 if shrinks else 2)  # enum Rule of core.h
         y = c.c_void_p(self._scratch.pointer)
         x = c.c_void_p(self._scratch.pointer + SPAN_BYTES * target[0])
+        resize = (source, target)
+        if self._resized == resize:
+            return rule, y, x
+        self._resized = None
         for axis, spans in ((0, y), (1, x)):
             self._kernels.launch(
                 "recallseg_spans",
@@ -360,6 +435,7 @@ class DevicePixels:
                 (c.c_int32(source[axis]), c.c_int32(target[axis]), rule, spans),
                 stream,
             )
+        self._resized = resize
         return rule, y, x
 
 
@@ -391,12 +467,16 @@ class _Array:
     def nbytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
+    def pixel(self) -> c.c_int32:
+        """Say of which dtype pixels are."""
+        return c.c_int32([np.dtype(kind) for kind in DTYPES].index(self.dtype))
+
     def pixels(self) -> tuple[Any, ...]:
         """Say where the pixels of an image are: data, dtype, channels and strides."""
         colour = len(self.shape) == 3
         return (
             c.c_void_p(self.pointer),
-            c.c_int32([np.dtype(kind) for kind in DTYPES].index(self.dtype)),
+            self.pixel(),
             c.c_int32(3 if colour else 1),
             *(c.c_int64(stride) for stride in self.strides),
             *(() if colour else (c.c_int64(0),)),
@@ -423,6 +503,12 @@ class _Array:
                     f"expected a C-contiguous array, got {self.shape} with strides {self.strides}."
                 )
             expected *= size
+
+
+def _counters(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Return how many counters the percentiles of a dtype take, and how many sums of them."""
+    number = (1 + _RANKS) * _HALF if dtype == np.float32 else _WHOLE
+    return number, number // _COARSE
 
 
 def _grid(x: int, y: int, block: tuple[int, int, int]) -> tuple[int, int, int]:

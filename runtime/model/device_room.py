@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -61,7 +60,7 @@ class Places:
             else device.tensor((count,), np.int64)
         )
 
-    def put(self, first: int, slots: Sequence[int], stream: Stream) -> DeviceTensor:
+    def put(self, first: int, slots: NDArray[np.int64], stream: Stream) -> DeviceTensor:
         """Write indices from ``first`` on; return them on the device."""
         chosen = self._host.array.view(np.int64)[first : first + len(slots)]
         chosen[:] = slots

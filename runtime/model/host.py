@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -146,12 +146,12 @@ class HostModel(Model):
     def _recall(
         self,
         gather: Gather,
-        memories: Sequence[StoredMemory],
+        memories: Sequence[Sequence[StoredMemory]],
         tokens: NDArray[np.float32],
         pointers: NDArray[np.float32],
     ) -> None:
-        count = len(memories)
-        gather(memories, tokens[:count], pointers[:count])
+        for row, some in enumerate(memories):
+            gather(some, tokens[row, : len(some)], pointers[row, : len(some)])
 
     def _leave_out(self, rows: Sequence[int]) -> None:
         for name, value in (
@@ -163,7 +163,7 @@ class HostModel(Model):
 
     def _finish(
         self, n: int, of: int, shape: tuple[int, int], out: tuple[Any, Any], refine: Refine | None
-    ) -> Finished:
+    ) -> tuple[Callable[[], Finished], NDArray[np.float32] | None]:
         logits, iou, scores = (
             self._buffers[f"all_{name}"][:n] for name in ("logits", "iou", "scores")
         )
@@ -174,7 +174,8 @@ class HostModel(Model):
             small = small[:n]
         present = [bool(score > 0) and not left for score, left in zip(scores, small, strict=True)]
         masks, label_map = finish_masks(logits, present, shape, self._pixels, out)
-        return Finished([*masks], label_map, iou.copy(), scores.copy(), small, refined)
+        finished = Finished([*masks], label_map, iou.copy(), scores.copy(), small)
+        return lambda: finished, refined
 
     def _masks(self, n: int) -> NDArray[np.float32]:
         masks: NDArray[np.float32] = self._buffers.of("memorize", n)["masks"]

@@ -8,7 +8,7 @@ until the next look. Threads take turns, first come, first served.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -509,9 +509,12 @@ class Model(ABC):
 
     @abstractmethod
     def _recall(
-        self, gather: Gather, memories: Sequence[StoredMemory], tokens: Any, pointers: Any
+        self, gather: Gather, memories: Sequence[Sequence[StoredMemory]], tokens: Any, pointers: Any
     ) -> None:
-        """Bring memories of exemplars to the first rows of ``tokens`` kxTx64, ``pointers`` kxC."""
+        """Bring each structure's memories of exemplars to its first rows of tensors.
+
+        ``tokens`` nxkxTx64, ``pointers`` nxkxC.
+        """
 
     @abstractmethod
     def _leave_out(self, rows: Sequence[int]) -> None:
@@ -520,8 +523,12 @@ class Model(ABC):
     @abstractmethod
     def _finish(
         self, n: int, of: int, shape: tuple[int, int], out: tuple[Any, Any], refine: Refine | None
-    ) -> Finished:
-        """Make masks of the first n of so many structures."""
+    ) -> tuple[Callable[[], Finished], NDArray[np.float32] | None]:
+        """Make masks of the first n of so many structures; return what waits for them.
+
+        And the logits nxHxW that they are made of where those were refined, in a buffer that the
+        next question writes over.
+        """
 
     def _refined(
         self, refine: Refine, logits: NDArray[np.float32]

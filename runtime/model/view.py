@@ -68,9 +68,7 @@ these n, and says which of them are too small to be there."""
 class Finished(NamedTuple):
     """What comes out: n masks HxW, label map HxW, IoU estimates n, object scores n.
 
-    ``small`` says which structures have no mask because so little of them is not believed;
-    ``refined`` are the logits nxHxW that masks were made of where they were refined, in a buffer
-    that the next question writes over.
+    ``small`` says which structures have no mask because so little of them is not believed.
     """
 
     masks: list[Any]
@@ -78,7 +76,6 @@ class Finished(NamedTuple):
     iou: NDArray[np.float32]
     object_score: NDArray[np.float32]
     small: list[bool]
-    refined: NDArray[np.float32] | None = None
 
 
 class Corrected(NamedTuple):
@@ -180,9 +177,9 @@ class View:
             g = model.bundle.geometry
             tokens = model._buffers.part("memories", (n, k, g.tokens, g.memory_dim))
             pointers = model._buffers.part("pointers", (n, k, g.channels))
+            model._recall(gather, [one.memories for one in wanted], tokens, pointers)
             for row, (position, stored) in enumerate(wanted):
                 own = len(stored)
-                model._recall(gather, stored, tokens[row], pointers[row])
                 if frames is not None and own < k:
                     frames.gather(position, tokens[row][own:], pointers[row][own:], model._copy)
             self._members, self._k = [one.position for one in wanted], k
@@ -226,21 +223,30 @@ class View:
         n : make those of the first n structures; None: of all.
         refine : makes logits on the image's own grid.
         """
+        with self._model.turns:
+            return self.finish_later(out, n=n, refine=refine)()
+
+    def finish_later(
+        self,
+        out: tuple[Any, Any] = (None, None),
+        *,
+        n: int | None = None,
+        refine: Refine | None = None,
+    ) -> Callable[[], Finished]:
+        """Do all of :meth:`finish` but the waiting; return what waits, and is called once.
+
+        It needs no turn, and the view may be stale by then: the next image can be on its way.
+        """
         model = self._model
         with model.turns:
             self._check()
             left_out = [row for row in range(self._n) if row not in self._decoded]
             if left_out:
                 model._leave_out(left_out)
-            found = model._finish(self._n if n is None else n, self._n, self.shape, out, refine)
-            if not (np.isfinite(found.iou).all() and np.isfinite(found.object_score).all()):
-                raise EngineRunError(
-                    f"the engine gave IoU estimates {found.iou.tolist()} and object scores "
-                    f"{found.object_score.tolist()}: numbers that are not finite. Use another "
-                    "precision or engine."
-                )
-            self._refined = found.refined
-            return found
+            wait, self._refined = model._finish(
+                self._n if n is None else n, self._n, self.shape, out, refine
+            )
+        return lambda: _checked(wait())
 
     def plane(self, row: int, question: int) -> NDArray[np.float32]:
         """Return a copy of the logits that one mask of a question was made of.
@@ -494,6 +500,16 @@ class KeptLooks:
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(map(_bytes, (*self._held.values(), *self._free)))
+
+
+def _checked(found: Finished) -> Finished:
+    if not (np.isfinite(found.iou).all() and np.isfinite(found.object_score).all()):
+        raise EngineRunError(
+            f"the engine gave IoU estimates {found.iou.tolist()} and object scores "
+            f"{found.object_score.tolist()}: numbers that are not finite. Use another precision or "
+            "engine."
+        )
+    return found
 
 
 def _bytes(tensors: _Tensors) -> int:

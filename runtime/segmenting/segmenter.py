@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ from recallseg.runtime.segmenting.calibration import (
     conformal_upper,
     in_force,
 )
+from recallseg.runtime.segmenting.in_flight import InFlight
 from recallseg.runtime.segmenting.presence import (
     ABSENT_SCORE,
     DOUBTFUL_SHARE,
@@ -145,6 +147,7 @@ class Segmenter:
             memory_format=self.library.memory_format,
             graphs=self._graphs,
         )
+        self._flying = InFlight(self)
         self._view: View | None = None
         self._made: Provenance | None = None  # of the last result: few results change it
         self.recipe = Recipe(
@@ -176,7 +179,11 @@ class Segmenter:
         return Model.required_bytes(self.bundle, **self._size)
 
     def close(self) -> None:
-        """Close the library if it was opened here; the model goes when nothing uses it."""
+        """Wait for what is in flight, and close the library if it was opened here.
+
+        The model goes when nothing uses it.
+        """
+        self._flying.close()
         if self._opened:
             self.library.close()
 
@@ -238,21 +245,46 @@ class Segmenter:
         CancelledError
             If ``cancelled`` said so; ``out`` may be half written.
         """
-        if deadline_ms is not None:
-            check_number(deadline_ms, "deadline_ms", 0, " ms, or None for no limit")
-        timings = Timings(deadline_ms, cancelled)
-        if frame_memories is not None:
-            self._check_frame_memories(frame_memories)
-        # Files are read before the turn on the model that others wait for.
-        return self._segment(
-            open_image(image),
-            timings,
+        return self._prepare(
+            deadline_ms=deadline_ms,
+            cancelled=cancelled,
             out=out,
             frame_memories=frame_memories,
             acquisition=acquisition,
             without=without,
             keep_logits=keep_logits,
-        )
+        )(open_image(image))()  # files are read before the turn on the model that others wait for
+
+    def segment_async(self, image: Any, **options: Any) -> Future[Result]:
+        """Hand in an image, and get its result later: the next one can be handed in meanwhile.
+
+        On a GPU several in flight keep it at work while results are taken and images are read; on a
+        CPU they wait for each other. Queries of one segmenter begin and end in the order in which
+        they were handed in, beside calls of other threads, which take turns with them as ever.
+        :data:`MOST_IN_FLIGHT` may be in flight: this call waits until one of them has ended before
+        it takes another.
+
+        Parameters
+        ----------
+        image : as for :meth:`segment`. A copy is taken: the caller may reuse its memory.
+        options : those of :meth:`segment`, with the same meaning. ``deadline_ms`` counts from this
+            call. Arrays of ``out`` are the query's until its result is there, each its own; of
+            ``frame_memories`` every query sees those of the one before. Probabilities of any but
+            the last need ``keep_logits``.
+
+        Returns
+        -------
+        concurrent.futures.Future
+            The very result of :meth:`segment`, or what that raises, unusable images included.
+            ``cancel()`` drops a query that waits; one that has begun ends at the next stage if its
+            ``cancelled`` says so.
+
+        Raises
+        ------
+        InputError
+            If the segmenter has been closed.
+        """
+        return self._flying.hand_in(image, options)
 
     def segment_many(
         self,
@@ -495,7 +527,46 @@ class Segmenter:
         beside = (n for n in self.refining.head.structures if n not in self.structures)
         return (*self.structures, *beside)
 
-    def _segment(
+    def _prepare(
+        self,
+        *,
+        deadline_ms: float | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        frame_memories: FrameMemories | None = None,
+        out: tuple[Any, Any] = (None, None),
+        acquisition: Acquisition | None = None,
+        without: Collection[str] = (),
+        keep_logits: bool = False,
+    ) -> Callable[[Any], Callable[[], Result]]:
+        """Check what is asked of an image, from now on; return what begins it, see :meth:`_begin`.
+
+        Options are those of :meth:`segment`.
+        """
+        if deadline_ms is not None:
+            check_number(deadline_ms, "deadline_ms", 0, " ms, or None for no limit")
+        timings = Timings(deadline_ms, cancelled)
+        if frame_memories is not None:
+            self._check_frame_memories(frame_memories)
+        return partial(
+            self._begin,
+            timings=timings,
+            out=out,
+            frame_memories=frame_memories,
+            acquisition=acquisition,
+            without=without,
+            keep_logits=keep_logits,
+        )
+
+    def _segment(self, image: Any, timings: Timings, **options: Any) -> Result:
+        """Run a query; options as :meth:`_queue` has them."""
+        return self._begin(image, timings, **options)()
+
+    def _begin(self, image: Any, timings: Timings, **options: Any) -> Callable[[], Result]:
+        """Take a turn and queue a query; return what waits for its result, and needs no turn."""
+        with timings.locked(self.model.turns):
+            return self._queue(image, timings, **options)
+
+    def _queue(
         self,
         image: Any,
         timings: Timings,
@@ -508,31 +579,13 @@ class Segmenter:
         keeper: Keeper | None = None,
         keep_logits: bool = False,
         view: View | None = None,
-    ) -> Result:
-        """Run a query, without the exemplars of these keys.
+    ) -> Callable[[], Result]:
+        """Do all of a query but waiting for its result; return what does that, to be called once.
 
-        With ``exemplars`` it recalls exactly so many, some of them repeatedly, to warm up; a
-        ``keeper`` keeps what the answer can be corrected with; a ``view`` is of the image, which is
-        on the model already.
+        It runs without the exemplars of the keys ``without``. With ``exemplars`` it recalls exactly
+        so many, some of them repeatedly, to warm up; a ``keeper`` keeps what the answer can be
+        corrected with; a ``view`` is of the image, which is on the model already.
         """
-        with timings.locked(self.model.turns):
-            result = self._answer(
-                image, timings, without, out, frame_memories, exemplars, acquisition, keeper, view
-            )
-            return replace(result, logits=FrozenMap(result.logits)) if keep_logits else result
-
-    def _answer(
-        self,
-        image: Any,
-        timings: Timings,
-        without: Collection[str],
-        out: tuple[Any, Any],
-        frame_memories: FrameMemories | None,
-        exemplars: int | None,
-        acquisition: Acquisition | None,
-        keeper: Keeper | None,
-        view: View | None,
-    ) -> Result:
         n = len(self.structures)
         earlier = [
             0 if frame_memories is None or i >= n else frame_memories.count(i)
@@ -568,49 +621,62 @@ class Segmenter:
             with timings("decode"):
                 view.decode()
         with timings("finish"):
-            masks, label_map, iou, object_score, small, _ = view.finish(
-                out, n=n, refine=self._refine(without)
+            wait = view.finish_later(out, n=n, refine=self._refine(without))
+        # What is known without the result is found while the device makes it.
+        standing = self._stand()
+        differing = self._differences(acquisition, view.shape, recalled)
+        provenance = self._provenance(recollection)
+        logits: Mapping[str, NDArray[np.float32]] = LogitsOnModel(view, self.structures)
+        if keeper is not None:
+            keeper.logits = view.logits()[:n]
+        if keep_logits:
+            logits = FrozenMap(logits)
+
+        def conclude() -> Result:
+            with timings("finish"):
+                masks, label_map, iou, object_score, small = wait()
+            present = [bool(object_score[i] > 0) and not small[i] for i in range(n)]
+            scores = {
+                name: Score(
+                    float(iou[i]),
+                    float(object_score[i]),
+                    _nearest(recalled[name]),
+                    presence_share(recalled[name]),
+                    present[i],
+                )
+                for i, name in enumerate(self.structures)
+            }
+            available = {name: recollection.found[name].available for name in self.structures}
+            left = {name for name, few in zip(self.structures, small, strict=True) if few}
+            quality = self._judge(standing, scores, recalled, available, differing, left)
+            if frame_memories is not None:
+                with timings("memorize"):
+                    trusted = {
+                        i: masks[i]
+                        for i, name in enumerate(self.structures)
+                        if present[i] and name not in quality.reasons
+                    }
+                    view.remember(frame_memories, trusted)
+            return Result(
+                masks=FrozenMap(dict(zip(self.structures, masks, strict=True))),
+                label_map=label_map,
+                labels=self.labels,
+                scores=FrozenMap(scores),
+                recalled=FrozenMap(recalled),
+                timings=timings.finished(),
+                quality=quality,
+                available=FrozenMap(available),
+                provenance=provenance,
+                frame_memories=FrozenMap(dict(zip(self.structures, earlier[:n], strict=True))),
+                notice=self.bundle.notice,
+                spacing=None if acquisition is None else acquisition.spacing,
+                logits=logits,
             )
-            if keeper is not None:
-                keeper.logits = view.logits()[:n]
-        present = [bool(object_score[i] > 0) and not small[i] for i in range(n)]
-        scores = {
-            name: Score(
-                float(iou[i]),
-                float(object_score[i]),
-                _nearest(recalled[name]),
-                presence_share(recalled[name]),
-                present[i],
-            )
-            for i, name in enumerate(self.structures)
-        }
-        available = {name: recollection.found[name].available for name in self.structures}
-        differing = self._differences(acquisition, label_map.shape, recalled)
-        left = {name for name, few in zip(self.structures, small, strict=True) if few}
-        quality = self._judge(scores, recalled, available, differing, left)
-        if frame_memories is not None:
-            with timings("memorize"):
-                trusted = {
-                    i: masks[i]
-                    for i, name in enumerate(self.structures)
-                    if present[i] and name not in quality.reasons
-                }
-                view.remember(frame_memories, trusted)
-        return Result(
-            masks=FrozenMap(dict(zip(self.structures, masks, strict=True))),
-            label_map=label_map,
-            labels=self.labels,
-            scores=FrozenMap(scores),
-            recalled=FrozenMap(recalled),
-            timings=timings.finished(),
-            quality=quality,
-            available=FrozenMap(available),
-            provenance=self._provenance(recollection),
-            frame_memories=FrozenMap(dict(zip(self.structures, earlier[:n], strict=True))),
-            notice=self.bundle.notice,
-            spacing=None if acquisition is None else acquisition.spacing,
-            logits=LogitsOnModel(view, self.structures),
-        )
+
+        if frame_memories is None:
+            return conclude
+        result = conclude()  # its masks are memorized before another image is looked at
+        return lambda: result
 
     @property
     def _operators(self) -> str | None:
@@ -700,13 +766,14 @@ class Segmenter:
 
     def _judge(
         self,
+        standing: _Standing,
         scores: Mapping[str, Score],
         recalled: Mapping[str, tuple[Match, ...]],
         available: Mapping[str, int],
         differing: Mapping[str, Sequence[str]],
         small: Collection[str],
     ) -> Quality:
-        limits_now = self._limits()
+        limits_now, mend, head = standing
         reasons: dict[str, tuple[str, ...]] = {}
         for name, score in scores.items():
             limits, found = limits_now[name].thresholds, []
@@ -742,9 +809,15 @@ class Segmenter:
         }
         whole = len(calibrated) == len(limits_now)
         flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
-        self._mend_now = self._mend_now or ("" if whole else self._mend(limits_now))
+        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), mend, head)
+
+    def _stand(self) -> _Standing:
+        """Return what holds for the library now."""
+        limits = self._limits()
+        whole = all(found.calibrated is not None for found in limits.values())
+        self._mend_now = self._mend_now or ("" if whole else self._mend(limits))
         mend = "; ".join(filter(None, [self._mend_now, mend_head(self.library, self.head)]))
-        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), mend, self.head)
+        return _Standing(limits, mend, self.head)
 
     def _limits(self) -> Mapping[str, InForce]:
         """Return what holds for the library, and its calibrations, as they are now."""
@@ -868,6 +941,14 @@ class Segmenter:
             f"recallseg.Segmenter({', '.join(self.structures)}; k={self.k}, {self.engine} "
             f"{self.precision}, buffers {self.required_bytes / 2**20:.0f} MiB)"
         )
+
+
+class _Standing(NamedTuple):
+    """What results are judged by: limits by structure, how to mend them, what the head does."""
+
+    limits: Mapping[str, InForce]
+    mend: str
+    head: Any
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from support.fake_tensorrt import HostGpu
 from recallseg import Bundle, GpuOptions, Library, Segmenter
 from recallseg.engines.device import Device, open_device
 from recallseg.engines.device.device import PROVIDERS
-from recallseg.engines.errors import EngineUnavailableError
+from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.engines.registry import engine_class
 from recallseg.engines.verification import mask_dice
 
@@ -92,6 +92,50 @@ def test_queries_are_those_of_the_cpu_and_take_nothing(
     array: Any = SimpleNamespace(__cuda_array_interface__=interface)
     found = segmenter.segment(array)
     assert mask_dice(found.masks["disc"], expected[0].masks["disc"]) >= LEAST_DICE
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_queries_in_flight_are_those_of_one_after_the_other(
+    device: Device, library: Library, cuda_graphs: bool
+) -> None:
+    """From the first query on, when graphs are recorded, and beside another thread's."""
+    gpu = GpuOptions(device, cuda_graphs=cuda_graphs)
+    images = [picture(seed)[0] for seed in range(10, 14)]
+    with (
+        Segmenter(library, k=3, engine=ENGINE, gpu=gpu) as segmenter,
+        Segmenter(library, k=2, model=segmenter.model) as other,
+    ):
+        handed = [segmenter.segment_async(image) for image in images]
+        beside = [other.segment(image) for image in images]
+        first = [promise.result() for promise in handed]
+        expected = [segmenter.segment(image) for image in images]
+        again = [other.segment(image) for image in images]
+        found = first + [segmenter.segment_async(image).result() for image in images]
+        for one, wanted in zip([*found, *beside], [*expected, *expected, *again], strict=True):
+            assert np.array_equal(one.label_map, wanted.label_map)
+        allocations, free = device.allocations, device.free_memory()
+        for number in range(QUERIES):
+            handed.append(segmenter.segment_async(images[number % len(images)]))
+        for number, promise in enumerate(handed):
+            assert np.array_equal(promise.result().label_map, expected[number % 4].label_map)
+        assert (device.allocations, device.free_memory()) == (allocations, free)
+
+
+@pytest.mark.timeout(900)
+def test_floats_that_lie_on_the_device(device: Device, library: Library) -> None:
+    segmenter = Segmenter(library, k=3, engine=ENGINE, gpu=GpuOptions(device))
+    image = picture(10)[0].astype(np.float32)
+    expected = segmenter.segment(image)
+    there = device.tensor(image.shape, np.float32)
+    device.stream.copy_in(there, image)
+    device.stream.synchronize()
+    assert np.array_equal(segmenter.segment(there).label_map, expected.label_map)
+    image[7, 9] = np.nan
+    device.stream.copy_in(there, image)
+    device.stream.synchronize()
+    with pytest.raises(InputError, match="has 1 NaN or infinite pixels"):
+        segmenter.segment(there)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,8 @@ static uint32_t atomicAdd(uint32_t* counter, uint32_t more) {
   return before;
 }
 
+static void __threadfence() {}
+
 #include "kernels.cu"
 
 template <class... Arguments, size_t... I>
@@ -45,12 +47,15 @@ extern "C" bool emulate(const char* name, const uint32_t* grid, const uint32_t* 
           KERNEL(recallseg_spans)
           KERNEL(recallseg_clear)
           KERNEL(recallseg_histogram)
+          KERNEL(recallseg_refine)
+          KERNEL(recallseg_coarse)
           KERNEL(recallseg_rank)
-          KERNEL(recallseg_window)
+          KERNEL(recallseg_rank_low)
           KERNEL(recallseg_prepare)
           KERNEL(recallseg_finish)
           KERNEL(recallseg_gather_half)
           KERNEL(recallseg_gather_int8)
+          KERNEL(recallseg_gather_float)
           return false;
         }
   return true;

@@ -21,13 +21,16 @@ __all__ = ["KERNELS", "EmulatedKernels", "OnDevice", "build_emulator", "emulated
 KERNELS = (
     "recallseg_clear",
     "recallseg_histogram",
+    "recallseg_refine",
+    "recallseg_coarse",
     "recallseg_rank",
-    "recallseg_window",
+    "recallseg_rank_low",
     "recallseg_spans",
     "recallseg_prepare",
     "recallseg_finish",
     "recallseg_gather_half",
     "recallseg_gather_int8",
+    "recallseg_gather_float",
 )
 
 

@@ -11,6 +11,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, ClassVar, Union
 
 import numpy as np
@@ -85,6 +86,7 @@ class FakeDriver(Driver):
         # The default streams are always there.
         self._things: dict[int, Any] = {1: ("default stream", []), 2: ("default stream", [])}
         self._deferred = deferred
+        self._lock = RLock()  # several threads may call a driver
         self._pending: dict[int, deque[_Queued]] = {}
         self._next = 1000
         self._context = 0
@@ -148,26 +150,28 @@ class FakeDriver(Driver):
         )
 
     def _queue(self, stream: int, work: Callable[[], object], call: str) -> None:
-        if stream:
-            self._get(stream, "stream", call)
-        if self._capturing is not None and self._capturing == stream:
-            self._things[stream][1].append(work)
-        elif self._deferred:
-            self._pending.setdefault(stream, deque()).append(work)
-        else:
-            work()
+        with self._lock:
+            if stream:
+                self._get(stream, "stream", call)
+            if self._capturing is not None and self._capturing == stream:
+                self._things[stream][1].append(work)
+            elif self._deferred:
+                self._pending.setdefault(stream, deque()).append(work)
+            else:
+                work()
 
     def _drain(self, stream: int, until: _Mark | None = None) -> None:
         """Do what is pending in a stream, and in others as far as it waits for them."""
-        pending = self._pending.get(stream, deque())
-        while pending and not (until is not None and until.reached):
-            work = pending.popleft()
-            if isinstance(work, _Mark):
-                work.reached = True
-            elif not isinstance(work, _Wait):
-                work()
-            elif not work.mark.reached:
-                self._drain(work.mark.stream, work.mark)
+        with self._lock:
+            pending = self._pending.get(stream, deque())
+            while pending and not (until is not None and until.reached):
+                work = pending.popleft()
+                if isinstance(work, _Mark):
+                    work.reached = True
+                elif not isinstance(work, _Wait):
+                    work()
+                elif not work.mark.reached:
+                    self._drain(work.mark.stream, work.mark)
 
     def _drain_all(self) -> None:
         for stream in list(self._pending):

@@ -13,10 +13,11 @@
 // Internal to each translation unit: a copy compiled for newer processors must never be the one that
 // the linker keeps for all.
 #if defined(__CUDACC__)
-#define PIXELS_FUNCTION static __host__ __device__ __forceinline__
+#define PIXELS_MEMBER __host__ __device__ __forceinline__
 #else
-#define PIXELS_FUNCTION static inline __attribute__((always_inline))
+#define PIXELS_MEMBER inline __attribute__((always_inline))
 #endif
+#define PIXELS_FUNCTION static PIXELS_MEMBER
 
 namespace pixels {
 

@@ -1,5 +1,5 @@
 // The kernels for CUDA: one thread for each pixel (or some), or for four numbers of a memory; no
-// thread waits for another. Compiled to pixels.fatbin, and by the tests for the CPU.
+// thread waits for another, but the last of some may do what needs them all. Compiled to pixels.fatbin, and by the tests for the CPU.
 #include "core.h"
 
 using namespace pixels;
@@ -14,13 +14,39 @@ PIXELS_FUNCTION int64_t thread_y() {
   return static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
 }
 
-// A histogram of 16-bit values, signed or not, and of 8-bit ones.
-constexpr int32_t kBelow = 32768, kBins = 65536 + kBelow, kCoarse = 256, kRun = 8;
+// Counters of 16 bits of a number, in order: whole numbers of up to 16 bits, signed or not, have one
+// each, floats one for either half of their ordered bits. `kCoarse` neighbours are also summed, and a
+// thread counts `kRun` pixels.
+constexpr int32_t kBelow = 32768, kCoarse = 256, kRun = 8, kHalf = 65536, kFloat = 3;
+
+// What is found at six ranks, and what becomes of it. `bin` is the upper half of a float's bits and
+// `rest` its rank among those that share it.
+constexpr int32_t kRanks = 6;
+struct Found {
+  Window window;
+  uint32_t wrong;  // NaN or infinite pixels
+  uint32_t done;
+  double at[kRanks];
+  int64_t rest[kRanks];
+  int32_t bin[kRanks];
+};
 
 // A share of the way between two numbers, from the nearer one, so that neither end is missed.
 PIXELS_FUNCTION double between(double below, double above, double share) {
   return share < 0.5 ? below + (above - below) * share : above - (above - below) * (1 - share);
 }
+
+// An image; strides in bytes.
+struct Source {
+  const void* data;
+  int32_t pixel;
+  int32_t channels;
+  int64_t row_stride;
+  int64_t column_stride;
+  int64_t channel_stride;
+  int32_t rows;
+  int32_t columns;
+};
 
 // As enum Pixel of rows.h numbers them.
 PIXELS_FUNCTION float pixel_at(const void* image, int64_t offset, int32_t pixel) {
@@ -35,6 +61,75 @@ PIXELS_FUNCTION float pixel_at(const void* image, int64_t offset, int32_t pixel)
     default:
       return *reinterpret_cast<const float*>(static_cast<const unsigned char*>(image) + offset);
   }
+}
+
+// Counts numbers from 0 up; neighbours are often alike (background), and are counted together, or
+// every thread would wait for the same counter. One below 0 is passed over.
+class Counted {
+ public:
+  explicit PIXELS_MEMBER Counted(uint32_t* counters) : counters_(counters) {}
+  PIXELS_MEMBER void add(int32_t value) {
+    if (value != before_) flush();
+    before_ = value;
+    ++alike_;
+  }
+  PIXELS_MEMBER void flush() {
+    if (alike_ > 0 && before_ >= 0) atomicAdd(counters_ + before_, alike_);
+    alike_ = 0;
+  }
+
+ private:
+  uint32_t* counters_;
+  int32_t before_ = -1;
+  uint32_t alike_ = 0;
+};
+
+// Call visit(value) for the pixels of a thread.
+template <class Visit>
+PIXELS_FUNCTION void each(const Source& image, const Visit& visit) {
+  const int64_t first = thread_x() * kRun, row = thread_y();
+  if (row >= image.rows) return;
+  const int64_t end = first + kRun < image.columns ? first + kRun : image.columns;
+  for (int32_t channel = 0; channel < image.channels; ++channel)
+    for (int64_t column = first; column < end; ++column)
+      visit(pixel_at(image.data,
+                     channel * image.channel_stride + row * image.row_stride +
+                         column * image.column_stride,
+                     image.pixel));
+}
+
+struct Place {
+  int32_t bin;
+  int64_t rank;  // within the bin
+};
+
+// Where the number of a rank was counted.
+PIXELS_FUNCTION Place place_of(const uint32_t* fine, const uint32_t* coarse, int32_t parts,
+                               int64_t rank) {
+  int32_t part = 0;
+  while (part < parts - 1 && coarse[part] <= rank) rank -= coarse[part++];
+  int32_t bin = part * kCoarse;
+  const int32_t last = bin + kCoarse - 1;
+  while (bin < last && fine[bin] <= rank) rank -= fine[bin++];
+  return {bin, rank};
+}
+
+// The last of the six threads makes the window between two percentiles, each between two of the values
+// found, or between the least and the largest (the last two) where they are the same. As
+// Pixels.percentiles and window_gain have it.
+PIXELS_FUNCTION void conclude(Found* found, double low_share, double high_share) {
+  __threadfence();
+  if (atomicAdd(&found->done, 1u) < kRanks - 1) return;
+  __threadfence();
+  const volatile double* at = found->at;
+  double low = between(at[0], at[1], low_share), high = between(at[2], at[3], high_share);
+  if (low == high) {
+    low = at[4];
+    high = at[5];
+  }
+  const double steepest = 3.4028234663852886e38, gain = high > low ? 1.0 / (high - low) : 0.0;
+  found->window = Window{static_cast<float>(low),
+                         static_cast<float>(gain < steepest ? gain : steepest)};
 }
 
 // Four neighbours, loaded and stored at once.
@@ -73,65 +168,89 @@ extern "C" __global__ void recallseg_clear(uint32_t* numbers, int64_t count) {
   if (i < count) numbers[i] = 0;
 }
 
-// Grid: runs of kRun columns, rows of an image of 8 or 16 bits. `fine` counts its values, in order;
-// `coarse` counts them 256 at a time. Neighbours are often alike (background): they are counted
-// together, or every thread would wait for the same counter.
+// Grid: runs of kRun columns, rows of an image. `counters` count whole numbers, and of floats the upper
+// half of their bits in order.
 extern "C" __global__ void recallseg_histogram(const void* image, int32_t pixel, int32_t channels,
                                                int64_t row_stride, int64_t column_stride,
                                                int64_t channel_stride, int32_t rows,
-                                               int32_t columns, uint32_t* fine, uint32_t* coarse) {
-  const int64_t first = thread_x() * kRun, row = thread_y();
-  if (first >= columns || row >= rows) return;
-  const int64_t end = first + kRun < columns ? first + kRun : columns;
-  for (int32_t channel = 0; channel < channels; ++channel) {
-    int32_t before = -1;
-    uint32_t alike = 0;
-    for (int64_t column = first; column <= end; ++column) {
-      int32_t value = -1;
-      if (column < end)
-        value = static_cast<int32_t>(pixel_at(
-                    image, channel * channel_stride + row * row_stride + column * column_stride,
-                    pixel)) + kBelow;
-      if (value != before && alike > 0) {
-        atomicAdd(fine + before, alike);
-        atomicAdd(coarse + before / kCoarse, alike);
-        alike = 0;
-      }
-      before = value;
-      alike += value >= 0 ? 1 : 0;
+                                               int32_t columns, uint32_t* counters, Found* found) {
+  const Source source{image,         pixel,          channels, row_stride,
+                      column_stride, channel_stride, rows,     columns};
+  Counted counted(counters);
+  uint32_t wrong = 0;
+  each(source, [&](float value) {
+    if (pixel != kFloat) {
+      counted.add(static_cast<int32_t>(value) + kBelow);
+      return;
     }
-  }
+    wrong += (to_bits(value) & 0x7F800000u) == 0x7F800000u ? 1 : 0;
+    counted.add(static_cast<int32_t>(ordered_key(value) >> 16));
+  });
+  counted.flush();
+  if (wrong > 0) atomicAdd(&found->wrong, wrong);
 }
 
-// Six threads: the values that would stand at six ranks if all pixels were sorted.
+// The same for the lower half of floats' bits, of those whose upper half is that of a rank. Ranks that
+// share one share the counters of the first of them.
+extern "C" __global__ void recallseg_refine(const void* image, int32_t pixel, int32_t channels,
+                                            int64_t row_stride, int64_t column_stride,
+                                            int64_t channel_stride, int32_t rows, int32_t columns,
+                                            uint32_t* counters, const Found* found) {
+  const Source source{image,         pixel,          channels, row_stride,
+                      column_stride, channel_stride, rows,     columns};
+  Counted counted(counters);
+  each(source, [&](float value) {
+    const uint32_t key = ordered_key(value);
+    int32_t rank = 0;
+    while (rank < kRanks && found->bin[rank] != static_cast<int32_t>(key >> 16)) ++rank;
+    counted.add(rank < kRanks ? rank * kHalf + static_cast<int32_t>(key & 0xFFFFu) : -1);
+  });
+  counted.flush();
+}
+
+// Grid: sums of kCoarse counters.
+extern "C" __global__ void recallseg_coarse(const uint32_t* counters, int64_t parts,
+                                            uint32_t* coarse) {
+  const int64_t part = thread_x();
+  if (part >= parts) return;
+  uint32_t sum = 0;
+  for (int32_t i = 0; i < kCoarse; ++i) sum += counters[part * kCoarse + i];
+  coarse[part] = sum;
+}
+
+// Six threads: the values that would stand at six ranks if all pixels were sorted; of floats the upper
+// half of their bits, and the ranks among those that share it.
 extern "C" __global__ void recallseg_rank(const uint32_t* fine, const uint32_t* coarse,
-                                          int64_t rank0, int64_t rank1, int64_t rank2,
-                                          int64_t rank3, int64_t rank4, int64_t rank5,
-                                          double* found) {
-  const int64_t ranks[6] = {rank0, rank1, rank2, rank3, rank4, rank5};
+                                          int32_t parts, int32_t pixel, int64_t rank0,
+                                          int64_t rank1, int64_t rank2, int64_t rank3,
+                                          int64_t rank4, int64_t rank5, double low_share,
+                                          double high_share, Found* found) {
+  const int64_t ranks[kRanks] = {rank0, rank1, rank2, rank3, rank4, rank5};
   const int64_t i = thread_x();
-  if (i >= 6) return;
-  int64_t below = 0;
-  int32_t part = 0, value = 0;
-  while (part < kBins / kCoarse - 1 && below + coarse[part] <= ranks[i]) below += coarse[part++];
-  value = part * kCoarse;
-  const int32_t last = value + kCoarse - 1;
-  while (value < last && below + fine[value] <= ranks[i]) below += fine[value++];
-  found[i] = value - kBelow;
+  if (i >= kRanks) return;
+  const Place place = place_of(fine, coarse, parts, ranks[i]);
+  if (pixel == kFloat) {
+    found->bin[i] = place.bin;
+    found->rest[i] = place.rank;
+    return;
+  }
+  found->at[i] = place.bin - kBelow;
+  conclude(found, low_share, high_share);
 }
 
-// One thread: the window between two percentiles, each between two of the values found, or between
-// the least and the largest (the last two) where they are the same. As Pixels.percentiles has it.
-extern "C" __global__ void recallseg_window(const double* found, double low_share,
-                                            double high_share, Window* window) {
-  if (thread_x() > 0) return;
-  double low = between(found[0], found[1], low_share);
-  double high = between(found[2], found[3], high_share);
-  if (low == high) {
-    low = found[4];
-    high = found[5];
-  }
-  *window = Window{static_cast<float>(low), high > low ? static_cast<float>(1.0 / (high - low)) : 0};
+// Six threads: the same for the lower half of floats' bits.
+extern "C" __global__ void recallseg_rank_low(const uint32_t* fine, const uint32_t* coarse,
+                                              double low_share, double high_share, Found* found) {
+  const int64_t i = thread_x();
+  if (i >= kRanks) return;
+  int32_t first = 0;
+  while (found->bin[first] != found->bin[i]) ++first;
+  const int32_t parts = kHalf / kCoarse;
+  const Place place =
+      place_of(fine + first * kHalf, coarse + first * parts, parts, found->rest[i]);
+  const uint32_t key = static_cast<uint32_t>(found->bin[i]) << 16 | static_cast<uint32_t>(place.bin);
+  found->at[i] = from_ordered_key(key);
+  conclude(found, low_share, high_share);
 }
 
 // Grid: columns, rows of the target. Strides in bytes; data aligned to its dtype. `window` stands
@@ -163,14 +282,20 @@ extern "C" __global__ void recallseg_prepare(
   }
 }
 
-// Grid: columns, rows of the outputs. A structure is present if its object score is above 0.
+// Grid: columns, rows of the outputs. A structure is present if its object score is above 0. IoU
+// estimates and scores are copied to `numbers`, beside the masks, so that one copy fetches all.
 extern "C" __global__ void recallseg_finish(
-    const float* logits, const float* object_scores, int32_t n, int32_t rows, int32_t columns,
-    int32_t rule, const Span* y, const Span* x, int32_t out_rows, int32_t out_columns,
-    uint8_t* labels, int64_t label_row, int64_t label_column, uint8_t* masks, int64_t mask_plane,
-    int64_t mask_row, int64_t mask_column) {
+    const float* logits, const float* object_scores, const float* iou, float* numbers, int32_t n,
+    int32_t rows, int32_t columns, int32_t rule, const Span* y, const Span* x, int32_t out_rows,
+    int32_t out_columns, uint8_t* labels, int64_t label_row, int64_t label_column, uint8_t* masks,
+    int64_t mask_plane, int64_t mask_row, int64_t mask_column) {
   const int64_t column = thread_x(), row = thread_y();
   if (column >= out_columns || row >= out_rows) return;
+  if (column == 0 && row == 0)
+    for (int32_t structure = 0; structure < n; ++structure) {
+      numbers[structure] = iou[structure];
+      numbers[n + structure] = object_scores[structure];
+    }
   float highest = 0.0f;
   uint8_t label = 0;
   for (int32_t structure = 0; structure < n; ++structure) {
@@ -193,12 +318,13 @@ extern "C" __global__ void recallseg_finish(
   labels[row * label_row + column * label_column] = label;
 }
 
-// Grid: fours of a memory's numbers, memories. `places` are records of the bank.
+// Grid: fours of a memory's numbers, memories. `places` are records of the bank; where one is below 0
+// nothing is written.
 extern "C" __global__ void recallseg_gather_half(const unsigned char* bank, int64_t record_bytes,
                                                  const int64_t* places, int64_t fours,
                                                  int32_t half, void* out) {
   const int64_t four = thread_x(), memory = thread_y();
-  if (four >= fours) return;
+  if (four >= fours || places[memory] < 0) return;
   const auto* record = reinterpret_cast<const Halves*>(bank + places[memory] * record_bytes);
   const Halves halves = record[four];
   const int64_t at = memory * fours + four;
@@ -217,11 +343,20 @@ extern "C" __global__ void recallseg_gather_int8(const unsigned char* bank, int6
                                                  int64_t fours, int32_t width, int32_t half,
                                                  void* out) {
   const int64_t four = thread_x(), memory = thread_y();
-  if (four >= fours) return;
+  if (four >= fours || places[memory] < 0) return;
   const auto* record = reinterpret_cast<const Bytes*>(bank + places[memory] * record_bytes);
   const Bytes bytes = record[four];
   const float scale = scales[places[memory] * (4 * fours / width) + 4 * four / width];
   Floats values;
   for (int i = 0; i < 4; ++i) values.of[i] = static_cast<float>(bytes.of[i]) * scale;
   store_four(out, memory * fours + four, values, half);
+}
+
+// The same for float32, as it is.
+extern "C" __global__ void recallseg_gather_float(const unsigned char* bank, int64_t record_bytes,
+                                                  const int64_t* places, int64_t fours, Floats* out) {
+  const int64_t four = thread_x(), memory = thread_y();
+  if (four >= fours || places[memory] < 0) return;
+  const auto* record = reinterpret_cast<const Floats*>(bank + places[memory] * record_bytes);
+  out[memory * fours + four] = record[four];
 }

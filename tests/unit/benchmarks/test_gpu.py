@@ -63,6 +63,7 @@ def test_everything_in_one_command(session: type[FakeSession], tmp_path: Path) -
     assert {name for name, state in states.items() if state == "measured"} == {
         "machine", f"graphs-{graph}", f"graphs-{graph}-graphs", f"queries-{graph}-k1",
         f"queries-{graph}-k2", f"queries-{graph}-graphs-k1", f"queries-{graph}-graphs-k2",
+        f"flights-{graph}", f"flights-{graph}-graphs",
     }  # fmt: skip
     # Neither fp16 graphs nor plans nor kernels are here: said, not invented.
     assert set(states.values()) == {"measured", "empty"}
@@ -79,6 +80,11 @@ def test_everything_in_one_command(session: type[FakeSession], tmp_path: Path) -
         ("embed", None), ("encode", None), ("attend", 1), ("decode", 1), ("attend", 2),
         ("decode", 2),
     ]  # fmt: skip
+    flown = found[f"flights-{graph}-graphs"]["found"]["runs"]
+    assert [(run["n"], run["in_flight"]) for run in flown] == [(1, 1), (1, 2), (1, 4)]
+    for flight in flown:
+        assert (flight["differing"], flight["allocations"]) == (0, 0)
+        assert flight["frames_per_second"] > 0
     assert {goal["met"] for goal in found["goals"]["goals"]} == {None}  # the demo has neither size
 
     session.made.clear()
@@ -154,7 +160,7 @@ def test_every_piece_takes_less_than_ten_minutes_and_the_goals_come_first() -> N
     made = list(pieces.pieces_of(plan))
     assert max(piece.minutes for piece in made) < 10.0
     names = [piece.name for piece in made]
-    assert len(set(names)) == len(names) == 3 + 3 * 2 * (3 * 4 * 2) + 3 * 2 * 4 * 2 + 2 * 24
+    assert len(set(names)) == len(names) == 3 + 3 * 2 * (3 * 4 * 2) + 3 * 2 * 4 * 2 + 4 * 24
     usual = [name for name in names if "-k4" in name]
     assert names[3 : 3 + len(usual)] == usual
 

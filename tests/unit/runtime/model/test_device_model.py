@@ -7,7 +7,7 @@ import gc
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.emulated_gpu import KERNELS, emulated_kernels
+from support.device_segmenters import (
+    STRUCTURES,
+    cache_of,
+    calls_of,
+    demo,
+    library_of_discs,
+    make,
+    on_cpu,
+    picture,
+    same,
+    with_kernels,
+    without_kernels,
+)
 from support.fake_driver import FakeDriver
 from support.fake_onnxruntime import FakeSession, install
 from support.fake_tensorrt import HostGpu
 
-from recallseg import Bundle, Frame, Library, Segmenter, Stream
-from recallseg.benchmarks.subjects import portable_only
+from recallseg import Frame, Library, Segmenter, Stream
 from recallseg.engines.budget import graph_bytes
 from recallseg.engines.device import Device, DeviceTensor
 from recallseg.engines.errors import (
@@ -36,39 +47,15 @@ from recallseg.engines.heads import REFINE, feature_count, graph_digest
 from recallseg.runtime.library.choices import Choice
 from recallseg.runtime.library.encoding import MEMORY_FORMATS
 from recallseg.runtime.library.heads import Head
-from recallseg.runtime.model import device as device_model
 from recallseg.runtime.model.device import DeviceModel
-from recallseg.runtime.model.memory_cache import MemoryCache
 from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.view import View, Wanted
 
-STRUCTURES = ("disc", "core")
-
-
-def picture(seed: int, side: int = 60) -> tuple[NDArray[np.uint16], dict[str, NDArray[np.bool_]]]:
-    """A noisy disc with a bright core, and the masks of both."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:side, : side + 7]
-    centre = rng.uniform(0.4, 0.6, 2) * side
-    distance = np.hypot(y - centre[0], x - centre[1])
-    masks = {"disc": distance < side / 4, "core": distance < side / 9}
-    image = 200 + 900 * masks["disc"] + 900 * masks["core"] + rng.normal(0, 60, x.shape)
-    return image.clip(0).astype(np.uint16), masks
-
-
-def demo() -> Bundle:
-    """The demo bundle with the graphs that both engines run."""
-    return portable_only(Bundle.open("demo"))
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    made = Library.create(tmp_path_factory.mktemp("l") / "library", demo(), threads=1)
-    for seed in range(6):
-        image, masks = picture(seed)
-        made.add(image, masks)
-    return made
+    return library_of_discs(tmp_path_factory.mktemp("l"))
 
 
 @pytest.fixture(scope="module")
@@ -80,50 +67,6 @@ def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch, proven: Path) -> type[FakeSession]:
     return install(monkeypatch, proven)
-
-
-def without_kernels(**facts: Any) -> Device:
-    HostGpu.driver = FakeDriver(**facts)  # where sessions queue their work
-    return Device(HostGpu.driver)
-
-
-def with_kernels(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> Device:
-    """A device that runs the CUDA source of the pixel kernels."""
-    monkeypatch.setattr(device_model, "kernel_image", lambda: " ".join(KERNELS).encode())
-    return without_kernels(kernels=emulated_kernels(emulator), **facts)
-
-
-SETTINGS: Mapping[str, Any] = {"k": 3, "structures": STRUCTURES, "reach": math.inf}
-"""Three memories a structure in every query, so that copies can be counted."""
-
-
-def make(library: Library, device: Device, **settings: Any) -> Segmenter:
-    gpu = {name: settings.pop(name) for name in ("cache_bytes", "cuda_graphs") if name in settings}
-    return Segmenter(
-        library,
-        **{**SETTINGS, "engine": "onnxruntime-cuda", **settings},
-        gpu=GpuOptions(device=device, **gpu),
-    )
-
-
-def on_cpu(library: Library, **settings: Any) -> Segmenter:
-    """On a model of its own, whose pixels are what the environment says now."""
-    model = Model.open(library.bundle, threads=1)
-    return Segmenter(library, **{**SETTINGS, "model": model, **settings})
-
-
-def same(found: Any, expected: Any) -> None:
-    np.testing.assert_array_equal(found.label_map, expected.label_map)
-    for name in STRUCTURES:
-        np.testing.assert_array_equal(found.masks[name], expected.masks[name])
-        assert found.scores[name] == expected.scores[name]
-    assert found.recalled == expected.recalled
-
-
-def cache_of(segmenter: Segmenter) -> MemoryCache:
-    assert isinstance(segmenter.model, DeviceModel)
-    [cache] = segmenter.model.caches.values()
-    return cache
 
 
 # Work is done as early as it may, and as late: what is reused too soon shows in one of the two.
@@ -463,7 +406,7 @@ def test_a_lost_device_leaves_library_and_process_unharmed(
 
 STEPS = (
     "set_context", "copy_in", "launch", "record_event", "wait_event", "copy_out",
-    "synchronize_event", "copy", "synchronize_stream",
+    "synchronize_event", "copy",
 )  # fmt: skip
 
 
@@ -604,11 +547,6 @@ def test_structures_beyond_one_call_are_done_in_groups(
     monkeypatch.setattr(bundle, "geometry", replace(bundle.geometry, max_n=1))
     segmenter = make(library, without_kernels())
     same(segmenter.segment(picture(10)[0]), on_cpu(library).segment(picture(10)[0]))
-
-
-def calls_of(device: Device) -> list[str]:
-    calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
-    return calls
 
 
 @pytest.mark.parametrize("order", [("embedding", "encode"), ("encode", "embedding"), ("encode",)])

@@ -63,6 +63,8 @@ class Choice:
     curve : Dice where the structure is shown, by distance from the nearest exemplar that shows it;
         nearest first, empty where too few groups show it.
     absent : of how many exemplars known not to show it nothing was found, and how many there are.
+    flattered : by how much that share is too high, as the choice was made by it; ``expected`` and
+        ``curve`` are without what their choice adds.
     """
 
     mix: float
@@ -77,6 +79,7 @@ class Choice:
     interval: tuple[float, float] = (0.0, 1.0)
     curve: tuple[Knot, ...] = ()
     absent: tuple[int, int] = (0, 0)
+    flattered: float = 0.0
 
     @property
     def used(self) -> bool:
@@ -127,7 +130,8 @@ class Choice:
         share, more = right / of, Z * Z / of
         middle = (share + more / 2) / (1 + more)
         half = Z / (1 + more) * math.sqrt(share * (1 - share) / of + more / of / 4)
-        return Expected((right + 0.5) / (of + 1), max(0.0, middle - half), min(1.0, middle + half))
+        dice = max(0.0, (right + 0.5) / (of + 1) - self.flattered)
+        return Expected(dice, max(0.0, middle - half - self.flattered), min(1.0, middle + half))
 
     def over(self, images: Iterable[tuple[float, bool]]) -> Expected | None:
         """Return what is expected on average over images.
@@ -156,6 +160,7 @@ def choice_values(choice: Choice) -> list[Any]:
         *(choice.mix, choice.least, choice.alone, choice.expected, choice.low, choice.high),
         *(choice.exemplars, choice.why, choice.within),
         *(list(choice.interval), [list(knot) for knot in choice.curve], list(choice.absent)),
+        choice.flattered,
     ]
 
 
@@ -166,11 +171,11 @@ def parse_choice(values: Sequence[Any]) -> Choice:
     if not (0 <= mix <= 1 and 0 <= least <= 1) or not isinstance(why, str):
         raise ValueError("a choice beyond its range")
     within = more[0] if more else False  # the first heads did not say
-    if not isinstance(within, bool) or len(more) not in (0, 1, 4):
+    if not isinstance(within, bool) or len(more) not in (0, 1, 5):
         raise ValueError("a choice beyond its range")
     count = integer(exemplars, "exemplars of a choice")
     choice = (mix, least, alone, expected, low, high, count, why, within)
-    if len(more) < 4:  # nor did they say by distance
+    if len(more) < 5:  # nor did they say by distance
         return Choice(*choice)
     under, over = (_share(value) for value in more[1])
     if len(more[2]) > MOST_KNOTS:
@@ -181,7 +186,7 @@ def parse_choice(values: Sequence[Any]) -> Choice:
     right, of = (integer(value, "exemplars without a structure") for value in more[3])
     if right > of or under > over:
         raise ValueError("a choice beyond its range")
-    return Choice(*choice, (under, over), curve, (right, of))
+    return Choice(*choice, (under, over), curve, (right, of), _share(more[4]))
 
 
 def _knot(distance: Any, dice: Any, low: Any, high: Any) -> Knot:

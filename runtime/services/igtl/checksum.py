@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 __all__ = ["crc64"]
 
 POLYNOMIAL = 0x42F0E1EBA9EA3693
-LANE = 8  # log2 of a lane's bytes
+LANE = 5  # log2 of a lane's bytes
 
 
 def crc64(data: bytes | bytearray | memoryview) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ HALF_NATIVE = "fp16-native"
 
 Report = Callable[[str], None]
 Made = dict[str, dict[str, Engine]]
+_Measurements = list[tuple[Any, bool, Mapping[str, Tensor], frozenset[str]]]
+"""A graph's entry in the manifest, whether with native operators, its inputs, layers to keep."""
 
 _LARGEST = 1_800_000_000  # an ONNX file is a protobuf message, which ends at 2 GiB
 
@@ -106,9 +109,10 @@ def convert_bundle(
         manifest: dict[str, Any] = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
         golden = GoldenTensors.load(source.golden_file)
         measured = list(manifest.get("parity", []))
+        measurements: _Measurements = []
         for precision in precisions:
             floating = PRECISIONS[precision].made_by == "floating"
-            make = _converted if floating else _made_for_cpu
+            make = _converted if floating else partial(_made_for_cpu, measurements)
             for variant, engines in make(source, work, manifest, golden, precision, report).items():
                 report(f"compare {variant} in {precision} with fp32")
                 key = f"{variant}/{precision}"
@@ -226,6 +230,7 @@ def _check_for_cpu(source: Bundle, precision: str) -> None:
 
 
 def _made_for_cpu(
+    measurements: _Measurements,
     source: Bundle,
     work: Path,
     manifest: dict[str, Any],
@@ -233,7 +238,10 @@ def _made_for_cpu(
     precision: str,
     report: Report,
 ) -> Made:
-    """Write all graphs for the CPU but ``memorize``; return the engines by variant."""
+    """Write all graphs for the CPU but ``memorize``; return the engines by variant.
+
+    What was measured of a layer holds for every precision that has the same graph and inputs.
+    """
     made_as = PRECISIONS[precision]
     variant, base, native = "ort-cpu", made_as.made_from, made_as.native
     every = source.graphs_for((variant, "portable"), base)
@@ -256,7 +264,11 @@ def _made_for_cpu(
             node.name = node.name or f"node_{index}"
         if measured:
             report(f"measure the layers of {graph}")
-            keep, _ = sensitive_layers(model, spec, inputs[graph], native=native)
+            content = manifest["graphs"][f"{found}/{base}/{graph}"]
+            keep = _known(measurements, content, native, inputs[graph])
+            if keep is None:
+                keep, _ = sensitive_layers(model, spec, inputs[graph], native=native)
+                measurements.append((content, native, inputs[graph], keep))
             kept[graph] = sorted(keep)
             report(f"quantize {graph}")
             made = quantize_graph(model, keep, native=native)
@@ -269,6 +281,17 @@ def _made_for_cpu(
     if kept:
         manifest.setdefault("kept_in_fp32", {})[precision] = kept
     return {variant: engines}
+
+
+def _known(
+    measurements: _Measurements, content: Any, native: bool, inputs: Mapping[str, Tensor]
+) -> frozenset[str] | None:
+    """Return which layers to keep, if that was measured on the same graph and inputs."""
+    for of, how, given, keep in measurements:
+        same = (of, how, given.keys()) == (content, native, inputs.keys())
+        if same and all(np.array_equal(given[name], inputs[name]) for name in inputs):
+            return keep
+    return None
 
 
 def _image_like(

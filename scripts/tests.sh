@@ -34,6 +34,7 @@ memory_folder() {
 # A worker that has nothing left takes tests over from another. Most tests write a library, durably:
 # on a disk that waits for its medium they would wait for a third of the time, so they write to memory.
 run_tests() {
+  export PYTHONDONTWRITEBYTECODE= # hundreds of processes would each compile what they import
   local tests="not gpu and not slow" alone folder place=()
   if folder=$(memory_folder 2>/dev/null); then
     # shellcheck disable=SC2064 # the folder of now

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import MAX_NAME
-from recallseg.runtime.formats.dicom_seg import is_segmentation, read_segmentation
+from recallseg.runtime.formats.dicom_seg_reading import is_segmentation, read_segmentation
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.lattice import check_overlap, resample
 from recallseg.runtime.formats.nifti import read_nifti

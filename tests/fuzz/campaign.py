@@ -60,7 +60,7 @@ def damaged_file(
 
 def read(path: Path) -> None:
     """Read a file with whatever reads its like."""
-    from recallseg.runtime.formats.dicom_seg import read_segmentation
+    from recallseg.runtime.formats.dicom_seg_reading import read_segmentation
     from recallseg.runtime.formats.nrrd import read_seg_nrrd
     from recallseg.runtime.formats.reading import read_volume
 

@@ -23,7 +23,8 @@ from recallseg.runtime.formats.annotated_volumes import (
     read_annotated_volume,
 )
 from recallseg.runtime.formats.dicom import read_dicom
-from recallseg.runtime.formats.dicom_seg import Algorithm, read_segmentation, write_segmentation
+from recallseg.runtime.formats.dicom_seg import Algorithm, write_segmentation
+from recallseg.runtime.formats.dicom_seg_reading import read_segmentation
 from recallseg.runtime.formats.nrrd import read_seg_nrrd, write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.segmenting.segmenter import Segmenter

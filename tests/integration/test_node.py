@@ -16,7 +16,7 @@ from support.services import half_library, half_volume, wait_until
 
 from recallseg import Bundle
 from recallseg.runtime.formats.dicom import read_dicom
-from recallseg.runtime.formats.dicom_seg import read_segmentation
+from recallseg.runtime.formats.dicom_seg_reading import read_segmentation
 from recallseg.runtime.services.audit import verify_audit_log
 from recallseg.runtime.services.logs import configure_logs
 

@@ -14,7 +14,7 @@ from recallseg.runtime.formats.annotated_volumes import (
     annotated_slices,
     read_annotated_volume,
 )
-from recallseg.runtime.formats.dicom_seg import is_segmentation
+from recallseg.runtime.formats.dicom_seg_reading import is_segmentation
 from recallseg.runtime.formats.nifti import read_nifti, write_nifti
 from recallseg.runtime.formats.nrrd import read_seg_nrrd
 from recallseg.runtime.formats.reading import read_volume

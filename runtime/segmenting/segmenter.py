@@ -11,7 +11,7 @@ from functools import partial
 from itertools import cycle, islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.view import Refine, View, Wanted, groups
-from recallseg.runtime.segmenting.acquisition import Acquisition, differences
+from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.batches import check_room
 from recallseg.runtime.segmenting.calibration import (
     InForce,
@@ -41,8 +41,6 @@ from recallseg.runtime.segmenting.calibration import (
 )
 from recallseg.runtime.segmenting.in_flight import InFlight
 from recallseg.runtime.segmenting.presence import (
-    ABSENT_SCORE,
-    DOUBTFUL_SHARE,
     LEAST_SHARE,
     presence_share,
 )
@@ -50,7 +48,8 @@ from recallseg.runtime.segmenting.probabilities import LogitsOnModel
 from recallseg.runtime.segmenting.reach import REACH, within_reach
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 from recallseg.runtime.segmenting.refining import describe_head, find_head, mend_head
-from recallseg.runtime.segmenting.result import Quality, Result, Score
+from recallseg.runtime.segmenting.result import Result, Score
+from recallseg.runtime.segmenting.standing import Standing, differing_from
 from recallseg.runtime.segmenting.timings import Timings
 
 if TYPE_CHECKING:
@@ -624,7 +623,7 @@ class Segmenter:
             wait = view.finish_later(out, n=n, refine=self._refine(without))
         # What is known without the result is found while the device makes it.
         standing = self._stand()
-        differing = self._differences(acquisition, view.shape, recalled)
+        differing = differing_from(self.library, acquisition, view.shape, recalled)
         provenance = self._provenance(recollection)
         logits: Mapping[str, NDArray[np.float32]] = LogitsOnModel(view, self.structures)
         if keeper is not None:
@@ -648,7 +647,7 @@ class Segmenter:
             }
             available = {name: recollection.found[name].available for name in self.structures}
             left = {name for name, few in zip(self.structures, small, strict=True) if few}
-            quality = self._judge(standing, scores, recalled, available, differing, left)
+            quality = standing.judge(scores, recalled, available, differing, left)
             if frame_memories is not None:
                 with timings("memorize"):
                     trusted = {
@@ -744,80 +743,13 @@ class Segmenter:
             for group in groups(members, self.bundle.geometry.max_n):
                 yield count, [*group]
 
-    def _differences(
-        self,
-        acquisition: Acquisition | None,
-        shape: tuple[int, int],
-        recalled: Mapping[str, tuple[Match, ...]],
-    ) -> dict[str, list[str]]:
-        """Return how what was recalled differs in scale and side, by structure."""
-        if acquisition is None or acquisition == Acquisition():
-            return {}
-        keys = {match.key for found in recalled.values() for match in found if not match.absent}
-        known = {key: self.library.get(key) for key in keys if key in self.library}
-        return {
-            name: differences(
-                acquisition,
-                *shape,
-                [known[match.key] for match in found if match.key in known and not match.absent],
-            )
-            for name, found in recalled.items()
-        }
-
-    def _judge(
-        self,
-        standing: _Standing,
-        scores: Mapping[str, Score],
-        recalled: Mapping[str, tuple[Match, ...]],
-        available: Mapping[str, int],
-        differing: Mapping[str, Sequence[str]],
-        small: Collection[str],
-    ) -> Quality:
-        limits_now, mend, head = standing
-        reasons: dict[str, tuple[str, ...]] = {}
-        for name, score in scores.items():
-            limits, found = limits_now[name].thresholds, []
-            if not available[name]:
-                found.append("no exemplar that shows it is left in the library")
-            if (
-                limits.distance is not None
-                and recalled[name]
-                and recalled[name][0].distance > limits.distance
-            ):
-                found.append(
-                    f"unlike the library: distance {recalled[name][0].distance:.3f} to the nearest "
-                    f"exemplar, usual is up to {limits.distance:.3f}"
-                )
-            if name in small and score.object_score > 0:  # else it is absent without that
-                rule = "" if self.head is None else self.head.choices[name].absence
-                found.append(f"likely absent by the library's head: {rule}")
-            elif not score.present and score.object_score != ABSENT_SCORE:
-                found.append(f"likely absent: object score {score.object_score:.1f}")
-            if score.present and score.presence < DOUBTFUL_SHARE:
-                found.append("may be absent: annotated images most like this one lack it")
-            if score.present and limits.iou is not None and score.iou < limits.iou:
-                found.append(
-                    f"low IoU estimate {score.iou:.2f}, usual is at least {limits.iou:.2f}"
-                )
-            found += differing.get(name, ())
-            if found:
-                reasons[name] = tuple(found)
-        calibrated = {
-            name: limits.calibrated
-            for name, limits in limits_now.items()
-            if limits.calibrated is not None
-        }
-        whole = len(calibrated) == len(limits_now)
-        flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
-        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), mend, head)
-
-    def _stand(self) -> _Standing:
+    def _stand(self) -> Standing:
         """Return what holds for the library now."""
         limits = self._limits()
         whole = all(found.calibrated is not None for found in limits.values())
         self._mend_now = self._mend_now or ("" if whole else self._mend(limits))
         mend = "; ".join(filter(None, [self._mend_now, mend_head(self.library, self.head)]))
-        return _Standing(limits, mend, self.head)
+        return Standing(limits, mend, self.head)
 
     def _limits(self) -> Mapping[str, InForce]:
         """Return what holds for the library, and its calibrations, as they are now."""
@@ -941,14 +873,6 @@ class Segmenter:
             f"recallseg.Segmenter({', '.join(self.structures)}; k={self.k}, {self.engine} "
             f"{self.precision}, buffers {self.required_bytes / 2**20:.0f} MiB)"
         )
-
-
-class _Standing(NamedTuple):
-    """What results are judged by: limits by structure, how to mend them, what the head does."""
-
-    limits: Mapping[str, InForce]
-    mend: str
-    head: Any
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""What a result is judged by, and the judgement."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from recallseg.runtime.frozen import FrozenMap
+from recallseg.runtime.library import Library
+from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.segmenting.acquisition import Acquisition, differences
+from recallseg.runtime.segmenting.calibration import InForce
+from recallseg.runtime.segmenting.presence import ABSENT_SCORE, DOUBTFUL_SHARE
+from recallseg.runtime.segmenting.result import HeadUse, Quality, Score
+
+__all__ = ["Standing", "differing_from"]
+
+
+class Standing(NamedTuple):
+    """What holds for a library when a query is asked.
+
+    Attributes
+    ----------
+    limits : what is usual, by structure.
+    mend : how to mend what lacks; may be empty.
+    head : what the library's head has to do with results; None without one.
+    """
+
+    limits: Mapping[str, InForce]
+    mend: str
+    head: HeadUse | None
+
+    def judge(
+        self,
+        scores: Mapping[str, Score],
+        recalled: Mapping[str, tuple[Match, ...]],
+        available: Mapping[str, int],
+        differing: Mapping[str, Sequence[str]],
+        small: Collection[str],
+    ) -> Quality:
+        """Return what a result is worth, and the reasons to look at it.
+
+        Parameters
+        ----------
+        scores, recalled, available : of the result, by structure.
+        differing : how what was recalled differs from the image, see :func:`differing_from`.
+        small : structures that have no mask because so little of them is not believed.
+        """
+        reasons: dict[str, tuple[str, ...]] = {}
+        for name, score in scores.items():
+            limits, found = self.limits[name].thresholds, []
+            if not available[name]:
+                found.append("no exemplar that shows it is left in the library")
+            if (
+                limits.distance is not None
+                and recalled[name]
+                and recalled[name][0].distance > limits.distance
+            ):
+                found.append(
+                    f"unlike the library: distance {recalled[name][0].distance:.3f} to the nearest "
+                    f"exemplar, usual is up to {limits.distance:.3f}"
+                )
+            if name in small and score.object_score > 0:  # else it is absent without that
+                rule = "" if self.head is None else self.head.choices[name].absence
+                found.append(f"likely absent by the library's head: {rule}")
+            elif not score.present and score.object_score != ABSENT_SCORE:
+                found.append(f"likely absent: object score {score.object_score:.1f}")
+            if score.present and score.presence < DOUBTFUL_SHARE:
+                found.append("may be absent: annotated images most like this one lack it")
+            if score.present and limits.iou is not None and score.iou < limits.iou:
+                found.append(
+                    f"low IoU estimate {score.iou:.2f}, usual is at least {limits.iou:.2f}"
+                )
+            found += differing.get(name, ())
+            if found:
+                reasons[name] = tuple(found)
+        calibrated = {
+            name: limits.calibrated
+            for name, limits in self.limits.items()
+            if limits.calibrated is not None
+        }
+        whole = len(calibrated) == len(self.limits)
+        flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
+        return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), self.mend, self.head)
+
+
+def differing_from(
+    library: Library,
+    acquisition: Acquisition | None,
+    shape: tuple[int, int],
+    recalled: Mapping[str, tuple[Match, ...]],
+) -> dict[str, list[str]]:
+    """Return how what was recalled differs in scale and side, by structure."""
+    if acquisition is None or acquisition == Acquisition():
+        return {}
+    keys = {match.key for found in recalled.values() for match in found if not match.absent}
+    known = {key: library.get(key) for key in keys if key in library}
+    return {
+        name: differences(
+            acquisition,
+            *shape,
+            [known[match.key] for match in found if match.key in known and not match.absent],
+        )
+        for name, found in recalled.items()
+    }

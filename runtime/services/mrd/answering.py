@@ -129,7 +129,7 @@ class Answerer:
         )
 
     def answer(self, question: Question, results: Sequence[VolumeResult], *, nul: bool) -> Answer:
-        """Return the messages of what was found.
+        """Return the messages of what was found, once that is cleaned up and recorded.
 
         Parameters
         ----------
@@ -175,7 +175,8 @@ class Answerer:
     def _answer(self, question: Question, results: Sequence[VolumeResult], nul: bool) -> Answer:
         volume, wish, notes = question.volume, question.wish, question.notes
         made: list[tuple[str, bytearray]] = []
-        for rule, result in zip(question.rules, results, strict=True):
+        for rule, segmented in zip(question.rules, results, strict=True):
+            result = self._recorded(rule, volume, segmented)
             labels = _as_sent(volume, result.label_map)
             told = _told(rule, result)
             answers = _answers(
@@ -194,12 +195,15 @@ class Answerer:
         if left_ms <= 0:
             raise DeadlineError("an image had waited too long and was not begun.")
         with self._questions.ask(rule) as segmenter:
-            result = segment_volume(
+            return segment_volume(
                 segmenter,
                 volume,
                 plane=rule.volumes.plane if volume.frame != "image" else None,
                 deadline_ms=max(0.0, (until - time.monotonic()) * 1e3),
             )
+
+    def _recorded(self, rule: Rule, volume: Volume, result: VolumeResult) -> VolumeResult:
+        """Return what is answered, once it is in the log."""
         if rule.volumes.largest or rule.volumes.fill_holes:
             result = clean_up(
                 result, largest=rule.volumes.largest, fill_holes=rule.volumes.fill_holes

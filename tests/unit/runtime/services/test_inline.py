@@ -19,11 +19,12 @@ from support import mrd as mrd_peers
 from support.services import half_library, half_volume, wait_until
 
 from recallseg import Bundle
-from recallseg.engines.errors import InputError, OutputError
+from recallseg.engines.errors import AuditError, InputError, OutputError
+from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.igtl.service import Igtl
 from recallseg.runtime.services.inline import InlineService
 from recallseg.runtime.services.metrics import Metrics
-from recallseg.runtime.services.mrd.answering import Answer, Question
+from recallseg.runtime.services.mrd.answering import Answer, Answerer, Question
 from recallseg.runtime.services.mrd.connection import Conversation
 from recallseg.runtime.services.mrd.parameters import Said
 from recallseg.runtime.services.mrd.segmenting import _Asked, _Job
@@ -181,3 +182,35 @@ def test_mrd_segments_one_image_of_each_connection_at_a_time() -> None:
     assert next_of(7) == 6
     assert asked.get(9) is None
     assert asked.get(8) is None
+
+
+def test_mrd_segments_without_waiting_for_the_log_and_answers_only_what_is_in_it(
+    library: Path,
+) -> None:
+    recorded: list[object] = []
+
+    class Log:
+        full = False
+
+        def record(self, _: object, label_map: object, __: object) -> None:
+            if self.full:
+                raise AuditError("there is no room.")
+            recorded.append(label_map)
+
+    settings = mrd_peers.configured(library)
+    assert settings.mrd is not None
+    log = Log()
+    answerer = Answerer(settings.rules, settings.mrd, cast(AuditLog, log))
+    raw = struct.pack("<H", IMAGE) + mrd_peers.image_of(half_volume(1)[0]).to_bytes()
+    try:
+        question = answerer.prepare(raw, Said())
+        assert isinstance(question, Question)
+        results = answerer.segment(question, time.monotonic() + 60)
+        assert not isinstance(results, Answer)
+        assert not recorded
+        assert len(answerer.answer(question, results, nul=False).images) == 1
+        assert [each is results[0].label_map for each in recorded] == [True]
+        log.full = True
+        assert answerer.answer(question, results, nul=False).state == "failed"
+    finally:
+        answerer.close()

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,14 +33,14 @@ from typing import Any
 from faults.campaign import HUNG, Judge, Verdict, in_child, prepared
 from faults.operation import Operation
 from faults.operations import OPERATIONS
-from faults.shim import build, jumping_clock
+from faults.shim import Fault, build, by_signal, injecting, jumping_clock
 
 QUICK = tuple(
     name
     for name in OPERATIONS
     if name not in ("node", "export", "convert", "build", "fit", "library.read")
 )
-"""Operations of which one takes well below a second."""
+"""Operations of which one takes well below a second; others are to be named."""
 PATIENCE_S = 600
 """After which a process hangs: it may be at work beside much else."""
 MB = 1 << 20
@@ -66,59 +66,48 @@ class Sum:
             print(text, flush=True)
 
 
-def each(names: list[str], work: Path) -> list[tuple[Operation, Judge, float]]:
-    """Prepare operations once; with how long each takes."""
-    found = []
+def _judges(names: list[str], work: Path) -> Iterator[tuple[Operation, Judge]]:
     for name in names:
-        judge = prepared(OPERATIONS[name], work / name)
-        begin = time.monotonic()
-        in_child(lambda judge=judge: _do(judge), PATIENCE_S)  # type: ignore[misc]
-        found.append((OPERATIONS[name], judge, time.monotonic() - begin))
-    return found
-
-
-def _do(judge: Judge) -> Verdict:
-    judge.fresh()
-    with suppress(Exception):
-        judge.operation.run(judge.case_folder)
-    return Verdict(outcome="done")
+        yield OPERATIONS[name], prepared(OPERATIONS[name], work / name)
 
 
 def kills(names: list[str], count: int, seed: int, work: Path, number: int) -> Sum:
-    """Send a signal at a random moment, and look at what is left."""
-    chance, total = random.Random(seed), Sum()
-    ready = each(names, work)
-    while total.counts["hit"] < count:
-        operation, judge, seconds = ready[total.counts["cases"] % len(ready)]
-        judge.fresh()
-        child = os.fork()
-        if child == 0:
-            _silent()
-            status = 1
-            try:
-                operation.run(judge.case_folder)
-                status = 0
-            except KeyboardInterrupt:
-                status = 130
-            finally:
-                os._exit(status)
-        time.sleep(chance.uniform(0.0, 1.05 * seconds))
-        os.kill(child, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        hit = code != 0
+    """Send a signal at random calls to the system, no call twice, and look at what is left.
+
+    Between two calls nothing changes on the disk: calls are all the moments that there are.
+    """
+    total, fault = Sum(), by_signal(number)
+    points = []
+    for name in names:
+        judge = prepared(OPERATIONS[name], work / name)
+        calls = in_child(lambda judge=judge: judge.case(fault, 0), PATIENCE_S).calls  # type: ignore[misc]
+        points += [(judge, call) for call in range(1, calls + 1)]
+    total.counts["calls"] = len(points)
+    for judge, call in random.Random(seed).sample(points, min(count, len(points))):
+        verdict = in_child(lambda: _signalled(judge, fault, call), PATIENCE_S)  # noqa: B023
+        hit = verdict.outcome != "done"
         total.counts["hit"] += hit
-        total.counts[f"ended {code}"] += 1
-        outcome = "killed" if hit else "done"
-        verdict = in_child(lambda: judge.look(outcome), PATIENCE_S)  # noqa: B023
-        total.note(operation.name, f"signal {number}", verdict)
-        total.operations[f"{operation.name}, hit"] += hit
+        hung = [text for text in verdict.violations if HUNG in text]
+        verdict = in_child(lambda: judge.look("killed" if hit else "done"), PATIENCE_S)  # noqa: B023
+        verdict.violations += hung
+        total.note(judge.operation.name, f"signal {number} at {call}", verdict)
+        total.operations[f"{judge.operation.name}, hit"] += hit
+        if total.counts["cases"] % 100 == 0:
+            print(dict(total.counts), flush=True)
     return total
+
+
+def _signalled(judge: Judge, fault: Fault, call: int) -> Verdict:
+    judge.fresh()
+    with injecting(judge.case_folder, fault, call):
+        judge.operation.run(judge.case_folder)
+    return Verdict(outcome="done")
 
 
 def memory(names: list[str], work: Path) -> Sum:
     """Do every operation within address spaces from tight to loose."""
     total = Sum()
-    for operation, judge, _ in each(names, work):
+    for operation, judge in _judges(names, work):
         for room in ROOM_MB:
             verdict = in_child(lambda: _within(judge, room * MB), PATIENCE_S)  # noqa: B023
             died = verdict.outcome == "died"
@@ -147,7 +136,7 @@ def _within(judge: Judge, room: int) -> Verdict:
 def clock(names: list[str], work: Path) -> Sum:
     """Do every operation while the time of day jumps back and forth by up to ten years."""
     total = Sum()
-    for operation, judge, _ in each(names, work):
+    for operation, judge in _judges(names, work):
         for most in (2, 3600, 86400, 10 * 365 * 86400):
             verdict = in_child(lambda: _jumping(judge, most), PATIENCE_S)  # noqa: B023
             if verdict.outcome != "done":
@@ -355,7 +344,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m campaigns.harm", description=__doc__)
     parser.add_argument("what", choices=["kills", "signals", "memory", "clock", "threads"])
     parser.add_argument("--only", action="append", help="operations whose name has this")
-    parser.add_argument("--count", type=int, default=200, help="of kills or signals that hit")
+    parser.add_argument("--count", type=int, default=200, help="of kills or signals")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=20.0, help="of threads")
     parser.add_argument("--threads", type=int, default=32)

@@ -21,6 +21,7 @@ __all__ = [
     "Injected",
     "acknowledge",
     "build",
+    "by_signal",
     "changes",
     "injecting",
     "jumping_clock",
@@ -29,6 +30,8 @@ __all__ = [
 
 SHORT = -1
 """Instead of an errno: the call does half of what it was asked for."""
+
+_SIGNALS = -100
 
 CALLS = {
     "open": 1,
@@ -40,7 +43,13 @@ CALLS = {
     "mkdir": 64,
     "map": 128,
     "truncate": 256,
+    "any": 511,
 }
+
+
+def by_signal(number: int) -> Fault:
+    """Return what lets the process get a signal at a call, which is then done."""
+    return Fault("any", _SIGNALS - number)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -11,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer.main
+
 from recallseg.cli import main
+
+# The tree of all commands takes most of a case; forked processes share one.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 __all__ = ["CommandError", "Operation", "command", "names"]
 

@@ -32,6 +32,7 @@ from recallseg.runtime.model.model import Model
 from recallseg.runtime.model.postprocess import finish_masks
 from recallseg.runtime.model.view import Kept, View
 from recallseg.runtime.segmenting.acquisition import Acquisition
+from recallseg.runtime.segmenting.mixing import mix
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 from recallseg.runtime.segmenting.prompts import (
     FIRST_CORNER,
@@ -442,11 +443,15 @@ class Corrections:
                 raise InputError(f"there are {MOST_STRUCTURES} structures already.")
             view = self.bring_back()
             made = view.correct(self._kept, self._position(name), self._grid.prompts(points, prior))
+            before, logits = self._states.get(name, _State()), made.logits
+            if self._position(name) != self._room:  # a mask from nothing may not be good yet
+                known = len(before.points)
+                new = points[known:] if tuple(points[:known]) == before.points else points
+                logits = mix(prior, logits, points, new, self._grid)
             # Whoever points at something says that it is there.
             there = any(p.label != OUTSIDE for p in points) or made.object_score > 0
-            times = self._states.get(name, _State()).times + 1
             state = _State(
-                tuple(points), made.logits, made.iou, made.object_score, there, None, times
+                tuple(points), logits, made.iou, made.object_score, there, None, before.times + 1
             )
             decoded = (perf_counter() - begin) * 1e3
             self._set(name, state)

@@ -69,6 +69,13 @@ class Grid:
             )
         return place
 
+    def cell(self, point: Point) -> tuple[int, int]:
+        """Return row and column of the logits that a point lies in."""
+        size = self.geometry.logit_size
+        height, width = self.shape
+        row, column = (point.y + 0.5) * size / height, (point.x + 0.5) * size / width
+        return min(size - 1, max(0, int(row))), min(size - 1, max(0, int(column)))
+
     def prompts(self, points: Sequence[Point], prior: NDArray[np.float32] | None) -> Prompts:
         """Return what ``correct`` takes: points, or one that is none, and the mask before."""
         height, width = self.shape

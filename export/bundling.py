@@ -179,9 +179,13 @@ def export_bundle(
                 ort_cuda.forget_unread_outputs(file)
                 graphs[f"ort-cuda/fp32/{graph}"] = entry(work, file)
         if "tensorrt" in variants:
+            better = tensorrt.build_tensorrt_graphs(
+                segmenter, embedder, object_pointers=object_pointers
+            )
             with tensorrt.fusable_attention(segmenter, embedder, correcting):
                 for graph in every:
-                    write("tensorrt", graph, modules[graph], tensorrt.OPSET)
+                    module = better.get(graph, modules[graph])
+                    write("tensorrt", graph, module, tensorrt.OPSET)
                     tensorrt.check_operators(work / graphs[f"tensorrt/fp32/{graph}"]["file"])
         share_weights(work, graphs)
         report("golden tensors")

@@ -1,10 +1,15 @@
-"""The ``tensorrt`` variant: the five graphs in the form that TensorRT fuses, on old and new ones.
+"""The ``tensorrt`` variant: the graphs in the form that TensorRT fuses, on old and new ones.
 
 TensorRT recognises attention as MatMul, Softmax, MatMul on tensors B x heads x length x width with
 nothing in between. It wants the scale on the query *before* the first product, for the sake of the
 numbers as much as of speed (its guide, "Fused Attention"; with the scale after the product, fused
 kernels have been wrong: pitfall 6). PyTorch's own export multiplies the keys too, which at k = 16
 is a pass over 65,536 of them, and guards the softmax with IsNaN and Where, which ends the fusion.
+
+``encode`` and ``decode`` are rearranged as :mod:`.ort_cuda` has them: no padding of windows,
+convolutions as products, biases folded, positions as constants, fewer transposes; what is one node
+there is spelled out here. TensorRT-RTX makes fewer kernels of them. Of ``embed`` and ``attend`` it
+does not, which stay as they are (docs/device/tensorrt.md).
 
 The standard ``Attention`` operator says the same in one node, but wants a parser of TensorRT 10.14;
 JetPack 6 has 10.3. So the pattern is written out, in operators that its parser takes, and
@@ -13,19 +18,33 @@ JetPack 6 has 10.3. So the pattern is written out, in operators that its parser 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recallseg.engines.errors import ExportError
 from recallseg.export.attention import register_attention, use_attention
+from recallseg.export.families import Embedder, Segmenter
+from recallseg.export.fused import attend, spelled_out
+from recallseg.export.ort_cuda import build_ort_cuda_graphs
 
-__all__ = ["MAX_OPSET", "OPERATORS", "OPSET", "check_operators", "fusable_attention"]
+__all__ = [
+    "MAX_OPSET",
+    "OPERATORS",
+    "OPSET",
+    "REARRANGED",
+    "build_tensorrt_graphs",
+    "check_operators",
+    "fusable_attention",
+]
+
+REARRANGED = ("encode", "decode")
+"""Graphs of which TensorRT-RTX makes fewer kernels in the form that ``ort-cuda`` has."""
 
 OPSET = 18
 """Has LayerNormalization as one operator; nothing newer is needed."""
@@ -49,12 +68,6 @@ OPERATORS = frozenset((*_SINCE_8_4.split(), "Reciprocal", "LayerNormalization"))
 _NAME = "recallseg_tensorrt"
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention on B x heads x length x width tensors, the scale applied to the query."""
-    scores = torch.matmul(query * scale, key.transpose(2, 3))
-    return torch.matmul(nn.functional.softmax(scores, dim=-1), value)
-
-
 def _attention_of_transformers(
     module: nn.Module,
     query: Tensor,
@@ -74,9 +87,21 @@ def _attention_of_transformers(
 register_attention(_NAME, _attention_of_transformers)
 
 
-def fusable_attention(*models: PreTrainedModel) -> AbstractContextManager[None]:
-    """Let these models write attention in TensorRT's pattern while the context lasts."""
-    return use_attention(_NAME, *models)
+@contextmanager
+def fusable_attention(*models: PreTrainedModel) -> Iterator[None]:
+    """Let these models, and what was rearranged, be written in TensorRT's patterns meanwhile."""
+    with use_attention(_NAME, *models), spelled_out():
+        yield
+
+
+def build_tensorrt_graphs(
+    sam2: Segmenter, dinov2: Embedder, *, object_pointers: bool = True
+) -> dict[str, nn.Module]:
+    """Return this variant's modules by graph name; the others are the portable ones.
+
+    Parameters are those of :func:`recallseg.export.ort_cuda.build_ort_cuda_graphs`.
+    """
+    return build_ort_cuda_graphs(sam2, dinov2, object_pointers=object_pointers, graphs=REARRANGED)
 
 
 def check_operators(path: Path) -> None:

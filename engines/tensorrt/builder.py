@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,13 @@ Report = Callable[[str], None]
 
 _TYPES = {"float32": "FLOAT", "int32": "INT32", "bool": "BOOL"}
 """TensorRT's names of what specs say."""
+
+_LAYER = re.compile(r"^Name: .*?, LayerType: (\w+)", re.MULTILINE)
+_ACTIVATIONS = re.compile(r"^Total Activation Memory: (\d+) bytes", re.MULTILINE)
+"""How TensorRT-RTX tells what it has made; TensorRT says the second too."""
+
+_ORDER = frozenset(("signal", "wait"))
+"""Layers that only keep streams in step."""
 
 _ATTENTION_PARSER = (10, 14)
 """The first TensorRT whose parser takes the standard ``Attention`` operator."""
@@ -57,6 +65,10 @@ class Built:
     layers: int
     messages: tuple[str, ...]
     """Every message of parser and builder at severity warning or worse, in order."""
+    kernels: int | None = None
+    """Layers of the plan that do work, None if the builder does not tell them."""
+    activation_bytes: int | None = None
+    """What the plan works in with the profile's largest shapes, as the builder says."""
 
 
 def build_plan(
@@ -89,6 +101,7 @@ def build_plan(
     _parse(api, network, graph, logger)
     _check_tensors(api, network, spec, graph)
     config = builder.create_builder_config()
+    config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # or it tells no layers
     config.progress_monitor = monitor = _make_monitor(api, report)
     config.add_optimization_profile(_profile(builder, spec, request.profile))
     _configure(api, config, request)
@@ -106,6 +119,8 @@ def build_plan(
         perf_counter() - start,
         int(network.num_layers),
         tuple(logger.messages),
+        logger.kernels or None,
+        logger.activation_bytes,
     )
 
 
@@ -116,11 +131,17 @@ def _make_logger(api: Any, report: Report) -> Any:
         def __init__(self) -> None:
             api.ILogger.__init__(self)
             self.messages: list[str] = []
+            self.kernels = 0
+            self.activation_bytes: int | None = None
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= api.ILogger.WARNING:
                 self.messages.append(message)
                 report(message)
+                return
+            self.kernels += sum(kind not in _ORDER for kind in _LAYER.findall(message))
+            if found := _ACTIVATIONS.search(message):
+                self.activation_bytes = int(found[1])
 
     return Logger()
 

@@ -110,6 +110,8 @@ def build_bundle(
                     "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                     "seconds": round(built.seconds, 3),
                     "layers": built.layers,
+                    "kernels": built.kernels,
+                    "activation_bytes": built.activation_bytes,
                     "messages": list(built.messages),
                     "bundle": bundle.name,
                     "identity": bundle.identity,

@@ -44,6 +44,10 @@ class TensorRt(DeviceEngine):
     device : the GPU; shared by the five engines.
     graph : the ``.onnx`` file, needed for a plan without weights only.
 
+    Attributes
+    ----------
+    scratch_bytes : what the plan works in; 0 where TensorRT does not say.
+
     Raises
     ------
     EngineUnavailableError
@@ -84,7 +88,7 @@ class TensorRt(DeviceEngine):
         if plan.key.options.get("stripped"):
             self._put_weights_back(graph)
         self._check_tensors()
-        scratch = int(getattr(self._engine, _SCRATCH, 0))
+        self.scratch_bytes = scratch = int(getattr(self._engine, _SCRATCH, 0))
         device.require(scratch, f"What graph '{spec.name}' works in, with {self.name},")
         self._context = self._make_context()
         if self._context is None:

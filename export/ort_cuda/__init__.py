@@ -21,6 +21,7 @@ exact up to the order of summation:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ from recallseg.export.ort_cuda.decode import CudaDecode
 from recallseg.export.ort_cuda.embed import CudaEmbed
 from recallseg.export.ort_cuda.encode import CudaEncode
 
-__all__ = ["OPSET", "build_ort_cuda_graphs", "forget_unread_outputs"]
+__all__ = ["GRAPHS", "OPSET", "build_ort_cuda_graphs", "forget_unread_outputs"]
+
+GRAPHS = ("embed", "encode", "attend", "decode")
+"""Those that have a form of their own."""
 
 OPSET = 20
 """As for ``ort-cpu``."""
@@ -46,6 +50,7 @@ def build_ort_cuda_graphs(
     dinov2: Embedder,
     *,
     object_pointers: bool = True,
+    graphs: Sequence[str] = GRAPHS,
 ) -> dict[str, nn.Module]:
     """Return this variant's modules by graph name; the others are the portable ones.
 
@@ -53,6 +58,7 @@ def build_ort_cuda_graphs(
     ----------
     sam2, dinov2 : the models; they stay as they are.
     object_pointers : whether memory attention takes SAM 2's object pointers too.
+    graphs : which of :data:`GRAPHS`; those that a model has no such form of are left out.
 
     Raises
     ------
@@ -66,13 +72,14 @@ def build_ort_cuda_graphs(
     ):  # for the type checker
         raise TypeError(f"{type(encode)}, {type(attend)}, {type(decode)}")
     size: Any = sam2.config.image_size  # one number in every SAM 2
-    made: dict[str, nn.Module] = {
-        "attend": CudaAttend(attend).eval(),
-        "decode": CudaDecode(decode).eval(),
-    }
-    if embedder_family(dinov2).has_cuda_form:
+    made: dict[str, nn.Module] = {}
+    if "attend" in graphs:
+        made["attend"] = CudaAttend(attend).eval()
+    if "decode" in graphs:
+        made["decode"] = CudaDecode(decode).eval()
+    if "embed" in graphs and embedder_family(dinov2).has_cuda_form:
         made["embed"] = CudaEmbed(dinov2).eval()
-    if segmenter_family(sam2).has_hiera:
+    if "encode" in graphs and segmenter_family(sam2).has_hiera:
         made["encode"] = CudaEncode(encode, int(size)).eval()
     return made
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recallseg.engines.errors import ExportError
-from recallseg.export.fused import skip_norm
+from recallseg.export.fused import largest_of_four, skip_norm
 from recallseg.export.graphs import Encode
 from recallseg.export.ort_cuda.order import Order
 from recallseg.export.ort_cuda.parts import (
@@ -18,7 +18,6 @@ from recallseg.export.ort_cuda.parts import (
     SelfAttention,
     TwoLayers,
     constant,
-    pool,
 )
 
 __all__ = ["CudaEncode"]
@@ -78,7 +77,7 @@ class _Block(nn.Module):
         skip = x
         if self.projected:
             skip = self.projection(normed)
-            skip = pool(skip) if self.pooled else skip
+            skip = largest_of_four(skip) if self.pooled else skip
         seen = self.attention(self.partition(normed))
         normed, x = skip_norm(seen, skip, self.norm, self.attention_bias)
         out = self.layers(normed)

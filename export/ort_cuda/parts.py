@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recallseg.engines.errors import ExportError
-from recallseg.export.fused import attend_fused, bias_gelu
+from recallseg.export.fused import attend_fused, bias_gelu, largest_of_four
 
 __all__ = [
     "Chosen",
@@ -20,7 +20,6 @@ __all__ = [
     "TwoLayers",
     "constant",
     "folded",
-    "pool",
 ]
 
 
@@ -51,12 +50,6 @@ class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x @ self.weight
         return y + self.bias if self.biased else y
-
-
-def pool(x: Tensor) -> Tensor:
-    """Largest of every four rows that follow each other: 4TxC -> TxC."""
-    grouped = x.reshape(1, -1, 4, x.shape[-1])
-    return nn.functional.max_pool2d(grouped, (4, 1), (4, 1)).reshape(-1, x.shape[-1])
 
 
 def folded(value: Tensor, out: nn.Linear) -> Tensor:
@@ -130,7 +123,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query = self.query(x)
-        query = (pool(query) if self.pooled else query) + self.query_bias
+        query = (largest_of_four(query) if self.pooled else query) + self.query_bias
         found = attend_fused(
             *(
                 part.reshape(self.windows, -1, part.shape[-1])

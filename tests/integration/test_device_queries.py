@@ -14,11 +14,14 @@ from support.fake_onnxruntime import install
 from support.fake_tensorrt import HostGpu
 
 from recallseg import Bundle, GpuOptions, Library, Segmenter
+from recallseg.engines.budget import memory_budget
 from recallseg.engines.device import Device, open_device
 from recallseg.engines.device.device import PROVIDERS
 from recallseg.engines.errors import EngineUnavailableError, InputError
+from recallseg.engines.pixels.device import kernel_image
 from recallseg.engines.registry import engine_class
 from recallseg.engines.verification import mask_dice
+from recallseg.runtime.model.device import DeviceModel
 
 ENGINE = "onnxruntime-cuda"
 QUERIES = 20
@@ -136,6 +139,46 @@ def test_floats_that_lie_on_the_device(device: Device, library: Library) -> None
     device.stream.synchronize()
     with pytest.raises(InputError, match="has 1 NaN or infinite pixels"):
         segmenter.segment(there)
+
+
+def test_int8_memories_are_decoded_where_they_lie(device: Device, tmp_path: Path) -> None:
+    with Library.create(tmp_path / "library", "demo", threads=1, memory_format="int8") as library:
+        for seed in range(3):
+            image, mask = picture(seed)
+            library.add(image, {"disc": mask})
+        segmenter = Segmenter(library, k=3, engine=ENGINE, gpu=GpuOptions(device))
+        reference = Segmenter(library, k=3, threads=1)
+        for seed in (10, 11):  # copied there, and there already
+            image = picture(seed)[0]
+            found, cpu = segmenter.segment(image), reference.segment(image)
+            assert mask_dice(found.masks["disc"], cpu.masks["disc"]) >= LEAST_DICE
+    assert isinstance(segmenter.model, DeviceModel)
+    assert [*segmenter.model.caches] == ["int8" if _kernels_built() else "fp32"]
+
+
+def _kernels_built() -> bool:
+    try:
+        kernel_image()
+    except EngineUnavailableError:
+        return False
+    return True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", PROVIDERS, indirect=True)
+def test_a_models_memory_is_what_the_budget_says(device: Device, library: Library) -> None:
+    """Of a second model: the first has brought the context, and the libraries what they keep."""
+    image = picture(10)[0]
+    first = Segmenter(library, k=3, engine=ENGINE, gpu=GpuOptions(device))
+    first.segment(image)
+    free = device.free_memory()
+    second = Segmenter(library, k=3, engine=ENGINE, gpu=GpuOptions(device))
+    for _ in range(3):
+        second.segment(image)
+    taken = free - device.free_memory()
+    budget = memory_budget(library.bundle, k=3, n=1, precision="fp32", engine=ENGINE, shared=False)
+    said = sum(line.size for line in budget.lines if line.kind != "assumed")
+    assert said == pytest.approx(taken, rel=0.1)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import open_device
 from recallseg.engines.errors import EngineUnavailableError
 from recallseg.engines.registry import load_engines
+from recallseg.engines.specs import GRAPHS
 from recallseg.engines.tensorrt.builder import BuildRequest
 from recallseg.engines.tensorrt.building import build_bundle
 from recallseg.engines.tensorrt.engine import TensorRt
@@ -47,9 +48,16 @@ def test_plans_are_proven_on_this_gpu(
         pytest.skip(str(error))
     capability = f"sm{open_device().facts.capability}"
     target = Target.parse((capability,) if flavour.is_rtx else None, flavour)
-    list(build_bundle(bundle, BuildRequest(flavour, precision, Profile(), target)))
+    request = BuildRequest(flavour, precision, Profile(), target)
+    built = {item.graph: item.plan for item in build_bundle(bundle, request, graphs=GRAPHS)}
     engines = load_engines(bundle, name, precision)
     assert verify_engines(bundle, engines, precision).passed
+    for graph, plan in built.items():  # what the builder said without this GPU
+        engine = engines[graph]
+        assert isinstance(engine, TensorRt)
+        said = plan.made["activation_bytes"]
+        if said and engine.scratch_bytes:
+            assert engine.scratch_bytes == pytest.approx(said, rel=0.1), graph
     attend = engines["attend"]
     assert isinstance(attend, TensorRt)
     if precision in ("fp16", "bf16"):

@@ -72,7 +72,8 @@ def test_every_graph_builds_and_only_known_messages_come(
 
 def check_plan(api: Any, graph: str, plan: bytes, made: Mapping[str, Any]) -> None:
     assert len(plan) > 1_000_000
-    assert made["layers"] > 100
+    assert made["layers"] > made["kernels"] > 20
+    assert made["activation_bytes"] > 1_000_000
     # memorize's mask head never uses the skips; nothing else is remarkable.
     for message in made["messages"]:
         assert graph == "memorize", message
@@ -91,7 +92,8 @@ def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path) -> None:
     assert isinstance(dinov2, Dinov2Model)
     geometry = read_geometry(sam2, dinov2, embed_size=224)
     modules, specs = build_graphs(sam2, dinov2), graph_specs(geometry)
-    for graph in ("encode", "attend"):
+    modules.update(tensorrt.build_tensorrt_graphs(sam2, dinov2))
+    for graph in ("encode", "attend", "decode"):
         path = tmp_path / f"{graph}.onnx"
         with tensorrt.fusable_attention(sam2, dinov2):
             export_graph(modules[graph], specs[graph], geometry, path, opset=tensorrt.OPSET)
@@ -102,7 +104,35 @@ def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path) -> None:
                 model if precision == "fp32" else convert_graph(model, precision, graph), file
             )
             built = build_plan(file, specs[graph], request_for(precision=precision))
-            check_plan(api, graph, built.plan, {"layers": built.layers, "messages": built.messages})
+            check_plan(api, graph, built.plan, vars(built))
+
+
+@pytest.mark.parametrize("graph", tensorrt.REARRANGED)
+def test_what_was_rearranged_has_fewer_kernels_and_works_in_less(
+    api: Any, tmp_path: Path, graph: str
+) -> None:
+    """Than the same function in the portable form, whose attention it fuses as well."""
+    sam2, dinov2 = load_sam2("random:demo", image_size=256).model, load_dinov2("random:demo").model
+    assert isinstance(sam2, Sam2VideoModel)
+    assert isinstance(dinov2, Dinov2Model)
+    geometry = read_geometry(sam2, dinov2, embed_size=126)
+    specs = graph_specs(geometry)
+    built = []
+    for build in (build_graphs, tensorrt.build_tensorrt_graphs):
+        path = tmp_path / f"{graph}.onnx"
+        with tensorrt.fusable_attention(sam2, dinov2):
+            module = build(sam2, dinov2)[graph]
+            export_graph(module, specs[graph], geometry, path, opset=tensorrt.OPSET)
+        onnx.save(convert_graph(onnx.load(path), "fp16", graph), path)
+        built.append(build_plan(path, specs[graph], request_for("sm89", precision="fp16")))
+    before, now = built
+    assert before.kernels is not None
+    assert now.kernels is not None
+    assert now.kernels < before.kernels
+    assert now.layers < before.layers
+    assert now.activation_bytes is not None
+    assert before.activation_bytes is not None
+    assert now.activation_bytes < before.activation_bytes
 
 
 @pytest.mark.timeout(900)
@@ -114,6 +144,7 @@ def test_every_graph_of_edgetam_builds(api: Any, tmp_path: Path, size: int) -> N
     embedder: Any = load_dinov2("random:demo").model
     geometry = read_geometry(segmenter, embedder, embed_size=126)
     modules, specs = build_graphs(segmenter, embedder), graph_specs(geometry)
+    modules.update(tensorrt.build_tensorrt_graphs(segmenter, embedder))
     for graph in ("encode", "memorize", "attend", "decode"):
         path = tmp_path / f"{graph}.onnx"
         with tensorrt.fusable_attention(segmenter, embedder):
@@ -121,7 +152,7 @@ def test_every_graph_of_edgetam_builds(api: Any, tmp_path: Path, size: int) -> N
         tensorrt.check_operators(path)
         onnx.save(convert_graph(onnx.load(path), "fp16", graph), path)
         built = build_plan(path, specs[graph], request_for(precision="fp16"))
-        check_plan(api, graph, built.plan, {"layers": built.layers, "messages": built.messages})
+        check_plan(api, graph, built.plan, vars(built))
 
 
 def test_turing_without_fp32_products_is_explained(api: Any, demo: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -11,7 +12,12 @@ from onnx import TensorProto, helper
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import ExportError
 from recallseg.engines.specs import GRAPHS
-from recallseg.export.tensorrt import MAX_OPSET, OPERATORS, check_operators
+from recallseg.export.tensorrt import (
+    MAX_OPSET,
+    OPERATORS,
+    REARRANGED,
+    check_operators,
+)
 
 
 def load(bundle: Bundle, graph: str, variant: str = "tensorrt") -> onnx.ModelProto:
@@ -55,6 +61,17 @@ def test_the_query_is_scaled_before_the_product_and_the_keys_are_not(
         query, key = (made_by[name] for name in product.input)
         assert query.op_type == "Mul"
         assert key.op_type in ("Transpose", "Reshape")
+
+
+@pytest.mark.parametrize("graph", REARRANGED)
+def test_it_moves_no_more_than_it_must(exported: Bundle, graph: str) -> None:
+    now, before = (
+        Counter(node.op_type for node in load(exported, graph, variant).graph.node)
+        for variant in ("tensorrt", "portable")
+    )
+    assert {"Pad", "Conv", "ConvTranspose", "Resize", "MaxPool"}.isdisjoint(now)
+    assert now["Transpose"] < before["Transpose"]
+    assert now.total() < 0.9 * before.total()
 
 
 def test_portable_attention_would_not_have_passed(exported: Bundle) -> None:

@@ -288,6 +288,7 @@ def make_tensorrt(version: str = "10.3.0") -> Any:
     if int(version.split(".")[0]) < 11:
         module.NetworkDefinitionCreationFlag = Values("EXPLICIT_BATCH", "STRONGLY_TYPED")
     module.MemoryPoolType = Values("WORKSPACE")
+    module.ProfilingVerbosity = Values("LAYER_NAMES_ONLY", "DETAILED")
     module.HardwareCompatibilityLevel = Values("NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY")
     module.OnnxParser = Parser
     kinds = ("FLOAT", "INT32", "BOOL")

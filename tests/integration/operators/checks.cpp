@@ -14,6 +14,7 @@
 
 #include "dispatch.h"
 #include "exact.h"
+#include "head.h"
 #include "quantized_attention.h"
 
 namespace {
@@ -319,6 +320,69 @@ void check_activations() {
   }
 }
 
+struct Head {
+  int64_t height, width, structures, around, units1, units2;
+};
+
+const Head kHeads[] = {
+    {1, 1, 1, 2, 1, 1}, {5, 7, 2, 4, 3, 4}, {16, 16, 1, 2, 32, 16}, {33, 97, 3, 6, 31, 17},
+    {130, 100, 4, 8, 32, 16},
+};
+
+std::vector<float> random_floats(int64_t count, float most) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& x : values) x = most * uniform();
+  return values;
+}
+
+// Its values are compared with the portable graph's by tests/unit/engines/test_head_operator.py; here
+// levels with each other, any number of threads, and that what is not finite stays so where it is.
+void check_heads() {
+  double between = 0.0;
+  for (const Head& h : kHeads) {
+    const int64_t pixels = h.height * h.width, features = kOwnFeatures + h.structures + h.around;
+    std::vector<float> image = random_floats(3 * pixels, 1.0f);
+    const std::vector<float> logits = random_floats(h.structures * pixels, 5.0f),
+                             beside = random_floats(h.around * pixels, 5.0f),
+                             first = random_floats(h.units1 * features, 0.3f),
+                             second = random_floats(h.units2 * h.units1, 0.3f),
+                             third = random_floats(h.structures * h.units2, 0.3f),
+                             biases1 = random_floats(h.units1, 0.3f),
+                             biases2 = random_floats(h.units2, 0.3f),
+                             biases3 = random_floats(h.structures, 0.3f),
+                             mix = random_floats(h.structures, 1.0f);
+    const auto refined = [&](int threads) {
+      std::vector<float> output(static_cast<size_t>(h.structures * pixels), 7.0f);
+      HeadCall call{h.height, h.width, h.structures, h.around, h.units1, h.units2,
+                    image.data(), logits.data(), beside.data(),
+                    {first.data(), second.data(), third.data()},
+                    {biases1.data(), biases2.data(), biases3.data()},
+                    mix.data(), output.data(), nullptr};
+      size_t bytes = static_cast<size_t>(head_floats(call)) * sizeof(float);
+      const auto own = std::make_unique<char[]>(bytes + 64);
+      void* place = own.get();
+      size_t space = bytes + 64;
+      std::align(64, bytes, place, space);
+      Threads pool{threads};
+      refine_head(call, static_cast<float*>(place), run_on, &pool);
+      return output;
+    };
+    std::vector<float> reference;
+    for (int i = 0; i < levels().count; ++i) {
+      choose(levels().first[i]);
+      const std::vector<float> found = refined(1);
+      expect(refined(3) == found, "a head differs with three threads", level().name, 0.0);
+      if (i == 0) reference = found;
+      const double other = difference(found, reference);
+      between = std::fmax(between, other);
+      expect(other <= 1e-5, "a head differs between levels", level().name, other);
+    }
+    image[0] = std::numeric_limits<float>::quiet_NaN();
+    expect(std::isnan(refined(1)[0]), level().name, "a head hides a flaw", 0.0);
+  }
+  std::printf("heads: between levels %.1e\n", between);
+}
+
 }  // namespace
 
 int main() {
@@ -329,5 +393,6 @@ int main() {
   }
   check_products();
   check_activations();
+  check_heads();
   return failures == 0 ? 0 : 1;
 }

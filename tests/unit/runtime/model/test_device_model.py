@@ -33,7 +33,7 @@ from support.fake_onnxruntime import FakeSession, install
 from support.fake_tensorrt import HostGpu
 
 from recallseg import Frame, Library, Segmenter, Stream
-from recallseg.engines.budget import graph_bytes
+from recallseg.engines.budget import graph_bytes, memory_budget
 from recallseg.engines.device import Device, DeviceTensor
 from recallseg.engines.errors import (
     DeviceLostError,
@@ -193,6 +193,9 @@ def test_memories_of_two_formats_share_the_caches_room(
         same(second.segment(image), make(libraries["int8"], device, k=1).segment(image))
     assert isinstance(first.model, DeviceModel)
     caches = first.model.caches
+    budget = memory_budget(libraries["fp16"].bundle, k=1, n=2, engine="onnxruntime-cuda")
+    lines = {line.name: line.size for line in budget.lines}
+    assert lines["recalled memories"] == 2 * caches["fp16"].slot_bytes
     assert (caches["fp16"].slots, caches["int8"].slots) == (8, 2)  # what a question takes, at least
     first.model.close()
     assert device.live_bytes >= 0

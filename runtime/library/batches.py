@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library.changing import Addition
-from recallseg.runtime.library.identifiers import random_key
+from recallseg.runtime.library.identifying import random_key
 from recallseg.runtime.library.sources import content_digest
 
 if TYPE_CHECKING:

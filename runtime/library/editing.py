@@ -43,7 +43,7 @@ class Editing:
             of a mask file have to be given a meaning, see :func:`recallseg.import_exemplars`.
         absent : structures that the image is known not to show.
         tags : e.g. ``{"modality": "MR"}``, for filtered search. Values that identify somebody are
-            hashed, see :func:`recallseg.runtime.library.identifiers.identifies`.
+            hashed, see :func:`recallseg.runtime.library.identifying.identifies`.
         key : of the exemplar. It stands in records of other patients, so it is random unless given;
             then the same image with the same masks is refused if it is there already.
         name : where it comes from, e.g. its file: only :meth:`whois` tells.

@@ -31,7 +31,8 @@ from recallseg.runtime.library import backups
 from recallseg.runtime.library.calibrations import calibrations
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.history import PREFIX
-from recallseg.runtime.library.identifiers import identifies, is_hashed
+from recallseg.runtime.library.identifiers import is_hashed
+from recallseg.runtime.library.identifying import identifies
 from recallseg.runtime.library.storage import writing
 from recallseg.runtime.library.store import CATALOG, MEMORIES, SOURCES, Store
 

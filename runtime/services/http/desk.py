@@ -18,7 +18,7 @@ from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.volume import SPACING_TAG
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.changing import Addition
-from recallseg.runtime.library.identifiers import random_key
+from recallseg.runtime.library.identifying import random_key
 from recallseg.runtime.segmenting.corrections import Corrections
 from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.result import Result

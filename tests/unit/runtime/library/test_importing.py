@@ -14,7 +14,7 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.annotations import find_annotations
 from recallseg.runtime.formats.pairs import find_pairs, parse_labels
 from recallseg.runtime.library import Library, batches
-from recallseg.runtime.library.identifiers import is_random_key
+from recallseg.runtime.library.identifying import is_random_key
 from recallseg.runtime.library.importing import (
     import_annotated,
     import_exemplars,

@@ -19,6 +19,6 @@ def test_a_log_gets_a_line_now_and_then(
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.splitlines() == [
-        "Segmenting: 6 of 100, case 10",
-        "Segmenting: 10 of 100, case 20",
+        "Segmenting: 6 of 100, 0.55/s, 2:52 min left, case 10",
+        "Segmenting: 10 of 100, 0.53/s, 2:50 min left, case 20",
     ]

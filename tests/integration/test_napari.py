@@ -9,6 +9,7 @@ Screenshots are left where ``RECALLSEG_NAPARI_SHOWN`` says.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -75,19 +76,19 @@ def at_napari(tmp_path: Path, url: str, **task: Any) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-6000:]
     sys.stderr.write(done.stderr)
-    return dict(np.load(shown / "found.npz"))
+    said = pickle.loads((shown / "said.pickle").read_bytes())
+    return {**np.load(shown / "found.npz"), "said": said}
 
 
 def by_client(url: str, volume: Any, spacing: list[float], found: dict[str, Any]) -> dict[str, Any]:
-    """Do the same with nnInteractive's client, at the points that napari set."""
+    """Say the same with nnInteractive's client as the plugin did."""
     again: dict[str, Any] = {}
     with nnInteractiveRemoteInferenceSession(url, api_key=TOKEN) as session:
         session.set_image(volume[None], {"spacing": spacing})
         buffer = np.zeros(volume.shape, np.uint8)
         session.set_target_buffer(buffer)
-        for number in range(sum(name.startswith("point") for name in found)):
-            inside = bool(found["inside"][number])
-            session.add_point_interaction(found[f"point{number}"].tolist(), inside)
+        for number, (name, given, more) in enumerate(found["said"]):
+            getattr(session, name)(*given, **more)
             again[f"mask{number}"] = buffer.copy()
         session.undo()
         again["undone"] = buffer.copy()
@@ -140,3 +141,25 @@ def test_a_volume_is_clicked_at_in_one_slice_and_masks_are_in_its_neighbours(
     for name, mask in again.items():
         assert np.array_equal(mask > 0, found[name] > 0), name
     assert not found["undone"].any()
+
+
+def test_boxes_scribbles_and_lassos_are_drawn_and_answered(
+    tmp_path: Path, url: str, slices: DemoSlices
+) -> None:
+    query = slices.queries[7]
+    image = (query.image / query.image.max() * 255).astype(np.uint8)
+    ys, xs = np.nonzero(query.masks[TARGET])
+    angles = np.linspace(np.pi, 2.5 * np.pi, 60)  # three quarters of a circle
+    path = np.stack(
+        [0 * angles, ys.mean() + 40 * np.sin(angles), xs.mean() + 40 * np.cos(angles)], 1
+    )
+    found = at_napari(
+        tmp_path, url, image=image, spacing=[1.0, 1.0], clicks=np.zeros((0, 4)), drags=path
+    )
+    kinds = ("bbox", "scribble", "lasso")
+    assert [name for name, *_ in found["said"]] == [f"add_{kind}_interaction" for kind in kinds]
+    for number in range(3):
+        assert found[f"mask{number}"].any()
+    again = by_client(url, image[None], [1.0, 1.0, 1.0], found)
+    for name, mask in again.items():
+        assert np.array_equal(mask > 0, found[name] > 0), name

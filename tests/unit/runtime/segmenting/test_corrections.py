@@ -129,6 +129,32 @@ def test_points_add_up_and_the_mask_before_is_given_too(
     assert np.array_equal(first["conditioned"], second["conditioned"])
 
 
+def test_a_click_wears_down_what_was_proposed_no_more_than_by_half(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder answers with the other half of the image; the click asked for one place."""
+    answer = np.full((16, 16), -1.0, np.float32)
+    answer[:, :2] = 1.0
+
+    def other(self: FakeEngine, inputs: Any, outputs: Any) -> None:
+        self._decode(inputs, outputs)
+        outputs["logits"][0] = answer
+
+    monkeypatch.setattr(FakeEngine, "_correct", other)
+    image, _ = picture(40)
+    session = segmenter.correct(image)
+    proposed = segmenter.logits()[0]
+    session.click("bar", 2, HEIGHT / 2)
+    mixed = session.result.logits["bar"]
+    row = np.flatnonzero(mixed[:, 0] == 1.0)
+    assert 0 < len(row) < 16, "round the click the answer holds, and not far from it"
+    assert np.array_equal(mixed[:, 8:], (proposed[:, 8:] + answer[:, 8:]) / 2)
+    session.click("new", 2, HEIGHT / 2)  # of which nothing is recalled
+    assert np.array_equal(session.result.logits["new"], answer)
+    session.click("new", 3, HEIGHT / 2)
+    assert np.array_equal(session.result.logits["new"], answer)
+
+
 def test_a_correction_is_one_decode_and_accepting_one_memorize(
     segmenter: Segmenter, ran: list[str]
 ) -> None:

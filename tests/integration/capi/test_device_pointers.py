@@ -256,9 +256,11 @@ def test_pointers_that_cannot_be_used_are_told_apart(
             assert word in host.said
 
     freed = host.put(host.image)
+    place = host.driver._blocks[freed]
     host.driver.free(freed)
     refused(INPUT, "belongs to no GPU", "freed", image__data=freed)
     refused(INPUT, "belongs to no GPU", output__label_map=freed)
+    del place  # until here nothing else could get it
     refused(INPUT, "belongs to no GPU", image__data=host.image.ctypes.data)  # the host's
     odd = host.put(np.zeros(4096, np.uint8)) + 1
     refused(ARGUMENT, "aligned", image__data=odd, image__dtype=UINT16)

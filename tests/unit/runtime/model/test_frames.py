@@ -57,7 +57,7 @@ def test_a_frame_on_a_gpu_that_is_not_there(model: Model) -> None:
         image = SimpleNamespace(
             __cuda_array_interface__={"shape": (2, 2), "typestr": "|u1", "data": (64, True)}
         )
-        with pytest.raises(EngineUnavailableError, match="driver"):
+        with pytest.raises(EngineUnavailableError, match=r"driver|needs a GPU"):
             model.copy_frame(image)
     else:
         pytest.skip("there is a GPU")

@@ -43,6 +43,7 @@ __all__ = [
     "import_exemplars",
     "import_pairs",
     "import_volume",
+    "volume_group",
 ]
 
 
@@ -147,20 +148,29 @@ def import_volume(
         tags={**found.tags, **_scale(found, plane), **(tags or {})},
         key=key,
         origin=f"{item.path}, series {item.series}" if item.series else str(item.path),
-        group=_group(found, item.relative.as_posix()),
+        group=volume_group(found, item.relative.as_posix()),
         strict=strict,
     )
     return replace(report, notes={item.name: found.notes} if found.notes else {})
 
 
-def _group(volume: Volume, place: str) -> str:
-    """Return what the slices of a volume belong to: their patient, or the volume where nobody says.
+def volume_group(volume: Volume, name: str | None) -> str | None:
+    """Return what slices of a volume belong to: their patient, or the volume where none is told.
 
-    Only its keyed hash is stored.
+    Parameters
+    ----------
+    name : of the volume, another one for each; None if its slices need not be kept together.
+
+    Returns
+    -------
+    str or None
+        For :meth:`Library.add`, which stores its keyed hash only.
     """
     header = getattr(volume.origin, "header", None)
     patient = "" if header is None else str(getattr(header, "PatientID", "") or "").strip()
-    return f"patient {patient}" if patient else f"volume {place}"
+    if patient:
+        return f"patient {patient}"
+    return None if name is None else f"volume {name}"
 
 
 def _scale(volume: Volume, plane: str | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ gallery. Each is in the audit log before it is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from hashlib import sha256
 from threading import RLock
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from recallseg.runtime.formats.volume import SPACING_TAG
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.changing import Addition
 from recallseg.runtime.library.identifying import random_key
+from recallseg.runtime.library.importing import volume_group
 from recallseg.runtime.segmenting.corrections import Corrections
 from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.result import Result
@@ -152,7 +154,7 @@ class Desk:
         names = [check_name(name) for name in dict.fromkeys([*structures, *absent])]
         if not names:
             raise RefusedError(400, "nothing was accepted: name at least one structure.")
-        given = self._tags(draft, tags)
+        given, group = self._tags(draft, tags), self._group(draft)
         items = []
         for place in self._places(draft, names, which):
             masks = {
@@ -167,6 +169,7 @@ class Desk:
                     absent=tuple(name for name in names if name not in masks),
                     tags=given(place),
                     key=random_key(),
+                    group=group,
                 )
             )
         if not any(item["masks"] for item in items):
@@ -265,6 +268,12 @@ class Desk:
             if name in draft.masks:
                 shown |= draft.masks[name].any(across)
         return [Place(draft.axis, int(index)) for index in np.flatnonzero(shown)]
+
+    @staticmethod
+    def _group(draft: Draft) -> str | None:
+        """Return what its slices have in common; of a picture that is no more than a patient."""
+        content = np.ascontiguousarray(draft.volume.array).data
+        return volume_group(draft.volume, None if draft.is_picture else sha256(content).hexdigest())
 
     @staticmethod
     def _tags(draft: Draft, tags: Mapping[str, str] | None) -> Callable[[Place], Mapping[str, str]]:

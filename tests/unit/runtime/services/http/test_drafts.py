@@ -241,6 +241,27 @@ def test_who_accepts_and_after_how_many_corrections(draft: Draft, desk: Desk) ->
         desk.accept(draft, "ada", [], absent=["cyst"])
 
 
+def test_slices_of_one_volume_belong_together(draft: Draft, desk: Desk, budget: Budget) -> None:
+    def groups() -> list[str]:
+        return [*desk.library.heads.groups().values()]
+
+    click(draft, 130, 50, 1)
+    click(draft, 130, 50, 3)
+    assert len(desk.accept(draft, "ada", ["bar"])) == 2
+    assert len(groups()) == 2
+    again = Draft(draft.volume, desk, budget)
+    click(again, 130, 50, 2)
+    desk.accept(again, "ada", ["bar"])
+    again.close()
+    assert len(groups()) == 3
+    assert len({*groups()}) == 1, "as often as it is opened"
+    single = Draft(stack(picture(5)[0][None]), desk, budget)
+    click(single, 130, 50, 0)
+    desk.accept(single, "ada", ["bar"])
+    single.close()
+    assert len(groups()) == 3, "of a picture nobody is known"
+
+
 def test_a_bundle_that_cannot_correct_says_so(tmp_path: Path, budget: Budget) -> None:
     bundle = make_fake_bundle(tmp_path / "bundle")
     with Library.create(tmp_path / "library", bundle, engine="fake") as library:

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from recallseg.engines.inside import make_folder_inside, open_inside, remove_ins
 
 __all__ = [
     "create_file",
+    "creating",
     "make_folder",
     "replace_file",
     "replace_file_inside",
@@ -53,16 +54,30 @@ def create_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> N
 
     ``FileExistsError`` if there is one, or anything else of that name.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    with creating(path, data, mode=mode):
+        pass
+
+
+@contextmanager
+def creating(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> Iterator[None]:
+    """Write a file as :func:`create_file` does, which is at ``path`` when the block ends.
+
+    One process after the other is in the block. If it raises, nothing is at ``path``.
+    """
+
+    def check() -> None:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+    with _becoming(path, mode, check) as descriptor:
+        check()
+        _write(descriptor, data)
+        yield
     try:
-        with _naming(path):
-            _write_all(descriptor, data)
         sync_folder(path.parent)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(descriptor)
 
 
 def replace_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
@@ -77,18 +92,26 @@ def replacing(path: Path, *, mode: int = 0o666) -> Iterator[int]:
 
     If the block raises, what was there stays; OSError as the system gives it.
     """
+    with _becoming(path, mode) as descriptor:
+        yield descriptor
+    sync_folder(path.parent)
+
+
+@contextmanager
+def _becoming(path: Path, mode: int, check: Callable[[], None] = lambda: None) -> Iterator[int]:
+    """Yield the descriptor of a file that gets the name ``path``, if ``check`` does not raise."""
     temporary, descriptor = _claim(path.with_name(f".{path.name}.tmp"), mode)
     try:
         with _naming(path):
             yield descriptor
             os.fsync(descriptor)
+            check()
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)  # still locked: it is nobody else's
         raise
     finally:
         os.close(descriptor)
-    sync_folder(path.parent)
 
 
 def replace_file_inside(root: Path, name: str, data: bytes | memoryview) -> None:

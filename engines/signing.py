@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recallseg.engines.digest import digest_file
-from recallseg.engines.durable import create_file, replace_file
+from recallseg.engines.durable import creating, replace_file
 from recallseg.engines.errors import InputError, SignatureError
 from recallseg.engines.inside import read_inside
 from recallseg.engines.ownership import foreign
@@ -139,12 +139,10 @@ def create_key(path: str | Path, name: str = "") -> PublicKey:
     made = SigningKey(key, name or path.stem)
     try:
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        create_file(path, secret, mode=0o600)
-        try:
-            replace_file(path.with_name(path.name + ".pub"), f"{made.public.to_line()}\n".encode())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+        public = path.with_name(path.name + ".pub")
+        with creating(path, secret, mode=0o600):
+            # First the half that may be replaced: a process that dies leaves no key without it.
+            replace_file(public, f"{made.public.to_line()}\n".encode())
     except OSError as error:
         raise InputError(f"the key {path} cannot be written: {error.strerror}.") from error
     return made.public

@@ -39,6 +39,8 @@ __all__ = ["HUNG", "Judge", "Verdict", "in_child", "prepared", "run_operation"]
 UNSEEN = ("rebuild", "rebuild_index", "read")
 """Operations that change nothing that a reader sees."""
 HUNG = "did not end in time"
+MAY_LEAVE = ("killed", "died")
+"""Outcomes after which a file may be unfinished; whoever does the same again removes it."""
 IDLE_S = 90
 """Without a moment of the processor, even on a busy machine: it waits for what does not come."""
 _VARYING = re.compile(r"[0-9a-f]{6,}|\d+")
@@ -173,6 +175,9 @@ class Judge:
         except BaseException as error:
             verdict.violations.append(f"({verdict.outcome}) then unreadable: {error!r}")
             return
+        unfinished = {name for name in names(root) if name.endswith(".tmp")}
+        if verdict.outcome not in MAY_LEAVE and (left := _kinds(unfinished) - self.there):
+            verdict.violations.append(f"({verdict.outcome}) left unfinished: {dict(left)}")
         partial = self.operation.partial(state, self.after)
         if state not in (self.before, self.after) and not partial:
             verdict.violations.append(f"({verdict.outcome}) neither before nor after: {state}")

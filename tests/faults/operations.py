@@ -31,13 +31,14 @@ from faults.model_operations import MODEL_OPERATIONS
 from faults.node_operations import NODE_OPERATIONS
 from faults.operation import Operation, command, names
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.signing import SigningKey, create_key
+from recallseg.engines.signing import SigningKey, create_key, read_trusted
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.identifiers import IDENTIFIERS, is_hashed
 from recallseg.runtime.library.identifying import is_random_key
 from recallseg.runtime.library.installing import install, installed
 from recallseg.runtime.library.releases import read_release
 from recallseg.runtime.library.reverting import revert
+from recallseg.runtime.services.audit_keys import read_audit_key
 
 __all__ = ["LIFE", "OPERATIONS", "library_state"]
 
@@ -239,7 +240,7 @@ def _files_state(*folders: str) -> Callable[[Path], Any]:
                     raise AssertionError(f"{path.name} is not a whole picture")
                 if path.suffix == ".json":
                     json.loads(path.read_text(encoding="utf-8"))
-                if not path.name.endswith(".lock"):
+                if not path.name.endswith((".lock", ".tmp")):
                     found[str(path.relative_to(root))] = path.is_dir() or path.stat().st_size > 0
         return found
 
@@ -257,6 +258,14 @@ def _command_library_state(root: Path) -> Any:
 
 def _some_exemplars(state: Any, after: Any) -> bool:
     return set(state[0]) <= set(after[0])
+
+
+def _key_pair(root: Path) -> bool:
+    """Whether there is a key; its other half must be there too."""
+    if not (root / "key").exists():
+        return False
+    public = SigningKey.read(root / "key").public
+    return read_trusted(root / "key.pub")[0].id == public.id
 
 
 def _some_results(state: Any, after: Any) -> bool:
@@ -345,13 +354,13 @@ OPERATIONS = {
             "sign.key",
             lambda root: None,
             command("sign", "key", "{root}/key"),
-            lambda root: len(names(root)),
+            _key_pair,
         ),
         Operation(
             "audit.key",
             lambda root: None,
             command("audit", "key", "{root}/key"),
-            lambda root: len(names(root)),
+            lambda root: (root / "key").exists() and bool(read_audit_key(root / "key")),
         ),
         Operation(
             "sign.bundle",

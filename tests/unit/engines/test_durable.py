@@ -10,11 +10,19 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
 from recallseg.engines import durable
-from recallseg.engines.durable import create_file, make_folder, replace_file, replace_folder
+from recallseg.engines.durable import (
+    create_file,
+    creating,
+    make_folder,
+    replace_file,
+    replace_folder,
+)
 from recallseg.engines.inside import make_folder_inside
 
 
@@ -276,3 +284,49 @@ def test_a_file_that_cannot_be_made_in_full_is_not_there(
     with pytest.raises(FileExistsError):
         create_file(path, b"another")
     assert path.read_bytes() == b"secret"
+
+
+@pytest.mark.parametrize("call", ["open", "pwrite", "fsync", "replace"])
+def test_a_process_that_dies_leaves_no_half_of_a_new_file(tmp_path: Path, call: str) -> None:
+    path = tmp_path / "key"
+    child = os.fork()
+    if child == 0:
+        done = getattr(os, call)
+
+        def last(*arguments: Any, **options: Any) -> None:
+            done(*arguments, **options)
+            os._exit(3)
+
+        setattr(os, call, last)
+        create_file(path, b"secret", mode=0o600)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert path.exists() == (call == "replace")
+    if call != "replace":
+        create_file(path, b"secret", mode=0o600)
+    assert path.read_bytes() == b"secret"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_of_two_that_create_a_file_the_second_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    done: list[str] = []
+
+    def second() -> None:
+        try:
+            with creating(path, b"second"):
+                done.append("second was in the block")
+        except FileExistsError:
+            done.append("refused")
+
+    with creating(path, b"first"):
+        other = Thread(target=second)
+        other.start()
+        other.join(0.2)
+        assert not done
+    other.join()
+    assert done == ["refused"]
+    assert path.read_bytes() == b"first"
+    with pytest.raises(KeyError), creating(tmp_path / "other", b""):
+        raise KeyError
+    assert [*tmp_path.iterdir()] == [path]

@@ -268,6 +268,10 @@ def _key_pair(root: Path) -> bool:
     return read_trusted(root / "key.pub")[0].id == public.id
 
 
+def _some_files(state: Any, after: Any) -> bool:
+    return set(state) <= set(after)
+
+
 def _some_results(state: Any, after: Any) -> bool:
     """Whether no result lacks its record or its mask."""
     masks = {name.removesuffix(".mask.png") for name in state if name.endswith(".mask.png")}
@@ -343,7 +347,7 @@ OPERATIONS = {
             _command_library_state,
         ),
         Operation("watch", _with_library, _WATCH, _files_state("out"), _some_results),
-        Operation("evaluate", _with_library, _EVALUATE, _files_state("report"), _some_results),
+        Operation("evaluate", _with_library, _EVALUATE, _files_state("report"), _some_files),
         Operation(
             "audit.rotate",
             _with_log,

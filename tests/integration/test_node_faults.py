@@ -30,8 +30,10 @@ from typer.testing import CliRunner
 from recallseg import Bundle
 from recallseg.cli import app
 from recallseg.engines.errors import InputError, OutputError
+from recallseg.runtime.formats.finding import Header
 from recallseg.runtime.services.node import answering
 from recallseg.runtime.services.node.node import Node
+from recallseg.runtime.services.node.receiving import HeaderReaders
 from recallseg.runtime.services.node.store import NodeStore
 
 pytestmark = [
@@ -313,6 +315,31 @@ def test_what_cannot_be_segmented_is_set_aside_with_the_reason(
         assert CliRunner().invoke(app, asked).exit_code == 0
         assert not received(tmp_path)
         assert CliRunner().invoke(app, asked).exit_code == 1
+
+
+@pytest.mark.parametrize("told", [None, "its header cannot be read: Input/output error"])
+def test_no_answer_is_made_without_an_object_that_was_acknowledged(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch, told: str | None
+) -> None:
+    files = write_series(tmp_path / "s", half_volume(4))
+    asked, real = [], HeaderReaders.__call__
+
+    def read(readers: HeaderReaders, path: Path) -> Header:
+        again = path.parent.parent.name == "work"
+        asked.append(again)
+        return told if again and sum(asked) == len(files) else real(readers, path)
+
+    monkeypatch.setattr(HeaderReaders, "remember", lambda *_: None)  # as after a restart
+    monkeypatch.setattr(HeaderReaders, "__call__", read)
+    port = free_port()
+    with storescp(tmp_path / "out", port) as out:
+        with running(configured(tmp_path, library, destinations=to(port))) as node:
+            dcmtk("storescu", node.port, *files)
+            wait_until(lambda: node.counts()["deliveries"] == {"done": 1})
+            assert node.counts()["jobs"] == {"made": 1}
+        (answer,) = out.iterdir()
+        assert len(pydicom.dcmread(answer).PerFrameFunctionalGroupsSequence) == 4
+    assert sum(asked) == 2 * len(files), "put off once"
 
 
 def test_a_library_that_is_away_is_waited_for(tmp_path: Path, library: Path) -> None:

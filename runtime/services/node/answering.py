@@ -6,7 +6,9 @@ killed finds either that folder, and goes on from it, or nothing, and begins ane
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -224,9 +226,7 @@ class Answerer:
 
     def _fill(self, folder: Path, files: Path, rule: Rule) -> None:
         """Segment everything in ``files`` into ``folder``."""
-        found = find_in_folder(
-            files, links=False, by_folder=False, kind="dicom", read=self._readers
-        )
+        found = find_in_folder(files, links=False, by_folder=False, kind="dicom", read=self._header)
         troubles: list[str] = []
         answers: list[Answer] = []
         with self._questions.ask(rule) as segmenter:
@@ -243,6 +243,16 @@ class Answerer:
             raise InputError("; ".join(dict.fromkeys(troubles)))
         text = json_text({"answers": [each._asdict() for each in answers], "troubles": troubles})
         write_file(folder / MANIFEST, text.encode())
+
+    def _header(self, path: Path) -> DicomHeader:
+        """Read a header again: without one that was acknowledged the answer would lack a slice."""
+        header = self._readers(path)
+        if not isinstance(header, DicomHeader):
+            why = header or "it does not begin as a DICOM file"
+            raise InputError(
+                f"{printable(path.name)} was acknowledged, and cannot be read now: {why}"
+            ) from OSError(errno.EIO, os.strerror(errno.EIO))
+        return header
 
     def _segment(self, base: Path, item: Item, rule: Rule, segmenter: Segmenter) -> list[Answer]:
         handling = rule.volumes

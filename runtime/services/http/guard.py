@@ -12,6 +12,7 @@ import hmac
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +30,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+LINGER_S = 2.0
+"""For how long what a client still sends is dropped once it has its answer."""
 SMALL = 1 << 20
 """Bytes of a request that brings no pixels; a stroke over a whole slice is one."""
 HEADERS = {
@@ -41,6 +44,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
+_ONCE = ("host", "origin", "authorization", "content-length")
 _ALLOWED_HEADERS = "authorization, content-type, x-lease-token, x-meta"
 
 
@@ -91,17 +95,19 @@ class Guard:
                 return
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers: dict[str, str] = {}
-        for name, value in scope["headers"]:
-            key = name.decode("latin-1")
-            if key in headers and key in ("host", "origin", "authorization", "content-length"):
-                await _answer(send, RefusedError(400, f"the header {key} is given twice."))
-                return
-            headers[key] = value.decode("latin-1")
+        names = [name.decode("latin-1") for name, _ in scope["headers"]]
+        headers = {
+            name: value.decode("latin-1")
+            for name, (_, value) in zip(names, scope["headers"], strict=True)
+        }
         origin = headers.get("origin")
-        reply = _marked(send, origin if self._foreign(origin) else None)
+        body = _Body(headers, receive, send)
+        reply = _marked(body.send, origin if self._foreign(origin) else None)
         taken = 0
         try:
+            for key in _ONCE:
+                if names.count(key) > 1:
+                    raise RefusedError(400, f"the header {key} is given twice.")
             self._check_place(headers, str(scope.get("scheme", "http")))
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await _answer(reply, None)
@@ -116,7 +122,7 @@ class Guard:
             return
         begin = perf_counter()
         try:
-            await self._app(scope, self._bounded(receive, most, taken), reply)
+            await self._app(scope, self._bounded(body.receive, most, taken), reply)
         finally:
             self._budget.give(taken)
             route = getattr(scope.get("route"), "path", "none")
@@ -198,6 +204,39 @@ class Guard:
         return bounded
 
 
+class _Body:
+    """What a client sends with a request; the answer ends when all of it came, or after a while.
+
+    A connection that is closed while its client still sends takes the answer with it (RFC 9112,
+    9.6): the client would learn nothing of why it was refused.
+    """
+
+    def __init__(self, headers: Mapping[str, str], receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        length = headers.get("content-length", "0")
+        nothing = "transfer-encoding" not in headers and not length.strip("0")
+        # Who waits to be told to go on sends nothing before.
+        self._came = nothing or "expect" in headers
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._came = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if last and not self._came:
+            await self._send({**message, "more_body": True})
+            with suppress(asyncio.TimeoutError, TimeoutError):
+                await asyncio.wait_for(self._drop_rest(), LINGER_S)
+            message = {"type": "http.response.body", "body": b""}
+        await self._send(message)
+
+    async def _drop_rest(self) -> None:
+        while not self._came:
+            await self.receive()
+
+
 def _name(host: str) -> str:
     """Return a Host header's name, less its port; empty for what is none."""
     try:
@@ -242,12 +281,14 @@ def _marked(send: Send, origin: str | None) -> Send:
 async def _answer(send: Send, refused: RefusedError | None) -> None:
     headers = [(b"content-type", b"application/json")]
     if refused is not None:
-        headers.append((b"connection", b"close"))  # what it still sends is not read
+        headers.append((b"connection", b"close"))
         if refused.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         if refused.retry_s is not None:
             headers.append((b"retry-after", str(refused.retry_s).encode()))
     status = 204 if refused is None else refused.status
     body = b"" if refused is None else json.dumps({"detail": str(refused)}).encode()
+    if refused is not None:
+        headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

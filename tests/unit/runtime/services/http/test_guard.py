@@ -154,6 +154,25 @@ def test_requests_that_are_too_large_or_never_end(served: Served) -> None:
     assert served.desk.propose(disc()[0]) is not None
 
 
+def test_who_is_refused_while_sending_is_told_why(served: Served) -> None:
+    body = b" " * (2 << 20)
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    for token, status in (("no", b"401"), (TOKEN, b"413")):
+        with socket.create_connection(("127.0.0.1", served.server.port)) as link:
+            link.settimeout(300)
+            link.sendall(f"{head}Authorization: Bearer {token}\r\n\r\n".encode())
+            assert link.recv(12) == b"HTTP/1.1 " + status, "at once"
+            link.sendall(body)  # as one does who looks at the answer when all is sent
+            told = b"".join(iter(lambda: link.recv(65536), b""))
+            assert b"detail" in told, "not cut off"
+    with socket.create_connection(("127.0.0.1", served.server.port)) as link:
+        link.settimeout(300)
+        link.sendall(f"{head}Authorization: Bearer {TOKEN}\r\n\r\n".encode())
+        begin = time.monotonic()
+        assert b"detail" in b"".join(iter(lambda: link.recv(65536), b""))
+        assert time.monotonic() - begin < 30, "who sends nothing more is not waited for"
+
+
 def test_nothing_is_accepted_that_cannot_be_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

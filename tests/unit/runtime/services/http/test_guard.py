@@ -62,6 +62,15 @@ def test_host_origin_and_token(served: Served, headers: dict[str, str], status: 
     assert http("get", f"{served.url}/api/server", headers=given).status_code == status
 
 
+@pytest.mark.parametrize("name", ["Host", "Origin", "Authorization"])
+def test_a_header_that_decides_is_given_once(served: Served, name: str) -> None:
+    given = {"Host": "localhost", "Authorization": f"Bearer {TOKEN}", "Origin": served.url}
+    lines = [f"{key}: {value}" for key, value in [*given.items(), (name, given[name])]]
+    with socket.create_connection(("127.0.0.1", served.server.port)) as link:
+        link.sendall("\r\n".join(["GET /api/server HTTP/1.1", *lines, "", ""]).encode())
+        assert link.recv(65536).split()[1] == b"400"
+
+
 def test_own_pages_may_and_those_of_another_port_may_not(served: Served) -> None:
     own = http("get", f"{served.url}/api/server", headers={**MINE, "Origin": served.url})
     assert own.status_code == 200

@@ -341,7 +341,9 @@ class Catalog(CatalogQueries):
         db = self.database
         with self.change("rename_structure", contents, {"from": old, "to": new}):
             db.upgrade()
-            for (other,) in db.execute("SELECT id FROM structures WHERE name = ?", (new,)):
+            for (other,) in db.execute(
+                "SELECT id FROM structures WHERE name = ? AND id != ?", (new, structure)
+            ):
                 # Of exemplars that are all removed.
                 db.execute("DELETE FROM structures WHERE id = ?", (other,))
                 for table in ("indexes", "former_names"):

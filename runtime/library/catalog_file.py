@@ -81,6 +81,11 @@ class Hold:
         """Return the first 100 bytes, fewer of a shorter file."""
         return os.pread(self._file.descriptors[0], _HEADER_BYTES, 0)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever written to it."""
+        return os.fstat(self._file.descriptors[0]).st_size == 0
+
     def give_back(self) -> None:
         """Close what was opened, unless others of this process hold the file; call once.
 

@@ -160,7 +160,7 @@ class Database:
             raise _no_library(path) from None
         except OSError as error:
             raise _cannot_open(path, error) from error
-        if not hold.header():
+        if hold.empty:
             hold.give_back()
             raise _no_library(path)
         if writable and not may_write:

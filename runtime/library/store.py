@@ -246,10 +246,16 @@ class Store:
         return self.identifiers.of(exemplar.key, exemplar.tags)
 
     def on_a_full_disk(self, change: Callable[[], Value]) -> Value:
-        """Make a change that must be possible on a full disk, with the room held back for it."""
+        """Make a change that must be possible on a full disk, with the room held back for it.
+
+        An error may come when all is committed, and what is done is not done again.
+        """
+        before = self.catalog.state().revision
         try:
             return change()
         except LibraryWriteError:
+            if self.catalog.state().revision != before:
+                raise
             if self._writer_lock is None or not self._writer_lock.give_room():
                 raise
             try:

@@ -88,7 +88,9 @@ def kills(names: list[str], count: int, seed: int, work: Path, number: int) -> S
         hit = verdict.outcome != "done"
         total.counts["hit"] += hit
         hung = [text for text in verdict.violations if HUNG in text]
-        verdict = in_child(lambda: judge.look("killed" if hit else "done"), PATIENCE_S)  # noqa: B023
+        # Who is asked to end may do so early, without an error.
+        ended = "killed" if hit else "done" if number == signal.SIGKILL else "stopped"
+        verdict = in_child(lambda: judge.look(ended), PATIENCE_S)  # noqa: B023
         verdict.violations += hung
         total.note(judge.operation.name, f"signal {number} at {call}", verdict)
         total.operations[f"{judge.operation.name}, hit"] += hit

@@ -303,7 +303,9 @@ def _with_log(root: Path) -> None:
 def _logged(root: Path) -> Any:
     """Whether a log that can be followed to its end was put aside."""
     command("audit", "verify", "{root}/audit/log.jsonl")(root)
-    return len(list((root / "audit").glob("log.jsonl.*"))) > 0
+    log = root / "audit" / "log.jsonl"
+    # Between the two names of one file and the new log a rotation is under way.
+    return any(not aside.samefile(log) for aside in log.parent.glob("log.jsonl.*"))
 
 
 def _rotate_once(root: Path) -> None:

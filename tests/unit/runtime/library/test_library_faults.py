@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from types import FrameType
@@ -34,6 +35,7 @@ from recallseg.engines.errors import (
     LibraryWriteError,
 )
 from recallseg.runtime.library import Library, catalog_file
+from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.catalog_file import Hold
 
 
@@ -415,3 +417,54 @@ def test_the_garbage_collector_may_close_a_library_wherever_another_is_opened(
     thread.join(60)
     assert not thread.is_alive(), f"it waits for itself after {len(done)} of them"
     assert len(done) > 20
+
+
+def test_whatever_read_of_a_catalog_fails_names_it_and_gives_its_hold_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with create(tmp_path / "library"):
+        pass
+    catalog, real, failing = tmp_path / "library" / "library.sqlite", os.pread, [0]
+
+    def pread(*arguments: Any) -> bytes:
+        failing[0] -= 1
+        if not failing[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pread", pread)
+    for number in (1, 2):
+        failing[0] = number
+        with suppress(LibraryError):
+            Library.open(tmp_path / "library").close()
+        assert descriptors_of(catalog) == 0
+    failing[0] = 1
+    with pytest.raises(LibraryError, match="library"):
+        Library.open(tmp_path / "library")
+
+
+@pytest.mark.parametrize("what", ["rename_structure", "remove", "retire"])
+def test_what_was_committed_is_not_done_again_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    # The journal was deleted, which is the commit, and the folder could not be synced.
+    with create(tmp_path / "library") as library:
+        add(library, 1)
+        add(library, 2)
+        (structure,), key = library.structures, next(iter(library)).key
+        given = (structure, "membrane") if what == "rename_structure" else (key,)
+        calls, real = [], getattr(Catalog, what)
+
+        def failing(*arguments: Any, **options: Any) -> None:
+            calls.append(real(*arguments, **options))
+            raise LibraryWriteError("disk I/O error")
+
+        monkeypatch.setattr(Catalog, what, failing)
+        with pytest.raises(LibraryWriteError, match="disk I/O error"):
+            getattr(library, what)(*given)
+        assert len(calls) == 1
+    with Library.open(tmp_path / "library", mode="write", encoder=HashEncoder()) as found:
+        assert found.verify().ok
+        renamed = what == "rename_structure"
+        assert found.structures == (("membrane",) if renamed else (structure,))
+        assert len(found) == (2 if renamed else 1)

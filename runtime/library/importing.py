@@ -43,7 +43,7 @@ __all__ = [
     "import_exemplars",
     "import_pairs",
     "import_volume",
-    "volume_group",
+    "patient_group",
 ]
 
 
@@ -148,29 +148,20 @@ def import_volume(
         tags={**found.tags, **_scale(found, plane), **(tags or {})},
         key=key,
         origin=f"{item.path}, series {item.series}" if item.series else str(item.path),
-        group=volume_group(found, item.relative.as_posix()),
+        group=patient_group(found) or f"volume {item.relative.as_posix()}",
         strict=strict,
     )
     return replace(report, notes={item.name: found.notes} if found.notes else {})
 
 
-def volume_group(volume: Volume, name: str | None) -> str | None:
-    """Return what slices of a volume belong to: their patient, or the volume where none is told.
+def patient_group(volume: Volume) -> str | None:
+    """Return what all images of a volume's patient belong to; None where no patient is told.
 
-    Parameters
-    ----------
-    name : of the volume, another one for each; None if its slices need not be kept together.
-
-    Returns
-    -------
-    str or None
-        For :meth:`Library.add`, which stores its keyed hash only.
+    For :meth:`Library.add`, which stores its keyed hash only.
     """
     header = getattr(volume.origin, "header", None)
     patient = "" if header is None else str(getattr(header, "PatientID", "") or "").strip()
-    if patient:
-        return f"patient {patient}"
-    return None if name is None else f"volume {name}"
+    return f"patient {patient}" if patient else None
 
 
 def _scale(volume: Volume, plane: str | None) -> dict[str, str]:

@@ -121,13 +121,9 @@ def by_way(
         found = (alone + np.float32(way.mix) * (own - alone) > 0) & present
         if way.within and nothing:
             found[:] = False
-        dice.append(_dice(found, mask))
+        dice.append(mask_dice(found, mask))
         areas.append(float(found.mean()))
     return Found(distance, dice, areas)
-
-
-def _dice(found: NDArray[np.bool_], mask: NDArray[np.bool_]) -> float:
-    return float(mask_dice(found, mask)) if found.any() or mask.any() else 1.0
 
 
 def out(why: str) -> Choice:

@@ -20,7 +20,7 @@ from recallseg.runtime.formats.volume import SPACING_TAG
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.changing import Addition
 from recallseg.runtime.library.identifying import random_key
-from recallseg.runtime.library.importing import volume_group
+from recallseg.runtime.library.importing import patient_group
 from recallseg.runtime.segmenting.corrections import Corrections
 from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.result import Result
@@ -272,8 +272,10 @@ class Desk:
     @staticmethod
     def _group(draft: Draft) -> str | None:
         """Return what its slices have in common; of a picture that is no more than a patient."""
-        content = np.ascontiguousarray(draft.volume.array).data
-        return volume_group(draft.volume, None if draft.is_picture else sha256(content).hexdigest())
+        group = patient_group(draft.volume)
+        if group is not None or draft.is_picture:
+            return group
+        return f"volume {sha256(np.ascontiguousarray(draft.volume.array).data).hexdigest()}"
 
     @staticmethod
     def _tags(draft: Draft, tags: Mapping[str, str] | None) -> Callable[[Place], Mapping[str, str]]:

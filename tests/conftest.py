@@ -80,6 +80,20 @@ def emulator(pytestconfig: pytest.Config) -> ctypes.CDLL:
     return build_emulator(pytestconfig)
 
 
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it is noted which graphs were proven on the stand-in GPU: once is enough here."""
+    return tmp_path_factory.mktemp("proven")
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch, proven: Path) -> type[Any]:
+    """ONNX Runtime on a stand-in GPU; see :func:`support.fake_onnxruntime.install`."""
+    from support.fake_onnxruntime import install
+
+    return install(monkeypatch, proven)
+
+
 @pytest.fixture(scope="session")
 def converted_demo(pytestconfig: pytest.Config) -> Bundle:
     """The demo bundle in every precision of floating point; read it, do not change it."""

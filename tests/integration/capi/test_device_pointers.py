@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from support.emulated_gpu import KERNELS, emulated_kernels
 from support.fake_driver import FakeDriver
-from support.fake_onnxruntime import FakeSession, install
+from support.fake_onnxruntime import FakeSession
 from support.fake_tensorrt import HostGpu
 from support.native import Installed
 from support.pictures import disc
@@ -140,17 +140,6 @@ class Host:
 
     def read(self, address: int, *shape: int) -> NDArray[np.uint8]:
         return np.frombuffer(c.string_at(address, math.prod(shape)), np.uint8).reshape(shape)
-
-
-@pytest.fixture(scope="module")
-def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where it is noted which graphs were proven on the stand-in GPU: once is enough here."""
-    return tmp_path_factory.mktemp("proven")
-
-
-@pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch, proven: Path) -> type[FakeSession]:
-    return install(monkeypatch, proven)
 
 
 def start(

@@ -20,7 +20,6 @@ from support.device_segmenters import (
     cache_of,
     calls_of,
     demo,
-    library_of_discs,
     make,
     on_cpu,
     picture,
@@ -29,7 +28,7 @@ from support.device_segmenters import (
     without_kernels,
 )
 from support.fake_driver import FakeDriver
-from support.fake_onnxruntime import FakeSession, install
+from support.fake_onnxruntime import FakeSession
 from support.fake_tensorrt import HostGpu
 
 from recallseg import Frame, Library, Segmenter, Stream
@@ -51,22 +50,6 @@ from recallseg.runtime.model.device import DeviceModel
 from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.view import View, Wanted
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return library_of_discs(tmp_path_factory.mktemp("l"))
-
-
-@pytest.fixture(scope="module")
-def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where it is noted which graphs were proven on the stand-in GPU: once is enough here."""
-    return tmp_path_factory.mktemp("proven")
-
-
-@pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch, proven: Path) -> type[FakeSession]:
-    return install(monkeypatch, proven)
 
 
 # Work is done as early as it may, and as late: what is reused too soon shows in one of the two.

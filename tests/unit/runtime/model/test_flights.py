@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -12,14 +11,13 @@ import numpy as np
 import pytest
 from support.device_segmenters import (
     calls_of,
-    library_of_discs,
     make,
     picture,
     same,
     with_kernels,
     without_kernels,
 )
-from support.fake_onnxruntime import FakeSession, install
+from support.fake_onnxruntime import FakeSession
 
 from recallseg import Library, Segmenter
 from recallseg.engines.device import Device
@@ -29,16 +27,6 @@ from recallseg.runtime.model.device import DeviceModel
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.view import Wanted
 from recallseg.runtime.segmenting.timings import Timings
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return library_of_discs(tmp_path_factory.mktemp("l"))
-
-
-@pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession]:
-    return install(monkeypatch, tmp_path)
 
 
 @pytest.fixture(params=[False, True], ids=["at once", "deferred"])

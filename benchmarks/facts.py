@@ -1,15 +1,38 @@
-"""What every kind of benchmark states: which bundle, and whether the machine was busy."""
+"""What every kind of benchmark states: when and where, which bundle, whether others worked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, TypedDict
 
 from recallseg.benchmarks.machine import BUSY_SHARE
 from recallseg.benchmarks.schema import BundleFacts
 from recallseg.engines.bundle import Bundle
+from recallseg.runtime.reports.machine import describe_machine, package_versions
 
-__all__ = ["bundle_facts", "busy_remarks"]
+__all__ = ["HeadFields", "bundle_facts", "busy_remarks", "head"]
+
+
+class HeadFields(TypedDict):
+    """The fields of :class:`recallseg.benchmarks.schema.Head`, to be unpacked into a report."""
+
+    created: str
+    machine: Mapping[str, Any]
+    conditions: Mapping[str, Any]
+    versions: Mapping[str, str]
+    remarks: tuple[str, ...]
+
+
+def head(conditions: Mapping[str, Any]) -> HeadFields:
+    """Return what a report that ends now tells first; ``conditions`` hold what a Watch saw."""
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "conditions": conditions,
+        "versions": package_versions(),
+        "remarks": busy_remarks(conditions),
+    }
 
 
 def bundle_facts(bundle: Bundle) -> BundleFacts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -12,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from recallseg.benchmarks.energy import EnergyMeter, find_meter
-from recallseg.benchmarks.facts import bundle_facts, busy_remarks
+from recallseg.benchmarks.facts import bundle_facts, head
 from recallseg.benchmarks.interleave import Recording, measure, ratios
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.probe import probe
@@ -46,7 +45,6 @@ from recallseg.engines.precisions import find_precision
 from recallseg.engines.registry import load_engines
 from recallseg.engines.verification import relative_error, verify_engines
 from recallseg.runtime.library import Library
-from recallseg.runtime.reports.machine import describe_machine, package_versions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,15 +199,11 @@ def run_latency(bundle: Bundle, plan: LatencyPlan, step: Step = lambda what: Non
     conditions |= watch.stop()
     return Report(
         kind="latency",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        conditions=conditions,
-        versions=package_versions(),
+        **head(conditions),
         settings=plan.to_json(),
         bundle=bundle_facts(bundle),
         runs=tuple(runs),
         ratios=tuple(found),
-        remarks=busy_remarks(conditions),
     )
 
 

@@ -6,30 +6,28 @@ does between two queries. Their results are compared before anything is measured
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import cv2
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from recallseg.benchmarks.facts import busy_remarks
+from recallseg.benchmarks.facts import head
 from recallseg.benchmarks.machine import Watch, describe_conditions
-from recallseg.benchmarks.schema import Distribution
+from recallseg.benchmarks.schema import Distribution, Head
 from recallseg.benchmarks.statistics import paired_ratio
 from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import EngineUnavailableError, RecallSegError
 from recallseg.engines.pixels import Pixels, native_kernels
 from recallseg.engines.pixels.native import NativePixels
 from recallseg.engines.pixels.opencv import OpenCvPixels
-from recallseg.runtime.reports.machine import describe_machine, package_versions
 
-__all__ = ["Measured", "measure_pixels", "pixels"]
+__all__ = ["Measured", "PixelsReport", "measure_pixels", "pixels"]
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EVICTING_BYTES = 64 << 20
@@ -65,6 +63,27 @@ class Measured:
     speedup: float
     low: float
     high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelsReport(Head):
+    """``bench pixels``.
+
+    Attributes
+    ----------
+    level : which instructions the native kernels took.
+    threads : of every way.
+    rounds : calls of every way.
+    evicted_bytes : read and written between two calls.
+    """
+
+    schema: ClassVar[str] = "recallseg-bench-pixels/1"
+
+    level: str
+    threads: int
+    rounds: int
+    evicted_bytes: int
+    measured: tuple[Measured, ...]
 
 
 @dataclass(frozen=True)
@@ -255,23 +274,20 @@ def pixels(
     conditions, watch = describe_conditions(), Watch()
     measured = measure_pixels(kernels, rounds, lambda name: typer.echo(name, err=True))
     conditions |= watch.stop()
-    record = {
-        "machine": describe_machine(),
-        "conditions": conditions,
-        "versions": package_versions(),
-        "level": kernels.level(),
-        "threads": 1,
-        "rounds": rounds,
-        "evicted_bytes": EVICTING_BYTES,
-        "measured": [asdict(found) for found in measured],
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "pixels.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    report = PixelsReport(
+        **head(conditions),
+        level=kernels.level(),
+        threads=1,
+        rounds=rounds,
+        evicted_bytes=EVICTING_BYTES,
+        measured=tuple(measured),
+    )
+    report.save(output / "pixels.json")
     for found in measured:
         typer.echo(
             f"{found.work:<46}{found.way:<8}p50 {found.time.p50:7.3f} ms  p95 "
             f"{found.time.p95:7.3f}  {found.gigabytes_per_second:6.2f} GB/s  native is "
             f"{found.speedup:.2f} times as fast ({found.low:.2f} to {found.high:.2f})"
         )
-    for remark in busy_remarks(conditions):
+    for remark in report.remarks:
         typer.echo(f"note: {remark}", err=True)

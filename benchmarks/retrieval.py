@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.benchmarks.embeddings import DESCRIPTION
-from recallseg.benchmarks.facts import busy_remarks
+from recallseg.benchmarks.facts import head
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.schema import Distribution, Report, RetrievalRun
 from recallseg.benchmarks.search_libraries import STRUCTURE, Step, prepare
@@ -30,7 +29,6 @@ from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.index import EXACT_LIMIT, graph_settings
 from recallseg.runtime.library.retrieval import Retrieval
 from recallseg.runtime.library.store import CATALOG, INDEX
-from recallseg.runtime.reports.machine import describe_machine, package_versions
 
 __all__ = ["run_retrieval"]
 
@@ -76,14 +74,10 @@ def run_retrieval(
     conditions |= watch.stop()
     return Report(
         kind="retrieval",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        conditions=conditions,
-        versions=package_versions(),
+        **head(conditions),
         settings={"sizes": list(sizes), "k": k, "dimension": dimension, "queries": queries,
                   "embeddings_are": DESCRIPTION, "index": graph_settings()},
         retrieval=tuple(runs),
-        remarks=busy_remarks(conditions),
     )  # fmt: skip
 
 

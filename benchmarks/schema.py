@@ -7,7 +7,8 @@ fields that a reader does not know are an error, so that a figure is never dropp
 ::
 
     Report                    one file: one command on one machine
-    ├── machine, conditions, versions, settings    where and how
+    ├── created, machine, conditions, versions: Head    when and where
+    ├── settings              how
     ├── bundle: BundleFacts                        which weights, of which source
     ├── runs: Run ...         one way of answering queries, at one k and n (bench latency)
     │   ├── stages: Distribution   by stage name, and "total"
@@ -28,7 +29,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from recallseg.benchmarks.codec import decode, encode
 from recallseg.benchmarks.statistics import percentile
@@ -42,6 +43,7 @@ __all__ = [
     "DeviceUse",
     "Distribution",
     "Energy",
+    "Head",
     "Memory",
     "Quality",
     "Ratio",
@@ -364,26 +366,49 @@ class BundleFacts:
     embed_size: int
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """When and where: what every benchmark tells first.
+
+    Attributes
+    ----------
+    created : end of the run, ISO 8601, UTC.
+    machine : processor, cores, memory (as in every report of RecallSeg).
+    conditions : affinity, governor, vector units, load, and what else ran meanwhile.
+    versions : of packages.
+    remarks : what a reader must know before using a figure.
+    """
+
+    schema: ClassVar[str]
+
+    created: str
+    machine: Mapping[str, Any]
+    conditions: Mapping[str, Any]
+    versions: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"schema": self.schema, **encode(self)}
+
+    def save(self, path: Path) -> None:
+        """Write the file; its folder is made if need be."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Head):
     """One benchmark: one command on one machine.
 
     Attributes
     ----------
     kind : ``latency``, ``retrieval`` or ``soak``.
-    created : end of the run, ISO 8601, UTC.
-    machine : processor, cores, memory (as in every report of RecallSeg).
-    conditions : affinity, governor, vector units, load, and what else ran meanwhile.
-    versions : of packages.
     settings : the options, and how images or embeddings were made.
-    remarks : what a reader must know before using a figure.
     """
 
     kind: str
-    created: str
-    machine: Mapping[str, Any]
-    conditions: Mapping[str, Any]
-    versions: Mapping[str, str]
     settings: Mapping[str, Any]
     bundle: BundleFacts | None = None
     runs: tuple[Run, ...] = ()
@@ -391,7 +416,6 @@ class Report:
     retrieval: tuple[RetrievalRun, ...] = ()
     soak: tuple[SoakRun, ...] = ()
     together: tuple[TogetherRun, ...] = ()
-    remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -410,11 +434,6 @@ class Report:
                 f"version {VERSION}. Measure again, or use the RecallSeg that wrote it."
             )
         return decode(cls, {k: v for k, v in data.items() if k not in ("format", "version")})
-
-    def save(self, path: Path) -> None:
-        """Write the file."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Report:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, ClassVar, Optional
 
 import typer
 
-from recallseg.benchmarks.machine import describe_conditions
-from recallseg.benchmarks.schema import Distribution
+from recallseg.benchmarks.facts import bundle_facts, head
+from recallseg.benchmarks.machine import Watch, describe_conditions
+from recallseg.benchmarks.schema import BundleFacts, Distribution, Head
 from recallseg.benchmarks.workload import (
     DESCRIPTION,
     SPARE,
@@ -37,11 +38,10 @@ from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.library import Library
-from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.stream import Frame, Stream
 
-__all__ = ["StreamRun", "replay", "stream"]
+__all__ = ["StreamReport", "StreamRun", "replay", "stream"]
 
 FRAMES = 16  # different ones, over and over
 
@@ -68,6 +68,22 @@ class StreamRun:
     push: Distribution
     waited: Distribution | None
     latency: Distribution | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamReport(Head):
+    """``bench stream``: a replay for each rate and number of memories.
+
+    Attributes
+    ----------
+    settings : the options, and how frames were made.
+    """
+
+    schema: ClassVar[str] = "recallseg-bench-stream/1"
+
+    bundle: BundleFacts
+    settings: Mapping[str, Any]
+    runs: tuple[StreamRun, ...]
 
 
 def replay(
@@ -139,6 +155,7 @@ def stream(
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
     runs: list[StreamRun] = []
+    conditions, watch = describe_conditions(), Watch()
     with (
         TemporaryDirectory(prefix="recallseg-bench-") as folder,
         progress_bar("Replaying", len(rings) * len(rates)) as step,
@@ -170,21 +187,19 @@ def stream(
                         )
                     )
                     step(f"{frames} frames/s, {ring} memories")
-    record: dict[str, Any] = {
-        "bundle": {"name": bundle, "identity": opened.identity, "notice": opened.notice},
-        "machine": describe_machine(),
-        "conditions": describe_conditions(),
-        "versions": package_versions(),
-        "settings": {
+    conditions |= watch.stop()
+    report = StreamReport(
+        **head(conditions),
+        bundle=bundle_facts(opened),
+        settings={
             "k": k, "structures": structures, "query_size": query_size, "deadline_ms": deadline,
             "engine": engine, "precision": precision, "threads": threads, "frames_are": DESCRIPTION,
         },
-        "runs": [asdict(run) for run in runs],
-    }  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "stream.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        runs=tuple(runs),
+    )  # fmt: skip
+    report.save(output / "stream.json")
     if as_json:
-        emit_json(record)
+        emit_json(report.to_json())
         return
     for run in runs:
         told = "none segmented"
@@ -195,4 +210,6 @@ def stream(
             f"segmented, {run.dropped} dropped, {run.late} late; {told}; a push takes p99 "
             f"{run.push.p99:.2f} ms"
         )
+    for remark in report.remarks:
+        note(remark)
     note(f"wrote {output / 'stream.json'}")

@@ -7,18 +7,19 @@ what is found where the reference has nothing, and time.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, ClassVar, Optional
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from recallseg.benchmarks.machine import describe_conditions
+from recallseg.benchmarks.facts import bundle_facts, head
+from recallseg.benchmarks.machine import Watch, describe_conditions
+from recallseg.benchmarks.schema import BundleFacts, Head
 from recallseg.benchmarks.volume_cases import VolumeCase, load_cases
 from recallseg.commands.common import (
     EngineOption,
@@ -37,12 +38,11 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.formats.volume import Slicing
 from recallseg.runtime.library import Library
-from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.volumes.outputs import write_preview
 from recallseg.runtime.volumes.slices import VolumeResult, segment_volume
 
-__all__ = ["Outcome", "judge", "volumes"]
+__all__ = ["Outcome", "VolumeFacts", "VolumesReport", "judge", "volumes"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,48 @@ class Outcome:
     false_voxels: float
     seconds: float
     slices: int
+
+
+@dataclass(frozen=True)
+class VolumeFacts:
+    """A volume; ``shape`` (slices, rows, columns), ``annotated`` numbers of slices."""
+
+    name: str
+    modality: str
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    structures: tuple[str, ...]
+    annotated: tuple[int, ...]
+    licence: str
+    source: str
+
+    @classmethod
+    def of(cls, case: VolumeCase) -> VolumeFacts:
+        """Return what a report says of a volume."""
+        volume = case.volume
+        return cls(
+            case.name, case.modality, volume.shape, volume.spacing, tuple(case.masks),
+            tuple(map(int, case.annotated)), case.licence, case.source,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumesReport(Head):
+    """``bench volumes``.
+
+    Attributes
+    ----------
+    settings : the options.
+    missing : why volumes were left out, by name.
+    """
+
+    schema: ClassVar[str] = "recallseg-bench-volumes/1"
+
+    bundle: BundleFacts
+    settings: Mapping[str, Any]
+    volumes: tuple[VolumeFacts, ...]
+    missing: Mapping[str, str]
+    outcomes: tuple[Outcome, ...]
 
 
 def judge(case: VolumeCase, result: VolumeResult) -> list[Outcome]:
@@ -139,23 +181,25 @@ def volumes(
     say_notice(opened.notice)
     output.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
+    conditions, watch = describe_conditions(), Watch()
     for case in cases:
         outcomes += _measure(case, opened, output, rings, k, (engine, precision, threads))
-    record: dict[str, Any] = {
-        "bundle": {"name": bundle, "identity": opened.identity, "notice": opened.notice},
-        "machine": describe_machine(),
-        "conditions": describe_conditions(),
-        "versions": package_versions(),
-        "settings": {"k": k, "engine": engine, "precision": precision, "threads": threads},
-        "volumes": [_describe(case) for case in cases],
-        "missing": missing,
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
-    (output / "volumes.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    conditions |= watch.stop()
+    report = VolumesReport(
+        **head(conditions),
+        bundle=bundle_facts(opened),
+        settings={"k": k, "engine": engine, "precision": precision, "threads": threads},
+        volumes=tuple(map(VolumeFacts.of, cases)),
+        missing=missing,
+        outcomes=tuple(outcomes),
+    )
+    report.save(output / "volumes.json")
     if as_json:
-        emit_json(record)
+        emit_json(report.to_json())
         return
     _print_table(outcomes)
+    for remark in report.remarks:
+        note(remark)
     note(f"wrote {output / 'volumes.json'}")
 
 
@@ -225,19 +269,6 @@ def _pooled_dice(found: list[NDArray[np.bool_]], truth: list[NDArray[np.bool_]])
     both = sum(int((a & b).sum()) for a, b in zip(found, truth, strict=True))
     each = sum(int(a.sum()) + int(b.sum()) for a, b in zip(found, truth, strict=True))
     return 2 * both / each if each else 1.0
-
-
-def _describe(case: VolumeCase) -> dict[str, Any]:
-    return {
-        "name": case.name,
-        "modality": case.modality,
-        "shape": list(case.volume.shape),
-        "spacing_mm": list(case.volume.spacing),
-        "structures": list(case.masks),
-        "annotated": list(case.annotated),
-        "licence": case.licence,
-        "source": case.source,
-    }
 
 
 def _print_table(outcomes: Sequence[Outcome]) -> None:

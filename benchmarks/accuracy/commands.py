@@ -90,11 +90,11 @@ def accuracy(
             threads=threads,
             begin=begin,
         )
-    for name, why in found.facts["missing"].items():
+    for name, why in found.report.missing.items():
         note(f"left out {name}: {why}")
-    say_notice(found.facts["notice"])
+    say_notice(found.report.bundle.notice)
     if as_json:
-        emit_json(found.to_json())
+        emit_json(found.report.to_json())
     else:
         _print_table(found)
         note(f"wrote {output / 'accuracy.html'}")

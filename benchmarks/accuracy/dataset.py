@@ -63,7 +63,7 @@ class Dataset:
         return self.exemplars + tuple(spread(self.extra, count - MOST_ANNOTATED))
 
     def describe(self) -> dict[str, Any]:
-        """Return everything but the pixels, as JSON values."""
+        """Return everything but the pixels."""
         return {
             "name": self.name,
             "modality": self.modality,

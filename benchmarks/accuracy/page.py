@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from recallseg.benchmarks.accuracy.measure import (
     Outcome,
 )
 from recallseg.benchmarks.accuracy.plots import line_plot
+from recallseg.benchmarks.accuracy.report import AccuracyReport
 from recallseg.benchmarks.accuracy.tables import (
     Summary,
     compare,
@@ -55,21 +55,15 @@ COLUMNS = (
 TITLE = "Accuracy on real images"
 
 
-def render_page(outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> str:
-    """Return the page.
-
-    Parameters
-    ----------
-    facts : the head of accuracy.json: ``bundle``, ``notice``, ``settings``, ``machine``,
-        ``versions``, ``missing``, ``finished``.
-    """
+def render_page(outcomes: Sequence[Outcome], report: AccuracyReport) -> str:
+    """Return the page."""
     body = "".join(
         (
-            _head(facts),
+            _head(report),
             _overview(outcomes),
             _targets(outcomes),
             *(_dataset(number, outcome) for number, outcome in enumerate(outcomes)),
-            _provenance(outcomes, facts),
+            _provenance(outcomes, report),
         )
     )
     style = STYLE.read_text(encoding="utf-8")
@@ -83,14 +77,14 @@ def render_page(outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> str:
     )
 
 
-def _head(facts: Mapping[str, Any]) -> str:
-    notice = f'<p class="notice">{escape(facts["notice"])}</p>' if facts["notice"] else ""
-    bundle, settings = facts["bundle"], facts["settings"]
+def _head(report: AccuracyReport) -> str:
+    bundle, settings = report.bundle, report.settings
+    notice = f'<p class="notice">{escape(bundle.notice)}</p>' if bundle.notice else ""
     items = (
-        f"bundle {bundle['name']} ({bundle['image_size']} px)",
+        f"bundle {bundle.name} ({bundle.image_size} px)",
         f"at most {MOST_ANNOTATED} annotated images",
         f"{settings['engine']}, {settings['precision']}",
-        str(facts["machine"].get("processor", "")),
+        str(report.machine.get("processor", "")),
     )
     listed = "".join(f"<li>{escape(item)}</li>" for item in items)
     return (
@@ -302,22 +296,22 @@ def _card(
     )
 
 
-def _provenance(outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> str:
+def _provenance(outcomes: Sequence[Outcome], report: AccuracyReport) -> str:
     rows = [
         f'<tr><th scope="row">{escape(o.dataset.name)}</th>'
         f'<td style="white-space:normal;text-align:left">{escape(o.dataset.source)}</td>'
         f'<td style="white-space:normal;text-align:left">{escape(o.dataset.licence)}</td></tr>'
         for o in outcomes
     ]
-    machine = {key: value for key, value in facts["machine"].items() if value is not None}
+    machine = {key: value for key, value in report.machine.items() if value is not None}
     entries = {
-        "bundle": f"{facts['bundle']['name']}, identity {facts['bundle']['identity']}",
-        "weights": facts["bundle"]["weights"],
-        "settings": ", ".join(f"{key} {value}" for key, value in facts["settings"].items()),
+        "bundle": f"{report.bundle.name}, identity {report.bundle.identity}",
+        "weights": report.weights,
+        "settings": ", ".join(f"{key} {value}" for key, value in report.settings.items()),
         "machine": ", ".join(f"{key} {value}" for key, value in machine.items()),
-        "versions": ", ".join(f"{key} {value}" for key, value in facts["versions"].items()),
-        "left out": "; ".join(f"{name}: {why}" for name, why in facts["missing"].items()) or "none",
-        "finished": facts["finished"],
+        "versions": ", ".join(f"{key} {value}" for key, value in report.versions.items()),
+        "left out": "; ".join(f"{name}: {why}" for name, why in report.missing.items()) or "none",
+        "finished": report.created,
     }
     listed = "".join(
         f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in entries.items()
@@ -348,5 +342,5 @@ def _dice(summary: Summary | None) -> str:
     return NOTHING if summary is None else _number(summary.dice)
 
 
-def _number(value: float) -> str:
-    return NOTHING if math.isnan(value) else f"{value:.3f}"
+def _number(value: float | None) -> str:
+    return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,19 @@ from recallseg.benchmarks.accuracy.dataset import Dataset
 from recallseg.benchmarks.accuracy.datasets import load_datasets
 from recallseg.benchmarks.accuracy.measure import Case, Outcome, Plan, count_steps, measure
 from recallseg.benchmarks.accuracy.page import render_page
-from recallseg.benchmarks.accuracy.tables import tables_to_json
+from recallseg.benchmarks.accuracy.report import AccuracyReport
+from recallseg.benchmarks.accuracy.tables import tabulate
 from recallseg.benchmarks.accuracy.unet import UNetSettings
+from recallseg.benchmarks.facts import bundle_facts, head
+from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.reports.format import csv_text
-from recallseg.runtime.reports.machine import describe_machine, package_versions
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "Accuracy", "run_accuracy"]
+__all__ = ["Accuracy", "run_accuracy"]
 
-FORMAT, FORMAT_VERSION = "recallseg-accuracy", 1
 FOREIGN = 2
 """Images of every other dataset that are asked for a dataset's structures."""
 QUICK = {"ks": (1, 8), "counts": (4, 16), "draws": 1, "most_queries": 2}
@@ -36,14 +35,10 @@ Begin = Callable[[str, int], Callable[[str], None]]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What the benchmark found. ``facts`` is the content of accuracy.json but the datasets."""
+    """What the benchmark found: every case, and the content of accuracy.json."""
 
     outcomes: tuple[Outcome, ...]
-    facts: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of accuracy.json."""
-        return {**self.facts, "datasets": [tables_to_json(o) for o in self.outcomes]}
+    report: AccuracyReport
 
 
 def run_accuracy(
@@ -101,24 +96,22 @@ def run_accuracy(
         **(QUICK if quick else {}),  # type: ignore[arg-type]
     )
     outcomes = []
+    conditions, watch = describe_conditions(), Watch()
     for dataset in found:
         foreign = _foreign(dataset, found)
         step = begin(dataset.name, count_steps(dataset, plan, len(foreign)))
         outcomes.append(measure(dataset, plan, foreign, step))
-    result = Accuracy(tuple(outcomes), _facts(plan, missing, quick))
+    conditions |= watch.stop()
+    result = Accuracy(tuple(outcomes), _report(plan, outcomes, missing, quick, conditions))
     _write(result, output)
     return result
 
 
 def _write(found: Accuracy, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "accuracy.json").write_text(
-        json.dumps(found.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        encoding="utf-8",
-    )
+    found.report.save(output / "accuracy.json")
     _write_cases(output / "cases.csv", found.outcomes)
     (output / "accuracy.html").write_text(
-        render_page(found.outcomes, found.facts), encoding="utf-8"
+        render_page(found.outcomes, found.report), encoding="utf-8"
     )
 
 
@@ -158,23 +151,22 @@ def _foreign(dataset: Dataset, all_of: Sequence[Dataset]) -> list[Annotated]:
     ]
 
 
-def _facts(plan: Plan, missing: dict[str, str], quick: bool) -> dict[str, Any]:
+def _report(
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    missing: Mapping[str, str],
+    quick: bool,
+    conditions: Mapping[str, Any],
+) -> AccuracyReport:
     bundle = plan.bundle
-    return {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "notice": bundle.notice,
-        "quick": quick,
-        "bundle": {
-            "name": bundle.name,
-            "identity": bundle.identity,
-            "without_pointers": plan.without_pointers and plan.without_pointers.identity,
-            "image_size": bundle.geometry.image_size,
-            "embed_size": bundle.geometry.embed_size,
-            "weights": f"SAM 2: {bundle.segmenter.source} {bundle.segmenter.digest}, "
-            f"DINOv2: {bundle.embedder.source} {bundle.embedder.digest}",
-        },
-        "settings": {
+    return AccuracyReport(
+        **head(conditions),
+        quick=quick,
+        bundle=bundle_facts(bundle),
+        without_pointers=plan.without_pointers and plan.without_pointers.identity,
+        weights=f"SAM 2: {bundle.segmenter.source} {bundle.segmenter.digest}, "
+        f"DINOv2: {bundle.embedder.source} {bundle.embedder.digest}",
+        settings={
             "engine": plan.engine,
             "precision": plan.precision,
             "threads": plan.threads,
@@ -183,11 +175,9 @@ def _facts(plan: Plan, missing: dict[str, str], quick: bool) -> dict[str, Any]:
             "random_draws": plan.draws,
             "unet": None if plan.unet is None else asdict(plan.unet),
         },
-        "machine": describe_machine(),
-        "versions": package_versions(),
-        "missing": missing,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+        missing=missing,
+        datasets=tuple(map(tabulate, outcomes)),
+    )
 
 
 def _write_cases(path: Path, outcomes: Sequence[Outcome]) -> None:

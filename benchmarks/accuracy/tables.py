@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,19 @@ from recallseg.benchmarks.accuracy.measure import (
     UNET,
     Case,
     Outcome,
+    Training,
 )
 
 __all__ = [
     "Difference",
     "FalsePositives",
     "Summary",
+    "Tables",
     "Target",
     "compare",
     "false_positives",
     "summarise",
-    "tables_to_json",
+    "tabulate",
     "targets",
 ]
 
@@ -90,17 +91,46 @@ class FalsePositives:
 
 @dataclass(frozen=True)
 class Target:
-    """A Dice to reach at k = 8 with 16 annotated images."""
+    """A Dice to reach at k = 8 with 16 annotated images; None where no query shows it."""
 
     structure: str
     wanted: float
-    reached: float
-    pooled: float
+    reached: float | None
+    pooled: float | None
+    met: bool
 
-    @property
-    def met(self) -> bool:
-        """Whether it is reached."""
-        return self.reached >= self.wanted
+
+@dataclass(frozen=True)
+class Tables:
+    """One dataset and what was found in it.
+
+    Attributes
+    ----------
+    exemplars, extra, queries : how many images; ``extra`` are annotated too, and join where more
+        than 16 are asked for.
+    reference : where its masks come from; ``human_reference``: whether people drew them.
+    targets : Dice wanted at k = 8, by structure.
+    unet_training : None where the baseline was left out.
+    """
+
+    name: str
+    modality: str
+    structures: tuple[str, ...]
+    exemplars: int
+    extra: int
+    queries: int
+    reference: str
+    human_reference: bool
+    licence: str
+    source: str
+    remark: str
+    intensity: Mapping[str, Any]
+    targets: Mapping[str, float]
+    summaries: tuple[Summary, ...]
+    differences: tuple[Difference, ...]
+    false_positives: tuple[FalsePositives, ...]
+    targets_reached: tuple[Target, ...]
+    unet_training: Training | None
 
 
 def summarise(outcome: Outcome) -> list[Summary]:
@@ -181,22 +211,24 @@ def targets(outcome: Outcome) -> list[Target]:
         for summary in summarise(outcome)
         if (summary.method, summary.k, summary.annotated) == (RECALLED, REFERENCE_K, MOST_ANNOTATED)
     }
-    return [
-        Target(structure, wanted, *found.get(structure, (math.nan, math.nan)))
-        for structure, wanted in outcome.dataset.targets.items()
-    ]
+    rows = []
+    for structure, wanted in outcome.dataset.targets.items():
+        reached, pooled = found.get(structure, (None, None))
+        met = reached is not None and reached >= wanted
+        rows.append(Target(structure, wanted, reached, pooled, met))
+    return rows
 
 
-def tables_to_json(outcome: Outcome) -> dict[str, Any]:
-    """Return every table of a dataset as JSON values."""
-    return {
+def tabulate(outcome: Outcome) -> Tables:
+    """Return every table of a dataset."""
+    return Tables(
         **outcome.dataset.describe(),
-        "summaries": [asdict(row) for row in summarise(outcome)],
-        "differences": [asdict(row) for row in compare(outcome)],
-        "false_positives": [asdict(row) for row in false_positives(outcome)],
-        "targets_reached": [{**asdict(row), "met": row.met} for row in targets(outcome)],
-        "unet_training": None if outcome.training is None else asdict(outcome.training),
-    }
+        summaries=tuple(summarise(outcome)),
+        differences=tuple(compare(outcome)),
+        false_positives=tuple(false_positives(outcome)),
+        targets_reached=tuple(targets(outcome)),
+        unet_training=outcome.training,
+    )
 
 
 def _is(method: str, k: int) -> Callable[[Case], bool]:

@@ -8,25 +8,25 @@ difference of each pair; it includes ctypes, which device software does not pay 
 from __future__ import annotations
 
 import ctypes as c
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import typer
 
-from recallseg.benchmarks.machine import describe_conditions
-from recallseg.benchmarks.schema import Distribution
+from recallseg.benchmarks.facts import head
+from recallseg.benchmarks.machine import Watch, describe_conditions
+from recallseg.benchmarks.schema import Distribution, Head
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError, RecallSegError
 from recallseg.runtime.library import Library
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
-__all__ = ["CLibrary", "Overhead", "capi", "measure_overhead"]
+__all__ = ["CLibrary", "Overhead", "OverheadReport", "capi", "measure_overhead"]
 
 ABI_VERSION, UINT8, K = 1, 1, 4
 LEAST_ROUNDS = 20
@@ -149,6 +149,17 @@ class Overhead:
     difference: Distribution
 
 
+@dataclass(frozen=True, kw_only=True)
+class OverheadReport(Head):
+    """``bench capi``: what a call through the C ABI costs; ``engine`` and ``k`` of both calls."""
+
+    schema: ClassVar[str] = "recallseg-bench-capi/1"
+
+    engine: str
+    k: int
+    overhead: Overhead
+
+
 def measure_overhead(
     file: Path,
     *,
@@ -209,10 +220,11 @@ def capi(
     rounds: Annotated[int, typer.Option(min=LEAST_ROUNDS, help="Pairs of calls.")] = 500,
 ) -> None:
     """Measure what a call through the C ABI costs beside the Python call."""
+    conditions, watch = describe_conditions(), Watch()
     found = measure_overhead(file, side=query_size, rounds=rounds)
-    output.mkdir(parents=True, exist_ok=True)
-    record = {"conditions": describe_conditions(), "engine": "fake", "k": K, **asdict(found)}
-    (output / "capi.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    conditions |= watch.stop()
+    report = OverheadReport(**head(conditions), engine="fake", k=K, overhead=found)
+    report.save(output / "capi.json")
     typer.echo(
         f"{query_size} x {query_size}, {rounds} pairs: Python p50 {found.python.p50:.3f} ms, C p50 "
         f"{found.c.p50:.3f} ms; C less Python p50 {found.difference.p50:.3f} ms, p95 "

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from numpy.typing import NDArray
 
-from recallseg.benchmarks.facts import bundle_facts, busy_remarks
+from recallseg.benchmarks.facts import bundle_facts, head
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.resident import resident_bytes
 from recallseg.benchmarks.schema import Distribution, Report, SoakPoint, SoakRun
@@ -18,7 +17,6 @@ from recallseg.benchmarks.subjects import RuntimeChoice
 from recallseg.benchmarks.workload import DESCRIPTION, query_images
 from recallseg.engines.errors import EngineUnavailableError, InputError
 from recallseg.runtime.library import Library
-from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
 __all__ = ["run_soak"]
@@ -104,14 +102,10 @@ def run_soak(
     )
     return Report(
         kind="soak",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        conditions=conditions,
-        versions=package_versions(),
+        **head(conditions),
         settings={"queries": queries, "warm_up": warm_up, "queries_are": source},
         bundle=bundle_facts(bundle),
         soak=(run,),
-        remarks=busy_remarks(conditions),
     )
 
 

@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.benchmarks.facts import bundle_facts, busy_remarks
+from recallseg.benchmarks.facts import bundle_facts, head
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.makers.load import Load, duration_series, process_series, reading
 from recallseg.benchmarks.schema import Report, TogetherRun
@@ -28,7 +27,6 @@ from recallseg.benchmarks.subjects import RuntimeChoice
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.runtime.library import Library
-from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.http.application import make_application
@@ -103,14 +101,10 @@ def run_together(
     )
     return Report(
         kind="soak",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        conditions=conditions,
-        versions=package_versions(),
+        **head(conditions),
         settings={"minutes": minutes, "side": SIDE, **asking},
         bundle=bundle_facts(bundle),
         together=(run,),
-        remarks=busy_remarks(conditions),
     )
 
 

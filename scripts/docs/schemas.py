@@ -11,55 +11,80 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 from text import attributes, cell, flowing
 
-from recallseg.benchmarks.schema import FORMAT, VERSION, Report
+from recallseg.benchmarks.accuracy.report import AccuracyReport
+from recallseg.benchmarks.makers.capi import OverheadReport
+from recallseg.benchmarks.pixels import PixelsReport
+from recallseg.benchmarks.schema import FORMAT, VERSION, Head, Report
+from recallseg.benchmarks.streams import StreamReport
+from recallseg.benchmarks.volumes import VolumesReport
 from recallseg.runtime.services.doctor import SCHEMA, Diagnosis
 from recallseg.runtime.services.settings import Configuration
 
 __all__ = ["SCHEMAS", "generated", "schemas_page"]
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
+REPORTS: dict[type[Head], str] = {
+    AccuracyReport: "accuracy",
+    OverheadReport: "capi",
+    PixelsReport: "pixels",
+    StreamReport: "stream",
+    VolumesReport: "volumes",
+}
+"""Benchmarks that leave a file of their own, and the commands that do."""
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def generated() -> dict[str, dict[str, Any]]:
     """Return the schemas that are made from the source, by file name."""
-    bench = _described(Report)
-    bench["properties"] = {
-        "format": {"const": FORMAT},
-        "version": {"const": VERSION},
-        **bench["properties"],
-    }
-    diagnosis = _described(Diagnosis)
-    diagnosis["properties"] = {
-        "schema": {"const": SCHEMA},
-        **diagnosis["properties"],
-        "healthy": {"type": "boolean", "description": "A real engine can run; all tests passed."},
-    }
-    for schema in (bench, diagnosis):
-        schema["required"] = [*schema["properties"]]
+    bench = {"format": {"const": FORMAT}, "version": {"const": VERSION}}
+    healthy = {"type": "boolean", "description": "A real engine can run; all tests passed."}
     return {
-        "benchmark.json": {
-            "$schema": DRAFT,
-            "title": f"Benchmark (bench.json), version {VERSION}",
-            **bench,
-        },
-        "configuration.json": {
-            "$schema": DRAFT,
-            "title": "Configuration of services (TOML)",
-            **_described(Configuration),
-        },
-        "diagnosis.json": {
-            "$schema": DRAFT,
-            "title": f"Diagnosis ('doctor --json'), version {SCHEMA.rpartition('/')[2]}",
-            **diagnosis,
-        },
+        "benchmark.json": _titled(
+            f"Benchmark (bench.json), version {VERSION}", _written(Report, bench)
+        ),
+        "configuration.json": _titled(
+            "Configuration of services (TOML)", _described(Configuration)
+        ),
+        "diagnosis.json": _titled(
+            f"Diagnosis ('doctor --json'), version {SCHEMA.rpartition('/')[2]}",
+            _written(Diagnosis, {"schema": {"const": SCHEMA}}, {"healthy": healthy}),
+        ),
+        **dict(_reports()),
     }
+
+
+def _reports() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield those of benchmarks that leave a file of their own."""
+    for kind, command in REPORTS.items():
+        name, version = kind.schema.removeprefix("recallseg-").split("/")
+        file = f"{name.removeprefix('bench-')}.json"
+        title = f"Benchmark ({file} of 'bench {command}'), version {version}"
+        yield (
+            f"{name}.json",
+            _titled(title, _written(kind, {"schema": {"const": kind.schema}})),
+        )
+
+
+def _titled(title: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"$schema": DRAFT, "title": title, **schema}
+
+
+def _written(
+    kind: type, before: dict[str, Any], after: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the schema of a class with what else is written; all of it always is."""
+    schema = _described(kind)
+    schema["properties"] = {**before, **schema["properties"], **after}
+    schema["required"] = [*schema["properties"]]
+    return schema
 
 
 def _described(kind: type) -> dict[str, Any]:

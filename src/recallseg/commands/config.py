@@ -29,7 +29,13 @@ def check(
     configuration = read_configuration(file)
     problems = check_configuration(configuration)
     if as_json:
-        emit_json({"configuration": configuration.model_dump(mode="json"), "problems": problems})
+        emit_json(
+            {
+                "schema": "recallseg-configuration-check/1",
+                "configuration": configuration.model_dump(mode="json"),
+                "problems": problems,
+            }
+        )
     else:
         for problem in problems:
             note(problem)

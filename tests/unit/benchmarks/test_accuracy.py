@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -38,8 +38,10 @@ from recallseg.benchmarks.accuracy.tables import (
     compare,
     false_positives,
     summarise,
-    tables_to_json,
     targets,
+)
+from recallseg.benchmarks.accuracy.tables import (
+    tabulate as tabulate_outcome,
 )
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
@@ -279,8 +281,15 @@ def test_differences_are_paired_by_image():
     assert set(rows) == {"random exemplars", COPY_EMBEDDING}
 
 
+def test_a_target_that_no_query_shows_is_told_and_loses_no_report(outcome: Outcome):
+    wanted = replace(outcome, dataset=replace(outcome.dataset, targets={"never there": 0.9}))
+    (target,) = targets(wanted)
+    assert (target.reached, target.pooled, target.met) == (None, None, False)
+    json.dumps(asdict(tabulate_outcome(wanted)), allow_nan=False)
+
+
 def test_the_tables_are_plain_json(outcome: Outcome):
-    text = json.dumps(tables_to_json(outcome), allow_nan=False)
+    text = json.dumps(asdict(tabulate_outcome(outcome)), allow_nan=False)
     assert json.loads(text)["targets_reached"][0]["structure"] == "disc"
 
 
@@ -298,8 +307,9 @@ def test_a_run_leaves_its_files(
         engine="fake",
     )
     stored = json.loads((tmp_path / "out" / "accuracy.json").read_text(encoding="utf-8"))
+    assert stored["schema"] == "recallseg-bench-accuracy/2"  # and is held to it
     assert stored["bundle"]["identity"] == pair[0].identity
-    assert stored["notice"] == pair[0].notice != ""
+    assert stored["bundle"]["notice"] == pair[0].notice != ""
     assert stored["datasets"][0]["licence"] == "CC0"
     with (tmp_path / "out" / "cases.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -23,6 +23,7 @@ def test_every_way_is_measured(
     done = CliRunner().invoke(commands, ["pixels", "--output", str(tmp_path), "--rounds", "20"])
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "pixels.json").read_text())
+    assert record["schema"] == "recallseg-bench-pixels/1"  # and is held to it
     ways = {(row["work"], row["way"]) for row in record["measured"]}
     assert len({work for work, _ in ways}) == 7
     for work in {work for work, _ in ways}:

@@ -33,7 +33,9 @@ def test_every_frame_is_accounted_for(tmp_path: Path, fake_bundle: Bundle) -> No
         ],
     )
     assert done.exit_code == 0, done.output
-    runs = json.loads((tmp_path / "stream.json").read_text())["runs"]
+    stored = json.loads((tmp_path / "stream.json").read_text())
+    assert stored["schema"] == "recallseg-bench-stream/1"  # and is held to it
+    runs = stored["runs"]
     assert [(run["rate"], run["memories"]) for run in runs] == [(40, 0), (80, 0), (40, 1), (80, 1)]
     for run in runs:
         assert run["pushed"] == run["rate"] * 0.5

@@ -91,6 +91,7 @@ def test_the_command_leaves_figures_and_pictures(
     )
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "volumes.json").read_text())
+    assert record["schema"] == "recallseg-bench-volumes/1"  # and is held to it
     assert [o["memories"] for o in record["outcomes"]] == [0, 1]
     assert {o["k"] for o in record["outcomes"]} == {4}  # though one slice only shows it
     assert record["outcomes"][0]["slice_dice"] > 0.9

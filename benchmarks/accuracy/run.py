@@ -163,7 +163,7 @@ def _report(
         **head(conditions),
         quick=quick,
         bundle=bundle_facts(bundle),
-        without_pointers=plan.without_pointers and plan.without_pointers.identity,
+        without_pointers=None if plan.without_pointers is None else plan.without_pointers.identity,
         weights=f"SAM 2: {bundle.segmenter.source} {bundle.segmenter.digest}, "
         f"DINOv2: {bundle.embedder.source} {bundle.embedder.digest}",
         settings={

@@ -19,9 +19,10 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import MAX_NAME
 from recallseg.runtime.formats.dicom_seg_reading import is_segmentation, read_segmentation
 from recallseg.runtime.formats.finding import Item
+from recallseg.runtime.formats.kinds import suffixes
 from recallseg.runtime.formats.lattice import check_overlap, resample
 from recallseg.runtime.formats.nifti import read_nifti
-from recallseg.runtime.formats.nrrd import read_nrrd, read_seg_nrrd
+from recallseg.runtime.formats.nrrd import read_seg_nrrd
 from recallseg.runtime.formats.pairs import Annotated, Missing, labelled
 from recallseg.runtime.formats.reading import read_item, read_volume, volume_format
 from recallseg.runtime.formats.rtstruct import is_structure_set, read_structure_set
@@ -37,7 +38,8 @@ __all__ = [
     "volume_reader",
 ]
 
-SEGMENTATIONS = (".mask.nii.gz", ".mask.nii", ".seg.nrrd", ".seg.dcm", ".mask.nrrd")
+SEGMENTATIONS = (*(f".mask{each}" for each in suffixes(labels=True)), ".seg.nrrd", ".seg.dcm")
+"""In which names of what was drawn on a volume end, behind the volume's own name."""
 SEGMENTS = ("union", "by-number")
 Embed = Callable[[NDArray[Any]], NDArray[np.float32]]
 
@@ -169,14 +171,16 @@ def read_annotated_volume(
         grid, segments = read_seg_nrrd(segmentation)
         named, notes = _named(segmentation, {n: s[0] for n, s in enumerate(segments, 1)}, by_number)
         masks = _united(named, {n: s[1] for n, s in enumerate(segments, 1)})
-    elif kind not in ("nifti", "nrrd"):
-        raise InputError(f"{segmentation} is no segmentation of a volume: SEG, NIfTI or NRRD.")
+    elif kind in (None, "dicom"):
+        raise InputError(
+            f"{segmentation} is no segmentation of a volume: SEG, RTSTRUCT, .seg.nrrd, or a label "
+            f"map of {', '.join(suffixes(labels=True))}."
+        )
     elif labels is None:
         raise InputError(f"{segmentation} is a label map: say what its values mean with --labels.")
     else:
-        grid = (
-            read_nifti(segmentation, anywhere=True) if kind == "nifti" else read_nrrd(segmentation)
-        )
+        nifti = kind == "nifti"
+        grid = read_nifti(segmentation, anywhere=True) if nifti else read_volume(segmentation)
         masks, notes = _labelled(segmentation, grid, labels), ()
     placed, more, other_grid = _placed(path, volume, segmentation, grid, masks, resampled)
     return _with_notes(volume, (*notes, *more), other_grid), placed

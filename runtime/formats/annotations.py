@@ -15,7 +15,7 @@ from recallseg.runtime.formats.finding import (
     find_in_folder,
     find_inputs,
 )
-from recallseg.runtime.formats.images import is_image
+from recallseg.runtime.formats.kinds import is_image
 from recallseg.runtime.formats.pairs import Legend, Pair, find_pairs, needs_labels
 from recallseg.runtime.formats.reading import volume_stem
 from recallseg.runtime.json_text import printable

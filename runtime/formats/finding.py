@@ -26,8 +26,8 @@ from recallseg.runtime.formats.dicom import (
     object_kind,
     open_dicom,
 )
-from recallseg.runtime.formats.images import is_image
-from recallseg.runtime.formats.reading import FORMATS, volume_stem
+from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name
+from recallseg.runtime.formats.reading import volume_stem
 from recallseg.runtime.json_text import printable
 
 __all__ = [
@@ -68,7 +68,7 @@ class Item:
     ----------
     path : its file, or the folder that the files of a series lie in.
     files : all of its files.
-    kind : one of :data:`recallseg.runtime.formats.reading.FORMATS`.
+    kind : one of :data:`recallseg.runtime.formats.kinds.FORMATS`.
     name : of the file; of DICOM, unless a folder was named by a person, its modality, series number
         and the whole SHA-256 of its UID, which tells it from every other and leads to no patient.
     relative : the path below the folder that names its outputs; no suffix of a format is left.
@@ -269,10 +269,10 @@ class _Sorted:
         self._series: dict[str, dict[Path, list[_File]]] = defaultdict(lambda: defaultdict(list))
 
     def take(self, path: Path, signature: Signature) -> None:
-        kind = _kind_by_name(path)
+        kind = kind_by_name(path)
         if path.name == "DICOMDIR":
             self._pass(path, "an index of DICOM files; the files themselves are read")
-        elif kind in ("nifti", "nrrd", "image"):
+        elif kind is not None and kind != "dicom":
             if is_mask(path):
                 self._masks.append(path)
                 self._pass(path, "a label map or segmentation, not an image")
@@ -461,17 +461,6 @@ def _walk(
             else:
                 passed.append(PassedOver(path, "no regular file (pipe, socket or device)"))
         waiting += reversed(below)
-
-
-def _kind_by_name(path: Path) -> str | None:
-    name = path.name.lower()
-    if name.endswith((".nii", ".nii.gz")):
-        return "nifti"
-    if name.endswith(".nrrd"):
-        return "nrrd"
-    if name.endswith((".dcm", ".dicom")):
-        return "dicom"
-    return "image" if is_image(path) else None
 
 
 def file_item(path: Path, folder: Path, kind: str, signature: Signature | None = None) -> Item:

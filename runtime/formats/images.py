@@ -34,10 +34,10 @@ from recallseg.runtime.formats.headers import (
     meaning,
     plain,
 )
+from recallseg.runtime.formats.kinds import FORMATS, kind_by_name
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "is_image",
     "open_image",
     "read_colours",
     "read_image",
@@ -46,8 +46,7 @@ __all__ = [
 ]
 
 MOST_NPY_HEADER = 10_000
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
-_VOLUMES = (".dcm", ".dicom", ".nii", ".gz", ".nrrd")
+IMAGE_SUFFIXES = FORMATS["image"].suffixes
 _SILENT = 0
 # NumPy reads the header with tokenize and ast.literal_eval; these are what both may raise.
 _NPY_ERRORS = (
@@ -56,11 +55,6 @@ _NPY_ERRORS = (
 )
 MAX_PIXELS = 2**28
 """16384 x 16384: above every scanner's images, below what exhausts a small machine's memory."""
-
-
-def is_image(path: Path) -> bool:
-    """Whether the file's name says that :func:`read_image` can read it."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def read_image(path: str | Path, *, as_stored: bool = False) -> NDArray[Any]:
@@ -212,12 +206,13 @@ def _check_suffix(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix == ".gz" and not path.name.lower().endswith(".nii.gz"):
         raise InputError(f"{path} is packed: unpack it first (gunzip).")
-    if suffix in _VOLUMES:
+    kind = kind_by_name(path)
+    if kind not in (None, "image"):
         raise InputError(
             f"{path}: a {suffix} file is a volume, not an image; images are "
             f"{', '.join(IMAGE_SUFFIXES)}. Read it with recallseg.runtime.formats.reading."
         )
-    if suffix not in IMAGE_SUFFIXES:
+    if kind is None:
         raise InputError(
             f"{path}: '{suffix}' is not a known image format; expected {', '.join(IMAGE_SUFFIXES)}."
         )

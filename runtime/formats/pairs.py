@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.finding import MASK_SUFFIX, Finding, PassedOver, find_in_folder
-from recallseg.runtime.formats.images import is_image, read_colours, read_image, read_label_map
+from recallseg.runtime.formats.images import read_colours, read_image, read_label_map
+from recallseg.runtime.formats.kinds import is_image
 from recallseg.runtime.formats.polygons import is_coco, is_labelme, read_coco, read_labelme
 from recallseg.runtime.json_text import printable
 

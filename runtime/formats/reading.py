@@ -10,7 +10,8 @@ import numpy as np
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.dicom import count_dicom, find_series, is_dicom, read_dicom
-from recallseg.runtime.formats.images import IMAGE_SUFFIXES, is_image, read_image
+from recallseg.runtime.formats.images import read_image
+from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name, stem
 from recallseg.runtime.formats.nifti import count_nifti, read_nifti
 from recallseg.runtime.formats.nrrd import count_nrrd, read_nrrd
 from recallseg.runtime.formats.volume import Volume
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import Item
 
 __all__ = [
-    "FORMATS",
     "count_item",
     "count_volumes",
     "is_volume",
@@ -29,47 +29,34 @@ __all__ = [
     "volume_stem",
 ]
 
-FORMATS = ("dicom", "nifti", "nrrd", "image")
-_SUFFIXES = {
-    ".nii": "nifti",
-    ".nii.gz": "nifti",
-    ".nrrd": "nrrd",
-    ".dcm": "dicom",
-    ".dicom": "dicom",
+_READERS: dict[str, tuple[Callable[..., Volume], Callable[[Path], int]]] = {
+    "nifti": (read_nifti, count_nifti),
+    "nrrd": (read_nrrd, count_nrrd),
 }
+"""Of formats that are one file: reads a volume (``time`` chooses), counts them."""
 
 
 def volume_format(path: Path) -> str | None:
-    """Return which of :data:`FORMATS` a file or folder is; None for anything else.
+    """Return the format of a file or folder, of :data:`recallseg.runtime.formats.kinds.FORMATS`.
 
-    A folder with DICOM files is one, if it holds no other image.
+    None for anything else. A folder with DICOM files is one, if it holds no other image.
     """
     if path.is_dir():
         inside = [p for p in path.rglob("*") if p.is_file()]
         if any(is_image(p) for p in inside):
             return None
         return "dicom" if any(is_dicom(p) for p in inside) else None
-    name = path.name.lower()
-    for suffix, kind in _SUFFIXES.items():
-        if name.endswith(suffix):
-            return kind
-    if is_image(path):
-        return "image"
-    return "dicom" if is_dicom(path) else None
+    return kind_by_name(path) or ("dicom" if is_dicom(path) else None)
 
 
 def is_volume(path: Path) -> bool:
-    """Whether it is read as a volume: DICOM (a file, or a folder), NIfTI or NRRD."""
+    """Whether it is read as a volume, a folder of DICOM included."""
     return volume_format(path) not in (None, "image")
 
 
 def volume_stem(path: Path) -> str:
     """Return the name without the suffixes of its format."""
-    name = path.name
-    for suffix in (".nii.gz", ".seg.nrrd", *_SUFFIXES):
-        if not path.is_dir() and name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name if path.is_dir() else path.stem
+    return path.name if path.is_dir() else stem(path)
 
 
 def read_volume(
@@ -85,7 +72,7 @@ def read_volume(
 
     Parameters
     ----------
-    kind : one of :data:`FORMATS` where the name does not tell.
+    kind : one of :data:`recallseg.runtime.formats.kinds.FORMATS` where the name does not tell.
     time : which of several volumes at one place (time points, echoes, b values), from 1.
     stack : which of several stacks of a DICOM series, by number from 1 or by StackID.
     voi, progress : see :func:`read_dicom`.
@@ -103,10 +90,9 @@ def read_volume(
         return read_dicom(path, voi=voi, time=time, stack=stack, progress=progress)
     if stack is not None:
         raise InputError(f"{path} has no stacks to choose from: it is no DICOM.")
-    if kind == "nifti":
-        return read_nifti(path, time=time)
-    if kind == "nrrd":
-        return read_nrrd(path, time=time)
+    if kind in _READERS:
+        read, _ = _READERS[kind]
+        return read(path, time=time)
     if time not in (None, 1):
         raise InputError(f"{path} is one image, there is no number {time}.")
     return Volume(read_image(path)[None], np.eye(4), "image")
@@ -118,7 +104,7 @@ def count_volumes(path: str | Path, *, kind: str | None = None, stack: str | Non
     kind = _kind(path, kind)
     if kind == "dicom":
         return count_dicom(path, stack)
-    return {"nifti": count_nifti, "nrrd": count_nrrd}.get(kind, lambda _: 1)(path)
+    return _READERS[kind][1](path) if kind in _READERS else 1
 
 
 def read_item(
@@ -161,6 +147,7 @@ def _kind(path: Path, kind: str | None) -> str:
         found = len(find_series(path))
         raise InputError(f"{path} is no DICOM series: it holds {found} DICOM files among others.")
     raise InputError(
-        f"{path} is of no known format; expected DICOM, .nii, .nii.gz, .nrrd, "
-        f"{', '.join(IMAGE_SUFFIXES)}. Say which with --format."
+        f"{path} is of no known format; expected DICOM, "
+        f"{', '.join(suffix for each in FORMATS.values() for suffix in each.suffixes)}. Say which "
+        "with --format."
     )

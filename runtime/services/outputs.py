@@ -15,6 +15,7 @@ from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.finding import MASK_SUFFIX
 from recallseg.runtime.formats.images import write_label_map
+from recallseg.runtime.formats.kinds import FORMATS
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import Result
@@ -33,10 +34,11 @@ __all__ = [
     "write_result",
 ]
 
-VOLUME_SUFFIXES = {"dicom": ".seg.dcm", "nifti": ".mask.nii.gz", "nrrd": ".seg.nrrd"}
+VOLUME_SUFFIXES = {kind: each.mask for kind, each in FORMATS.items() if kind != "image"}
 PREVIEW_SUFFIXES = (".preview.png", ".preview.html")
 MOST_BYTES_BELOW = 1500  # of folders below the output: systems take 4096 of a whole path
-_TAKEN = (".json", ".png", ".dcm", ".gz", ".nrrd", ".html")  # by our files: no folder's name
+_TAKEN = (".json", ".html", *(Path(f"x{each.mask}").suffix for each in FORMATS.values()))
+"""By our files: no folder's name."""
 MOST_BYTES = 200
 """Of a name: systems take 255, and suffixes and a temporary name still come."""
 

@@ -88,7 +88,7 @@ class Watcher:
     source, output : folders; neither may lie in the other. Only one watcher may write to an output.
     settle_s : seconds without a change.
     volumes : how volumes are treated.
-    kind : one of :data:`recallseg.runtime.formats.reading.FORMATS`: only such images are taken.
+    kind : one of :data:`recallseg.runtime.formats.kinds.FORMATS`: only such images are taken.
     audit : log in which every segmentation is recorded.
     limits : what one item may take while it is decoded.
     renewed : returns what segments from now on: of the segmenter's library, when a head was fitted

@@ -17,6 +17,7 @@ from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.formats.concepts import Concept, concepts_for
 from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation, write_segmentation
 from recallseg.runtime.formats.images import write_label_map
+from recallseg.runtime.formats.kinds import FORMATS
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
@@ -26,8 +27,6 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.outputs import (
     PREVIEW_SUFFIXES,
-    VOLUME_SUFFIXES,
-    mask_file,
     no_halves,
     record_file,
     volume_files,
@@ -183,10 +182,8 @@ def write_volume_result(
 
     make_folder(base.parent)
     if volume.frame == "image":
-        single = volume.shape[0] == 1
-        target = mask_file(base) if single else base.with_name(base.name + VOLUME_SUFFIXES["nifti"])
-    else:
-        target = base.with_name(base.name + VOLUME_SUFFIXES[kind])
+        kind = "image" if volume.shape[0] == 1 else "nifti"
+    target = base.with_name(base.name + FORMATS[kind].mask)
     written: str | None = target.name
     known = concepts_for(result.labels, concepts)
     notes = list(volume.notes)

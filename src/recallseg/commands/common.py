@@ -71,7 +71,6 @@ QUIET_SECONDS = 10.0
 """Between lines of progress in a log."""
 CLEAN_UPS = ("largest", "holes")
 PLANES = ("axial", "coronal", "sagittal")
-FORMATS = ("dicom", "nifti", "nrrd", "image")
 
 LibraryArgument = Annotated[
     Path, typer.Argument(metavar="LIB", help="Folder of the library.", show_default=False)
@@ -96,6 +95,8 @@ def _plane(name: str | None) -> str | None:
 
 
 def _format(name: str | None) -> str | None:
+    from recallseg.runtime.formats.kinds import FORMATS
+
     return name if name is None else one_of(name, FORMATS, "format")
 
 

@@ -22,6 +22,7 @@ from recallseg.engines.device import on_gpu
 from recallseg.engines.errors import InputError, StaleViewError
 from recallseg.engines.operators import operators_digest
 from recallseg.engines.pixels import open_pixels
+from recallseg.engines.pixels.interface import MOST_STRUCTURES
 from recallseg.engines.precisions import find_precision
 from recallseg.runtime.checks import check_mask, check_name
 from recallseg.runtime.formats.images import open_image
@@ -51,7 +52,7 @@ from recallseg.runtime.segmenting.prompts import (
 from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 from recallseg.runtime.segmenting.result import Quality, Result, Score
-from recallseg.runtime.segmenting.segmenter import MOST_STRUCTURES, Segmenter
+from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.segmenting.timings import Timings
 
 __all__ = ["GRAPHS", "Corrections", "Keeper"]
@@ -63,7 +64,7 @@ Place = tuple[float, float]
 
 
 class Keeper:
-    """Keeps of a query what its answer can be corrected with, see ``Segmenter._segment``.
+    """Keeps of a query what its answer can be corrected with, see :class:`Question`.
 
     Attributes
     ----------
@@ -373,7 +374,7 @@ class Corrections:
         keeper = Keeper()
         result = None
         if self._segmenter is not None:
-            result = self._segmenter._segment(
+            result = self._segmenter._question.ask(
                 self._image,
                 Timings(),
                 without=self._without,

@@ -7,6 +7,7 @@ from threading import Lock
 
 from recallseg.runtime.library import Library
 from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.segmenting.structures import carried
 
 __all__ = ["Current"]
 
@@ -61,6 +62,10 @@ class Current:
         """Return what a segmenter like this is made of now."""
         library, tags = self._library, made.tags
         names = library.structures
-        carried = [name for name in names if not tags or library.count(name, tags=tags)]
         # Twice as many exemplars: room for their memories on a GPU is made anew.
-        return carried, len(library).bit_length(), library.generation, library.heads.mark
+        return (
+            carried(library, names, tags),
+            len(library).bit_length(),
+            library.generation,
+            library.heads.mark,
+        )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from recallseg.runtime.library.exemplar import Match
 
-__all__ = ["REACH", "SAME", "within_reach"]
+__all__ = ["REACH", "SAME", "nearest", "within_reach"]
 
 REACH = 3.0
 """Times the distance of the nearest exemplar up to which others are recalled beside it."""
@@ -35,3 +35,12 @@ def within_reach(recalled: Sequence[Match], reach: float) -> tuple[Match, ...]:
         return tuple(recalled)
     farthest = reach * max(min(shown), SAME)
     return tuple(r for r in recalled if r.distance <= farthest)
+
+
+def nearest(recalled: Sequence[Match]) -> float:
+    """Return the distance to the nearest exemplar with the structure; to any if none has it.
+
+    NaN where nothing is recalled.
+    """
+    distances = [r.distance for r in recalled if not r.absent] or [r.distance for r in recalled]
+    return min(distances, default=float("nan"))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match
+from recallseg.runtime.library.heads import Head
 from recallseg.runtime.segmenting.acquisition import Acquisition, differences
-from recallseg.runtime.segmenting.calibration import InForce
+from recallseg.runtime.segmenting.calibration import InForce, in_force
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE, DOUBTFUL_SHARE
+from recallseg.runtime.segmenting.recipe import Recipe
+from recallseg.runtime.segmenting.refining import describe_head, mend_head
 from recallseg.runtime.segmenting.result import HeadUse, Quality, Score
 
-__all__ = ["Standing", "differing_from"]
+__all__ = ["Standing", "Standings", "differing_from"]
 
 
 class Standing(NamedTuple):
@@ -82,6 +86,75 @@ class Standing(NamedTuple):
         whole = len(calibrated) == len(self.limits)
         flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
         return Quality(flag, FrozenMap(reasons), FrozenMap(calibrated), self.mend, self.head)
+
+
+class Standings:
+    """Keeps what holds for a library, and looks again when that was changed.
+
+    Parameters
+    ----------
+    library, recipe, structures : what is asked for, and of whom.
+    fitted : the head at work; None without one.
+    head : what the library's head has to do with results, at work or not.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        recipe: Recipe,
+        structures: tuple[str, ...],
+        fitted: Head | None,
+        head: HeadUse | None,
+    ) -> None:
+        self._library, self._recipe, self._structures = library, recipe, structures
+        self._digests = recipe.digests(library.bundle.former_identities)
+        self._fitted, self.head = fitted, head
+        self._limits_now: dict[str, InForce] = {}
+        self._limits_of: Any = None
+        self._commits: Any = None
+        self._mend_now = ""
+
+    def now(self) -> Standing:
+        """Return what holds for the library now."""
+        limits = self.limits()
+        whole = all(found.calibrated is not None for found in limits.values())
+        self._mend_now = self._mend_now or ("" if whole else self._mend(limits))
+        mend = "; ".join(filter(None, [self._mend_now, mend_head(self._library, self.head)]))
+        return Standing(limits, mend, self.head)
+
+    def limits(self) -> Mapping[str, InForce]:
+        """Return what holds for the library, and its calibrations, as they are now."""
+        commits = self._library.commits
+        if self._commits == commits:
+            return self._limits_now
+        state = self._library.digest, self._library.calibration_marks(self._digests)
+        if self._limits_of != state:
+            learnt = self._library.learnt(self._digests, self._structures, self._recipe.tags)
+            self._limits_now = {name: in_force(found) for name, found in learnt.items()}
+            self._limits_of = state
+        if self._fitted is not None:
+            self.head = describe_head(self._library, self._fitted, self._structures)
+        self._commits, self._mend_now = commits, ""
+        return self._limits_now
+
+    def _mend(self, limits: Mapping[str, InForce]) -> str:
+        """Say what is not calibrated, why, and the command that calibrates it."""
+        missing = {name: one.missing for name, one in limits.items() if one.calibrated is None}
+        whys = [f"'{name}': {why}" for name, why in missing.items() if why]
+        if not whys and self._library.has_former_calibration:
+            whys = ["what an older RecallSeg stored does not say for which settings it holds"]
+        because = f" ({'; '.join(whys)})" if whys else ""
+        recipe = self._recipe
+        command = [
+            *("recallseg", "library", "calibrate", str(self._library.path), "--k", str(recipe.k)),
+            *("--reach", f"{recipe.reach:g}", "--structures", ",".join(missing)),
+            *("--engine", recipe.engine, "--precision", recipe.precision),
+            *(f"--tag={name}={value}" for name, value in recipe.tags.items()),
+        ]
+        return (
+            f"{', '.join(missing)} not calibrated for these settings"
+            f"{because}: {shlex.join(command)}"
+        )
 
 
 def differing_from(

@@ -82,7 +82,7 @@ def test_the_search_runs_beside_encode_and_one_copy_brings_the_result(
 
 
 def begin(segmenter: Segmenter, image: Any, **options: Any) -> Callable[[], Any]:
-    return segmenter._begin(image, Timings(), **options)
+    return segmenter._question.begin(image, Timings(), **options)
 
 
 def test_a_query_is_queued_before_the_last_ones_result_is_taken(

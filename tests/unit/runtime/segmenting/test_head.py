@@ -118,7 +118,8 @@ def test_queries_without_an_exemplar_use_units_that_have_not_seen_it(fitted_at: 
         fold = head.fold_of[library.number("e2")]
         assert seen[0] is refiner.head.folds[fold]
         assert seen[1] is refiner.head.units
-        assert segmenter._refine([f"e{i}" for i in range(6)]) is None  # all folds have seen some
+        every = [f"e{i}" for i in range(6)]
+        assert segmenter._question._refine(every) is None  # all folds have seen some
 
 
 def test_a_fit_again_uses_what_was_kept_and_gives_the_same(

@@ -30,6 +30,7 @@ from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.view import View
 from recallseg.runtime.segmenting import batches
 from recallseg.runtime.segmenting.calibration import Thresholds
+from recallseg.runtime.segmenting.question import Question
 from recallseg.runtime.segmenting.recipe import Provenance, Recipe
 
 SIZE = 64
@@ -526,7 +527,7 @@ def test_a_damaged_calibration_is_told(library: Library) -> None:
 def test_what_calibrating_needs_is_checked_before_the_work(
     library: Library, tmp_path: Path, fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Segmenter, *_: object, **__: object) -> None:
+    def refuse(self: Question, *_: object, **__: object) -> None:
         raise AssertionError("a query was run")
 
     image, mask = picture(0)
@@ -536,7 +537,7 @@ def test_what_calibrating_needs_is_checked_before_the_work(
     one.add(image, {"square": mask})
     library.close()
     reader = Library.open(library.path)
-    monkeypatch.setattr(Segmenter, "_segment", refuse)
+    monkeypatch.setattr(Question, "ask", refuse)
     with pytest.raises(LibraryWriteError, match=r"cannot calibrate: .* open for reading"):
         make(reader).calibrate()
     with pytest.raises(InputError, match="did not keep its images"):
@@ -721,7 +722,7 @@ def test_native_operators_are_part_of_what_made_a_result(
     built = tmp_path / "_operators.so"
     monkeypatch.setattr("recallseg.engines.operators._LIBRARY", built)
     native = replace(find_precision("fp32"), native=True)
-    monkeypatch.setattr("recallseg.runtime.segmenting.segmenter.find_precision", lambda _: native)
+    monkeypatch.setattr("recallseg.runtime.segmenting.question.find_precision", lambda _: native)
     digests = set()
     for content in (b"one build", b"another one"):
         built.write_bytes(content)

@@ -4,33 +4,28 @@ The C library (``engines/native/capi``) holds the objects that these functions r
 none of them, and calls one function for each of its own. ``INTERFACE`` is the number that both must
 have: raise it, there too, whenever a signature here changes.
 
-Pixels come as :data:`Pixels` and are wrapped, not copied; the C library takes its memory back when
-a call is over, so nothing here may keep an array.
+Pixels come as :data:`~recallseg.runtime.services.c_pixels.Pixels`; the C library takes its memory
+back when a call is over, so nothing here may keep an array.
 """
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import logging
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 from weakref import WeakValueDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 import recallseg
 from recallseg.engines import errors
 from recallseg.engines.device import Device, open_device
 from recallseg.engines.device_engine import DeviceEngine
-from recallseg.engines.imports import lacks_memory
 from recallseg.engines.registry import engine_class
 from recallseg.engines.session_log import send_session_logs
 from recallseg.runtime.library import Library
@@ -42,12 +37,13 @@ from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog, open_audit
 from recallseg.runtime.services.audited import AuditedSegmenter, on_host
+from recallseg.runtime.services.c_errors import Stopped, in_c, status_of
+from recallseg.runtime.services.c_pixels import Pixels, array_of, check_place, release
 from recallseg.runtime.services.scheduling import Scheduling
 from recallseg.runtime.services.stream import Frame, Stream, close_streams
 
 __all__ = [
     "INTERFACE",
-    "Pixels",
     "add",
     "calibrate",
     "close_library",
@@ -57,7 +53,6 @@ __all__ = [
     "create_library",
     "describe",
     "drain_stream",
-    "in_c",
     "library_facts",
     "list_exemplars",
     "open_audit",
@@ -81,54 +76,12 @@ __all__ = [
 
 INTERFACE = 4
 
-Pixels = tuple[Union[memoryview, int], str, tuple[int, ...], tuple[int, ...], int]
-"""Memory from lowest to past highest byte, dtype, shape, strides, offset of pixel (0, 0); or, on a
-GPU, the address of pixel (0, 0), dtype, shape, strides, and the stream on which it is ready (0: it
-is)."""
-
 Gpu = tuple[int, int, str, bool, int]
 """Ordinal, stream (0: one of its own), provider, whether with CUDA graphs, bytes of the cache (0:
 the default)."""
 
 Names = tuple[str, ...]
 Tags = tuple[tuple[str, str], ...]
-
-STATUS: dict[type[BaseException], int] = {
-    errors.InputError: 7,
-    errors.ForkedError: 5,
-    errors.BundleError: 8,
-    errors.EngineUnavailableError: 9,
-    errors.EngineError: 10,
-    errors.DeadlineError: 11,
-    errors.CancelledError: 20,
-    errors.AuditError: 21,
-    errors.LibraryError: 12,
-    errors.LibraryNotFoundError: 13,
-    errors.LibraryCorruptError: 14,
-    errors.LibraryVersionError: 15,
-    errors.LibraryMismatchError: 16,
-    errors.LibraryLockedError: 17,
-    errors.LibraryWriteError: 18,
-    ModuleNotFoundError: 6,
-    MemoryError: 19,
-}
-"""``RECALLSEG_E_*`` of recallseg.h, by the nearest class."""
-INTERNAL = 99
-_STOPPED = 4  # RECALLSEG_E_STATE
-
-_IN_C = (
-    (r"with mode='write'", "with recallseg_library_options.writable = 1"),
-    (r"pass absent=\('(.*?)',\)", r"name '\1' in recallseg_exemplar.absent"),
-    (r"Library\.open\(\.\.\., bundle=FOLDER\)", "recallseg_library_options.bundle = FOLDER"),
-    (r"leave it out \(None\)", "leave it null"),
-    (r"Give it with --audit-key", "Give it in recallseg_audit_options.key"),
-    (r", for example with numpy\.nan_to_num\(image\)", ""),
-    (
-        r"with Segmenter\(\.\.\., frames=3\), say",
-        "with recallseg_segmenter_options.memories = 3, say",
-    ),
-)
-"""Cures in Python, and the same in C."""
 
 QUALITY = {"uncalibrated": 0, "ok": 1, "suspect": 2}
 
@@ -141,40 +94,6 @@ def describe() -> Names:
     """Return Python's version, executable and prefix, the package's version and folder."""
     folder = str(Path(recallseg.__file__).parent)
     return platform.python_version(), sys.executable, sys.prefix, recallseg.__version__, folder
-
-
-def status_of(error: BaseException) -> tuple[int, str]:
-    """Return the status that an exception becomes, and its message, in the words of recallseg.h."""
-    if lacks_memory(error):
-        return STATUS[MemoryError], str(error) or "out of memory"
-    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), INTERNAL)
-    if isinstance(error, ModuleNotFoundError):
-        return status, (
-            f"the Python package '{(error.name or '').partition('.')[0]}' is not installed beside "
-            f"recallseg ({error}): install it with {sys.executable} -m pip"
-        )
-    if isinstance(error, Stopped):
-        return _STOPPED, str(error)
-    if not isinstance(error, errors.RecallSegError):
-        return status, f"{type(error).__name__}: {error}"
-    return status, in_c(str(error))
-
-
-def in_c(message: str) -> str:
-    """Return a message whose cure is C where it was Python."""
-    for python, ours in _IN_C:
-        message = re.sub(python, ours, message)
-    return message
-
-
-def release(*views: memoryview) -> None:
-    """Give memory back; raises BufferError if something still holds an array over it."""
-    for view in views:
-        try:
-            view.release()
-        except BufferError:  # a reference cycle, as an exception's traceback makes them
-            gc.collect()
-            view.release()
 
 
 class _Handler(logging.Handler):
@@ -312,8 +231,8 @@ def add(
             "location RECALLSEG_CUDA: copy it to the host."
         )
     return library.add(
-        _array(image),
-        {name: _array(mask) for name, mask in masks},
+        array_of(image),
+        {name: array_of(mask) for name, mask in masks},
         absent=absent,
         tags=dict(tags),
         key=key,
@@ -438,10 +357,6 @@ def warm_up(query: Query, runs: int) -> None:
     query.segmenter.warm_up(runs)
 
 
-class Stopped(Exception):  # noqa: N818 - no error of ours: the caller asked for it
-    """The caller's progress callback wants no more."""
-
-
 Report = Callable[[int, int, int], int]
 """Is told an address, how many are done and of how many; returns 0 to stop."""
 
@@ -519,13 +434,13 @@ def segment(
     begun : see :func:`cancelled_since`.
     """
     for what, pixels in (("image", image), ("output", label_map or masks)):
-        _check_place(query.segmenter, what, pixels)
+        check_place(query.segmenter, what, pixels)
     result = query.segmenter.segment(
-        _array(image),
+        array_of(image),
         deadline_ms=deadline_ms,
         out=(
-            None if label_map is None else _array(label_map),
-            None if masks is None else _array((masks[0], "?", *masks[2:])),
+            None if label_map is None else array_of(label_map),
+            None if masks is None else array_of((masks[0], "?", *masks[2:])),
         ),
         cancelled=cancelled_since(begun),
     )
@@ -596,8 +511,8 @@ def open_stream(
 
 def push_frame(stream: Stream, query: Query, image: Pixels) -> int:
     """Hand over a frame, which the stream copies; return its number."""
-    _check_place(query.segmenter, "image", image)
-    return stream.push(_array(image))
+    check_place(query.segmenter, "image", image)
+    return stream.push(array_of(image))
 
 
 def pause_stream(stream: Stream) -> None:
@@ -629,39 +544,6 @@ def count_frames(stream: Stream) -> tuple[int, ...]:
 def close_stream(stream: Stream) -> None:
     """Stop a stream."""
     stream.close()
-
-
-@dataclass(frozen=True)
-class _OnGpu:
-    """A caller's memory on a GPU."""
-
-    __cuda_array_interface__: dict[str, Any]
-
-
-def _array(pixels: Pixels) -> Any:
-    """Wrap memory; it is writeable if the view is."""
-    view, dtype, shape, strides, offset = pixels
-    if isinstance(view, int):
-        return _OnGpu(
-            {
-                "data": (view, False),
-                "typestr": np.dtype(dtype).str,
-                "shape": shape,
-                "strides": strides,
-                "stream": offset or None,
-                "version": 3,
-            }
-        )
-    array: NDArray[Any] = np.ndarray(shape, np.dtype(dtype), view, offset, strides)
-    return array
-
-
-def _check_place(segmenter: Segmenter, what: str, pixels: Pixels | None) -> None:
-    if pixels is not None and isinstance(pixels[0], int) and segmenter.device is None:
-        raise errors.InputError(
-            f"the {what} lies on a GPU (location RECALLSEG_CUDA), and engine '{segmenter.engine}' "
-            "runs on the CPU: copy it to the host, or open the segmenter with an engine on the GPU."
-        )
 
 
 def _refuse_repeats(names: Sequence[str], what: str) -> None:

@@ -24,7 +24,8 @@ from recallseg.benchmarks.makers.capi import CLibrary, measure_overhead
 from recallseg.runtime.reports.demo import load_slices
 from recallseg.runtime.services.audit import verify_audit_log
 from recallseg.runtime.services.audit_keys import create_audit_key, read_audit_key
-from recallseg.runtime.services.c_interface import INTERFACE, STATUS
+from recallseg.runtime.services.c_errors import STATUS
+from recallseg.runtime.services.c_interface import INTERFACE
 
 MOST_OVERHEAD_MS = 0.5
 CHECKS = ("no_python", "hostile", "layouts", "deadline", "threads", "memory", "forked", "signals")

@@ -15,7 +15,7 @@ from support.fake_library import HashEncoder, add, create, embedding
 
 from recallseg import Bundle, Library, Model, Segmenter
 from recallseg.errors import ForkedError, LibraryLockedError
-from recallseg.runtime.services.c_interface import status_of
+from recallseg.runtime.services.c_errors import status_of
 
 
 def in_a_fork(act: Callable[[], object]) -> str:

@@ -53,7 +53,7 @@ Ref mask_tuple(Loan& loan, const recallseg_mask& mask, const recallseg_image& im
 
 Library::~Library() {
   const Gil gil;
-  guarded([&] { call("close_library", object); });  // embedding.py logs what goes wrong
+  guarded([&] { call("close_library", object); });  // c_interface.py logs what goes wrong
   object = Ref();
 }
 

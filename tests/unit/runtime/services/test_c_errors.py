@@ -11,7 +11,7 @@ import pytest
 
 import recallseg
 from recallseg.engines import errors
-from recallseg.runtime.services.c_interface import STATUS, in_c, status_of
+from recallseg.runtime.services.c_errors import STATUS, in_c, status_of
 
 PYTHONS = re.compile(
     r"\bmode=|=['\"(]|numpy\.|Segmenter\(|Library\.|Stream\(|\bNone\b|\b(?:True|False)\b"

@@ -16,23 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg import __version__
-from recallseg.engines import defaults
 from recallseg.engines.device import on_gpu
 from recallseg.engines.errors import InputError, StaleViewError
-from recallseg.engines.operators import operators_digest
-from recallseg.engines.pixels import open_pixels
 from recallseg.engines.pixels.interface import MOST_STRUCTURES
-from recallseg.engines.precisions import find_precision
 from recallseg.runtime.checks import check_mask, check_name
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.encoding import Encoded
 from recallseg.runtime.model.model import Model
-from recallseg.runtime.model.postprocess import finish_masks
-from recallseg.runtime.model.view import Kept, View
+from recallseg.runtime.model.view import View
 from recallseg.runtime.segmenting.acquisition import Acquisition
+from recallseg.runtime.segmenting.corrected_results import CorrectedResults, State, corrections_of
 from recallseg.runtime.segmenting.mixing import mix
 from recallseg.runtime.segmenting.presence import ABSENT_SCORE
 from recallseg.runtime.segmenting.prompts import (
@@ -49,67 +44,17 @@ from recallseg.runtime.segmenting.prompts import (
     polygon_mask,
     sample_stroke,
 )
-from recallseg.runtime.segmenting.reach import REACH
-from recallseg.runtime.segmenting.recipe import Provenance, Recipe
-from recallseg.runtime.segmenting.result import Quality, Result, Score
+from recallseg.runtime.segmenting.question import Keeper
+from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.segmenting.timings import Timings
 
-__all__ = ["GRAPHS", "Corrections", "Keeper"]
+__all__ = ["GRAPHS", "Corrections"]
 
 GRAPHS = ("embed", "encode", "correct")
 """What correcting runs where nothing is recalled."""
 
 Place = tuple[float, float]
-
-
-class Keeper:
-    """Keeps of a query what its answer can be corrected with, see :class:`Question`.
-
-    Attributes
-    ----------
-    view, kept : the image on the model, and a copy with the conditioned features.
-    logits : nx(S/4)x(S/4); NaN for structures that are absent by the evidence.
-    conditioned : positions of the structures that something was recalled for.
-    """
-
-    view: View
-    kept: Kept
-    logits: NDArray[np.float32]
-
-    def __init__(self) -> None:
-        self.conditioned: set[int] = set()
-
-    def begin(self, view: View, structures: int) -> None:
-        """Keep the image."""
-        self.view, self.kept = view, view.keep(structures)
-
-    def attended(self, view: View) -> None:
-        """Keep the conditioned features of a group."""
-        self.conditioned.update(view.keep_conditioned(self.kept))
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """One structure as it is now.
-
-    ``points`` were set since the mask was last drawn or boxed; ``logits`` (S/4)x(S/4), or None
-    where there is no mask yet; ``drawn`` is a mask HxW that a person gave, to the pixel; ``times``
-    is how often it was corrected.
-    """
-
-    points: tuple[Point, ...] = ()
-    logits: NDArray[np.float32] | None = None
-    iou: float = 0.0
-    object_score: float = ABSENT_SCORE
-    present: bool = False
-    drawn: NDArray[np.bool_] | None = None
-    times: int = 0
-
-    @property
-    def prior(self) -> NDArray[np.float32] | None:
-        """The mask that a person saw before the next correction; None if there was none."""
-        return self.logits if self.present else None
 
 
 class Corrections:
@@ -161,13 +106,15 @@ class Corrections:
         self._without, self._acquisition = tuple(without), acquisition
         self._model.reserve(1, 1, graphs=GRAPHS)  # also tells a bundle that cannot
         self._image = self._model.copy_frame(open_image(image))
-        self._pixels = open_pixels()
         self._intensity = library.intensity
-        self._history: list[tuple[str, _State | None]] = []
+        self._history: list[tuple[str, State | None]] = []
         with self._model.turns:
             self.proposal = self._look()
             self._grid = Grid(self._view.shape, self._model.bundle.geometry)
             self._states = self._proposed()
+            self._results = CorrectedResults(
+                library, self._model, self._grid, self.proposal, acquisition
+            )
         self._result: Result | None = None
 
     # What it shows
@@ -185,7 +132,7 @@ class Corrections:
     @property
     def corrections(self) -> Mapping[str, int]:
         """How often each structure was corrected; those that never were are left out."""
-        return FrozenMap({name: s.times for name, s in self._states.items() if s.times})
+        return corrections_of(self._states)
 
     @property
     def result(self) -> Result:
@@ -196,7 +143,7 @@ class Corrections:
         """
         with self._model.turns:
             if self._result is None:
-                self._result = self._make_result()
+                self._result = self._results.make(self._states)
             return self._result
 
     # Corrections
@@ -250,7 +197,7 @@ class Corrections:
             xs, ys = zip(*outline, strict=True)
             box = _box([(min(xs), min(ys)), (max(xs), max(ys))])
             return self._decode(name, box, logits_of(mask, size))
-        before = self._states.get(name, _State())
+        before = self._states.get(name, State())
         x, y = deepest(mask)
         prior = before.prior
         if prior is not None:
@@ -269,9 +216,9 @@ class Corrections:
         logits = logits_of(drawn, self._grid.geometry.logit_size)
         there = bool(drawn.any())
         with self._model.turns:
-            times = self._states.get(name, _State()).times + 1
+            times = self._states.get(name, State()).times + 1
             score = SURE if there else ABSENT_SCORE
-            return self._set(name, _State((), logits, 1.0, score, there, drawn.copy(), times))
+            return self._set(name, State((), logits, 1.0, score, there, drawn.copy(), times))
 
     def undo(self) -> Result:
         """Take the last correction back. Runs nothing; InputError if there is none."""
@@ -403,12 +350,12 @@ class Corrections:
             self._look()
         return self._view
 
-    def _proposed(self) -> dict[str, _State]:
+    def _proposed(self) -> dict[str, State]:
         """Return the structures as they were proposed."""
         if self.proposal is None:
             return {}
         return {
-            name: _State(
+            name: State(
                 logits=self._proposed_logits[i] if score.object_score != ABSENT_SCORE else None,
                 iou=score.iou,
                 object_score=score.object_score,
@@ -431,7 +378,7 @@ class Corrections:
         name = check_name(structure)
         label = INSIDE if inside else OUTSIDE
         with self._model.turns:
-            before = self._states.get(name, _State())
+            before = self._states.get(name, State())
             points = (*before.points, *(Point(x, y, label) for x, y in places))
             return self._decode(name, points, before.prior)
 
@@ -444,14 +391,14 @@ class Corrections:
                 raise InputError(f"there are {MOST_STRUCTURES} structures already.")
             view = self.bring_back()
             made = view.correct(self._kept, self._position(name), self._grid.prompts(points, prior))
-            before, logits = self._states.get(name, _State()), made.logits
+            before, logits = self._states.get(name, State()), made.logits
             if self._position(name) != self._room:  # a mask from nothing may not be good yet
                 known = len(before.points)
                 new = points[known:] if tuple(points[:known]) == before.points else points
                 logits = mix(prior, logits, points, new, self._grid)
             # Whoever points at something says that it is there.
             there = any(p.label != OUTSIDE for p in points) or made.object_score > 0
-            state = _State(
+            state = State(
                 tuple(points), logits, made.iou, made.object_score, there, None, before.times + 1
             )
             decoded = (perf_counter() - begin) * 1e3
@@ -469,118 +416,11 @@ class Corrections:
                 return position
         return self._room  # those of one of which nothing is recalled
 
-    def _set(self, name: str, state: _State) -> Result:
+    def _set(self, name: str, state: State) -> Result:
         self._history.append((name, self._states.get(name)))
         self._states[name] = state
         self._result = None
         return self.result
-
-    def _make_result(self) -> Result:
-        names, states = tuple(self._states), tuple(self._states.values())
-        masks, label_map = self._masks(states)
-        base = self.proposal
-        scores, recalled, available, earlier = (
-            {} if base is None else dict(getattr(base, field))
-            for field in ("scores", "recalled", "available", "frame_memories")
-        )
-        for name, state in self._states.items():
-            known: Score | None = scores.get(name)
-            if state.times or known is None:
-                scores[name] = Score(
-                    state.iou,
-                    state.object_score,
-                    float("nan") if known is None else known.distance,
-                    1.0 if known is None else known.presence,
-                    state.present,
-                )
-            recalled.setdefault(name, ())
-            available.setdefault(name, 0)
-            earlier.setdefault(name, 0)
-        return Result(
-            masks=FrozenMap(dict(zip(names, masks, strict=True))),
-            label_map=label_map,
-            labels=FrozenMap({name: i + 1 for i, name in enumerate(names)}),
-            scores=FrozenMap(scores),
-            recalled=FrozenMap(recalled),
-            available=FrozenMap(available),
-            timings=base.timings if base is not None and not self.corrections else FrozenMap(),
-            quality=self._quality(base),
-            provenance=self._provenance(names, base),
-            frame_memories=FrozenMap(earlier),
-            notice=self._model.bundle.notice,
-            spacing=None if self._acquisition is None else self._acquisition.spacing,
-            corrections=self.corrections,
-            logits=FrozenMap(
-                {name: self._plane(state) for name, state in self._states.items()},
-            ),
-        )
-
-    def _plane(self, state: _State) -> NDArray[np.float32]:
-        """Return what a structure's mask was made of; a drawn one lies on the image's grid."""
-        if state.drawn is not None:
-            plane: NDArray[np.float32] = np.where(state.drawn, SURE, -SURE).astype(np.float32)
-            return plane
-        if state.logits is None:
-            size = self._grid.geometry.logit_size
-            return np.full((size, size), np.nan, np.float32)
-        return state.logits
-
-    def _masks(self, states: Sequence[_State]) -> tuple[list[NDArray[np.bool_]], NDArray[np.uint8]]:
-        if not states:
-            return [], np.zeros(self.shape, np.uint8)
-        size = self._grid.geometry.logit_size
-        missing = np.full((size, size), np.nan, np.float32)
-        logits = np.stack([missing if s.logits is None else s.logits for s in states])
-        masks, label_map = finish_masks(
-            logits, [s.present for s in states], self.shape, self._pixels
-        )
-        for i, state in enumerate(states):
-            if state.drawn is not None:  # to the pixel, also where another was put before
-                masks[i] = state.drawn.copy()
-                label_map[(label_map == i + 1) & ~state.drawn] = 0
-        for i, state in enumerate(states):
-            if state.drawn is not None:
-                label_map[state.drawn] = i + 1
-        return masks, label_map
-
-    def _quality(self, base: Result | None) -> Quality:
-        if base is None:
-            return Quality("uncalibrated", FrozenMap(), FrozenMap(), "")
-        done = self.corrections
-        reasons = {n: why for n, why in base.quality.reasons.items() if n not in done}
-        whole = all(name in base.quality.calibrated for name in base.labels)
-        flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
-        return replace(base.quality, flag=flag, reasons=FrozenMap(reasons))
-
-    def _provenance(self, names: tuple[str, ...], base: Result | None) -> Provenance:
-        graphs = self._model.graph_digests("correct") if self.corrections else {}
-        if base is not None:
-            made = base.provenance
-            return replace(made, structures=names, graphs={**made.graphs, **graphs})
-        model, library = self._model, self._library
-        precision = find_precision(model.precision)
-        recipe = Recipe(
-            model.bundle.identity,
-            model.engine,
-            model.precision,
-            library.memory_format,
-            defaults.K,
-            REACH,
-            {},
-            self._intensity.to_json(),
-            precision.approximations,
-        )
-        return Provenance(
-            recipe,
-            library.digest,
-            library.origins,
-            names,
-            {**model.graph_digests("embed", "encode"), **graphs},
-            0,
-            None,
-            __version__,
-            operators_digest() if precision.native else None,
-        )
 
     def _host_image(self) -> NDArray[Any]:
         if on_gpu(self._image):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.model import Model
-from recallseg.runtime.model.view import Refine, View, Wanted, groups
+from recallseg.runtime.model.view import Kept, Refine, View, Wanted, groups
 from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.presence import LEAST_SHARE, presence_share
 from recallseg.runtime.segmenting.probabilities import LogitsOnModel
@@ -28,10 +28,33 @@ from recallseg.runtime.segmenting.result import Result, Score
 from recallseg.runtime.segmenting.standing import Standings, differing_from
 from recallseg.runtime.segmenting.timings import Timings
 
-if TYPE_CHECKING:
-    from recallseg.runtime.segmenting.corrections import Keeper
+__all__ = ["Keeper", "Question"]
 
-__all__ = ["Question"]
+
+class Keeper:
+    """Keeps of a query what its answer can be corrected with.
+
+    Attributes
+    ----------
+    view, kept : the image on the model, and a copy with the conditioned features.
+    logits : nx(S/4)x(S/4); NaN for structures that are absent by the evidence.
+    conditioned : positions of the structures that something was recalled for.
+    """
+
+    view: View
+    kept: Kept
+    logits: NDArray[np.float32]
+
+    def __init__(self) -> None:
+        self.conditioned: set[int] = set()
+
+    def begin(self, view: View, structures: int) -> None:
+        """Keep the image."""
+        self.view, self.kept = view, view.keep(structures)
+
+    def attended(self, view: View) -> None:
+        """Keep the conditioned features of a group."""
+        self.conditioned.update(view.keep_conditioned(self.kept))
 
 
 class Question:

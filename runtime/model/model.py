@@ -38,14 +38,13 @@ from recallseg.runtime.library.encoding import MEMORY_FORMATS, Encoded, Origin
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.buffers import Buffers
 from recallseg.runtime.model.frame_memories import FrameMemories
+from recallseg.runtime.model.kept_looks import Kept, KeptLooks
 from recallseg.runtime.model.preprocess import Intensity, intensity_window, planes_of
 from recallseg.runtime.model.turns import Turns
 from recallseg.runtime.model.view import (
     CONDITIONED,
     Finished,
     Gather,
-    Kept,
-    KeptLooks,
     Refine,
     Stored,
     View,

@@ -1,16 +1,13 @@
-"""The image that is now on a model, what it is asked, and what is kept of it."""
+"""The image that is now on a model, and what it is asked."""
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.buffer_shapes import bytes_of
 from recallseg.engines.composition import Prompts
 from recallseg.engines.errors import EngineRunError, InputError, StaleViewError
 from recallseg.runtime.library.encoding import MEMORY_FORMATS
@@ -19,14 +16,13 @@ from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.preprocess import prepare_mask
 
 if TYPE_CHECKING:
+    from recallseg.runtime.model.kept_looks import Kept
     from recallseg.runtime.model.model import Model
 
 __all__ = [
     "Corrected",
     "Finished",
     "Gather",
-    "Kept",
-    "KeptLooks",
     "Refine",
     "Stored",
     "View",
@@ -37,8 +33,6 @@ __all__ = [
 Item = TypeVar("Item")
 
 CONDITIONED = "conditioned"
-
-_Tensors = dict[str, Any]
 
 Gather = Callable[[Sequence[StoredMemory], NDArray[Any], NDArray[np.float32]], None]
 """Copies stored memories to the host, as :meth:`Library.gather` does."""
@@ -394,114 +388,6 @@ class View:
         return f"View({self.shape[0]}x{self.shape[1]}, {state})"
 
 
-class Kept:
-    """What an image became, copied out by :meth:`View.keep`; brought back by :meth:`Model.put`.
-
-    Its room is given back by :meth:`close`, or when nothing refers to it any more.
-
-    Attributes
-    ----------
-    model : where it can be put.
-    shape : height and width of the image.
-    embedding : D of unit length, or None if it was not asked for.
-    nbytes : what it takes.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        shape: tuple[int, int],
-        embedding: NDArray[np.float32] | None,
-        nbytes: int,
-    ) -> None:
-        self.model, self.shape, self.embedding, self.nbytes = model, shape, embedding, nbytes
-
-    def close(self) -> None:
-        """Give its room back; it cannot be put any more."""
-        self.model._kept.drop(id(self))
-
-
-class KeptLooks:
-    """A bounded pool of kept looks, the least recently used of which goes first.
-
-    Parameters
-    ----------
-    most : bytes that may be held.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._held: OrderedDict[int, _Tensors] = OrderedDict()  # by the id of a Kept
-        self._free: list[_Tensors] = []
-
-    def take(
-        self,
-        model: Model,
-        shape: tuple[int, int],
-        embedding: NDArray[np.float32] | None,
-        structures: int | None,
-    ) -> tuple[Kept, _Tensors]:
-        """Return a new one and the tensors that it consists of."""
-        shapes = model._kept_shapes(structures)
-        size = bytes_of(shapes)
-        if size > self._most:
-            raise InputError(
-                f"a kept look takes {size / 2**20:.1f} MiB, and this model may keep "
-                f"{self._most / 2**20:.1f} MiB. Open it with larger keep_bytes."
-            )
-        while (tensors := self._reuse(size)) is None:
-            if self.nbytes + size <= self._most:
-                model._require(shapes, 0, Stored(), (), "A kept look")
-                tensors = {name: model._allocate(one) for name, one in shapes.items()}
-                break
-            if self._free:
-                self._free.pop(0)  # of another size
-            else:
-                self.drop(next(iter(self._held)))
-        kept = Kept(model, shape, embedding, size)
-        self._held[id(kept)] = tensors
-        weakref.finalize(kept, self.drop, id(kept))
-        return kept, tensors
-
-    def _reuse(self, size: int) -> _Tensors | None:
-        """Return tensors that nobody holds any more, of this many bytes in all; None: none are."""
-        for position, tensors in enumerate(self._free):
-            if _bytes(tensors) == size:
-                return self._free.pop(position)
-        return None
-
-    def __contains__(self, kept: Kept) -> bool:
-        return id(kept) in self._held
-
-    def find(self, kept: Kept) -> _Tensors:
-        """Return its tensors."""
-        tensors = self._held.get(id(kept))
-        if tensors is None:
-            raise StaleViewError(
-                f"this kept look was dropped: the model keeps {self._most / 2**20:.0f} MiB of "
-                "them, and more were kept since (or it was closed). Look at the image again, or "
-                "open the model with larger keep_bytes."
-            )
-        self._held.move_to_end(id(kept))
-        return tensors
-
-    def drop(self, name: int) -> None:
-        """Give one's tensors back. Runs whenever the interpreter likes: it takes no lock."""
-        tensors = self._held.pop(name, None)
-        if tensors is not None:
-            self._free.append(tensors)
-
-    def clear(self) -> None:
-        """Drop all, and their tensors."""
-        self._held.clear()
-        self._free.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held now."""
-        return sum(map(_bytes, (*self._held.values(), *self._free)))
-
-
 def _checked(found: Finished) -> Finished:
     if not (np.isfinite(found.iou).all() and np.isfinite(found.object_score).all()):
         raise EngineRunError(
@@ -510,10 +396,6 @@ def _checked(found: Finished) -> Finished:
             "engine."
         )
     return found
-
-
-def _bytes(tensors: _Tensors) -> int:
-    return sum(int(tensor.nbytes) for tensor in tensors.values())
 
 
 def groups(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:

@@ -16,8 +16,9 @@ from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
+from recallseg.runtime.model.kept_looks import Kept
 from recallseg.runtime.model.model import Model
-from recallseg.runtime.model.view import Kept, Refine, View, Wanted, groups
+from recallseg.runtime.model.view import Refine, View, Wanted, groups
 from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.presence import LEAST_SHARE, presence_share
 from recallseg.runtime.segmenting.probabilities import LogitsOnModel

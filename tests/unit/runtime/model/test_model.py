@@ -26,9 +26,10 @@ from recallseg.engines.fake import FakeEngine
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.model import host
 from recallseg.runtime.model.buffers import Buffers
+from recallseg.runtime.model.kept_looks import Kept
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.turns import Turns
-from recallseg.runtime.model.view import Kept, Wanted
+from recallseg.runtime.model.view import Wanted
 from recallseg.runtime.reports.evaluation import evaluate
 
 SIZE = 64

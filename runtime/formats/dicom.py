@@ -7,13 +7,8 @@ modality LUT (C.11.1), and through the VOI LUT or window (C.11.2) if asked.
 
 from __future__ import annotations
 
-import io
-import struct
-import warnings
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.formats import guards
+from recallseg.runtime.formats.dicom_files import (
+    damaged_is_input_error,
+    find_series,
+    object_kind,
+    open_dicom,
+)
 from recallseg.runtime.formats.dicom_pixels import (
     check_pixels,
     stored_frames,
@@ -33,38 +33,10 @@ from recallseg.runtime.formats.dicom_pixels import (
 from recallseg.runtime.formats.dicom_planes import Plane, choose, item, numbers, place, planes_of
 from recallseg.runtime.formats.volume import Volume
 
-__all__ = [
-    "DicomSource",
-    "count_dicom",
-    "damaged_is_input_error",
-    "find_series",
-    "is_dicom",
-    "object_kind",
-    "open_dicom",
-    "read_dicom",
-]
+__all__ = ["DicomSource", "count_dicom", "read_dicom"]
 
-DEFLATED = "1.2.840.10008.1.2.1.99"
-SEGMENTATIONS = {
-    "1.2.840.10008.5.1.4.1.1.66.4": "segmentation (SEG)",
-    "1.2.840.10008.5.1.4.1.1.66.5": "surface segmentation",
-    "1.2.840.10008.5.1.4.1.1.66.7": "label map segmentation (SEG)",
-    "1.2.840.10008.5.1.4.1.1.66.8": "height map segmentation",
-}
-OTHERS = {
-    "1.2.840.10008.5.1.4.1.1.481.2": "dose distribution (RTDOSE)",
-    "1.2.840.10008.5.1.4.1.1.4.2": "MR spectroscopy",
-    "1.2.840.10008.5.1.4.1.1.30": "parametric map",
-}
-"""Objects with pixels that are not images of a patient."""
 PHILIPS_SCALE = (0x2005, 0x100E)
 """Private slope of Philips MR: to what the coil received, which differs by series."""
-MAX_FILES = 20_000
-_PREAMBLE = 128
-_VALUE_REPRESENTATIONS = frozenset(
-    b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR "
-    b"US UT UV".split()
-)
 
 
 @dataclass(frozen=True)
@@ -81,83 +53,6 @@ class DicomSource:
     header: Any = field(repr=False)
     planes: tuple[Plane, ...]
     reference: str
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file begins as a DICOM file does (PS3.10: 128 bytes, then ``DICM``), or, without
-    that preamble, as a data set of the groups that all images begin with.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(_PREAMBLE + 4)
-    except OSError:
-        return False
-    if head[_PREAMBLE:] == b"DICM":
-        return True
-    return _begins_as_data_set(head) and _has_sop_class(path)
-
-
-def object_kind(dataset: Any) -> str:
-    """Return ``image``, or what else a DICOM object is, in words for people."""
-    uid = str(dataset.get("SOPClassUID", ""))
-    found = SEGMENTATIONS.get(uid) or OTHERS.get(uid)
-    if found is not None:
-        return found
-    if "Rows" in dataset and "Columns" in dataset:
-        return "image"
-    from pydicom.uid import UID
-
-    name = UID(uid).name.removesuffix(" Storage")
-    if not name or name == uid:
-        return "object without pixels"
-    return f"{name} without pixels" if "Image" in name else name
-
-
-def find_series(folder: Path) -> list[Path]:
-    """Return the DICOM files in a folder and below, DICOMDIR left out."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "DICOMDIR" and is_dicom(path):
-            files.append(path)
-            if len(files) > MAX_FILES:
-                raise InputError(f"{folder} has more than {MAX_FILES} DICOM files. Split it.")
-    return files
-
-
-def open_dicom(path: Path, *, pixels: bool = False, only: list[str] | None = None) -> Any:
-    """Return a file's data set: its header, or all of it, pixels undecoded.
-
-    Files without preamble or file meta information are taken for uncompressed, deflated ones are
-    unpacked within :func:`recallseg.engines.limits.max_bytes`.
-
-    Parameters
-    ----------
-    pixels : read them too.
-    only : names of the attributes to read.
-
-    Raises
-    ------
-    InputError
-        If it is no DICOM file, or unpacks to too much. Damage raises what pydicom raises.
-    """
-    import pydicom
-    from pydicom.filereader import read_file_meta_info
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    if not is_dicom(path):
-        raise InputError(f"{path} is no DICOM file: it does not begin as one.")
-    options: dict[str, Any] = {"stop_before_pixels": not pixels, "specific_tags": only}
-    with path.open("rb") as file:
-        whole = file.read(_PREAMBLE + 4)[_PREAMBLE:] == b"DICM"
-    if whole and str(read_file_meta_info(path).get("TransferSyntaxUID", "")) == DEFLATED:
-        return pydicom.dcmread(io.BytesIO(_inflated(path)), **options)
-    dataset = pydicom.dcmread(path, force=not whole, **options)
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        implicit = dataset.original_encoding[0]
-        dataset.file_meta.TransferSyntaxUID = (
-            ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-        )
-    return dataset
 
 
 def read_dicom(
@@ -452,62 +347,6 @@ def _own_reference(header: Any) -> str:
     return str(generate_uid(entropy_srcs=["recallseg frame of reference", str(series)]))
 
 
-def _begins_as_data_set(head: bytes) -> bool:
-    """Whether bytes begin with an element of group 2 or 8 whose representation or length fits."""
-    if len(head) < 16:
-        return False
-    group, element = struct.unpack_from("<HH", head)
-    if group not in (0x0002, 0x0008) or element > 0x0100:
-        return False
-    if head[4:6] in _VALUE_REPRESENTATIONS:
-        return True
-    (length,) = struct.unpack_from("<I", head, 4)
-    return int(length) <= 128 and length % 2 == 0
-
-
-def _has_sop_class(path: Path) -> bool:
-    import pydicom
-
-    try:
-        with path.open("rb") as file:
-            if DEFLATED.encode() in file.read(4096):
-                return False  # merely to look, pydicom would unpack all of it
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            header = pydicom.dcmread(
-                path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID"]
-            )
-            return str(header.get("SOPClassUID", "")).startswith("1.2.840.10008.")
-    except Exception:  # it is none; whatever made pydicom stumble
-        return False
-
-
-def _inflated(path: Path) -> bytes:
-    """Return a deflated file (PS3.5 A.5) as an uncompressed one of explicit VR."""
-    from pydicom.filebase import DicomBytesIO
-    from pydicom.filereader import read_file_meta_info
-    from pydicom.filewriter import write_file_meta_info
-    from pydicom.uid import ExplicitVRLittleEndian
-
-    with path.open("rb") as file:
-        meta = read_file_meta_info(path)  # dcmread would unpack the whole, without a limit
-        file.seek(_PREAMBLE + 4)
-        file.seek(12 + int(meta.FileMetaInformationGroupLength), io.SEEK_CUR)
-        engine = zlib.decompressobj(-zlib.MAX_WBITS)
-        data = engine.decompress(file.read(), max_bytes())
-    if engine.unconsumed_tail:
-        raise InputError(
-            f"{path} unpacks to more than {describe_bytes(max_bytes())}. Store it another way."
-        )
-    if not engine.eof:
-        raise InputError(f"{path} is cut off: its deflated data has no end. Copy it again.")
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    stream = DicomBytesIO()
-    stream.write(b"\0" * _PREAMBLE + b"DICM")
-    write_file_meta_info(stream, meta)
-    return bytes(stream.getvalue()) + data
-
-
 def _tags(dataset: Any, plane: Plane) -> dict[str, str]:
     """Return what helps to choose exemplars; nothing of it says who the patient is."""
     found = {
@@ -532,26 +371,3 @@ def _turned(dataset: Any) -> str:
 def _text(dataset: Any, name: str) -> str:
     value = str(dataset.get(name, "") or "").strip()
     return "".join(c for c in value if c.isalnum() or c in " _-.")[:64].strip()
-
-
-@contextmanager
-def damaged_is_input_error(path: Path) -> Iterator[None]:
-    """Turn what pydicom, highdicom and decoders raise, of every kind, into one InputError."""
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # about values outside the standard; pixels decide
-            yield
-    except InputError as error:
-        if str(path) in str(error):
-            raise
-        raise InputError(f"{path}: {error}") from error
-    except ModuleNotFoundError:
-        raise
-    except MemoryError as error:
-        raise InputError(f"{path} needs more memory than there is.") from error
-    except (Exception, struct.error) as error:
-        kind = type(error).__name__
-        raise InputError(
-            f"{path} cannot be read as DICOM: {kind}: {error}. It is damaged, cut off or of a kind "
-            "that is not read; send or export it again."
-        ) from error

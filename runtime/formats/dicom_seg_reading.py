@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom import (
+from recallseg.runtime.formats.dicom import DicomSource
+from recallseg.runtime.formats.dicom_files import (
     SEGMENTATIONS,
-    DicomSource,
     damaged_is_input_error,
     is_dicom,
     open_dicom,

@@ -16,25 +16,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Union
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom import (
-    SEGMENTATIONS,
-    damaged_is_input_error,
-    is_dicom,
-    object_kind,
-    open_dicom,
-)
+from recallseg.runtime.formats.dicom_files import RT_STRUCTURE_SET, SEGMENTATIONS
+from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, read_header
 from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name
 from recallseg.runtime.formats.reading import volume_stem
 from recallseg.runtime.json_text import printable
 
 __all__ = [
     "MASK_SUFFIX",
-    "DicomHeader",
     "Finding",
-    "Header",
     "Headers",
     "Item",
     "PassedOver",
@@ -43,11 +35,9 @@ __all__ = [
     "find_in_folder",
     "find_inputs",
     "is_mask",
-    "read_header",
 ]
 
 MASK_SUFFIX = ".mask"
-RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 MOST_FILES = 1_000_000
 """Files in one folder and below; more is taken for a mistake (a whole disk, a loop)."""
 
@@ -97,29 +87,6 @@ class PassedOver:
     reason: str
 
 
-@dataclass(frozen=True)
-class DicomHeader:
-    """What decides about a DICOM file; empty strings and 0 where it does not say.
-
-    ``what`` is as :func:`recallseg.runtime.formats.dicom.object_kind` says.
-    """
-
-    what: str
-    sop_class: str
-    instance: str
-    series: str
-    modality: str
-    number: int
-    frames: int
-    placed: bool
-    refers_to: tuple[str, ...]  # SeriesInstanceUIDs of what a segmentation was drawn on
-    study: str = ""
-    body_part: str = ""
-    description: str = ""  # of the series
-
-
-Header = Union["DicomHeader", str, None]
-"""A text is why a file that says that it is DICOM has none; None: it says nothing of the kind."""
 Headers = MutableMapping[Path, tuple[Signature, Header]]
 """Headers read before, by path: who looks again and again reads only what changed."""
 
@@ -478,48 +445,3 @@ def _signature(path: Path) -> Signature:
     except OSError:
         return (1, 0, 0)
     return (1, status.st_size, status.st_mtime_ns)
-
-
-def read_header(path: Path) -> Header:
-    """Return what decides about a file, why it cannot be read, or None if it is no DICOM file."""
-    wanted = [
-        *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber"),
-        *("Rows", "Columns", "NumberOfFrames", "ImagePositionPatient"),
-        *("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"),
-        *("SpecificCharacterSet", "StudyInstanceUID", "BodyPartExamined", "SeriesDescription"),
-    ]
-    if not is_dicom(path):
-        return None
-    try:
-        with damaged_is_input_error(path):
-            header = open_dicom(path, only=wanted)
-            # "IS" may hold what is no number: a series number only names, so that is no fault.
-            number = str(header.get("SeriesNumber", "") or "")
-            frames = str(header.get("NumberOfFrames", "") or "1")
-            return DicomHeader(
-                object_kind(header),
-                str(header.get("SOPClassUID", "")),
-                str(header.get("SOPInstanceUID", "")),
-                str(header.get("SeriesInstanceUID", "")),
-                "".join(c for c in str(header.get("Modality", "") or "") if c.isalnum())[:16],
-                int(number) if number.isascii() and number.isdecimal() else 0,
-                int(frames) if frames.isascii() and frames.isdecimal() else 1,
-                bool(header.get("ImagePositionPatient")),
-                tuple(_series_referred_to(header)),
-                str(header.get("StudyInstanceUID", "") or ""),
-                str(header.get("BodyPartExamined", "") or "").strip(),
-                str(header.get("SeriesDescription", "") or "").strip(),
-            )
-    except InputError as error:
-        return str(error)
-
-
-def _series_referred_to(header: object) -> Iterator[str]:
-    """Yield the SeriesInstanceUIDs that a segmentation or structure set names, at any depth."""
-    from pydicom.dataset import Dataset
-
-    assert isinstance(header, Dataset)
-    own = header.get("SeriesInstanceUID")
-    for element in header.iterall():
-        if element.keyword == "SeriesInstanceUID" and element.value not in (None, "", own):
-            yield str(element.value)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom import count_dicom, find_series, is_dicom, read_dicom
+from recallseg.runtime.formats.dicom import count_dicom, read_dicom
+from recallseg.runtime.formats.dicom_files import find_series, is_dicom
 from recallseg.runtime.formats.images import read_image
 from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name, stem
 from recallseg.runtime.formats.nifti import count_nifti, read_nifti

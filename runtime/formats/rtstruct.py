@@ -14,8 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.dicom import damaged_is_input_error, is_dicom, open_dicom
-from recallseg.runtime.formats.finding import RT_STRUCTURE_SET
+from recallseg.runtime.formats.dicom_files import (
+    RT_STRUCTURE_SET,
+    damaged_is_input_error,
+    is_dicom,
+    open_dicom,
+)
 from recallseg.runtime.formats.polygons import fill
 from recallseg.runtime.formats.volume import Volume
 

@@ -16,7 +16,7 @@ from recallseg.runtime.formats.annotated_volumes import (
     read_annotated_volume,
 )
 from recallseg.runtime.formats.annotations import Annotations
-from recallseg.runtime.formats.dicom import damaged_is_input_error, open_dicom
+from recallseg.runtime.formats.dicom_files import damaged_is_input_error, open_dicom
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.pairs import Annotated, Legend, Missing, Pair, read_pair
 from recallseg.runtime.formats.volume import Slicing

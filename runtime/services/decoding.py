@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from recallseg.engines.child import bound_process, python_command, python_environment
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import max_bytes
-from recallseg.runtime.formats.finding import DicomHeader, Header, Item, read_header
+from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, read_header
+from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.images import read_image
 from recallseg.runtime.formats.reading import count_item, read_item
 from recallseg.runtime.formats.volume import Volume
@@ -170,7 +171,7 @@ class IsolatedDecoder:
         return found
 
     def read_header(self, path: Path) -> Header:
-        """Do as :func:`recallseg.runtime.formats.finding.read_header`, within limits."""
+        """Do as :func:`recallseg.runtime.formats.dicom_headers.read_header`, within limits."""
         try:
             found = self._ask(path, path, self._limits.header_seconds)
         except InputError as error:

@@ -10,14 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
-from recallseg.runtime.formats.finding import (
-    Header,
-    Headers,
-    Item,
-    PassedOver,
-    Signature,
-    find_in_folder,
-)
+from recallseg.runtime.formats.dicom_headers import Header
+from recallseg.runtime.formats.finding import Headers, Item, PassedOver, Signature, find_in_folder
 
 __all__ = ["Inbox"]
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError, LibraryError, LibraryLockedError, OutputError
-from recallseg.runtime.formats.finding import Header, Item, PassedOver, Signature, file_item
+from recallseg.runtime.formats.dicom_headers import Header
+from recallseg.runtime.formats.finding import Item, PassedOver, Signature, file_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.library import Library

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from recallseg import Bundle
 from recallseg.cli import app
 from recallseg.engines.errors import InputError, OutputError
-from recallseg.runtime.formats.finding import Header
+from recallseg.runtime.formats.dicom_headers import Header
 from recallseg.runtime.services.node import answering
 from recallseg.runtime.services.node.node import Node
 from recallseg.runtime.services.node.receiving import HeaderReaders

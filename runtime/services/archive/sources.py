@@ -17,7 +17,8 @@ from typing import IO, Any
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.imports import import_needed
-from recallseg.runtime.formats.finding import Finding, Header, find_in_folder, find_inputs
+from recallseg.runtime.formats.dicom_headers import Header
+from recallseg.runtime.formats.finding import Finding, find_in_folder, find_inputs
 from recallseg.runtime.json_text import printable
 
 __all__ = ["TABLES", "Source", "find", "import_pyarrow", "is_url", "list_sources"]

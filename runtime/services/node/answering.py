@@ -25,7 +25,8 @@ from recallseg.engines.errors import (
     OutputError,
     RecallSegError,
 )
-from recallseg.runtime.formats.finding import DicomHeader, Item, find_in_folder
+from recallseg.runtime.formats.dicom_headers import DicomHeader
+from recallseg.runtime.formats.finding import Item, find_in_folder
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.segmenting.segmenter import Segmenter

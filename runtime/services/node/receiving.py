@@ -22,8 +22,8 @@ from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
 
 from recallseg.engines.errors import OutputError
-from recallseg.runtime.formats.dicom import OTHERS
-from recallseg.runtime.formats.finding import DicomHeader, Header
+from recallseg.runtime.formats.dicom_files import OTHERS
+from recallseg.runtime.formats.dicom_headers import DicomHeader, Header
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
@@ -150,7 +150,7 @@ class HeaderReaders:
                 self._known.popitem(last=False)
 
     def __call__(self, path: Path) -> Header:
-        """Do as :func:`recallseg.runtime.formats.finding.read_header`, within limits."""
+        """Do as :func:`recallseg.runtime.formats.dicom_headers.read_header`, within limits."""
         known = self._known.get(path.name)
         return self._threads.submit(self._read, path).result() if known is None else known
 

@@ -17,7 +17,8 @@ from pydicom.uid import (
 from support.dicom_series import make_slice, write_series
 
 from recallseg.engines.errors import InputError, OutputError
-from recallseg.runtime.formats.dicom import is_dicom, read_dicom
+from recallseg.runtime.formats.dicom import read_dicom
+from recallseg.runtime.formats.dicom_files import is_dicom
 from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation, write_segmentation
 from recallseg.runtime.formats.reading import read_volume
 

@@ -24,13 +24,15 @@ from recallseg.runtime.formats.dicom_files import (
     object_kind,
     open_dicom,
 )
+from recallseg.runtime.formats.dicom_grid import place
 from recallseg.runtime.formats.dicom_pixels import (
     check_pixels,
     stored_frames,
     values_of,
     window_of,
 )
-from recallseg.runtime.formats.dicom_planes import Plane, choose, item, numbers, place, planes_of
+from recallseg.runtime.formats.dicom_planes import Plane, item, numbers, planes_of
+from recallseg.runtime.formats.dicom_stacks import choose
 from recallseg.runtime.formats.volume import Volume
 
 __all__ = ["DicomSource", "count_dicom", "read_dicom"]
@@ -69,7 +71,7 @@ def read_dicom(
     ----------
     voi : apply the file's own VOI LUT or window; values are then what a screen would show.
     time, stack : which of several volumes; see
-        :func:`recallseg.runtime.formats.dicom_planes.choose`.
+        :func:`recallseg.runtime.formats.dicom_stacks.choose`.
     progress : is told of each image that is read.
 
     Returns

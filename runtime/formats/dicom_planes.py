@@ -1,4 +1,4 @@
-"""Where each image of a DICOM series or multi-frame object lies, and which of them are one volume.
+"""Where each image of a DICOM series or multi-frame object lies.
 
 What holds for a frame stands in its own functional groups, in the shared ones (PS3.3 C.7.6.16), or,
 in an object of one frame, at its top; it is read here, once for all. Frame: LPS, millimetres.
@@ -6,10 +6,8 @@ in an object of one frame, at its top; it is read here, once for all. Frame: LPS
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,12 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 
-__all__ = ["Plane", "Where", "choose", "item", "numbers", "place", "plane_word", "planes_of"]
+__all__ = ["MARKS", "Plane", "Where", "item", "numbers", "planes_of"]
 
 MOST_FRAMES = 200_000
 """Of one object: ten times those of the largest scan, and of a SEG with many segments of it."""
 
-SAME_ORIENTATION = 1e-3  # of direction cosines
-SAME_SPACING = 1e-3  # of the spacing
-EVEN = 0.02  # of the gap: how far a slice may lie from its even place, within or along
-ROUNDED = 0.2  # of the gap; one slice missing of five moves others by a quarter of it,
-ROUNDED_OF_THREE = 0.14  # and one of four by a sixth
-_LISTED = 8
-
-_MARKS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+MARKS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("time point", (("FrameContentSequence", "TemporalPositionIndex"),
                     ("", "TemporalPositionIdentifier"))),
     ("time offset", (("TemporalPositionSequence", "TemporalPositionTimeOffset"),)),
@@ -206,7 +197,7 @@ def _plane(
     content = find("FrameContentSequence")
     stack = "" if content is None else str(content.get("StackID") or "")
     marks = {}
-    for name, places in _MARKS:
+    for name, places in MARKS:
         for sequence, keyword in places:
             source = find(sequence) if sequence else top
             if keyword == "DiffusionGradientOrientation" and source is not None and sequence:
@@ -231,158 +222,6 @@ def _plane(
         (str(dataset.get("SOPClassUID", "")), str(dataset.get("SOPInstanceUID", ""))),
         str(dataset.get("FrameOfReferenceUID") or ""),
     )
-
-
-def choose(
-    planes: Sequence[Plane], path: Path, *, stack: str | None = None, time: int | None = None
-) -> tuple[list[Plane], int, tuple[str, ...]]:
-    """Return the images of one volume, how many volumes lie at its place, and what was chosen.
-
-    Parameters
-    ----------
-    stack : which of several stacks (by StackID, orientation, size or spacing): its name, or its
-        number from 1.
-    time : which of several volumes at one place, from 1: time points, echoes, b values, or
-        whatever tells them apart.
-
-    Raises
-    ------
-    InputError
-        If there are several and none is chosen (they are named), or there is no such one.
-    """
-    notes: list[str] = []
-    stacks = _stacks(planes)
-    names = [f"{n}: {name}" for n, name in enumerate(stacks, 1)]
-    if stack is None and len(stacks) > 1:
-        raise InputError(
-            f"{path} holds {len(stacks)} stacks ({'; '.join(names[:_LISTED])}). Choose one with "
-            "--stack, by its number."
-        )
-    if stack is None:
-        chosen = next(iter(stacks.values()))
-    else:
-        by_id = [list_ for list_ in stacks.values() if list_[0].stack == stack]
-        number = int(stack) if stack.isascii() and stack.isdecimal() else 0
-        if len(by_id) == 1:
-            chosen = by_id[0]
-        elif 1 <= number <= len(stacks):
-            chosen = list(stacks.values())[number - 1]
-        else:
-            raise InputError(f"{path} has no stack '{stack}'; there are {'; '.join(names)}.")
-        if len(stacks) > 1:
-            notes.append(f"one of {len(stacks)} stacks: {_describe(chosen)}")
-    volumes = _volumes(chosen, path)
-    titles = list(volumes)
-    if time is None and len(volumes) > 1:
-        listed = "; ".join(f"{n}: {title}" for n, title in enumerate(titles[:_LISTED], 1))
-        more = f"; and {len(titles) - _LISTED} more" if len(titles) > _LISTED else ""
-        raise InputError(
-            f"{path}: images lie at one position, as {len(volumes)} volumes ({listed}{more}). Say "
-            f"which with --time 1 to {len(volumes)}, or --time all."
-        )
-    if time is not None and not 1 <= time <= len(volumes):
-        raise InputError(f"{path} has {len(volumes)} volumes at one place, there is no {time}.")
-    if len(volumes) > 1:
-        notes.append(f"volume {time} of {len(volumes)}: {titles[(time or 1) - 1]}")
-    return volumes[titles[(time or 1) - 1]], len(volumes), tuple(notes)
-
-
-def place(
-    planes: Sequence[Plane], path: Path
-) -> tuple[NDArray[np.float64], list[int], tuple[str, ...]]:
-    """Return the affine of (plane, row, column), the order of the planes along it, and notes.
-
-    Positions may lie off an even spacing by what rounding to the decimals that they are written
-    with explains, and 2 % of the gap.
-
-    Raises
-    ------
-    InputError
-        If a slice is missing, two lie at one place, or slices are shifted (gantry tilt).
-    """
-    first = planes[0].at
-    row, column, normal = np.array(first.row), np.array(first.column), first.normal
-    rows, columns = first.spacing
-    if rows <= 0 or columns <= 0:
-        raise InputError(f"{path}: its pixel spacing is {[rows, columns]}; expected more than 0.")
-    positions = np.array([plane.at.position for plane in planes], np.float64)
-    distances = positions @ normal
-    order = [int(i) for i in np.argsort(distances, kind="stable")]
-    placed, notes = positions[order], []
-    if len(order) == 1:
-        step = normal * (planes[0].thickness or 1.0)
-    else:
-        step = (placed[-1] - placed[0]) / (len(order) - 1)
-        gap = float(step @ normal)
-        heights = distances[order]
-        gaps = np.diff(heights)
-        if gaps.min() < 1e-3:
-            raise InputError(f"{path}: two slices lie at one position.")
-        decimal = min(plane.at.decimals for plane in planes)
-        largest = ROUNDED_OF_THREE if len(order) == 3 else ROUNDED
-        rounding = min(float(np.abs(normal).sum()) * decimal / 2, largest * gap)
-        even, off = _even_gap(heights)
-        if off > EVEN * gap + rounding * (1 + 1e-6):
-            raise InputError(
-                f"{path}: gaps between slices range from {gaps.min():.3f} to {gaps.max():.3f} mm. "
-                "A slice is missing, or several stacks are mixed."
-            )
-        across = placed - np.outer(heights, normal)
-        drift = float(np.linalg.norm(across[-1] - across[0]))
-        line = np.linspace(across[0], across[-1], len(order))
-        shift = float(np.linalg.norm(across - line, axis=1).max())
-        slack = EVEN * gap + np.sqrt(3) * decimal
-        if drift > EVEN * gap * (len(order) - 2) + slack or shift > slack:
-            raise InputError(
-                f"{path}: slices are shifted against each other (gantry tilt). Resample the "
-                "series without tilt first."
-            )
-        if off > EVEN * gap:
-            stated = planes[0].thickness
-            if stated and _off_line(heights, stated) <= rounding * (1 + 1e-6):
-                even = stated
-            rest = heights - even * np.arange(len(heights))
-            placed[0] += normal * ((rest.max() + rest.min()) / 2 - heights[0])
-            gap = even
-            notes.append(
-                f"positions are rounded: gaps range from {gaps.min():.4g} to {gaps.max():.4g} mm, "
-                f"{gap:.4g} mm is taken"
-            )
-        step = normal * gap
-    affine = np.eye(4)
-    affine[:3, 0] = step
-    affine[:3, 1] = column * rows
-    affine[:3, 2] = row * columns
-    affine[:3, 3] = placed[0]
-    return affine, order, tuple(notes)
-
-
-def _off_line(heights: NDArray[np.float64], gap: float) -> float:
-    """Return how far, at least, a height lies off an even stack with that gap."""
-    rest = heights - gap * np.arange(len(heights))
-    return float(rest.max() - rest.min()) / 2
-
-
-def _even_gap(heights: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the gap of the even stack that heights lie closest to, and how far off they are.
-
-    The largest distance is convex in the gap, so a ternary search finds the least one.
-    """
-    gaps = np.diff(heights)
-    low, high = float(gaps.min()), float(gaps.max())
-    for _ in range(60):
-        left, right = low + (high - low) / 3, high - (high - low) / 3
-        if _off_line(heights, left) < _off_line(heights, right):
-            high = right
-        else:
-            low = left
-    gap = (low + high) / 2
-    return gap, _off_line(heights, gap)
-
-
-def plane_word(normal: NDArray[np.float64]) -> str:
-    """Return axial, coronal or sagittal, whichever is nearest, for a plane's normal (LPS)."""
-    return ("sagittal", "coronal", "axial")[int(np.argmax(np.abs(normal)))]
 
 
 def item(dataset: Any, name: str) -> Any:
@@ -442,77 +281,3 @@ def _thickness(measures: Any) -> float | None:
 def _text(value: Any) -> str:
     parts = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     return " ".join(str(part) for part in parts)
-
-
-def _stacks(planes: Sequence[Plane]) -> dict[str, list[Plane]]:
-    """Return the planes by stack, under names that tell them apart, in an order of their own."""
-    groups: list[list[Plane]] = []
-    for plane in planes:
-        for group in groups:
-            if _together(plane, group[0]):
-                group.append(plane)
-                break
-        else:
-            groups.append([plane])
-    groups.sort(key=lambda g: (_sortable(g[0].stack), _describe(g), g[0].at.row))
-    named: dict[str, list[Plane]] = {}
-    for group in groups:
-        name = _describe(group)
-        named[name if name not in named else f"{name} ({len(named) + 1})"] = group
-    return named
-
-
-def _together(one: Plane, other: Plane) -> bool:
-    if one.stack != other.stack or one.shape != other.shape:
-        return False
-    here, there = one.at, other.at
-    turned = np.abs(np.subtract((*here.row, *here.column), (*there.row, *there.column))).max()
-    stretched = np.abs(np.subtract(here.spacing, there.spacing)).max() / max(there.spacing)
-    same = turned <= SAME_ORIENTATION and stretched <= SAME_SPACING
-    return bool(same and here.patient == there.patient)
-
-
-def _describe(group: Sequence[Plane]) -> str:
-    first, at = group[0], group[0].at
-    rows, columns = first.shape
-    stack = f"StackID {first.stack}, " if first.stack else ""
-    return (
-        f"{stack}{plane_word(at.normal)}, {rows} x {columns} pixels of {at.spacing[0]:.3g} x "
-        f"{at.spacing[1]:.3g} mm, {len(group)} images"
-    )
-
-
-def _volumes(planes: Sequence[Plane], path: Path) -> dict[str, list[Plane]]:
-    """Return the planes of a stack by volume: one each where images share their positions."""
-    normal = planes[0].at.normal
-    distances = [float(np.dot(plane.at.position, normal)) for plane in planes]
-    at = [round(distance / 2e-3) for distance in distances]
-    repeats = max(Counter(at).values())
-    if repeats == 1:
-        return {"": list(planes)}
-    names = [name for name, _ in _MARKS if len({plane.marks.get(name) for plane in planes}) > 1]
-    for count in (1, 2, 3):
-        for marks in combinations(names, count):
-            groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-            for i, plane in enumerate(planes):
-                groups[tuple(plane.marks.get(name, "") for name in marks)].append(i)
-            unique = all(len({at[i] for i in group}) == len(group) for group in groups.values())
-            if unique and len(groups) == repeats:
-                order = sorted(groups, key=lambda key: [_sortable(part) for part in key])
-                return {
-                    ", ".join(f"{n} {v or '-'}" for n, v in zip(marks, key, strict=True)): [
-                        planes[i] for i in groups[key]
-                    ]
-                    for key in order
-                }
-    raise InputError(
-        f"{path}: {repeats} images lie at one position, and nothing in their headers (time point, "
-        "echo, b value, image type, acquisition) tells them apart. Give each volume a folder."
-    )
-
-
-def _sortable(text: str) -> tuple[int, float, str]:
-    try:
-        return 0, float(text), text
-    except ValueError:
-        return 1, 0.0, text

@@ -24,8 +24,9 @@ from recallseg.runtime.formats.dicom_files import (
     is_dicom,
     open_dicom,
 )
+from recallseg.runtime.formats.dicom_grid import place
 from recallseg.runtime.formats.dicom_pixels import check_pixels, stored_frames
-from recallseg.runtime.formats.dicom_planes import Plane, item, place, planes_of
+from recallseg.runtime.formats.dicom_planes import Plane, item, planes_of
 from recallseg.runtime.formats.guards import check_size
 from recallseg.runtime.formats.lattice import SAME_PLACE, Lattice, check_overlap, resample
 from recallseg.runtime.formats.volume import Volume

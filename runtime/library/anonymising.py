@@ -12,7 +12,8 @@ from recallseg.engines.digest import digest_json
 from recallseg.runtime.library.calibrations import PREFIX
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.exemplar import Exemplar
-from recallseg.runtime.library.identifiers import Identity, is_hashed
+from recallseg.runtime.library.identifiers import is_hashed
+from recallseg.runtime.library.identifiers_file import Identity
 from recallseg.runtime.library.identifying import identifies, is_random_key, random_key
 from recallseg.runtime.library.store import Store
 

@@ -24,7 +24,7 @@ from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.exemplar import LibraryReport
-from recallseg.runtime.library.identifiers import IDENTIFIERS
+from recallseg.runtime.library.identifiers_file import IDENTIFIERS
 from recallseg.runtime.library.shards import shard_file
 from recallseg.runtime.library.storage import WriterLock, unreadable, writing
 from recallseg.runtime.library.store import CATALOG, LOCK, Store

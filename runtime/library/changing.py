@@ -28,7 +28,8 @@ from recallseg.runtime.library.ahead import encode_ahead
 from recallseg.runtime.library.catalog import ADDING
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
 from recallseg.runtime.library.heads import group_of
-from recallseg.runtime.library.identifiers import FORGET, Identity, is_hashed
+from recallseg.runtime.library.identifiers import FORGET, is_hashed
+from recallseg.runtime.library.identifiers_file import Identity
 from recallseg.runtime.library.identifying import random_key
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import NewExemplar

@@ -31,7 +31,7 @@ from recallseg.runtime.library.exemplar import (
     StoredMemory,
 )
 from recallseg.runtime.library.head_door import HeadDoor
-from recallseg.runtime.library.identifiers import Identity
+from recallseg.runtime.library.identifiers_file import Identity
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES

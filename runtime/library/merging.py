@@ -22,7 +22,8 @@ from recallseg.runtime.library.changing import Made, Make, write_all
 from recallseg.runtime.library.encoding import Origin, check_encoded
 from recallseg.runtime.library.exemplar import Exemplar
 from recallseg.runtime.library.heads import group_of
-from recallseg.runtime.library.identifiers import IDENTIFIERS, NOTE, Identity, is_hashed
+from recallseg.runtime.library.identifiers import NOTE, is_hashed
+from recallseg.runtime.library.identifiers_file import IDENTIFIERS, Identity
 from recallseg.runtime.library.records import NewExemplar, exemplar_digest
 from recallseg.runtime.library.shards import Place, digest_record
 from recallseg.runtime.library.store import Store

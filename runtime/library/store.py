@@ -23,7 +23,8 @@ from recallseg.runtime.forked import Opener, OwnLock
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.encoding import Origin
-from recallseg.runtime.library.identifiers import Identifiers, Identity
+from recallseg.runtime.library.identifiers import Identifiers
+from recallseg.runtime.library.identifiers_file import Identity
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings, StructureRow
 from recallseg.runtime.library.retrieval import Retrieval

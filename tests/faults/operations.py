@@ -33,7 +33,8 @@ from faults.operation import Operation, command, names
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.signing import SigningKey, create_key, read_trusted
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.identifiers import IDENTIFIERS, is_hashed
+from recallseg.runtime.library.identifiers import is_hashed
+from recallseg.runtime.library.identifiers_file import IDENTIFIERS
 from recallseg.runtime.library.identifying import is_random_key
 from recallseg.runtime.library.installing import install, installed
 from recallseg.runtime.library.releases import read_release

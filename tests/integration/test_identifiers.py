@@ -30,7 +30,7 @@ from recallseg import Library, cli
 from recallseg.engines.bundle import Bundle
 from recallseg.runtime.formats.dicom import read_dicom
 from recallseg.runtime.formats.dicom_seg import Algorithm, write_segmentation
-from recallseg.runtime.library.identifiers import IDENTIFIERS
+from recallseg.runtime.library.identifiers_file import IDENTIFIERS
 
 MARK = "Zqxv"  # stands in every name and text that identifies the exemplars' patient
 ROOT = "1.2.826.0.1.3680043.8.498.7766554433."  # and this begins each of his UIDs

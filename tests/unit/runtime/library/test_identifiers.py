@@ -10,7 +10,8 @@ from support.fake_library import HashEncoder, add, create, draw, embedding
 
 from recallseg.engines.errors import InputError, LibraryCorruptError, LibraryError
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.identifiers import IDENTIFIERS, is_hashed
+from recallseg.runtime.library.identifiers import is_hashed
+from recallseg.runtime.library.identifiers_file import IDENTIFIERS
 from recallseg.runtime.library.identifying import identifies, is_random_key, random_key
 
 UID = "1.2.840.113619.2.55.3.604688119"

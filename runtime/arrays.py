@@ -65,6 +65,11 @@ def as_array(value: Any, what: str) -> NDArray[Any]:
                 f"{what} ({type(value).__name__}) cannot be read: {error}. Convert it to a numpy "
                 "array."
             ) from error
+    if isinstance(value, (list, tuple)):
+        raise InputError(
+            f"{what} must be one, got a {type(value).__name__} of {len(value)}. Of several images, "
+            "call Segmenter.segment_many or Library.add_many; of numbers, pass numpy.array(...)."
+        )
     raise InputError(
         f"{what} must be a numpy array, a PIL image or offer DLPack, got {type(value).__name__}. "
         "Convert it with numpy.asarray()."

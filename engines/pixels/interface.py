@@ -294,7 +294,11 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
         return " Drop the opacity channel: image[..., :3]."
     if len(shape) == 3 and shape[0] == 3:
         return " Put the channels last: numpy.moveaxis(image, 0, -1)."
-    return " Of a volume, pass one slice at a time." if len(shape) == 3 else ""
+    if len(shape) == 3 and shape[0] == 1:
+        return " Drop the first axis: image[0]."
+    if len(shape) == 3:
+        return " Of a volume, pass one slice at a time, or use segment_volume."
+    return " Pass one image, without an axis of a batch." if len(shape) == 4 else ""
 
 
 def _check_image(image: NDArray[Any]) -> None:

@@ -17,7 +17,7 @@ from recallseg.runtime.formats.concepts import Code, Concept, concepts_for
 from recallseg.runtime.formats.dicom import DicomSource
 from recallseg.runtime.formats.volume import Volume
 
-__all__ = ["Algorithm", "check_segmentation", "write_segmentation"]
+__all__ = ["Algorithm", "check_segmentation", "write_dicom_seg"]
 
 SERIES_NUMBER = 900  # above what scanners number their own series with
 EVEN = 0.005
@@ -56,9 +56,7 @@ def check_segmentation(
     OutputError
         If it cannot be written for another reason.
     """
-    source = volume.origin
-    if not isinstance(source, DicomSource):
-        raise InputError("a SEG repeats what its DICOM source says, and there is none.")
+    source = _source(volume)
     missing = [name for name in NEEDED if not source.header.get(name)]
     if not missing and not all(all(plane.instance) for plane in source.planes):
         missing = ["SOPInstanceUID in each image"]
@@ -78,7 +76,7 @@ def check_segmentation(
     _encode(one, dict.fromkeys(structures, dot), structures, algorithm, concepts)
 
 
-def write_segmentation(
+def write_dicom_seg(
     path: str | Path,
     masks: Mapping[str, NDArray[np.bool_]],
     volume: Volume,
@@ -98,7 +96,7 @@ def write_segmentation(
     Raises
     ------
     InputError
-        If no structure is in a mask: DICOM knows no empty SEG.
+        If no structure is in a mask: DICOM knows no empty SEG; or the volume is not DICOM's.
     OutputError
         If it cannot be made.
     OSError
@@ -106,11 +104,21 @@ def write_segmentation(
     """
     from recallseg import __version__
 
+    _source(volume)
     present = [name for name in masks if masks[name].any()]
     if not present:
         raise InputError("no structure was found, and DICOM knows no empty SEG.")
     made_by = algorithm or Algorithm(__version__, {})
     replace_file(Path(path), _encode(volume, masks, present, made_by, concepts))
+
+
+def _source(volume: Volume) -> DicomSource:
+    if not isinstance(volume.origin, DicomSource):
+        raise InputError(
+            "a SEG repeats what its DICOM source says, and this volume has none. Write .nii.gz or "
+            ".seg.nrrd."
+        )
+    return volume.origin
 
 
 def _encode(
@@ -151,7 +159,7 @@ def _segmentation(
 
     from recallseg import __version__
 
-    source: DicomSource = volume.origin
+    source = _source(volume)
     known = concepts_for(names, concepts)
     made_by = highdicom.AlgorithmIdentificationSequence(
         name="RecallSeg",
@@ -244,7 +252,7 @@ def _stand_ins(volume: Volume) -> list[Any]:
     from pydicom.dataset import Dataset
     from pydicom.valuerep import DSfloat
 
-    source: DicomSource = volume.origin
+    source = _source(volume)
     base = Dataset()
     base.SpecificCharacterSet = "ISO_IR 192"
     own = ("SOPInstanceUID", "SOPClassUID", "ImagePositionPatient")  # of each image

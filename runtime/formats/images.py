@@ -210,7 +210,8 @@ def _check_suffix(path: Path) -> None:
     if kind not in (None, "image"):
         raise InputError(
             f"{path}: a {suffix} file is a volume, not an image; images are "
-            f"{', '.join(IMAGE_SUFFIXES)}. Read it with recallseg.runtime.formats.reading."
+            f"{', '.join(IMAGE_SUFFIXES)}. Read it with "
+            "recallseg.read_volume, and segment it with recallseg.segment_volume."
         )
     if kind is None:
         raise InputError(

@@ -132,9 +132,10 @@ class Volume:
     def __repr__(self) -> str:
         size = "x".join(map(str, self.array.shape))
         spacing = " x ".join(f"{s:.3g}" for s in self.spacing)
+        unit = "mm" if self.in_mm else "px"
         return (
-            f"recallseg.Volume({size} {self.array.dtype}, {spacing} mm, {self.frame}, "
-            f"{self.modality})"
+            f"recallseg.Volume({size} {self.array.dtype}, {spacing} {unit}, {self.frame}"
+            f"{self.modality and f', {self.modality}'})"
         )
 
 

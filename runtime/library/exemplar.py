@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from recallseg.engines.errors import LibraryCorruptError
+from recallseg.runtime.frozen import public
 from recallseg.runtime.library.encoding import Origin
 from recallseg.runtime.library.shards import MappedShard, Record
 
 __all__ = ["Exemplar", "Found", "LibraryReport", "Match", "Recollection", "StoredMemory"]
 
 
+@public
 @dataclass(frozen=True)
 class Exemplar:
     """One annotated image of a library.
@@ -41,6 +43,7 @@ class Exemplar:
     retired: bool = False
 
 
+@public
 @dataclass(frozen=True)
 class Match:
     """One exemplar that a search found.

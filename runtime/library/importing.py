@@ -31,6 +31,7 @@ from recallseg.runtime.formats.pairs import (
     read_pair,
 )
 from recallseg.runtime.formats.volume import SPACING_TAG, Slicing, Volume
+from recallseg.runtime.frozen import public
 from recallseg.runtime.library.batches import Batches
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 
+@public
 @dataclass(frozen=True)
 class ImportReport:
     """What an import did.

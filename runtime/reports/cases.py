@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.segmenting.recipe import Provenance
 from recallseg.runtime.segmenting.result import HeadUse, Result
+
+if TYPE_CHECKING:
+    from recallseg.runtime.library import Library
+    from recallseg.runtime.reports.summary import StructureSummary
 
 __all__ = ["RECALLED", "Arm", "Case", "Evaluation", "Illustration", "Timing", "VolumeCase"]
 
@@ -170,3 +176,51 @@ class Evaluation:
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     heads: Mapping[int, HeadUse] = field(default_factory=dict)
     unit: str = "image"
+
+    @property
+    def summary(self) -> tuple[StructureSummary, ...]:
+        """Agreement by structure, method and k, over all images; see :class:`StructureSummary`."""
+        from recallseg.runtime.reports.summary import summarise
+
+        return summarise(self)
+
+    def write(
+        self,
+        folder: str | Path,
+        library: Library,
+        *,
+        title: str = "Evaluation",
+        threads: int | None = None,
+    ) -> dict[str, Any]:
+        """Write what ``recallseg evaluate`` does, and return what ``summary.json`` then holds.
+
+        ``report.html``, ``summary.json``, ``cases.csv``, and ``volumes.csv`` if there are any.
+
+        Parameters
+        ----------
+        library : that was evaluated, whose exemplars the page shows.
+        title : of the page.
+        threads : that the segmenters had, to be told; None: as many as cores.
+
+        Raises
+        ------
+        OSError
+            If the folder cannot be written.
+        """
+        from recallseg.runtime.reports.page import Settings, render_report
+        from recallseg.runtime.reports.pictures import source_of
+        from recallseg.runtime.reports.summary import write_evaluation
+
+        recipe = self.provenance[max(self.ks)].recipe
+        settings = Settings.of(library, title, recipe.engine, recipe.precision, threads)
+        page = render_report(self, settings, source_of(library))
+        return write_evaluation(self, settings, page, Path(folder))
+
+    def __repr__(self) -> str:
+        found = "; ".join(
+            f"{one.structure} {one.method} k={one.k}: median Dice {one.dice['median']:.3f} of "
+            f"{one.present}"
+            for one in self.summary
+        )
+        failed = f"; {len(self.failures)} failed" if self.failures else ""
+        return f"recallseg.Evaluation({found}{failed})"

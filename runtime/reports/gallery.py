@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from html import escape
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.reports.cases import Case, Evaluation, Illustration
 from recallseg.runtime.reports.format import milliseconds, number
-from recallseg.runtime.reports.pictures import Thumbnail, colour, legend
+from recallseg.runtime.reports.pictures import Source, Thumbnail, colour, legend
 
-__all__ = ["Gallery", "Source"]
+__all__ = ["Gallery"]
 
 EXEMPLAR_SIDE = 150
 MOST_RECALLED = 8
 MOST_COLUMNS = 5
-
-Source = Callable[[str], "tuple[NDArray[Any], Mapping[str, NDArray[np.bool_]]] | None"]
-"""Gives an exemplar's image and masks by key, or None if they were not kept."""
 
 
 class Gallery:

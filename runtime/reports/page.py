@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.reports.cases import RECALLED, Arm, Evaluation
 from recallseg.runtime.reports.format import POLICY, milliseconds, number, plural, quartiles, spent
-from recallseg.runtime.reports.gallery import Gallery, Source
+from recallseg.runtime.reports.gallery import Gallery
 from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.reports.paired import budgets, by_group, differences
-from recallseg.runtime.reports.pictures import colour, legend
+from recallseg.runtime.reports.pictures import Source, colour, legend
 from recallseg.runtime.reports.plot import dice_plot
 from recallseg.runtime.reports.summary import (
     StructureSummary,

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.errors import InputError
 from recallseg.runtime.model.preprocess import Intensity, scale_intensities
 
-__all__ = ["PALETTE", "Thumbnail", "colour", "legend", "outline"]
+if TYPE_CHECKING:
+    from recallseg.runtime.library import Library
+
+__all__ = ["PALETTE", "Source", "Thumbnail", "colour", "legend", "outline", "source_of"]
+
+Source = Callable[[str], "tuple[NDArray[Any], Mapping[str, NDArray[np.bool_]]] | None"]
+"""Gives an exemplar's image and masks by key, or None if they were not kept."""
 
 PALETTE = ("#f59e0b", "#22b8f0", "#7ac943", "#e8559d", "#a78bfa", "#f4d03f", "#2ac3a2", "#ff7161")
 """Distinct on grey images, for the common kinds of colour blindness too as far as eight can be."""
@@ -21,6 +28,18 @@ SIDE = 320
 JPEG_QUALITY = 84
 TOLERANCE = 0.3
 """Pixels of the thumbnail by which a simplified outline may differ from the mask's."""
+
+
+def source_of(library: Library) -> Source:
+    """Return what shows a library's exemplars."""
+
+    def source(key: str) -> tuple[NDArray[Any], Mapping[str, NDArray[np.bool_]]] | None:
+        try:
+            return library.source(key) if library.keeps_sources else None
+        except InputError:  # removed by another process since it was recalled
+            return None
+
+    return source
 
 
 def colour(index: int) -> str:

@@ -165,10 +165,12 @@ def to_json(evaluation: Evaluation, settings: Settings) -> dict[str, Any]:
     return cleaned
 
 
-def write_evaluation(evaluation: Evaluation, settings: Settings, page: str, output: Path) -> None:
+def write_evaluation(
+    evaluation: Evaluation, settings: Settings, page: str, output: Path
+) -> dict[str, Any]:
     """Write ``cases.csv``, ``summary.json`` and ``report.html`` into ``output``, each in full.
 
-    And ``volumes.csv``, if there are whole volumes.
+    And ``volumes.csv``, if there are whole volumes. Returns what ``summary.json`` holds.
 
     Raises
     ------
@@ -179,11 +181,11 @@ def write_evaluation(evaluation: Evaluation, settings: Settings, page: str, outp
     replace_file(output / "cases.csv", to_csv(evaluation.cases).encode())
     if evaluation.volumes:
         replace_file(output / "volumes.csv", to_csv(evaluation.volumes).encode())
-    summary = json.dumps(
-        to_json(evaluation, settings), indent=1, allow_nan=False, ensure_ascii=False
-    )
-    replace_file(output / "summary.json", summary.encode())
+    summary = to_json(evaluation, settings)
+    text = json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False)
+    replace_file(output / "summary.json", text.encode())
     replace_file(output / "report.html", page.encode())
+    return summary
 
 
 def _spread(values: Sequence[float], worst: Any) -> dict[str, float]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.model.preprocess import Intensity, scale_intensities
 from recallseg.runtime.reports.format import POLICY
-from recallseg.runtime.reports.pictures import PALETTE, Thumbnail, colour, legend
+from recallseg.runtime.reports.pictures import PALETTE, Source, Thumbnail, colour, legend
 from recallseg.runtime.volumes.slices import SliceRecord, VolumeResult
 
 __all__ = ["contact_sheet", "render_volume_page"]
@@ -26,8 +25,6 @@ MOST_TILES = 30
 MOST_SLICES = 40
 EXEMPLAR_SIDE = 110
 MOST_RECALLED = 6
-
-Source = Callable[[str], "tuple[NDArray[Any], Mapping[str, NDArray[np.bool_]]] | None"]
 
 
 def contact_sheet(volume: Volume, result: VolumeResult, intensity: Intensity) -> bytes:

@@ -91,3 +91,7 @@ class Probabilities(Mapping[str, NDArray[np.float32]]):
 
     def __len__(self) -> int:
         return len(self._masks)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self._shape))
+        return f"Probabilities({', '.join(self)}; {size} float32, made when asked for)"

@@ -9,19 +9,14 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from recallseg.engines.durable import make_folder, replace_file
-from recallseg.engines.errors import InputError, OutputError
+from recallseg.engines.errors import OutputError
 from recallseg.runtime.formats.concepts import Concept, concepts_for
-from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation, write_segmentation
-from recallseg.runtime.formats.images import write_label_map
+from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation
 from recallseg.runtime.formats.kinds import FORMATS
-from recallseg.runtime.formats.nifti import write_nifti
-from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
+from recallseg.runtime.reports.pictures import source_of
 from recallseg.runtime.reports.volume_page import contact_sheet, render_volume_page
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
@@ -31,7 +26,8 @@ from recallseg.runtime.services.outputs import (
     record_file,
     volume_files,
 )
-from recallseg.runtime.volumes.slices import VolumeResult, clean_up, segment_volume
+from recallseg.runtime.volumes.slices import VolumeResult, segment_volume
+from recallseg.runtime.volumes.writing import write_segmentation
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
@@ -100,9 +96,14 @@ def segment_to_files(
         an output needs is checked before the first slice is segmented.
     """
     check_output(base, volume, kind, segmenter.structures, settings.concepts)
-    result = segment_volume(segmenter, volume, plane=settings.plane, progress=progress)
-    if settings.largest or settings.fill_holes:
-        result = clean_up(result, largest=settings.largest, fill_holes=settings.fill_holes)
+    result = segment_volume(
+        segmenter,
+        volume,
+        plane=settings.plane,
+        largest=settings.largest,
+        fill_holes=settings.fill_holes,
+        progress=progress,
+    )
     read_with = {"voi": settings.voi}
     if log is not None:
         log.record(volume.array, result.label_map, {**result.to_audit(volume), **read_with})
@@ -196,14 +197,8 @@ def write_volume_result(
         notes.append(
             f"structures overlap in {count} voxels; this format holds one a voxel, the surest"
         )
-    if target.suffix == ".png":
-        write_label_map(target, result.label_map[0])
-    elif target.suffix == ".gz":
-        write_nifti(target, result.label_map, volume)
-    elif target.suffix == ".nrrd":
-        write_seg_nrrd(target, result.masks, volume, known)
-    elif result.label_map.any():
-        write_segmentation(target, result.masks, volume, _algorithm(result), known)
+    if target.suffix != ".dcm" or result.label_map.any():
+        write_segmentation(target, result, volume, concepts=known)
     else:
         target.unlink(missing_ok=True)  # of an earlier run
         written = None
@@ -219,17 +214,6 @@ def write_volume_result(
     return record
 
 
-def _algorithm(result: VolumeResult) -> Algorithm:
-    """Return what a SEG says of how it was made."""
-    made = {name: text[:1024] for name, text in result.provenance.to_texts().items()}  # an LT
-    return Algorithm(
-        f"bundle {made['bundle'][:16]}, library {made['library'][:16]}",
-        {**made, **({"notice": result.notice} if result.notice else {})},
-        made["bundle"][:16],
-        result.notice,
-    )
-
-
 def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Library) -> None:
     """Write a contact sheet (PNG) and a page (HTML) of a segmented volume.
 
@@ -238,15 +222,10 @@ def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Lib
     OSError
         If the folder cannot be written.
     """
-
-    def source(key: str) -> tuple[NDArray[Any], dict[str, NDArray[np.bool_]]] | None:
-        try:
-            return library.source(key) if library.keeps_sources else None
-        except InputError:  # removed by another process since it was recalled
-            return None
-
     make_folder(base.parent)
     sheet, page = (base.with_name(base.name + suffix) for suffix in PREVIEW_SUFFIXES)
     replace_file(sheet, contact_sheet(volume, result, library.intensity))
-    text = render_volume_page(volume, result, library.intensity, source, printable(base.name))
+    text = render_volume_page(
+        volume, result, library.intensity, source_of(library), printable(base.name)
+    )
     replace_file(page, text.encode())

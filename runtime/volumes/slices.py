@@ -197,9 +197,10 @@ class VolumeResult:
     def __repr__(self) -> str:
         found = ", ".join(f"{name}: {int(self.mask(name).sum())}" for name in self.labels)
         notice = f", {self.notice}" if self.notice else ""
+        slices = f"{len(self.slices)} {self.slicing.plane} slices"
         return (
-            f"VolumeResult({found} voxels in {len(self.slices)} {self.slicing.plane} slices; "
-            f"{self.flags}, k={self.provenance.recipe.k}, {self.milliseconds / 1e3:.1f} s{notice})"
+            f"recallseg.VolumeResult({found} voxels in {slices}; {self.flags}, "
+            f"k={self.provenance.recipe.k}, {self.milliseconds / 1e3:.1f} s{notice})"
         )
 
 
@@ -208,6 +209,8 @@ def segment_volume(
     volume: Volume,
     *,
     plane: str | None = None,
+    largest: bool = False,
+    fill_holes: bool = False,
     on_slice: Callable[[NDArray[Any], Result], None] | None = None,
     progress: Callable[[str], None] | None = None,
     deadline_ms: float | None = None,
@@ -216,8 +219,12 @@ def segment_volume(
 
     Parameters
     ----------
-    segmenter : with ``memories`` above 0, masks are propagated from slice to slice.
-    plane : see :meth:`Slicing.of`.
+    segmenter : with ``frames`` above 0, masks are propagated from slice to slice.
+    volume : see :func:`recallseg.read_volume`.
+    plane : ``axial``, ``coronal`` or ``sagittal``; None: as it was acquired, see
+        :meth:`recallseg.runtime.formats.volume.Slicing.of`.
+    largest, fill_holes : keep the largest part of each structure, fill what it encloses; see
+        :func:`clean_up`.
     on_slice : is given each slice, upright, with its result.
     progress : is told of each slice that is done.
     deadline_ms : most milliseconds for all of it; None for no limit.
@@ -266,7 +273,7 @@ def segment_volume(
             progress(f"slice {index}")
     if result is None:
         raise InputError("the volume has no slices.")
-    return VolumeResult(
+    found = VolumeResult(
         label_map,
         result.labels,
         slicing,
@@ -281,6 +288,9 @@ def segment_volume(
         {name: np.concatenate(parts) for name, parts in shared.items()},
         result.quality.head,
     )
+    if not (largest or fill_holes):
+        return found
+    return clean_up(found, largest=largest, fill_holes=fill_holes)
 
 
 def acquisition_of(volume: Volume, slicing: Slicing) -> Acquisition:

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
     from recallseg.engines.device import open_device
     from recallseg.engines.errors import RecallSegError
-    from recallseg.runtime.formats.dicom_seg import write_segmentation
     from recallseg.runtime.formats.images import read_image
     from recallseg.runtime.formats.reading import read_volume
     from recallseg.runtime.formats.volume import Volume
     from recallseg.runtime.library import Library
-    from recallseg.runtime.library.importing import import_exemplars
+    from recallseg.runtime.library.exemplar import Exemplar, Match
+    from recallseg.runtime.library.importing import ImportReport, import_exemplars
     from recallseg.runtime.model.model import GpuOptions, Model
     from recallseg.runtime.model.preprocess import Intensity
+    from recallseg.runtime.reports.cases import Evaluation
     from recallseg.runtime.reports.evaluation import evaluate
     from recallseg.runtime.segmenting.corrections import Corrections
     from recallseg.runtime.segmenting.recipe import Provenance, Recipe
@@ -34,17 +35,22 @@ if TYPE_CHECKING:
     from recallseg.runtime.segmenting.segmenter import Segmenter
     from recallseg.runtime.services.stream import Frame, Stream
     from recallseg.runtime.volumes.corrections import VolumeCorrections
-    from recallseg.runtime.volumes.slices import segment_volume
+    from recallseg.runtime.volumes.slices import VolumeResult, segment_volume
+    from recallseg.runtime.volumes.writing import write_segmentation
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Bundle",
     "Corrections",
+    "Evaluation",
+    "Exemplar",
     "Frame",
     "GpuOptions",
+    "ImportReport",
     "Intensity",
     "Library",
+    "Match",
     "Model",
     "Provenance",
     "RecallSegError",
@@ -55,6 +61,7 @@ __all__ = [
     "Stream",
     "Volume",
     "VolumeCorrections",
+    "VolumeResult",
     "__version__",
     "errors",
     "evaluate",
@@ -72,7 +79,10 @@ _HOMES = {
     "open_device": "recallseg.engines.device",
     "GpuOptions": "recallseg.runtime.model.model",
     "Model": "recallseg.runtime.model.model",
+    "Exemplar": "recallseg.runtime.library.exemplar",
+    "ImportReport": "recallseg.runtime.library.importing",
     "Library": "recallseg.runtime.library",
+    "Match": "recallseg.runtime.library.exemplar",
     "Corrections": "recallseg.runtime.segmenting.corrections",
     "Provenance": "recallseg.runtime.segmenting.recipe",
     "Recipe": "recallseg.runtime.segmenting.recipe",
@@ -84,12 +94,14 @@ _HOMES = {
     "Stream": "recallseg.runtime.services.stream",
     "Volume": "recallseg.runtime.formats.volume",
     "VolumeCorrections": "recallseg.runtime.volumes.corrections",
+    "VolumeResult": "recallseg.runtime.volumes.slices",
+    "Evaluation": "recallseg.runtime.reports.cases",
     "evaluate": "recallseg.runtime.reports.evaluation",
     "import_exemplars": "recallseg.runtime.library.importing",
     "read_image": "recallseg.runtime.formats.images",
     "read_volume": "recallseg.runtime.formats.reading",
     "segment_volume": "recallseg.runtime.volumes.slices",
-    "write_segmentation": "recallseg.runtime.formats.dicom_seg",
+    "write_segmentation": "recallseg.runtime.volumes.writing",
 }
 
 # Before anything here, or in the program after this line, can import ONNX Runtime.

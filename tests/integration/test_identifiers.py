@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from recallseg import Library, cli
 from recallseg.engines.bundle import Bundle
 from recallseg.runtime.formats.dicom import read_dicom
-from recallseg.runtime.formats.dicom_seg import Algorithm, write_segmentation
+from recallseg.runtime.formats.dicom_seg import Algorithm, write_dicom_seg
 from recallseg.runtime.library.identifiers_file import IDENTIFIERS
 
 MARK = "Zqxv"  # stands in every name and text that identifies the exemplars' patient
@@ -79,7 +79,7 @@ def drawn(folder: Path) -> None:
     if mask.shape != volume.shape:
         mask = mask.transpose([SHAPE.index(size) for size in volume.shape])
     target = folder.with_name(f"{folder.name}.seg.dcm")
-    write_segmentation(target, {"bar": mask}, volume, Algorithm("1", {}))
+    write_dicom_seg(target, {"bar": mask}, volume, Algorithm("1", {}))
 
 
 def write_exemplars(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from support.multi_frame import write_multi_frame
 
 from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
 from recallseg.runtime.formats.concepts import concepts_for
-from recallseg.runtime.formats.dicom_seg import Algorithm, write_segmentation
+from recallseg.runtime.formats.dicom_seg import Algorithm, write_dicom_seg
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.reading import read_volume
@@ -106,7 +106,7 @@ def written(folder: Path, kind: str) -> tuple[Volume, dict[str, np.ndarray], Pat
     volume = source(folder, kind)
     masks = masks_of(volume)
     path = folder / "x.seg.dcm"
-    write_segmentation(path, masks, volume, Algorithm("bundle 1", {"k": "4"}, "1"))
+    write_dicom_seg(path, masks, volume, Algorithm("bundle 1", {"k": "4"}, "1"))
     return volume, masks, path
 
 
@@ -172,7 +172,7 @@ def test_a_seg_is_valid(tmp_path: Path, kind: str) -> None:
 def test_codes_sides_and_colours_are_in_a_seg(tmp_path: Path) -> None:
     volume = source(tmp_path, "axial")
     masks = {"left kidney": masks_of(volume)["liver"], "thing": masks_of(volume)["tumour"]}
-    write_segmentation(tmp_path / "x.dcm", masks, volume, Algorithm("1", {}))
+    write_dicom_seg(tmp_path / "x.dcm", masks, volume, Algorithm("1", {}))
     kidney, thing = pydicom.dcmread(tmp_path / "x.dcm").SegmentSequence
     kind = kidney.SegmentedPropertyTypeCodeSequence[0]
     assert (kind.CodeValue, kind.CodingSchemeDesignator) == ("64033007", "SCT")
@@ -258,7 +258,7 @@ def test_characters_of_a_patients_name_are_kept(tmp_path: Path) -> None:
     header.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
     header.PatientName = "Yamada^Tarou=山田^太郎=やまだ^たろう"
     volume = replace(volume, origin=replace(volume.origin, header=header))
-    write_segmentation(tmp_path / "x.dcm", masks_of(volume), volume, Algorithm("1", {}))
+    write_dicom_seg(tmp_path / "x.dcm", masks_of(volume), volume, Algorithm("1", {}))
     assert str(pydicom.dcmread(tmp_path / "x.dcm").PatientName) == str(header.PatientName)
 
 

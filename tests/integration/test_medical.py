@@ -23,7 +23,7 @@ from recallseg.runtime.formats.annotated_volumes import (
     read_annotated_volume,
 )
 from recallseg.runtime.formats.dicom import read_dicom
-from recallseg.runtime.formats.dicom_seg import Algorithm, write_segmentation
+from recallseg.runtime.formats.dicom_seg import Algorithm, write_dicom_seg
 from recallseg.runtime.formats.dicom_seg_reading import read_segmentation
 from recallseg.runtime.formats.nrrd import read_seg_nrrd, write_seg_nrrd
 from recallseg.runtime.formats.volume import Volume
@@ -134,7 +134,7 @@ def test_nothing_found_gives_no_seg(tmp_path: Path, library: Path) -> None:
         result = segment_volume(Segmenter(opened, k=1, engine="fake"), volume)
     empty = {name: np.zeros(volume.shape, bool) for name in result.labels}
     with pytest.raises(InputError, match="no empty SEG"):
-        write_segmentation(tmp_path / "x.dcm", empty, volume, Algorithm("1", {}))
+        write_dicom_seg(tmp_path / "x.dcm", empty, volume, Algorithm("1", {}))
     assert not (tmp_path / "x.dcm").exists()
 
 

@@ -20,7 +20,7 @@ from support.pictures import disc, write_pairs
 
 from recallseg import Library
 from recallseg.runtime.formats.dicom import read_dicom
-from recallseg.runtime.formats.dicom_seg import Algorithm, write_segmentation
+from recallseg.runtime.formats.dicom_seg import Algorithm, write_dicom_seg
 
 README = ROOT / "README.md"
 TUTORIAL = ROOT / "docs" / "use" / "tutorial.md"
@@ -64,7 +64,7 @@ def write_annotated_series(folder: Path) -> None:
     write_series(folder, image)
     volume = read_dicom(folder)
     masks = {"disc": labels == 1, "core": labels == 2}
-    write_segmentation(folder / "seg.dcm", masks, volume, Algorithm("another's", {}))
+    write_dicom_seg(folder / "seg.dcm", masks, volume, Algorithm("another's", {}))
 
 
 def run(command: list[str], folder: Path) -> str:

@@ -13,6 +13,7 @@ from support.fake_bundle import make_fake_bundle
 
 import recallseg
 from recallseg import errors
+from recallseg.runtime.formats.pairs import Annotated
 
 MODULES_WITH_EXAMPLES = (
     "recallseg",
@@ -21,6 +22,7 @@ MODULES_WITH_EXAMPLES = (
     "recallseg.runtime.formats.images",
     "recallseg.runtime.library.editing",
     "recallseg.runtime.library.upkeep",
+    "recallseg.runtime.volumes.writing",
 )
 
 
@@ -30,6 +32,7 @@ def test_every_public_name_is_there() -> None:
         *("Stream", "Frame", "Volume", "Intensity", "GpuOptions", "open_device", "read_image"),
         *("read_volume", "segment_volume", "write_segmentation", "import_exemplars"),
         *("evaluate", "errors"),
+        *("VolumeResult", "ImportReport", "Evaluation", "Exemplar", "Match"),  # what they return
     }
     for name in wanted:
         assert getattr(recallseg, name) is not None
@@ -61,6 +64,10 @@ def test_a_repr_says_where_its_class_is_found(tmp_path: Path) -> None:
             *(bundle, library, segmenter, segmenter.model, result, result.scores["square"]),
             *(result.provenance, result.provenance.recipe, library.intensity, volume),
             *(recallseg.GpuOptions(), segmenter.correct(image)),
+            recallseg.segment_volume(segmenter, volume),
+            *(*library, *library.search(library.embed(image), "square", 1)),
+            recallseg.evaluate(library, [Annotated("half", image // 2, {"square": image > 0})]),
+            recallseg.ImportReport({}, (), {}),
             recallseg.VolumeCorrections(library, volume, segmenter=segmenter),
             recallseg.Frame(0, 0.0, 0.0, None, None),
         ]

@@ -19,7 +19,7 @@ from recallseg.runtime.services.igtl.wire import Image, Message
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Rule
 from recallseg.runtime.services.stream import Frame, Stream
-from recallseg.runtime.volumes.slices import clean_up, segment_volume
+from recallseg.runtime.volumes.slices import segment_volume
 
 __all__ = ["Frames", "Segmented"]
 
@@ -150,9 +150,14 @@ class Frames:
             volume = _volume(image)
             rule = self._rule.volumes
             plane = rule.plane if volume.frame != "image" else None
-            result = segment_volume(self._segmenter, volume, plane=plane, deadline_ms=left_ms)
-            if rule.largest or rule.fill_holes:
-                result = clean_up(result, largest=rule.largest, fill_holes=rule.fill_holes)
+            result = segment_volume(
+                self._segmenter,
+                volume,
+                plane=plane,
+                largest=rule.largest,
+                fill_holes=rule.fill_holes,
+                deadline_ms=left_ms,
+            )
         except RecallSegError as error:
             self._done(Segmented(image, message, since, None, {}, {}, error))
             return

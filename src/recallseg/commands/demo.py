@@ -49,7 +49,6 @@ def demo(
     from recallseg.runtime.library import Library
     from recallseg.runtime.reports.demo import SPACING, STRUCTURES, fill_library, load_slices
     from recallseg.runtime.reports.evaluation import evaluate
-    from recallseg.runtime.reports.page import Settings
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
     opened = Bundle.open(bundle)
@@ -83,10 +82,9 @@ def demo(
             evaluation = evaluate(
                 library, slices.queries, STRUCTURES, [k], make, spacing=SPACING, progress=step
             )
-        settings = Settings.of(
-            library, "Demo: MNI152 brain, slice by slice", engine, precision, threads
-        )
-        finish(evaluation, settings, library, output, as_json=as_json)
+        title = "Demo: MNI152 brain, slice by slice"
+        written = evaluation.write(output, library, title=title, threads=threads)
+        finish(evaluation, written, output, as_json=as_json)
 
 
 def _fresh_library_folder(output: Path) -> Path:

@@ -44,13 +44,9 @@ from recallseg.runtime.segmenting.reach import REACH
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
     from rich.console import Console
 
-    from recallseg.runtime.library import Library
     from recallseg.runtime.reports.cases import Evaluation
-    from recallseg.runtime.reports.page import Settings
 
 __all__ = ["evaluate", "finish", "print_tables"]
 
@@ -147,7 +143,6 @@ def evaluate(
     from recallseg.runtime.reports.baselines import BASELINES
     from recallseg.runtime.reports.evaluation import check_structures
     from recallseg.runtime.reports.evaluation import evaluate as run
-    from recallseg.runtime.reports.page import Settings
     from recallseg.runtime.reports.splitting import fill_pool
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
@@ -237,14 +232,13 @@ def evaluate(
                 threads=threads,
                 progress=step,
             )
-        settings = Settings.of(
-            opened, f"Evaluation of {folder.resolve().name}", engine, precision, threads
-        )
         left_out = {
             "unlabelled": [str(path) for path in found.unlabelled],
             "passed_over": {str(each.path): each.reason for each in found.passed},
         }
-        finish(evaluation, settings, opened, output, as_json=as_json, left_out=left_out)
+        title = f"Evaluation of {folder.resolve().name}"
+        written = evaluation.write(output, opened, title=title, threads=threads)
+        finish(evaluation, {**written, **left_out}, output, as_json=as_json)
     tell_unlabelled(found.unlabelled)
     tell_passed(found.passed)
     if evaluation.failures or (
@@ -254,27 +248,11 @@ def evaluate(
 
 
 def finish(
-    evaluation: Evaluation,
-    settings: Settings,
-    library: Library,
-    output: Path,
-    *,
-    as_json: bool,
-    left_out: Mapping[str, Any] | None = None,
+    evaluation: Evaluation, answer: Mapping[str, Any], output: Path, *, as_json: bool
 ) -> None:
-    """Write the files, and print what they say in short; ``left_out`` is printed with the JSON."""
-    from recallseg.runtime.reports.page import render_report
-    from recallseg.runtime.reports.summary import to_json, write_evaluation
-
-    def source(key: str) -> tuple[NDArray[np.generic], Mapping[str, NDArray[np.bool_]]] | None:
-        try:
-            return library.source(key) if library.keeps_sources else None
-        except InputError:  # removed by another process since it was recalled
-            return None
-
-    write_evaluation(evaluation, settings, render_report(evaluation, settings, source), output)
+    """Print what was written in short, or ``answer`` as JSON."""
     if as_json:
-        emit_json({**to_json(evaluation, settings), **(left_out or {})})
+        emit_json(answer)
     else:
         print_tables(evaluation)
         typer.echo(f"page: {output / 'report.html'}")

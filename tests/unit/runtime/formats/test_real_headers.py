@@ -19,7 +19,7 @@ from support.dicom_series import make_slice, write_series
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.formats.dicom import read_dicom
 from recallseg.runtime.formats.dicom_files import is_dicom
-from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation, write_segmentation
+from recallseg.runtime.formats.dicom_seg import Algorithm, check_segmentation, write_dicom_seg
 from recallseg.runtime.formats.reading import read_volume
 
 STACK = np.random.default_rng(3).integers(0, 1000, (4, 12, 10)).astype(np.uint16)
@@ -232,7 +232,7 @@ def test_an_output_is_checked_by_what_the_source_has(tmp_path: Path) -> None:
     assert "no frame of reference" in " ".join(volume.notes)
     check_segmentation(volume, ["a"], Algorithm("1", {}))
     mask = STACK > 500
-    write_segmentation(tmp_path / "x.dcm", {"a": mask}, volume, Algorithm("1", {}))
+    write_dicom_seg(tmp_path / "x.dcm", {"a": mask}, volume, Algorithm("1", {}))
     written = pydicom.dcmread(tmp_path / "x.dcm")
     for name in ("PatientName", "PatientID", "PatientBirthDate", "StudyDate", "AccessionNumber"):
         assert name in written
@@ -307,7 +307,7 @@ def test_names_in_any_character_set_are_kept(
         dataset.PatientName = name
         dataset.save_as(path)
     volume = read_dicom(tmp_path / "s")
-    write_segmentation(tmp_path / "x.dcm", {"a": STACK > 500}, volume, Algorithm("1", {}))
+    write_dicom_seg(tmp_path / "x.dcm", {"a": STACK > 500}, volume, Algorithm("1", {}))
     assert str(pydicom.dcmread(tmp_path / "x.dcm").PatientName) == name
 
 
@@ -317,7 +317,7 @@ def test_an_unknown_character_set_costs_a_name_and_not_the_result(tmp_path: Path
         change([path], SpecificCharacterSet="ISO_IR 100")
         path.write_bytes(path.read_bytes().replace(b"ISO_IR 100", b"ISO_IR 999"))
     volume = read_dicom(tmp_path / "s")
-    write_segmentation(tmp_path / "x.dcm", {"a": STACK > 500}, volume, Algorithm("1", {}))
+    write_dicom_seg(tmp_path / "x.dcm", {"a": STACK > 500}, volume, Algorithm("1", {}))
     assert "Doe" in str(pydicom.dcmread(tmp_path / "x.dcm").PatientName)
 
 

@@ -107,7 +107,7 @@ def cut_off(_: Path) -> Image.Image:
         (lambda folder: folder / "nowhere.png", "there is no file"),
         (lambda folder: str(folder / "image.dcm"), "is a volume"),
         (lambda _: b"\x89PNG", "got bytes"),
-        (lambda _: [RAMP], "got list"),
+        (lambda _: [RAMP], "list of 1.*segment_many"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(make: Any, message: str, tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from recallseg.engines.device import Device, DeviceTensor, Graph, open_device
-from recallseg.engines.device.recording import recording
+from recallseg.engines.device import Device, DeviceTensor, Graph, Stream, open_device
+from recallseg.engines.device.recording import beside, give_back, recording
 from recallseg.engines.engine import AnyTensor, Engine, EngineOptions, Tensor
-from recallseg.engines.errors import EngineRunError
+from recallseg.engines.errors import DeviceLostError, EngineRunError
 from recallseg.engines.specs import GraphSpec
 
 __all__ = ["Binding", "DeviceEngine", "binding_key"]
@@ -52,6 +55,9 @@ class DeviceEngine(Engine):
         self.stream = self.options.streams.get(spec.name, self.device.stream)
         self._staged: dict[str, DeviceTensor] = {}
         self._recorded: OrderedDict[Binding, Graph] = OrderedDict()
+        # What it holds frees memory of the device when it goes.
+        let_go = partial(_let_go, self.device, self.stream, self.__dict__)
+        weakref.finalize(self, give_back, let_go).atexit = False
 
     @classmethod
     @abstractmethod
@@ -110,7 +116,8 @@ class DeviceEngine(Engine):
         Every later one is replayed.
         """
         if not self.options.cuda_graphs:
-            self._enqueue(inputs, outputs)
+            with beside():  # a backend may allocate, or wait
+                self._enqueue(inputs, outputs)
             return
         key = binding_key(inputs, outputs)
         graph = self._recorded.get(key)
@@ -130,3 +137,18 @@ class DeviceEngine(Engine):
         self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]
     ) -> None:
         """Queue the graph on ``self.stream`` with tensors that have been checked."""
+
+
+def _let_go(device: Device, stream: Stream, held: dict[str, Any]) -> None:
+    """Wait for an engine's stream, and then drop all that it held.
+
+    It must not go while its work is queued: callbacks on the stream would own what it held, and
+    CUDA lets nothing be freed there. A lost device has nothing left to do.
+    """
+    with suppress(DeviceLostError):
+        device.enter()
+        if stream.owned:
+            stream.synchronize()
+        else:  # its owner may have ended it since, and then its handle is nobody's
+            device.synchronize()
+    held.clear()

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from recallseg.engines.device import DeviceTensor
-from recallseg.engines.device.recording import recording
+from recallseg.engines.device.recording import beside, recording
 from recallseg.engines.device_engine import MOST_BINDINGS, binding_key
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError
@@ -83,8 +82,10 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
             # fp32 has to mean fp32; its products would be rounded to 10 bits otherwise.
             "use_tf32": "0",
             # Also where nothing is recorded (_bind_all): without it ONNX Runtime gives pinned
-            # memory back from the stream, where CUDA does not let it be freed. Seen on an H100
-            # while exemplars were added: the process ended with cudaFreeHost, error 800.
+            # memory back in a callback on the stream (CudaStream::CleanUpOnRunEnd), which owns the
+            # allocator too. Where it is the last owner the allocator frees its memory there, and
+            # CUDA lets a callback call nothing: cudaFreeHost, error 800 (not permitted; those of
+            # recording are 900 to 908) ended the process, on an H100 while exemplars were added.
             "enable_cuda_graph": "1",
         }
 
@@ -123,7 +124,7 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
         # ONNX Runtime records and replays itself; the first call of a binding runs as often as that
         # takes.
         known = not self.options.cuda_graphs or binding_key(inputs, outputs) in self._bindings
-        with nullcontext() if known else recording():
+        with beside() if known else recording():
             self._enqueue(inputs, outputs)
 
     def _bind_all(

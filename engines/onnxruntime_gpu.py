@@ -9,22 +9,20 @@ stand-in.
 from __future__ import annotations
 
 import re
-import weakref
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recallseg.engines import defaults
-from recallseg.engines.device import Device, DeviceTensor, Stream, open_device
+from recallseg.engines.device import DeviceTensor, open_device
+from recallseg.engines.device.recording import beside
 from recallseg.engines.device_engine import MOST_BINDINGS, Binding, DeviceEngine, binding_key
 from recallseg.engines.digest import digest_json
 from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import (
-    DeviceLostError,
     DeviceMemoryError,
     EngineRunError,
     EngineUnavailableError,
@@ -168,13 +166,14 @@ class OnnxRuntimeGpu(DeviceEngine):
                 "pycuda.autoprimaryctx in the place of pycuda.autoinit)."
             )
         try:
-            self._session = self._runtime.InferenceSession(
-                str(path),
-                sess_options=settings,
-                providers=[(self.provider, self._provider_options(precision))],
-                # It would try again on the CPU, and say so on the standard output only.
-                enable_fallback=False,
-            )
+            with beside():
+                self._session = self._runtime.InferenceSession(
+                    str(path),
+                    sess_options=settings,
+                    providers=[(self.provider, self._provider_options(precision))],
+                    # It would try again on the CPU, and say so on the standard output only.
+                    enable_fallback=False,
+                )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise self._explained(error, f"with {self.provider} cannot take {path}") from error
         self.providers = list(self._session.get_providers())
@@ -185,9 +184,6 @@ class OnnxRuntimeGpu(DeviceEngine):
                 "those that this onnxruntime-gpu was built with (docs/device/gpu.md)."
             )
         self._bindings: OrderedDict[Binding, tuple[Any, Any]] = OrderedDict()
-        # A session must not go while its work is queued: callbacks on the stream would own what it
-        # held, and CUDA lets nothing be freed there.
-        weakref.finalize(self, _drain, self.device, self.stream).atexit = False
 
     @classmethod
     def require_library(cls) -> None:
@@ -280,16 +276,6 @@ class OnnxRuntimeGpu(DeviceEngine):
             "cuda_graph": self.options.cuda_graphs,
             "cache": str(self.folder),
         }
-
-
-def _drain(device: Device, stream: Stream) -> None:
-    """Wait for a stream; one of a lost device has nothing left to do."""
-    with suppress(DeviceLostError):
-        device.enter()
-        if stream.owned:
-            stream.synchronize()
-        else:  # its owner may have ended it since, and then its handle is nobody's
-            device.synchronize()
 
 
 def load_provider(provider: str, engine: str) -> Any:

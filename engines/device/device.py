@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from typing import Any, Literal, TypeVar
@@ -19,6 +20,7 @@ from recallseg.engines.device.driver import (
 )
 from recallseg.engines.device.memory import DeviceBuffer, DeviceTensor, PinnedBuffer
 from recallseg.engines.device.queues import Event, Kernels, Stream
+from recallseg.engines.device.recording import beside, give_back
 from recallseg.engines.errors import (
     DeviceLostError,
     DeviceMemoryError,
@@ -134,6 +136,9 @@ class Device:
     def call(self, function: Callable[..., Value], *arguments: Any) -> Value:
         """Call the driver; every failure becomes one of RecallSeg's errors.
 
+        Waits while another thread records a CUDA graph (:mod:`.recording`): what is queued might
+        become part of it, and what waits or allocates spoils it.
+
         Raises
         ------
         DeviceLostError
@@ -143,7 +148,8 @@ class Device:
         if self._lost is not None:
             raise DeviceLostError(str(self._lost))
         try:
-            return function(*arguments)
+            with beside():
+                return function(*arguments)
         except DriverError as error:
             explained = explain(error)
             if isinstance(explained, DeviceLostError):
@@ -310,7 +316,10 @@ class Device:
         self.destroy("free_pinned", address)
 
     def destroy(self, function: str, handle: int) -> None:
-        """Give something back. On a lost device there is nothing left to give back."""
+        """Give something back, when nobody records. A lost device has nothing left to give."""
+        give_back(partial(self._destroy, function, handle))
+
+    def _destroy(self, function: str, handle: int) -> None:
         if self._lost is None:
             try:
                 self.enter()

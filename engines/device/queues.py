@@ -127,7 +127,8 @@ class Event:
 
     def since(self, start: Event) -> float:
         """Return the milliseconds between two events that have been reached."""
-        return float(self._device.call(self._device.driver.elapsed_ms, start.handle, self.handle))
+        elapsed = self._device.driver.elapsed_ms
+        return float(self._device.call(elapsed, start.handle, self.handle))
 
 
 class Graph:

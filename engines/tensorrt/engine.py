@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recallseg.engines.device import Device, DeviceTensor
+from recallseg.engines.device.recording import beside
 from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.durable import replace_file
 from recallseg.engines.engine import Engine, EngineOptions
@@ -73,6 +74,13 @@ class TensorRt(DeviceEngine):
         self._api = FLAVOURS[self.name].load()
         self._log: list[str] = []
         self._logger = _logger(self._api, self._log)
+        with beside():
+            self._take(graph)
+        self._addresses: dict[str, int] = {}
+
+    def _take(self, graph: Path | None) -> None:
+        """Make of the plan what runs it; that takes memory of the device."""
+        plan, spec, device = self.plan, self.spec, self.device
         device.enter()
         runtime = self._api.Runtime(self._logger)
         plan_bytes = plan.read()
@@ -96,7 +104,6 @@ class TensorRt(DeviceEngine):
             raise EngineRunError(
                 f"graph '{spec.name}': {self.name} makes no execution context: {self._said()}."
             )
-        self._addresses: dict[str, int] = {}
 
     @classmethod
     def load_all(

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.device import Device, PinnedBuffer, Stream
-from recallseg.engines.device.recording import beside
 
 __all__ = ["Flight", "Flights"]
 
@@ -47,9 +46,8 @@ class Flight:
 
     def wait(self) -> None:
         """Wait until it is here; any thread may."""
-        with beside():
-            self._device.enter()
-            self._seat.event.synchronize()
+        self._device.enter()
+        self._seat.event.synchronize()
 
 
 class Flights:

@@ -11,7 +11,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any, ClassVar, Union
 
 import numpy as np
@@ -21,7 +21,17 @@ from recallseg.engines.device.driver import LOST, OUT_OF_MEMORY, Driver, DriverE
 __all__ = ["FakeDriver"]
 
 _INVALID_VALUE, _INVALID_HANDLE, _NOT_FOUND, _INVALID_IMAGE = 1, 400, 500, 200
-_CAPTURE_UNSUPPORTED = 900
+_CAPTURE_UNSUPPORTED, _CAPTURE_INVALIDATED = 900, 901
+_SPOILING = frozenset(
+    {
+        *("allocate", "free", "allocate_pinned", "free_pinned", "load_module", "unload_module"),
+        *("synchronize", "synchronize_stream", "synchronize_event", "elapsed_ms"),
+        *("create_stream", "create_event", "destroy_stream", "destroy_event"),
+        *("destroy_executable", "launch_graph"),
+    }
+)
+"""What CUDA may refuse every thread of a process in which something is being recorded, and which
+spoils that (cudaThreadExchangeStreamCaptureMode; it lists none): all that waits, takes or frees."""
 
 Kernel = Callable[[tuple[int, int, int], tuple[int, int, int], Sequence[Any]], None]
 """What stands in for a kernel: grid, block, and its arguments (ctypes scalars)."""
@@ -62,6 +72,7 @@ class FakeDriver(Driver):
     Attributes
     ----------
     calls : the names of all calls, in order.
+    recording : stream and thread of somebody else who records, as ONNX Runtime does.
     """
 
     name: ClassVar[str] = "fake"
@@ -93,6 +104,8 @@ class FakeDriver(Driver):
         self._faults: dict[str, tuple[int, int]] = {}
         self._dead = 0
         self._capturing: int | None = None
+        self.recording: tuple[int, int] | None = None
+        self._spoilt = False
         self._clock = 0.0
 
     def fail(self, call: str, status: int, after: int = 0) -> None:
@@ -121,6 +134,9 @@ class FakeDriver(Driver):
                 del self._faults[call]
                 self._dead = status if status in LOST else 0
                 raise DriverError(status, call, "injected")
+        if call in _SPOILING and (self.recording or self._capturing is not None):
+            self._spoilt = True
+            raise DriverError(_CAPTURE_UNSUPPORTED, call, "not while capturing")
         if needs_context and not self._context:
             raise DriverError(201, call, "invalid device context")
 
@@ -150,6 +166,8 @@ class FakeDriver(Driver):
         )
 
     def _queue(self, stream: int, work: Callable[[], object], call: str) -> None:
+        if self.recording and self.recording[0] == stream and self.recording[1] != get_ident():
+            self._spoilt = True  # it would be recorded
         with self._lock:
             if stream:
                 self._get(stream, "stream", call)
@@ -225,8 +243,6 @@ class FakeDriver(Driver):
 
     def allocate(self, size: int) -> int:
         self._enter("allocate")
-        if self._capturing is not None:
-            raise DriverError(_CAPTURE_UNSUPPORTED, "allocate", "not while capturing")
         if size > self.total - sum(block.nbytes for block in self._blocks.values()):
             raise DriverError(OUT_OF_MEMORY, "allocate", "out of memory")
         return _keep(self._blocks, size)
@@ -301,8 +317,6 @@ class FakeDriver(Driver):
     def synchronize_stream(self, stream: int) -> None:
         self._enter("synchronize_stream")
         self._get(stream, "stream", "synchronize_stream")
-        if self._capturing == stream:
-            raise DriverError(_CAPTURE_UNSUPPORTED, "synchronize_stream", "not while capturing")
         self._drain(stream)
 
     def wait_event(self, stream: int, event: int) -> None:
@@ -346,11 +360,13 @@ class FakeDriver(Driver):
     def begin_capture(self, stream: int) -> None:
         self._enter("begin_capture")
         self._get(stream, "stream", "begin_capture")[1].clear()
-        self._capturing = stream
+        self._capturing, self._spoilt = stream, False
 
     def end_capture(self, stream: int) -> int:
-        self._enter("end_capture")
         self._capturing = None
+        self._enter("end_capture")
+        if self._spoilt:
+            raise DriverError(_CAPTURE_INVALIDATED, "end_capture", "the capture was invalidated")
         return self._new("graph", list(self._get(stream, "stream", "end_capture")[1]))
 
     def instantiate(self, graph: int) -> int:

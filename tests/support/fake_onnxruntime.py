@@ -7,8 +7,10 @@ of :class:`~recallseg.engines.device.fake.FakeDriver`, which lie in the host's m
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import onnxruntime
@@ -36,6 +38,8 @@ class FakeSession:
     """Operator that runs on the CPU."""
     failure: str
     """What a run fails with."""
+    meanwhile: Callable[[], object]
+    """Is done while a run is recorded."""
 
     def __new__(cls, path: str, sess_options: Any, providers: Any, **flags: Any) -> Any:
         if providers == [CPU]:
@@ -56,6 +60,7 @@ class FakeSession:
         settings.enable_profiling = sess_options.enable_profiling
         settings.profile_file_prefix = sess_options.profile_file_prefix
         self.real = REAL(path, settings, providers=[CPU])
+        self.recorded: set[str] = set()
 
     def get_providers(self) -> list[str]:
         return [self.provider, CPU] if self.providers is None else self.providers
@@ -71,7 +76,21 @@ class FakeSession:
         self.runs.append((self.graph, entries))
         if self.failure:
             raise RuntimeError(self.failure)
+        number = entries.get("gpu_graph_id", "-1")
+        if number != "-1" and number not in self.recorded:
+            self._record(number)
         HostGpu.driver._queue(self.stream, lambda: self._execute(binding), "run")
+
+    def _record(self, number: str) -> None:
+        driver = HostGpu.driver
+        driver.recording, driver._spoilt = (self.stream, get_ident()), False
+        try:
+            type(self).meanwhile()
+        finally:
+            driver.recording = None
+        if driver._spoilt:
+            raise RuntimeError("CUDA failure 901: operation failed due to a previous error")
+        self.recorded.add(number)
 
     def _execute(self, binding: Binding) -> None:
         self.real.run_with_iobinding(binding.real)
@@ -107,6 +126,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> type[FakeSession]:
 
     class Session(FakeSession):
         made, runs, providers, factor, astray, failure = [], [], None, 1.0, "", ""
+        meanwhile = staticmethod(lambda: None)
 
     names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", CPU]
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.fake_driver import FakeDriver
 
-from recallseg.engines.device import Device, DeviceTensor
+from recallseg.engines.device import Device, DeviceTensor, Kernels
 from recallseg.engines.device_engine import MOST_BINDINGS, DeviceEngine
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import DeviceLostError, EngineRunError
@@ -28,6 +28,7 @@ class Doubling(DeviceEngine):
     name: ClassVar[str] = "doubling"
     variants: ClassVar[tuple[str, ...]] = ()
     enqueued = 0
+    _kernels: Kernels | None = None
 
     @classmethod
     def require_library(cls) -> None:
@@ -43,9 +44,9 @@ class Doubling(DeviceEngine):
             ctypes.c_uint64(y.address),
             ctypes.c_int32(x.nbytes),
         ]
-        kernels = self.device.load_kernels(b"double")
-        kernels.launch("double", (1, 1, 1), (1, 1, 1), arguments, self.stream)
-        self._kernels = kernels
+        if self._kernels is None:
+            self._kernels = self.device.load_kernels(b"double")
+        self._kernels.launch("double", (1, 1, 1), (1, 1, 1), arguments, self.stream)
 
 
 def double(grid: object, block: object, arguments: list[ctypes.c_uint64]) -> None:

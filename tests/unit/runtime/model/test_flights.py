@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from collections.abc import Callable
 from threading import Event, Thread
 from typing import Any
@@ -19,10 +21,12 @@ from support.device_segmenters import (
 )
 from support.fake_onnxruntime import FakeSession
 
-from recallseg import Library, Segmenter
+from recallseg import GpuOptions, Library, Model, Segmenter
 from recallseg.engines.device import Device
 from recallseg.engines.device import recording as guard
+from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import DeviceLostError, InputError
+from recallseg.engines.registry import load_engines
 from recallseg.runtime.model.device import DeviceModel
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.model.view import Wanted
@@ -294,3 +298,64 @@ def test_a_first_run_is_recorded_alone(
     alone.clear()
     segmenter.segment(picture(10)[0])
     assert alone == [(graph, False) for graph in ("embed", "encode", "attend", "decode")]
+
+
+def test_what_is_given_back_while_a_graph_is_recorded_spoils_nothing(
+    library: Library, device: Device, session: type[FakeSession]
+) -> None:
+    """By the thread that records, as the interpreter may at any time, and by others."""
+    options = EngineOptions(device=device)
+    things: list[Any] = [
+        device.tensor((4,)), device.allocate_pinned(4), device.new_event(), device.new_stream(),
+        load_engines(library.bundle, "onnxruntime-cuda", options=options, graphs=("embed",)),
+    ]  # fmt: skip
+    gone = weakref.ref(things[-1]["embed"]._session)
+    driver: Any = device.driver
+    before, still_there = driver.live, []
+
+    def collect() -> None:
+        if things:
+            things.pop()
+            gc.collect()
+            others = Thread(target=things.clear)
+            others.start()
+            others.join(20)
+            still_there.append((gone() is not None, driver.live["pinned"] - before["pinned"]))
+
+    session.meanwhile = staticmethod(collect)
+    segmenter = make(library, device, cuda_graphs=True)
+    segmenter.segment(picture(10)[0])
+    assert still_there[0][0]
+    assert still_there[0][1] >= 0
+    gc.collect()
+    assert gone() is None
+    before = driver.live
+    assert not guard._put_off
+    same(segmenter.segment(picture(10)[0]), make(library, device).segment(picture(10)[0]))
+
+
+def test_two_models_record_and_wait_in_turns(
+    library: Library, device: Device, session: type[FakeSession]
+) -> None:
+    """One's first query allocates, waits and records while the other does."""
+    waiting = make(
+        library,
+        device,
+        model=Model.open(library.bundle, engine="onnxruntime-cuda", gpu=GpuOptions(device=device)),
+    )
+    expected = waiting.segment(picture(10)[0])
+    found: list[Any] = []
+    threads: list[Thread] = []
+
+    def meanwhile() -> None:
+        if not threads:
+            threads.append(Thread(target=lambda: found.append(waiting.segment(picture(10)[0]))))
+            threads[0].start()
+            threads[0].join(0.2)
+            assert not found  # it stands back
+
+    session.meanwhile = staticmethod(meanwhile)
+    recorded = make(library, device, cuda_graphs=True).segment(picture(10)[0])
+    threads[0].join(20)
+    same(found[0], expected)
+    same(recorded, expected)

@@ -1,9 +1,10 @@
 """How much memory a bundle needs for k, n and S: computed from its files, before anything is built.
 
 What can be counted is counted: weights, inputs and outputs, recalled memories. What an engine works
-in is estimated from the graphs: the tensors between their operators that live at once. What a
-driver and its libraries take is an allowance. Each line says which of the three it is. What was
-compared with what was measured: docs/device/status.md.
+in is estimated from the graphs, as the tensors between their operators that live at once; where
+plans were built, their builder has recorded it. What a driver and its libraries take is an
+allowance. Each line says which of these it is. What was compared with what was measured:
+docs/device/status.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recallseg.engines.buffer_shapes import buffer_shapes, bytes_of
 from recallseg.engines.bundle import Bundle
@@ -21,6 +22,9 @@ from recallseg.engines.graph_sizes import GraphSizes
 from recallseg.engines.precisions import find_precision
 from recallseg.engines.registry import engine_class
 from recallseg.engines.specs import GRAPHS, graph_specs
+
+if TYPE_CHECKING:
+    from recallseg.engines.tensorrt.loading import RecordedPlans
 
 __all__ = [
     "PRESETS",
@@ -49,7 +53,7 @@ cannot know, and on a CPU with ONNX Runtime, what a process has before it opens 
 
 @dataclass(frozen=True)
 class Line:
-    """One part of the need; ``kind`` is ``counted``, ``estimated`` or ``assumed``."""
+    """One part of the need; ``kind`` is ``counted``, ``recorded``, ``estimated`` or ``assumed``."""
 
     name: str
     size: int
@@ -126,6 +130,7 @@ def memory_budget(
     image_size: int | None = None,
     engine: str = "tensorrt",
     shared: bool = True,
+    plans: RecordedPlans | None = None,
 ) -> Budget:
     """Compute what a process with all five graphs needs.
 
@@ -139,6 +144,10 @@ def memory_budget(
     engine : that runs them.
     shared : CPU and GPU share their memory (Jetson), so that what lies on both counts twice; of no
         meaning for an engine on the CPU.
+    plans : what plans of TensorRT say they work in
+        (:func:`recallseg.engines.tensorrt.loading.recorded_plans`): that, instead of an estimate,
+        for the bundle's own S and as many n and k as they take; scores that they do not fuse are
+        in it.
 
     Raises
     ------
@@ -176,9 +185,14 @@ def memory_budget(
         there.append(Line("recalled memories", ours, "counted"))
         there += [Line("the same for the CPU", buffers, "counted")] if shared else []
         activations = sum(peaks)  # each graph works in memory of its own
+    told = (
+        plans is not None and side == bundle.geometry.image_size and n <= plans.n and k <= plans.k
+    )
+    if plans is not None and told:
+        activations = sum(plans.works_in[graph] for graph in GRAPHS)
     lines = (
         *there,
-        Line("activations", int(activations), "estimated"),
+        Line("activations", int(activations), "recorded" if told else "estimated"),
         Line("driver, libraries, Python", ALLOWANCE[kind.place], "assumed"),
     )
     return Budget(
@@ -190,7 +204,7 @@ def memory_budget(
         lines,
         # Scores and their softmax; in mixed this is the part that stays fp32.
         scores=0
-        if host
+        if host or told
         else 2 * n * geometry.places * tokens * (_FLOAT if precision == "mixed" else chosen.size),
         exemplar=geometry.tokens * geometry.memory_dim * _FLOAT,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from recallseg.engines.device import DeviceFacts, open_device
@@ -12,14 +12,32 @@ from recallseg.engines.errors import EngineUnavailableError
 from recallseg.engines.proof import Candidate
 from recallseg.engines.tensorrt.building import VARIANTS
 from recallseg.engines.tensorrt.flavour import FLAVOURS
-from recallseg.engines.tensorrt.plans import Plan, PlanCache
+from recallseg.engines.tensorrt.plans import Plan, PlanCache, PlanKey
 from recallseg.engines.tensorrt.profile import Profile
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
     from recallseg.engines.tensorrt.engine import TensorRt
 
-__all__ = ["Plans", "find_plans"]
+__all__ = ["Plans", "RecordedPlans", "find_plans", "recorded_plans"]
+
+
+@dataclass(frozen=True)
+class RecordedPlans:
+    """What a set of plans says of itself: nothing of it was measured.
+
+    Attributes
+    ----------
+    version, target : of TensorRT, and what they were built for.
+    n, k : the most that they take.
+    works_in : bytes that each graph's plan works in, whatever is asked of it.
+    """
+
+    version: str
+    target: str
+    n: int
+    k: int
+    works_in: Mapping[str, int]
 
 
 class Plans(Candidate):
@@ -80,25 +98,15 @@ def find_plans(
     BundleError
         If the bundle has no graphs in this precision.
     """
-    digests = {}
-    graphs = bundle.graphs_for(VARIANTS, precision)
-    for graph in graphs:
-        _, variant = bundle.graph_file(graph, VARIANTS, precision)
-        digests[graph] = bundle.graph_digest(graph, variant, precision)
-    sets: dict[str, dict[str, Plan]] = {}
     others: set[str] = set()
-    for plan in cache.entries():  # oldest first: a newer one replaces it in its set
-        key = plan.key
-        if key.engine != engine or key.graph_digest != digests.get(key.graph):
-            continue
-        if key.precision != precision:
-            continue
-        if not _runs(key.version, version, key.target, device):
-            others.add(f"{key.version} for {key.target}")
-            continue
-        name = f"{key.target} {key.profile} {key.options} {key.version}"
-        sets.setdefault(name, {})[key.graph] = plan
-    whole = [plans for plans in sets.values() if set(plans) == set(graphs)]
+
+    def runs(key: PlanKey) -> bool:
+        if _runs(key.version, version, key.target, device):
+            return True
+        others.add(f"{key.version} for {key.target}")
+        return False
+
+    whole = _whole_sets(bundle, engine, precision, cache, runs)
     if not whole:
         found = f"; there are plans of {', '.join(sorted(others))}" if others else ""
         raise EngineUnavailableError(
@@ -108,12 +116,64 @@ def find_plans(
         )
 
     def rank(plans: Mapping[str, Plan]) -> tuple[bool, int, int, str]:
-        profile = Profile.from_json(plans["attend"].key.profile)
         states = {plan.verdicts.states.get(str(device)) for plan in plans.values()}
-        newest = max(str(plan.made.get("time", "")) for plan in plans.values())
-        return "refused" not in states, profile.k.most, profile.n.most, newest
+        return "refused" not in states, *_reach(plans)
 
     return max(whole, key=rank)
+
+
+def recorded_plans(
+    bundle: Bundle, engine: str, precision: str, cache: PlanCache | None = None
+) -> RecordedPlans | None:
+    """Return what the plans that lie in the cache say they work in; None if they say nothing.
+
+    Of several whole sets that of the largest profile, then the newest, as one of them is chosen
+    where they run. Nothing but their records is read.
+
+    Raises
+    ------
+    BundleError
+        If the bundle has no graphs in this precision.
+    """
+    found = _whole_sets(bundle, engine, precision, cache or PlanCache(), lambda key: True)
+    said = [
+        plans
+        for plans in found
+        if all(isinstance(plan.made.get("activation_bytes"), int) for plan in plans.values())
+    ]
+    if not said:
+        return None
+    plans = max(said, key=_reach)
+    key = plans["attend"].key
+    profile = Profile.from_json(key.profile)
+    works_in = {graph: int(plan.made["activation_bytes"]) for graph, plan in plans.items()}
+    return RecordedPlans(key.version, key.target, profile.n.most, profile.k.most, works_in)
+
+
+def _reach(plans: Mapping[str, Plan]) -> tuple[int, int, str]:
+    profile = Profile.from_json(plans["attend"].key.profile)
+    newest = max(str(plan.made.get("time", "")) for plan in plans.values())
+    return profile.k.most, profile.n.most, newest
+
+
+def _whole_sets(
+    bundle: Bundle, engine: str, precision: str, cache: PlanCache, fits: Callable[[PlanKey], bool]
+) -> list[Mapping[str, Plan]]:
+    """Return the sets that have a plan of each of the bundle's graphs."""
+    digests = {}
+    graphs = bundle.graphs_for(VARIANTS, precision)
+    for graph in graphs:
+        _, variant = bundle.graph_file(graph, VARIANTS, precision)
+        digests[graph] = bundle.graph_digest(graph, variant, precision)
+    sets: dict[str, dict[str, Plan]] = {}
+    for plan in cache.entries():  # oldest first: a newer one replaces it in its set
+        key = plan.key
+        if key.engine != engine or key.graph_digest != digests.get(key.graph):
+            continue
+        if key.precision == precision and fits(key):
+            name = f"{key.target} {key.profile} {key.options} {key.version}"
+            sets.setdefault(name, {})[key.graph] = plan
+    return [plans for plans in sets.values() if set(plans) == set(graphs)]
 
 
 def _runs(made: str, here: str, target: str, device: DeviceFacts) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from recallseg.commands.common import JsonOption, emit_json
+
+if TYPE_CHECKING:
+    from recallseg.engines.bundle import Bundle
+    from recallseg.engines.tensorrt.loading import RecordedPlans
 
 __all__ = ["doctor"]
 
@@ -75,6 +80,20 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _recorded(opened: Bundle, engine: str, precision: str) -> RecordedPlans | None:
+    """Return what plans in the cache say, if the engine has plans and the bundle the precision."""
+    from recallseg.engines.errors import BundleError
+    from recallseg.engines.tensorrt.flavour import FLAVOURS
+    from recallseg.engines.tensorrt.loading import recorded_plans
+
+    if engine not in FLAVOURS:
+        return None
+    try:
+        return recorded_plans(opened, engine, precision)
+    except BundleError:  # a budget may be asked for of a precision that is to be made
+        return None
+
+
 def _show_budget(
     source: str, precision: str, engine: str, gib: float | None, as_json: bool
 ) -> None:
@@ -84,16 +103,21 @@ def _show_budget(
     from recallseg.runtime.reports.machine import describe_machine
 
     opened = Bundle.open(source)
+    plans = _recorded(opened, engine, precision)
     limit = int(gib * 2**30) if gib else int(describe_machine()["memory_bytes"] or 0)
     sizes = sorted({opened.geometry.image_size, 512, 768, 1024})
     settings = [(side, n, k) for side in sizes for n in (1, 2, 4) for k in (1, 4, 8, 16)]
     budgets = [
-        memory_budget(opened, k=k, n=n, precision=precision, engine=engine, image_size=side)
+        memory_budget(
+            opened, k=k, n=n, precision=precision, engine=engine, image_size=side, plans=plans
+        )
         for side, n, k in settings
     ]
     largest = {
         side: {
-            n: largest_k(opened, limit, n=n, precision=precision, engine=engine, image_size=side)
+            n: largest_k(
+                opened, limit, n=n, precision=precision, engine=engine, image_size=side, plans=plans
+            )
             for n in (1, 2, 4)
         }
         for side in sizes
@@ -106,6 +130,7 @@ def _show_budget(
                 "engine": engine,
                 "limit": limit,
                 "measured": False,
+                "plans": None if plans is None else asdict(plans),
                 "budgets": [b.to_json() for b in budgets],
                 "largest_k": largest,
                 "bundle_max_k": opened.geometry.max_k,
@@ -117,6 +142,11 @@ def _show_budget(
     where = "on the CPU" if host else "CPU and GPU sharing it"
     typer.echo(f"memory for {opened.name} in {precision} by {engine}, {where}, in MiB")
     typer.echo("computed from the graphs, not measured" + ("\n" if host else " on a GPU\n"))
+    if plans is not None:
+        typer.echo(
+            f"activations at S = {opened.geometry.image_size}, n up to {plans.n}, k up to "
+            f"{plans.k}: as the plans of {engine} {plans.version} for {plans.target} say\n"
+        )
     typer.echo(
         "    S   n   k   fused  not fused   of which  weights  buffers  activations   scores"
     )

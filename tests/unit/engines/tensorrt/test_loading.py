@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,12 +13,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from jsonschema import Draft202012Validator
 from onnx import numpy_helper
 from support import fake_tensorrt
 from support.fake_tensorrt import HostGpu, RuntimeCache, make_tensorrt
+from typer.testing import CliRunner
 
 from recallseg import Bundle, Library, Segmenter
+from recallseg.cli import app
 from recallseg.engines import registry
+from recallseg.engines.budget import memory_budget
 from recallseg.engines.device import DeviceFacts
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (
@@ -43,6 +48,7 @@ from recallseg.engines.tensorrt.targets import Target
 from recallseg.runtime.model.model import GpuOptions
 
 ORIN = str(HostGpu.facts)
+SCHEMA = Path(__file__).parents[4] / "docs" / "schemas" / "budget.json"
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +361,33 @@ def test_the_largest_profile_is_preferred(api: Any, demo: Bundle) -> None:
         build(demo, profile=Profile(k=Range(1, 3, most)))
     found = loading.find_plans(demo, "tensorrt", "fp32", "10.3.0", HostGpu.facts, PlanCache())
     assert found["attend"].key.profile["k"] == [1, 3, 16]
+
+
+def test_a_budget_takes_what_plans_say_they_work_in(api: Any, demo: Bundle) -> None:
+    """For as much as they take; of what they do not, it stays an estimate."""
+    assert loading.recorded_plans(demo, "tensorrt", "fp32") is None
+    cache = PlanCache()
+    for most, mib in ((4, 1), (8, 3)):
+        for built in build(demo, profile=Profile(Range(1, 1, 2), Range(1, 3, most))).values():
+            plan = built.plan
+            cache.store(plan.key, plan.read(), {**plan.made, "activation_bytes": mib << 20})
+    recorded = loading.recorded_plans(demo, "tensorrt", "fp32")
+    assert recorded is not None
+    assert (recorded.n, recorded.k, set(recorded.works_in)) == (2, 8, {*GRAPHS, "correct"})
+    asked = {"precision": "fp32", "engine": "tensorrt", "plans": recorded}
+    for n, k, side, told in ((2, 8, 384, True), (1, 1, 384, True), (2, 9, 384, False),
+                             (3, 8, 384, False), (1, 4, 512, False)):  # fmt: skip
+        budget = memory_budget(demo, n=n, k=k, image_size=side, **asked)  # type: ignore[arg-type]
+        (line,) = (line for line in budget.lines if line.name == "activations")
+        assert (line.kind, line.size == 5 * 3 << 20, budget.scores == 0) == (
+            "recorded" if told else "estimated", told, told,
+        )  # fmt: skip
+    command = ["doctor", "--budget", "--precision", "fp32", "--memory", "3"]
+    done = CliRunner().invoke(app, command)
+    assert "n up to 2, k up to 8: as the plans of tensorrt 10.3.0 for " in done.stdout, done.output
+    answer = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert answer["plans"]["works_in"]["attend"] == 3 << 20
+    Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(answer)
 
 
 def test_rtx_keeps_what_it_compiled(

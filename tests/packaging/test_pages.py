@@ -228,18 +228,30 @@ def test_every_extra_is_told() -> None:
 
 
 def test_interfaces_names_what_there_is() -> None:
+    from recallseg.engines import bundle
     from recallseg.engines.precisions import PRECISIONS
     from recallseg.engines.registry import ENGINES
     from recallseg.engines.specs import GRAPHS
+    from recallseg.runtime.library import database
 
     text = (ROOT / "docs/contribute/interfaces.md").read_text(encoding="utf-8")
     named = {
         row: set(re.findall(r"`([\w-]+)`", said))
-        for row, said in re.findall(r"^\| (graphs|precisions|engines) \| (.+) \|$", text, re.M)
+        for row, said in re.findall(
+            r"^\| (graphs|precisions|engines|operators of our own) \| (.+) \|$", text, re.M
+        )
     }
     assert named["precisions"] == set(PRECISIONS)
     assert named["engines"] == set(ENGINES)
     assert named["graphs"] == {*GRAPHS, "correct"}
+    sources = [*(ROOT / "engines/native/operators").glob("*.cpp")]
+    registered = re.findall(r'kName = "(\w+)"', "".join(file.read_text() for file in sources))
+    assert named["operators of our own"] - {"recallseg"} == set(registered)
+    formats = dict(re.findall(r"^\| format of (\w+) \| (\d+);", text, re.M))
+    assert formats == {
+        "catalogs": str(database.FORMAT_VERSION),
+        "bundles": str(bundle.FORMAT_VERSION),
+    }
 
 
 def test_the_site_is_built_and_its_reference_is_whole(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def schemas_page() -> str:
         schema = json.loads(path.read_text(encoding="utf-8"))
         out += [f"## {schema['title']}\n", schema.get("description", ""), ""]
         out += [f"[{path.name}](../schemas/{path.name})\n"]
-        out += ["| field | | |", "|---|---|---|", *_rows(schema, schema, ""), ""]
+        out += ["| field | type | meaning |", "|---|---|---|", *_rows(schema, schema, ""), ""]
     return "\n".join(out)
 
 

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from recallseg.engines.reading import naming
+
 __all__ = ["digest_file", "digest_json", "digest_stream"]
 
 
 def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as lower-case hex."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return digest_stream(file)
 
 

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, replace_inside
+from recallseg.engines.reading import naming
 
 __all__ = [
     "create_file",
@@ -43,7 +44,7 @@ def write_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> No
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, mode)
     try:
-        with _naming(path):
+        with naming(path):
             _write_all(descriptor, data)
     finally:
         os.close(descriptor)
@@ -102,7 +103,7 @@ def _becoming(path: Path, mode: int, check: Callable[[], None] = lambda: None) -
     """Yield the descriptor of a file that gets the name ``path``, if ``check`` does not raise."""
     temporary, descriptor = _claim(path.with_name(f".{path.name}.tmp"), mode)
     try:
-        with _naming(path):
+        with naming(path):
             yield descriptor
             os.fsync(descriptor)
             check()
@@ -125,7 +126,7 @@ def replace_file_inside(root: Path, name: str, data: bytes | memoryview) -> None
     remove_inside(root, temporary)
     descriptor = open_inside(root, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        with _naming(root / name):
+        with naming(root / name):
             _write_all(descriptor, data)
     except OSError:
         remove_inside(root, temporary)  # a full disk needs the space
@@ -180,7 +181,7 @@ def sync_folder(folder: Path) -> None:
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with _naming(folder):
+        with naming(folder):
             os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_SYNC:
@@ -207,17 +208,6 @@ def make_folder(path: Path, *, mode: int = 0o777) -> None:
                 raise
         with suppress(PermissionError):  # a folder above that others may only pass through
             sync_folder(place.parent)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let an error of the system say which file it is about, where it does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 def _claim(temporary: Path, mode: int) -> tuple[Path, int]:
@@ -279,7 +269,7 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             descriptor = os.open(Path(place, name), os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                with _naming(Path(place, name)):
+                with naming(Path(place, name)):
                     os.fsync(descriptor)
             finally:
                 os.close(descriptor)

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from recallseg.engines.errors import BundleError
+from recallseg.engines.reading import naming
 from recallseg.engines.wire import Wire
 
 __all__ = ["OPERATORS", "check_graph", "find_outputs", "with_output"]
@@ -94,7 +95,11 @@ def check_graph(path: Path, weights: Sequence[Path] = ()) -> None:
 
 def find_outputs(path: Path, operators: Collection[str]) -> tuple[str, ...]:
     """Return the names of the first outputs of these operators, in the order of the graph."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with (
+        naming(path),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
         check = _Check(path, content)
         return tuple(check.outputs(operators))
 

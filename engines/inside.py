@@ -4,6 +4,7 @@ A library or a bundle is passed on like a document. A link in it would lead read
 files, and writes and deletions to the user's own. So every part of a name is opened from the folder
 before it (``openat`` with ``O_NOFOLLOW``), what is read or written is a regular file, and what is
 written has no second name. The folder's own path is the user's choice, and may be a link.
+Errors of the system name the whole path, though the system is given only parts of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recallseg.engines.ownership import foreign
+from recallseg.engines.reading import naming
 
 __all__ = [
     "ForeignFileError",
@@ -62,7 +64,8 @@ def open_folder_inside(root: Path, name: str = "") -> Iterator[int]:
     try:
         for part in _parts(root, name):
             try:
-                inner = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+                with naming(root / name, always=True):
+                    inner = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENOTDIR):
                     raise ForeignFileError(
@@ -95,7 +98,8 @@ def open_inside(root: Path, name: str, flags: int = os.O_RDONLY, mode: int | Non
         if mode is None:
             mode = root.stat().st_mode & 0o666 if flags & os.O_CREAT else 0
         try:
-            descriptor = os.open(last, flags & ~os.O_TRUNC | _FILE, mode, dir_fd=parent)
+            with naming(root / name, always=True):
+                descriptor = os.open(last, flags & ~os.O_TRUNC | _FILE, mode, dir_fd=parent)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise ForeignFileError(root / name, "it is a link or no file") from None
@@ -110,13 +114,18 @@ def open_inside(root: Path, name: str, flags: int = os.O_RDONLY, mode: int | Non
         os.close(descriptor)
         raise ForeignFileError(root / name, what)
     if flags & os.O_TRUNC:
-        os.ftruncate(descriptor, 0)
+        try:
+            with naming(root / name):
+                os.ftruncate(descriptor, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
     return descriptor
 
 
 def read_inside(root: Path, name: str, limit: int) -> bytes:
     """Return a file's bytes; OSError (``EFBIG``) if there are more than ``limit``."""
-    with os.fdopen(open_inside(root, name), "rb") as file:
+    with os.fdopen(open_inside(root, name), "rb") as file, naming(root / name):
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise OSError(
@@ -129,7 +138,11 @@ def replace_inside(root: Path, old: str, new: str) -> None:
     """Give a file another name, in place of what has that name, durably."""
     before, _, source = old.rpartition("/")
     after, _, target = new.rpartition("/")
-    with open_folder_inside(root, before) as here, open_folder_inside(root, after) as there:
+    with (
+        open_folder_inside(root, before) as here,
+        open_folder_inside(root, after) as there,
+        naming(root / new, always=True),
+    ):
         os.replace(source, target, src_dir_fd=here, dst_dir_fd=there)
         os.fsync(there)
 
@@ -138,7 +151,7 @@ def remove_inside(root: Path, name: str) -> None:
     """Remove a file if it is there: a link itself, never what it names."""
     folder, _, last = name.rpartition("/")
     try:
-        with open_folder_inside(root, folder) as parent:
+        with open_folder_inside(root, folder) as parent, naming(root / name, always=True):
             os.unlink(last, dir_fd=parent)
     except FileNotFoundError:
         return
@@ -149,7 +162,8 @@ def make_folder_inside(root: Path, name: str) -> None:
     mode = root.stat().st_mode & 0o777
     done = ""
     for part in _parts(root, name):
-        with open_folder_inside(root, done) as parent:
+        path = root / done / part
+        with open_folder_inside(root, done) as parent, naming(path, always=True):
             try:
                 os.mkdir(part, mode, dir_fd=parent)
             except FileExistsError:
@@ -168,7 +182,7 @@ def make_folder_inside(root: Path, name: str) -> None:
 def list_inside(root: Path, name: str = "") -> list[str]:
     """Return the names in a folder, sorted; none if there is no such folder."""
     try:
-        with open_folder_inside(root, name) as descriptor:
+        with open_folder_inside(root, name) as descriptor, naming(root / name):
             return sorted(os.listdir(descriptor))
     except FileNotFoundError:
         return []
@@ -176,7 +190,7 @@ def list_inside(root: Path, name: str = "") -> list[str]:
 
 def sync_inside(root: Path, name: str = "") -> None:
     """Make new, renamed and removed names in a folder survive a power loss."""
-    with open_folder_inside(root, name) as descriptor:
+    with open_folder_inside(root, name) as descriptor, naming(root / name, always=True):
         os.fsync(descriptor)
 
 

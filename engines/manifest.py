@@ -49,10 +49,14 @@ def read_manifest(folder: Path, trust: Sequence[PublicKey] | None = None) -> dic
         _check_plain(manifest, "manifest", 0)
     except InputError:  # of the trusted keys
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        what = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
         raise BundleError(
-            f"the manifest {file} cannot be read: {what}. Export it again."
+            f"{error.filename} of a bundle cannot be read: {error.strerror}. See whether it is "
+            "there, or copy the bundle again."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"the manifest {file} cannot be read: {error}. Export it again."
         ) from error
     if not isinstance(manifest, dict):
         raise BundleError(f"{file} is not the manifest of a RecallSeg bundle.")

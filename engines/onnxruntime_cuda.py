@@ -20,6 +20,7 @@ from recallseg.engines.device_engine import MOST_BINDINGS, binding_key
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.onnxruntime_gpu import OnnxRuntimeGpu, Sessions
+from recallseg.engines.reading import read_text
 from recallseg.engines.verdicts import Verdict
 
 __all__ = ["OnnxRuntimeCuda", "work_on_the_cpu"]
@@ -108,7 +109,7 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
         """
         path = Path(self._session.end_profiling())
         try:
-            events = json.loads(path.read_text(encoding="utf-8"))
+            events = json.loads(read_text(path))
         except (OSError, ValueError) as error:
             raise EngineRunError(
                 f"ONNX Runtime's profile {path} cannot be read: {error}. Where graph "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from recallseg.engines.digest import digest_file
 from recallseg.engines.errors import EngineUnavailableError
+from recallseg.engines.reading import read_file
 
 __all__ = [
     "ATTENTION",
@@ -97,7 +98,7 @@ def require_operators(what: str) -> Path:
 
 def needs_operators(graph: Path) -> bool:
     """Whether a graph's file has one of the operators."""
-    return _MARK in graph.read_bytes()
+    return _MARK in read_file(graph)
 
 
 def describe_operators() -> str:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from recallseg.engines.digest import digest_file
 from recallseg.engines.durable import creating, replace_file
 from recallseg.engines.errors import InputError, SignatureError
-from recallseg.engines.inside import read_inside
+from recallseg.engines.inside import ForeignFileError, read_inside
 from recallseg.engines.ownership import foreign
+from recallseg.engines.reading import read_file, read_text
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -103,7 +104,7 @@ class SigningKey:
         path = Path(path)
         check_private(path)
         try:
-            key = load_pem_private_key(path.read_bytes(), None)
+            key = load_pem_private_key(read_file(path), None)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path} is no private key: {error}.") from error
         if not isinstance(key, Ed25519PrivateKey):
@@ -171,7 +172,7 @@ def read_trusted(path: str | Path) -> tuple[PublicKey, ...]:
     path = Path(path)
     try:
         found = path.stat()
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise InputError(f"the trusted keys {path} cannot be read: {error}.") from error
     if told := foreign(path, found):
@@ -235,7 +236,7 @@ def check_bundle(folder: Path, manifest: bytes, trust: Sequence[PublicKey]) -> P
     """
     try:
         signature = read_inside(folder, SIGNATURE, _MOST_BYTES)
-    except OSError:
+    except (FileNotFoundError, ForeignFileError):
         signature = b""
     return check_document(f"bundle {folder}", "bundle", manifest, signature, trust)
 
@@ -259,7 +260,7 @@ def check_file(path: str | Path, trust: Sequence[PublicKey]) -> PublicKey:
     path = Path(path)
     try:
         signature = read_inside(path.parent, path.name + ".sig", _MOST_BYTES)
-    except OSError:
+    except (FileNotFoundError, ForeignFileError):
         signature = b""
     return check_document(str(path), "file", digest_file(path).encode(), signature, trust)
 

@@ -13,6 +13,7 @@ from typing import Any
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import PlanError
 from recallseg.engines.inside import others_may_write
+from recallseg.engines.reading import read_file
 
 __all__ = ["Verdict", "Verdicts", "refuse_foreign", "writing"]
 
@@ -92,7 +93,7 @@ class Verdicts:
         OSError if there is something that cannot be read: it may not be replaced by less.
         """
         try:
-            data = self.path.read_bytes()
+            data = read_file(self.path)
         except FileNotFoundError:
             return {}
         try:

@@ -21,6 +21,7 @@ from recallseg.engines.manifest import MANIFEST
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.operators import require_operators
 from recallseg.engines.precisions import PRECISIONS
+from recallseg.engines.reading import read_text
 from recallseg.engines.registry import load_engines
 from recallseg.engines.signing import SIGNATURE
 from recallseg.engines.specs import GRAPHS
@@ -106,7 +107,7 @@ def convert_bundle(
     with write_bundle(output, overwrite=overwrite) as work:
         _copy(source.path, work)
         (work / SIGNATURE).unlink(missing_ok=True)  # of the manifest before
-        manifest: dict[str, Any] = json.loads((work / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(read_text(work / MANIFEST))
         golden = GoldenTensors.load(source.golden_file)
         measured = list(manifest.get("parity", []))
         measurements: _Measurements = []

@@ -21,6 +21,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from recallseg.engines.digest import digest_file
 from recallseg.engines.manifest import data_files
+from recallseg.engines.reading import naming
 from recallseg.export.writing import entry, graph_file
 
 __all__ = ["share_weights"]
@@ -126,7 +127,7 @@ def _stored(path: Path) -> Iterator[tuple[_Key, _Place]]:
         said = {entry.key: entry.value for entry in tensor.external_data}
         if said:
             place = _Place(said["location"], int(said["offset"]), int(said["length"]))
-            with path.with_name(place.file).open("rb") as file:
+            with naming(path.with_name(place.file)), path.with_name(place.file).open("rb") as file:
                 file.seek(place.offset)
                 digest = hashlib.sha256(file.read(place.length)).hexdigest()
             yield (digest, seen[digest]), place
@@ -164,7 +165,7 @@ def _write(folder: Path, constants: Mapping[_Key, TensorProto]) -> dict[_Key, _P
     """Write a file of constants and return where each lies."""
     unnamed = folder / "weights.new"
     offsets = {}
-    with unnamed.open("wb") as file:
+    with naming(unnamed), unnamed.open("wb") as file:
         for key, tensor in constants.items():
             file.write(bytes(-file.tell() % _ALIGNMENT))
             offsets[key] = file.tell()

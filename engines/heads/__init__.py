@@ -6,6 +6,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from recallseg.engines.reading import read_file
 from recallseg.engines.specs import GraphSpec, TensorSpec
 
 __all__ = [
@@ -81,4 +82,4 @@ def is_for(graph: str) -> bool:
 @cache
 def graph_digest(name: str) -> str:
     """Return the SHA-256 of one of the graphs, hex."""
-    return hashlib.sha256((HEADS / name).read_bytes()).hexdigest()
+    return hashlib.sha256(read_file(HEADS / name)).hexdigest()

@@ -17,6 +17,7 @@ from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.durable import replace_file
 from recallseg.engines.engine import Engine, EngineOptions
 from recallseg.engines.errors import DeviceMemoryError, EngineRunError, PlanError
+from recallseg.engines.reading import read_file
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.tensorrt.building import VARIANTS
 from recallseg.engines.tensorrt.flavour import FLAVOURS
@@ -235,7 +236,7 @@ class TensorRtRtx(TensorRt):
         self._kernels = settings.create_runtime_cache()
         path = self._kernel_file()
         # The cache checks device, driver and version itself; refused, it fills itself anew.
-        self.kernels_found = path.is_file() and bool(self._kernels.deserialize(path.read_bytes()))
+        self.kernels_found = path.is_file() and bool(self._kernels.deserialize(read_file(path)))
         settings.set_runtime_cache(self._kernels)
         return self._engine.create_execution_context(settings)
 
@@ -255,7 +256,7 @@ class TensorRtRtx(TensorRt):
         """
         path = self._kernel_file()
         found = bytes(memoryview(self._kernels.serialize()))
-        if os.access(path.parent, os.W_OK) and not (path.is_file() and path.read_bytes() == found):
+        if os.access(path.parent, os.W_OK) and not (path.is_file() and read_file(path) == found):
             with writing(path):
                 replace_file(path, found)
 

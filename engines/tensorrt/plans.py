@@ -31,6 +31,7 @@ from recallseg.engines.digest import digest_file, digest_json
 from recallseg.engines.durable import replace_folder, write_file
 from recallseg.engines.errors import PlanError
 from recallseg.engines.paths import cache_folder
+from recallseg.engines.reading import read_file
 from recallseg.engines.verdicts import Verdicts, refuse_foreign, writing
 
 __all__ = ["FORMAT_VERSION", "Plan", "PlanCache", "PlanKey"]
@@ -86,7 +87,7 @@ class Plan:
         """
         refuse_foreign(self.folder.parent, self.folder.name)
         try:
-            data = (self.folder / "plan").read_bytes()
+            data = read_file(self.folder / "plan")
         except OSError as error:
             raise PlanError(f"plan {self.folder} cannot be read: {error}.") from error
         digest = hashlib.sha256(data).hexdigest()
@@ -216,7 +217,7 @@ class PlanCache:
 
     def _open(self, folder: Path) -> Plan | None:
         try:
-            record = json.loads((folder / "plan.json").read_bytes())
+            record = json.loads(read_file(folder / "plan.json"))
             plan = Plan(
                 folder,
                 PlanKey(**record["key"]),

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from recallseg.engines.errors import CheckpointError
+from recallseg.engines.reading import read_text
 from recallseg.export.checkpoints.architectures import set_edgetam_size, set_image_size
 from recallseg.export.checkpoints.files import read_tensors
 from recallseg.export.checkpoints.names import RENAMED, TWINS
@@ -46,7 +47,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 def read_json(path: Path) -> dict[str, Any]:
     """Return a file's JSON object; CheckpointError if it holds none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"'{path}' cannot be read as JSON: {error}. Copy the folder again."

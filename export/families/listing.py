@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from recallseg.engines.reading import read_text
 from recallseg.export.families.counting import COUNTED, SIZES
 
 __all__ = ["networks", "networks_table"]
@@ -30,7 +31,7 @@ def networks() -> list[dict[str, Any]]:
     graph, for one structure and the number of memories in ``k``; ``memory_bytes_fp16`` what one
     exemplar and structure takes in a library. All counted, none measured.
     """
-    data = json.loads(COUNTED.read_text(encoding="utf-8"))
+    data = json.loads(read_text(COUNTED))
     found: list[dict[str, Any]] = []
     for name, sizes in data["segmenters"].items():
         source, licence = _SOURCES[_family(name)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_text
 
 __all__ = ["Code", "Concept", "concepts_for", "read_concepts"]
 
@@ -211,7 +212,7 @@ def read_concepts(path: Path) -> dict[str, Concept]:
         If it cannot be read, or an entry is not of that form.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         table = json.loads(text) if path.suffix.lower() == ".json" else _toml(text)
     except OSError as error:
         raise InputError(f"the table of codes {path} cannot be read: {error.strerror}.") from error

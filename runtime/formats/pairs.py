@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_text
 from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.finding import MASK_SUFFIX, Finding, PassedOver, find_in_folder
 from recallseg.runtime.formats.images import read_colours, read_image, read_label_map
@@ -133,7 +134,7 @@ def parse_legend(text: str) -> dict[tuple[int, int, int], str]:
     parts = text.split(",")
     if "=" not in text or Path(text).is_file():
         try:
-            lines = Path(text).read_text(encoding="utf-8").splitlines()
+            lines = read_text(Path(text)).splitlines()
         except (OSError, ValueError) as error:
             raise InputError(
                 "a legend must read like #ff0000=liver,#00ff00=spleen, or be a file of such "

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_file
 from recallseg.runtime.json_text import printable
 
 __all__ = ["CocoFile", "fill", "is_coco", "is_labelme", "read_coco", "read_labelme"]
@@ -277,6 +278,6 @@ def _parsed(path: Path, changed: int, size: int) -> Any:
     if size > MOST_BYTES:
         return None
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return None

@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 
 from recallseg.engines.errors import LibraryCorruptError
+from recallseg.engines.reading import naming
 
 __all__ = ["Hold", "check_schema", "hold_catalog_file"]
 
@@ -184,7 +185,7 @@ def _check(path: Path, header: bytes) -> None:
 
 def _check_journal(path: Path, catalog: bytes, catalog_bytes: int) -> None:
     size = _regular(path)
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         head = file.read(_JOURNAL.size)
         file.seek(max(0, size - 16))
         tail = file.read(16)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from recallseg.engines.durable import make_folder, replace_file, sync_folder
 from recallseg.engines.errors import InputError, LibraryError
+from recallseg.engines.reading import read_file
 from recallseg.engines.signing import PublicKey
 from recallseg.runtime.library.releases import (
     Progress,
@@ -158,7 +159,7 @@ def _stated(folder: Path, version: str) -> Release | None:
     """Return what a release that was installed says of itself."""
     path = _record(folder, version)
     try:
-        return Release.from_json(json.loads(path.read_bytes()), path)
+        return Release.from_json(json.loads(read_file(path)), path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

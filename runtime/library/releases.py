@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from recallseg.engines.durable import replace_folder, replacing
 from recallseg.engines.errors import InputError, LibraryCorruptError, LibraryError
+from recallseg.engines.reading import naming
 from recallseg.engines.signing import PublicKey, SigningKey, check_document, sign_document
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import backups
@@ -305,7 +306,7 @@ def _add(file: IO[bytes], name: str, size: int, chunks: Sequence[bytes] | Iterat
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
 

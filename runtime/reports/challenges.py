@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_text
 from recallseg.runtime.formats.annotated_volumes import (
     SliceChoice,
     annotated_slices,
@@ -108,7 +109,7 @@ def _acdc(folder: Path) -> Challenge | None:
 
 def _phases(info: Path) -> set[int]:
     """Return the frames of end diastole and end systole."""
-    lines = (line.partition(":") for line in info.read_text(encoding="utf-8").splitlines())
+    lines = (line.partition(":") for line in read_text(info).splitlines())
     values = {key.strip(): value.strip() for key, _, value in lines}
     return {int(values[key]) for key in ("ED", "ES") if values.get(key, "").isdigit()}
 

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recallseg.engines.reading import read_text
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.reports.cases import RECALLED, Arm, Evaluation
 from recallseg.runtime.reports.format import POLICY, milliseconds, number, plural, quartiles, spent
@@ -131,7 +132,7 @@ def render_report(evaluation: Evaluation, settings: Settings, source: Source) ->
         f"{POLICY}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(settings.title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
+        f"<title>{escape(settings.title)}</title><style>{read_text(STYLE)}</style>"
         f"</head><body><main>{body}</main></body></html>\n"
     )
 

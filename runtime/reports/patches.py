@@ -13,6 +13,7 @@ from recallseg.engines.graph_check import find_outputs, with_output
 from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu, usable_cores
 from recallseg.engines.pixels import open_pixels
+from recallseg.engines.reading import read_file
 from recallseg.runtime.model.preprocess import prepare_image
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class PatchFeatures:
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )
         self._session = onnxruntime.InferenceSession(
-            with_output(path.read_bytes(), self._name), settings, providers=["CPUExecutionProvider"]
+            with_output(read_file(path), self._name), settings, providers=["CPUExecutionProvider"]
         )
 
     def __call__(self, image: NDArray[Any]) -> NDArray[np.float32]:

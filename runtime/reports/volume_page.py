@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.reading import read_text
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.model.preprocess import Intensity, scale_intensities
 from recallseg.runtime.reports.format import POLICY
@@ -98,7 +99,7 @@ def render_volume_page(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"{POLICY}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<title>{escape(title)}</title><style>{read_text(STYLE)}</style></head>"
         f"<body><main><header><h1>{escape(title)}</h1>{notice}<p>{escape(facts)}</p></header>"
         f"<section><h2>Structures</h2><table>{''.join(amounts)}</table></section>"
         f"<section><h2>Along the axis</h2>{legend(list(result.labels), lines=False)}"

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from recallseg.engines.durable import create_file
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_file
 from recallseg.engines.signing import PublicKey, SigningKey, check_private, read_trusted
 
 __all__ = ["AuditKey", "create_audit_key", "read_audit_key"]
@@ -105,7 +106,7 @@ def read_audit_key(path: str | Path) -> AuditKey:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()[: 2**16]
+        data = read_file(path)[: 2**16]
     except OSError as error:
         raise InputError(f"the key {path} cannot be read: {error.strerror}.") from error
     if data.startswith(b"-----BEGIN"):

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_file
 from recallseg.runtime.json_text import printable
 
 __all__ = ["Marks", "ServiceLog", "configure_logs", "silence_libraries"]
@@ -46,7 +47,7 @@ class Marks:
         if not file.exists():
             make_folder(file.parent)
             replace_file(file, secrets.token_bytes(_BYTES), mode=0o600)
-        self._key = file.read_bytes()
+        self._key = read_file(file)
         if len(self._key) != _BYTES:
             raise InputError(f"{file} holds no key of {_BYTES} bytes. Remove it for a new one.")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_file
 from recallseg.runtime.formats.finding import MASK_SUFFIX
 from recallseg.runtime.formats.images import write_label_map
 from recallseg.runtime.formats.kinds import FORMATS
@@ -170,7 +171,7 @@ def is_done(base: Path, request: str, provenance: Provenance) -> bool:
         If a record is there of anything else.
     """
     try:
-        data = json.loads(record_file(base).read_bytes())
+        data = json.loads(read_file(record_file(base)))
         made = data["request"], data["provenance"]["digest"]
         files = [base.with_name(data["mask"])] if data["mask"] else []
     except FileNotFoundError:

@@ -34,6 +34,7 @@ from packaging.requirements import Requirement
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.manifest import data_files
+from recallseg.engines.reading import read_file
 
 __all__ = ["make_sbom", "needed_libraries"]
 
@@ -108,7 +109,7 @@ def needed_libraries(file: Path) -> tuple[str, ...]:
     InputError
         If it is none (ELF-64 Object File Format, version 1.5).
     """
-    data = file.read_bytes()
+    data = read_file(file)
     if data[:6] != b"\x7fELF\x02\x01":
         raise InputError(f"{file} is no 64-bit ELF library.")
     try:
@@ -292,5 +293,5 @@ def _native_components(file: Path, bom: Bom) -> list[Component]:
 
 
 def _hash(file: Path) -> HashType:
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_file(file)).hexdigest()
     return HashType(alg=HashAlgorithm.SHA_256, content=digest)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_text
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.audit import AuditLog, open_audit
 from recallseg.runtime.services.igtl.settings import IgtlSettings
@@ -141,7 +142,7 @@ def read_configuration(path: str | Path) -> Configuration:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except OSError as error:
         raise InputError(
             f"the configuration {printable(path)} cannot be read: {error.strerror}."
@@ -164,7 +165,7 @@ def example(service: str) -> str:
     known = sorted(path.stem for path in EXAMPLES.glob("*.toml"))
     if service not in known:
         raise InputError(f"there is no example '{service}'; choose of {', '.join(known)}.")
-    return (EXAMPLES / f"{service}.toml").read_text(encoding="utf-8")
+    return read_text(EXAMPLES / f"{service}.toml")
 
 
 def _unknown_in_environment(environment: Mapping[str, str]) -> Iterable[str]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError, LibraryError, LibraryLockedError, OutputError
+from recallseg.engines.reading import read_text
 from recallseg.runtime.formats.dicom_headers import Header
 from recallseg.runtime.formats.finding import Item, PassedOver, Signature, file_item
 from recallseg.runtime.formats.volume import Volume
@@ -374,7 +375,7 @@ def _failure_file(base: Path, item: Item) -> Path:
 def _read_record(path: Path) -> dict[str, Any] | None:
     """Return a record that was written here, or None; what is no record counts as not there."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path))
     except (FileNotFoundError, ValueError):
         return None
     return record if isinstance(record, dict) else None

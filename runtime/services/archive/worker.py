@@ -24,6 +24,7 @@ from recallseg.engines.errors import (
     OutputError,
     RecallSegError,
 )
+from recallseg.engines.reading import naming
 from recallseg.runtime.formats.finding import Finding, Item
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.library import Library
@@ -302,7 +303,7 @@ def _saying(error: Exception, why: str) -> Exception:
 def _row(base: Path, item: Item) -> dict[str, Any]:
     """Return what the summary says of an output: all of it from the record."""
     file = record_file(base)
-    with file.open(encoding="utf-8") as stream:
+    with naming(file), file.open(encoding="utf-8") as stream:
         record = json.load(stream)
         written = os.fstat(stream.fileno()).st_mtime
     quality = record["quality"]

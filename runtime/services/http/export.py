@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_file
 from recallseg.runtime.formats.concepts import concepts_for
 from recallseg.runtime.formats.images import write_label_map
 from recallseg.runtime.formats.nifti import write_nifti
@@ -55,4 +56,4 @@ def export(draft: Draft, kind: Kind | None = None) -> tuple[str, bytes]:
         else:
             masks = {name: draft.masks[name] for name in names}
             write_seg_nrrd(path, masks, draft.volume, concepts_for(names))
-        return path.name, path.read_bytes()
+        return path.name, read_file(path)

@@ -17,6 +17,7 @@ from typing import Any
 from recallseg import __version__
 from recallseg.engines.durable import write_file
 from recallseg.engines.errors import InputError, OutputError
+from recallseg.engines.reading import read_text
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.mrd.settings import MrdSettings
 from recallseg.runtime.services.settings import EXAMPLES, Configuration
@@ -148,7 +149,7 @@ ls recallseg-*.whl > /dev/null
 
 def _containerfile() -> str:
     """Return the services' Containerfile, for this service, with its configuration in it."""
-    lines = (EXAMPLES / "Containerfile").read_text(encoding="utf-8").splitlines()
+    lines = read_text(EXAMPLES / "Containerfile").splitlines()
     kept = [line for line in lines if not line.startswith(("#", "VOLUME"))]
     at = next(i for i, line in enumerate(kept) if line.startswith("USER"))
     kept[at:at] = ["COPY --chown=recallseg conf /etc/recallseg"]

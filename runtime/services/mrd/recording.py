@@ -22,6 +22,7 @@ import numpy as np
 
 from recallseg.engines.durable import make_folder
 from recallseg.engines.errors import InputError, OutputError
+from recallseg.engines.reading import read_file
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.listening import ClosedError, connect
 from recallseg.runtime.services.logs import ServiceLog
@@ -116,7 +117,7 @@ def replay(file: Path, host: str, port: int, *, seconds: float = 600.0) -> dict[
         If what comes back is no MRD.
     """
     try:
-        recorded = file.read_bytes()
+        recorded = read_file(file)
     except OSError as error:
         raise InputError(f"{printable(file)} cannot be read: {error.strerror}.") from error
     try:

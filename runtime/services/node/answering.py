@@ -25,6 +25,7 @@ from recallseg.engines.errors import (
     OutputError,
     RecallSegError,
 )
+from recallseg.engines.reading import read_text
 from recallseg.runtime.formats.dicom_headers import DicomHeader
 from recallseg.runtime.formats.finding import Item, find_in_folder
 from recallseg.runtime.formats.volume import Volume
@@ -330,5 +331,5 @@ def _answer(file: Path) -> Answer:
 
 
 def _read(folder: Path) -> tuple[list[Answer], str]:
-    found: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    found: Any = json.loads(read_text(folder / MANIFEST))
     return [Answer(**each) for each in found["answers"]], "; ".join(found["troubles"])

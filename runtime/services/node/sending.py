@@ -17,6 +17,7 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE, build_role
 from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 
+from recallseg.engines.reading import read_text
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
@@ -249,9 +250,9 @@ class _StowClient:
         if settings.certificate is not None:
             session.cert = (str(settings.certificate), str(settings.key or settings.certificate))
         if settings.user is not None and settings.password_file is not None:
-            session.auth = (settings.user, settings.password_file.read_text().strip())
+            session.auth = (settings.user, read_text(settings.password_file).strip())
         if settings.token_file is not None:
-            session.headers["Authorization"] = f"Bearer {settings.token_file.read_text().strip()}"
+            session.headers["Authorization"] = f"Bearer {read_text(settings.token_file).strip()}"
         self._client = DICOMwebClient(
             settings.url, session=session, timeout=(settings.timeout_s, settings.timeout_s)
         )

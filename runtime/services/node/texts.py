@@ -17,6 +17,7 @@ import numpy as np
 
 from recallseg.engines.durable import write_file
 from recallseg.engines.errors import OutputError
+from recallseg.engines.reading import read_file
 from recallseg.runtime.formats.dicom import DicomSource
 from recallseg.runtime.formats.dicom_seg import STUDY
 from recallseg.runtime.formats.volume import Volume
@@ -73,7 +74,7 @@ def write_capture(path: Path, volume: Volume, picture: Path) -> None:
     OutputError
         As :func:`write_report`.
     """
-    found = cv2.imdecode(np.frombuffer(picture.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    found = cv2.imdecode(np.frombuffer(read_file(picture), np.uint8), cv2.IMREAD_COLOR)
     if found is None:
         raise OutputError("the picture of the segmentation cannot be read again.")
     pixels = np.ascontiguousarray(found[..., ::-1])

@@ -24,6 +24,7 @@ from recallseg.commands.common import (
     progress_bar,
 )
 from recallseg.engines import defaults
+from recallseg.engines.reading import read_file
 
 if TYPE_CHECKING:
     from recallseg.engines.signing import PublicKey
@@ -215,7 +216,7 @@ def _evaluate(library: Library, folder: Path, labels: str | None, k: int) -> dic
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    found = json.loads(Path(path).read_bytes())
+    found = json.loads(read_file(Path(path)))
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no JSON object.")
     return found

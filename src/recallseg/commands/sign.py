@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from recallseg.commands.common import JsonOption, emit_json, note
+from recallseg.engines.reading import read_file
 
 __all__ = ["app"]
 
@@ -68,7 +69,7 @@ def check(
     keys = read_trusted(trust)
     if path.is_dir():
         Bundle(path, read_manifest(path, trust=keys)).check_files()
-        signer = check_bundle(path, (path / "manifest.json").read_bytes(), keys)
+        signer = check_bundle(path, read_file(path / "manifest.json"), keys)
     else:
         signer = check_file(path, keys)
     if as_json:

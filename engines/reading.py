@@ -1,0 +1,40 @@
+"""Reading files so that an error of the system says which.
+
+A call that names no file, as ``read`` does, fails without the name of any: "Input/output error".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["naming", "read_file", "read_text"]
+
+
+@contextmanager
+def naming(path: Path, *, always: bool = False) -> Iterator[None]:
+    """Let an error of the system say which file it is about, where it does not.
+
+    Parameters
+    ----------
+    always : it is this one, whatever the error says: of calls that are given a part of a name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or always:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def read_file(path: Path) -> bytes:
+    """Return a file's bytes; OSError as the system gives it, always with the file's name."""
+    with naming(path):
+        return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text, UTF-8; as :func:`read_file`, and UnicodeDecodeError for other bytes."""
+    with naming(path):
+        return path.read_text(encoding="utf-8")

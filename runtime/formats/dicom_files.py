@@ -15,6 +15,7 @@ import numpy as np
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
+from recallseg.runtime.formats.guards import check_given
 
 __all__ = [
     "OTHERS",
@@ -52,11 +53,18 @@ _VALUE_REPRESENTATIONS = frozenset(
 def is_dicom(path: Path) -> bool:
     """Whether a file begins as a DICOM file does (PS3.10: 128 bytes, then ``DICM``), or, without
     that preamble, as a data set of the groups that all images begin with.
+
+    Raises
+    ------
+    InputError
+        If the machine does not give it, see :func:`recallseg.runtime.formats.guards.check_given`:
+        a series must not lack a slice for that.
     """
     try:
         with path.open("rb") as file:
             head = file.read(_PREAMBLE + 4)
-    except OSError:
+    except OSError as error:
+        check_given(path, error)
         return False
     if head[_PREAMBLE:] == b"DICM":
         return True
@@ -139,9 +147,8 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
     except ModuleNotFoundError:
         raise
-    except MemoryError as error:
-        raise InputError(f"{path} needs more memory than there is.") from error
     except (Exception, struct.error) as error:
+        check_given(path, error)
         kind = type(error).__name__
         raise InputError(
             f"{path} cannot be read as DICOM: {kind}: {error}. It is damaged, cut off or of a kind "
@@ -175,7 +182,8 @@ def _has_sop_class(path: Path) -> bool:
                 path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID"]
             )
             return str(header.get("SOPClassUID", "")).startswith("1.2.840.10008.")
-    except Exception:  # it is none; whatever made pydicom stumble
+    except Exception as error:  # it is none; whatever made pydicom stumble
+        check_given(path, error)
         return False
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Union
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.formats.dicom_files import (
     damaged_is_input_error,
     is_dicom,
@@ -15,7 +16,7 @@ from recallseg.runtime.formats.dicom_files import (
     open_dicom,
 )
 
-__all__ = ["DicomHeader", "Header", "read_header"]
+__all__ = ["DicomHeader", "Header", "NotGiven", "read_header"]
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,33 @@ class DicomHeader:
     description: str = ""  # of the series
 
 
-Header = Union["DicomHeader", str, None]
+@dataclass(frozen=True)
+class NotGiven:
+    """Why the machine did not give a file, and the number of its error: ask again later.
+
+    ``awaited``: whether a series that it may belong to is not taken before.
+    """
+
+    why: str
+    number: int
+    awaited: bool = True
+
+
+Header = Union["DicomHeader", NotGiven, str, None]
 """A text is why a file that says that it is DICOM has none; None: it says nothing of the kind."""
 
 
 def read_header(path: Path) -> Header:
-    """Return what decides about a file, why it cannot be read, or None if it is no DICOM file."""
+    """Return what decides about a DICOM file, why there is no such thing, or None for another."""
     wanted = [
         *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber"),
         *("Rows", "Columns", "NumberOfFrames", "ImagePositionPatient"),
         *("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"),
         *("SpecificCharacterSet", "StudyInstanceUID", "BodyPartExamined", "SeriesDescription"),
     ]
-    if not is_dicom(path):
-        return None
     try:
+        if not is_dicom(path):
+            return None
         with damaged_is_input_error(path):
             header = open_dicom(path, only=wanted)
             # "IS" may hold what is no number: a series number only names, so that is no fault.
@@ -74,7 +87,8 @@ def read_header(path: Path) -> Header:
                 str(header.get("SeriesDescription", "") or "").strip(),
             )
     except InputError as error:
-        return str(error)
+        fault = machine_fault(error)
+        return NotGiven(str(error), fault) if fault else str(error)
 
 
 def _series_referred_to(header: object) -> Iterator[str]:

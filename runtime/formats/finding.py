@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.formats.dicom_files import RT_STRUCTURE_SET, SEGMENTATIONS
-from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, read_header
+from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, NotGiven, read_header
 from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name
 from recallseg.runtime.formats.reading import volume_stem
 from recallseg.runtime.json_text import printable
@@ -66,6 +67,8 @@ class Item:
     signature : changes whenever a file does.
     series : SeriesInstanceUID; empty for other formats.
     trouble : why it cannot be read, where that is known already; empty if it is not.
+    fault : number of the system's error where ``trouble`` is none of the file's, see
+        :func:`recallseg.engines.machine_fault.machine_fault`; 0 otherwise.
     """
 
     path: Path
@@ -77,6 +80,7 @@ class Item:
     signature: Signature
     series: str = ""
     trouble: str = ""
+    fault: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,20 @@ class Finding:
     """What there is to segment, the segmentations beside it, and what is neither.
 
     ``masks`` are label maps and segmentations of every format; of DICOM ones ``drawn_on`` says the
-    series by path.
+    series by path. ``not_given`` are folders and files that the machine did not let be looked at;
+    they are among what was passed over.
     """
 
     items: tuple[Item, ...]
     masks: tuple[Path, ...]
     passed: tuple[PassedOver, ...]
     drawn_on: dict[Path, tuple[str, ...]]
+    not_given: tuple[PassedOver, ...] = ()
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether there may be more than was found, as the machine did not give all of it."""
+        return bool(self.not_given) or any(item.fault for item in self.items)
 
 
 def is_mask(path: Path) -> bool:
@@ -137,6 +148,9 @@ def find_in_folder(
     headers : DICOM headers read before; brought up to date.
     read : reads a header, as :func:`read_header` does.
 
+    A series beside whose slices the machine did not give a file that may be one has that for its
+    ``trouble``: without it the series would be another one.
+
     Raises
     ------
     InputError
@@ -147,10 +161,11 @@ def find_in_folder(
     if not folder.is_dir():
         raise InputError(f"there is no folder {printable(folder)}.")
     passed: list[PassedOver] = []
+    not_given: list[PassedOver] = []
     found = _Sorted(folder, passed, {} if headers is None else headers, read or read_header)
-    for path, status in _walk(folder, links, passed):
+    for path, status in _walk(folder, links, passed, not_given):
         found.take(path, (1, status.st_size, status.st_mtime_ns))
-    whole = found.finish(by_folder)
+    whole = replace(found.finish(by_folder), not_given=tuple(not_given))
     if kind is None:
         return whole
     others = [each for each in whole.items if each.kind != kind]
@@ -189,6 +204,7 @@ def find_inputs(
     masks: list[Path] = []
     passed: list[PassedOver] = []
     drawn_on: dict[Path, tuple[str, ...]] = {}
+    not_given: list[PassedOver] = []
     loose: dict[Path, _Sorted] = {}
     for path in paths:
         if path.is_dir():
@@ -197,6 +213,7 @@ def find_inputs(
             masks += part.masks
             passed += part.passed
             drawn_on |= part.drawn_on
+            not_given += part.not_given
         elif kind is not None or not path.exists():
             items.append(file_item(path, path.parent, kind or "image"))
         else:
@@ -209,7 +226,7 @@ def find_inputs(
         items += part.items
         masks += part.masks
         drawn_on |= part.drawn_on
-    return Finding(tuple(items), tuple(masks), tuple(passed), drawn_on)
+    return Finding(tuple(items), tuple(masks), tuple(passed), drawn_on, tuple(not_given))
 
 
 class _Sorted:
@@ -233,6 +250,7 @@ class _Sorted:
         self._items: list[Item] = []
         self._masks: list[Path] = []
         self._drawn_on: dict[Path, tuple[str, ...]] = {}
+        self._lacking: dict[Path, Item] = {}  # by folder, one of what may be a slice
         self._series: dict[str, dict[Path, list[_File]]] = defaultdict(lambda: defaultdict(list))
 
     def take(self, path: Path, signature: Signature) -> None:
@@ -276,7 +294,7 @@ class _Sorted:
                 if stem not in taken:
                     item = replace(item, name=file.name, relative=stem)
             taken.add(item.relative)
-            self._items.append(item)
+            self._items.append(self._without(item) if each.slices else item)
         self._headers.clear()
         self._headers.update(self._current)
         items = sorted(self._items, key=lambda item: os.fsencode(item.relative))
@@ -284,12 +302,35 @@ class _Sorted:
 
     def _header(self, path: Path, signature: Signature) -> Header:
         if path not in self._headers or self._headers[path][0] != signature:
-            self._headers[path] = (signature, self._read(path))
+            header = self._read(path)
+            if isinstance(header, NotGiven):  # the next look asks again
+                return header
+            self._headers[path] = (signature, header)
         self._current[path] = self._headers[path]
         return self._headers[path][1]
 
-    def _dicom(self, path: Path, signature: Signature, header: DicomHeader | str) -> None:
-        if isinstance(header, str):  # it cannot be read: that is reported
+    def _without(self, item: Item) -> Item:
+        """Return a series; one that may lack a slice says so."""
+        for folder in dict.fromkeys(file.parent for file in item.files):
+            lacking = self._lacking.get(folder)
+            if lacking is not None:
+                return replace(
+                    item,
+                    trouble=f"it may lack a slice, which lies beside it: {lacking.trouble}",
+                    fault=lacking.fault,
+                )
+        return item
+
+    def _dicom(
+        self, path: Path, signature: Signature, header: DicomHeader | NotGiven | str
+    ) -> None:
+        if isinstance(header, NotGiven):
+            item = file_item(path, self._folder, "dicom", signature)
+            item = replace(item, trouble=header.why, fault=header.number)
+            self._items.append(item)
+            if header.awaited:
+                self._lacking[path.parent] = item
+        elif isinstance(header, str):  # it cannot be read: that is reported
             item = file_item(path, self._folder, "dicom", signature)
             self._items.append(replace(item, trouble=header))
         elif header.what == "image":
@@ -310,7 +351,8 @@ class _Sorted:
                 header = file.header
                 slice_of_stack = header.placed or header.sop_class in _SLICES
                 if header.frames > 1 or not slice_of_stack:
-                    yield _Image(folder, (file,), header.instance or str(file.path))
+                    uid = header.instance or str(file.path)
+                    yield _Image(folder, (file,), uid, slices=False)
                 else:
                     stack.append(file)
             if stack:
@@ -357,6 +399,7 @@ class _Image:
     folder: Path
     files: tuple[_File, ...]
     uid: str
+    slices: bool = True  # of which one may lie in a file of its own
 
     def item(self, root: Path) -> Item:
         header = self.files[0].header
@@ -380,9 +423,15 @@ class _Image:
 
 
 def _walk(
-    root: Path, links: bool, passed: list[PassedOver]
+    root: Path, links: bool, passed: list[PassedOver], not_given: list[PassedOver]
 ) -> Iterator[tuple[Path, os.stat_result]]:
     """Yield regular files in the order of their names; say of everything else why not."""
+
+    def lacks(path: Path, what: str, error: OSError) -> None:
+        passed.append(PassedOver(path, f"{what}: {error.strerror}"))
+        if machine_fault(error):
+            not_given.append(passed[-1])
+
     seen: set[tuple[int, int]] = set()
     waiting = [root]
     count = 0
@@ -396,7 +445,7 @@ def _walk(
             seen.add((about.st_dev, about.st_ino))
             entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            passed.append(PassedOver(folder, f"cannot be looked into: {error.strerror}"))
+            lacks(folder, "cannot be looked into", error)
             continue
         below: list[Path] = []
         for entry in entries:
@@ -419,7 +468,7 @@ def _walk(
                     passed.append(PassedOver(path, "a symbolic link to nothing"))
                 continue  # or taken away while we looked
             except OSError as error:
-                passed.append(PassedOver(path, f"cannot be looked at: {error.strerror}"))
+                lacks(path, "cannot be looked at", error)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 below.append(path)

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,30 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
+from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
 
-__all__ = ["BoundedReader", "check_finite", "check_size", "expand"]
+__all__ = ["BoundedReader", "check_finite", "check_given", "check_size", "expand"]
 
 _STEP = 2**20
+
+
+def check_given(path: Path, error: BaseException) -> None:
+    """Refuse to call a file damaged that the machine did not give.
+
+    Raises
+    ------
+    InputError
+        If ``error`` is of the disk or of memory, see
+        :func:`recallseg.engines.machine_fault.machine_fault`, which it causes.
+    """
+    number = machine_fault(error)
+    if number == SHORT_OF_MEMORY:
+        raise InputError(f"{path} needs more memory than there is.") from error
+    if number:
+        raise InputError(
+            f"{path} cannot be read: {os.strerror(number)}. The file may be as it should: see to "
+            "the machine, and try again."
+        ) from error
 
 
 def check_size(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> int:

@@ -26,6 +26,7 @@ from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.arrays import as_array
 from recallseg.runtime.checks import check_image
+from recallseg.runtime.formats.guards import check_given
 from recallseg.runtime.formats.headers import (
     Meaning,
     declared_bytes,
@@ -48,6 +49,7 @@ __all__ = [
 MOST_NPY_HEADER = 10_000
 IMAGE_SUFFIXES = FORMATS["image"].suffixes
 _SILENT = 0
+_NO_MEMORY = -4  # cv::Error::StsNoMem
 # NumPy reads the header with tokenize and ast.literal_eval; these are what both may raise.
 _NPY_ERRORS = (
     *(OSError, ValueError, EOFError, OverflowError, TypeError),
@@ -244,8 +246,12 @@ def _decode(path: Path, as_stored: bool, *, numbers: bool = False) -> tuple[NDAr
         try:
             image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
         except cv2.error as error:
+            if error.code == _NO_MEMORY:
+                raise MemoryError(f"{path} needs more memory than there is") from error
             raise InputError(f"{path} cannot be decoded: {error.err}. Export it again.") from error
     if image is None:
+        # Of too little memory OpenCV says no more than that: then this finds none either.
+        np.empty(2 * size[0] * size[1] * declared_bytes(data), np.uint8)
         raise InputError(
             f"{path} cannot be decoded: it is damaged, cut off, of a compression that is not read, "
             "or not what its name says. Export or copy it again."
@@ -316,6 +322,7 @@ def _read_array(path: Path) -> NDArray[Any]:
     except _NPY_ERRORS as error:
         if isinstance(error, InputError):
             raise
+        check_given(path, error)
         raise InputError(
             f"{path} is not a NumPy array file: {error}. Save it with numpy.save."
         ) from error

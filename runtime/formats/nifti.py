@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.guards import BoundedReader, check_finite, check_size
+from recallseg.runtime.formats.guards import BoundedReader, check_finite, check_given, check_size
 from recallseg.runtime.formats.lattice import SAME_PLACE
 from recallseg.runtime.formats.volume import Volume
 
@@ -80,6 +80,7 @@ def read_nifti(path: Path, *, time: int | None = None, anywhere: bool = False) -
     ) as error:
         if isinstance(error, InputError):
             raise
+        check_given(path, error)
         raise InputError(
             f"{path} cannot be read: {error}. It is cut off or damaged; export or copy it again."
         ) from error
@@ -107,6 +108,7 @@ def count_nifti(path: Path) -> int:
             image: Any = _kind(file, path).from_stream(file)
             return _volumes(image.header, tuple(int(size) for size in image.shape))
     except Exception as error:  # of every kind that nibabel has
+        check_given(path, error)
         raise InputError(f"{path} is no NIfTI file, or damaged: {error}") from error
 
 

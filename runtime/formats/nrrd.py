@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.concepts import Concept
-from recallseg.runtime.formats.guards import check_finite, check_size, expand
+from recallseg.runtime.formats.guards import check_finite, check_given, check_size, expand
 from recallseg.runtime.formats.volume import Frame, Volume
 
 __all__ = ["count_nrrd", "read_nrrd", "read_seg_nrrd", "write_seg_nrrd"]
@@ -105,6 +105,7 @@ def count_nrrd(path: Path) -> int:
     except InputError:
         raise
     except Exception as error:  # of every kind that pynrrd has
+        check_given(path, error)
         raise InputError(f"{path} is no NRRD file, or damaged: {error}.") from error
     if extra is None or _kind(header, extra) in _COLOURS | _VECTORS:
         return 1
@@ -282,7 +283,8 @@ def _read(path: Path) -> tuple[NDArray[Any], dict[str, Any], int | None]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is no NRRD file, or damaged: {error}.") from error
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        check_given(path, error)
         raise InputError(f"{path} cannot be read: {error}.") from error
     if encoding != "raw":
         data = expand(data, encoding, wanted, path)

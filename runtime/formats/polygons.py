@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.reading import read_file
+from recallseg.runtime.formats.guards import check_given
 from recallseg.runtime.json_text import printable
 
 __all__ = ["CocoFile", "fill", "is_coco", "is_labelme", "read_coco", "read_labelme"]
@@ -264,10 +265,17 @@ def _points(values: Any, what: str) -> NDArray[np.float64]:
 
 
 def _loaded(path: Path) -> Any:
-    """Return a JSON file's value; None if it is none. The last few are kept as they were."""
+    """Return a JSON file's value; None if it is none. The last few are kept as they were.
+
+    Raises
+    ------
+    InputError
+        If the machine does not give it: what it holds must not be passed over for that.
+    """
     try:
         status = path.stat()
-    except OSError:
+    except OSError as error:
+        check_given(path, error)
         return None
     return _parsed(path, status.st_mtime_ns, status.st_size)
 
@@ -279,5 +287,6 @@ def _parsed(path: Path, changed: int, size: int) -> Any:
         return None
     try:
         return json.loads(read_file(path))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        check_given(path, error)
         return None

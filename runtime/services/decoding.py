@@ -8,7 +8,6 @@ as the same user, and what it sends back is trusted.
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import signal
@@ -30,20 +29,17 @@ from numpy.typing import NDArray
 from recallseg.engines.child import bound_process, python_command, python_environment
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import max_bytes
-from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, read_header
+from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
+from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, NotGiven, read_header
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.images import read_image
 from recallseg.runtime.formats.reading import count_item, read_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import printable
 
-__all__ = ["DecodingLimits", "IsolatedDecoder", "answer", "disk_error"]
+__all__ = ["DecodingLimits", "IsolatedDecoder", "answer"]
 
 LOOK_S = 0.2  # between two looks at whether to stop
-_OF_THE_DISK = {
-    *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT),
-    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
-}
 START_S = 120.0  # for the process to start, on a busy or small machine
 
 
@@ -94,22 +90,10 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Why the other process has no answer, and the number of the disk's error if it was that."""
+    """Why the other process has no answer, and the number of the machine's error if that is why."""
 
     why: str
     number: int = 0
-
-
-def disk_error(error: BaseException | None) -> int:
-    """Return the number of the system's error that caused another; 0 if it was none of a disk's.
-
-    A file that the disk does not give, or memory that is short, says nothing about what is in it.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-            return error.errno
-        error = error.__cause__
-    return 0
 
 
 class IsolatedDecoder:
@@ -141,8 +125,8 @@ class IsolatedDecoder:
         Raises
         ------
         InputError
-            If it cannot be read, is no regular file any more, or breaks a limit; see
-            :func:`disk_error` for what caused it.
+            If it cannot be read, is no regular file any more, or breaks a limit. Whether that is
+            its fault, :func:`recallseg.engines.machine_fault.machine_fault` says.
         """
         found = self._of_item(_Question(item, False, voi, as_stored, time, stack))
         assert found is None or isinstance(found, np.ndarray | Volume)
@@ -157,7 +141,7 @@ class IsolatedDecoder:
     def _of_item(self, question: _Question) -> Any:
         item = question.item
         if item.trouble:
-            raise InputError(item.trouble)
+            raise InputError(item.trouble) from _caused(item.fault)
         size = item.signature[1]
         if size > self._limits.file_bytes:
             raise InputError(
@@ -166,8 +150,7 @@ class IsolatedDecoder:
             )
         found = self._ask(question, item.path, self._limits.time_for(item))
         if isinstance(found, _Unreadable):
-            cause = OSError(found.number, os.strerror(found.number)) if found.number else None
-            raise InputError(found.why) from cause
+            raise InputError(found.why) from _caused(found.number)
         return found
 
     def read_header(self, path: Path) -> Header:
@@ -175,10 +158,11 @@ class IsolatedDecoder:
         try:
             found = self._ask(path, path, self._limits.header_seconds)
         except InputError as error:
-            return str(error)
+            number = machine_fault(error)
+            return NotGiven(str(error), number) if number else str(error)
         if isinstance(found, _Unreadable):
-            return found.why
-        assert found is None or isinstance(found, DicomHeader | str)
+            return NotGiven(found.why, found.number) if found.number else found.why
+        assert found is None or isinstance(found, DicomHeader | NotGiven | str)
         return found
 
     def _ask(self, question: Any, path: Path, seconds: float) -> Any:
@@ -200,6 +184,11 @@ class IsolatedDecoder:
         except (EOFError, OSError) as error:
             status = self._process.wait() if self._process is not None else None
             self.close()
+            if status == -signal.SIGKILL:  # by the system, where memory is short
+                raise InputError(
+                    f"{printable(path)}: the process that read it was killed: the machine has too "
+                    "little memory, or somebody ended it."
+                ) from _caused(SHORT_OF_MEMORY)
             raise InputError(
                 f"{printable(path)} ended the process that read it ({_ended(status)}): it is "
                 "damaged, or made to do so."
@@ -250,6 +239,11 @@ class IsolatedDecoder:
         return self._link
 
 
+def _caused(number: int) -> OSError | None:
+    """Return the error of the machine that has this number; None for 0, where it has none."""
+    return OSError(number, os.strerror(number)) if number else None
+
+
 def _ended(status: int | None) -> str:
     if status is not None and status < 0:
         return signal.Signals(-status).name
@@ -297,17 +291,18 @@ def answer(question: Any) -> Any:
     try:
         return _answer(question)
     except InputError as error:
-        return _Unreadable(printable(error), disk_error(error))
+        return _Unreadable(printable(error), machine_fault(error))
     except MemoryError:
         return _too_much(question)
     except Exception as error:  # of a decoder, whatever it may be; it is told, never kept
         why = f"{printable(path)} cannot be read: {type(error).__name__}: {printable(error)}"
-        return _Unreadable(why, disk_error(error))
+        return _Unreadable(why, machine_fault(error))
 
 
 def _too_much(question: Any) -> _Unreadable:
     path = question if isinstance(question, Path) else question.item.path
-    return _Unreadable(f"{printable(path)} needs more memory than an item may take.")
+    why = f"{printable(path)} needs more memory than an item may take, or than there is."
+    return _Unreadable(why, SHORT_OF_MEMORY)
 
 
 def _serve(link: Connection[Any, Any]) -> None:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
-from recallseg.engines.errors import DeadlineError, InputError, RecallSegError
+from recallseg.engines.errors import DeadlineError, HostMemoryError, InputError, RecallSegError
 from recallseg.runtime.checks import check_count, check_number
 from recallseg.runtime.frozen import public
 from recallseg.runtime.segmenting.result import Result
@@ -321,6 +321,8 @@ class Stream:
                 self._expect((perf_counter() - waiting.since) * 1e3 - waited_ms)
         except RecallSegError as error:
             failure = error
+        except MemoryError as error:  # of this frame: the next may find more
+            failure = HostMemoryError(f"a frame needs more memory than there is: {error}")
         latency_ms = (perf_counter() - waiting.since) * 1e3
         with self._changed:
             if result is not None:

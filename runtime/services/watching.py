@@ -11,20 +11,29 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
-from time import monotonic
 from typing import Any
 
 from numpy.typing import NDArray
 
 from recallseg.engines.durable import make_folder, replace_file
-from recallseg.engines.errors import InputError, LibraryError, LibraryLockedError, OutputError
+from recallseg.engines.errors import (
+    InputError,
+    LibraryError,
+    LibraryLockedError,
+    OutputError,
+)
+from recallseg.engines.machine_fault import (
+    SHORT_OF_MEMORY,
+    SHORT_OF_MEMORY_ERRORS,
+    machine_fault,
+)
 from recallseg.engines.reading import read_text
-from recallseg.runtime.formats.dicom_headers import Header
-from recallseg.runtime.formats.finding import Item, PassedOver, Signature, file_item
+from recallseg.runtime.formats.dicom_headers import Header, NotGiven
+from recallseg.runtime.formats.finding import Item, PassedOver, file_item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.library import Library
@@ -32,10 +41,11 @@ from recallseg.runtime.library.storage import WriterLock
 from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder, disk_error
+from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.inbox import Inbox
 from recallseg.runtime.services.items import segment_item, volumes_of
 from recallseg.runtime.services.outputs import output_base, record_file, time_base
+from recallseg.runtime.services.patience import MOST_TIMES, Patience
 from recallseg.runtime.volumes.outputs import VolumeSettings
 
 __all__ = ["FAILURE_SCHEMA", "LEFT_OUT_SCHEMA", "Arrival", "Watcher"]
@@ -45,8 +55,6 @@ LEFT_OUT_SCHEMA = "recallseg-left-out/1"
 LOCK = ".recallseg-watch.lock"
 ASKED_AGAIN = 5
 """Times that an item is segmented while another process changes the library under it."""
-AGAIN_S, MOST_AGAIN_S = 5.0, 300.0
-"""After which a file that the disk did not give is asked for again; each time twice as long."""
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ)
 """Faults of one output; others (a full disk) are of all, and end the watch."""
 _TEMPORARY = re.compile(r"\..+\.(png|json|gz|nrrd|dcm|html)(\.[0-9a-f]+)?\.tmp")  # of replace_file
@@ -65,16 +73,6 @@ class Arrival:
     error: str | None
 
 
-@dataclass(frozen=True)
-class _PutOff:
-    """An item whose files the disk did not give: until when, and how long that is."""
-
-    signature: Signature
-    until: float
-    wait: float
-    why: str
-
-
 class Watcher:
     """Watches one folder and those below it.
 
@@ -82,7 +80,10 @@ class Watcher:
     :class:`recallseg.runtime.services.inbox.Inbox`. A series to which slices are added after it was
     segmented is segmented again, whole. What cannot be segmented leaves NAME.error.json, and is
     tried again when a file of it changes. What the disk did not give, or found no room for, says
-    nothing of the item: it is tried again after a while, and by the next watch.
+    nothing of the item: it is tried again after a while, and by the next watch. So is what found
+    too little memory, a few times: then it may be the item that needs too much. A series waits
+    while a file beside its slices is not given, which may be one; after as many times it is
+    segmented without, and again when that file is given.
 
     Parameters
     ----------
@@ -145,7 +146,8 @@ class Watcher:
         self._volumes = volumes or VolumeSettings()
         self._audit = audit
         self._set_aside: dict[str, str] = {}
-        self._put_off: dict[str, _PutOff] = {}
+        self._patience = Patience()
+        self._header_patience = Patience()
         for left in output.rglob(".*.tmp"):  # of a watch that was killed; the lock says it is ours
             if _TEMPORARY.fullmatch(left.name):
                 left.unlink(missing_ok=True)
@@ -230,7 +232,15 @@ class Watcher:
         failure = _read_record(_failure_file(self._base(item), item))
         if failure is not None and tuple(failure.get("files", ())) == item.signature:
             return str(failure.get("error"))
-        return self._decoder.read_header(path)
+        waiting = self._header_patience.of(path, item.signature)
+        if waiting is not None and waiting.waits:
+            return NotGiven(waiting.why, waiting.fault, waiting.times < MOST_TIMES)
+        header = self._decoder.read_header(path)
+        if not isinstance(header, NotGiven):
+            self._header_patience.forget(path)
+            return header
+        tried = self._header_patience.put_off(path, item.signature, header.why, header.number)
+        return replace(header, awaited=tried.times < MOST_TIMES)
 
     def _is_done(self, item: Item) -> bool:
         base = self._base(item)
@@ -240,10 +250,10 @@ class Watcher:
         count = several.get("volumes", 0) if self._volumes.time == "all" else 0
         if count and all(self._is_written(item, time_base(base, n + 1)) for n in range(count)):
             return True
-        put_off = self._put_off.get(item.name)
-        if put_off is not None and put_off.signature == item.signature:
+        put_off = self._patience.of(item.name, item.signature)
+        if put_off is not None:
             self._set_aside[item.name] = put_off.why
-            return put_off.until > monotonic()
+            return put_off.waits
         failure = _read_record(_failure_file(base, item))
         if failure is None or tuple(failure.get("files", ())) != item.signature:
             return False
@@ -308,20 +318,25 @@ class Watcher:
                 raise
             yield Arrival(item.path, item.name, None, f"{printable(base)}: {error.strerror}")
             return
-        except (InputError, OutputError, MemoryError) as error:
-            why = str(error) or "it needs more memory than there is"
-            yield (self._delay if disk_error(error) else self._put_aside)(item, base, why)
+        except (InputError, OutputError, *SHORT_OF_MEMORY_ERRORS) as error:
+            yield self._failed(item, base, error)
             return
-        self._put_off.pop(item.name, None)
+        self._patience.forget(item.name)
         _failure_file(base, item).unlink(missing_ok=True)
 
-    def _delay(self, item: Item, base: Path, why: str) -> Arrival:
-        before = self._put_off.get(item.name)
-        wait = AGAIN_S if before is None else min(MOST_AGAIN_S, 2 * before.wait)
-        self._put_off[item.name] = _PutOff(item.signature, monotonic() + wait, wait, why)
-        return Arrival(item.path, item.name, None, printable(why))
+    def _failed(self, item: Item, base: Path, error: BaseException) -> Arrival:
+        """Put an item off, or aside if that is its own fault; say why."""
+        why = str(error) or "it needs more memory than there is"
+        fault = machine_fault(error)
+        if not fault:
+            return self._put_aside(item, base, why)
+        tried = self._patience.put_off(item.name, item.signature, why, fault)
+        if fault == SHORT_OF_MEMORY and tried.times >= MOST_TIMES:
+            return self._put_aside(item, base, f"{why} ({tried.times} attempts)")
+        return Arrival(item.path, item.name, None, printable(f"{why} It is tried again."))
 
     def _put_aside(self, item: Item, base: Path, why: str) -> Arrival:
+        self._patience.forget(item.name)
         make_folder(base.parent)
         failure = {
             "schema": FAILURE_SCHEMA,

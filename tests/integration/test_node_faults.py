@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import socket
@@ -30,11 +31,12 @@ from typer.testing import CliRunner
 from recallseg import Bundle
 from recallseg.cli import app
 from recallseg.engines.errors import InputError, OutputError
-from recallseg.runtime.formats.dicom_headers import Header
+from recallseg.runtime.formats.dicom_headers import Header, NotGiven
 from recallseg.runtime.services.node import answering
 from recallseg.runtime.services.node.node import Node
 from recallseg.runtime.services.node.receiving import HeaderReaders
 from recallseg.runtime.services.node.store import NodeStore
+from recallseg.runtime.services.patience import MOST_TIMES
 
 pytestmark = [
     DCMTK,
@@ -317,9 +319,11 @@ def test_what_cannot_be_segmented_is_set_aside_with_the_reason(
         assert CliRunner().invoke(app, asked).exit_code == 1
 
 
-@pytest.mark.parametrize("told", [None, "its header cannot be read: Input/output error"])
+@pytest.mark.parametrize(
+    "told", [None, "its header is damaged", NotGiven("Input/output error", errno.EIO)], ids=str
+)
 def test_no_answer_is_made_without_an_object_that_was_acknowledged(
-    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch, told: str | None
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch, told: Header
 ) -> None:
     files = write_series(tmp_path / "s", half_volume(4))
     asked, real = [], HeaderReaders.__call__
@@ -340,6 +344,53 @@ def test_no_answer_is_made_without_an_object_that_was_acknowledged(
         (answer,) = out.iterdir()
         assert len(pydicom.dcmread(answer).PerFrameFunctionalGroupsSequence) == 4
     assert sum(asked) == 2 * len(files), "put off once"
+
+
+def test_what_the_disk_does_not_give_back_is_refused_as_no_fault_of_the_object(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look at what was received, and the look that decides which rule it is for."""
+    (file,) = write_series(tmp_path / "s", half_volume(1))
+    asked, real = [], HeaderReaders.__call__
+
+    def read(readers: HeaderReaders, path: Path) -> Header:
+        asked.append(path.parent.name == "incoming")
+        first = asked.count(asked[-1]) == 1
+        return NotGiven("EIO", errno.EIO) if first else real(readers, path)
+
+    monkeypatch.setattr(HeaderReaders, "remember", lambda *_: None)
+    monkeypatch.setattr(HeaderReaders, "__call__", read)
+    with running(configured(tmp_path, library)) as node:
+        ae = AE("SCANNER")
+        ae.add_requested_context("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.1.2.1")
+        association = ae.associate("127.0.0.1", node.port, ae_title="RECALLSEG")
+        statuses = [association.send_c_store(pydicom.dcmread(file)).Status for _ in range(2)]
+        association.release()
+        assert statuses == [0xA700, 0], "out of resources, and not: cannot understand"
+        wait_until(lambda: node.counts()["jobs"] == {"made": 1})
+        assert "unreadable" not in str(node.counts())
+    assert asked.count(False) > 1
+
+
+def test_what_always_finds_too_little_memory_is_given_up_and_told(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_series(tmp_path / "s", half_volume(2))
+    asked: list[int] = []
+
+    def segment(*_: Any, **__: Any) -> Any:
+        asked.append(1)
+        raise MemoryError
+
+    monkeypatch.setattr(answering, "segment_to_files", segment)
+    monkeypatch.setattr(answering, "backoff", lambda *_: 0.01)
+    with running(configured(tmp_path, library)) as node:
+        dcmtk("storescu", node.port, *files)
+        wait_until(lambda: node.counts()["jobs"] == {"failed": 1})
+        assert len(asked) == MOST_TIMES
+        (trouble,) = node.troubles()
+        assert f"({MOST_TIMES} attempts)" in str(trouble["why"])
+        assert "memory" in str(trouble["why"])
 
 
 def test_a_library_that_is_away_is_waited_for(tmp_path: Path, library: Path) -> None:

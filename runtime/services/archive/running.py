@@ -310,7 +310,7 @@ class _Run:
             assert source is not None
             self._next_source()
             if source.trouble:
-                self._refuse(source, source.trouble)
+                self._refuse(source.named, source.trouble)
             elif source.remote:
                 self._count(self._journal.add_source(source))
                 if self._waiting >= _AHEAD * self._crew.size:
@@ -346,11 +346,20 @@ class _Run:
 
     def _looked(self, source: Source, answer: Any) -> None:
         if isinstance(answer, Looked):
+            found = answer.found
+            if found.incomplete and self._looks[source] + 1 < self._attempts:
+                self._looks[source] += 1
+                self._again.append(source)
+                return
             del self._looks[source]
-            self._count(self._journal.add(source, answer.found.items))
+            self._count(self._journal.add(source, found.items))
             self._counts["passed_over"] += self._journal.pass_over(
-                (str(each.path), each.reason) for each in answer.found.passed
+                (str(each.path), each.reason)
+                for each in found.passed
+                if each not in found.not_given
             )
+            for each in found.not_given:
+                self._refuse(str(each.path), each.reason)
             return
         blamed = not isinstance(answer, Lost) or answer.blamed
         self._looks[source] += blamed
@@ -359,7 +368,7 @@ class _Run:
             self._again.append(source)
         else:
             del self._looks[source]
-            self._refuse(source, answer.why)
+            self._refuse(source.named, answer.why)
 
     def _segmented(self, task: Task, answer: Any) -> None:
         self._busy.discard(task.number)
@@ -385,8 +394,8 @@ class _Run:
             return
         self._waiting += 1
 
-    def _refuse(self, source: Source, why: str) -> None:
-        self._journal.refuse(source.named, why)
+    def _refuse(self, named: str, why: str) -> None:
+        self._journal.refuse(named, why)
         self._counts["refused"] += 1
 
     def _count(self, added: Any) -> None:

@@ -24,6 +24,7 @@ from recallseg.engines.errors import (
     OutputError,
     RecallSegError,
 )
+from recallseg.engines.machine_fault import machine_fault
 from recallseg.engines.reading import naming
 from recallseg.runtime.formats.finding import Finding, Item
 from recallseg.runtime.json_text import printable
@@ -33,7 +34,7 @@ from recallseg.runtime.services.archive.journal import Task
 from recallseg.runtime.services.archive.objects import fetched
 from recallseg.runtime.services.archive.sources import Source, find
 from recallseg.runtime.services.audit import AuditLog, open_audit
-from recallseg.runtime.services.decoding import IsolatedDecoder, disk_error
+from recallseg.runtime.services.decoding import IsolatedDecoder
 from recallseg.runtime.services.items import request_of, segment_item, volumes_of
 from recallseg.runtime.services.outputs import is_done, output_base, record_file
 from recallseg.runtime.volumes.outputs import VolumeSettings
@@ -52,6 +53,8 @@ __all__ = [
 
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ)
 """Faults of one output; others (a full disk) are of all."""
+_OF_THE_WORKER = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+"""What a worker ran out of, and the next one may have."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +202,10 @@ class Worker:
         except (LibraryError, BundleError, AuditError) as error:
             return Failed(_told(error), all=True, ends=True, error=error)
         except InputError as error:
-            return Failed(_told(error), again=bool(disk_error(error)))
+            return Failed(_told(error), again=bool(machine_fault(error)))
         except OSError as error:
+            if error.errno in _OF_THE_WORKER:
+                return Failed(_told(error), again=True, ends=True)
             everywhere = error.errno not in _OF_THE_NAME
             return Failed(_told(error), all=everywhere, error=error if everywhere else None)
         except (EngineError, MemoryError) as error:
@@ -234,6 +239,8 @@ class Worker:
         fresh = 0
         with fetched(source) as here:
             found = find(here.source, self._setup.kind, self._decoder.read_header)
+            if found.not_given:
+                return Failed(f"{source.named}: {found.not_given[0].reason}", again=True)
             for item in map(here.signed, found.items):
                 named = here.named(str(item.path))
                 try:
@@ -243,6 +250,8 @@ class Worker:
                         if row["provenance"] != self._provenance:
                             return self._take_back(place)
                 except InputError as error:
+                    if machine_fault(error):
+                        raise
                     failed.append((named, here.named(str(error))))
             passed = tuple((here.named(str(p.path)), p.reason) for p in found.passed)
         if not rows:

@@ -27,6 +27,7 @@ from recallseg.engines.errors import (
     LibraryWriteError,
     RecallSegError,
 )
+from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.http import api, nninteractive
 from recallseg.runtime.services.http.desk import Desk
@@ -170,7 +171,9 @@ _STATUS: dict[type[Exception], int] = {
 def _answering(status: int) -> Callable[[Request, Any], Awaitable[JSONResponse]]:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         detail = printable(str(error)) or "it needs more memory than there is"
-        return JSONResponse({"detail": detail}, status)
+        # A file that the machine does not give is not what is wrong with the request.
+        short = status == _STATUS[InputError] and machine_fault(error)
+        return JSONResponse({"detail": detail}, 503 if short else status)
 
     return answer
 

@@ -24,14 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError, RecallSegError
+from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
 from recallseg.runtime.formats.finding import Headers, Item, find_in_folder
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.library import Library
 from recallseg.runtime.segmenting.choosing import rank
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder, disk_error
+from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.http.cuts import stack
 from recallseg.runtime.services.http.limits import RefusedError
+from recallseg.runtime.services.patience import MOST_TIMES, Patience
 
 __all__ = ["ITEM", "Entry", "Order", "Worklist", "settled"]
 
@@ -98,7 +100,7 @@ class Worklist:
         self._states: dict[str, State] = dict(states or {})
         self._embeddings: dict[tuple[str, Any], NDArray[np.float32]] = {}
         self._troubles: dict[tuple[str, Any], str] = {}
-        self._not_given: set[tuple[str, Any]] = set()  # by the disk; asked for again
+        self._patience = Patience()
         self._stop = Event()
         self._decoder.stop = self._stop.is_set
         self._thread = Thread(target=self._embed_all, name="worklist", daemon=True)
@@ -188,18 +190,29 @@ class Worklist:
         while not self._stop.is_set():
             for mark, item in self._look().items():
                 version = self._version(mark, item)
-                told = version in self._troubles and version not in self._not_given
-                if version in self._embeddings or told:
+                if version in self._embeddings or self._waits(mark, item):
                     continue
                 try:
                     self._embeddings[version] = self._library.embed(_middle(self._read(item)))
                     self._troubles.pop(version, None)
+                    self._patience.forget(mark)
                 except (RecallSegError, MemoryError, OSError) as error:
-                    self._troubles[version] = str(error)
-                    (self._not_given.add if disk_error(error) else self._not_given.discard)(version)
+                    why = str(error) or "it needs more memory than there is"
+                    self._troubles[version] = why
+                    if fault := machine_fault(error):
+                        self._patience.put_off(mark, item.signature, why, fault)
                 if self._stop.is_set():
                     return
             self._stop.wait(LOOK_S)
+
+    def _waits(self, mark: str, item: Item) -> bool:
+        """Whether an image that could not be read is not asked for again, or not yet."""
+        if self._version(mark, item) not in self._troubles:
+            return False
+        tried = self._patience.of(mark, item.signature)
+        if tried is None:
+            return True
+        return tried.waits or (tried.fault == SHORT_OF_MEMORY and tried.times >= MOST_TIMES)
 
     def _ranked(self, items: Mapping[str, Item]) -> dict[str, float]:
         """Return the distances of those that are embedded, in their order."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import DeadlineError, RecallSegError
+from recallseg.engines.errors import DeadlineError, HostMemoryError, RecallSegError
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.igtl.wire import Image, Message
@@ -160,6 +160,10 @@ class Frames:
             )
         except RecallSegError as error:
             self._done(Segmented(image, message, since, None, {}, {}, error))
+            return
+        except MemoryError as error:
+            short = HostMemoryError(f"a volume needs more memory than there is: {error}")
+            self._done(Segmented(image, message, since, None, {}, {}, short))
             return
         labels = result.label_map
         if volume.frame != "image":

@@ -167,9 +167,10 @@ class Igtl(InlineService[IgtlSettings]):
         except InputError as error:
             self.metrics.refused("image")
             peer.send(wire.status(_STATUS_DEVICE, wire.ILLEGAL, "IMAGE", str(error)))
-        except RecallSegError as error:
+        except (RecallSegError, MemoryError) as error:
             self._log.error("a frame cannot be segmented", error=error)
-            peer.send(wire.status(_STATUS_DEVICE, wire.UNKNOWN, "SEGMENT", str(error)))
+            why = str(error) or "it needs more memory than there is"
+            peer.send(wire.status(_STATUS_DEVICE, wire.UNKNOWN, "SEGMENT", why))
 
     def _frames(self, device: str, count: int) -> Frames:
         if count >= MOST_DEVICES:
@@ -212,9 +213,14 @@ class Igtl(InlineService[IgtlSettings]):
                     self._tell(device, wire.UNKNOWN, "AUDIT", "a result could not be recorded")
                     continue
             name = self._mask_device(device)
-            self._describe(name, found)
-            content = found.image.labels(found.label_map)
-            self._pass_on(wire.make("IMAGE", name, content, found.message.timestamp), None)
+            try:
+                self._describe(name, found)
+                content = found.image.labels(found.label_map)
+                self._pass_on(wire.make("IMAGE", name, content, found.message.timestamp), None)
+            except MemoryError as error:  # the next result may find more
+                self._log.error("a result cannot be sent", error=error)
+                self._tell(device, wire.UNKNOWN, "SEGMENT", "too little memory to send a result")
+                continue
             self._tell(device, wire.OK, "", "")
             self.metrics.done("segmented")
             self.metrics.took("age", time.monotonic() - found.since)

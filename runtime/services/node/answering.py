@@ -25,14 +25,18 @@ from recallseg.engines.errors import (
     OutputError,
     RecallSegError,
 )
+from recallseg.engines.machine_fault import (
+    SHORT_OF_MEMORY,
+    machine_fault,
+)
 from recallseg.engines.reading import read_text
-from recallseg.runtime.formats.dicom_headers import DicomHeader
+from recallseg.runtime.formats.dicom_headers import DicomHeader, NotGiven
 from recallseg.runtime.formats.finding import Item, find_in_folder
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
-from recallseg.runtime.services.decoding import IsolatedDecoder, disk_error
+from recallseg.runtime.services.decoding import IsolatedDecoder
 from recallseg.runtime.services.items import volumes_of
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
@@ -42,6 +46,7 @@ from recallseg.runtime.services.node.settings import RetrySettings
 from recallseg.runtime.services.node.store import NodeStore
 from recallseg.runtime.services.node.texts import write_capture, write_report
 from recallseg.runtime.services.outputs import PREVIEW_SUFFIXES, VOLUME_SUFFIXES
+from recallseg.runtime.services.patience import MOST_TIMES
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Arriving, Rule, fitting
 from recallseg.runtime.volumes.outputs import segment_to_files
@@ -100,7 +105,10 @@ class Decider:
                 "Send all of it again"
             )
         else:
-            header = self._readers(self._store.files(series)[0])
+            first = self._store.files(series)[0]
+            header = self._readers(first)
+            if isinstance(header, NotGiven):  # decided as soon as it is given
+                raise OSError(header.number, os.strerror(header.number), str(first))
             if isinstance(header, DicomHeader):
                 senders, called = self._store.senders(series)
                 rules = fitting(
@@ -185,19 +193,27 @@ class Answerer:
                 self._questions.forget(self._rules[job.rule])
             self._put_off(job, error)
         except (InputError, OutputError) as error:
-            if disk_error(error):
+            if machine_fault(error):
                 self._put_off(job, error)
-                return True
-            self._log.error("not segmented", series=job.series, rule=job.rule, error=error)
-            self._metrics.done("not segmented")
-            self._store.drop_job(job, "failed", printable(error))
+            else:
+                self._fail(job, error, printable(error))
         except Exception as error:  # a defect, which must not end the node
             self._log.error("defect", series=job.series, rule=job.rule, error=error)
             self._store.drop_job(job, "failed", f"defect: {type(error).__name__}: {error}")
         return True
 
+    def _fail(self, job: Job, error: BaseException, why: str) -> None:
+        self._log.error("not segmented", series=job.series, rule=job.rule, error=error)
+        self._metrics.done("not segmented")
+        self._store.drop_job(job, "failed", why)
+
     def _put_off(self, job: Job, error: BaseException) -> None:
+        """Let a job wait; one for which memory was short so often may itself need too much."""
         wait = backoff(self._retry, job.attempts)
+        if machine_fault(error) == SHORT_OF_MEMORY and job.attempts + 1 >= MOST_TIMES:
+            why = printable(error) or "it needs more memory than there is"
+            self._fail(job, error, f"{why} ({job.attempts + 1} attempts)")
+            return
         self._log.warning("put off", series=job.series, rule=job.rule, error=error, seconds=wait)
         why = printable(error) or type(error).__name__
         self._store.put_off_job(job, self._store.clock() + wait, why)
@@ -236,7 +252,7 @@ class Answerer:
                 try:
                     answers += self._segment(folder / f"{number:04d}", item, rule, segmenter)
                 except (InputError, OutputError) as error:
-                    if disk_error(error):
+                    if machine_fault(error):
                         raise
                     troubles.append(printable(error).replace(f"{files}/", ""))
         if not found.items:
@@ -250,7 +266,8 @@ class Answerer:
         """Read a header again: without one that was acknowledged the answer would lack a slice."""
         header = self._readers(path)
         if not isinstance(header, DicomHeader):
-            why = header or "it does not begin as a DICOM file"
+            why = header.why if isinstance(header, NotGiven) else header
+            why = why or "it does not begin as a DICOM file"
             raise InputError(
                 f"{printable(path.name)} was acknowledged, and cannot be read now: {why}"
             ) from OSError(errno.EIO, os.strerror(errno.EIO))

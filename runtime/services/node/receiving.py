@@ -23,7 +23,7 @@ from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # typ
 
 from recallseg.engines.errors import OutputError
 from recallseg.runtime.formats.dicom_files import OTHERS
-from recallseg.runtime.formats.dicom_headers import DicomHeader, Header
+from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, NotGiven
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
@@ -306,6 +306,8 @@ class Receiver:
             return OUT_OF_ROOM, "no room on the disk"
         header = self._readers(spool.path)
         request = event.request
+        if isinstance(header, NotGiven):
+            return OUT_OF_ROOM, "cannot be read again now"
         if not isinstance(header, DicomHeader) or not header.sop_class:
             return NOT_UNDERSTOOD, "no DICOM data set, or damaged"
         if header.sop_class != request.AffectedSOPClassUID:

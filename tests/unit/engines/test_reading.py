@@ -124,8 +124,8 @@ def test_nothing_is_read_without_its_name() -> None:
             called = node.func if isinstance(node, ast.Call) else None
             if isinstance(called, ast.Attribute) and called.attr in ("read_bytes", "read_text"):
                 found.append(f"{file}:{called.lineno} {ast.unparse(called)}")
-    # An installed distribution's metadata, a model's card, and what Linux tells of the machine.
-    known = {"dist.read_text", "card.read_text", "path.read_text"}
+    # Metadata and resources of packages, a model's card, and what Linux tells of the machine.
+    known = {"dist.read_text", "card.read_text", "path.read_text", "file.read_bytes"}
     assert {each.rpartition(" ")[2] for each in found} == known, found
 
 

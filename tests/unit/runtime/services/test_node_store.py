@@ -12,8 +12,7 @@ import pytest
 
 pytest.importorskip("pynetdicom")
 
-from recallseg.engines.errors import InputError, OutputError
-from recallseg.runtime.services.decoding import disk_error
+from recallseg.engines.errors import OutputError
 from recallseg.runtime.services.metrics import Metrics
 from recallseg.runtime.services.node import store as store_module
 from recallseg.runtime.services.node.answering import Decider
@@ -88,16 +87,3 @@ def test_a_series_about_which_nothing_could_be_noted_is_not_forgotten(tmp_path: 
         assert len(arrivals) == 2
         store._database.left = 0
         assert decider.look() == 2
-
-
-def test_an_error_of_the_disk_is_told_from_one_of_the_file() -> None:
-    def caused(by: BaseException) -> InputError:
-        error = InputError("IM1.dcm cannot be read")
-        error.__cause__ = by
-        return error
-
-    assert disk_error(caused(OSError(errno.EIO, "I/O error"))) == errno.EIO
-    assert disk_error(caused(caused(OSError(errno.EMFILE, "too many")))) == errno.EMFILE
-    assert not disk_error(caused(OSError(errno.ENOENT, "no such file")))
-    assert not disk_error(caused(EOFError("cut off")))
-    assert not disk_error(InputError("damaged"))

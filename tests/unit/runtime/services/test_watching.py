@@ -19,7 +19,7 @@ from support.inside import HereDecoder
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import InputError
-from recallseg.runtime.services import decoding, watching
+from recallseg.runtime.services import decoding, patience, watching
 from recallseg.runtime.services.audit import AuditLog, verify_audit_log
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.watching import Arrival, Watcher
@@ -121,7 +121,7 @@ def test_what_the_disk_did_not_give_is_asked_for_again(
     assert "Input/output error" in str(found["a.png"].error)
     assert found["b.png"].record is not None
     assert not list((inbox.parent / "out").rglob("*.error.json"))
-    monkeypatch.setattr(watching, "AGAIN_S", 0.0)  # the next watch tries it, and so does this one
+    monkeypatch.setattr(patience, "AGAIN_S", 0.0)  # the next watch tries it, and so does this one
     assert [a.record is not None for a in watch(segmenter, inbox)] == [False, True]
     assert asked["a.png"] == 3
 

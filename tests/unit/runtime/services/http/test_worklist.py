@@ -20,7 +20,7 @@ from support.inside import HereDecoder
 from support.services import wait_until
 
 from recallseg.runtime.library import Library
-from recallseg.runtime.services import decoding
+from recallseg.runtime.services import decoding, patience
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.http import worklist as worklists
 from recallseg.runtime.services.http.limits import RefusedError
@@ -75,12 +75,16 @@ def test_what_the_disk_did_not_give_is_asked_for_again(
     library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, asked = decoding._answer, Counter[str]()
+    monkeypatch.setattr(patience, "AGAIN_S", 0.0)
+    monkeypatch.setattr(worklists, "LOOK_S", 0.05)
 
     def answer(question: Any) -> Any:
         name = "" if isinstance(question, Path) else question.item.path.name
         asked[name] += 1
         if name == "disc-0.png" and asked[name] == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if name == "disc-1.png":
+            raise MemoryError
         return given(question)
 
     monkeypatch.setattr(decoding, "_answer", answer)
@@ -88,9 +92,14 @@ def test_what_the_disk_did_not_give_is_asked_for_again(
     listed = Worklist(folder, library)
     try:
         listed.start()
-        wait_until(lambda: sum(one.teaches is not None for one in listed.entries("teaching")) == 6)
-        assert [one.name for one in listed.entries("newest") if one.trouble] == ["broken.png"]
+        wait_until(lambda: sum(one.teaches is not None for one in listed.entries("teaching")) == 5)
+        wait_until(lambda: asked["disc-1.png"] == patience.MOST_TIMES)
+        time.sleep(0.3)  # it is not asked for once more
+        troubles = {one.name: one.trouble for one in listed.entries("newest") if one.trouble}
+        assert sorted(troubles) == ["broken.png", "disc-1.png"]
+        assert "memory" in troubles["disc-1.png"]
         assert (asked["disc-0.png"], asked["broken.png"]) == (2, 1)
+        assert asked["disc-1.png"] == patience.MOST_TIMES
     finally:
         listed.close()
 

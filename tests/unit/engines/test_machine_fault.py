@@ -1,0 +1,30 @@
+"""What the machine lacks is told from what is wrong with an input."""
+
+from __future__ import annotations
+
+import errno
+
+from recallseg.engines.errors import DeviceMemoryError, HostMemoryError, InputError
+from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
+
+
+def caused(by: BaseException) -> InputError:
+    error = InputError("IM1.dcm cannot be read")
+    error.__cause__ = by
+    return error
+
+
+def test_an_error_of_the_disk_is_told_from_one_of_the_file() -> None:
+    assert machine_fault(caused(OSError(errno.EIO, "I/O error"))) == errno.EIO
+    assert machine_fault(caused(caused(OSError(errno.EMFILE, "too many")))) == errno.EMFILE
+    assert machine_fault(PermissionError(errno.EACCES, "not allowed")) == errno.EACCES
+    assert not machine_fault(caused(OSError(errno.ENOENT, "no such file")))
+    assert not machine_fault(caused(OSError("no gzip file")))
+    assert not machine_fault(caused(EOFError("cut off")))
+    assert not machine_fault(InputError("damaged"))
+    assert not machine_fault(None)
+
+
+def test_little_memory_is_no_fault_of_an_input() -> None:
+    for error in (MemoryError(), HostMemoryError("x"), DeviceMemoryError("x")):
+        assert machine_fault(error) == machine_fault(caused(error)) == SHORT_OF_MEMORY

@@ -27,7 +27,6 @@ from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.ahead import encode_ahead
 from recallseg.runtime.library.catalog import ADDING
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
-from recallseg.runtime.library.heads import group_of
 from recallseg.runtime.library.identifiers import FORGET, is_hashed
 from recallseg.runtime.library.identifiers_file import Identity
 from recallseg.runtime.library.identifying import random_key
@@ -379,7 +378,7 @@ def replace_mask(
         masks[structure] = check_mask(mask, image.shape, structure)
         content = content_digest(image, masks, exemplar.absent)
         tags = dict(exemplar.tags)
-        group = group_of(store.catalog, number)
+        group = store.catalog.group(number)
         new = _Checked(image, masks, exemplar.absent, tags, content, key, None, group)
         _add_all(store, encoder, [new], 1, len(masks), _no_progress, (key, structure))
         with store.lock:

@@ -114,6 +114,7 @@ class Database:
         self._opener = Opener(f"the library in {path.parent}")
         self._lock = OwnLock(self._opener)
         self._effort = _Effort(path)
+        self._unsure = 0
         connection.set_progress_handler(self._effort.look, _STEPS_PER_LOOK)
         self._close = weakref.finalize(self, _close, connection, hold, self._opener)
 
@@ -195,6 +196,11 @@ class Database:
         return database
 
     @property
+    def version(self) -> tuple[int, int]:
+        """What differs after any commit by others, and after one of ours that raised; very fast."""
+        return int(self.value("PRAGMA data_version")), self._unsure
+
+    @property
     def commits(self) -> tuple[int, int]:
         """What differs after any commit, by this connection or by others; very fast."""
         return int(self.value("PRAGMA data_version")), self._connection.total_changes
@@ -274,10 +280,15 @@ class Database:
         with self._lock:
             self._check_open()
             self.execute("BEGIN IMMEDIATE")
+            committing = False
             try:
                 yield
+                committing = True
                 self.execute("COMMIT")
             except BaseException:
+                self._unsure += (
+                    committing  # all may be committed, and its folder's sync have failed
+                )
                 if self._connection.in_transaction:
                     self._connection.rollback()
                 raise

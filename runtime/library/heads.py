@@ -27,10 +27,9 @@ from recallseg.runtime.library.kept import KEPT_FORMAT, Kept, kept_values, parse
 from recallseg.runtime.library.values import binary, hex_digest, integer, text, timestamp
 
 if TYPE_CHECKING:
-    from recallseg.runtime.library.catalog import Catalog
     from recallseg.runtime.library.store import Store
 
-__all__ = ["Head", "Heads", "Units", "group_of"]
+__all__ = ["Head", "Heads", "Units"]
 
 FORMAT_VERSION = 1
 READ = {"heads": (FORMAT_VERSION,), "kept_logits": (1, KEPT_FORMAT)}
@@ -83,14 +82,6 @@ class Head:
     def used(self) -> bool:
         """Whether it changes anything for any structure."""
         return any(choice.used for choice in self.choices.values())
-
-
-def group_of(catalog: Catalog, number: int) -> str | None:
-    """Return the stored group of an exemplar, a keyed hash; None if none was told."""
-    if catalog.database.format_version < 3:
-        return None
-    rows = catalog.database.execute("SELECT name FROM groups WHERE exemplar = ?", (number,))
-    return text(rows[0][0], "a group", check_key) if rows else None
 
 
 class Heads:

@@ -222,8 +222,9 @@ class Identifiers:
     ) -> Iterator[None]:
         """Store what keys stand for, durably; the block then commits the exemplars.
 
-        If it raises, what was told is forgotten; else what had been told of the same keys is, and
-        of those that they take the place of.
+        If that was not done, what was told is forgotten; else what had been told of the same keys
+        is, and of those that they take the place of. The catalog says which: an error may come when
+        all is committed.
 
         Raises
         ------
@@ -232,6 +233,7 @@ class Identifiers:
         """
         keys = [*(identity.key for identity in identities), *instead]
         told = [identity for identity in identities if identity]
+        stored = self._stored(identities)
         with self._lock:
             before = self._file.of_keys(keys)
             now = self._file.append(told)
@@ -239,10 +241,19 @@ class Identifiers:
             yield
         except BaseException:
             with self._lock, suppress(LibraryError):  # or the next who opens it does
-                self._file.forget(now)
+                self._file.forget(now if self._stored(identities) == stored else before)
             raise
         with self._lock:
             self._file.forget(before)
+
+    def _stored(self, identities: Sequence[Identity]) -> list[object]:
+        """Return what the catalog has of keys, which a commit of what they stand for changes."""
+        catalog, found = self._catalog, list[object]()
+        for identity in identities:
+            number, exemplar = catalog.number(identity.key), catalog.exemplar(identity.key)
+            if number is not None and exemplar is not None:
+                found.append((number, exemplar.tags, catalog.group(number)))
+        return found
 
     def forget(self) -> None:
         """Forget what the key of an exemplar stood for that is removed: the catalog notes which."""

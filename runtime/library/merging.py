@@ -21,7 +21,6 @@ from recallseg.runtime.library.binding import Binding
 from recallseg.runtime.library.changing import Made, Make, write_all
 from recallseg.runtime.library.encoding import Origin, check_encoded
 from recallseg.runtime.library.exemplar import Exemplar
-from recallseg.runtime.library.heads import group_of
 from recallseg.runtime.library.identifiers import NOTE, is_hashed
 from recallseg.runtime.library.identifiers_file import IDENTIFIERS, Identity
 from recallseg.runtime.library.records import NewExemplar, exemplar_digest
@@ -242,7 +241,7 @@ def _maker(store: Store, binding: Binding, other: Store, one: _Other) -> Make:
             embedding=embedding,
             memories=memories,
             origin=origin,
-            group=group_of(catalog, one.number),
+            group=catalog.group(one.number),
         )
         return new, (image, masks)
 

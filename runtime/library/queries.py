@@ -80,10 +80,6 @@ class CatalogQueries(StoredQueries):
             raise LibraryCorruptError(f"the catalog is damaged: a note '{prefix}' is no text.")
         return [(name, value) for name, value in rows]
 
-    def version(self) -> int:
-        """Return a number that differs after any commit by another connection; very fast."""
-        return int(self.database.value("PRAGMA data_version"))
-
     def state(self) -> State:
         """Return the counters."""
         rows = self.database.execute(
@@ -186,6 +182,13 @@ class CatalogQueries(StoredQueries):
         with self.database.snapshot():
             rows = self.database.execute(_EXEMPLARS + " WHERE key = ?", (key,))
             return self._exemplar(rows[0])[1] if rows else None
+
+    def group(self, number: int) -> str | None:
+        """Return the stored group of an exemplar, a keyed hash; None if none was told."""
+        if self.database.format_version < 3:
+            return None
+        rows = self.database.execute("SELECT name FROM groups WHERE exemplar = ?", (number,))
+        return text(rows[0][0], "a group", check_key) if rows else None
 
     def is_retired(self, number: int) -> bool:
         """Whether an exemplar is retired."""

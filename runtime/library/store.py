@@ -127,7 +127,7 @@ class Store:
         self.catalog.forget()
         self.settings = self.catalog.settings()
         self.state = self.catalog.state()
-        self._version = self.catalog.version()
+        self._version = self.catalog.database.version
         self.structures = {row.name: row for row in self.catalog.structures()}
         self._origins: tuple[tuple[Origin | None, int], ...] | None = None
         self.reader = ShardReader(self.memories, self.settings.layout)
@@ -184,9 +184,9 @@ class Store:
         return self._origins
 
     def refresh(self) -> bool:
-        """See what other processes have committed; return whether there was anything."""
+        """See what others committed, or this one and raised; return whether there was anything."""
         with self.lock:
-            version = self.catalog.version()
+            version = self.catalog.database.version
             if version == self._version:
                 return False
             with self.catalog.database.snapshot():
@@ -194,14 +194,14 @@ class Store:
 
     def see_newest(self) -> None:
         """See the newest state; call within a snapshot, whose state it is."""
-        self._see(self.catalog.version())
+        self._see(self.catalog.database.version)
 
     def see_own(self) -> None:
         """Take in what this object itself has just committed."""
         with self.catalog.database.snapshot():
             self._see(self._version)
 
-    def _see(self, version: int) -> bool:
+    def _see(self, version: tuple[int, int]) -> bool:
         """Read the state that belongs to ``version``; call within a snapshot."""
         state = self.catalog.state()
         self._version = version

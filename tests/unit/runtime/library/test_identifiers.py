@@ -2,14 +2,23 @@
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.fake_library import HashEncoder, add, create, draw, embedding
 
-from recallseg.engines.errors import InputError, LibraryCorruptError, LibraryError
+from recallseg.engines.errors import (
+    InputError,
+    LibraryCorruptError,
+    LibraryError,
+    LibraryWriteError,
+)
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.database import Database
+from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.library.identifiers import is_hashed
 from recallseg.runtime.library.identifiers_file import IDENTIFIERS
 from recallseg.runtime.library.identifying import identifies, is_random_key, random_key
@@ -213,6 +222,57 @@ def test_a_change_of_tags_that_was_cut_off_is_not_told(library: Library) -> None
     with table.open("ab") as file:  # told, never committed
         file.write(b'{"key":"a","name":"scan","tags":{"patient":"Schmidt"}}\n')
     assert Library.open(library.path).whois("a").tags == {"patient": "Mueller"}
+
+
+def _merge_other(library: Library) -> None:
+    with create(library.path.with_name("other")) as other:
+        add(other, 3, key="b", name="Meier")
+        library.merge(other)
+
+
+CHANGES: dict[str, Callable[[Library], object]] = {
+    "add": lambda library: add(library, 3, key="b", name="Meier"),
+    "merge": _merge_other,
+    "retag": lambda library: library.retag("a", {"patient": "Meier"}),
+    "group": lambda library: Heads(library._store).set_group("a", "Meier"),
+    "anonymise": Library.anonymise,
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("committed", [True, False])
+def test_names_follow_what_is_committed_whatever_was_raised(
+    library: Library, monkeypatch: pytest.MonkeyPatch, what: str, committed: bool
+) -> None:
+    # The journal is deleted, which is the commit, and the folder cannot be synced; or neither.
+    add(library, 1, tags={"patient": "Mueller"}, key="a", name="scan")
+    real = Database.execute
+
+    def execute(database: Database, statement: str, *values: Any) -> list[Any]:
+        if statement == "COMMIT" and database.path.parent == library.path:
+            if committed:
+                real(database, statement, *values)
+            raise LibraryWriteError("disk I/O error")
+        return real(database, statement, *values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Database, "execute", execute)
+        with pytest.raises(LibraryWriteError, match="disk I/O error"):
+            CHANGES[what](library)
+    library.refresh()
+    known = {one.key: library.whois(one.key) for one in library}
+    names = [identity.name for identity in known.values()]
+    again = reopen(library)
+    assert {one.key: again.whois(one.key) for one in again} == known
+    assert names == (["scan", "Meier"] if committed and what in ("add", "merge") else ["scan"])
+    [first, *_] = known.values()
+    [key, *_] = known
+    assert first.tags["patient"] == ("Meier" if committed and what == "retag" else "Mueller")
+    assert first.group == ("Meier" if committed and what == "group" else "")
+    if what == "anonymise":
+        assert again.whois("a").key == (key if committed else "a")
+        assert is_random_key(key) is committed
+    assert again.verify().ok
 
 
 def test_many_are_told_in_one_go(library: Library) -> None:

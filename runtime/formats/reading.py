@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ __all__ = [
     "count_item",
     "count_volumes",
     "is_volume",
+    "open_volume",
     "read_item",
     "read_volume",
     "volume_format",
@@ -97,6 +99,24 @@ def read_volume(
     if time not in (None, 1):
         raise InputError(f"{path} is one image, there is no number {time}.")
     return Volume(read_image(path)[None], np.eye(4), "image")
+
+
+def open_volume(volume: Any) -> Volume:
+    """Return a caller's volume: what was read or made, or what :func:`read_volume` reads of a path.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is neither.
+    """
+    if isinstance(volume, (str, os.PathLike)):
+        return read_volume(Path(volume))
+    if not isinstance(volume, Volume):
+        raise InputError(
+            f"a volume must be a path or a recallseg.Volume, got {type(volume).__name__}. Of an "
+            "array, say where its voxels lie: Volume(array, affine, 'RAS')."
+        )
+    return volume
 
 
 def count_volumes(path: str | Path, *, kind: str | None = None, stack: str | None = None) -> int:

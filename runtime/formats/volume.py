@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.arrays import as_array
 from recallseg.runtime.formats.lattice import Lattice
 
 __all__ = ["PLANES", "SPACING_TAG", "Frame", "Slicing", "Volume"]
@@ -38,7 +39,8 @@ class Volume:
 
     Attributes
     ----------
-    array : IxJxK grey or IxJxKx3 RGB, any integer or floating dtype.
+    array : IxJxK grey or IxJxKx3 RGB, any integer or floating dtype; numpy's, or what offers DLPack
+        on the CPU, e.g. a PyTorch tensor, whose memory it then shares.
     affine : 4x4 float64; voxel index (i, j, k, 1) -> mm (x, y, z, 1) of the voxel's centre.
     frame : what x, y and z mean: ``RAS`` (to the right, front and head), ``LPS`` (to the left, back
         and head), or ``image`` where the file knows of no patient: x counts images or frames, y
@@ -65,7 +67,7 @@ class Volume:
     measured: bool = False
 
     def __post_init__(self) -> None:
-        array, affine = self.array, np.asarray(self.affine, np.float64)
+        array, affine = as_array(self.array, "a volume"), np.asarray(self.affine, np.float64)
         if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] != 3):
             raise InputError(
                 f"a volume must be IxJxK or IxJxKx3 (RGB), got shape {array.shape}. Split a series "
@@ -81,6 +83,7 @@ class Volume:
                 f"the volume's axes do not span space: its affine is {affine[:3].tolist()}. The "
                 "file's orientation is damaged; export it again."
             )
+        object.__setattr__(self, "array", array)
         object.__setattr__(self, "affine", affine)
         object.__setattr__(self, "tags", MappingProxyType(dict(self.tags)))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.reading import open_volume
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import Library
@@ -51,7 +53,7 @@ class VolumeCorrections:
     Parameters
     ----------
     library : see :class:`recallseg.Corrections`; may be empty.
-    volume : to be corrected.
+    volume : to be corrected, or its path.
     segmenter : proposes, and says how many exemplars are recalled; None: nothing is recalled.
     plane : see :meth:`Slicing.of`.
     model : what it runs on where there is no segmenter; the library's own by default.
@@ -69,13 +71,14 @@ class VolumeCorrections:
     def __init__(
         self,
         library: Library,
-        volume: Volume,
+        volume: Volume | str | Path,
         *,
         segmenter: Segmenter | None = None,
         plane: str | None = None,
         model: Model | None = None,
     ) -> None:
-        self._library, self._volume, self._segmenter = library, volume, segmenter
+        self._library, self._segmenter = library, segmenter
+        self._volume = volume = open_volume(volume)
         self._model = segmenter.model if segmenter is not None else model or library.model()
         self.slicing = Slicing.of(volume, plane)
         self._sessions: dict[int, Corrections] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.reading import open_volume
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.frozen import same_fields
 from recallseg.runtime.library.exemplar import Match
@@ -206,7 +208,7 @@ class VolumeResult:
 
 def segment_volume(
     segmenter: Segmenter,
-    volume: Volume,
+    volume: Volume | str | Path,
     *,
     plane: str | None = None,
     largest: bool = False,
@@ -220,7 +222,8 @@ def segment_volume(
     Parameters
     ----------
     segmenter : with ``frames`` above 0, masks are propagated from slice to slice.
-    volume : see :func:`recallseg.read_volume`.
+    volume : what :func:`recallseg.read_volume` gave, or would give of this path; or one that was
+        made of an array.
     plane : ``axial``, ``coronal`` or ``sagittal``; None: as it was acquired, see
         :meth:`recallseg.runtime.formats.volume.Slicing.of`.
     largest, fill_holes : keep the largest part of each structure, fill what it encloses; see
@@ -232,12 +235,13 @@ def segment_volume(
     Raises
     ------
     InputError
-        For a plane that the volume does not have, or NaN voxels.
+        For a plane that the volume does not have, NaN voxels, or no volume.
     EngineRunError
         If an engine fails.
     DeadlineError
         If it took too long.
     """
+    volume = open_volume(volume)
     slicing = Slicing.of(volume, plane)
     grey = volume.array if volume.array.ndim == 3 else volume.array[..., 0]
     label_map = np.zeros_like(grey, np.uint8, subok=False)

@@ -17,6 +17,7 @@ from recallseg.runtime.formats.images import write_label_map
 from recallseg.runtime.formats.kinds import kind_by_name, suffixes
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
+from recallseg.runtime.formats.reading import open_volume
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.volumes.slices import VolumeResult
 
@@ -28,7 +29,7 @@ Masks = Union[VolumeResult, Mapping[str, Any]]
 def write_segmentation(
     path: str | Path,
     masks: Masks,
-    volume: Volume,
+    volume: Volume | str | Path,
     *,
     algorithm: Algorithm | None = None,
     concepts: Mapping[str, Concept] | str | Path | None = None,
@@ -44,7 +45,7 @@ def write_segmentation(
     ----------
     masks : what :func:`recallseg.segment_volume` found, which is then written as ``recallseg
         segment`` does it; or a mask IxJxK by structure, boolean or of 0 and 1.
-    volume : that was segmented.
+    volume : that was segmented, or its path.
     algorithm : what a SEG says of how the masks were made; None: a result's provenance, or else
         this version of RecallSeg.
     concepts : coded meaning by structure, or a file of such
@@ -68,7 +69,7 @@ def write_segmentation(
     >>> read_volume("found.seg.nrrd").array.max()
     np.uint8(1)
     """
-    path = Path(path)
+    path, volume = Path(path), open_volume(volume)
     kind = kind_by_name(path)
     if kind is None or (kind == "image" and path.suffix.lower() != ".png"):
         raise InputError(

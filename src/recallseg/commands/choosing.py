@@ -19,6 +19,7 @@ from recallseg.commands.common import (
     emit_json,
     note,
     one_of,
+    print_table,
     progress_bar,
     say_notice,
     tell_passed,
@@ -86,15 +87,12 @@ def next_(
             ]
         )
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("annotate next", "distance", "doubt", "gain", box=None)
+    rows = []
     for one in chosen:
         numbers = (one.distance, one.doubt, one.gain)
         cells = ["-" if math.isnan(number) else f"{number:.3f}" for number in numbers]
-        table.add_row(printable(one.name), *cells)
-    Console(markup=False).print(table)
+        rows.append([printable(one.name), *cells])
+    print_table(("annotate next", "distance", "doubt", "gain"), rows)
     if not doubtful and by in ("all", "doubt"):
         note("the library shows no structure yet, so doubt does not count")
 

@@ -52,6 +52,7 @@ __all__ = [
     "open_audit",
     "parse_tags",
     "parsed",
+    "print_table",
     "progress_bar",
     "say_notice",
     "split_clean_ups",
@@ -69,6 +70,10 @@ T = TypeVar("T")
 
 QUIET_SECONDS = 10.0
 """Between lines of progress in a log."""
+WHOLE = 40
+"""Most characters of a name that a terminal does not fold: a random key has 32."""
+UNBOUNDED = 100_000
+"""Characters in a line that nobody looks at."""
 CLEAN_UPS = ("largest", "holes")
 PLANES = ("axial", "coronal", "sagittal")
 
@@ -365,6 +370,24 @@ def emit_json(value: Any) -> None:
     from recallseg.runtime.json_text import json_text
 
     typer.echo(json_text(value))
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows on stdout with nothing cut off: on a terminal folded, elsewhere a line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for place, head in enumerate(heads):
+        longest = max((len(row[place]) for row in rows), default=0)
+        whole = place == 0 and longest <= WHOLE  # what is copied into the next command
+        table.add_column(head, overflow="fold", no_wrap=whole)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console = Console(markup=False, width=UNBOUNDED)
+    console.print(table)
 
 
 def state_of(library: Library) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from recallseg.commands.common import (
     one_of,
     parse_tags,
     parsed,
+    print_table,
     progress_bar,
     say_notice,
     state_of,
@@ -182,19 +183,19 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
                 }
             )
             return
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("key", "size", "structures", "absent", "tags", "added", box=None)
-        for e in exemplars:
-            tags = " ".join(f"{name}={value}" for name, value in e.tags.items())
-            size = f"{e.height}x{e.width}"
-            table.add_row(
-                e.key, size, ", ".join(e.structures), ", ".join(e.absent), tags, e.created
-            )
-        console = Console(markup=False)
-        console.print(table)
-        console.print(
+        rows = [
+            [
+                e.key,
+                f"{e.height}x{e.width}",
+                ", ".join(e.structures),
+                ", ".join(e.absent),
+                " ".join(f"{name}={value}" for name, value in e.tags.items()),
+                e.created,
+            ]
+            for e in exemplars
+        ]
+        print_table(("key", "size", "structures", "absent", "tags", "added"), rows)
+        typer.echo(
             f"{len(exemplars)} exemplars; "
             + ", ".join(
                 f"{name} {number['present']} (absent in {number['absent']})"
@@ -202,9 +203,9 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
             )
         )
         if retired:
-            console.print(f"retired: {', '.join(e.key for e in retired)}")
+            typer.echo(f"retired: {', '.join(e.key for e in retired)}")
         for line in [*(line for line, _ in calibrations), *(() if head is None else head[0])]:
-            console.print(line)
+            typer.echo(line)
 
 
 @app.command()

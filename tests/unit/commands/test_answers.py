@@ -74,6 +74,24 @@ def answer(*arguments: object) -> Any:
     return json.loads(result.stdout)
 
 
+@pytest.mark.parametrize("terminal", [{}, {"FORCE_COLOR": "1", "COLUMNS": "70"}])
+def test_a_key_is_listed_whole_for_the_next_command(
+    tmp_path: Path, terminal: dict[str, str]
+) -> None:
+    with create(tmp_path / "library") as made:
+        for n in range(3):
+            add(made, n, key=f"{n:032x}", tags={"site": "a hospital with a long name", "view": "4"})
+    found = CliRunner().invoke(
+        cli.app, ["library", "list", str(tmp_path / "library")], env=terminal
+    )
+    assert found.exit_code == 0, found.output
+    for n in range(3):
+        (line,) = [line for line in found.stdout.splitlines() if f"{n:032x}" in line]
+        assert terminal or "view=4" in line  # elsewhere a line is an exemplar
+    assert "…" not in found.stdout
+    assert "view=4" in "".join(found.stdout.split())
+
+
 def test_what_changes_a_library_answers_with_its_state(tmp_path: Path) -> None:
     path = tmp_path / "library"
     with create(path) as made:

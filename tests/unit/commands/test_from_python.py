@@ -13,6 +13,7 @@ import nrrd
 import numpy as np
 import pydicom
 import pytest
+import torch
 from support.dicom_series import write_series
 from support.pictures import LABELS, disc, write_pairs
 from typer.testing import CliRunner
@@ -214,6 +215,24 @@ def test_a_mask_that_is_none_of_the_volume_is_refused(
     volume = recallseg.Volume(stack(), np.diag([3.0, 0.8, 0.9, 1.0]), "LPS")
     with pytest.raises(InputError, match=message):
         recallseg.write_segmentation(tmp_path / "x.nii.gz", {"a": mask}, volume)
+
+
+def test_a_volume_is_a_path_or_made_of_any_array(tmp_path: Path, library: Path) -> None:
+    write_series(tmp_path / "s", stack())
+    volume = recallseg.read_volume(tmp_path / "s")
+    tensor = torch.from_numpy(volume.array.astype(np.int16))
+    same = recallseg.Volume(tensor, torch.from_numpy(volume.affine), volume.frame)
+    assert isinstance(same.array, np.ndarray)
+    with Segmenter(library, k=1, engine="fake") as segmenter:
+        found = recallseg.segment_volume(segmenter, volume)
+        assert recallseg.segment_volume(segmenter, str(tmp_path / "s")) == found
+        assert np.array_equal(recallseg.segment_volume(segmenter, same).label_map, found.label_map)
+        assert recallseg.VolumeCorrections(segmenter.library, tmp_path / "s").count == 3
+        for wrong in (volume.array, None):
+            with pytest.raises(InputError, match=r"Volume\(array, affine, 'RAS'\)"):
+                recallseg.segment_volume(segmenter, wrong)  # type: ignore[arg-type]
+    recallseg.write_segmentation(tmp_path / "x.seg.dcm", found, tmp_path / "s")
+    assert pydicom.dcmread(tmp_path / "x.seg.dcm").Modality == "SEG"
 
 
 def test_a_table_of_codes_is_taken_by_its_path(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Stream:
 
     Frames are segmented one at a time on a thread of the stream's own, with the memories of the
     frames before (see :class:`recallseg.runtime.model.frame_memories.FrameMemories`) if the
-    segmenter was made with ``memories``. All methods may be called from any thread.
+    segmenter was made with ``frames``. All methods may be called from any thread.
 
     Parameters
     ----------

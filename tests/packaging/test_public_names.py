@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,13 @@ def test_every_public_name_is_there() -> None:
     assert sorted(recallseg.__all__) == sorted(dir(recallseg))
     for name in recallseg.__all__:
         assert hasattr(recallseg, name)
+
+
+def test_the_page_of_python_names_all_of_them() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "use" / "python.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| .* \| `.*` \|$", page, re.MULTILINE)
+    named = re.findall(r"`(\w+)`", " ".join(rows))
+    assert sorted(named) == sorted({*recallseg.__all__} - {"__version__"})
 
 
 def test_errors_are_found_where_tracebacks_say() -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from recallseg.engines.inside import make_folder_inside, open_inside, remove_inside, replace_inside
 from recallseg.engines.reading import naming
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "creating",
     "make_folder",
     "replace_file",
-    "replace_file_inside",
     "replace_folder",
     "replacing",
     "sync_folder",
@@ -113,27 +111,6 @@ def _becoming(path: Path, mode: int, check: Callable[[], None] = lambda: None) -
         raise
     finally:
         os.close(descriptor)
-
-
-def replace_file_inside(root: Path, name: str, data: bytes | memoryview) -> None:
-    """Replace a file by its name inside ``root``, a folder that may come from a stranger.
-
-    As :func:`replace_file`; see :mod:`recallseg.engines.inside` for what is refused. Folders on the
-    way are made.
-    """
-    temporary = name + ".tmp"
-    make_folder_inside(root, name.rpartition("/")[0])
-    remove_inside(root, temporary)
-    descriptor = open_inside(root, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    try:
-        with naming(root / name):
-            _write_all(descriptor, data)
-    except OSError:
-        remove_inside(root, temporary)  # a full disk needs the space
-        raise
-    finally:
-        os.close(descriptor)
-    replace_inside(root, temporary, name)
 
 
 @contextmanager

@@ -44,7 +44,6 @@ from recallseg.export import ort_cpu, ort_cuda, tensorrt
 from recallseg.export.checkpoints import Loaded
 from recallseg.export.correcting import PRIOR_CLAMP, Correct, Corrector, with_corrector
 from recallseg.export.families import Segmenter, is_segmenter
-from recallseg.export.families.base import IMAGENET
 from recallseg.export.families.embedders import embedder_family
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import OPSET, export_graph
@@ -66,9 +65,6 @@ from recallseg.export.writing import (
 )
 
 __all__ = ["export_bundle", "former_identities"]
-
-NORMALISATION = {"embed": IMAGENET, "encode": IMAGENET}
-"""Both DINOv2 and SAM 2 were trained with ImageNet's (their image processors' defaults)."""
 
 VARIANTS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
 """Graph variants that can be exported."""

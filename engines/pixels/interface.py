@@ -19,7 +19,6 @@ from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import EngineRunError, InputError
 
 __all__ = [
-    "GATHER_DTYPES",
     "INPUT_DTYPES",
     "MOST_STRUCTURES",
     "PREPARE_TOLERANCE",
@@ -37,7 +36,6 @@ before normalisation: both round sums of products of numbers up to 1 to 24 bits,
 fp16 outputs may differ by one unit in the last place besides."""
 
 INPUT_DTYPES = (np.float32, np.float16)
-GATHER_DTYPES = (np.float16, np.int8)
 MOST_STRUCTURES = 255  # values of an 8-bit label map, 0 being background
 
 Target = tuple[NDArray[Any], Normalisation]

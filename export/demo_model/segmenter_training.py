@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ __all__ = ["POINTER_TIME", "SegmenterTrainer", "evaluate_segmenter", "held_out",
 # Recalled exemplars have no time. SAM 2's code for an object pointer is (frames apart) /
 # (max pointers - 1); every exemplar is given that of the frame just before the query.
 POINTER_TIME = 1.0 / 15.0
-
-Log = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from recallseg.engines.errors import InputError
 __all__ = ["IMAGENET", "ImageSizes", "SegmenterFamily"]
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""What DINOv2 and SAM 2 were trained with (their image processors' defaults)."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,6 @@ class Retrieval:
         self._folder = folder
         self._dimension = dimension
         self._indexes: dict[Slot, StructureIndex] = {}
-        self._bases: dict[Slot, StoredIndex] = {}
         self._tagged: dict[tuple[Slot, tuple[tuple[str, str], ...]], NDArray[np.int64]] = {}
         self._state = catalog.state()
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 
-__all__ = ["TOLERANCE", "Agreement", "compare_masks", "hausdorff95"]
+__all__ = ["TOLERANCE", "Agreement", "compare_masks"]
 
 Mask = NDArray[np.bool_]
 TOLERANCE = 2.0
@@ -92,14 +92,6 @@ def compare_masks(
         reference_volume=wanted * math.prod(size),
         predicted_volume=found * math.prod(size),
     )
-
-
-def hausdorff95(first: Mask, second: Mask, spacing: Sequence[float] | None = None) -> float:
-    """Return the symmetric 95th-percentile Hausdorff distance of two masks, HxW or IxJxK.
-
-    0 when both are empty, NaN when one is.
-    """
-    return compare_masks(first, second, spacing).hd95
 
 
 def _hausdorff95(there: NDArray[np.float64], back: NDArray[np.float64]) -> float:

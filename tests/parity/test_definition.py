@@ -13,8 +13,8 @@ from recallseg.engines.composition import Composition
 from recallseg.engines.errors import ParityError
 from recallseg.engines.golden import GoldenCase, make_case
 from recallseg.engines.specs import GRAPHS, graph_specs
-from recallseg.export.bundling import NORMALISATION
 from recallseg.export.checkpoints import Loaded, load_sam2
+from recallseg.export.families.base import IMAGENET
 from recallseg.export.graphs import Attend, Memorize, build_graphs, read_geometry
 from recallseg.export.parity import DEFINITION_TOLERANCE, Measured, TorchEngine, check_definition
 
@@ -39,7 +39,7 @@ def compare(
         sam2,
         case or make_case(3),
         geometry,
-        NORMALISATION["encode"],
+        IMAGENET,
         MemorySemantics(object_pointers, 0.0),
     )
 

@@ -24,7 +24,7 @@ from recallseg.engines.golden import make_case, run_case
 from recallseg.engines.registry import load_engines
 from recallseg.engines.specs import GRAPHS, graph_specs
 from recallseg.engines.verification import relative_error
-from recallseg.export.bundling import DEFAULT_VARIANTS, NORMALISATION, VARIANTS, export_bundle
+from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
 from recallseg.export.checkpoints import (
     Loaded,
     load_dinov2,
@@ -36,6 +36,7 @@ from recallseg.export.checkpoints import (
 from recallseg.export.checkpoints.architectures import edgetam_config
 from recallseg.export.checkpoints.strict import tensor_shapes
 from recallseg.export.correcting import Correct
+from recallseg.export.families.base import IMAGENET
 from recallseg.export.families.edgetam import LatentAttention
 from recallseg.export.families.repvit import RepVit, RepVitConfig, fused
 from recallseg.export.graphs import Attend, build_graphs, read_geometry
@@ -172,7 +173,7 @@ def compare(
         segmenter,
         make_case(3, k=k),
         geometry,
-        NORMALISATION["encode"],
+        IMAGENET,
         MemorySemantics(object_pointers, 0.0),
     )
 

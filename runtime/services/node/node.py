@@ -107,11 +107,6 @@ class Node:
             raise
         self._say_health()
 
-    @property
-    def metrics_port(self) -> int | None:
-        """Where its metrics are served; None if they are not."""
-        return None if self._server is None else self._server.port
-
     def counts(self) -> dict[str, dict[str, int]]:
         """Return how many series, jobs, deliveries and promises are in each state."""
         return self._store.counts()

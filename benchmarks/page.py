@@ -19,8 +19,7 @@ from recallseg.benchmarks.page_parts import (
 from recallseg.benchmarks.page_soak import soak_body
 from recallseg.benchmarks.plots import Range, range_plot
 from recallseg.benchmarks.schema import Report, RetrievalRun
-from recallseg.runtime.reports.format import POLICY
-from recallseg.runtime.reports.page import STYLE
+from recallseg.runtime.reports.format import POLICY, STYLE
 from recallseg.runtime.reports.pictures import colour
 
 __all__ = ["GOALS", "render_page"]

@@ -30,8 +30,7 @@ from recallseg.benchmarks.accuracy.tables import (
     targets,
 )
 from recallseg.runtime.formats.pairs import Annotated
-from recallseg.runtime.reports.format import POLICY
-from recallseg.runtime.reports.page import STYLE
+from recallseg.runtime.reports.format import POLICY, STYLE
 from recallseg.runtime.reports.pictures import Thumbnail, colour, legend
 
 __all__ = ["render_page"]

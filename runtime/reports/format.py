@@ -1,11 +1,12 @@
-"""Numbers and text as a report's reader wants them, and what its pages may do."""
+"""Numbers and text as a report's reader wants them; how its pages look, and what they may do."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
-__all__ = ["POLICY", "csv_text", "milliseconds", "number", "plural", "quartiles", "spent"]
+__all__ = ["POLICY", "STYLE", "csv_text", "milliseconds", "number", "plural", "quartiles", "spent"]
 
 POLICY = (
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
@@ -13,6 +14,8 @@ POLICY = (
 )
 """What a page of ours may do: show itself. Names in it come from others' files; should one ever get
 past the escaping, it can run nothing, load nothing and send nothing (W3C CSP, level 3)."""
+STYLE = Path(__file__).parent / "templates" / "report.css"
+"""How pages look."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 

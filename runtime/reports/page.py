@@ -7,13 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recallseg.engines.reading import read_text
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.reports.cases import RECALLED, Arm, Evaluation
-from recallseg.runtime.reports.format import POLICY, milliseconds, number, plural, quartiles, spent
+from recallseg.runtime.reports.format import (
+    POLICY,
+    STYLE,
+    milliseconds,
+    number,
+    plural,
+    quartiles,
+    spent,
+)
 from recallseg.runtime.reports.gallery import Gallery
 from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.reports.paired import budgets, by_group, differences
@@ -31,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "render_report"]
 
-STYLE = Path(__file__).parent / "templates" / "report.css"
 STAGES = {
     "prepare": "prepare image",
     "embed": "embed (DINOv2)",

@@ -22,12 +22,10 @@ from recallseg.runtime.reports.annotated_sources import Source
 
 if TYPE_CHECKING:
     from recallseg.runtime.library import Library
+from recallseg.runtime.segmenting.choosing import SAME_IMAGE
 
-__all__ = ["SAME_IMAGE", "Split", "check_leaks", "fill_pool"]
+__all__ = ["Split", "check_leaks", "fill_pool"]
 
-SAME_IMAGE = 1e-4
-"""Cosine distance up to which a query is compared with an exemplar pixel by pixel. An image embeds
-to within the engine's rounding of itself: 1e-6 in fp32, under 1e-4 in fp16."""
 SHOWN = 5
 """Names in a message."""
 

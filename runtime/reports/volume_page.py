@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,13 +12,12 @@ from numpy.typing import NDArray
 from recallseg.engines.reading import read_text
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.model.preprocess import Intensity, scale_intensities
-from recallseg.runtime.reports.format import POLICY
+from recallseg.runtime.reports.format import POLICY, STYLE
 from recallseg.runtime.reports.pictures import PALETTE, Source, Thumbnail, colour, legend
 from recallseg.runtime.volumes.slices import SliceRecord, VolumeResult
 
 __all__ = ["contact_sheet", "render_volume_page"]
 
-STYLE = Path(__file__).parent / "templates" / "report.css"
 TILE = 224
 COLUMNS = 6
 MOST_TILES = 30

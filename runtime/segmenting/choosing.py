@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from recallseg.runtime.library import Library
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
-__all__ = ["By", "Choice", "choose_next", "doubt_of", "greedy_coverage", "rank"]
+__all__ = ["SAME_IMAGE", "By", "Choice", "choose_next", "doubt_of", "greedy_coverage", "rank"]
 
 By = Literal["all", "distance", "doubt", "coverage"]
 Embeddings = NDArray[np.float32]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.specs import GRAPHS
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.exemplar import StoredMemory
 from recallseg.runtime.model.frame_memories import Copy, FrameMemories
@@ -25,7 +26,6 @@ __all__ = ["NEAREST", "Spreading", "half_way"]
 
 NEAREST = 4
 """Known slices that another one attends to at most, the nearest ones."""
-GRAPHS = ("embed", "encode", "memorize", "attend", "decode")
 
 Masks = Mapping[str, NDArray[np.bool_]]
 

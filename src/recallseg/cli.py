@@ -23,7 +23,7 @@ from recallseg.commands.audit import app as audit_app
 from recallseg.commands.build import build
 from recallseg.commands.cache import app as cache_app
 from recallseg.commands.choosing import next_
-from recallseg.commands.common import forget_notices
+from recallseg.commands.common import INTERRUPTED, forget_notices
 from recallseg.commands.config import app as config_app
 from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
@@ -57,7 +57,6 @@ from recallseg.engines.signing import TRUST
 __all__ = ["app", "main"]
 
 DEBUG = "--debug"
-INTERRUPTED = 130
 
 EXTRAS = {
     "onnxruntime": "cpu",

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.pixels.interface import MOST_STRUCTURES
 from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.services.http.cuts import Box, box_of, cuts_of, union_of
@@ -26,7 +27,6 @@ __all__ = ["Sheet", "Step"]
 
 MOST_STEPS = 200
 """That can be undone; older ones are forgotten."""
-MOST_STRUCTURES = 255
 
 
 @dataclass(frozen=True)

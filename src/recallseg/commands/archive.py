@@ -12,6 +12,7 @@ import typer
 
 from recallseg.commands.asking import Asking, Handling, grouped
 from recallseg.commands.common import (
+    INTERRUPTED,
     QUIET_SECONDS,
     JsonOption,
     LibraryArgument,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["archive"]
 
-INTERRUPTED = 130
 _SHOWN = 20
 
 

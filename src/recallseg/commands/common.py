@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recallseg.runtime.services.audit import AuditLog
 
 __all__ = [
+    "INTERRUPTED",
     "AsStoredOption",
     "AuditHeadOption",
     "AuditKeyOption",
@@ -68,6 +69,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+INTERRUPTED = 130
+"""Exit status of what a person or the system stopped: 128 and the number of SIGINT."""
 QUIET_SECONDS = 10.0
 """Between lines of progress in a log."""
 WHOLE = 40

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from recallseg.engines.errors import BundleError
 from recallseg.engines.reading import naming
-from recallseg.engines.wire import Wire
+from recallseg.engines.wire import INTEGER, INTEGERS, MESSAGE, MESSAGES, Kinds, Wire
 
 __all__ = ["OPERATORS", "check_graph", "find_outputs", "with_output"]
 
@@ -60,7 +60,19 @@ OPERATORS = {
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 8, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64,
          14: 64, 15: 128, 16: 16}  # fmt: skip
 """Bits of one element by ``TensorProto.DataType``; the newer, smaller ones have at least 2."""
+_LARGEST_ELEMENT = max(_BITS.values())
 _EXTERNAL = 1
+_MODEL: Kinds = {7: MESSAGES, 20: MESSAGES, 25: MESSAGES}
+_GRAPH: Kinds = {1: MESSAGES, 5: MESSAGES, 15: MESSAGES}
+_NODE: Kinds = {1: MESSAGES, 2: MESSAGES, 4: MESSAGE, 5: MESSAGES, 7: MESSAGE}
+_ATTRIBUTE: Kinds = {
+    **dict.fromkeys((5, 6, 22), MESSAGE),
+    **dict.fromkeys((10, 11, 23), MESSAGES),
+}
+_TENSOR: Kinds = {1: INTEGERS, 2: INTEGER, 13: MESSAGES, 14: INTEGER}
+_SPARSE: Kinds = {1: MESSAGE, 2: MESSAGE, 3: INTEGERS}
+_ENTRY: Kinds = {1: MESSAGE, 2: MESSAGE}
+"""The fields that are looked at, by message."""
 
 
 def check_graph(path: Path, weights: Sequence[Path] = ()) -> None:
@@ -137,7 +149,7 @@ class _Check(Wire):
 
     def model(self, start: int, end: int) -> None:
         graphs = 0
-        for number, at, stop in self.parts(start, end):
+        for number, at, stop in self.parts(start, end, _MODEL):
             if number == 7:  # graph
                 graphs += 1
                 self._graph(at, stop)
@@ -147,7 +159,7 @@ class _Check(Wire):
             raise self.refused(f"holds {graphs} graphs, not 1")
 
     def _graph(self, start: int, end: int) -> None:
-        for number, at, stop in self.parts(start, end):
+        for number, at, stop in self.parts(start, end, _GRAPH):
             if number == 1:  # node
                 self._node(at, stop)
             elif number == 5:  # initializer
@@ -197,7 +209,7 @@ class _Check(Wire):
         inputs: list[str] = []
         outputs: list[str] = []
         self._nodes.append((inputs, outputs))
-        for number, at, stop in self.parts(start, end):
+        for number, at, stop in self.parts(start, end, _NODE):
             if number in (1, 2):
                 (inputs if number == 1 else outputs).append(self.text(at, stop))
             elif number == 4:
@@ -210,7 +222,7 @@ class _Check(Wire):
             name = f"{domain}::{operator}" if domain else operator
             raise self.refused(f"has the operator {name!a}, which no graph of ours needs")
         for at, stop in attributes:
-            for number, inner, inner_stop in self.parts(at, stop):
+            for number, inner, inner_stop in self.parts(at, stop, _ATTRIBUTE):
                 if number in (6, 11):  # g, graphs
                     raise self.refused(f"has a graph inside of an operator {operator}")
                 if number in (5, 10):  # t, tensors
@@ -219,32 +231,43 @@ class _Check(Wire):
                     self._sparse(inner, inner_stop)
 
     def _sparse(self, start: int, end: int) -> None:
-        for number, at, stop in self.parts(start, end):
+        dims: list[int] = []
+        for number, at, stop in self.parts(start, end, _SPARSE):
             if number in (1, 2):  # values, indices
                 self._tensor(at, stop)
+            elif number == 3:  # of what it is unpacked to
+                dims += self.numbers(at, stop)
+        self._check_size(dims, _LARGEST_ELEMENT)
 
     def _tensor(self, start: int, end: int) -> None:
         dims: list[int] = []
         kind, location = 0, 0
         entries: dict[str, str] = {}
-        for number, at, stop in self.parts(start, end):
+        for number, at, stop in self.parts(start, end, _TENSOR):
             if number == 1:  # dims
                 dims += self.numbers(at, stop)
             elif number == 2:  # data_type
                 kind = self.numbers(at, stop)[0]
             elif number == 13:  # external_data
-                pair = {n: self.text(a, s) for n, a, s in self.parts(at, stop)}
+                pair = {n: self.text(a, s) for n, a, s in self.parts(at, stop, _ENTRY)}
                 entries[pair.get(1, "")] = pair.get(2, "")
             elif number == 14:  # data_location
                 location = self.numbers(at, stop)[0]
-        bits = math.prod(dims) * _BITS.get(kind, 2)
-        if any(not 0 <= size < 2**40 for size in dims) or bits > self._bits:
-            raise self.refused(f"declares a constant of {dims}, more than its files hold")
+        if not 0 <= kind < 2**31:  # of a longer one, parsers take the lower bits
+            raise self.refused(f"has a constant of the type {kind}")
+        bits = self._check_size(dims, _BITS.get(kind, 2))
         if entries or location:
             self._external(entries, location)
             self._outside -= bits
             if self._outside < 0:  # many constants of the same bytes
                 raise self.refused("declares more weights than the files beside it hold")
+
+    def _check_size(self, dims: list[int], each: int) -> int:
+        """Return the bits of a constant; more than there are in all files are refused."""
+        bits = math.prod(dims) * each
+        if any(not 0 <= size < 2**40 for size in dims) or bits > self._bits:
+            raise self.refused(f"declares a constant of {dims}, more than its files hold")
+        return bits
 
     def _external(self, entries: dict[str, str], location: int) -> None:
         name = entries.get("location", "")

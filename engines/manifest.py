@@ -155,6 +155,8 @@ def _graphs(value: Any) -> None:
         if not _GRAPH.fullmatch(key):
             raise ValueError(f"{key[:80]!r} is not VARIANT/PRECISION/GRAPH")
         _entry(entry)
+        if not entry["file"].endswith(".onnx"):  # or runtimes take it for a format of their own
+            raise ValueError(f"the graph {entry['file'][:80]!r} is no .onnx file")
 
 
 _CHECKS: Mapping[str, Callable[[Any], None]] = {

@@ -8,11 +8,29 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-__all__ = ["Wire"]
+__all__ = ["INTEGER", "INTEGERS", "MESSAGE", "MESSAGES", "Kind", "Kinds", "Wire"]
 
 MOST_FIELDS = 20_000_000
+_NUMBERS = 1 << 29
+_VARINT, _LENGTH = 0, 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """By which wire types a field may be encoded, and whether it may come more than once."""
+
+    wires: frozenset[int]
+    many: bool = False
+
+
+Kinds = Mapping[int, Kind]
+"""Of a message, by the numbers of its fields."""
+INTEGER, INTEGERS = Kind(frozenset({_VARINT})), Kind(frozenset({_VARINT, _LENGTH}), many=True)
+MESSAGE, MESSAGES = Kind(frozenset({_LENGTH})), Kind(frozenset({_LENGTH}), many=True)
+"""Texts too."""
 
 
 class Wire(ABC):
@@ -26,15 +44,35 @@ class Wire(ABC):
     def refused(self, why: str) -> Exception:
         """Return what to raise for a file that cannot be read; ``why`` goes on from 'it'."""
 
-    def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield each field's number and where its value lies."""
+    def parts(
+        self, start: int, end: int, kinds: Kinds | None = None
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield each field's number and where its value lies.
+
+        Parameters
+        ----------
+        kinds : how the fields that are looked at are encoded. Parsers pass over a field of another
+            wire type as one that they do not know, merge a message that comes twice, and take the
+            last of other values: what is there in two ways is refused, so that what was looked at
+            is what they see.
+        """
         position = start
+        seen: set[int] = set()
         while position < end:
             self._fields += 1
             if self._fields > MOST_FIELDS:
                 raise self.refused("has more parts than any network")
             key, position = self.varint(position, end)
             number, wire = key >> 3, key & 7
+            if not 0 < number < _NUMBERS:  # of a longer one, some parsers take the lower bits
+                raise self.refused("has a field whose number no message has")
+            kind = None if kinds is None else kinds.get(number)
+            if kind is not None:
+                if wire not in kind.wires:
+                    raise self.refused(f"has a field {number} of another type than ours")
+                if number in seen and not kind.many:
+                    raise self.refused(f"has a field {number} twice")
+                seen.add(number)
             if wire == 0:
                 begin = position
                 _, position = self.varint(position, end)

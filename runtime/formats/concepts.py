@@ -216,7 +216,7 @@ def read_concepts(path: Path) -> dict[str, Concept]:
         table = json.loads(text) if path.suffix.lower() == ".json" else _toml(text)
     except OSError as error:
         raise InputError(f"the table of codes {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:  # of both parsers
+    except (ValueError, RecursionError) as error:  # of both parsers
         raise InputError(f"{path} is no table of codes in TOML or JSON: {error}.") from error
     if not isinstance(table, dict):
         raise InputError(f"{path} must map structures to their codes.")

@@ -307,9 +307,11 @@ def _opaque(opacity: NDArray[Any]) -> bool:
 
 def _read_array(path: Path) -> NDArray[Any]:
     start = _bytes_of(path, count=12)
+    if not start.startswith(np.lib.format.MAGIC_PREFIX):  # NumPy would open an archive of arrays
+        raise InputError(f"{path} is not a NumPy array file. Save it with numpy.save.")
     # Checked here, because NumPy reads as much as the file states before it looks at its own limit.
     header = int.from_bytes(start[8:10] if start[6:7] == b"\x01" else start[8:12], "little")
-    if start.startswith(b"\x93NUMPY") and header > MOST_NPY_HEADER:
+    if header > MOST_NPY_HEADER:
         raise InputError(
             f"{path} is not a NumPy array file: it states a header of {header} bytes, NumPy reads "
             f"{MOST_NPY_HEADER}. Save it with numpy.save."

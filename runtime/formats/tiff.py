@@ -16,7 +16,20 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MOST_DIRECTORIES = 100_000
 _MOST_VALUES = 4096  # of one entry: strips of a large image are counted, never needed
 _MOST_ENTRIES, _MOST_READ = 1000, 4_000_000  # of one directory; values of all of them together
-_FORMS = {1: "B", 2: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
+_FORMS = {
+    1: "B",
+    2: "B",
+    3: "H",
+    4: "I",
+    6: "b",
+    7: "B",
+    8: "h",
+    9: "i",
+    13: "I",
+    16: "Q",
+    17: "q",
+    18: "Q",
+}
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,14 @@ def _directory(data: bytes, offset: int, order: str, big: bool) -> tuple[Directo
         raise struct.error("the directory is cut off")
     values: dict[int, tuple[int, ...]] = {}
     places: dict[int, tuple[int, str]] = {}
+    seen: set[int] = set()
     for entry in range(first, first + length * count, length):
         tag, kind = struct.unpack_from(order + "HH", data, entry)
         (number,) = struct.unpack_from(order + ("Q" if big else "I"), data, entry + 4)
         form = _FORMS.get(kind)
+        if tag in seen:  # the first one counts, as it does for the decoder
+            continue
+        seen.add(tag)
         if form is None or not number:
             continue
         place = entry + (12 if big else 8)

@@ -127,7 +127,7 @@ def _calibrations(
             if tags == recipe["tags"]:
                 continue
             whole = digest_json(recipe) == digest == made["recipe"]["digest"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if not whole:  # under a former identity of the bundle
             found.append((name, structure, None))

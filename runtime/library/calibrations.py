@@ -179,7 +179,7 @@ def _parse(name: str, value: str, generation: int) -> StoredCalibration:
         made, last, without = stored["generation"], stored["last"], stored.get("without", [])
         if not isinstance(without, list):
             raise ValueError("what it was made without")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(structure, repr(error)) from error
     if version != FORMAT_VERSION or not isinstance(data, dict):
         raise _damaged(structure, f"its format is {version!r}")

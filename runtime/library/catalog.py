@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.encoding import Origin
-from recallseg.runtime.library.history import PREFIX, note_text
+from recallseg.runtime.library.history import PREFIX, next_note, note_text
 from recallseg.runtime.library.origins import origins_note
 from recallseg.runtime.library.queries import RETIRED, CatalogQueries
 from recallseg.runtime.library.records import (
@@ -110,9 +110,8 @@ class Catalog(CatalogQueries):
         name = self.database.value(
             "SELECT max(name) FROM settings WHERE name >= ? AND name < ?", (PREFIX, "at!")
         )
-        following = 1 + int((name or "0").removeprefix(PREFIX))
         text = note_text(what, before, revision, numbers, details)
-        self.set_note(f"{PREFIX}{following:012d}", text)
+        self.set_note(next_note(name), text)
 
     def add(
         self,

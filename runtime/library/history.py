@@ -24,13 +24,14 @@ from recallseg.runtime.library.values import LARGEST, integer, timestamp
 if TYPE_CHECKING:
     from recallseg.runtime.library.catalog import Catalog
 
-__all__ = ["PREFIX", "UNRECORDED", "Change", "history", "note_text"]
+__all__ = ["PREFIX", "UNRECORDED", "Change", "history", "next_note", "note_text"]
 
 PREFIX = "at "
 """Of the notes' names. It sorts before those that every query looks for."""
 UNRECORDED = "unrecorded"
 _ADDING = {"add", "merge", "replace_mask"}
 _PAGE = 256
+_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,17 @@ class _Note:
         named = tuple(keys[number] for number in self.of(numbers))
         erased = sum(map(len, self.spans)) - len(named)
         return Change(self.revision, self.time, self.who, self.what, named, erased, self.details)
+
+
+def next_note(newest: str | None) -> str:
+    """Return the name of the note that follows ``newest``; LibraryCorruptError if that is none."""
+    number = "0" if newest is None else newest.removeprefix(PREFIX)
+    if not (number.isascii() and number.isdecimal() and len(number) <= _DIGITS):
+        raise LibraryCorruptError(
+            f"the library's history has a note {newest!a:.80}, which RecallSeg did not make. "
+            "Restore the library from a backup, or ask for it anew from who made it."
+        )
+    return f"{PREFIX}{1 + int(number):0{_DIGITS}d}"
 
 
 def note_text(

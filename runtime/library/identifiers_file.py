@@ -119,7 +119,7 @@ class IdentifiersFile:
                         f"a library's table of identifiers is its owner's alone. {told}"
                     )
                 with os.fdopen(os.dup(descriptor), "rb") as file:
-                    data = file.read(MOST_BYTES + 1)
+                    data = file.read(min(found.st_size, MOST_BYTES) + 1)  # which it sets aside
         except FileNotFoundError:
             self.secret, self.rows, self._end, self._seen = b"", {}, 0, None
             return

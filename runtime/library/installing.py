@@ -162,5 +162,5 @@ def _stated(folder: Path, version: str) -> Release | None:
         return Release.from_json(json.loads(read_file(path)), path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LibraryError(f"{path} cannot be read: {error}. Install the release again.") from error

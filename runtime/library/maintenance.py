@@ -35,6 +35,7 @@ from recallseg.runtime.library.shards import (
 from recallseg.runtime.library.sources import SourceStore
 from recallseg.runtime.library.storage import unreadable, writing
 from recallseg.runtime.library.store import INDEX, Store
+from recallseg.runtime.library.values import integer
 
 __all__ = ["append", "compact", "rebuild", "rebuild_index", "reclaim", "verify", "write_memories"]
 
@@ -325,18 +326,31 @@ def _unnamed_files(store: Store) -> dict[Path, str]:
 
 def _begin_generation(catalog: Catalog, settings: Settings) -> int:
     """Return the generation to fill: an interrupted one for the same bundle, or a new one."""
-    text = catalog.note("rebuild")
-    pending = json.loads(text) if text else None
-    if pending is not None and pending["identity"] == settings.identity:
-        return int(pending["generation"])
-    generation = (pending["generation"] if pending else catalog.state().generation) + 1
+    pending, now = _pending(catalog.note("rebuild")), catalog.state().generation
+    if pending is not None and pending[0] == settings.identity:
+        return integer(pending[1], "the generation of an unfinished rebuild", now + 1)
+    generation = now + 1
     with catalog.database.transaction():
         if pending is not None:
-            catalog.discard(pending["generation"])
+            unfinished = integer(pending[1], "the generation of an unfinished rebuild", now + 1)
+            catalog.discard(unfinished)
+            generation = unfinished + 1
         catalog.set_note(
             "rebuild", json.dumps({"identity": settings.identity, "generation": generation})
         )
-    return int(generation)
+    return generation
+
+
+def _pending(text: str | None) -> tuple[Any, Any] | None:
+    """Return identity and generation of an unfinished rebuild; None if there is none."""
+    try:
+        noted = json.loads(text) if text else None
+        return None if noted is None else (noted["identity"], noted["generation"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LibraryCorruptError(
+            f"the catalog's note on an unfinished rebuild is damaged: {error!r}. Restore the "
+            "library from a backup, or ask for it anew from who made it."
+        ) from error
 
 
 def _remove_unnamed(memories: Path, catalog: Catalog) -> None:

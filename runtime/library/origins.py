@@ -74,7 +74,7 @@ class Origins:
             data = json.loads(text)
             origins = tuple(Origin.from_json(origin) for origin in data["origins"])
             spans = tuple(_span(span, len(origins)) for span in data["spans"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LibraryCorruptError(
                 f"the library's record of how memories were made is damaged: {error!r}."
             ) from error

@@ -109,7 +109,7 @@ class Release:
             wrong = [name for name, *_ in files if not _NAME.fullmatch(name)]
             if wrong or len(files) != len(found.files) or min(size for _, size, _ in files) < 0:
                 raise ValueError(f"it names the file {wrong[0]!r}" if wrong else "its files")
-        except (ValueError, TypeError, KeyError, AttributeError, InputError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise LibraryCorruptError(f"{path} is no release that can be read: {error}.") from error
         return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recallseg.engines.durable import make_folder, replace_file
+from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.reports.cases import Case, Evaluation, VolumeCase
 from recallseg.runtime.reports.format import csv_text
 from recallseg.runtime.reports.paired import budgets, by_group, differences
@@ -178,13 +178,14 @@ def write_evaluation(
         If the folder cannot be written.
     """
     make_folder(output)
-    replace_file(output / "cases.csv", to_csv(evaluation.cases).encode())
+    written = {"cases.csv": to_csv(evaluation.cases)}
     if evaluation.volumes:
-        replace_file(output / "volumes.csv", to_csv(evaluation.volumes).encode())
+        written["volumes.csv"] = to_csv(evaluation.volumes)
     summary = to_json(evaluation, settings)
-    text = json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False)
-    replace_file(output / "summary.json", text.encode())
-    replace_file(output / "report.html", page.encode())
+    written["summary.json"] = json_text(summary)
+    written["report.html"] = page
+    for name, text in written.items():  # names in them may be of bytes that are no text
+        replace_file(output / name, printable(text, lines=True).encode())
     return summary
 
 

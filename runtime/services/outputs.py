@@ -176,7 +176,7 @@ def is_done(base: Path, request: str, provenance: Provenance) -> bool:
         files = [base.with_name(data["mask"])] if data["mask"] else []
     except FileNotFoundError:
         return False  # or what was to be written before the record, which comes last
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         made, files = ("", ""), []
     if made != (request, provenance.digest):
         raise InputError(

@@ -391,6 +391,6 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     """Return a record that was written here, or None; what is no record counts as not there."""
     try:
         record = json.loads(read_text(path))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

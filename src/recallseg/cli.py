@@ -23,7 +23,7 @@ from recallseg.commands.audit import app as audit_app
 from recallseg.commands.build import build
 from recallseg.commands.cache import app as cache_app
 from recallseg.commands.choosing import next_
-from recallseg.commands.common import INTERRUPTED, forget_notices
+from recallseg.commands.common import INTERRUPTED, forget_notices, note
 from recallseg.commands.config import app as config_app
 from recallseg.commands.demo import demo
 from recallseg.commands.doctor import doctor
@@ -116,7 +116,7 @@ class Root(TyperGroup):
         except (RecallSegError, ModuleNotFoundError, OSError, MemoryError) as error:
             if ctx.params.get("debug"):
                 raise
-            typer.echo(f"recallseg: {_message(error)}", err=True)
+            note(f"recallseg: {_message(error)}")
             raise typer.Exit(1) from None
 
 
@@ -281,8 +281,5 @@ def main() -> None:
         if DEBUG in sys.argv:
             raise
         kind = type(error).__name__
-        typer.echo(
-            f"recallseg: defect, please report it with the output of {DEBUG}: {kind}: {error}",
-            err=True,
-        )
+        note(f"recallseg: defect, please report it with the output of {DEBUG}: {kind}: {error}")
         sys.exit(1)

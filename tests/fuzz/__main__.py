@@ -23,6 +23,10 @@ def main() -> int:
     """Run; exit status 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=12_000, help="files in all")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first file of each kind"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="for one file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", choices=(*FORMATS, *KINDS), help="only this one")
     parser.add_argument("--index", type=int, help="write this file, and read none")
@@ -43,9 +47,15 @@ def main() -> int:
     each = chosen.count // len(kinds)
     with progress_bar("Fuzzing", each * len(kinds)) as step:
         for kind in kinds:
-            run_campaign(kind, each, chosen.seed, found, progress=step)
+            run_campaign(
+                *(kind, each, chosen.seed, found),
+                first=chosen.first,
+                seconds=chosen.seconds,
+                progress=step,
+            )
     report = {
         "seed": chosen.seed,
+        "first": chosen.first,
         "files": each * len(kinds),
         "seconds": round(perf_counter() - start, 1),
         "limits": {"pixel_bytes": PIXELS, "room_bytes": ROOM},

@@ -1,4 +1,4 @@
-"""Libraries, bundles and search indexes as strangers could make them, and everything done to them.
+"""Libraries, bundles, indexes, releases as strangers could make them, and what is done to them.
 
 Beside what is received lies a folder ``outside`` with files of somebody else: whatever is planted
 leads there, and nothing may ever get there.
@@ -7,12 +7,14 @@ leads there, and nothing may ever get there.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
 import shutil
 import sqlite3
 import struct
+import tarfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,17 +30,24 @@ from recallseg.engines.bundle import Bundle
 from recallseg.engines.digest import digest_file
 from recallseg.engines.errors import InputError, RecallSegError
 from recallseg.engines.golden import GoldenTensors
+from recallseg.engines.heads import REFINE, feature_count, graph_digest
 from recallseg.engines.manifest import data_files
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.paths import SHIPPED
-from recallseg.runtime.library import Library, index, retrieval
+from recallseg.engines.signing import SigningKey, create_key, sign_document
+from recallseg.runtime.library import Library, index, releases, retrieval
 from recallseg.runtime.library.catalog_file import JOURNAL_MAGIC
+from recallseg.runtime.library.choices import Choice
+from recallseg.runtime.library.heads import Head
+from recallseg.runtime.library.installing import install
+from recallseg.runtime.library.kept import Kept, Recall
 from recallseg.runtime.segmenting.segmenter import Segmenter
 
-__all__ = ["KINDS", "make", "mark", "prepare", "unharmed", "use"]
+__all__ = ["KINDS", "make", "mark", "prepare", "unharmed", "use", "warm"]
 
-KINDS = ("library", "bundle", "index")
+KINDS = ("library", "bundle", "index", "release")
 GRAPH = "portable/fp32/memorize"
+RELEASE = "release"
 _SECRET = b"somebody else's"
 _STRANGE: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2**31, 2**62, -(2**63), 1e300, float("inf"), "", "x", "../../outside"),
@@ -64,15 +73,58 @@ def prepare(folder: Path) -> None:
         module.EXACT_LIMIT = 2
     bundle = make_fake_bundle(folder / "good" / "bundle")
     rng = np.random.default_rng(0)
+    signer = _signer(folder)
     with Library.create(folder / "good" / "library", bundle, engine="fake") as library:
-        for number in range(5):
+        for number in range(6):
             image = rng.integers(0, 256, (40, 40), np.uint8)
             mask = np.zeros((40, 40), bool)
             mask[5 : 20 + number, 5:20] = True
-            library.add(image, {"disc": mask}, tags={"n": str(number)}, absent=("cyst",))
-        library.rebuild_index()
+            library.add(
+                image,
+                {"disc": mask},
+                key=f"e{number}",
+                tags={"n": str(number), "PatientID": f"P{number // 2}"},
+                absent=("cyst",),
+                group=f"P{number // 2}",
+            )
+        _fill(library)
+        library.release(folder / "good" / "release", version="1.0.0", key=signer, images=True)
     shutil.copytree(SHIPPED / "demo", folder / "good" / "real")
     _set_outside(folder)
+
+
+def _signer(folder: Path) -> SigningKey:
+    """Return the key of a maker whom this user trusts."""
+    path = folder / "state" / "maker.key"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        create_key(path)
+    return SigningKey.read(path)
+
+
+def _fill(library: Library) -> None:
+    """Put in all else that a library can have."""
+    library.retire("e5")
+    library.rename_structure("cyst", "fluid")
+    Segmenter(library, structures=("disc",), k=2, engine="fake").calibrate()
+    rng = np.random.default_rng(1)
+    shapes = [(8, feature_count(1)), (8,), (4, 8), (4,), (1, 4), (1,)]
+    units = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    numbers = [library.number(f"e{number}") for number in range(4)]
+    choice = Choice(*(0.5, 0.0, 0.7, 0.8, 0.01, 0.2, 4, "", False, (0.7, 0.9)))
+    folds = {number: place // 2 for place, number in enumerate(numbers)}
+    head = Head(
+        *(("disc",), {"disc": choice}, units, (units, units), folds, folds, "groups", {"k": 2}),
+        *(library.generation, graph_digest(REFINE), "2026-01-01T00:00:00+00:00"),
+        *(library.newest, len(library)),
+    )
+    library.heads.store(head)
+    recall = Recall(
+        *({"disc": (1, 2)}, {"disc": 0.5}, {"disc": 0.1}),
+        {"disc": np.zeros((16, 16), np.float16)},
+    )
+    library.heads.keep(numbers[0], Kept("ab" * 32, library.generation, recall, recall, recall))
+    library.rebuild_index()
 
 
 def _set_outside(folder: Path) -> None:
@@ -99,9 +151,14 @@ def make(kind: str, number: int, seed: int, folder: Path) -> Path:
     path = folder / "received"
     shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    source = {"library": "library", "index": "library"}.get(kind)
-    if source is None:
-        source = rng.choice(("bundle", "real"))
+    shutil.rmtree(folder / "installed", ignore_errors=True)
+    shutil.rmtree(folder / "copy", ignore_errors=True)
+    if kind == "release":
+        path.mkdir()
+        _release(path, rng)
+        _set_outside(folder)
+        return path
+    source = rng.choice(("bundle", "real")) if kind == "bundle" else "library"
     shutil.copytree(folder / "good" / source, path)
     ways = {"library": _LIBRARY, "bundle": _BUNDLE, "index": (_index,)}[kind]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -111,6 +168,18 @@ def make(kind: str, number: int, seed: int, folder: Path) -> Path:
             break  # who would damage that would wait for ever
     _set_outside(folder)  # the second may have gone through the link of the first
     return path
+
+
+def warm(kind: str, folder: Path) -> None:
+    """Use what is undamaged, so that all is imported and set aside that is at first use."""
+    path = folder / "received"
+    source = {"bundle": "real", "release": "release"}.get(kind, "library")
+    if source == "release":
+        path.mkdir()
+        shutil.copy(folder / "good" / "release", path / RELEASE)
+    else:
+        shutil.copytree(folder / "good" / source, path)
+    use(path)
 
 
 def mark(what: str) -> None:
@@ -132,7 +201,14 @@ def use(path: Path) -> None:
             return None
 
     try:
-        if os.path.lexists(path / "library.sqlite") or not os.path.lexists(path / "manifest.json"):
+        if os.path.lexists(path / RELEASE):
+            trust = (_signer(path.parent).public,)
+            made = attempt(lambda: install(path / RELEASE, path.parent / "installed", trust))
+            if made is not None:
+                _use_library(path.parent / "installed" / "current", attempt)
+        elif os.path.lexists(path / "library.sqlite") or not os.path.lexists(
+            path / "manifest.json"
+        ):
             _use_library(path, attempt)
         else:
             _use_bundle(path, attempt)
@@ -157,7 +233,12 @@ def _read(library: Library, attempt: Callable[[Callable[[], Any]], Any]) -> None
     image = np.full((40, 40), 90, np.uint8)
     attempt(lambda: list(library))
     attempt(library.verify)
+    attempt(library.history)
+    attempt(lambda: (library.calibrations, library.origins, library.retired, library.head))
+    attempt(lambda: library.heads.check())
+    attempt(lambda: library.whois("e1"))
     attempt(lambda: Segmenter(library, k=2, engine="fake").segment(image))
+    attempt(lambda: library.backup(library.path.parent / "copy"))
     attempt(library.close)
 
 
@@ -167,7 +248,11 @@ def _write(library: Library, attempt: Callable[[Callable[[], Any]], Any]) -> Non
     attempt(library.rebuild)
     key = attempt(lambda: library.add(image, {"disc": image > 0}))
     if key is not None:
+        attempt(lambda: library.retag(key, {"n": "7"}))
+        attempt(lambda: library.retire(key))
         attempt(lambda: library.remove(key))
+    attempt(lambda: library.rename_structure("disc", "disk"))
+    attempt(library.anonymise)
     attempt(library.compact)
     attempt(library.close)
 
@@ -455,17 +540,154 @@ def _graph_meaning(path: Path, rng: random.Random) -> None:
     _stated(path, name, digest_file(path / name))
 
 
+def _hidden(path: Path, rng: random.Random) -> None:
+    """Say something twice, or in a way that parsers read differently."""
+    name = _entry(path)["file"]
+    model = onnx.load(path / name, load_external_data=False)
+    node = model.graph.node.pop(rng.randrange(len(model.graph.node)))
+    data = node.SerializeToString()
+    way = rng.randrange(4)
+    if way == 0:  # a number of 33 bits, of which some take the lower 32
+        tag, body = (1 << 3 | 2) + (1 << 32), data
+    else:
+        real = rng.choice((b"If", b"Loop", b"EPContext", b"StringNormalizer"))
+        kind = (0, 1, 5)[way - 1]
+        seen = {0: b"\x01", 1: b"Identity", 5: b"Relu"}[kind]
+        extra = b"\x22" + bytes([len(real)]) + real + bytes([4 << 3 | kind]) + seen
+        tag, body = 1 << 3 | 2, data + extra
+    part = _varint(tag) + _varint(len(body)) + body
+    (path / name).write_bytes(model.SerializeToString() + b"\x3a" + _varint(len(part)) + part)
+    _stated(path, name, digest_file(path / name))
+
+
+def _varint(number: int) -> bytes:
+    made = bytearray()
+    while number > 0x7F:
+        made.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*made, number])
+
+
 def _golden(path: Path, rng: random.Random) -> None:
     file = path / "golden/golden.npz"
     file.write_bytes(damage("picture", file.name, file.read_bytes(), rng))
     _stated(path, "golden/golden.npz", digest_file(file))
 
 
+def _note(path: Path, rng: random.Random) -> None:
+    """Change what a note says, or its name: calibrations, history, origins, a rebuild."""
+    connection = sqlite3.connect(path / "library.sqlite")
+    notes = connection.execute("SELECT name, value FROM settings").fetchall()
+    connection.close()
+    name, text = rng.choice(notes)
+    way = rng.randrange(4)
+    if way == 0:  # one that begins as ours do
+        others = ("at x", "at 999999999999999", "rebuild", "adding", "origins 1", "forget",
+                  "identifiers", "calibration", f"calibration {'a' * 64} disc")  # fmt: skip
+        values = ("[" * 5000, "{}", "1 2", "null", '{"identity": "x", "generation": 1}', text)
+        statement = "INSERT OR REPLACE INTO settings VALUES (?, ?)"
+        _sql(path, (statement, (rng.choice(others), rng.choice(values))))
+    elif way == 1 and text.startswith("{"):
+        value = json.loads(text)
+        _strange_json(value, rng)
+        _sql(path, ("UPDATE settings SET value = ? WHERE name = ?", (json.dumps(value), name)))
+    else:
+        strange = rng.choice(_STRANGE)
+        _sql(path, ("UPDATE settings SET value = ? WHERE name = ?", (strange, name)))
+
+
+def _learnt(path: Path, rng: random.Random) -> None:
+    """Change a head or kept logits, and have the catalog state the digest of what it is now."""
+    table = rng.choice(("heads", "kept_logits"))
+    connection = sqlite3.connect(path / "library.sqlite")
+    number, text, data = connection.execute(f"SELECT rowid, about, data FROM {table}").fetchone()
+    connection.close()
+    about = json.loads(text)
+    if rng.random() < 0.7:
+        _strange_json(about, rng)
+    else:
+        data = damage("picture", "x", data, rng)
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode() + b"\0" + data).digest()
+    statement = f"UPDATE {table} SET about = ?, data = ?, digest = ? WHERE rowid = ?"
+    _sql(path, (statement, (json.dumps(about), data, digest, number)))
+
+
+def _identifiers(path: Path, rng: random.Random) -> None:
+    file = path / "identifiers.jsonl"
+    lines = file.read_bytes().splitlines()
+    place = rng.randrange(len(lines))
+    value = json.loads(lines[place])
+    _strange_json(value, rng)
+    lines[place] = json.dumps(value).encode()
+    file.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def _release(path: Path, rng: random.Random) -> None:
+    """Damage a release, or have one made by somebody who is trusted, and means harm."""
+    good = path.parent / "good"
+    way = rng.randrange(4)
+    data = bytearray((good / "release").read_bytes())
+    if way == 0:
+        data = bytearray(damage("picture", "x", bytes(data), rng))
+    elif way == 1:  # the header of a member
+        at = 512 * rng.randrange(len(data) // 512)
+        name = rng.choice((b"library/../../outside/secret", b"/etc/x", b"library/library.sqlite"))
+        data[at : at + 100] = name.ljust(100, b"\0")
+        data[at + 156] = rng.choice(b"0125gxL")
+    else:
+        library = path / "library"
+        shutil.copytree(good / "library", library)
+        for name in ("index", "identifiers.jsonl", "writer.lock"):
+            gone = library / name
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
+        if way == 2:
+            with suppress(Exception):
+                rng.choice(_INSIDE)(library, rng)
+        data = bytearray(_released(path, library, rng, strange=way == 3))
+        shutil.rmtree(library)
+    (path / RELEASE).write_bytes(data)
+
+
+def _released(path: Path, library: Path, rng: random.Random, *, strange: bool) -> bytes:
+    """Return a release of files as they are, signed."""
+    stated = releases.read_release(path.parent / "good" / "release", (_signer(path.parent).public,))
+    manifest = stated.to_json()
+    names = [file for file in sorted(library.rglob("*")) if file.is_file()]
+    manifest["files"] = [
+        [f"library/{file.relative_to(library)}", file.stat().st_size, digest_file(file)]
+        for file in names
+    ]
+    if strange:
+        _strange_json(manifest, rng)
+    document = json.dumps(manifest).encode()
+    signature = sign_document("release", document, _signer(path.parent))
+    made = io.BytesIO()
+    members = [("release.json", document), ("release.json.sig", signature)]
+    members += [(f"library/{file.relative_to(library)}", file.read_bytes()) for file in names]
+    for name, content in members:
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode = len(content), 0o600
+        made.write(entry.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512))
+    return made.getvalue() + bytes(1024)
+
+
+_INSIDE = (
+    _catalog_bytes,
+    _catalog_value,
+    _settings,
+    _schema,
+    _wal,
+    _source,
+    _shard,
+    _note,
+    _learnt,
+)
 _LIBRARY = (
     *(_catalog_bytes, _catalog_bytes, _catalog_value, _catalog_value, _settings, _schema),
     *(_journal, _wal, _link, _link, _source, _shard, _index, _bytes),
+    *(_note, _note, _learnt, _identifiers),
 )
 _BUNDLE = (
     *(_manifest, _manifest, _graph_bytes, _graph_meaning),
-    *(_weights, _golden, _link, _bytes),
+    *(_weights, _golden, _link, _bytes, _hidden),
 )

@@ -14,12 +14,11 @@ import resource
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import process_time
 
 from fuzz import artefacts
 from fuzz.mutations import damage, good_files, good_series
@@ -40,7 +39,7 @@ class Findings:
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
     peak_bytes: int = 0
-    slowest: tuple[float, str] = (0.0, "")
+    slowest: tuple[float, str] = (0.0, "")  # in seconds of the processor
 
     def add(self, kind: str, index: int, name: str, outcome: str, why: str = "") -> None:
         """Count one file."""
@@ -78,6 +77,7 @@ def run_campaign(
     seed: int,
     found: Findings,
     *,
+    first: int = 0,
     reader: str = "fuzz.campaign:read",
     seconds: float = 20.0,
     progress: Callable[[str], None] = lambda name: None,
@@ -86,19 +86,20 @@ def run_campaign(
 
     Parameters
     ----------
+    first : number of the first; each is the same whatever was read before.
     reader : what reads, as ``module:function`` taking a path.
     seconds : for one file.
     """
     names = [kind] if kind in artefacts.KINDS else [name for name, _ in good_files()[kind]]
     context = multiprocessing.get_context("spawn")
-    index = 0
-    while index < count:
+    index, end = first, first + count
+    while index < end:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, kind, index, count, seed, reader))
+        process = context.Process(target=_work, args=(theirs, kind, index, end, seed, reader))
         process.start()
         theirs.close()
         ready = ours.poll(120) and ours.recv()  # imports take what they take
-        while ready and index < count:
+        while ready and index < end:
             name = names[index % len(names)]
             if not ours.poll(seconds):
                 found.add(kind, index, name, "hang", f"(over {seconds:g} s)")
@@ -122,7 +123,7 @@ def run_campaign(
             raise RuntimeError("the process that reads could not be started.")
 
 
-def _work(pipe: Connection, kind: str, first: int, count: int, seed: int, reader: str) -> None:
+def _work(pipe: Connection, kind: str, first: int, end: int, seed: int, reader: str) -> None:
     warnings.simplefilter("ignore")
     os.environ["RECALLSEG_MAX_BYTES"] = str(PIXELS)
     module, _, function = reader.partition(":")
@@ -134,21 +135,20 @@ def _work(pipe: Connection, kind: str, first: int, count: int, seed: int, reader
         if received:
             target = artefacts.use
             artefacts.prepare(folder)
-            with suppress(InputError):  # imports what is imported at first use
-                target(artefacts.make(kind, first, seed, folder))
+            artefacts.warm(kind, folder)
         if kind == "segmentation":
             good_series(folder / "series")
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
         pipe.send(True)
-        for index in range(first, count):
+        for index in range(first, end):
             if received:
                 path = artefacts.make(kind, index, seed, folder)
             else:
                 name, data = damaged_file(files, kind, index, seed)
                 path = folder / name
                 path.write_bytes(data)
-            outcome, why, start = "read", "", perf_counter()
+            outcome, why, start = "read", "", process_time()
             try:
                 target(path)
             except InputError:
@@ -157,6 +157,6 @@ def _work(pipe: Connection, kind: str, first: int, count: int, seed: int, reader
                 outcome = "memory"
             except BaseException as error:
                 outcome, why = "exception", f"{type(error).__name__}: {error}"[:300]
-            spent = perf_counter() - start
+            spent = process_time() - start
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             pipe.send((outcome, why, peak, spent))

@@ -20,7 +20,9 @@ def test_damaged_files_are_read_or_refused(kind: str) -> None:
     assert found.counts[kind]["read"] > 0
 
 
-@pytest.mark.parametrize(("kind", "each"), [("library", 25), ("bundle", 20), ("index", 8)])
+@pytest.mark.parametrize(
+    ("kind", "each"), [("library", 25), ("bundle", 20), ("index", 8), ("release", 20)]
+)
 def test_received_artefacts_are_read_or_refused(kind: str, each: int) -> None:
     found = Findings()
     run_campaign(kind, each, 1, found)

@@ -14,6 +14,7 @@ from typing import Any
 from recallseg.engines.durable import make_folder, replacing
 from recallseg.engines.errors import InputError
 from recallseg.runtime.json_text import printable
+from recallseg.runtime.reports.format import csv_text
 from recallseg.runtime.services.archive.journal import Journal
 from recallseg.runtime.services.archive.sources import TABLES, import_pyarrow
 
@@ -120,14 +121,18 @@ def _write_csv(path: Path, rows: Iterator[dict[str, Any]], structures: Sequence[
     count = 0
     with replacing(path) as descriptor, _stream(descriptor) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8", newline="")
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
+        writer = csv.writer(text, lineterminator="\r\n")
+        writer.writerow(csv_text(name) for name in columns)
         for row in rows:
-            writer.writerow(row)
+            writer.writerow(_cell(row.get(name)) for name in columns)
             count += 1
         text.flush()
         text.detach()
     return count
+
+
+def _cell(value: Any) -> Any:
+    return csv_text(printable(value)) if isinstance(value, str) else value
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], structures: Sequence[str]) -> int:

@@ -18,10 +18,10 @@ from recallseg.commands.common import (
     LibraryArgument,
     emit_json,
     note,
+    say,
     say_notice,
     stopped_by_signals,
 )
-from recallseg.runtime.json_text import printable
 
 if TYPE_CHECKING:
     from recallseg.runtime.services.archive import Progress
@@ -121,11 +121,11 @@ def archive(
         emit_json(done.to_json())
     else:
         before = f" ({told.before} before)" if told.before else ""
-        typer.echo(
+        say(
             f"{told.done} done{before}, {told.set_aside} set aside, {told.refused} refused, "
             f"{told.passed_over} passed over, in {done.seconds:.0f} s"
         )
-        typer.echo(printable(done.summary))
+        say(done.summary)
     for named, why in list(done.set_aside.items())[:_SHOWN]:
         note(f"not segmented: {named}: {why}")
     if done.failed > _SHOWN:

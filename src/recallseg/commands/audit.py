@@ -15,6 +15,7 @@ from recallseg.commands.common import (
     emit_json,
     note,
     open_audit,
+    say,
 )
 
 __all__ = ["app"]
@@ -58,9 +59,9 @@ def verify(
         return
     noun = "entry" if summary.entries == 1 else "entries"
     checked = "" if key is None else f", {summary.sealed} seals fit"
-    typer.echo(f"{summary.entries} {noun}, all in order{checked}; newest {summary.newest}")
+    say(f"{summary.entries} {noun}, all in order{checked}; newest {summary.newest}")
     if summary.entries:
-        typer.echo(f"from {summary.first_time} to {summary.last_time}")
+        say(f"from {summary.first_time} to {summary.last_time}")
     if summary.continues is not None:
         note(f"goes on from {summary.continues}, the end of the file before; give it with --before")
     if summary.sealed and key is None:
@@ -93,4 +94,4 @@ def rotate(
         raise typer.BadParameter(f"there is no file {log}.", param_hint="LOG")
     opened = open_audit(log, audit_key, audit_head)
     assert opened is not None
-    typer.echo(opened.rotate())
+    say(opened.rotate())

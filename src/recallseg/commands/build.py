@@ -13,6 +13,7 @@ from recallseg.commands.common import (
     note,
     parsed,
     progress_bar,
+    say,
     say_notice,
     split_list,
 )
@@ -128,11 +129,9 @@ def build(
         return
     for entry in found:
         how = f"built in {entry['seconds']:.1f} s" if entry["fresh"] else "was in the cache"
-        typer.echo(
-            f"  {entry['graph']:<9} {entry['variant']:<9} {entry['bytes'] / 1e6:6.1f} MB  {how}"
-        )
-    typer.echo(f"{engine} {item.plan.key.version}, {precision}, {item.plan.key.target}, {usual}")
-    typer.echo(said)
+        say(f"  {entry['graph']:<9} {entry['variant']:<9} {entry['bytes'] / 1e6:6.1f} MB  {how}")
+    say(f"{engine} {item.plan.key.version}, {precision}, {item.plan.key.target}, {usual}")
+    say(said)
 
 
 def _verify(bundle: Bundle, engine: str, precision: str) -> tuple[bool, str]:

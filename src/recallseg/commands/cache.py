@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from recallseg.commands.common import JsonOption, emit_json, parsed
+from recallseg.commands.common import JsonOption, emit_json, parsed, say
 
 __all__ = ["app"]
 
@@ -40,19 +40,19 @@ def list_plans(as_json: JsonOption = False) -> None:
     if as_json:
         emit_json({"folder": str(cache.folder), "plans": entries})
         return
-    typer.echo(str(cache.folder))
+    say(str(cache.folder))
     for entry in entries:
         states = (
             ", ".join(f"{state} on {device}" for device, state in entry["states"].items())
             or "built"
         )
         profile = " ".join(f"{s}={r[0]}..{r[2]}" for s, r in entry["profile"].items())
-        typer.echo(
+        say(
             f"  {entry['plan'][:8]} {entry['graph']:<9}{entry['engine']} {entry['version']} "
             f"{entry['precision']} {entry['target']} {profile} {entry['bytes'] / 1e6:.1f} MB, "
             f"{entry['bundle']}: {states}"
         )
-    typer.echo(f"{len(entries)} plans, {sum(e['bytes'] for e in entries) / 1e6:.1f} MB")
+    say(f"{len(entries)} plans, {sum(e['bytes'] for e in entries) / 1e6:.1f} MB")
 
 
 @app.command("clear")
@@ -80,4 +80,4 @@ def clear(
     if as_json:
         emit_json({"plans": count, "bytes": freed})
     else:
-        typer.echo(f"removed {count} plans, {freed / 1e6:.1f} MB")
+        say(f"removed {count} plans, {freed / 1e6:.1f} MB")

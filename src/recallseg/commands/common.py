@@ -55,6 +55,7 @@ __all__ = [
     "parsed",
     "print_table",
     "progress_bar",
+    "say",
     "say_notice",
     "split_clean_ups",
     "split_list",
@@ -344,10 +345,20 @@ def parse_tags(items: list[str] | None) -> dict[str, str]:
 
 
 def note(message: str) -> None:
-    """Say something to a person, on stderr: stdout belongs to the answer."""
+    """Say one thing to a person, on stderr: stdout belongs to the answer.
+
+    Lines after the first are indented, so that no name in it begins what looks like another.
+    """
     from recallseg.runtime.json_text import printable
 
-    typer.echo(printable(message), err=True)
+    typer.echo(printable(message, lines=True).replace("\n", "\n  "), err=True)
+
+
+def say(answer: object) -> None:
+    """Print an answer for a person on stdout, whatever characters names in it are made of."""
+    from recallseg.runtime.json_text import printable
+
+    typer.echo(printable(answer, lines=True))
 
 
 def tell_unlabelled(unlabelled: Sequence[Path]) -> None:
@@ -454,8 +465,17 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
         yield _lines(title, total)
         return
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=total, step="")
-        yield lambda step, advance=1: progress.update(task, advance=advance, step=step)
+        task = progress.add_task(_plain(title), total=total, step="")
+        yield lambda step, advance=1: progress.update(task, advance=advance, step=_plain(step))
+
+
+def _plain(text: str) -> str:
+    """Return text that Rich shows as it is, square brackets included."""
+    from rich.markup import escape
+
+    from recallseg.runtime.json_text import printable
+
+    return escape(printable(text))
 
 
 def _lines(title: str, total: int) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from recallseg.commands.common import JsonOption, emit_json, note
+from recallseg.commands.common import JsonOption, emit_json, note, say
 
 __all__ = ["app"]
 
@@ -40,7 +40,7 @@ def check(
         for problem in problems:
             note(problem)
         if not problems:
-            typer.echo(f"{file} is right: {len(configuration.rules)} rules")
+            say(f"{file} is right: {len(configuration.rules)} rules")
     if problems:
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from recallseg.commands.common import JsonOption, emit_json
+from recallseg.commands.common import JsonOption, emit_json, say
 
 if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
@@ -52,30 +52,28 @@ def doctor(
         machine = diagnosis.machine
         size = machine["memory_bytes"]
         installed = f"{size / 2**30:.1f} GiB memory" if size else "memory unknown"
-        typer.echo(f"machine   {machine['processor']} ({machine['architecture']})")
-        typer.echo(
+        say(f"machine   {machine['processor']} ({machine['architecture']})")
+        say(
             f"          {machine['usable_cores']} of {machine['cores']} cores usable, "
             f"{installed}, {machine['system']}"
         )
-        typer.echo(f"python    {machine['python']}")
+        say(f"python    {machine['python']}")
         versions = ", ".join(f"{name} {version}" for name, version in diagnosis.packages.items())
-        typer.echo(f"packages  {versions or 'none of those that matter'}")
-        typer.echo(f"cache     {diagnosis.cache}")
-        typer.echo(f"bundles   {', '.join(diagnosis.bundles) or 'none shipped'}")
-        typer.echo(f"pixels    {diagnosis.pixels}")
-        typer.echo(f"operators {diagnosis.operators}")
-        typer.echo("engines")
+        say(f"packages  {versions or 'none of those that matter'}")
+        say(f"cache     {diagnosis.cache}")
+        say(f"bundles   {', '.join(diagnosis.bundles) or 'none shipped'}")
+        say(f"pixels    {diagnosis.pixels}")
+        say(f"operators {diagnosis.operators}")
+        say("engines")
         for found in diagnosis.engines:
-            typer.echo(f"  {'yes' if found.available else 'no ':<4}{found.name:<22}{found.detail}")
+            say(f"  {'yes' if found.available else 'no ':<4}{found.name:<22}{found.detail}")
         for test in diagnosis.self_tests:
             word = "passed" if test.passed else "FAILED"
-            typer.echo(
+            say(
                 f"self test {word}: bundle {test.bundle}, {test.engine}, {test.seconds:.1f} s: "
                 f"{test.detail}"
             )
-        typer.echo(
-            "ready" if diagnosis.healthy else "NOT READY: no engine can run, or a test failed"
-        )
+        say("ready" if diagnosis.healthy else "NOT READY: no engine can run, or a test failed")
     if not diagnosis.healthy:
         raise typer.Exit(1)
 
@@ -140,16 +138,14 @@ def _show_budget(
         return
     host = engine_class(engine).place == "host"
     where = "on the CPU" if host else "CPU and GPU sharing it"
-    typer.echo(f"memory for {opened.name} in {precision} by {engine}, {where}, in MiB")
-    typer.echo("computed from the graphs, not measured" + ("\n" if host else " on a GPU\n"))
+    say(f"memory for {opened.name} in {precision} by {engine}, {where}, in MiB")
+    say("computed from the graphs, not measured" + ("\n" if host else " on a GPU\n"))
     if plans is not None:
-        typer.echo(
+        say(
             f"activations at S = {opened.geometry.image_size}, n up to {plans.n}, k up to "
             f"{plans.k}: as the plans of {engine} {plans.version} for {plans.target} say\n"
         )
-    typer.echo(
-        "    S   n   k   fused  not fused   of which  weights  buffers  activations   scores"
-    )
+    say("    S   n   k   fused  not fused   of which  weights  buffers  activations   scores")
     for b in budgets:
         sizes_of = {line.name: line.size >> 20 for line in b.lines}
         weights = sizes_of["weights"] + sizes_of.get("the same, repacked", 0)
@@ -157,22 +153,20 @@ def _show_budget(
         held = sizes_of["buffers of the graphs"] + copied
         mark = "" if b.worst <= limit else "  fits if fused" if b.total <= limit else "  too large"
         parts = f"{weights:>9}{held:>9}{sizes_of['activations']:>13}{b.scores >> 20:>9}"
-        typer.echo(
+        say(
             f"{b.image_size:>5} {b.n:>3} {b.k:>3} {b.total >> 20:>7} {b.worst >> 20:>10}{'':11}"
             f"{parts}{mark}"
         )
-    typer.echo(
-        f"\nlargest k in {limit / 2**30:.1f} GiB, if attention is not fused (0: does not fit)"
-    )
+    say(f"\nlargest k in {limit / 2**30:.1f} GiB, if attention is not fused (0: does not fit)")
     cap = opened.geometry.max_k
     for side, by_n in largest.items():
         cells = (f"n={n}: {k}{'*' if k == cap else ''}" for n, k in by_n.items())
-        typer.echo(f"  S={side:<5}" + "   ".join(cells))
+        say(f"  S={side:<5}" + "   ".join(cells))
     if any(k == cap for by_n in largest.values() for k in by_n.values()):
-        typer.echo(f"  * the bundle's own limit ({cap}); the memory would take that or more")
-    typer.echo("\npresets")
+        say(f"  * the bundle's own limit ({cap}); the memory would take that or more")
+    say("\npresets")
     for preset in PRESETS.values():
-        typer.echo(
+        say(
             f"  {preset.name:<12} S={preset.image_size} k={preset.k} n={preset.n} "
             f"{preset.precision}, in {preset.memory >> 30} GiB"
         )

@@ -29,6 +29,7 @@ from recallseg.commands.common import (
     one_of,
     parsed,
     progress_bar,
+    say,
     say_notice,
     split_list,
     split_numbers,
@@ -255,7 +256,7 @@ def finish(
         emit_json(answer)
     else:
         print_tables(evaluation)
-        typer.echo(f"page: {output / 'report.html'}")
+        say(f"page: {output / 'report.html'}")
     if evaluation.unmentioned:
         note(
             f"{len(evaluation.unmentioned)} say nothing of {', '.join(evaluation.structures)} and "
@@ -277,7 +278,7 @@ def print_tables(evaluation: Evaluation) -> None:
     from recallseg.runtime.reports.paired import budgets, by_group, differences
     from recallseg.runtime.reports.summary import latency, summarise
 
-    console = Console()
+    console = Console(markup=False)
     unit = "mm" if evaluation.in_mm else "px"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("structure", overflow="fold")

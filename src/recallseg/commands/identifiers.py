@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from recallseg.commands.common import JsonOption, LibraryArgument, emit_json
+from recallseg.commands.common import JsonOption, LibraryArgument, emit_json, say
 
 __all__ = ["anonymise", "whois"]
 
@@ -35,7 +35,7 @@ def whois(
             f"group {identity.group}" if identity.group else "",
             f"formerly '{identity.former}'" if identity.former else "",
         )
-        typer.echo(f"{identity.key}: {'; '.join(part for part in parts if part)}")
+        say(f"{identity.key}: {'; '.join(part for part in parts if part)}")
 
 
 def anonymise(library: LibraryArgument, as_json: JsonOption = False) -> None:
@@ -52,16 +52,16 @@ def anonymise(library: LibraryArgument, as_json: JsonOption = False) -> None:
         emit_json({**vars(report), "tags": dict(report.tags)})
         return
     tags = ", ".join(f"{name} ({count})" for name, count in report.tags.items()) or "none"
-    typer.echo(
+    say(
         f"{report.exemplars} exemplars: {report.keys} keys replaced, tags hashed: {tags}; digest "
         f"{report.digest_before[:12]} is now {report.digest[:12]}"
     )
     if report.unknown:
-        typer.echo(
+        say(
             f"{report.unknown} values were hashed by who made the library, and stay; new ones are "
             "hashed with a secret of your own"
         )
     if report.calibrations:
-        typer.echo(f"calibrations moved to the hashed tags: {', '.join(report.calibrations)}")
+        say(f"calibrations moved to the hashed tags: {', '.join(report.calibrations)}")
     if report.removed:
-        typer.echo(f"calibrations to be made again: {', '.join(report.removed)}")
+        say(f"calibrations to be made again: {', '.join(report.removed)}")

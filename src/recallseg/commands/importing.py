@@ -27,6 +27,7 @@ from recallseg.commands.common import (
     parse_tags,
     parsed,
     progress_bar,
+    say,
     say_notice,
     tell_passed,
     tell_unlabelled,
@@ -151,7 +152,7 @@ def import_(
         passed = {str(each.path): each.reason for each in found.passed}
         emit_json({**vars(report), "unlabelled": unlabelled, "passed_over": passed})
     else:
-        typer.echo(
+        say(
             f"{len(report.added)} added, {len(report.skipped)} already there, {len(report.failed)} "
             f"failed; the library has {count} exemplars"
         )

@@ -17,6 +17,7 @@ from recallseg.commands.common import (
     emit_json,
     note,
     progress_bar,
+    say,
     say_notice,
     state_of,
 )
@@ -103,7 +104,7 @@ def merge(
         emit_json({name: [*keys] for name, keys in vars(report).items()})
         return
     made = f", memories of {len(report.encoded)} made anew" if report.encoded else ""
-    typer.echo(f"{len(report.added)} exemplars added{made}")
+    say(f"{len(report.added)} exemplars added{made}")
     for keys, why in ((report.equal, "LIB has them"), (report.retired, "retired in OTHER")):
         if keys:
             note(f"passed over, {why}: {', '.join(keys)}")
@@ -128,7 +129,7 @@ def backup(
     if as_json:
         emit_json({**vars(report), "ok": report.ok})
     else:
-        typer.echo(
+        say(
             f"{report.exemplars} exemplars, {report.memories} memories and {report.sources} "
             f"sources copied to {folder} and verified"
         )
@@ -164,7 +165,7 @@ def history(library: LibraryArgument, as_json: JsonOption = False) -> None:
         emit_json([change.to_json() for change in changes])
         return
     for change in changes:
-        typer.echo(_line(change))
+        say(_line(change))
 
 
 def _line(change: Change) -> str:

@@ -24,6 +24,7 @@ from recallseg.commands.common import (
     parsed,
     print_table,
     progress_bar,
+    say,
     say_notice,
     state_of,
 )
@@ -151,7 +152,7 @@ def add(
         if as_json:
             emit_json({"key": made, "library": state_of(opened)})
         else:
-            typer.echo(made)
+            say(made)
 
 
 @app.command("list")
@@ -244,13 +245,13 @@ def verify(library: LibraryArgument, as_json: JsonOption = False) -> None:
     if as_json:
         emit_json({**vars(report), "ok": report.ok})
     else:
-        typer.echo(
+        say(
             f"{report.exemplars} exemplars, {report.memories} memories, {report.sources} sources, "
             f"{report.indexes} indexes, {report.heads} of heads: "
             f"{'all is well' if report.ok else 'damaged'}"
         )
         for problem in report.problems:
-            typer.echo(f"  {problem}")
+            say(f"  {problem}")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -309,7 +310,7 @@ def calibrate(library: LibraryArgument, asking: Asking, as_json: JsonOption = Fa
         return
     for name, value in thresholds.items():
         dice = "not segmented" if value.dice is None else f"median Dice {value.dice:.3f}"
-        typer.echo(
+        say(
             f"{name}: {value.exemplars} left out in turn, {dice}; usual distance up to "
             f"{_limit(value.distance)}, IoU estimate from {_limit(value.iou)}"
         )
@@ -345,7 +346,7 @@ def fit(
         emit_json(data)
         return
     for line in lines:
-        typer.echo(line)
+        say(line)
 
 
 def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from recallseg.commands.common import JsonOption, emit_json, note
+from recallseg.commands.common import JsonOption, emit_json, note, say
 
 if TYPE_CHECKING:
     from recallseg.runtime.services.node.store import NodeStore
@@ -71,7 +71,7 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> None:
         return
     for table, states in counts.items():
         told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        typer.echo(f"{table}: {told or 'none'}")
+        say(f"{table}: {told or 'none'}")
     _tell(troubles)
 
 
@@ -83,7 +83,7 @@ def retry(config: ConfigOption, series: SeriesOption = None, as_json: JsonOption
     if as_json:
         emit_json({"retried": count})
     else:
-        typer.echo(f"{count} to be tried again")
+        say(f"{count} to be tried again")
 
 
 @app.command()
@@ -135,4 +135,4 @@ def _tell(troubles: list[dict[str, object]]) -> None:
     for each in troubles:
         since = datetime.fromtimestamp(float(str(each["since"]))).isoformat(" ", "seconds")
         where = each.get("rule") or each.get("destination") or ""
-        typer.echo(f"{since}  {each['series']}  {where}  {each['state']}: {each['why']}")
+        say(f"{since}  {each['series']}  {where}  {each['state']}: {each['why']}")

@@ -22,6 +22,7 @@ from recallseg.commands.common import (
     note,
     parsed,
     progress_bar,
+    say,
 )
 from recallseg.engines import defaults
 from recallseg.engines.reading import read_file
@@ -148,16 +149,16 @@ def diff(
         return
     for sign, keys in (("+", found.added), ("-", found.removed)):
         for key in keys:
-            typer.echo(f"{sign} {key}")
+            say(f"{sign} {key}")
     for key, parts in found.changed.items():
-        typer.echo(f"~ {key}: other {' and '.join(parts)}")
+        say(f"~ {key}: other {' and '.join(parts)}")
     for sign, names in (("+", found.structures_added), ("-", found.structures_removed)):
         for name in names:
-            typer.echo(f"{sign} structure {name}")
+            say(f"{sign} structure {name}")
     if found.bundle is not None:
-        typer.echo(f"~ bundle: {found.bundle[0][:12]} -> {found.bundle[1][:12]}")
+        say(f"~ bundle: {found.bundle[0][:12]} -> {found.bundle[1][:12]}")
     for name, dice in found.dice.items():
-        typer.echo(f"  Dice of {name}: {dice.before:.3f} -> {dice.after:.3f} ({dice.cases} cases)")
+        say(f"  Dice of {name}: {dice.before:.3f} -> {dice.after:.3f} ({dice.cases} cases)")
     if not found.dice:
         note("Dice was not compared: both must be releases that were evaluated on the same cases.")
 
@@ -234,4 +235,4 @@ def _tell(described: Release, where: str) -> None:
     )
     for name, dice in (described.evaluation or {}).get("dice", {}).items():
         note(f"Dice of {name}: {dice['mean']:.3f} ({dice['cases']} held out)")
-    typer.echo(where)
+    say(where)

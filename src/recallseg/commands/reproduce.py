@@ -105,7 +105,7 @@ def _print(found: Reproduction) -> None:
     from recallseg.runtime.reports.paired import budgets
     from recallseg.runtime.reports.paper import KS, PAPER_DICE, PAPER_MS
 
-    console = Console()
+    console = Console(markup=False)
     exemplars, queries = found.patients
     console.print(
         f"{found.challenge}: {found.queries} slices of {queries} patients, recalled from "

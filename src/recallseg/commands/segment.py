@@ -15,6 +15,7 @@ from recallseg.commands.common import (
     emit_json,
     note,
     progress_bar,
+    say,
     say_notice,
     tell_passed,
 )
@@ -81,9 +82,9 @@ def segment(
                     for record, line in done:
                         records.append(record)
                         for text in record.get("notes", ()):
-                            note(printable(f"{item.name}: {text}"))
+                            note(f"{item.name}: {text}")
                         if not as_json:
-                            typer.echo(printable(line))
+                            say(line)
                 except (InputError, OutputError, MemoryError) as error:
                     failed[str(item.path)] = str(error) or "it needs more memory than there is"
                 step(printable(item.name))
@@ -158,13 +159,11 @@ def _jobs(found: Finding, paths: Sequence[Path], output: Path) -> list[tuple[Ite
     from recallseg.runtime.services.outputs import output_base
 
     if not found.items:
-        why = "".join(f"\n  {each.path}: {each.reason}" for each in found.passed[:20])
-        more = f"\n  and {len(found.passed) - 20} more" if len(found.passed) > 20 else ""
+        why = "".join(f"\n{printable(each.path)}: {each.reason}" for each in found.passed[:20])
+        more = f"\nand {len(found.passed) - 20} more" if len(found.passed) > 20 else ""
         raise InputError(
-            printable(
-                f"there is no image in {', '.join(map(str, paths))}; nothing was written."
-                + (f" Passed over:{why}{more}" if why else "")
-            )
+            f"there is no image in {', '.join(map(printable, paths))}; nothing was written."
+            + (f" Passed over:{why}{more}" if why else "")
         )
     jobs = [(item, output_base(output, item.relative)) for item in found.items]
     taken: dict[str, Path] = {}

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from recallseg.commands.common import JsonOption, emit_json, note
+from recallseg.commands.common import JsonOption, emit_json, note, say
 from recallseg.engines.reading import read_file
 
 __all__ = ["app"]
@@ -27,7 +27,7 @@ def key(
     """Make a key: FILE to keep, FILE.pub for those who shall trust it. Prints the public line."""
     from recallseg.engines.signing import create_key
 
-    typer.echo(create_key(file, name or "").to_line())
+    say(create_key(file, name or "").to_line())
     note(f"keep {file} to yourself; {file}.pub goes into the trusted keys of others")
 
 
@@ -75,4 +75,4 @@ def check(
     if as_json:
         emit_json({"path": str(path), "signer": {"name": signer.name, "id": signer.id}})
     else:
-        typer.echo(f"{path}: signed by {signer.name} {signer.id}")
+        say(f"{path}: signed by {signer.name} {signer.id}")

@@ -12,6 +12,7 @@ from recallseg.commands.common import (
     PrecisionOption,
     ThreadsOption,
     emit_json,
+    say,
     say_notice,
 )
 from recallseg.engines import defaults
@@ -81,11 +82,11 @@ def verify(
             }
         )
     else:
-        typer.echo(repr(opened))
+        say(repr(opened))
         for check in result.checks:
             word = "ok" if check.passed else "WRONG"
-            typer.echo(f"  {check.tensor:<17} {check.error:.1e} of {check.tolerance:.0e}  {word}")
-        typer.echo(
+            say(f"  {check.tensor:<17} {check.error:.1e} of {check.tolerance:.0e}  {word}")
+        say(
             f"{engine} in {precision} "
             f"{'reproduces' if result.passed else 'DOES NOT reproduce'} the golden tensors"
         )

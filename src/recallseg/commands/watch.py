@@ -13,6 +13,7 @@ from recallseg.commands.common import (
     JsonOption,
     LibraryArgument,
     note,
+    say,
     say_notice,
     stopped_by_signals,
     tell_passed,
@@ -105,7 +106,7 @@ def watch(
                     total = arrival.record["timings_ms"]["total"]
                     quality = arrival.record["quality"]
                     flag = quality.get("flag") or f"slices {quality['flags']}"
-                    typer.echo(printable(f"{arrival.name}  {flag}, {total:.0f} ms"))
+                    say(f"{printable(arrival.name)}  {flag}, {total:.0f} ms")
             left_out = bool(watcher.passed or watcher.set_aside)
             if as_json and left_out:
                 passed = {str(each.path): each.reason for each in watcher.passed}

@@ -137,6 +137,14 @@ def test_a_graph_is_a_network_of_tensors(
         Bundle.open(folder).graph_file("attend", ("portable",), "fp32")
 
 
+def test_a_graph_is_an_onnx_file(folder: Path) -> None:
+    """By another name ONNX Runtime takes a file for a graph in its own format, which none reads."""
+    (folder / "graphs/portable/fp32/attend.onnx").rename(folder / "graphs/portable/fp32/attend.ort")
+    rewrite(folder, "graphs/portable\\/fp32\\/attend/file", "graphs/portable/fp32/attend.ort")
+    with pytest.raises(BundleError, match=r"attend\.ort' is no \.onnx file"):
+        Bundle.open(folder)
+
+
 def test_weights_may_lie_in_the_one_file_beside_the_graph(tmp_path: Path) -> None:
     data = tmp_path / "g.onnx.data"
     data.write_bytes(bytes(16))

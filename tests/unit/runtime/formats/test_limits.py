@@ -126,6 +126,24 @@ def test_pages_are_counted_without_decoding_one(tmp_path: Path, order: str, big:
     assert meaning(bytes(loop)).pages == 1
 
 
+@pytest.mark.parametrize("kind", [4, 16, 17])
+def test_of_two_sizes_the_first_counts_as_for_the_decoder(tmp_path: Path, kind: int) -> None:
+    data = tiff([(8, 8)], big=True)
+    count = struct.unpack_from("<Q", data, 16)[0]
+    first = struct.pack("<HHQQ", 256, kind, 1, 60_000) + struct.pack("<HHQQ", 257, kind, 1, 60_000)
+    path = tmp_path / "a.tif"
+    path.write_bytes(data[:16] + struct.pack("<Q", count + 2) + first + data[24:])
+    assert declared_size(path.read_bytes()) == (60_000, 60_000)
+    refused(path, "3600000000 pixels")
+
+
+def test_an_archive_is_no_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", image=np.zeros((8, 8), np.uint8))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(InputError, match="not a NumPy array file"):
+        read_image(tmp_path / "a.npy")
+
+
 def test_other_formats_do_not_hide_behind_a_name(tmp_path: Path) -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     for encoder in (".webp", ".ppm"):

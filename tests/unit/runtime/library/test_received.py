@@ -382,6 +382,15 @@ def lies_about_its_size() -> bytes:
     return bytes(data)
 
 
+def lists_without_end() -> bytes:
+    """A list of 200,000 entries that are one and the same: each would be an object in memory."""
+    data = npz("x.npy", b"")
+    at, end = data.rindex(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
+    entry, tail = data[at:end] * 200_000, bytearray(data[end:])
+    struct.pack_into("<HHI", tail, 8, 1, 1, len(entry))
+    return data[:at] + entry + bytes(tail)
+
+
 def pickled() -> bytes:
     file = io.BytesIO()
     np.savez(file, image=np.array([{}], object))
@@ -394,6 +403,7 @@ def pickled() -> bytes:
         (bomb, "unpacks to 10737419.* bytes; at most 64 MiB.*RECALLSEG_MAX_BYTES"),
         (declares_too_much, r"declares \(1048576, 1048576\)"),
         (lies_about_its_size, "CRC|magic"),
+        (lists_without_end, "lists more than 4096 arrays"),
         (pickled, "Python objects"),
         (lambda: b"PK", "zip"),
         (lambda: npz("other.npy", b""), "magic|image"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import random
 import tarfile
@@ -16,7 +18,7 @@ from recallseg.engines.errors import (
     LibraryError,
     SignatureError,
 )
-from recallseg.engines.signing import PublicKey, SigningKey, create_key
+from recallseg.engines.signing import PublicKey, SigningKey, create_key, sign_document
 from recallseg.runtime.library import Library
 from recallseg.runtime.library.comparing import compare
 from recallseg.runtime.library.installing import install, installed, roll_back
@@ -116,6 +118,38 @@ def test_any_changed_bit_is_refused_with_its_place(
     (tmp_path / "changed").write_bytes(content + b"\0")
     with pytest.raises(LibraryCorruptError, match=r"its end, from byte"):
         install(tmp_path / "changed", tmp_path / "site", trust)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [["library/library.sqlite", 1e999, "ab"]],
+        [["library/library.sqlite", -1, "ab"]],
+        [["library/../library.sqlite", 1, "ab"]],
+        [["library/library.sqlite", 1, "ab"]] * 2,
+        [[[], {}, None]],
+        [],
+        {"a": 1},
+        None,
+    ],
+)
+def test_who_is_trusted_can_err(
+    library: Library, signer: SigningKey, trust: list[PublicKey], tmp_path: Path, files: object
+) -> None:
+    described = library.release(tmp_path / "a.release", version="1.0.0", key=signer)
+    stated = json.dumps({**described.to_json(), "files": files}).encode()
+    made = io.BytesIO()
+    for name, content in (
+        ("release.json", stated),
+        ("release.json.sig", sign_document("release", stated, signer)),
+    ):
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode = len(content), 0o600
+        made.write(entry.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512))
+    (tmp_path / "a.release").write_bytes(made.getvalue() + bytes(1024))
+    with pytest.raises(LibraryError):
+        install(tmp_path / "a.release", tmp_path / "site", trust)
+    assert not (tmp_path / "site" / "current").exists()
 
 
 def test_only_trusted_keys_count(library: Library, signer: SigningKey, tmp_path: Path) -> None:

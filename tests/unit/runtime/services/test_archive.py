@@ -30,7 +30,14 @@ from support.records import check_record
 from recallseg import Bundle, Library
 from recallseg.engines.errors import InputError
 from recallseg.runtime.services import decoding
-from recallseg.runtime.services.archive import Archived, Progress, running, segment_archive, worker
+from recallseg.runtime.services.archive import (
+    Archived,
+    Progress,
+    running,
+    segment_archive,
+    summary,
+    worker,
+)
 from recallseg.runtime.services.archive.journal import JOURNAL, Journal, Task
 from recallseg.runtime.services.archive.sources import Source, list_sources
 from recallseg.runtime.services.archive.worker import AuditFiles, Done, Failed, Setup, Worker
@@ -488,3 +495,17 @@ def test_the_command_answers(library: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "5 done (5 before), 1 set aside" in done.stdout
     assert "not segmented" in done.stderr
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
+    names = ("=cmd|'C calc'!A0", "+1", "-1", "@SUM(1)", "\t=1", "\n=1", "\uff1d1+1", "a\x1b[2J")
+    rows: list[dict[str, Any]] = [
+        {"input": name, "reason": name, "seconds": -1.5} for name in names
+    ]
+    summary._write_csv(tmp_path / "t.csv", iter(rows), names[:-1])
+    with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as stream:
+        table = [*csv.reader(stream)]
+    assert len(table) == 1 + len(names)
+    texts = [cell for row in table for cell in row if cell not in ("", "-1.5")]
+    assert not [text for text in texts if text[0] in "=+-@\t\r\n\uff1d"]
+    assert not [text for text in texts if "\x1b" in text]

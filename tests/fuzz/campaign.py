@@ -98,7 +98,7 @@ def run_campaign(
         process = context.Process(target=_work, args=(theirs, kind, index, end, seed, reader))
         process.start()
         theirs.close()
-        ready = ours.poll(120) and ours.recv()  # imports take what they take
+        ready = ours.poll(900) and ours.recv()  # imports take what they take
         while ready and index < end:
             name = names[index % len(names)]
             if not ours.poll(seconds):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
 from recallseg.engines.digest import digest_json
+from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.volume import Volume
 from recallseg.runtime.segmenting.result import Result
@@ -18,7 +19,33 @@ from recallseg.runtime.services.outputs import time_base, write_result
 from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files
 from recallseg.runtime.volumes.slices import VolumeResult
 
-__all__ = ["request_of", "segment_item", "volumes_of"]
+__all__ = ["ask_again", "request_of", "segment_item", "volumes_of"]
+
+ASKED_AGAIN = 5
+"""Times that an item is segmented while another process changes the library under it."""
+
+Answer = TypeVar("Answer")
+
+
+def ask_again(segmenter: Segmenter, ask: Callable[[], Answer]) -> Answer:
+    """Return what ``ask`` returns; if it fails while the library changes, it is asked again.
+
+    Another process may remove an exemplar between its being found and being read: then the item is
+    no worse than before.
+
+    Raises
+    ------
+    InputError
+        What ``ask`` raised, of a library that stayed as it was, or after that many times.
+    """
+    for _ in range(ASKED_AGAIN - 1):
+        before = segmenter.library.digest
+        try:
+            return ask()
+        except InputError:
+            if segmenter.library.digest == before:
+                raise
+    return ask()
 
 
 def request_of(item: Item, settings: VolumeSettings) -> str:

@@ -43,7 +43,7 @@ from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.inbox import Inbox
-from recallseg.runtime.services.items import segment_item, volumes_of
+from recallseg.runtime.services.items import ask_again, segment_item, volumes_of
 from recallseg.runtime.services.outputs import output_base, record_file, time_base
 from recallseg.runtime.services.patience import MOST_TIMES, Patience
 from recallseg.runtime.volumes.outputs import VolumeSettings
@@ -53,8 +53,6 @@ __all__ = ["FAILURE_SCHEMA", "LEFT_OUT_SCHEMA", "Arrival", "Watcher"]
 FAILURE_SCHEMA = "recallseg-failure/1"
 LEFT_OUT_SCHEMA = "recallseg-left-out/1"
 LOCK = ".recallseg-watch.lock"
-ASKED_AGAIN = 5
-"""Times that an item is segmented while another process changes the library under it."""
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ)
 """Faults of one output; others (a full disk) are of all, and end the watch."""
 _TEMPORARY = re.compile(r"\..+\.(png|json|gz|nrrd|dcm|html)(\.[0-9a-f]+)?\.tmp")  # of replace_file
@@ -351,31 +349,19 @@ class Watcher:
     def _write(
         self, item: Item, image: NDArray[Any] | Volume, base: Path, extra: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Segment an item and write what was found; return the record.
-
-        Another process may remove an exemplar between its being found and being read: then the
-        item is no worse than before, and is asked again.
-        """
-        for attempt in range(ASKED_AGAIN):
-            library = self._segmenter.library.digest
-            try:
-                return self._write_once(item, image, base, extra)
-            except InputError:
-                if attempt == ASKED_AGAIN - 1 or self._segmenter.library.digest == library:
-                    raise
-        raise AssertionError("not reached")
-
-    def _write_once(
-        self, item: Item, image: NDArray[Any] | Volume, base: Path, extra: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        _, record = segment_item(
-            self._segmenter,
-            item,
-            image,
-            base,
-            self._volumes,
-            log=self._audit,
-            extra={"files": len(item.files), **extra} if isinstance(image, Volume) else None,
+        """Segment an item and write what was found; return the record."""
+        segmenter = self._segmenter
+        _, record = ask_again(
+            segmenter,
+            lambda: segment_item(
+                segmenter,
+                item,
+                image,
+                base,
+                self._volumes,
+                log=self._audit,
+                extra={"files": len(item.files), **extra} if isinstance(image, Volume) else None,
+            ),
         )
         return record
 

@@ -37,7 +37,7 @@ from recallseg.runtime.json_text import json_text, printable
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import IsolatedDecoder
-from recallseg.runtime.services.items import volumes_of
+from recallseg.runtime.services.items import ask_again, volumes_of
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics
 from recallseg.runtime.services.node.database import Answer, Job
@@ -54,8 +54,6 @@ from recallseg.runtime.volumes.outputs import segment_to_files
 __all__ = ["Answerer", "Decider", "backoff"]
 
 MANIFEST = "answers.json"
-ASKED_AGAIN = 5
-"""Times that a job is tried again while another process changes the library under it."""
 
 
 def backoff(settings: RetrySettings, attempts: int) -> float:
@@ -304,24 +302,20 @@ class Answerer:
                 "for a preview or a report"
             )
         begin = time.perf_counter()
-        for attempt in range(ASKED_AGAIN):
-            before = segmenter.library.digest
-            try:
-                _, record = segment_to_files(
-                    segmenter,
-                    volume,
-                    base,
-                    rule.volumes.settings(preview=rule.preview),
-                    kind="dicom",
-                    source=item.name,
-                    log=self._audit,
-                    progress=look,
-                    extra={"files": len(item.files), "rule": rule.name},
-                )
-                break
-            except InputError:
-                if attempt == ASKED_AGAIN - 1 or segmenter.library.digest == before:
-                    raise
+        _, record = ask_again(
+            segmenter,
+            lambda: segment_to_files(
+                segmenter,
+                volume,
+                base,
+                rule.volumes.settings(preview=rule.preview),
+                kind="dicom",
+                source=item.name,
+                log=self._audit,
+                progress=look,
+                extra={"files": len(item.files), "rule": rule.name},
+            ),
+        )
         self._metrics.took("segment", time.perf_counter() - begin)
         answers = []
         segmentation = base.with_name(base.name + VOLUME_SUFFIXES["dicom"])

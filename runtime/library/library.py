@@ -22,7 +22,6 @@ from recallseg.runtime.library.binding import (
     open_bundle,
 )
 from recallseg.runtime.library.calibration_door import CalibrationDoor
-from recallseg.runtime.library.editing import Editing
 from recallseg.runtime.library.encoding import MEMORY_FORMATS, ExemplarEncoder, Origin
 from recallseg.runtime.library.exemplar import (
     Exemplar,
@@ -30,13 +29,14 @@ from recallseg.runtime.library.exemplar import (
     Recollection,
     StoredMemory,
 )
+from recallseg.runtime.library.exemplar_door import ExemplarDoor
 from recallseg.runtime.library.head_door import HeadDoor
 from recallseg.runtime.library.identifiers_file import Identity
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import Settings
 from recallseg.runtime.library.shards import DEFAULT_SHARD_BYTES
 from recallseg.runtime.library.store import Store
-from recallseg.runtime.library.upkeep import Upkeep
+from recallseg.runtime.library.upkeep_door import UpkeepDoor
 from recallseg.runtime.model.preprocess import Intensity
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ __all__ = ["Library"]
 _PAGE = 256
 
 
-class Library(Editing, Upkeep, CalibrationDoor, HeadDoor):
+class Library(ExemplarDoor, UpkeepDoor, CalibrationDoor, HeadDoor):
     """An open library. Make one with :meth:`create` or :meth:`open`; close it, or use ``with``.
 
     Any number of processes may read while one writes. Every method sees what others have committed.

@@ -21,8 +21,8 @@ MODULES_WITH_EXAMPLES = (
     "recallseg.errors",
     "recallseg.runtime.arrays",
     "recallseg.runtime.formats.images",
-    "recallseg.runtime.library.editing",
-    "recallseg.runtime.library.upkeep",
+    "recallseg.runtime.library.exemplar_door",
+    "recallseg.runtime.library.upkeep_door",
     "recallseg.runtime.volumes.writing",
 )
 

@@ -26,12 +26,12 @@ from recallseg.runtime.library.merging import MergeReport
 from recallseg.runtime.library.releases import Release
 from recallseg.runtime.library.store import Store
 
-__all__ = ["Upkeep"]
+__all__ = ["UpkeepDoor"]
 
 Progress = Callable[[int, int], None]
 
 
-class Upkeep:
+class UpkeepDoor:
     """The part of :class:`recallseg.Library` that keeps it in order."""
 
     _store: Store
@@ -145,7 +145,9 @@ class Upkeep:
         """
         renaming.rename(self._store, old, new)
 
-    def merge(self, other: Upkeep | str | Path, *, progress: Progress | None = None) -> MergeReport:
+    def merge(
+        self, other: UpkeepDoor | str | Path, *, progress: Progress | None = None
+    ) -> MergeReport:
         """Add the exemplars of another library of the same bundle, all in one commit or none.
 
         Exemplars with equal key, content and tags are passed over, and so are those that are
@@ -186,7 +188,7 @@ class Upkeep:
         ...     print(report.added, report.equal, len(one))
         ('b',) ('a',) 2
         """
-        if isinstance(other, Upkeep):
+        if isinstance(other, UpkeepDoor):
             return merging.merge(self._store, self._binding, other._store, progress)
         opened = Store.open(Path(other), "read")
         try:

@@ -1,4 +1,4 @@
-"""What is done to a library's exemplars: added, corrected, tagged, removed."""
+"""The library's door to its exemplars: added, corrected, tagged, removed; see `changing`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from recallseg.runtime.library.binding import Binding
 from recallseg.runtime.library.encoding import ExemplarEncoder
 from recallseg.runtime.library.store import Store
 
-__all__ = ["Editing"]
+__all__ = ["ExemplarDoor"]
 
 Progress = Callable[[int, int], None]
 
 
-class Editing:
+class ExemplarDoor:
     """The part of :class:`recallseg.Library` that adds exemplars and changes them."""
 
     _store: Store

@@ -317,7 +317,8 @@ class Bundle:
             entry = self._graphs.get(f"{variant}/{precision}/{graph}")
             if entry is not None:
                 path = self._checked(entry)
-                check_graph(path, self.weights_files(graph, variant, precision))
+                weights = self.weights_files(graph, variant, precision)
+                check_graph(path, weights, digest=str(entry["sha256"]))
                 return path, variant
         has = ", ".join(f"{name}: {' '.join(p)}" for name, p in self.precisions.items())
         raise BundleError(

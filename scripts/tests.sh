@@ -29,20 +29,22 @@ memory_folder() {
   fi
 }
 
-# run_tests FOLDER...: a worker for each core, and then what must have the machine to itself.
+# run_tests FOLDER...: two workers for each core, and then what must have the machine to itself.
 #
-# A worker that has nothing left takes tests over from another. Most tests write a library, durably:
-# on a disk that waits for its medium they would wait for a third of the time, so they write to memory.
+# Much of a test's time is waiting: for a service, a process that starts, a browser, a sender's silence.
+# So two share a core. One that has nothing left takes tests over from another. Most tests write a
+# library, durably: on a disk that waits for its medium they would wait for a third of the time, so
+# they write to memory.
 run_tests() {
   export PYTHONDONTWRITEBYTECODE= # hundreds of processes would each compile what they import
-  local tests="not gpu and not slow" alone folder place=()
+  local tests="not gpu and not slow" alone folder place=() workers=$((2 * $(nproc)))
   if folder=$(memory_folder 2>/dev/null); then
     # shellcheck disable=SC2064 # the folder of now
     trap "rm -rf '$folder'" EXIT
     export TMPDIR=$folder
     place=(--basetemp "$folder/tests") # short: names of sockets may have 107 bytes
   fi
-  python -m pytest -q -n auto --maxprocesses 4 --dist worksteal "${place[@]}" \
+  python -m pytest -q -n $((workers < 4 ? workers : 4)) --dist worksteal "${place[@]}" \
     -m "$tests and not alone" "$@"
   mapfile -t alone < <(grep -rl --include='test_*.py' 'mark\.alone' "$@")
   ((${#alone[@]} == 0)) || python -m pytest -q "${place[@]}" -m "$tests and alone" "${alone[@]}"

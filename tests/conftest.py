@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Each worker of pytest-xdist on a core of its own, before anything counts cores: threads of several
+# Each worker of pytest-xdist on one core, before anything counts cores: threads of several
 # workers that wait for each other's cores would take longer than one thread on one core.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))

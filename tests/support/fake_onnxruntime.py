@@ -7,6 +7,7 @@ of :class:`~recallseg.engines.device.fake.FakeDriver`, which lie in the host's m
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +18,29 @@ import onnxruntime
 import pytest
 
 from recallseg.engines import onnxruntime_gpu
+from recallseg.engines.operators import operators_digest
 from support.fake_tensorrt import HostGpu
 
 __all__ = ["FakeSession", "install"]
 
 REAL = onnxruntime.InferenceSession
 CPU = "CPUExecutionProvider"
+MOST_KEPT = 24
+_kept: dict[object, Any] = {}
+
+
+def real(path: str, settings: Any) -> Any:
+    """A real session on the CPU, once for a file: to make one takes longer than a test's runs."""
+    if settings.enable_profiling:
+        return REAL(path, settings, providers=[CPU])
+    found = os.stat(path)
+    file = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    key = (os.getpid(), path, *file, settings.intra_op_num_threads, operators_digest())
+    if key not in _kept:
+        if len(_kept) == MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = REAL(path, settings, providers=[CPU])
+    return _kept[key]
 
 
 class FakeSession:
@@ -43,7 +61,7 @@ class FakeSession:
 
     def __new__(cls, path: str, sess_options: Any, providers: Any, **flags: Any) -> Any:
         if providers == [CPU]:
-            return REAL(path, sess_options, providers=providers)
+            return real(path, sess_options)
         return super().__new__(cls)
 
     def __init__(
@@ -59,7 +77,7 @@ class FakeSession:
         settings.log_severity_level = 3
         settings.enable_profiling = sess_options.enable_profiling
         settings.profile_file_prefix = sess_options.profile_file_prefix
-        self.real = REAL(path, settings, providers=[CPU])
+        self.real = real(path, settings)
         self.recorded: set[str] = set()
 
     def get_providers(self) -> list[str]:

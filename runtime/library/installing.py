@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from recallseg.runtime.library.releases import (
     unpack,
     version_number,
 )
-from recallseg.runtime.library.storage import WriterLock, writing
+from recallseg.runtime.library.storage import WriterLock, unreadable, writing
 
 __all__ = ["CURRENT", "install", "installed", "roll_back"]
 
@@ -79,7 +80,11 @@ def install(
             text = json.dumps(described.to_json(), sort_keys=True, indent=1)
             with writing(folder):  # before the library: one that is there must be known
                 replace_file(_record(folder, described.version), text.encode())
-            described = unpack(path, target, trust, progress)
+            try:
+                described = unpack(path, target, trust, progress)
+            except BaseException:
+                _record(folder, described.version).unlink(missing_ok=True)
+                raise
         if used is None or used.version != described.version:
             _use(folder, described.version, None if used is None else used.version)
     finally:
@@ -146,8 +151,13 @@ def _linked(folder: Path, name: str) -> str | None:
     try:
         version = os.readlink(folder / name)
         version_number(version)
-    except (OSError, InputError):
+    except (FileNotFoundError, InputError):
         return None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # no link
+            return None
+        # What is in use must not be taken for nothing: an older one would take its place.
+        raise unreadable(str(folder / name), error, "See to the disk, and try again.") from error
     return version if (folder / version).is_dir() else None
 
 

@@ -329,7 +329,7 @@ def _read_front(file: IO[bytes], path: Path, trust: Sequence[PublicKey]) -> Rele
     """Read manifest and signature, each behind the one header that it can have."""
     manifest = _read_member(file, path, MANIFEST, _MOST_MANIFEST)
     signature = _read_member(file, path, SIGNATURE, _MOST_SIGNATURE)
-    check_document(f"the release {path}", KIND, manifest, signature, trust)
+    check_document(f"release.json in the release {path}", KIND, manifest, signature, trust)
     try:
         stated = json.loads(manifest)
     except (ValueError, RecursionError) as error:

@@ -26,7 +26,7 @@ from faults.shim import build
 def main() -> int:
     """Run; exit status 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
-    parser.add_argument("--only", action="append", help="operations whose name has this")
+    parser.add_argument("--only", action="append", help="operations of this name, or that have it")
     parser.add_argument("--every", type=int, default=1, help="one point in so many")
     parser.add_argument("--seconds-each", type=float, default=math.inf, help="for an operation")
     parser.add_argument("--cuts", type=int, help="cut the power so often")
@@ -51,14 +51,14 @@ def main() -> int:
     if chosen.cuts:
         return _cut(chosen.cuts, chosen.seed, chosen.output)
     from faults.campaign import run_operation
+    from faults.operation import chosen as among
     from faults.operations import OPERATIONS
     from faults.record import Record, code_digest
 
     start = perf_counter()
     record = Record(chosen.output / "points.jsonl", code_digest())
-    for name, operation in OPERATIONS.items():
-        if chosen.only and not any(part in name for part in chosen.only):
-            continue
+    for name in among(chosen.only, [*OPERATIONS]):
+        operation = OPERATIONS[name]
         began = perf_counter()
         with tempfile.TemporaryDirectory(prefix="recallseg-faults-", dir=_memory()) as work:
             run_operation(

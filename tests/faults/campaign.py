@@ -72,13 +72,14 @@ def run_operation(
     What the record has is passed over. ``every`` takes one point in so many; after ``seconds`` what
     is left is left.
     """
-    until, limit = time.monotonic() + seconds, operation.seconds
+    limit = operation.seconds
     judge, chance = prepared(operation, work), random.Random(f"{seed} {operation.name}")
     calls: dict[str, int] = {}
     for fault in FAULTS:
         if fault.call not in calls:
             calls[fault.call] = in_child(lambda fault=fault: judge.case(fault, 0), limit).calls  # type: ignore[misc]
         record.counted(operation.name, str(fault), calls[fault.call])
+    until = time.monotonic() + seconds  # to prepare and to count may take as long
     points = [(fault, n) for fault in FAULTS for n in range(1, calls[fault.call] + 1)]
     for fault, number in chance.sample(points, -(-len(points) // every)):
         point = Point(operation.name, str(fault), number)

@@ -7,7 +7,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from recallseg.cli import main
 # The tree of all commands takes most of a case; forked processes share one.
 typer.main.get_command = functools.cache(typer.main.get_command)
 
-__all__ = ["CommandError", "Operation", "command", "names"]
+__all__ = ["CommandError", "Operation", "chosen", "command", "names"]
 
 
 class CommandError(Exception):
@@ -59,6 +59,16 @@ def command(*arguments: str) -> Callable[[Path], None]:
                     raise CommandError(f"exit status {end.code}: {said.getvalue()}") from None
 
     return run
+
+
+def chosen(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """Return the names that were asked for: those that are it, or else have it; None: all."""
+    return [
+        name
+        for name in names
+        if only is None
+        or any(part == name or (part not in names and part in name) for part in only)
+    ]
 
 
 def names(root: Path) -> set[str]:

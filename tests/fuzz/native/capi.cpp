@@ -40,7 +40,7 @@ recallseg_status seen(recallseg_status status) {
 class Guarded {
  public:
   Guarded() = default;
-  explicit Guarded(size_t size) {
+  explicit Guarded(size_t bytes) : size(bytes) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     whole_ = (size + page - 1) / page * page + page;
     first_ = static_cast<uint8_t*>(
@@ -53,12 +53,14 @@ class Guarded {
     std::swap(first_, other.first_);
     std::swap(whole_, other.whole_);
     std::swap(data, other.data);
+    std::swap(size, other.size);
     return *this;
   }
   ~Guarded() {
     if (first_ != nullptr) munmap(first_, whole_);
   }
   uint8_t* data = nullptr;
+  size_t size = 0;
 
  private:
   uint8_t* first_ = nullptr;
@@ -203,10 +205,7 @@ struct Picture {
     if (from.once_in(30)) image.reserved = from.take<int32_t>();
     if (from.once_in(30)) image.location = from.take<int8_t>();
     if (image.location == RECALLSEG_CUDA || from.once_in(40)) image.stream = &image;
-    if (memory.data != nullptr && data != nullptr) {
-      const size_t there = image.data == nullptr ? 0 : 64;
-      from.fill(memory.data, there);
-    }
+    if (image.data != nullptr) from.fill(memory.data, memory.size < 64 ? memory.size : 64);
   }
 };
 

@@ -52,8 +52,8 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   fuzz::Bytes from(data, size);
   const auto& all = session::domain().operators;
-  const ort::Operator& op = *all[from.take<uint8_t>() % 3];  // HalfLinear needs a GPU
-  const bool attention = std::string(op.name(&op)) != "Linear";
+  const ort::Operator& op = *all[from.take<uint8_t>() % 4];  // HalfLinear needs a GPU
+  const std::string name = op.name(&op);
   recallseg_operators_choose(from.take<uint8_t>() % recallseg_operators_levels());
 
   ort::KernelInfo info;
@@ -69,7 +69,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const bool lasting = from.once_in(2);
 
   ort::KernelContext context;
-  if (attention) {
+  if (name == "Refine") {
+    const int64_t n = from.between(1, 5), m = from.between(0, 4), y = from.between(1, 50),
+                  x = from.between(1, 70), u = from.between(1, 20), v = from.between(1, 20);
+    const std::vector<int64_t> sides[] = {
+        {1, 3, y, x},         {1, n, y, x}, {1, m, y, x}, {u, 27 + n + m, 1, 1}, {u}, {v, u, 1, 1}, {v},
+        {n, v, 1, 1}, {n}, {1, n, 1, 1}};
+    for (size_t i = 0; i < 10; ++i)
+      set(context.inputs[i], from, from.once_in(12) ? shape(from, sides[i]) : sides[i]);
+  } else if (name != "Linear") {
     const int64_t h = info.heads > 0 && info.heads < 64 ? info.heads : 1;
     const int64_t b = from.between(1, 3), s = from.between(1, 110), l = from.between(1, 140),
                   e = h * from.between(1, 40), f = h * from.between(1, 40);

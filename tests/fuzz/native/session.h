@@ -30,7 +30,7 @@ struct KernelInfo {
   bool has_scale = false;
 };
 struct KernelContext {
-  Value inputs[3];
+  Value inputs[10];
   Value output;
 };
 struct SessionOptions {};

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2]
+MOST_INSTALLED = 46e6
+"""Bytes of recallseg[cpu] beside its dependencies, compiled files included."""
 SITE = [path for path in sys.path if path.endswith("site-packages")]
 PROBE = f"""
 import importlib, sys
@@ -72,6 +74,8 @@ def test_an_installed_wheel_works_from_an_unrelated_folder(wheel: Path, tmp_path
         *("-m", "pip", "install", "--no-deps", "--quiet", "--target", target, wheel),
         cwd=elsewhere,
     )
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    assert size < MOST_INSTALLED, f"{size / 1e6:.1f} MB"
     env = {**os.environ, "PYTHONPATH": str(target)}
     printed = run(sys.executable, "-S", "-c", PROBE, cwd=elsewhere, env=env)
     assert str(target) in printed

@@ -245,8 +245,9 @@ class Bundle:
         version = manifest.get("version")
         if type(version) is not int or version not in NETWORKS:
             raise BundleError(
-                f"bundle {path} has format version {version!r}; this RecallSeg reads versions up "
-                f"to {FORMAT_VERSION}. Update RecallSeg, or export the bundle again."
+                f"bundle {path}{_networks_of(manifest)} has format version {version!r}; this "
+                f"RecallSeg reads versions up to {FORMAT_VERSION}. Update RecallSeg, or export the "
+                "bundle again."
             )
         return cls(path, manifest)
 
@@ -397,3 +398,12 @@ class Bundle:
             f"{self.embedder.architecture} at {g.embed_size} px, weights {self.segmenter.source}, "
             f"identity {self.identity[:12]})"
         )
+
+
+def _networks_of(manifest: Mapping[str, Any]) -> str:
+    """Return the networks that a manifest of unknown version names, as far as it does."""
+    weights = manifest.get("weights")
+    entries = weights.values() if isinstance(weights, Mapping) else ()
+    names = [entry.get("architecture") for entry in entries if isinstance(entry, Mapping)]
+    known = [str(name) for name in names if name]
+    return f" (of {', '.join(known)})" if known else ""

@@ -17,6 +17,8 @@ __all__ = ["read_tensors"]
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 """Keys under which training scripts keep the weights beside optimizer state and counters."""
 
+_HEAD = 256  # bytes of a file that tell what it is
+
 PARALLEL_PREFIX = "module."
 """What PyTorch's data-parallel wrappers put before every name."""
 
@@ -29,6 +31,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     CheckpointError
         When the file is damaged, is of another kind, or could only be read by executing it.
     """
+    _refuse_what_downloads_leave(path)
     if path.suffix == ".safetensors":
         try:
             tensors = load_file(path, device="cpu")
@@ -46,15 +49,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _refuse_what_downloads_leave(path: Path) -> None:
+    """Raise CheckpointError for what lies where weights should: nothing, a page, a pointer."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD).lstrip()
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if not head:
+        raise CheckpointError(f"'{path}' is empty. Copy or download the file again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"'{path}' is a pointer of Git LFS, not the weights. Fetch them with 'git lfs pull', "
+            "or download the file itself."
+        )
+    if head.startswith(b"<"):
+        raise CheckpointError(
+            f"'{path}' is a web page, not weights: what a download leaves that was refused, of a "
+            "gated model, say. Accept its licence on the hub, log in, and download it again."
+        )
+
+
 def _load_pickle_safely(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     # The unpickler of a hostile or damaged file can fail in any way; each of them means the same.
     except Exception as error:
-        reason = str(error).strip().splitlines()
+        # What PyTorch advises next is to execute the file.
+        reason = str(error).strip().splitlines()[0].partition(". ")[0] if str(error) else ""
         raise CheckpointError(
             f"'{path}' cannot be read as weights ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}). Either it is damaged or no PyTorch "
+            f"{reason or 'no reason given'}). Either it is damaged or no PyTorch "
             "checkpoint, or it holds objects that would have to be executed, which is never done. "
             "Save the bare state_dict again from a machine that you trust, or convert it to "
             "safetensors."

@@ -199,9 +199,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_shards(index)
+    kind = str(read_json(folder / "config.json").get("model_type"))
+    family = f"{MODEL_TYPES[kind]}, model_type {kind!r}" if kind in MODEL_TYPES else repr(kind)
     raise CheckpointError(
-        f"'{folder}' has a config.json but no weights. Expected {' or '.join(WEIGHTS)} (or their "
-        "shards with an index.json) beside it; finish the download."
+        f"'{folder}' has a config.json (of {family}) but no weights. Expected "
+        f"{' or '.join(WEIGHTS)} (or their shards with an index.json) beside it; finish the "
+        "download. A gated model's files come once its licence was accepted on the hub."
     )
 
 

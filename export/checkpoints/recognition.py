@@ -42,6 +42,10 @@ MODEL_TYPES = {
     "edgetam_video": "EdgeTAM",
     "sam2": "SAM 2",
     "sam2_video": "SAM 2",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2",
+    "dinov3_vit": "DINOv3",
+    "dinov3_convnext": "DINOv3",
 }
 """Families by what ``config.json`` calls them, where that is not plain."""
 

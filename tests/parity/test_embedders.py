@@ -163,7 +163,8 @@ def test_a_gated_folder_without_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="gated model's files come once its licence"):
         load_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit"}')
-    with pytest.raises(CheckpointError, match="but no weights"):
+    wanted = r"of DINOv3, model_type 'dinov3_vit'\) but no weights.*once its licence was accepted"
+    with pytest.raises(CheckpointError, match=wanted):
         load_embedder(str(tmp_path))
 
 

@@ -114,6 +114,11 @@ def test_the_identity_leaves_out_what_does_not_matter(folder: Path) -> None:
         (b"[]", "not the manifest"),
         (b'{"format": "other"}', "not the manifest"),
         (b'{"format": "recallseg-bundle", "version": 99}', "version 99"),
+        (
+            b'{"format": "recallseg-bundle", "version": 4, "weights": {"segmenter": '
+            b'{"architecture": "newtam"}, "embedder": {"architecture": "dinov9"}}}',
+            r"\(of newtam, dinov9\) has format version 4",
+        ),
         (b'{"format": "recallseg-bundle", "version": [2]}', r"version \[2\]"),
         (b'{"format": "recallseg-bundle", "version": true}', "version True"),
         (b'{"format": "recallseg-bundle", "version": 1}', "incomplete"),

@@ -26,6 +26,7 @@ from recallseg.export.checkpoints import (
     sources,
     state_digest,
 )
+from recallseg.export.checkpoints.files import read_tensors
 from recallseg.export.checkpoints.random_weights import draw, random_state
 from recallseg.export.checkpoints.strict import tensor_shapes
 
@@ -237,3 +238,21 @@ def test_shipped_demo_weights_load() -> None:
     sam2, dinov2 = load_sam2("demo", image_size=256), load_dinov2("demo")
     assert sam2.source == dinov2.source == "demo"
     assert load_sam2("random:demo", image_size=256).digest != sam2.digest
+
+
+@pytest.mark.parametrize("name", ["x.pt", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+        (b"\n<!doctype html><title>401</title>", "is a web page.*gated model"),
+        (b"not weights at all", "cannot be read as weights|no readable safetensors"),
+    ],
+)
+def test_what_downloads_leave_is_named(tmp_path: Path, name: str, head: bytes, said: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(head)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_tensors(file)
+    assert "weights_only" not in str(caught.value)  # PyTorch's advice is to execute it

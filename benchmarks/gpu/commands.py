@@ -23,7 +23,7 @@ def gpu(
         "onnxruntime-cuda,tensorrt,tensorrt-rtx"
     ),
     precision: Annotated[str, typer.Option("--precision", help="Several.")] = (
-        "fp32,fp16,bf16,mixed"
+        "fp16-native,fp16,fp32,mixed,bf16"
     ),
     k: Annotated[str, typer.Option("--k", help="Exemplars to recall; several.")] = "1,4,16",
     structures: Annotated[str, typer.Option(help="How many; several.")] = "1,3",
@@ -47,13 +47,19 @@ def gpu(
         float, typer.Option(min=1, help="For the queries of one combination; then fewer are asked.")
     ] = 120.0,
     minutes: Annotated[
-        float, typer.Option(min=0, help="Begin no piece that may end later; call again to go on.")
+        float, typer.Option(min=0, help="End after so many; call again to go on.")
     ] = 10.0,
 ) -> None:
-    """Measure everything on a GPU, in pieces that a later call takes up where this one ended."""
+    """Measure everything on a GPU, in pieces that a later call takes up where this one ended.
+
+    Each piece is a process with a time limit of its own: one that crashes or hangs is told, and the
+    next goes on. The most important come first.
+    """
     from recallseg.benchmarks.commands import steps
+    from recallseg.benchmarks.gpu.apart import in_a_process
     from recallseg.benchmarks.gpu.goals import GOALS_SCHEMA, judge
-    from recallseg.benchmarks.gpu.pieces import GpuPlan, pieces_of, run_pieces
+    from recallseg.benchmarks.gpu.pieces import GpuPlan, pieces_of
+    from recallseg.benchmarks.gpu.running import run_pieces
 
     plan = GpuPlan(
         bundles=tuple(bundles),
@@ -72,7 +78,7 @@ def gpu(
     )
     pieces = list(pieces_of(plan))
     with steps() as step:
-        outcomes = run_pieces(pieces, output, minutes=minutes, step=step)
+        outcomes = run_pieces(pieces, output, minutes=minutes, step=step, run=in_a_process(plan))
     for outcome in outcomes:
         typer.echo(f"{outcome.state:<9} {outcome.piece}" + f"  {outcome.reason}".rstrip())
     goals = judge(outcomes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from recallseg.benchmarks.gpu.pieces import Outcome
+from recallseg.benchmarks.gpu.running import Outcome
 from recallseg.benchmarks.schema import Report, Run
 
 __all__ = ["GOALS_SCHEMA", "Goal", "judge"]

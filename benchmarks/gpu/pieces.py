@@ -1,18 +1,17 @@
-"""The pieces of ``bench gpu``, and how they are done one after the other, over several calls."""
+"""The pieces of ``bench gpu``, in the order of their worth."""
 
 from __future__ import annotations
 
-import json
 import platform
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
-from time import monotonic
 from typing import Any
-from xml.etree import ElementTree
 
+from recallseg.benchmarks.gpu.adding import measure_adding
+from recallseg.benchmarks.gpu.device_tests import files_of, run_tests
 from recallseg.benchmarks.gpu.graphs import measure_graphs
 from recallseg.benchmarks.gpu.in_flight import IN_FLIGHT, measure_in_flight
 from recallseg.benchmarks.gpu.kernels import measure_kernels
@@ -21,31 +20,37 @@ from recallseg.benchmarks.subjects import RuntimeChoice
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.device import open_device
 from recallseg.engines.device.device import PROVIDERS
-from recallseg.engines.durable import replace_file
+from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.errors import (
     BundleError,
-    DeviceLostError,
     EngineUnavailableError,
     InputError,
     RecallSegError,
 )
 from recallseg.engines.registry import engine_class
+from recallseg.engines.tensorrt.builder import BuildRequest
+from recallseg.engines.tensorrt.building import build_bundle
+from recallseg.engines.tensorrt.flavour import FLAVOURS
+from recallseg.engines.tensorrt.loading import has_plans
+from recallseg.engines.tensorrt.profile import Profile
+from recallseg.engines.tensorrt.targets import Target
 from recallseg.runtime.reports.machine import describe_machine, package_versions
 from recallseg.runtime.services.doctor import diagnose
 
-__all__ = ["GpuPlan", "Outcome", "Piece", "pieces_of", "run_pieces"]
+__all__ = ["GpuPlan", "Piece", "pieces_of"]
 
 Step = Callable[[str], None]
 
-TESTS_TIMEOUT_S = 540
-"""For the tests marked gpu: a piece ends within ten minutes."""
+TESTS_MINUTES = 3.0
+"""For one file of tests marked gpu."""
+ADDING_SECONDS = 45.0
+PLANS_MINUTES = 4.0
+"""For a bundle's six plans, which take seconds each on an idle machine."""
 USUAL_K = 4
 OVERHEAD_MINUTES = 2.0
 """To load engines three times, prove them once, make a library and start a process."""
 COMPILE_MINUTES = 3.0
 """For torch.compile, of four graphs."""
-SCHEMA = "recallseg-gpu-piece/1"
-CUT_OFF = "the process ended while this was measured; remove {file} to measure it again"
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,12 @@ class GpuPlan:
     Attributes
     ----------
     bundles : folders; one for each image size.
-    engines, precisions, ks, ns : every combination is measured, with CUDA graphs and without.
+    engines, precisions, ks, ns : every combination is measured, with CUDA graphs and without; best
+        first.
     queries : of each combination; at least 1,000 for figures of the tail.
     most_seconds : for the queries of one combination; slow ones get fewer, and say so.
-    baselines : PyTorch's, each beside the first engine that runs here in the first precision.
+    baselines : PyTorch's, each beside the first engine and precision that run here, with CUDA
+        graphs where there are any.
     sam2, dinov2 : checkpoints of pretrained bundles, for them.
     torch_device : where they run.
     seconds : for one baseline at one (k, n).
@@ -79,64 +86,100 @@ class GpuPlan:
     seconds: float = 60.0
     tests: Path | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        told = asdict(self)
+        tests = None if self.tests is None else str(self.tests)
+        return {**told, "bundles": [str(path) for path in self.bundles], "tests": tests}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> GpuPlan:
+        """Return what :meth:`to_json` made it of."""
+        lists = {name: tuple(value) for name, value in told.items() if isinstance(value, list)}
+        paths = {
+            "bundles": tuple(map(Path, told["bundles"])),
+            "tests": None if told["tests"] is None else Path(told["tests"]),
+        }
+        return cls(**{**told, **lists, **paths})
+
 
 @dataclass(frozen=True)
 class Piece:
     """A file to be made: its name without ``.json``, and what makes its contents.
 
-    ``minutes`` is what it may take: none is begun that would end too late.
+    ``minutes`` is what it may take. ``check`` raises EngineUnavailableError if it needs no process
+    to say that this machine or the bundle lacks what it wants.
     """
 
     name: str
     measure: Callable[[Step], Any]
     minutes: float = 1.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A piece that was done, or why not.
-
-    ``state`` is ``measured``; ``empty`` where this machine cannot run it; ``failed`` where it
-    should have run. ``reason`` says why, ``found`` holds the figures.
-    """
-
-    piece: str
-    state: str
-    reason: str = ""
-    found: Any = None
+    check: Callable[[], object] = lambda: None
 
 
 def pieces_of(plan: GpuPlan) -> Iterator[Piece]:
     """Yield all pieces, in the order in which they are worth a GPU's time.
 
-    First what says whether the rest makes sense; then, for the usual k, every engine and what
-    PyTorch does, which is all that most goals need; then the other k, several queries in flight,
-    and last each graph alone.
+    First what says whether the rest makes sense, and whether the process survives; then, for the
+    first precision, recorded where that can be, and the usual k: whole queries, the tests, what
+    PyTorch does, kernels, several queries in flight, and the other k, which is what the goals need.
+    Then the same of all else, and last each graph alone.
     """
     yield Piece("machine", lambda step: _machine())
-    if plan.tests is not None:
-        tests = plan.tests
-        yield Piece("tests", lambda step: _tests(tests), TESTS_TIMEOUT_S / 60.0)
-    yield Piece("kernels", measure_kernels, 2.0)
+    yield _of_adding(plan, plan.bundles[-1])
     choices = [
         RuntimeChoice(engine, precision, None, cuda_graphs=cuda_graphs)
-        for engine in plan.engines
+        for cuda_graphs in (True, False)
         for precision in plan.precisions
-        for cuda_graphs in ((False, True) if _on_gpu(engine) else (False,))
+        for engine in plan.engines
+        if not cuda_graphs or _on_gpu(engine)
     ]
-    for k in sorted(plan.ks, key=lambda k: (k != USUAL_K, k)):
+    usual = _usual(plan)
+    others = sorted({*plan.ks} - {usual})
+    first = [c for c in choices if c.precision == plan.precisions[0] and _is_best(c)]
+    yield from _of_choices(plan, first, [usual])
+    yield from _of_tests(plan)
+    yield from _of_baselines(plan, usual)
+    yield Piece("kernels", measure_kernels, 2.0)
+    yield from _of_choices(plan, first, others, flights=True)
+    rest = [choice for choice in choices if choice not in first]
+    yield from _of_choices(plan, rest, [usual, *others], flights=True)
+    for k in others:
+        yield from _of_baselines(plan, k)
+    for folder in plan.bundles:
+        for choice in choices:
+            if _on_gpu(choice.engine):
+                yield _of_graphs(plan, folder, choice)
+
+
+def _usual(plan: GpuPlan) -> int:
+    return USUAL_K if USUAL_K in plan.ks else min(plan.ks)
+
+
+def _is_best(choice: RuntimeChoice) -> bool:
+    """Whether nothing is left out that makes its engine faster."""
+    return choice.cuda_graphs or not _on_gpu(choice.engine)
+
+
+def _of_choices(
+    plan: GpuPlan, choices: Sequence[RuntimeChoice], ks: Sequence[int], *, flights: bool = False
+) -> Iterator[Piece]:
+    """Yield whole queries at every k, plans before they are asked, and queries in flight."""
+    for choice in choices:
         for folder in plan.bundles:
-            for choice in choices:
+            for k in ks:
+                if choice.engine in FLAVOURS and choice.cuda_graphs and k == _usual(plan):
+                    yield _of_plans(folder, choice)
                 yield _of_queries(plan, folder, choice, k)
-        for folder in plan.bundles:
-            for baseline in plan.baselines:
-                for n in plan.ns:
-                    yield _of_baseline(plan, folder, baseline, k, n)
-    on_gpu = [choice for choice in choices if _on_gpu(choice.engine)]
-    for of in (_of_flights, _of_graphs):
-        for folder in plan.bundles:
-            for choice in on_gpu:
-                yield of(plan, folder, choice)
+            if flights and _on_gpu(choice.engine):
+                yield _of_flights(plan, folder, choice)
+
+
+def _of_baselines(plan: GpuPlan, k: int) -> Iterator[Piece]:
+    for folder in plan.bundles:
+        for baseline in plan.baselines:
+            for n in plan.ns:
+                yield _of_baseline(plan, folder, baseline, k, n)
 
 
 def _on_gpu(engine: str) -> bool:
@@ -155,37 +198,62 @@ def _of_queries(plan: GpuPlan, folder: Path, choice: RuntimeChoice, k: int) -> P
         queries=plan.queries,
         most_seconds=plan.most_seconds,
         # It takes a process for each n, and depends on neither.
-        cold_starts=k == USUAL_K or USUAL_K not in plan.ks,
+        cold_starts=k == _usual(plan),
     )
     minutes = OVERHEAD_MINUTES + len(plan.ns) * plan.most_seconds / 60.0
-    return Piece(f"queries-{_stem(folder, choice)}-k{k}", _latency(folder, latency), minutes)
+    name = f"queries-{_stem(folder, choice)}-k{k}"
+    return Piece(name, _latency(folder, latency), minutes, lambda: _ready(folder, choice))
 
 
 def _of_baseline(plan: GpuPlan, folder: Path, baseline: str, k: int, n: int) -> Piece:
-    def measure(step: Step) -> Any:
-        why = EngineUnavailableError("no engine was asked for.")
-        for engine in plan.engines:
-            latency = LatencyPlan(
-                choices=(RuntimeChoice(engine, plan.precisions[0], None),),
-                ks=(k,),
-                ns=(n,),
-                queries=plan.queries,
-                most_seconds=plan.most_seconds,
-                baselines=(baseline,),
-                seconds=plan.seconds,
-                sam2=plan.sam2,
-                dinov2=plan.dinov2,
-                torch_device=plan.torch_device,
-                cold_starts=False,
-            )
-            try:
-                return _latency(folder, latency)(step)
-            except EngineUnavailableError as error:
-                why = error
-        raise why
+    def measure(choice: RuntimeChoice, step: Step) -> Any:
+        latency = LatencyPlan(
+            choices=(choice,),
+            ks=(k,),
+            ns=(n,),
+            queries=plan.queries,
+            most_seconds=plan.most_seconds,
+            baselines=(baseline,),
+            seconds=plan.seconds,
+            sam2=plan.sam2,
+            dinov2=plan.dinov2,
+            torch_device=plan.torch_device,
+            cold_starts=False,
+        )
+        return _latency(folder, latency)(step)
 
     minutes = OVERHEAD_MINUTES + COMPILE_MINUTES + (plan.most_seconds + plan.seconds) / 60.0
-    return Piece(f"baseline-{folder.name}-{baseline}-k{k}-n{n}", measure, minutes)
+    name = f"baseline-{folder.name}-{baseline}-k{k}-n{n}"
+    return Piece(name, partial(_with_the_first, plan, folder, True, measure), minutes)
+
+
+def _of_adding(plan: GpuPlan, folder: Path) -> Piece:
+    def measure(choice: RuntimeChoice, step: Step) -> Any:
+        return measure_adding(_bundle(folder, choice), choice, seconds=ADDING_SECONDS, step=step)
+
+    minutes = OVERHEAD_MINUTES + ADDING_SECONDS / 60.0
+    name = f"adding-{folder.name}"
+    return Piece(name, partial(_with_the_first, plan, folder, False, measure), minutes)
+
+
+def _with_the_first(
+    plan: GpuPlan,
+    folder: Path,
+    cuda_graphs: bool,
+    measure: Callable[[RuntimeChoice, Step], Any],
+    step: Step,
+) -> Any:
+    """Measure with the first engine, in the first precision, that this machine and bundle have."""
+    why = EngineUnavailableError("no engine was asked for.")
+    for engine, precision in product(plan.engines, plan.precisions):
+        recorded = cuda_graphs and _on_gpu(engine)
+        choice = RuntimeChoice(engine, precision, None, cuda_graphs=recorded)
+        try:
+            _ready(folder, choice)
+            return measure(choice, step)
+        except EngineUnavailableError as error:
+            why = error
+    raise why
 
 
 def _of_graphs(plan: GpuPlan, folder: Path, choice: RuntimeChoice) -> Piece:
@@ -198,12 +266,13 @@ def _of_graphs(plan: GpuPlan, folder: Path, choice: RuntimeChoice) -> Piece:
             rounds=plan.queries, seconds=seconds, step=step,
         ),
         OVERHEAD_MINUTES + 2 * plan.most_seconds / 60.0,
+        lambda: _ready(folder, choice),
     )  # fmt: skip
 
 
 def _of_flights(plan: GpuPlan, folder: Path, choice: RuntimeChoice) -> Piece:
     seconds = plan.most_seconds / (len(IN_FLIGHT) * len(plan.ns))
-    k = USUAL_K if USUAL_K in plan.ks else plan.ks[0]
+    k = _usual(plan)
     return Piece(
         f"flights-{_stem(folder, choice)}",
         lambda step: measure_in_flight(
@@ -211,13 +280,58 @@ def _of_flights(plan: GpuPlan, folder: Path, choice: RuntimeChoice) -> Piece:
             k=k, queries=plan.queries, seconds=seconds, step=step,
         ),
         OVERHEAD_MINUTES + plan.most_seconds / 60.0,
+        lambda: _ready(folder, choice),
     )  # fmt: skip
 
 
+def _of_plans(folder: Path, choice: RuntimeChoice) -> Piece:
+    """Build the plans that the pieces behind it need, for this very GPU."""
+
+    def build(step: Step) -> dict[str, Any]:
+        flavour = FLAVOURS[choice.engine]
+        gpu = f"sm{open_device().facts.capability}"
+        try:
+            target = Target.parse((gpu,) if flavour.is_rtx else None, flavour)
+        except InputError as error:  # of a GPU that it does not know
+            raise EngineUnavailableError(str(error)) from error
+        request = BuildRequest(flavour, choice.precision, Profile(), target)
+        return {
+            built.graph: {"fresh": built.fresh, "bytes": built.plan.size, **built.plan.made}
+            for built in build_bundle(
+                _bundle(folder, choice), request, report=lambda *words: step(": ".join(words))
+            )
+        }
+
+    name = f"plans-{folder.name}-{choice.engine}-{choice.precision}"
+    return Piece(name, build, PLANS_MINUTES, lambda: _bundle(folder, choice))
+
+
+def _of_tests(plan: GpuPlan) -> Iterator[Piece]:
+    folder = plan.tests
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise InputError(f"there are no tests at {folder}.")
+    for file in files_of(folder):
+        name = "-".join(file.relative_to(folder).with_suffix("").parts)
+        yield Piece(
+            f"tests-{name}",
+            partial(_run_tests, file, folder),
+            TESTS_MINUTES + 1.0,
+        )
+
+
+def _run_tests(file: Path, folder: Path, step: Step) -> Any:
+    return run_tests(file, folder, 60.0 * TESTS_MINUTES)
+
+
 def _bundle(folder: Path, choice: RuntimeChoice) -> Bundle:
-    """Open a bundle; EngineUnavailableError if it or the engine lacks the precision."""
+    """Open a bundle; EngineUnavailableError if it, the engine or this machine lacks something."""
     bundle = Bundle.open(folder)
-    offered = getattr(engine_class(choice.engine), "precisions", (choice.precision,))
+    kind = engine_class(choice.engine)
+    if issubclass(kind, DeviceEngine):
+        kind.require_library()
+    offered = getattr(kind, "precisions", (choice.precision,))
     if choice.precision not in offered:
         raise EngineUnavailableError(f"'{choice.engine}' offers {', '.join(offered)} only.")
     try:
@@ -225,6 +339,16 @@ def _bundle(folder: Path, choice: RuntimeChoice) -> Bundle:
     except BundleError as error:
         raise EngineUnavailableError(str(error)) from error
     return bundle
+
+
+def _ready(folder: Path, choice: RuntimeChoice) -> None:
+    """Raise EngineUnavailableError where it needs no GPU to tell that something is missing."""
+    bundle = _bundle(folder, choice)
+    if choice.engine in FLAVOURS and not has_plans(bundle, choice.engine, choice.precision):
+        raise EngineUnavailableError(
+            f"there are no plans of bundle {bundle.name} for '{choice.engine}' in "
+            f"{choice.precision}: see the piece 'plans-...'."
+        )
 
 
 def _latency(folder: Path, latency: LatencyPlan) -> Callable[[Step], Any]:
@@ -241,72 +365,6 @@ def _latency(folder: Path, latency: LatencyPlan) -> Callable[[Step], Any]:
     return measure
 
 
-def run_pieces(
-    pieces: Sequence[Piece], output: Path, *, minutes: float, step: Step
-) -> list[Outcome]:
-    """Do the pieces that have no file yet, as far as they end within so many minutes.
-
-    The first one is begun in any case. Every piece is written as soon as it is done, so that a call
-    that was cut off loses one at most; that one is known by its file, and not tried for ever.
-
-    Returns
-    -------
-    outcomes : of all pieces that have a file now, in order.
-
-    Raises
-    ------
-    InputError
-        If a file is not what this wrote.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    until = monotonic() + 60.0 * minutes
-    outcomes = []
-    begun = False
-    lost = False
-    for piece in pieces:
-        file = output / f"{piece.name}.json"
-        if file.is_file():
-            outcomes.append(_read(file))
-            continue
-        if lost or (begun and monotonic() + 60.0 * piece.minutes > until):
-            continue
-        begun = True
-        step(piece.name)
-        _write(file, Outcome(piece.name, "failed", CUT_OFF.format(file=file.name)))
-        try:
-            outcome = Outcome(piece.name, "measured", found=piece.measure(step))
-        except EngineUnavailableError as error:
-            outcome = Outcome(piece.name, "empty", str(error))
-        except RecallSegError as error:
-            outcome = Outcome(piece.name, "failed", str(error))
-            lost = isinstance(error, DeviceLostError)
-        except Exception as error:  # of PyTorch, say, which may be out of memory at k = 16
-            outcome = Outcome(piece.name, "failed", f"{type(error).__name__}: {error}")
-        except BaseException:
-            file.unlink()  # interrupted: it was no failure of the piece
-            raise
-        _write(file, outcome)
-        outcomes.append(outcome)
-    return outcomes
-
-
-def _write(file: Path, outcome: Outcome) -> None:
-    told = {"schema": SCHEMA, **asdict(outcome)}
-    replace_file(file, json.dumps(told, indent=1, allow_nan=False).encode())
-
-
-def _read(file: Path) -> Outcome:
-    try:
-        told = json.loads(file.read_bytes())
-        if told.pop("schema") != SCHEMA:
-            raise ValueError(f"it does not say that it is {SCHEMA}")
-        return Outcome(**told)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{file} is no piece of 'bench gpu': {error}. Remove it to measure it again."
-        ) from error
-
-
 def _machine() -> dict[str, Any]:
     providers = {}
     for name in PROVIDERS:
@@ -321,34 +379,3 @@ def _machine() -> dict[str, Any]:
         "providers": providers,
         "engines": {e.name: [e.available, e.detail] for e in diagnose(self_test=False).engines},
     }
-
-
-def _tests(folder: Path) -> dict[str, Any]:
-    """Run the tests marked gpu and return how many passed, failed and were skipped, and why."""
-    if not folder.is_dir():
-        raise EngineUnavailableError(f"there are no tests at {folder}.")
-    report = folder / ".gpu-tests.xml"
-    command = [
-        *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
-        *(f"--junitxml={report}", str(folder)),
-    ]
-    try:
-        done = subprocess.run(  # noqa: S603  (this interpreter, pytest)
-            command, cwd=folder.parent, capture_output=True, text=True, timeout=TESTS_TIMEOUT_S,
-            check=False,
-        )  # fmt: skip
-        root = ElementTree.parse(report).getroot()  # noqa: S314  (written by pytest just now)
-    except (OSError, subprocess.SubprocessError, ElementTree.ParseError) as error:
-        raise InputError(f"the tests marked gpu left no report: {error}.") from error
-    finally:
-        report.unlink(missing_ok=True)
-    states: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for case in root.iter("testcase"):
-        marks = {child.tag: child.get("message", "") for child in case}
-        state = "failed" if {"failure", "error"} & marks.keys() else "passed"
-        state = "skipped" if "skipped" in marks else state
-        why = next(iter(marks.values()), "")
-        states[state].append(
-            f"{case.get('classname')}.{case.get('name')}" + (f": {why}" if why else "")
-        )
-    return {"status": done.returncode, **states}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from recallseg.engines.bundle import Bundle
     from recallseg.engines.tensorrt.engine import TensorRt
 
-__all__ = ["Plans", "RecordedPlans", "find_plans", "recorded_plans"]
+__all__ = ["Plans", "RecordedPlans", "find_plans", "has_plans", "recorded_plans"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,11 @@ def recorded_plans(
     profile = Profile.from_json(key.profile)
     works_in = {graph: int(plan.made["activation_bytes"]) for graph, plan in plans.items()}
     return RecordedPlans(key.version, key.target, profile.n.most, profile.k.most, works_in)
+
+
+def has_plans(bundle: Bundle, engine: str, precision: str) -> bool:
+    """Whether a whole set of plans lies in the cache, for whatever GPU."""
+    return bool(_whole_sets(bundle, engine, precision, PlanCache(), lambda key: True))
 
 
 def _reach(plans: Mapping[str, Plan]) -> tuple[int, int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from typer.testing import CliRunner
 
 from recallseg.benchmarks import latency
 from recallseg.benchmarks.commands import bench
-from recallseg.benchmarks.gpu import graphs, kernels, pieces
+from recallseg.benchmarks.gpu import apart, graphs, kernels, pieces, running
+from recallseg.benchmarks.gpu.device_tests import files_of, run_tests
 from recallseg.benchmarks.gpu.goals import judge
-from recallseg.benchmarks.gpu.pieces import GpuPlan, Outcome, Piece, run_pieces
+from recallseg.benchmarks.gpu.pieces import GpuPlan, Piece
+from recallseg.benchmarks.gpu.running import Outcome, here, run_pieces
 from recallseg.benchmarks.schema import Report
 from recallseg.engines import onnxruntime_gpu
 from recallseg.engines.bundle import Bundle
@@ -27,16 +30,17 @@ from recallseg.engines.errors import (
 )
 from recallseg.runtime.model import device as device_query
 
-RUNTIME = "onnxruntime-cuda fp32"
+RUNTIME = "onnxruntime-cuda fp32 graphs"
 
 
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession]:
     made = install(monkeypatch, tmp_path / "cache")
-    for module in (graphs, kernels, device_query, onnxruntime_gpu):
-        monkeypatch.setattr(module, "open_device", HostGpu.open)
+    for module in (graphs, kernels, pieces, device_query, onnxruntime_gpu):
+        monkeypatch.setattr(module, "open_device", lambda *_: HostGpu.open())
     # A process of its own would have no stand-in.
     monkeypatch.setattr(latency, "probe", lambda *args, **kwargs: None)
+    monkeypatch.setattr(apart, "in_a_process", lambda plan: here)
     return made
 
 
@@ -63,7 +67,7 @@ def test_everything_in_one_command(session: type[FakeSession], tmp_path: Path) -
     assert {name for name, state in states.items() if state == "measured"} == {
         "machine", f"graphs-{graph}", f"graphs-{graph}-graphs", f"queries-{graph}-k1",
         f"queries-{graph}-k2", f"queries-{graph}-graphs-k1", f"queries-{graph}-graphs-k2",
-        f"flights-{graph}", f"flights-{graph}-graphs",
+        f"flights-{graph}", f"flights-{graph}-graphs", "adding-demo",
     }  # fmt: skip
     # Neither fp16 graphs nor plans nor kernels are here: said, not invented.
     assert set(states.values()) == {"measured", "empty"}
@@ -103,7 +107,7 @@ def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path: Path) -> None:
 
 def test_failures_are_told_from_what_cannot_run(tmp_path: Path) -> None:
     def failing(error: Exception) -> Any:
-        def measure(step: Any) -> Any:
+        def measure(*_: Any) -> Any:
             raise error
 
         return measure
@@ -113,12 +117,13 @@ def test_failures_are_told_from_what_cannot_run(tmp_path: Path) -> None:
             Piece("a", failing(EngineUnavailableError("no TensorRT"))),
             Piece("b", failing(EngineRunError("wrong"))),
             Piece("c", failing(DeviceLostError("gone"))),
-            Piece("d", failing(AssertionError("must not be begun on a lost device"))),
+            Piece("d", lambda step: 1, check=failing(EngineUnavailableError("no fp16"))),
         ],
         tmp_path, minutes=10.0, step=print,
     )  # fmt: skip
     assert [(o.piece, o.state, o.reason) for o in outcomes] == [
         ("a", "empty", "no TensorRT"), ("b", "failed", "wrong"), ("c", "failed", "gone"),
+        ("d", "empty", "no fp16"),
     ]  # fmt: skip
 
 
@@ -153,16 +158,75 @@ def test_every_piece_takes_less_than_ten_minutes_and_the_goals_come_first() -> N
     plan = GpuPlan(
         bundles=(Path("tiny1024"), Path("tiny512")),
         engines=("onnxruntime-cuda", "tensorrt", "tensorrt-rtx"),
-        precisions=("fp32", "fp16", "bf16", "mixed"),
-        baselines=("torch-cached", "torch-compile", "torch-cached-fp16", "torch-compile-fp16"),
-        tests=Path("tests"),
+        precisions=("fp16-native", "fp16", "fp32", "mixed"),
+        baselines=("torch-cached", "torch-compile", "torch-cached-fp16", "torch-graphs-fp16"),
+        tests=Path(__file__).parents[2],
     )
     made = list(pieces.pieces_of(plan))
     assert max(piece.minutes for piece in made) < 10.0
     names = [piece.name for piece in made]
-    assert len(set(names)) == len(names) == 3 + 3 * 2 * (3 * 4 * 2) + 3 * 2 * 4 * 2 + 4 * 24
-    usual = [name for name in names if "-k4" in name]
-    assert names[3 : 3 + len(usual)] == usual
+    tests = [name for name in names if name.startswith("tests-")]
+    assert tests[:2] == [
+        "tests-integration-test_device_queries", "tests-integration-test_device_providers",
+    ]  # fmt: skip
+    plans = [name for name in names if name.startswith("plans-")]
+    assert len(plans) == 2 * 2 * 4
+    own = 3 + len(plans) + len(tests)
+    assert len(set(names)) == len(names) == own + 3 * 2 * (3 * 4 * 2) + 3 * 2 * 4 * 2 + 4 * 24
+    # The best one is asked for in the first minutes, and whether the process survives.
+    first = "onnxruntime-cuda-fp16-native"
+    assert names[0] == "machine"
+    assert names[1] == "adding-tiny512"
+    queries = [name for name in names if name.startswith("queries-")]
+    assert queries[:2] == [f"queries-tiny{size}-{first}-graphs-k4" for size in (1024, 512)]
+    # Plans are there when they are asked.
+    for name in plans:
+        kind = name.removeprefix("plans-")
+        assert names.index(name) < names.index(f"queries-{kind}-graphs-k4")
+    assert GpuPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+STAND_IN = Path(__file__).parents[2] / "support" / "stand_in"
+
+
+def test_a_piece_that_dies_or_hangs_is_lost_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whole, in processes, as on a GPU: a dry run."""
+    monkeypatch.syspath_prepend(STAND_IN)
+    install(monkeypatch, tmp_path / "cache")  # here, where what needs no GPU is asked
+    names = ["machine", "adding-demo", "kernels"]
+    names.append("graphs-demo-onnxruntime-cuda-fp32")
+    monkeypatch.setenv("STAND_IN_DIES", names[1])
+    monkeypatch.setenv("STAND_IN_HANGS", names[2])
+    monkeypatch.setattr(running, "LEAST_SECONDS", 6.0)
+    demo = Bundle.open("demo").path
+    plan = GpuPlan((demo,), ("onnxruntime-cuda",), ("fp32",), (1,), (1,), 1, 0.1)
+    made = {piece.name: piece for piece in pieces.pieces_of(plan)}
+    object.__setattr__(made["kernels"], "minutes", 0.1)
+    outcomes = run_pieces(
+        [made[name] for name in names], tmp_path, minutes=10.0, step=print,
+        run=apart.in_a_process(plan),
+    )  # fmt: skip
+    assert [outcome.state for outcome in outcomes] == ["measured", "failed", "failed", "measured"]
+    assert "SIGSEGV (logs/adding-demo.log: " in outcomes[1].reason
+    assert outcomes[2].reason == "it did not end within 6 s, and was stopped."
+    assert outcomes[3].found["device"] == str(HostGpu.facts)
+
+
+def test_what_a_call_has_no_time_for_any_more_is_left(tmp_path: Path) -> None:
+    def slow(piece: Piece, file: Path, seconds: float, step: Any) -> str:
+        time.sleep(seconds)
+        return "it did not end"
+
+    made = [Piece(name, lambda step: 1, minutes=1.0) for name in "ab"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "LEAST_SECONDS", 0.01)
+        assert not run_pieces(made, tmp_path, minutes=0.005, step=print, run=slow)
+        assert not [*tmp_path.iterdir()]
+        short = [Piece("a", lambda step: 1, minutes=0.001)]
+        (lost,) = run_pieces(short, tmp_path, minutes=1.0, step=print, run=slow)
+    assert (lost.state, lost.reason) == ("failed", "it did not end.")
 
 
 def test_baselines_run_beside_the_first_engine_that_is_here(
@@ -170,7 +234,7 @@ def test_baselines_run_beside_the_first_engine_that_is_here(
 ) -> None:
     output = tmp_path / "out"
     options = (
-        *("--engine", "tensorrt-rtx,onnxruntime-cuda", "--precision", "fp32,int8", "--k", "1"),
+        *("--engine", "tensorrt-rtx,onnxruntime-cuda", "--precision", "int8,fp32", "--k", "1"),
         *("--structures", "1", "--queries", "4", "--baselines", "torch-cached"),
         *("--torch-device", "cpu", "--seconds", "0"),
     )
@@ -197,12 +261,14 @@ def test_tests_are_counted(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
     (folder / "test_it.py").write_text(
         "import pytest\n"
-        "pytestmark = pytest.mark.gpu\n"
+        "pytestmark = pytest.mark."
+        "gpu\n"
         "def test_a(): pass\n"
         "def test_b(): assert 1 == 2\n"
         "def test_c(): pytest.skip('no GPU')\n"
     )
-    found = pieces._tests(folder)
+    assert files_of(folder) == [folder / "test_it.py"]
+    found = run_tests(folder / "test_it.py", folder, 60)
     assert [len(found[state]) for state in ("passed", "failed", "skipped")] == [1, 1, 1]
     assert "no GPU" in found["skipped"][0]
     assert found["status"] == 1

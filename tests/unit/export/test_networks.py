@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from fixtures.checkpoints import recipe
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from recallseg.cli import app
 from recallseg.export.checkpoints import load_segmenter
 from recallseg.export.families.counting import count_in_process
 from recallseg.export.families.listing import networks
+from recallseg.export.families.timing import time_side_by_side
 
 LAYOUTS = Path(__file__).resolve().parents[2] / "fixtures" / "checkpoints" / "meta_layouts.json"
 
@@ -66,3 +68,14 @@ def test_memories_of_edgetam_are_eight_times_smaller() -> None:
     one, other = (found[n]["sizes"]["1024"] for n in ("edgetam", "sam2.1-hiera-tiny"))
     assert other["tokens"] == 8 * one["tokens"]
     assert one["graphs"]["attend"]["gflop"] < other["graphs"]["attend"]["gflop"] / 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_edgetam_is_faster_than_sam_2_1_tiny() -> None:
+    found = time_side_by_side("edgetam", "tiny", image_size=512, rounds=3)
+    least = {name: times["least"] for name, times in found.items()}
+    assert least["tiny encode"] > 2 * least["edgetam encode"]
+    assert least["tiny attend k=4"] > 1.5 * least["edgetam attend k=4"]
+    for graph in ("encode", "attend k=4", "decode"):
+        assert least[f"edgetam in PyTorch {graph}"] > least[f"edgetam {graph}"]

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -52,9 +53,10 @@ def time_side_by_side(
     """
     torch.set_num_threads(1)
     spent: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder:
         calls = dict(_calls(first, image_size, Path(folder), many=True))
         calls.update(_calls(second, image_size, Path(folder), many=False))
+    with torch.inference_mode():
         for call in calls.values():
             call()
         for _ in range(rounds):
@@ -73,7 +75,7 @@ def _calls(name: str, image_size: int, folder: Path, *, many: bool) -> Iterator[
     made = {**modules, **ort_cpu.build_ort_cpu_graphs(segmenter, embedder)}
     for graph in GRAPHS:
         path = folder / f"{name}.{graph}.onnx"
-        with torch.inference_mode(False), ort_cpu.fused_attention(segmenter, embedder):
+        with ort_cpu.fused_attention(segmenter, embedder):
             export_graph(made[graph], specs[graph], geometry, path, opset=ort_cpu.OPSET)
         engine = OnnxRuntimeCpu(specs[graph], path, EngineOptions(threads=1))
         ks = (1, K, *((MANY,) if many else ())) if graph == "attend" else (K,)
@@ -82,10 +84,10 @@ def _calls(name: str, image_size: int, folder: Path, *, many: bool) -> Iterator[
             inputs = example_inputs(specs[graph], torch.Generator().manual_seed(1), n=1, k=k)
             arrays = {tensor: value.numpy() for tensor, value in inputs.items()}
             results = engine.allocate_outputs(n=1)
-            yield f"{name} {what}", lambda e=engine, a=arrays, r=results: e.run(a, r)
+            yield f"{name} {what}", partial(engine.run, arrays, results)
             if many and k == K:
-                module = modules[graph]
-                yield f"{name} in PyTorch {what}", lambda m=module, i=inputs: m(*i.values())
+                module = partial(modules[graph], *inputs.values())
+                yield f"{name} in PyTorch {what}", module
 
 
 def _main() -> None:

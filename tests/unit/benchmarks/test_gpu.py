@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from recallseg.benchmarks import latency
 from recallseg.benchmarks.commands import bench
-from recallseg.benchmarks.gpu import apart, graphs, kernels, pieces, running
+from recallseg.benchmarks.gpu import adding, apart, graphs, kernels, pieces, running
 from recallseg.benchmarks.gpu.device_tests import files_of, run_tests
 from recallseg.benchmarks.gpu.goals import judge
 from recallseg.benchmarks.gpu.pieces import GpuPlan, Piece
@@ -41,6 +41,8 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession
     # A process of its own would have no stand-in.
     monkeypatch.setattr(latency, "probe", lambda *args, **kwargs: None)
     monkeypatch.setattr(apart, "in_a_process", lambda plan: here)
+    monkeypatch.setattr(adding, "ROUNDS", 1)
+    monkeypatch.setattr(adding, "EXEMPLARS", 2)
     return made
 
 
@@ -199,18 +201,18 @@ def test_a_piece_that_dies_or_hangs_is_lost_alone(
     names.append("graphs-demo-onnxruntime-cuda-fp32")
     monkeypatch.setenv("STAND_IN_DIES", names[1])
     monkeypatch.setenv("STAND_IN_HANGS", names[2])
-    monkeypatch.setattr(running, "LEAST_SECONDS", 6.0)
+    monkeypatch.setattr(running, "LEAST_SECONDS", 3.0)
     demo = Bundle.open("demo").path
     plan = GpuPlan((demo,), ("onnxruntime-cuda",), ("fp32",), (1,), (1,), 1, 0.1)
     made = {piece.name: piece for piece in pieces.pieces_of(plan)}
-    object.__setattr__(made["kernels"], "minutes", 0.1)
+    object.__setattr__(made["kernels"], "minutes", 0.05)
     outcomes = run_pieces(
         [made[name] for name in names], tmp_path, minutes=10.0, step=print,
         run=apart.in_a_process(plan),
     )  # fmt: skip
     assert [outcome.state for outcome in outcomes] == ["measured", "failed", "failed", "measured"]
     assert "SIGSEGV (logs/adding-demo.log: " in outcomes[1].reason
-    assert outcomes[2].reason == "it did not end within 6 s, and was stopped."
+    assert outcomes[2].reason == "it did not end within 3 s, and was stopped."
     assert outcomes[3].found["device"] == str(HostGpu.facts)
 
 

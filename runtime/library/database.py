@@ -173,9 +173,10 @@ class Database:
         database = cls(path, hold, "rw" if may_write else "ro", writable)
         try:
             database._distrust()
-            application = database.value("PRAGMA application_id")
-            version = database.value("PRAGMA user_version")
-            objects = database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
+            with database.snapshot():
+                application = database.value("PRAGMA application_id")
+                version = database.value("PRAGMA user_version")
+                objects = database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
             if application == 0 and version == 0 and not objects:
                 raise LibraryNotFoundError(
                     f"the library in {path.parent} was never finished. Make it again with "

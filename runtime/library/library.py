@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError, LibraryCorruptError
-from recallseg.engines.pixels import open_pixels
+from recallseg.engines.pixels import Pixels, open_pixels
 from recallseg.runtime.checks import check_image, check_tags
 from recallseg.runtime.formats.images import open_image
 from recallseg.runtime.library import maintenance, recalling
@@ -58,7 +59,10 @@ class Library(ExemplarDoor, UpkeepDoor, CalibrationDoor, HeadDoor):
     def __init__(self, store: Store, binding: Binding) -> None:
         self._store = store
         self._binding = binding
-        self._pixels = open_pixels()
+
+    @cached_property
+    def _pixels(self) -> Pixels:
+        return open_pixels()
 
     @classmethod
     def create(

@@ -125,14 +125,16 @@ class Store:
     def load(self) -> None:
         """Read everything as it is now; after opening, and when it was encoded anew."""
         self.catalog.forget()
-        self.settings = self.catalog.settings()
-        self.state = self.catalog.state()
-        self._version = self.catalog.database.version
-        self.structures = {row.name: row for row in self.catalog.structures()}
+        with self.catalog.database.snapshot():  # of one state, and locked once
+            self.settings = self.catalog.settings()
+            self.state = self.catalog.state()
+            self._version = self.catalog.database.version
+            self.structures = {row.name: row for row in self.catalog.structures()}
+            place, dimension = self.path / INDEX, self.settings.embedding_dim
+            self.retrieval = Retrieval(self.catalog, place, dimension)
         self._origins: tuple[tuple[Origin | None, int], ...] | None = None
         self.reader = ShardReader(self.memories, self.settings.layout)
         self.writer = ShardWriter(self.memories, self.settings.layout, self.settings.shard_bytes)
-        self.retrieval = Retrieval(self.catalog, self.path / INDEX, self.settings.embedding_dim)
 
     def close(self) -> None:
         """Save worn search indexes, close the files, let others write. Harmless if repeated.

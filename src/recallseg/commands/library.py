@@ -196,7 +196,7 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
             for e in exemplars
         ]
         print_table(("key", "size", "structures", "absent", "tags", "added"), rows)
-        typer.echo(
+        say(
             f"{len(exemplars)} exemplars; "
             + ", ".join(
                 f"{name} {number['present']} (absent in {number['absent']})"
@@ -204,9 +204,9 @@ def list_(library: LibraryArgument, as_json: JsonOption = False) -> None:
             )
         )
         if retired:
-            typer.echo(f"retired: {', '.join(e.key for e in retired)}")
+            say(f"retired: {', '.join(e.key for e in retired)}")
         for line in [*(line for line, _ in calibrations), *(() if head is None else head[0])]:
-            typer.echo(line)
+            say(line)
 
 
 @app.command()

@@ -49,8 +49,8 @@ class Headed:
     mix, within, least : what was chosen, see :class:`recallseg.runtime.library.heads.Choice`.
     fitted : mean Dice that the fit expected of images as far from the library as its exemplars are
         from each other, before there was a query.
-    expected, expected_low, expected_high : of images as far from it as the queries, each as showing
-        the structure or not, and the 95 % interval; NaN where nothing is known of one of them.
+    expected, expected_low, expected_high : of results like those of the queries, as each says of
+        itself, and the 95 % interval; NaN where nothing is known of one of them.
     beyond : whether some queries are farther than all exemplars that it was judged by.
     """
 
@@ -127,7 +127,7 @@ def measure_head(
         }
         others = make_baselines(["forest"] if forest else [], library, dataset.structures, K, 1)
         dice: dict[str, list[tuple[float, float, float]]] = {n: [] for n in dataset.structures}
-        images: dict[str, list[tuple[float, bool]]] = {n: [] for n in dataset.structures}
+        told: dict[str, list[tuple[float, float, bool]]] = {n: [] for n in dataset.structures}
         gains: list[tuple[float, Shown]] = []
         for query in queries:
             results = {name: way.segment(query.image) for name, way in ways.items()}
@@ -141,8 +141,8 @@ def measure_head(
                 reference = query.masks.get(name, np.zeros(query.image.shape[:2], bool))
                 found = [_dice(made[name], reference) for made in masks.values()]
                 dice[name].append((found[0], found[1], found[2] if forest else np.nan))
-                distance = results[WITH_HEAD].scores[name].distance
-                images[name].append((distance, bool(reference.any())))
+                score = results[WITH_HEAD].scores[name]
+                told[name].append((score.distance, score.iou, score.present))
                 own.append(found[1] - found[0])
             title = f"{dataset.name}, {query.name}: {np.mean(own):+.3f}"
             gains.append((float(np.mean(own)), Shown(title, query, dataset.intensity, masks)))
@@ -156,7 +156,7 @@ def measure_head(
         drawn = np.random.default_rng(0).integers(len(gain), size=(DRAWS, len(gain)))
         low, high = np.quantile(gain[drawn].mean(1), [ALPHA / 2, 1 - ALPHA / 2])
         means = found_dice.mean(0)
-        expected = choice.over(images[name]) or Expected(np.nan, np.nan, np.nan)
+        expected = choice.over(told[name]) or Expected(np.nan, np.nan, np.nan)
         rows.append(
             Headed(
                 dataset.name,

@@ -22,8 +22,8 @@ Z = 1.96
 class Expected(NamedTuple):
     """A mean Dice of images, with its 95 % interval.
 
-    ``beyond`` says that they are farther from the library than all that it was judged by, so that
-    it may well be less.
+    ``beyond`` says that they are farther from the library than all that it was judged by, or of a
+    lower IoU estimate, so that it may well be less.
     """
 
     dice: float
@@ -37,9 +37,12 @@ class Expected(NamedTuple):
 
 
 class Knot(NamedTuple):
-    """Mean Dice, and its 95 % interval, at a cosine distance from the nearest exemplar."""
+    """Of a curve, mean Dice and its 95 % interval: at a cosine distance, or an IoU estimate.
 
-    distance: float
+    The two add up, so that one of them may leave 0 to 1.
+    """
+
+    at: float
     dice: float
     low: float
     high: float
@@ -60,9 +63,10 @@ class Choice:
     why : why the head stays out, if it does; empty otherwise.
     within : whether it counts as absent where memory attention finds none of it.
     interval : of ``expected``, 95 %.
-    curve : Dice where the structure is shown, by distance from the nearest exemplar that shows it;
-        nearest first, empty where too few groups show it.
-    absent : of how many exemplars known not to show it nothing was found, and how many there are.
+    curve : Dice of results with a mask, by distance from the nearest exemplar that shows it;
+        nearest first, empty where too few groups had one.
+    sure : what the decoder's IoU estimate adds to that, or takes; lowest estimate first.
+    empty : of how many exemplars a result without a mask was right, and how many had one.
     flattered : by how much that share is too high, as the choice was made by it; ``expected`` and
         ``curve`` are without what their choice adds.
     """
@@ -78,7 +82,8 @@ class Choice:
     within: bool = False
     interval: tuple[float, float] = (0.0, 1.0)
     curve: tuple[Knot, ...] = ()
-    absent: tuple[int, int] = (0, 0)
+    sure: tuple[Knot, ...] = ()
+    empty: tuple[float, int] = (0.0, 0)
     flattered: float = 0.0
 
     @property
@@ -96,35 +101,49 @@ class Choice:
             rules.append("memory attention alone finds nothing")
         return " or ".join(rules)
 
-    def at(self, distance: float) -> Expected | None:
-        """Return what is expected of images that show the structure, at a distance.
+    def at(self, distance: float, sure: float, *, given: bool) -> Expected | None:
+        """Return what is expected of results like one.
 
         Parameters
         ----------
         distance : cosine distance to the nearest exemplar that shows it (``Score.distance``).
+        sure : the decoder's IoU estimate (``Score.iou``).
+        given : whether there is a mask (``Score.present``).
 
         Returns
         -------
         Expected or None
-            None without exemplars to say it by, or without a distance.
+            A result without a mask counts 1 if the image does not show it, else 0. None without
+            exemplars to say it by, or without a distance.
         """
-        if not self.curve or math.isnan(distance):
+        if not given:
+            return self.rejects
+        if not self.curve or not math.isfinite(distance + sure):
             return None
         # Lengths of chords: an image half as far away differs half as much.
-        chords = np.sqrt([knot.distance for knot in self.curve])
+        chords = np.sqrt([knot.at for knot in self.curve])
         chord = math.sqrt(max(0.0, distance))
-        values = np.array([knot[1:] for knot in self.curve])
-        dice, low, high = (float(np.interp(chord, chords, values[:, i])) for i in range(3))
-        return Expected(dice, low, high, bool(chord > chords[-1]))
+        parts = [
+            [float(np.interp(place, places, values)) for values in zip(*curve, strict=True)][1:]
+            for place, places, curve in (
+                (chord, chords, self.curve),
+                (sure, [knot.at for knot in self.sure], self.sure),
+            )
+        ]
+        dice = sum(part[0] for part in parts)
+        low = dice - math.hypot(*(part[0] - part[1] for part in parts))
+        high = dice + math.hypot(*(part[2] - part[0] for part in parts))
+        dice, low, high = (min(1.0, max(0.0, one)) for one in (dice, low, high))
+        return Expected(dice, low, high, bool(chord > chords[-1] or sure < self.sure[0].at))
 
     @property
     def rejects(self) -> Expected | None:
-        """How likely nothing is found in an image without the structure; None if not judged.
+        """How likely a result without a mask is right; None if there was none to judge by.
 
         The mean under Jeffreys' prior, since two of two right do not make it certain, and Wilson's
         interval.
         """
-        right, of = self.absent
+        right, of = self.empty
         if not of:
             return None
         share, more = right / of, Z * Z / of
@@ -133,20 +152,20 @@ class Choice:
         dice = max(0.0, (right + 0.5) / (of + 1) - self.flattered)
         return Expected(dice, max(0.0, middle - half - self.flattered), min(1.0, middle + half))
 
-    def over(self, images: Iterable[tuple[float, bool]]) -> Expected | None:
-        """Return what is expected on average over images.
+    def over(self, results: Iterable[tuple[float, float, bool]]) -> Expected | None:
+        """Return what is expected on average over results.
 
         Parameters
         ----------
-        images : distance (see :meth:`at`) of each, and whether it shows the structure.
+        results : distance, IoU estimate, and whether there is a mask, of each; see :meth:`at`.
 
         Returns
         -------
         Expected or None
             Its interval is the mean of theirs, since they rest on the same exemplars. None if there
-            is no image, or nothing is known of one of them.
+            is no result, or nothing is known of one of them.
         """
-        told = [self.at(distance) if shows else self.rejects for distance, shows in images]
+        told = [self.at(far, sure, given=given) for far, sure, given in results]
         known = [one for one in told if one is not None]
         if not known or len(known) < len(told):
             return None
@@ -159,8 +178,9 @@ def choice_values(choice: Choice) -> list[Any]:
     return [
         *(choice.mix, choice.least, choice.alone, choice.expected, choice.low, choice.high),
         *(choice.exemplars, choice.why, choice.within),
-        *(list(choice.interval), [list(knot) for knot in choice.curve], list(choice.absent)),
-        choice.flattered,
+        list(choice.interval),
+        *([list(knot) for knot in curve] for curve in (choice.curve, choice.sure)),
+        *(list(choice.empty), choice.flattered),
     ]
 
 
@@ -171,29 +191,29 @@ def parse_choice(values: Sequence[Any]) -> Choice:
     if not (0 <= mix <= 1 and 0 <= least <= 1) or not isinstance(why, str):
         raise ValueError("a choice beyond its range")
     within = more[0] if more else False  # the first heads did not say
-    if not isinstance(within, bool) or len(more) not in (0, 1, 5):
+    if not isinstance(within, bool) or len(more) not in (0, 1, 5, 6):
         raise ValueError("a choice beyond its range")
     count = integer(exemplars, "exemplars of a choice")
     choice = (mix, least, alone, expected, low, high, count, why, within)
-    if len(more) < 5:  # nor did they say by distance
+    if len(more) < 6:  # nor did they say by distance, nor the next ones by IoU estimate
         return Choice(*choice)
     under, over = (_share(value) for value in more[1])
-    if len(more[2]) > MOST_KNOTS:
-        raise ValueError("too many knots")
-    curve = tuple(_knot(*knot) for knot in more[2])
-    if any(one.distance >= other.distance for one, other in pairwise(curve)):
-        raise ValueError("knots out of order")
-    right, of = (integer(value, "exemplars without a structure") for value in more[3])
-    if right > of or under > over:
+    curve, sure = (_curve(knots) for knots in more[2:4])
+    right, of = finite(more[4][0]), integer(more[4][1], "exemplars without a mask")
+    if not 0 <= right <= of or under > over or bool(curve) is not bool(sure):
         raise ValueError("a choice beyond its range")
-    return Choice(*choice, (under, over), curve, (right, of), _share(more[4]))
+    return Choice(*choice, (under, over), curve, sure, (right, of), _share(more[5]))
 
 
-def _knot(distance: Any, dice: Any, low: Any, high: Any) -> Knot:
-    found = finite(distance)
-    if not 0 <= found <= 2:
-        raise ValueError(f"a cosine distance of {found}")
-    return Knot(found, _share(dice), _share(low), _share(high))
+def _curve(knots: Sequence[Any]) -> tuple[Knot, ...]:
+    if len(knots) > MOST_KNOTS:
+        raise ValueError("too many knots")
+    curve = tuple(Knot(*map(finite, knot)) for knot in knots)
+    if any(one.at >= other.at for one, other in pairwise(curve)):
+        raise ValueError("knots out of order")
+    if any(not 0 <= one.at <= 2 for one in curve):
+        raise ValueError("knots at no distance, nor at an IoU estimate")
+    return curve
 
 
 def _share(value: Any) -> float:

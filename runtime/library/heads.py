@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Head", "Heads", "Units"]
 
 FORMAT_VERSION = 1
-READ = {"heads": (FORMAT_VERSION,), "kept_logits": (1, KEPT_FORMAT)}
+READ = {"heads": (FORMAT_VERSION,), "kept_logits": (1, 2, KEPT_FORMAT)}
 """Formats that are read, by table."""
 MOST_UNITS, MOST_FOLDS = 1024, 64
 _MEND = "Fit it anew with 'recallseg library fit', or segment without it (--no-refine)."

@@ -16,7 +16,7 @@ from recallseg.runtime.library.values import hex_digest, integer
 
 __all__ = ["KEPT_FORMAT", "Kept", "Recall", "kept_values", "parse_kept"]
 
-KEPT_FORMAT = 2
+KEPT_FORMAT = 3
 MOST_SIDE = 4096
 RECALLS = 3
 
@@ -28,13 +28,14 @@ class Recall:
     Attributes
     ----------
     recalled : numbers of the exemplars that were recalled and show it, by structure.
-    scores : object score, by structure.
+    scores, sure : object score, and the decoder's IoU estimate, by structure.
     distances : cosine distance to the nearest of them, by structure; NaN where there is none.
     logits : float16 qxq, by structure; NaN where none were made.
     """
 
     recalled: Mapping[str, tuple[int, ...]]
     scores: Mapping[str, float]
+    sure: Mapping[str, float]
     distances: Mapping[str, float]
     logits: Mapping[str, NDArray[np.float16]]
 
@@ -75,7 +76,10 @@ def kept_values(kept: Kept, ids: Mapping[str, int]) -> tuple[dict[str, Any], byt
         "structures": list(ids.values()),
         "recalls": [
             [
-                [recall.scores[name], _told(recall.distances[name]), list(recall.recalled[name])]
+                [
+                    *(recall.scores[name], _told(recall.distances[name])),
+                    *(list(recall.recalled[name]), recall.sure[name]),
+                ]
                 for name in ids
             ]
             for recall in kept.recalls
@@ -115,6 +119,7 @@ def _recall(names: Sequence[str], listed: Sequence[Any], stack: NDArray[np.float
             for name, one in told.items()
         },
         {name: finite(one[0]) for name, one in told.items()},
+        {name: finite(one[3]) for name, one in told.items()},
         {name: math.nan if one[1] is None else finite(one[1]) for name, one in told.items()},
         dict(zip(names, stack, strict=True)),
     )

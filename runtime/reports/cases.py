@@ -45,9 +45,10 @@ class Case:
 
     ``hd95`` is in mm (pixels if the spacing is unknown), volumes in its square; ``iou_estimate``,
     ``object_score`` and ``nearest_distance`` are the model's own (see ``Score``), NaN for
-    baselines; ``recalled`` are keys, nearest first; ``volume``: what a slice is of, empty for other
-    images; ``group``: a hash of what the image belongs to (patient, folder, file), made with a key
-    of this run; ``method``, ``annotated`` and ``draw``: see ``Arm``.
+    baselines; ``recalled`` are keys, nearest first; ``present``: whether a mask was given;
+    ``volume``: what a slice is of, empty for other images; ``group``: a hash of what the image
+    belongs to (patient, folder, file), made with a key of this run; ``method``, ``annotated`` and
+    ``draw``: see ``Arm``.
     """
 
     case: str
@@ -70,6 +71,7 @@ class Case:
     draw: int = 0
     group: str = ""
     volume: str = ""
+    present: bool = True
 
     @property
     def arm(self) -> Arm:

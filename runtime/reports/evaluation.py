@@ -363,6 +363,7 @@ class _Run:
                     draw=arm.draw,
                     group=self._split.hashed(group),
                     volume=source.name if source.is_volume else "",
+                    present=bool(masks[structure].any()) if score is None else score.present,
                 )
             )
         if result is not None and not arm.annotated:

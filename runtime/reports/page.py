@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from html import escape
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from recallseg.engines.reading import read_text
 from recallseg.runtime.model.preprocess import Intensity
-from recallseg.runtime.reports.cases import RECALLED, Arm, Evaluation
+from recallseg.runtime.reports.cases import RECALLED, Arm, Case, Evaluation
 from recallseg.runtime.reports.format import (
     POLICY,
     STYLE,
@@ -122,7 +123,7 @@ def render_report(evaluation: Evaluation, settings: Settings, source: Source) ->
             _head(settings, evaluation),
             _figures(evaluation, summaries),
             _summary(evaluation, summaries),
-            _heads(evaluation, summaries),
+            _heads(evaluation),
             _volumes(evaluation),
             _groups(evaluation),
             _differences(evaluation),
@@ -247,15 +248,13 @@ JUDGED = {
 """By what was left out in turn."""
 
 
-def _heads(evaluation: Evaluation, summaries: Sequence[StructureSummary]) -> str:
+def _heads(evaluation: Evaluation) -> str:
     """Return what the library's head was expected to do, beside what it did."""
-    found = {(s.structure, s.k): s.dice["mean"] for s in summaries if s.method == RECALLED}
     rows, said = [], []
-    images: dict[tuple[str, int], list[tuple[float, bool]]] = {}
+    cases: dict[tuple[str, int], list[Case]] = {}
     for case in evaluation.cases:
         if case.method == RECALLED and not case.annotated:
-            told = images.setdefault((case.structure, case.k), [])
-            told.append((case.nearest_distance, case.reference_volume > 0))
+            cases.setdefault((case.structure, case.k), []).append(case)
     for k, head in evaluation.heads.items():
         age = f"fitted {head.created} on {head.exemplars} of {head.of} exemplars"
         state = f"{head.older or head.why or 'in use'}; {JUDGED[head.grouping]}"
@@ -263,7 +262,9 @@ def _heads(evaluation: Evaluation, summaries: Sequence[StructureSummary]) -> str
         for name, choice in head.choices.items():
             uses = head.used and choice.used
             share = f"{choice.mix:.0%}" if uses else escape(choice.why or head.why)
-            here = choice.over(images.get((name, k), ())) if head.why in ("", STAYS_OUT) else None
+            own = cases.get((name, k), ())
+            results = [(case.nearest_distance, case.iou_estimate, case.present) for case in own]
+            here = choice.over(results) if head.why in ("", STAYS_OUT) else None
             cells = (
                 number(choice.alone, 3),
                 f"{choice.expected:.3f} ({choice.interval[0]:.3f} to {choice.interval[1]:.3f})",
@@ -272,18 +273,19 @@ def _heads(evaluation: Evaluation, summaries: Sequence[StructureSummary]) -> str
                 if here is None
                 else f"{here.dice:.3f} ({here.low:.3f} to {here.high:.3f})"
                 + (", some beyond" if here.beyond else ""),
-                number(found.get((name, k), math.nan), 3),
+                number(fmean(case.dice for case in own) if own else math.nan, 3),
             )
             rows.append((escape(name), str(k), share, *cells))
     return _table(
         "The library's head",
         ("Structure", "k", "Share in the logits", "Memory attention alone, expected",
-         "Dice expected", "Gain expected", "Dice expected of these images", "Mean Dice found"),
+         "Dice expected", "Gain expected", "Dice expected of these results", "Mean Dice found"),
         rows,
         f"{'. '.join(said)}. Expected when it was fitted, of exemplars that it had not seen, with "
-        "95 % intervals. Expected of these images: as far from the library as they are, each as "
-        "showing the structure or not; beyond: farther than all exemplars that it was judged by. "
-        "Found here, with memory attention and head.",
+        "95 % intervals. Expected of these results: as far from the library, and with the IoU "
+        "estimates that they have; beyond: farther, or of a lower estimate, than all exemplars "
+        "that it was judged by. Found here, with memory attention and head, in the same images: "
+        "one without the structure counts 1 if none of it is found, else 0.",
     )  # fmt: skip
 
 

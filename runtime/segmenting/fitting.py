@@ -238,6 +238,7 @@ def _recall(segmenter: Segmenter, result: Result, logits: NDArray[np.float32]) -
     return Recall(
         {name: tuple(number(match.key) for match in found) for name, found in shown.items()},
         {name: result.scores[name].object_score for name in names},
+        {name: result.scores[name].iou for name in names},
         {name: min((m.distance for m in shown[name]), default=math.nan) for name in names},
         {name: plane.astype(np.float16) for name, plane in zip(names, logits, strict=True)},
     )
@@ -336,8 +337,8 @@ def _choose(
                 if name in rows:
                     mask = masks.get(name, np.zeros(alone.shape, bool))
                     present = recall.scores[name] > 0
-                    found = by_way(recall.distances[name], alone, own, present, mask)
-                    rows[name].found.append(found)
+                    evidence = recall.distances[name], recall.sure[name]
+                    rows[name].found.append(by_way(*evidence, alone, own, present, mask))
         for name in names:
             if name in rows:
                 judged[name].append(rows[name])

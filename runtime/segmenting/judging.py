@@ -3,15 +3,20 @@
 Of the ways in which a head may be used, that of the highest mean Dice is chosen whose 95 %
 interval, by groups, excludes harm (a loss of more than :data:`HARM`).
 
-The Dice that is expected of a query depends on how far it is from the library, and exemplars need
-not be as far from each other as queries are from them: slices of one volume are twice as far from
-each other as from a slice midway, and those of another patient are farther than all of them. So
-each exemplar is judged three times: from those of other groups, from all (it is then no distance
-away), and from the farther half of the others. Mean Dice by distance, which never rises, is fitted
-to all of that by least squares (isotonic regression: Barlow, Bartholomew, Bremner and Brunk,
-"Statistical Inference under Order Restrictions", 1972), and its interval is a bootstrap's over
-groups, expanded for their small number (Hesterberg, "What Teachers Should Know About the
-Bootstrap", The American Statistician 2015).
+The Dice that is expected of a result depends on how far its image is from the library, and
+exemplars need not be as far from each other as queries are from them: slices of one volume are
+twice as far from each other as from a slice midway, and those of another patient are farther than
+all of them. So each exemplar is judged three times: from those of other groups, from all (it is
+then no distance away), and from the farther half of the others. Nor are images at one distance
+alike: the outermost slices of an organ are harder than those within, which the decoder's own IoU
+estimate knows. So mean Dice of results that have a mask is a function of the distance that never
+rises plus one of the estimate that never falls, fitted to all of that by least squares, in turn
+(isotonic regression: Barlow, Bartholomew, Bremner and Brunk, "Statistical Inference under Order
+Restrictions", 1972; two of them: Bacchetti, "Additive Isotonic Models", JASA 1989). Its interval is
+a bootstrap's over groups, expanded for their small number (Hesterberg, "What Teachers Should Know
+About the Bootstrap", The American Statistician 2015). Of results without a mask it is counted how
+often that was right, of those from other groups and from all: the farther half is farther than
+queries are, and a count does not know it.
 
 What was chosen as the best of many looks better than it is. By how much is estimated by choosing
 anew from groups drawn with replacement, and comparing what that choice promises there with what it
@@ -46,11 +51,12 @@ NEAR = 0.01
 """Of the best in mean Dice: ways that a smaller share may be chosen of."""
 LEAST = 0.25
 """Of the smallest annotated share of an image: what is smaller may count as absent."""
-DRAWS, CURVES, CHOICES = 2000, 400, 60
+DRAWS, CURVES, CHOICES = 2000, 200, 60
 """Of the bootstraps: of a mean, of a curve, of a choice."""
-KNOTS = 8
+ROUNDS = 6
+"""Of a fit by distance and one by IoU estimate: each lessens the squares that are left."""
 DIGITS = 4
-"""Of the root of a cosine distance: nearer ones are equal."""
+"""Of the root of a cosine distance, and of an IoU estimate: nearer ones are equal."""
 TINY = 1e-9
 ALPHA = 0.05
 
@@ -80,14 +86,17 @@ WAYS = (
 
 
 class Found(NamedTuple):
-    """How an exemplar was segmented: from how far, Dice by way, share of the image by way.
+    """How an exemplar was segmented: from how far, and how sure the decoder was of it.
 
-    The distance is NaN where nothing was recalled.
+    By way: Dice, share of the image, and whether a mask was given. The distance is NaN where
+    nothing was recalled.
     """
 
     distance: float
+    sure: float
     dice: list[float]
     areas: list[float]
+    given: list[bool]
 
 
 class Judged(NamedTuple):
@@ -103,6 +112,7 @@ class Judged(NamedTuple):
 
 def by_way(
     distance: float,
+    sure: float,
     alone: NDArray[np.float32],
     own: NDArray[np.float32],
     present: bool,
@@ -112,18 +122,18 @@ def by_way(
 
     Parameters
     ----------
+    sure : the decoder's IoU estimate.
     alone, own : logits HxW of memory attention, and of the head.
     mask : HxW, what is shown.
     """
     nothing = not (alone > 0).any()
-    dice, areas = [], []
+    dice, areas, given = [], [], []
     for way in WAYS:
-        found = (alone + np.float32(way.mix) * (own - alone) > 0) & present
-        if way.within and nothing:
-            found[:] = False
+        given.append(present and not (way.within and nothing))
+        found = (alone + np.float32(way.mix) * (own - alone) > 0) & given[-1]
         dice.append(mask_dice(found, mask))
         areas.append(float(found.mean()))
-    return Found(distance, dice, areas)
+    return Found(distance, sure, dice, areas, given)
 
 
 def out(why: str) -> Choice:
@@ -152,10 +162,12 @@ def choose(rows: Sequence[Judged], limit: float) -> Choice:
         best, gain = _best(groups, apart)
         why = "" if best else "no better than memory attention alone, surely"
     found = apart[:, best]
-    every = np.ones(len(rows), bool)
-    flattered = _optimism(groups, apart, (every, shows, ~shows)) if best else (0.0, 0.0, 0.0)
-    under, over = _expanded(groups, found)
     way = WAYS[best]
+    given = np.array([[_given(one, best, limit) for one in row.found] for row in rows])
+    parts = np.ones(len(rows), bool), given[:, 0], ~given[:, 0]
+    flattered = _optimism(groups, apart, parts) if best else (0.0, 0.0, 0.0)
+    under, over = _expanded(groups, found)
+    curve, sure = _curves(groups, _evidence(rows), dice[:, :, best], given, flattered[1])
     return Choice(
         way.mix,
         limit if way.small else 0.0,
@@ -166,8 +178,9 @@ def choose(rows: Sequence[Judged], limit: float) -> Choice:
         why,
         way.within,
         (max(0.0, under - flattered[0]), over),
-        _curve(groups[shows], _distances(rows)[shows], dice[shows, :, best], flattered[1]),
-        (int((found[~shows] == 1).sum()), int((~shows).sum())),
+        curve,
+        sure,
+        _empty(dice[:, :2, best], given[:, :2]),
         flattered[2],
     )
 
@@ -180,8 +193,24 @@ def _judged(row: Judged, found: Found, limit: float) -> list[float]:
     ]
 
 
-def _distances(rows: Sequence[Judged]) -> Floats:
-    return np.array([[found.distance for found in row.found] for row in rows])
+def _given(found: Found, way: int, limit: float) -> bool:
+    """Whether a way gives a mask, however little is in it."""
+    return found.given[way] and not (WAYS[way].small and found.areas[way] < limit)
+
+
+def _evidence(rows: Sequence[Judged]) -> Floats:
+    """Return Nx3x2: distance and IoU estimate, by what exemplars were segmented from."""
+    return np.array([[(found.distance, found.sure) for found in row.found] for row in rows])
+
+
+def _empty(dice: Floats, given: NDArray[np.bool_]) -> tuple[float, int]:
+    """Return of how many exemplars some result had no mask, and of how many that was right.
+
+    One counts as a part where it was right in some of its results alone.
+    """
+    some = ~given.all(1)
+    right = np.where(given, 0.0, dice == 1)[some].sum(1) / (~given)[some].sum(1)
+    return float(right.sum()), int(some.sum())
 
 
 def _best(groups: NDArray[np.int_], dice: Floats) -> tuple[int, tuple[float, float]]:
@@ -279,49 +308,85 @@ def _tail(count: int) -> float:
     return NormalDist().cdf(-student * float(np.sqrt(count / n)))
 
 
-def _curve(
-    groups: NDArray[np.int_], distances: Floats, dice: Floats, flattered: float
-) -> tuple[Knot, ...]:
-    """Return mean Dice by distance, which does not rise.
+def _curves(
+    groups: NDArray[np.int_],
+    evidence: Floats,
+    dice: Floats,
+    given: NDArray[np.bool_],
+    flattered: float,
+) -> tuple[tuple[Knot, ...], tuple[Knot, ...]]:
+    """Return mean Dice of results with a mask, by distance, and what the IoU estimate adds.
 
     Parameters
     ----------
-    groups : N, of exemplars that show the structure.
-    distances, dice : Nx3, by what they were segmented from.
+    groups : N, of exemplars.
+    evidence : Nx3x2, see :func:`_evidence`.
+    dice, given : Nx3, by what they were segmented from; whether there was a mask.
     flattered : by how much Dice is too high.
     """
-    count = len(np.unique(groups))
-    if count < FEWEST:
-        return ()
-    known = np.isfinite(distances)
-    owners = np.broadcast_to(groups[:, None], dice.shape)[known]
-    near = np.where(distances[known] > SAME, distances[known], 0.0)
-    chords, values = np.sqrt(near).round(DIGITS), dice[known]
-    places = chords[chords > 0] if chords.any() else chords
-    knots = np.unique([0.0, *np.quantile(places, np.linspace(0, 1, KNOTS - 1)).round(DIGITS)])
-    mean = falling(chords, values, np.ones(len(chords)), knots)
-    names, own = np.unique(owners, return_inverse=True)
+    known = given & np.isfinite(evidence).all(2)
+    places, own = np.unique(groups[np.nonzero(known)[0]], return_inverse=True)
+    if len(places) < FEWEST:
+        return (), ()
+    values, (distances, sure) = dice[known], evidence[known].T
+    chords = np.sqrt(np.where(distances > SAME, distances, 0.0)).round(DIGITS)
+    unsure = 1.0 - sure.round(DIGITS)
+
+    def fit(weights: NDArray[Any]) -> tuple[Line, Line]:
+        more = np.zeros(len(values))
+        for _ in range(ROUNDS):
+            left = values - falling(chords, values - more, weights)(chords)
+            rising = falling(unsure, left, weights)
+            more = rising(unsure)
+            middle = float(np.average(more, weights=weights))
+            more -= middle
+        by_distance = falling(chords, values - more, weights)
+        return by_distance, Line(rising.at, rising.values - middle)
+
+    mean = fit(np.ones(len(values)))
     draw = np.random.default_rng(0)
-    drawn = np.array(
-        [
-            falling(chords, values, np.bincount(some, minlength=len(names))[own], knots)
-            for some in draw.integers(len(names), size=(CURVES, len(names)))
-        ]
-    )
-    tail = _tail(count)
-    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
-    low, high = np.minimum(low, mean), np.maximum(high, mean)
-    low, mean = (np.maximum(0.0, values - flattered) for values in (low, mean))
-    return tuple(Knot(*map(float, knot)) for knot in zip(knots**2, mean, low, high, strict=True))
+    drawn = [
+        fit(np.bincount(one, minlength=len(places))[own])
+        for one in draw.integers(len(places), size=(CURVES, len(places)))
+    ]
+    tail = _tail(len(places))
+    curves = []
+    for line, lines, seen, less in zip(
+        mean, zip(*drawn, strict=True), (chords, unsure), (flattered, 0.0), strict=True
+    ):
+        ends = [0.0 if line is mean[0] else seen.min(), seen.max()]
+        at = np.unique([*line.at, *ends])
+        low, high = np.quantile([one(at) for one in lines], [tail, 1 - tail], axis=0)
+        dice = line(at)
+        curves.append(
+            [at, dice - less, np.minimum(low, dice) - less, np.maximum(high, dice) - less]
+        )
+    (chord, *curve), (off, *sure) = curves
+    return _knots(chord**2, *curve), _knots(1.0 - off, *sure)[::-1]
 
 
-def falling(chords: Floats, values: Floats, weights: NDArray[Any], at: Floats) -> Floats:
+def _knots(*columns: Floats) -> tuple[Knot, ...]:
+    return tuple(Knot(*map(float, row)) for row in zip(*columns, strict=True))
+
+
+class Line(NamedTuple):
+    """Straight from point to point, and level beyond the first and the last."""
+
+    at: Floats
+    values: Floats
+
+    def __call__(self, at: Floats) -> Floats:
+        """Return the values at some places."""
+        found: Floats = np.interp(at, self.at, self.values)
+        return found
+
+
+def falling(chords: Floats, values: Floats, weights: NDArray[Any]) -> Line:
     """Return the best fit in least squares that never rises, between its steps a straight line.
 
     Parameters
     ----------
     chords, values, weights : N.
-    at : where to say it.
     """
     places, own = np.unique(chords, return_inverse=True)
     there = np.bincount(own, weights)
@@ -336,6 +401,5 @@ def falling(chords: Floats, values: Floats, weights: NDArray[Any], at: Floats) -
             before = steps.pop()
             step = (before[0] + step[0], before[1] + step[1], before[2] + step[2])
         steps.append(step)
-    found = np.array(steps)
-    fitted: Floats = np.interp(at, found[:, 1] / found[:, 0], found[:, 2] / found[:, 0])
-    return fitted
+    count, at, total_of = np.array(steps).T
+    return Line(at / count, total_of / count)

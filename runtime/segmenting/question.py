@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg import __version__
+from recallseg.engines.device import on_gpu
 from recallseg.engines.operators import operators_digest
 from recallseg.engines.precisions import find_precision
 from recallseg.runtime.frozen import FrozenMap
@@ -207,7 +208,9 @@ class Question:
             }
             available = {name: recollection.found[name].available for name in self.structures}
             left = {name for name, few in zip(self.structures, small, strict=True) if few}
-            quality = standing.judge(scores, recalled, available, differing, left)
+            drawn = zip(self.structures, masks, strict=True)
+            blank = {name for name, mask in drawn if not on_gpu(mask) and not mask.any()}
+            quality = standing.judge(scores, recalled, available, differing, left, blank)
             if frame_memories is not None:
                 with timings("memorize"):
                     trusted = {

@@ -104,15 +104,15 @@ class HeadUse:
         return not self.why
 
     def expected(self, scores: Mapping[str, Score]) -> dict[str, Expected]:
-        """Return the Dice that is expected of an image by its scores, see :meth:`Choice.at`.
+        """Return the Dice that is expected of a result by its scores, see :meth:`Choice.at`.
 
-        By structure, if the image shows it; without those that the fit could not say it of, and
-        empty where it says nothing of what was done, since other filters or memories were used.
+        By structure; without those that the fit could not say it of, and empty where it says
+        nothing of what was done, since other filters or memories were used.
         """
         if self.why not in ("", STAYS_OUT):
             return {}
         told = {
-            name: self.choices[name].at(score.distance)
+            name: self.choices[name].at(score.distance, score.iou, given=score.present)
             for name, score in scores.items()
             if name in self.choices
         }
@@ -238,10 +238,11 @@ class Result:
 
     @property
     def expected(self) -> Mapping[str, Expected]:
-        """Dice that the library's head expects of an image as far from the library as this one.
+        """Dice that the library's head expects of results like this one, by structure.
 
-        By structure, if the image shows it: of images like the exemplars that it was fitted on, see
-        :attr:`HeadUse.grouping`. Empty without a head.
+        Of images like the exemplars that it was fitted on, see :attr:`HeadUse.grouping`: as far
+        from the library, and segmented with the same IoU estimate. Where there is no mask, how
+        likely that is right. Empty without a head.
         """
         return {} if self.quality.head is None else self.quality.head.expected(self.scores)
 

@@ -41,6 +41,7 @@ class Standing(NamedTuple):
         available: Mapping[str, int],
         differing: Mapping[str, Sequence[str]],
         small: Collection[str],
+        blank: Collection[str] = (),
     ) -> Quality:
         """Return what a result is worth, and the reasons to look at it.
 
@@ -49,6 +50,7 @@ class Standing(NamedTuple):
         scores, recalled, available : of the result, by structure.
         differing : how what was recalled differs from the image, see :func:`differing_from`.
         small : structures that have no mask because so little of them is not believed.
+        blank : whose masks have no pixel. Of masks that lie on a GPU that is not looked at.
         """
         reasons: dict[str, tuple[str, ...]] = {}
         for name, score in scores.items():
@@ -69,6 +71,11 @@ class Standing(NamedTuple):
                 found.append(f"likely absent by the library's head: {rule}")
             elif not score.present and score.object_score != ABSENT_SCORE:
                 found.append(f"likely absent: object score {score.object_score:.1f}")
+            if score.present and name in blank:
+                found.append(
+                    f"no pixel is drawn, though by its object score {score.object_score:.1f} it is "
+                    "there: maybe too small for the networks, or too unlike the exemplars"
+                )
             if score.present and score.presence < DOUBTFUL_SHARE:
                 found.append("may be absent: annotated images most like this one lack it")
             if score.present and limits.iou is not None and score.iou < limits.iou:

@@ -391,13 +391,16 @@ def _by_distance(choice: Choice) -> list[str]:
     lines = []
     if choice.curve:
         told = ", ".join(
-            f"{knot.distance:.3f}: {knot.dice:.3f} ({knot.low:.3f} to {knot.high:.3f})"
+            f"{knot.at:.3f}: {knot.dice:.3f} ({knot.low:.3f} to {knot.high:.3f})"
             for knot in choice.curve
         )
-        lines.append(f"    where shown, by distance from the library: {told}")
-    right, of = choice.absent
+        sure = ", ".join(f"{knot.at:.2f}: {knot.dice:+.3f}" for knot in choice.sure)
+        lines.append(
+            f"    with a mask, by distance from the library: {told}; by IoU estimate {sure}"
+        )
+    right, of = choice.empty
     if of:
-        lines.append(f"    nothing found in {right} of {of} exemplars without it")
+        lines.append(f"    without a mask, right in {right:.3g} of {of} exemplars")
     return lines
 
 

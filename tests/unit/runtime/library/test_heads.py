@@ -23,7 +23,8 @@ CATALOG = "library.sqlite"
 CHOICE = Choice(
     *(0.5, 0.0, 0.7, 0.8, 0.01, 0.2, 4, "", False, (0.7, 0.9)),
     (Knot(0.0, 1.0, 0.9, 1.0), Knot(0.04, 0.8, 0.6, 0.9), Knot(0.16, 0.4, 0.2, 0.7)),
-    (2, 3),
+    (Knot(0.2, -0.3, -0.5, -0.1), Knot(0.9, 0.1, 0.0, 0.2)),
+    (2.5, 3),
     0.125,
 )
 
@@ -193,8 +194,8 @@ def test_a_head_of_the_bundle_before_a_rebuild_is_no_damage(tmp_path: Path) -> N
 def test_kept_logits_come_back_and_go_with_their_exemplar(library: Library) -> None:
     plane = np.linspace(-9, 9, 96 * 96, dtype=np.float32).reshape(96, 96).astype(np.float16)
     plane[0, 0] = np.nan
-    apart = Recall({"bar": (2, 3)}, {"bar": 4.5}, {"bar": 0.25}, {"bar": plane})
-    far = Recall({"bar": ()}, {"bar": -10.0}, {"bar": math.nan}, {"bar": plane - 1})
+    apart = Recall({"bar": (2, 3)}, {"bar": 4.5}, {"bar": 0.5}, {"bar": 0.25}, {"bar": plane})
+    far = Recall({"bar": ()}, {"bar": -10.0}, {"bar": 0.0}, {"bar": math.nan}, {"bar": plane - 1})
     kept = Kept("a" * 64, 1, apart, apart, far)
     library.heads.keep(1, kept)
     found = library.heads.kept(1)
@@ -202,6 +203,7 @@ def test_kept_logits_come_back_and_go_with_their_exemplar(library: Library) -> N
     assert (found.recipe, found.generation) == (kept.recipe, 1)
     for one, other in zip(found.recalls, kept.recalls, strict=True):
         assert (one.recalled, one.scores) == (other.recalled, other.scores)
+        assert one.sure == other.sure
         np.testing.assert_equal(one.distances, other.distances)
         np.testing.assert_array_equal(one.logits["bar"], other.logits["bar"])
     older = {"format_version": 1}

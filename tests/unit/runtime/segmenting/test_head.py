@@ -393,7 +393,8 @@ def test_records_say_what_it_did_and_what_was_expected(fitted_at: Path) -> None:
         assert (said["digest"], said["grouping"]) == (head.digest, "exemplars")
         assert said["structures"]["star"]["expected"] == head.choices["star"].expected
         check_record_part("expected", record["expected"])
-        expected = head.choices["star"].at(record["scores"]["star"]["distance"])
+        score = record["scores"]["star"]
+        expected = head.choices["star"].at(score["distance"], score["iou"], given=score["present"])
         assert expected is not None
         assert record["expected"]["star"] == expected.to_json()
         assert 0 < expected.low <= expected.dice <= expected.high <= 1
@@ -402,12 +403,19 @@ def test_records_say_what_it_did_and_what_was_expected(fitted_at: Path) -> None:
         assert plain.to_json()["expected"] == {}
 
 
-def test_an_evaluation_shows_what_was_expected_beside_what_it_found(fitted_at: Path) -> None:
+def test_an_evaluation_shows_what_was_expected_beside_what_it_found(
+    fitted_at: Path, tmp_path: Path
+) -> None:
     sources = []
     for i in range(3):
         image, mask = picture(60 + i)
         sources.append(Annotated(f"q{i}", image, {"star": mask}, ()))
-    with Library.open(fitted_at) as library:
+    sources.append(Annotated("flat", np.full((192, 192), 90, np.uint8), {}, ("star",)))
+    shutil.copytree(fitted_at, tmp_path / "library")
+    with Library.open(tmp_path / "library", mode="write") as library:
+        for i in range(3):  # so that something is known of images without it
+            library.add(np.full((192, 192), 80 + i, np.uint8), {}, absent=("star",))
+        library.fit()
         found = evaluate(library, sources, ["star"], (4,), lambda k: Segmenter(library, k=k))
         settings = Settings.of(library, "With a head", "onnxruntime-cpu", "fp32", 1)
         page = render_report(found, settings, library.source)
@@ -419,9 +427,11 @@ def test_an_evaluation_shows_what_was_expected_beside_what_it_found(fitted_at: P
     assert f"head {head.digest[:12]}, fitted" in page
     assert "judged by exemplars that it had not seen" in page
     assert f"<td>{choice.mix:.0%}</td>" in page
+    assert len(found.cases) == 4
     mean = np.mean([case.dice for case in found.cases])
     assert f"<td>{choice.expected:.3f} (" in page
-    here = choice.over([(case.nearest_distance, True) for case in found.cases])
+    assert [c.present for c in found.cases if c.case == "flat"] == [False]
+    here = choice.over([(c.nearest_distance, c.iou_estimate, c.present) for c in found.cases])
     assert here is not None
     assert f"<td>{here.dice:.3f} ({here.low:.3f} to {here.high:.3f})" in page
     assert f"<td>{mean:.3f}</td></tr>" in page
@@ -494,7 +504,12 @@ def row(group: int, alone: float, **by_way: float) -> Judged:
         letter = letters[way.mix]
         flags = [letter, letter + "_within" * way.within, letter + "_small" * way.small]
         values.append(next((by_way[f] for f in reversed(flags) if f in by_way), alone))
-    return Judged(group, True, [Found(0.1, values, [1.0] * len(WAYS))] * 3)
+    return Judged(group, True, [made(0.1, values)] * 3)
+
+
+def made(distance: float, values: list[float], sure: float = 0.8, *, given: bool = True) -> Found:
+    count = len(values)
+    return Found(distance, sure, values, [1.0] * count, [given] * count)
 
 
 def test_what_might_harm_is_not_chosen() -> None:
@@ -587,11 +602,29 @@ def test_a_result_names_the_rule_that_counts_a_structure_as_absent(
         assert "star" not in absent.quality.reasons
 
 
+def test_a_mask_without_a_pixel_of_what_should_be_there_is_suspect(
+    fitted_at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Library.open(fitted_at) as library:
+        segmenter = Segmenter(library)
+        assert "star" not in segmenter.segment(picture(50)[0]).quality.reasons
+        monkeypatch.setattr(
+            Refiner,
+            "_refine",
+            lambda self, planes, *_: (np.full((1, *planes.shape[2:]), -1, np.float32), [False]),
+        )
+        result = segmenter.segment(picture(50)[0])
+    assert result.scores["star"].present
+    assert not result.masks["star"].any()
+    assert result.quality.flag == "suspect"
+    assert "no pixel is drawn, though by its object score" in result.quality.reasons["star"][0]
+
+
 # What is expected
 
 
-def found(distance: float, dice: float) -> Found:
-    return Found(distance, [dice] * len(WAYS), [1.0] * len(WAYS))
+def found(distance: float, dice: float, sure: float = 0.8, *, given: bool = True) -> Found:
+    return made(distance, [dice] * len(WAYS), sure, given=given)
 
 
 def test_what_is_expected_depends_on_the_distance_and_never_rises_with_it() -> None:
@@ -602,7 +635,7 @@ def test_what_is_expected_depends_on_the_distance_and_never_rises_with_it() -> N
         dice = [1 - chord + draw.normal(0, 0.02) for chord in np.sqrt([near, 0, far])]
         rows.append(Judged(i, True, [*map(found, (near, 0.0, far), dice)]))
     choice = choose(rows, 0.01)
-    told = [choice.at(distance) for distance in (0.0, 0.01, 0.0225, 0.06, 0.2, 0.3)]
+    told = [choice.at(d, 0.8, given=True) for d in (0.0, 0.01, 0.0225, 0.06, 0.2, 0.3)]
     dice = [one.dice for one in told if one is not None]
     assert dice == sorted(dice, reverse=True)
     for chord, one in zip(np.sqrt([0.0, 0.01, 0.0225, 0.06, 0.2, 0.3]), told, strict=True):
@@ -613,13 +646,13 @@ def test_what_is_expected_depends_on_the_distance_and_never_rises_with_it() -> N
         assert not one.beyond
     # Of images half as far from the library as exemplars from each other more is expected.
     apart = float(np.mean([row.found[0].distance for row in rows]))
-    nearer = choice.at(apart / 4)
+    nearer = choice.at(apart / 4, 0.8, given=True)
     assert nearer is not None
     assert nearer.dice > choice.expected + 0.05
-    beyond = choice.at(0.9)
+    beyond = choice.at(0.9, 0.8, given=True)
     assert beyond is not None
     assert beyond.beyond
-    assert choice.at(float("nan")) is None
+    assert choice.at(float("nan"), 0.8, given=True) is None
 
 
 def test_few_groups_widen_the_interval_and_fewer_than_four_say_nothing() -> None:
@@ -631,36 +664,62 @@ def test_few_groups_widen_the_interval_and_fewer_than_four_say_nothing() -> None
     few, many = choose(judged(4), 0.01), choose(judged(32), 0.01)
     for choice in (few, many):
         assert choice.expected == pytest.approx(0.75)
-        at = choice.at(0.04)
+        at = choice.at(0.04, 0.8, given=True)
         assert at is not None
         assert at.dice == pytest.approx(0.75)
     # Student's interval of the mean of four would be 0.54 to 0.96; beyond 0.6 to 0.9 none drew.
     assert few.interval[0] < 0.63
     assert few.interval[1] > 0.87
     assert many.interval[1] - many.interval[0] == pytest.approx(0.08, abs=0.015)
-    at = many.at(0.04)
+    at = many.at(0.04, 0.8, given=True)
     assert at is not None
     assert at[1:3] == pytest.approx(many.interval, abs=0.01)
     three = choose(judged(3), 0.01)
-    assert three.at(0.04) is None
+    assert three.at(0.04, 0.8, given=True) is None
     assert three.curve == ()
 
 
-def test_images_without_the_structure_are_judged_apart() -> None:
+def test_what_is_expected_rises_with_the_iou_estimate_at_one_distance() -> None:
+    draw = np.random.default_rng(4)
+    rows = []
+    for i in range(24):
+        recalls = []
+        for distance in (0.09, 0.0, 0.25):
+            sure = draw.uniform(0.2, 0.9)
+            dice = 0.2 + 0.7 * sure - 0.4 * distance + draw.normal(0, 0.02)
+            recalls.append(found(distance, dice, sure))
+        rows.append(Judged(i, True, recalls))
+    choice = choose(rows, 0.01)
+    for distance, sure in ((0.09, 0.3), (0.09, 0.8), (0.02, 0.5), (0.25, 0.6)):
+        one = choice.at(distance, sure, given=True)
+        assert one is not None
+        assert one.dice == pytest.approx(0.2 + 0.7 * sure - 0.4 * distance, abs=0.06)
+        assert one.low <= one.dice <= one.high
+        assert not one.beyond
+    unsure = choice.at(0.09, 0.05, given=True)  # less sure than of any exemplar
+    assert unsure is not None
+    assert unsure.beyond
+
+
+def test_results_without_a_mask_are_judged_apart() -> None:
     rows = [Judged(i, True, [found(0.04, 0.8)] * 3) for i in range(6)]
-    rows += [Judged(6 + i, False, [found(0.5, float(i > 0))] * 3) for i in range(3)]
+    right, wrong = found(0.5, 1.0, 0.0, given=False), found(0.5, 0.0, 0.3)
+    rows += [Judged(6 + i, False, [right, right, wrong]) for i in range(2)]
+    rows.append(Judged(8, True, [found(0.5, 0.0, 0.0, given=False), found(0.0, 0.8), wrong]))
     choice = choose(rows, 0.0)
-    assert choice.absent == (2, 3)
+    assert choice.empty == (2, 3)
     rejects = choice.rejects
     assert rejects is not None
     assert rejects.dice == pytest.approx(2.5 / 4)
     assert rejects.low < 0.3 < 0.9 < rejects.high
-    over = choice.over([(0.04, True), (0.04, True), (0.5, False)])
+    assert choice.at(float("nan"), 0.0, given=False) == rejects
+    over = choice.over([(0.04, 0.8, True), (0.04, 0.8, True), (0.5, 0.0, False)])
     assert over is not None
     assert over.dice == pytest.approx((1.6 + 2.5 / 4) / 3)
     shown_only = choose(rows[:6], 0.0)
     assert shown_only.rejects is None
-    assert shown_only.over([(0.04, True), (0.5, False)]) is None  # nothing is known of the second
+    told = [(0.04, 0.8, True), (0.5, 0.0, False)]
+    assert shown_only.over(told) is None  # nothing is known of the second
 
 
 def test_what_was_chosen_is_not_what_its_estimate_rests_on() -> None:
@@ -668,7 +727,7 @@ def test_what_was_chosen_is_not_what_its_estimate_rests_on() -> None:
     rows = []
     for i in range(16):  # ways that differ by chance alone: the best of them promises too much
         values = [0.5, *np.clip(draw.normal(0.55, 0.2, len(WAYS) - 1), 0, 1)]
-        rows.append(Judged(i, True, [Found(0.1, values, [1.0] * len(WAYS))] * 3))
+        rows.append(Judged(i, True, [made(0.1, values)] * 3))
     choice = choose(rows, 0.0)
     best = max(np.mean([row.found[0].dice[w] for row in rows]) for w in range(len(WAYS)))
     assert choice.used
@@ -682,12 +741,12 @@ def test_a_falling_fit_is_that_of_scikit_learn() -> None:
     values = 1 - chords + draw.normal(0, 0.2, 60)
     weights = draw.integers(1, 4, 60)
     fitted = isotonic.fit(chords, values, weights).predict(chords)
-    levels = falling(chords, values, weights, chords)
+    line = falling(chords, values, weights)
+    levels = line(chords)
     for level in np.unique(fitted):  # in the middle of a step both are its mean
         inside = fitted == level
         middle = np.average(chords[inside], weights=weights[inside])
-        found_level = falling(chords, values, weights, np.array([middle]))[0]
-        assert found_level == pytest.approx(level)
+        assert line(np.array([middle]))[0] == pytest.approx(level)
     assert (np.diff(levels) <= 1e-12).all()
 
 

@@ -67,6 +67,7 @@ _STRANGE: tuple[Any, ...] = (
 
 def prepare(folder: Path) -> None:
     """Make the good ones, from which all others are made, and the folder of somebody else."""
+    mark("end")  # of one before that was ended, if there was one
     os.environ["RECALLSEG_STATE"] = str(folder / "state")
     os.environ["RECALLSEG_CACHE"] = str(folder / "cache")
     for module in (index, retrieval):

@@ -10,6 +10,7 @@ import base64
 import gzip
 import io
 import json
+import shutil
 import sqlite3
 import stat
 from pathlib import Path
@@ -147,6 +148,24 @@ def test_nothing_of_an_exemplar_s_patient_is_found(fake_bundle: Bundle, home: Pa
         call("evaluate", library, home / "query", *labels, "--output", out / "evaluated", *FAKE)
     )
     told.append(call("library", "verify", library))
+    told.append(
+        call(
+            *("archive", library, home / "query", "--output", out / "archived", "--workers", 1),
+            *("--summary", out / "all.csv", *asked),
+        )
+    )
+    told.append(call("library", "history", library, "--json"))
+    told.append(call("library", "next", library, home / "query", "--json", *asked))
+    told.append(call("library", "backup", library, out / "backup", "--json"))
+    call("sign", "key", home / "maker.key")
+    signed = ("--version", "1.0.0", "--key", home / "maker.key", "--images")
+    told.append(call("library", "release", library, *signed, "--output", out / "release"))
+    trusted = ("--trust", home / "maker.key.pub")
+    told.append(call("library", "install", out / "release", "--into", out / "site", *trusted))
+    other = home / "other"
+    call("library", "create", other, "--bundle", fake_bundle.path)
+    told.append(call("library", "merge", other, library, "--json", *FAKE))
+    shutil.copytree(other, out / "merged", ignore=shutil.ignore_patterns(IDENTIFIERS))
     (out / "told.txt").write_text("\n".join(told))
 
     table = library / IDENTIFIERS
@@ -161,7 +180,10 @@ def test_nothing_of_an_exemplar_s_patient_is_found(fake_bundle: Bundle, home: Pa
 
     # The query's own identity: its outputs may bear its name, its UIDs stand in the SEG alone, but
     # for the digest of its series that tells its files from others'.
-    own = [line for line in leaks(files(out), [OTHER, series]) if "its SHA-256" not in line]
+    journal = out / "archived" / ".recallseg-archive.sqlite"  # private state, among the outputs
+    assert stat.S_IMODE(journal.stat().st_mode) == 0o600
+    shown = [path for path in files(out) if path != journal]
+    own = [line for line in leaks(shown, [OTHER, series]) if "its SHA-256" not in line]
     assert any(".seg.dcm" in line for line in own)
     assert [line for line in own if ".seg.dcm" not in line] == []
 

@@ -7,6 +7,7 @@ hundred thousand of them need no memory, and where two that would get one name a
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -72,6 +73,11 @@ class Journal:
 
     def __init__(self, output: Path) -> None:
         self._path = output / JOURNAL
+        try:
+            _make_private(self._path)
+        except OSError as error:
+            why = error.strerror
+            raise OutputError(f"{printable(self._path)} cannot be written: {why}.") from error
         try:
             self._base = sqlite3.connect(self._path, isolation_level=None)
             self._base.execute("PRAGMA synchronous=FULL")
@@ -325,6 +331,17 @@ class Added:
     waiting: int = 0
     aside: int = 0
     refused: int = 0
+
+
+def _make_private(path: Path) -> None:
+    """Let a journal be its owner's alone: it names series by their UIDs, as no output does."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        if os.fstat(descriptor).st_mode & 0o077:  # of an earlier RecallSeg
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
 
 
 def _text(value: Any) -> str:

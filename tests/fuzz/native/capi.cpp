@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -152,7 +153,8 @@ bool lay_out(Bytes& from, int axes, const int64_t* shape, int64_t* strides, int6
   }
   if (kind < 4) {
     for (int axis = 0; axis < axes; ++axis)
-      if (kind == 1 || (kind == 2 && from.once_in(2))) strides[axis] = -strides[axis];
+      if (kind == 1 || (kind == 2 && from.once_in(2)))
+        strides[axis] = static_cast<int64_t>(-static_cast<uint64_t>(strides[axis]));
   } else if (kind == 4) {
     for (int axis = 0; axis < axes; ++axis) strides[axis] = size * from.between(-200, 200);
   } else if (kind == 5) {
@@ -160,7 +162,8 @@ bool lay_out(Bytes& from, int axes, const int64_t* shape, int64_t* strides, int6
   }
   __int128 low = 0, high = size;
   for (int axis = 0; axis < axes; ++axis) {
-    const __int128 reach = static_cast<__int128>(strides[axis]) * (shape[axis] - 1);
+    const __int128 steps = static_cast<__int128>(shape[axis]) - 1, most = kImpossible * 4;
+    const __int128 reach = std::max(-most, std::min(most, strides[axis] * steps));
     (reach < 0 ? low : high) += reach;
   }
   if (kind > 5)  // all 0: packed, which is what was reckoned with

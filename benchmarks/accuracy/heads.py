@@ -31,8 +31,9 @@ __all__ = ["Headed", "measure_head", "steps", "tabulate", "write_sheet"]
 K = 8
 MOST_QUERIES = 64
 DRAWS, ALPHA = 2000, 0.05
-SIDE = 320
-"""Pixels along a side of a picture on the sheet."""
+SIDE, LINE = 320, 20
+"""Pixels along a side of a picture on the sheet, and of a line of text above it."""
+WHITE = (255, 255, 255)
 COLOURS = ((255, 70, 70), (80, 210, 80), (70, 150, 255), (230, 90, 230))
 ALONE, WITH_HEAD = "memory attention", "with head"
 Masks = Mapping[str, NDArray[np.bool_]]
@@ -261,6 +262,8 @@ def _mean(part: Sequence[Headed]) -> NDArray[np.float64]:
 def write_sheet(path: Path, shown: Sequence[Shown]) -> None:
     """Write a PNG: a row for each query with the image, its reference, and what each way drew.
 
+    Above each picture stands what it is, beside the query's name which structure has which colour.
+
     Raises
     ------
     InputError
@@ -273,13 +276,25 @@ def write_sheet(path: Path, shown: Sequence[Shown]) -> None:
         drawn = [picture]
         drawn += [_drawn(picture, m, one) for m in (one.query.masks, *one.masks.values())]
         row = np.hstack([_fitted(image) for image in drawn])
-        band = np.zeros((20, row.shape[1], 3), np.uint8)
-        cv2.putText(band, one.title, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255,) * 3, 1)
+        band = np.zeros((2 * LINE, row.shape[1], 3), np.uint8)
+        at = _write(band, one.title, 4, 0, WHITE)
+        for i, name in enumerate(next(iter(one.masks.values()))):
+            at = _write(band, name, at + 16, 0, COLOURS[i % len(COLOURS)])
+        for i, title in enumerate(("image", "reference", *one.masks)):
+            _write(band, title, 4 + i * SIDE, LINE, WHITE)
         rows += [band, row]
     width = max(row.shape[1] for row in rows)
     sheet = np.vstack([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
     if not cv2.imwrite(str(path), sheet[..., ::-1]):
         raise InputError(f"{path} cannot be written.")
+
+
+def _write(band: NDArray[Any], text: str, left: int, top: int, colour: tuple[int, int, int]) -> int:
+    """Write a text into a line of a band, and return where it ends."""
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.45
+    cv2.putText(band, text, (left, top + 14), font, scale, colour, 1, cv2.LINE_AA)
+    (width, _), _ = cv2.getTextSize(text, font, scale, 1)
+    return left + width
 
 
 def _fitted(image: NDArray[Any]) -> NDArray[Any]:
@@ -294,7 +309,7 @@ def _fitted(image: NDArray[Any]) -> NDArray[Any]:
 
 def _drawn(picture: NDArray[Any], masks: Masks, one: Shown) -> NDArray[Any]:
     """Return the picture, enlarged by whole pixels, with outlines of masks."""
-    times = max(1, SIDE // max(picture.shape[:2]))
+    times = -(-SIDE // max(picture.shape[:2]))
     large = np.ascontiguousarray(picture.repeat(times, 0).repeat(times, 1))
     for i, name in enumerate(next(iter(one.masks.values()))):
         if name in masks:

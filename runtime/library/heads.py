@@ -206,6 +206,8 @@ class Heads:
         def parse() -> Head:
             names = self._names()
             listed = about["structures"]
+            if any(one[0] not in names for one in listed):
+                raise ValueError("it is of structures that are not here: it is another library's")
             structures = tuple(names[one[0]] for one in listed)
             count = len(structures)
             u, v = (integer(size, "a head's units", 1, MOST_UNITS) for size in about["units"])

@@ -339,8 +339,9 @@ def fit(
     with Library.open(library, mode="write") as opened:
         segmenter = replace(asking, refine=False).segmenter(opened)
         say_notice(opened.bundle.notice)
-        with progress_bar("Fitting", 2 * len(opened)) as step:
-            head = fit_head(segmenter, counted(step), by=by)
+        count = 2 * len(opened)
+        with progress_bar("Fitting", count) as step:
+            head = fit_head(segmenter, lambda done, of: step("", count / of), by=by)
         lines, data = _head(head, opened)
     if as_json:
         emit_json(data)

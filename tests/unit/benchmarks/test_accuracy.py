@@ -384,4 +384,4 @@ def test_a_head_is_measured_beside_what_it_expected(tmp_path: Path) -> None:
     write_sheet(tmp_path / "head.png", shown)
     sheet = cv2.imread(str(tmp_path / "head.png"))
     assert sheet is not None
-    assert sheet.shape == (2 * 340, 4 * 320, 3)
+    assert sheet.shape == (2 * 360, 4 * 320, 3)

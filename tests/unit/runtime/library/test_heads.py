@@ -170,6 +170,15 @@ def test_a_head_of_another_library_is_refused(library: Library, tmp_path: Path) 
             _ = other.head
 
 
+def test_a_head_of_structures_that_are_not_here_is_refused(library: Library) -> None:
+    library.heads.store(head(library))
+    about, data = library.heads._read("heads", 1) or ({}, b"")
+    [[_, *choice]] = about["structures"]
+    library.heads._write("heads", 1, {**about, "structures": [[9, *choice]]}, data)
+    with pytest.raises(LibraryCorruptError, match="structures that are not here: it is another"):
+        _ = library.head
+
+
 def test_a_head_of_a_newer_recallseg_is_refused(library: Library) -> None:
     library.heads.store(head(library))
     about, data = library.heads._read("heads", 1) or ({}, b"")

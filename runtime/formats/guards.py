@@ -19,7 +19,7 @@ from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
 
-__all__ = ["BoundedReader", "check_finite", "check_given", "check_size", "expand"]
+__all__ = ["BoundedReader", "check_finite", "check_given", "check_length", "check_size", "expand"]
 
 _STEP = 2**20
 
@@ -60,6 +60,18 @@ def check_size(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> int:
             "are read. Crop or split it."
         )
     return count
+
+
+def check_length(path: Path) -> None:
+    """Refuse a file that is longer than what it may become, before any of it is read: InputError.
+
+    A file of holes takes no room on the disk, and all of it in memory. OSError as it comes.
+    """
+    size, most = path.stat().st_size, max_bytes()
+    if size > most:
+        raise InputError(
+            f"{path} has {size} bytes; at most {describe_bytes(most)} are read. Crop or split it."
+        )
 
 
 def expand(data: bytes, encoding: str, wanted: int, path: Path) -> bytes:

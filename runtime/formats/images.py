@@ -26,7 +26,7 @@ from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.arrays import as_array
 from recallseg.runtime.checks import check_image
-from recallseg.runtime.formats.guards import check_given
+from recallseg.runtime.formats.guards import check_given, check_length
 from recallseg.runtime.formats.headers import (
     Meaning,
     declared_bytes,
@@ -332,6 +332,7 @@ def _read_array(path: Path) -> NDArray[Any]:
 
 def _bytes_of(path: Path, count: int = -1) -> bytes:
     try:
+        check_length(path)
         with path.open("rb") as file:
             data = file.read(count)
     except FileNotFoundError:

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.concepts import Concept
-from recallseg.runtime.formats.guards import check_finite, check_given, check_size, expand
+from recallseg.runtime.formats.guards import (
+    check_finite,
+    check_given,
+    check_length,
+    check_size,
+    expand,
+)
 from recallseg.runtime.formats.volume import Frame, Volume
 
 __all__ = ["count_nrrd", "read_nrrd", "read_seg_nrrd", "write_seg_nrrd"]
@@ -98,6 +104,7 @@ def count_nrrd(path: Path) -> int:
     import nrrd
 
     try:
+        check_length(path)
         with path.open("rb") as file:
             header = nrrd.read_header(file)
         sizes = [int(size) for size in header["sizes"]]
@@ -245,6 +252,7 @@ def _read(path: Path) -> tuple[NDArray[Any], dict[str, Any], int | None]:
     import nrrd
 
     try:
+        check_length(path)
         with path.open("rb") as file:
             header = nrrd.read_header(file)
             start = file.tell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -135,6 +136,17 @@ def test_of_two_sizes_the_first_counts_as_for_the_decoder(tmp_path: Path, kind: 
     path.write_bytes(data[:16] + struct.pack("<Q", count + 2) + first + data[24:])
     assert declared_size(path.read_bytes()) == (60_000, 60_000)
     refused(path, "3600000000 pixels")
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("a.png", b"\x89PNG\r\n\x1a\n"), ("a.tif", b"II*\0"), ("a.nrrd", b"NRRD0004\n")],
+)
+def test_a_file_of_holes_is_not_read(tmp_path: Path, name: str, head: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(head)
+    os.truncate(path, 2**28)
+    refused(path, "has 268435456 bytes; at most 16 MiB .*RECALLSEG_MAX_BYTES")
 
 
 def test_an_archive_is_no_array(tmp_path: Path) -> None:

@@ -153,14 +153,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     A group is a frozen dataclass like those above; the command gets one, made of what was given.
     """
-    hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     shown: list[inspect.Parameter] = []
-    for name in inspect.signature(command).parameters:
-        kind = hints[name]
+    # Not get_type_hints, which on Python 3.10 hides what is Annotated where the default is None.
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        kind = parameter.annotation
         if not is_dataclass(kind):
-            default = inspect.signature(command).parameters[name].default
-            shown.append(_parameter(name, default, kind))
+            shown.append(_parameter(name, parameter.default, kind))
             continue
         groups[name] = kind
         types = get_type_hints(kind, include_extras=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from recallseg.engines.device.context import Context
 from recallseg.engines.device.driver import (
     DEFAULT_STREAMS,
     OUT_OF_MEMORY,
@@ -20,7 +20,6 @@ from recallseg.engines.device.driver import (
 )
 from recallseg.engines.device.memory import DeviceBuffer, DeviceTensor, PinnedBuffer
 from recallseg.engines.device.queues import Event, Kernels, Stream
-from recallseg.engines.device.recording import beside, give_back
 from recallseg.engines.errors import (
     DeviceLostError,
     DeviceMemoryError,
@@ -79,6 +78,7 @@ class Device:
     Attributes
     ----------
     facts : what it is.
+    context : what it lives in.
     stream : everything runs there unless another is given.
     allocations : how often device memory was taken: it stands still in steady state.
     live_bytes : how much of it is held.
@@ -94,7 +94,7 @@ class Device:
     def __init__(self, driver: Driver, ordinal: int = 0, stream: Any = None) -> None:
         self.driver, self.ordinal = driver, ordinal
         self.allocations, self.live_bytes = 0, 0
-        self._lost: DeviceLostError | None = None
+        self.context = Context(driver)
         self._awaited: dict[int, Event] = {}  # by the handle of the stream that waits
         version = self.call(driver.version)
         if version < OLDEST_DRIVER:
@@ -109,8 +109,8 @@ class Device:
                 f"GPU {ordinal} was asked for, this process may use {count} (counted from 0). See "
                 "CUDA_VISIBLE_DEVICES, or choose engine onnxruntime-cpu."
             )
-        self._context = self.call(driver.current_context)
-        if self._context:
+        self.context.handle = self.call(driver.current_context)
+        if self.context.handle:
             here = self.call(driver.context_device)
             if here != ordinal:
                 raise InputError(
@@ -118,8 +118,8 @@ class Device:
                     f"is on GPU {here}. Ask for that one, or make no context current."
                 )
         else:
-            self._context = self.call(driver.retain_primary_context, ordinal)
-            self.call(driver.set_context, self._context)
+            self.context.handle = self.call(driver.retain_primary_context, ordinal)
+            self.enter()
 
         def attribute(number: int) -> int:
             return self.call(driver.device_attribute, ordinal, number)
@@ -145,35 +145,26 @@ class Device:
             Also at every later call: a lost device does not come back in this process.
         DeviceMemoryError, EngineUnavailableError, EngineRunError
         """
-        if self._lost is not None:
-            raise DeviceLostError(str(self._lost))
-        try:
-            with beside():
-                return function(*arguments)
-        except DriverError as error:
-            explained = explain(error)
-            if isinstance(explained, DeviceLostError):
-                self._lost = explained
-            raise explained from error
+        return self.context.call(function, *arguments)
 
     @property
     def primary(self) -> bool:
         """Whether its context is the GPU's primary one, the only one that CUDA's runtime uses."""
-        return self.call(self.driver.retain_primary_context, self.ordinal) == self._context
+        return self.call(self.driver.retain_primary_context, self.ordinal) == self.context.handle
 
     @property
     def serves_this_thread(self) -> bool:
         """Whether no other context than its own is current in the calling thread."""
-        return self.call(self.driver.current_context) in (0, self._context)
+        return self.call(self.driver.current_context) in (0, self.context.handle)
 
     @property
     def lost(self) -> bool:
         """Whether it has failed for good."""
-        return self._lost is not None
+        return self.context.lost is not None
 
     def enter(self) -> None:
         """Make the context current in the calling thread, as TensorRT expects."""
-        self.call(self.driver.set_context, self._context)
+        self.call(self.driver.set_context, self.context.handle)
 
     def synchronize(self) -> None:
         """Wait until everything that anybody queued in the context is done."""
@@ -246,7 +237,7 @@ class Device:
             raise InputError(
                 f"{handle:#x} is no CUDA stream, or was destroyed: the driver says '{error}'."
             ) from error
-        if context is not None and context != self._context:
+        if context is not None and context != self.context.handle:
             raise InputError(
                 f"the CUDA stream {handle:#x} belongs to another context than the one that is used "
                 f"on GPU {self.ordinal}. Give a stream of that context, or make the stream's "
@@ -305,7 +296,7 @@ class Device:
     def give_back(self, address: int, nbytes: int) -> None:
         """Free device memory."""
         self.live_bytes -= nbytes
-        self.destroy("free", address)
+        self.context.destroy("free", address)
 
     def take_pinned(self, nbytes: int) -> int:
         """Return the address of pinned memory."""
@@ -313,19 +304,7 @@ class Device:
 
     def give_back_pinned(self, address: int) -> None:
         """Free pinned memory."""
-        self.destroy("free_pinned", address)
-
-    def destroy(self, function: str, handle: int) -> None:
-        """Give something back, when nobody records. A lost device has nothing left to give."""
-        give_back(partial(self._destroy, function, handle))
-
-    def _destroy(self, function: str, handle: int) -> None:
-        if self._lost is None:
-            try:
-                self.enter()
-                self.call(getattr(self.driver, function), handle)
-            except DeviceLostError:  # lost to another user of it; whoever goes on here is told
-                return
+        self.context.destroy("free_pinned", address)
 
 
 def open_device(provider: Provider = "auto", ordinal: int = 0, stream: Any = None) -> Device:

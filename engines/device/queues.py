@@ -33,7 +33,7 @@ class Stream:
         self.owned = handle is None
         if handle is None:
             self.handle = device.call(device.driver.create_stream)
-            weakref.finalize(self, device.destroy, "destroy_stream", self.handle)
+            weakref.finalize(self, device.context.destroy, "destroy_stream", self.handle)
         else:
             self.handle = handle
 
@@ -115,7 +115,7 @@ class Event:
     def __init__(self, device: Device) -> None:
         self._device = device
         self.handle = device.call(device.driver.create_event)
-        weakref.finalize(self, device.destroy, "destroy_event", self.handle)
+        weakref.finalize(self, device.context.destroy, "destroy_event", self.handle)
 
     def record(self, stream: Stream) -> None:
         """Queue it in a stream."""
@@ -136,7 +136,7 @@ class Graph:
 
     def __init__(self, device: Device, executable: int) -> None:
         self._device, self._executable = device, executable
-        weakref.finalize(self, device.destroy, "destroy_executable", executable)
+        weakref.finalize(self, device.context.destroy, "destroy_executable", executable)
 
     def launch(self, stream: Stream) -> None:
         """Queue all of it, on the addresses that it was recorded with."""
@@ -149,7 +149,7 @@ class Kernels:
     def __init__(self, device: Device, image: bytes) -> None:
         self._device = device
         self._module = device.call(device.driver.load_module, image)
-        weakref.finalize(self, device.destroy, "unload_module", self._module)
+        weakref.finalize(self, device.context.destroy, "unload_module", self._module)
         self._functions: dict[str, int] = {}
 
     def launch(

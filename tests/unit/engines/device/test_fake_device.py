@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -262,3 +263,14 @@ def test_arrays_of_a_gpu_are_told_from_others() -> None:
     assert not on_gpu(np.zeros(3))
     assert not on_gpu([1, 2])
     assert on_gpu(Array(DeviceTensor(256, (4,), np.dtype(np.uint8))))
+
+
+def test_a_device_that_nobody_has_any_more_gives_all_back(driver: FakeDriver) -> None:
+    device = Device(driver)
+    other = device.new_stream()
+    device.wait_for(other.handle)  # keeps an event for its own stream
+    gone = weakref.ref(device)
+    del device, other
+    gc.collect()
+    assert gone() is None
+    assert not any(driver.live.values()), driver.live

@@ -179,7 +179,10 @@ bool attend_quantized(const AttentionCall& call, void* scratch, Pool run, void* 
     const auto i = static_cast<int64_t>(index);
     work_of(state).measure(i / work_of(state).chunks, i % work_of(state).chunks);
   }, heads * static_cast<size_t>(work.chunks), &work);
-  for (size_t head = 0; head < heads; ++head) work.conclude(static_cast<int64_t>(head));
+  // Through the pool too: where that has failed, nothing was measured that could be read.
+  run(pool, [](void* state, size_t index) {
+    work_of(state).conclude(static_cast<int64_t>(index));
+  }, heads, &work);
   run(pool, [](void* state, size_t index) {
     const int64_t i = static_cast<int64_t>(index), n = blocks(work_of(state).call.sizes);
     work_of(state).pack(i / n, i % n);

@@ -150,6 +150,14 @@ class MappedShard:
         weakref.finalize(self, os.close, descriptor)
 
     @property
+    def gone(self) -> bool:
+        """Whether its file is no longer there under its name: nothing in use lies in it."""
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return True
+
+    @property
     def memory_format(self) -> str:
         """How tokens are stored in it."""
         return "int8" if "scales" in (self.records.dtype.names or ()) else "fp16"
@@ -184,7 +192,11 @@ class MappedShard:
 
 
 class ShardReader:
-    """Memory maps of a library's shards, opened when they are first needed."""
+    """Memory maps of a library's shards, opened when they are first needed.
+
+    One that was compacted away, by whichever process, is given up when the next is opened; what was
+    recalled from it keeps it.
+    """
 
     def __init__(self, folder: Path, layout: MemoryLayout) -> None:
         self._folder = folder
@@ -204,6 +216,8 @@ class ShardReader:
         """
         mapped = self._maps.get(place.shard)
         if mapped is None or place.slot >= len(mapped.records):  # appended to since it was mapped
+            for number in [number for number, other in self._maps.items() if other.gone]:
+                del self._maps[number]
             mapped = self._maps[place.shard] = self._map(place.shard)
             if place.slot >= len(mapped.records):
                 raise LibraryCorruptError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sqlite3
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +209,35 @@ def test_compacting_frees_what_was_removed_and_readers_follow(tmp_path: Path) ->
     )
     assert library.verify().ok
     assert reader.verify().ok
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is open is listed in /proc")
+def test_what_was_compacted_away_is_not_kept_open(tmp_path: Path) -> None:
+    """By who compacts, and by who reads meanwhile: its space would stay taken on the disk."""
+    library = create(tmp_path / "library")
+    for n in range(4):
+        add(library, n, key=str(n))
+    reader = Library.open(library.path)
+
+    def kept() -> int:
+        listed = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+        names = [os.readlink(path) for path in listed if os.path.lexists(path)]
+        return sum(str(library.path) in name and name.endswith("(deleted)") for name in names)
+
+    for n in range(4):
+        add(library, 10 + n, key="goes")
+        for asked in (library, reader):
+            held = asked.recall(embedding(0), ["nucleus"], 2)
+            asked.gather(asked.memories(["0"], "nucleus"), *buffers(1))
+        library.remove("goes")
+        library.compact()
+        assert held, "what was recalled can still be read"
+        del held
+        for asked in (library, reader):
+            asked.gather(asked.memories(["0"], "nucleus"), *buffers(1))
+        gc.collect()
+        assert kept() == 0
+    reader.close()
 
 
 def test_rebuild_for_another_bundle(library: Library) -> None:

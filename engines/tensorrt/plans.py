@@ -22,7 +22,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,19 +122,28 @@ class PlanCache:
         Raises
         ------
         PlanError
-            If others may write it.
+            If others may write it, or the disk does not give it.
         """
         refuse_foreign(self.folder, key.digest)
         plan = self._open(self.folder / key.digest)
         if plan is None or plan.key != key:
             return None
-        return plan if digest_file(plan.folder / "plan") == plan.sha256 else None
+        with _given(plan.folder):
+            return plan if digest_file(plan.folder / "plan") == plan.sha256 else None
 
     def entries(self) -> list[Plan]:
-        """Return every plan whose record can be read, oldest first; bytes are not checked."""
+        """Return every plan that has a whole record, oldest first; bytes are not checked.
+
+        Raises
+        ------
+        PlanError
+            If the disk does not give a record: it must not be taken for one that is not there.
+        """
         if not self.folder.is_dir():
             return []
-        found = (self._open(path) for path in self.folder.iterdir() if path.name[0] != ".")
+        with _given(self.folder):
+            places = [path for path in self.folder.iterdir() if path.name[0] != "."]
+        found = map(self._open, places)
         return sorted(
             (plan for plan in found if plan is not None),
             key=lambda plan: (str(plan.made.get("time", "")), plan.folder.name),
@@ -184,14 +193,18 @@ class PlanCache:
         count = freed = 0
         if not self.folder.is_dir():
             return 0, 0
-        keep = set()
-        for plan in self.entries():
-            if (engine is not None and plan.key.engine != engine) or (
-                stale_for is not None and plan.key.version == stale_for
-            ):
-                keep.add(plan.folder.name)
+        known, keep = set[str](), set[str]()
+        for path in self.folder.iterdir():
+            with suppress(PlanError):  # what the disk does not give may go with all others
+                plan = None if path.name[0] == "." else self._open(path)
+                if plan is None:
+                    continue
+                known.add(path.name)
+                if (engine is not None and plan.key.engine != engine) or (
+                    stale_for is not None and plan.key.version == stale_for
+                ):
+                    keep.add(path.name)
         everything = engine is None and stale_for is None
-        known = {plan.folder.name for plan in self.entries()}
         for path in self.folder.iterdir():
             if path.name in keep or path.suffix == ".lock":
                 continue
@@ -217,7 +230,8 @@ class PlanCache:
 
     def _open(self, folder: Path) -> Plan | None:
         try:
-            record = json.loads(read_file(folder / "plan.json"))
+            with _given(folder):
+                record = json.loads(read_file(folder / "plan.json"))
             plan = Plan(
                 folder,
                 PlanKey(**record["key"]),
@@ -230,6 +244,20 @@ class PlanCache:
                 and plan.key.digest == folder.name
                 and (folder / "plan").stat().st_size == plan.size
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return None
         return plan if whole else None
+
+
+@contextmanager
+def _given(what: Path) -> Iterator[None]:
+    """Turn what the disk does not give into a PlanError; what is not there stays as it is."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise PlanError(
+            f"plan {what} cannot be read: {error.strerror or error}. See to the disk, or remove it "
+            "('recallseg cache clear') and build it again."
+        ) from error

@@ -146,9 +146,9 @@ def _gpu_state(name: str) -> EngineState:
         else:
             library = f"onnxruntime {load_provider(_PROVIDERS[name], name).__version__}"
         device = open_device().facts
+        plans = sum(plan.key.engine == name for plan in PlanCache().entries())
     except RecallSegError as error:
         return EngineState(name, False, str(error))
-    plans = sum(plan.key.engine == name for plan in PlanCache().entries())
     built = f", {plans} plans in the cache" if name in FLAVOURS else ""
     return EngineState(name, True, f"{library} on {device}{built}; not tested by doctor")
 

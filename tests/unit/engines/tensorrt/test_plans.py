@@ -104,6 +104,29 @@ def test_a_foreign_or_newer_record_is_not_read(cache: PlanCache) -> None:
     assert cache.find(replace(KEY, version="11.0")) is None
 
 
+def test_a_plan_that_the_disk_does_not_give_is_not_taken_for_none(
+    cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another engine is chosen, or it is called built and not verified, without a word."""
+    stored = keep(cache)
+
+    def fail(path: Path) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    for name in ("read_file", "digest_file"):
+        with monkeypatch.context() as failing:
+            failing.setattr(plans, name, fail)
+            with pytest.raises(PlanError, match=f"{KEY.digest} cannot be read: Input/output"):
+                cache.find(KEY)
+    monkeypatch.setattr(plans, "read_file", fail)
+    with pytest.raises(PlanError, match=r"cannot be read: Input/output"):
+        cache.entries()
+    assert cache.clear(engine="tensorrt-rtx") == (0, 0)
+    assert stored.folder.exists(), "what cannot be read may be another engine's"
+    assert cache.clear()[1] > 0
+    assert not stored.folder.exists()
+
+
 # The child touches files only, whatever threads other tests have left running.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

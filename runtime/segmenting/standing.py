@@ -50,7 +50,8 @@ class Standing(NamedTuple):
         scores, recalled, available : of the result, by structure.
         differing : how what was recalled differs from the image, see :func:`differing_from`.
         small : structures that have no mask because so little of them is not believed.
-        blank : whose masks have no pixel. Of masks that lie on a GPU that is not looked at.
+        blank : whose masks have no pixel: suspect where it is calibrated, as others are not trusted
+            anyway. Of masks that lie on a GPU that is not looked at.
         """
         reasons: dict[str, tuple[str, ...]] = {}
         for name, score in scores.items():
@@ -71,7 +72,7 @@ class Standing(NamedTuple):
                 found.append(f"likely absent by the library's head: {rule}")
             elif not score.present and score.object_score != ABSENT_SCORE:
                 found.append(f"likely absent: object score {score.object_score:.1f}")
-            if score.present and name in blank:
+            if score.present and name in blank and self.limits[name].calibrated is not None:
                 found.append(
                     f"no pixel is drawn, though by its object score {score.object_score:.1f} it is "
                     "there: maybe too small for the networks, or too unlike the exemplars"

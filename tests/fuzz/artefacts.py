@@ -121,7 +121,7 @@ def _fill(library: Library) -> None:
     )
     library.heads.store(head)
     recall = Recall(
-        *({"disc": (1, 2)}, {"disc": 0.5}, {"disc": 0.1}),
+        *({"disc": (1, 2)}, {"disc": 0.5}, {"disc": 0.8}, {"disc": 0.1}),
         {"disc": np.zeros((16, 16), np.float16)},
     )
     library.heads.keep(numbers[0], Kept("ab" * 32, library.generation, recall, recall, recall))

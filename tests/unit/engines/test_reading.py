@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from recallseg import commands, engines, export, runtime
 from recallseg.cli import app
 from recallseg.engines.digest import digest_file
-from recallseg.engines.durable import replace_file_inside
 from recallseg.engines.errors import SignatureError
 from recallseg.engines.inside import (
     list_inside,
@@ -52,7 +51,6 @@ WAYS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "make": ("mkdir", lambda root: make_folder_inside(root, "new"), "new"),
     "list": ("listdir", lambda root: list_inside(root, "below"), "below"),
     "sync": ("fsync", lambda root: sync_inside(root, "below"), "below"),
-    "write": ("pwrite", lambda root: replace_file_inside(root, "below/x", b"x"), "below/x"),
 }
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import EngineRunError, InputError
+from recallseg.engines.errors import EngineRunError, InputError, LibraryError
 from recallseg.engines.heads import REFINE, graph_digest
 from recallseg.runtime.library.choices import Choice
 from recallseg.runtime.library.heads import Head, Heads, Units
@@ -324,7 +324,11 @@ def _choose(
         absent = library.get(one.key).absent
         planes = np.ascontiguousarray(planes_of(scale_intensities(image, library.intensity)))
         kept = heads.kept(one.number)
-        assert kept is not None
+        if kept is None:
+            raise LibraryError(
+                f"what was made of exemplar '{one.key}' a moment ago cannot be read again from "
+                f"{library.path}. See to the disk, and fit again; no head was stored."
+            )
         rows = {name: Judged(one.group, name in masks, []) for name in (*masks, *absent)}
         for recall in kept.recalls:
             logits = np.stack([recall.logits[name] for name in names])

@@ -19,7 +19,7 @@ import pytest
 from support.records import check_head, check_record_part
 
 from recallseg import Frame, Stream, Volume, segment_volume
-from recallseg.engines.errors import EngineRunError, InputError, LibraryCorruptError
+from recallseg.engines.errors import EngineRunError, InputError, LibraryCorruptError, LibraryError
 from recallseg.engines.heads import (
     EARLIER,
     FILTERS,
@@ -31,6 +31,7 @@ from recallseg.engines.heads import (
 from recallseg.export import refining as making
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.reports.evaluation import evaluate
 from recallseg.runtime.reports.page import Settings, render_report
 from recallseg.runtime.segmenting import fitting, refining
@@ -305,6 +306,22 @@ def test_a_fit_that_was_killed_goes_on(library: Library) -> None:
         assert sum(opened.heads.kept(i) is not None for i in range(1, 6)) == 3
         assert opened.verify().ok
         assert set(opened.fit().fold_of) == {1, 2, 3, 4, 5}
+
+
+def test_what_cannot_be_read_again_while_it_is_fitted_is_told(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(library, 3)
+    kept, asked = Heads.kept, []
+
+    def once(heads: Heads, number: int) -> object:
+        asked.append(number)
+        return None if asked.count(number) > 1 else kept(heads, number)
+
+    monkeypatch.setattr(Heads, "kept", once)
+    with pytest.raises(LibraryError, match=f"cannot be read again from {library.path}"):
+        library.fit()
+    assert library.head is None
 
 
 def test_a_damaged_head_is_told_and_can_be_left_out(library: Library) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
@@ -391,18 +392,27 @@ def _by_distance(choice: Choice) -> list[str]:
     """Return what is expected of images by their distance from the library."""
     lines = []
     if choice.curve:
-        told = ", ".join(
-            f"{knot.at:.3f}: {knot.dice:.3f} ({knot.low:.3f} to {knot.high:.3f})"
+        told = _steps(
+            (knot.at, f"{knot.dice:.3f} ({knot.low:.3f} to {knot.high:.3f})")
             for knot in choice.curve
         )
-        sure = ", ".join(f"{knot.at:.2f}: {knot.dice:+.3f}" for knot in choice.sure)
-        lines.append(
-            f"    with a mask, by distance from the library: {told}; by IoU estimate {sure}"
-        )
+        lines.append(f"    with a mask, by distance from the library: {told}")
+        if any(abs(knot.dice) >= 0.0005 for knot in choice.sure):
+            more = _steps((knot.at, f"{knot.dice:+.3f}") for knot in choice.sure)
+            lines[-1] += f"; by IoU estimate {more}"
     right, of = choice.empty
     if of:
         lines.append(f"    without a mask, right in {right:.3g} of {of} exemplars")
     return lines
+
+
+def _steps(knots: Iterable[tuple[float, str]]) -> str:
+    """Say from where on it is what; what would be said again is left out."""
+    told: list[str] = []
+    for at, what in knots:
+        if not told or not told[-1].endswith(f": {what}"):
+            told.append(f"{at:.3f}: {what}")
+    return ", ".join(told)
 
 
 def _calibration(stored: StoredCalibration, library: Library) -> tuple[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -477,8 +478,11 @@ def test_a_library_that_changes_meanwhile_ends_it(fake_bundle: Bundle, tmp_path:
 
 def test_a_journal_needs_no_memory_for_what_waits(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    with pytest.raises(sqlite3.OperationalError):
-        sqlite3.connect(tmp_path / JOURNAL, timeout=0).execute("DELETE FROM inputs")
+    with (
+        closing(sqlite3.connect(tmp_path / JOURNAL, timeout=0)) as other,
+        pytest.raises(sqlite3.OperationalError),
+    ):
+        other.execute("DELETE FROM inputs")
     journal.close()
 
 

@@ -18,8 +18,9 @@ Value = TypeVar("Value")
 class Context:
     """The context of one :class:`~recallseg.engines.device.device.Device`.
 
-    It stands apart, and finalizers refer to it alone: a device has a stream of its own, and would
-    be kept for ever by what is to give that back.
+    It stands apart, and finalizers of streams and events refer to it alone: a device has some of
+    its own, and would be kept for ever by what is to give those back. Buffers, which no device
+    has, are counted there.
 
     Attributes
     ----------

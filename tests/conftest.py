@@ -27,6 +27,7 @@ from support.fake_bundle import make_fake_bundle
 from support.kernels import build_kernels, build_operators
 from support.making import build_folder, exporters, once
 from support.records import check_record, dumps_checked
+from support.tiny_bundle import make_tiny_bundle
 
 from recallseg.engines.bundle import Bundle
 from recallseg.runtime.services import outputs as image_outputs
@@ -60,6 +61,12 @@ def records_are_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
 def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A tiny bundle for the engine ``fake``; read it, do not change it."""
     return make_fake_bundle(tmp_path_factory.mktemp("bundle") / "fake")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny networks for ONNX Runtime; read it, do not change it."""
+    return make_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import pytest
 from numpy.typing import NDArray
 
 from recallseg import Bundle, Library, Segmenter
-from recallseg.benchmarks.subjects import portable_only
 from recallseg.engines.device import Device
 from recallseg.runtime.model import device as device_model
 from recallseg.runtime.model.device import DeviceModel
@@ -27,7 +26,6 @@ __all__ = [
     "STRUCTURES",
     "cache_of",
     "calls_of",
-    "demo",
     "library_of_discs",
     "make",
     "on_cpu",
@@ -51,14 +49,9 @@ def picture(seed: int, side: int = 60) -> tuple[NDArray[np.uint16], dict[str, ND
     return image.clip(0).astype(np.uint16), masks
 
 
-def demo() -> Bundle:
-    """The demo bundle with the graphs that both engines run."""
-    return portable_only(Bundle.open("demo"))
-
-
-def library_of_discs(folder: Path) -> Library:
+def library_of_discs(folder: Path, bundle: Bundle) -> Library:
     """Six pictures with both structures."""
-    made = Library.create(folder / "library", demo(), threads=1)
+    made = Library.create(folder / "library", bundle, threads=1)
     for seed in range(6):
         image, masks = picture(seed)
         made.add(image, masks)

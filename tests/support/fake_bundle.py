@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from recallseg.engines.bundle import (
@@ -17,11 +17,12 @@ from recallseg.engines.bundle import (
 )
 from recallseg.engines.composition import Composition
 from recallseg.engines.digest import digest_file
+from recallseg.engines.engine import Engine
 from recallseg.engines.fake import FakeEngine
 from recallseg.engines.golden import GoldenTensors, make_case, run_case
-from recallseg.engines.specs import GRAPHS, Geometry, graph_specs
+from recallseg.engines.specs import GRAPHS, Geometry, GraphSpec, graph_specs
 
-__all__ = ["fake_geometry", "make_fake_bundle"]
+__all__ = ["fake_geometry", "make_fake_bundle", "write_bundle"]
 
 STRIDE = 16
 
@@ -86,6 +87,43 @@ def make_fake_bundle(
     geometry = fake_geometry(
         image_size, max_k=max_k, max_n=max_n, tokens=tokens, memory_grid=memory_grid
     )
+    content = {
+        graph: empty_graph(f"the fake engine never reads {graph}")
+        for graph in (*GRAPHS, *(("correct",) if correct else ()))
+    }
+    return write_bundle(
+        path,
+        geometry,
+        content,
+        FakeEngine,
+        name=name,
+        source=source,
+        weights_digest=weights_digest,
+        object_pointers=object_pointers,
+        former=former,
+    )
+
+
+def write_bundle(
+    path: Path,
+    geometry: Geometry,
+    content: Mapping[str, bytes],
+    engine: Callable[[GraphSpec, Path], Engine],
+    *,
+    name: str = "fake",
+    source: str = "random",
+    weights_digest: str = "0" * 64,
+    object_pointers: bool = True,
+    former: Sequence[tuple[str, str]] = (),
+) -> Bundle:
+    """Write a bundle folder with these graphs and what ``engine`` makes of them, and open it.
+
+    Parameters
+    ----------
+    path : folder to make.
+    content : each graph's file, of the portable variant in fp32.
+    source, weights_digest, former : see :func:`make_fake_bundle`.
+    """
     weights = {
         network: Weights(f"fake-{network}", source, weights_digest, "Apache-2.0")
         for network in ("segmenter", "embedder")
@@ -94,25 +132,28 @@ def make_fake_bundle(
         graph: Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)) for graph in ("embed", "encode")
     }
     memory = MemorySemantics(object_pointers, 0.25)
-    graphs = {}
-    optional = ("correct",) if correct else ()
-    for graph in (*GRAPHS, *optional):
+    specs = graph_specs(geometry, object_pointers=object_pointers, optional=("correct",))
+    graphs, engines = {}, {}
+    for graph, data in content.items():
         file = Path("graphs", "portable", "fp32", f"{graph}.onnx")
         (path / file).parent.mkdir(parents=True, exist_ok=True)
-        (path / file).write_bytes(empty_graph(f"the fake engine never reads {graph}"))
+        (path / file).write_bytes(data)
         graphs[f"portable/fp32/{graph}"] = {
             "file": file.as_posix(),
             "sha256": digest_file(path / file),
         }
-    specs = graph_specs(geometry, object_pointers=object_pointers)
-    composition = Composition({graph: FakeEngine(specs[graph]) for graph in GRAPHS})
+        engines[graph] = engine(specs[graph], path / file)
     case = make_case(seed=1)
-    outputs = run_case(case, composition, geometry, normalisation, memory)
+    outputs = run_case(case, Composition(engines), geometry, normalisation, memory)
     golden = Path("golden", "golden.npz")
     (path / golden).parent.mkdir(exist_ok=True)
     GoldenTensors.from_run(case, outputs, seed=2).save(path / golden)
     described = Description(
-        (weights_digest, weights_digest), geometry, normalisation, memory, (0.5,) * 8
+        (weights_digest, weights_digest),
+        geometry,
+        normalisation,
+        memory,
+        (0.5,) * geometry.channels,
     )
     manifest = {
         "format": FORMAT,

@@ -49,8 +49,10 @@ def test_caches_are_explicit_and_profiles_hold_n_and_k(demo: Bundle, tmp_path: P
     assert not {key for key in fixed if "profile" in key or "fp16" in key or "bf16" in key}
 
 
-def test_each_graph_has_a_folder_of_its_own(session: type[FakeSession], demo: Bundle) -> None:
-    engines = load_engines(demo, "onnxruntime-tensorrt")
+def test_each_graph_has_a_folder_of_its_own(
+    session: type[FakeSession], tiny_bundle: Bundle
+) -> None:
+    engines = load_engines(tiny_bundle, "onnxruntime-tensorrt")
     assert list(engines) == list(GRAPHS)
     assert len(caches(session)) == len((*GRAPHS, "correct"))  # which is proven with them
     for _, options, settings in session.made:
@@ -58,62 +60,66 @@ def test_each_graph_has_a_folder_of_its_own(session: type[FakeSession], demo: Bu
         assert settings.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
     # Verified once: the second load makes only what is asked for.
     session.made.clear()
-    load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
+    load_engines(tiny_bundle, "onnxruntime-tensorrt", graphs=("embed",))
     assert [name for name, *_ in session.made] == ["embed"]
 
 
 def test_another_version_has_other_caches(
-    session: type[FakeSession], demo: Bundle, monkeypatch: pytest.MonkeyPatch
+    session: type[FakeSession], tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
+    load_engines(tiny_bundle, "onnxruntime-tensorrt", graphs=("embed",))
     before = caches(session)
     monkeypatch.setattr(onnxruntime, "__version__", "99.0")
     session.made.clear()
-    load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
+    load_engines(tiny_bundle, "onnxruntime-tensorrt", graphs=("embed",))
     assert not before & caches(session)
 
 
 def test_what_others_could_have_compiled_is_refused(
-    session: type[FakeSession], demo: Bundle
+    session: type[FakeSession], tiny_bundle: Bundle
 ) -> None:
-    load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
+    load_engines(tiny_bundle, "onnxruntime-tensorrt", graphs=("embed",))
     root = cache_folder() / "onnxruntime-tensorrt"
     assert root.stat().st_mode & 0o777 == 0o700
     (verdict,) = root.glob("*/state.json")  # what says that it was proven
     verdict.chmod(0o666)
-    load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))  # nobody else can come here
+    load_engines(
+        tiny_bundle, "onnxruntime-tensorrt", graphs=("embed",)
+    )  # nobody else can come here
     root.chmod(0o755)
     with pytest.raises(PlanError, match=f"others may write {verdict}"):
-        load_engines(demo, "onnxruntime-tensorrt", graphs=("embed",))
+        load_engines(tiny_bundle, "onnxruntime-tensorrt", graphs=("embed",))
 
 
-def test_a_wrong_session_is_refused_and_stays_so(session: type[FakeSession], demo: Bundle) -> None:
+def test_a_wrong_session_is_refused_and_stays_so(
+    session: type[FakeSession], tiny_bundle: Bundle
+) -> None:
     session.factor = 1.01
     with pytest.raises(
         VerificationError, match=r"'embedding' of graph 'embed' is off by 1\.00e-02"
     ):
-        load_engines(demo, "onnxruntime-tensorrt")
+        load_engines(tiny_bundle, "onnxruntime-tensorrt")
     session.factor = 1.0
     with pytest.raises(VerificationError, match="was refused on sm87"):
-        load_engines(demo, "onnxruntime-tensorrt")
+        load_engines(tiny_bundle, "onnxruntime-tensorrt")
 
 
-def test_a_silent_fall_back_is_an_error(session: type[FakeSession], demo: Bundle) -> None:
+def test_a_silent_fall_back_is_an_error(session: type[FakeSession], tiny_bundle: Bundle) -> None:
     session.providers = ["CPUExecutionProvider"]
     with pytest.raises(EngineUnavailableError, match="not on TensorrtExecutionProvider"):
-        load_engines(demo, "onnxruntime-tensorrt")
+        load_engines(tiny_bundle, "onnxruntime-tensorrt")
 
 
-def test_mixed_is_not_promised(session: type[FakeSession], demo: Bundle) -> None:
+def test_mixed_is_not_promised(session: type[FakeSession], tiny_bundle: Bundle) -> None:
     with pytest.raises(InputError, match="not 'mixed'"):
-        load_engines(demo, "onnxruntime-tensorrt", "mixed")
+        load_engines(tiny_bundle, "onnxruntime-tensorrt", "mixed")
 
 
-def test_this_onnxruntime_without_the_provider_says_what_to_install(demo: Bundle) -> None:
+def test_this_onnxruntime_without_the_provider_says_what_to_install(tiny_bundle: Bundle) -> None:
     if TRT in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has it")
     with pytest.raises(EngineUnavailableError, match="Install onnxruntime-gpu instead"):
-        load_engines(demo, "onnxruntime-tensorrt")
-    path, _ = demo.graph_file("embed", ("portable",), "fp32")
+        load_engines(tiny_bundle, "onnxruntime-tensorrt")
+    path, _ = tiny_bundle.graph_file("embed", ("portable",), "fp32")
     with pytest.raises(EngineUnavailableError):
-        OnnxRuntimeTensorRt(demo.specs["embed"], path)
+        OnnxRuntimeTensorRt(tiny_bundle.specs["embed"], path)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from support.device_segmenters import library_of_discs
 
-from recallseg import Library
+from recallseg import Bundle, Library
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return library_of_discs(tmp_path_factory.mktemp("l"))
+def library(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Library:
+    return library_of_discs(tmp_path_factory.mktemp("l"), tiny_bundle)

@@ -19,7 +19,6 @@ from support.device_segmenters import (
     STRUCTURES,
     cache_of,
     calls_of,
-    demo,
     make,
     on_cpu,
     picture,
@@ -31,7 +30,8 @@ from support.fake_driver import FakeDriver
 from support.fake_onnxruntime import FakeSession
 from support.fake_tensorrt import HostGpu
 
-from recallseg import Frame, Library, Segmenter, Stream
+from recallseg import Bundle, Frame, Library, Segmenter, Stream
+from recallseg.benchmarks.subjects import portable_only
 from recallseg.engines.budget import graph_bytes, memory_budget
 from recallseg.engines.device import Device, DeviceTensor
 from recallseg.engines.errors import (
@@ -110,13 +110,15 @@ def test_probabilities_of_a_device_are_its_masks_at_one_half(
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Library]]:
+def libraries(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle
+) -> Iterator[dict[str, Library]]:
     """One in each format of memories, of the same exemplars."""
     folder = tmp_path_factory.mktemp("formats")
     made = {}
     for memory_format in MEMORY_FORMATS:
         library = Library.create(
-            folder / memory_format, demo(), threads=1, memory_format=memory_format
+            folder / memory_format, tiny_bundle, threads=1, memory_format=memory_format
         )
         for seed in range(4):
             library.add(*picture(seed))
@@ -165,7 +167,7 @@ def test_memories_of_two_formats_share_the_caches_room(
 ) -> None:
     device = with_kernels(emulator, monkeypatch)
     g = libraries["fp16"].bundle.geometry
-    room = 8 * (2 * g.tokens * g.memory_dim + 4 * g.channels) + 100_000
+    room = 8 * (2 * g.tokens * g.memory_dim + 4 * g.channels) + 3_000
     first = make(libraries["fp16"], device, k=1, cache_bytes=room)
     second = Segmenter(
         libraries["int8"], k=1, structures=STRUCTURES, reach=math.inf, model=first.model
@@ -187,10 +189,13 @@ def test_memories_of_two_formats_share_the_caches_room(
 def test_a_memory_that_was_damaged_on_disk_is_not_taken_there(
     session: type[FakeSession],
     emulator: ctypes.CDLL,
+    tiny_bundle: Bundle,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with Library.create(tmp_path / "library", demo(), threads=1, memory_format="int8") as library:
+    with Library.create(
+        tmp_path / "library", tiny_bundle, threads=1, memory_format="int8"
+    ) as library:
         library.add(*picture(0))
     [shard] = (tmp_path / "library" / "memories").iterdir()
     content = bytearray(shard.read_bytes())
@@ -301,8 +306,10 @@ def test_a_model_states_its_size_in_advance(library: Library, session: type[Fake
 
 
 def test_too_little_memory_is_said_before_anything_is_taken(
-    library: Library, session: type[FakeSession]
+    tmp_path: Path, session: type[FakeSession]
 ) -> None:
+    library = Library.create(tmp_path / "library", portable_only(Bundle.open("demo")), threads=1)
+    library.add(*picture(0))
     needed = []
     for integrated in (False, True):  # where memory is shared the cache takes it, too
         device = without_kernels(memory=1 << 20, integrated=integrated)
@@ -342,9 +349,9 @@ def test_a_small_cache_forgets_the_least_recently_used(
 
 
 def test_of_a_changed_library_only_new_memories_are_loaded(
-    tmp_path: Path, session: type[FakeSession]
+    tmp_path: Path, tiny_bundle: Bundle, session: type[FakeSession]
 ) -> None:
-    library = Library.create(tmp_path / "library", demo(), threads=1)
+    library = Library.create(tmp_path / "library", tiny_bundle, threads=1)
     for seed in range(3):
         image, masks = picture(seed)
         library.add(image, masks, key=str(seed))
@@ -574,22 +581,25 @@ def test_features_are_there_whatever_was_called_before(
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_exemplars_are_encoded_on_the_gpu_of_the_librarys_model(
-    tmp_path: Path, session: type[FakeSession], deferred: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_bundle: Bundle,
+    session: type[FakeSession],
+    deferred: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RECALLSEG_PIXELS", "opencv")
-    bundle = demo()
     gpu = GpuOptions(device=without_kernels(deferred=deferred))
     models = (
-        Model.open(bundle, engine="onnxruntime-cuda", gpu=gpu),
-        Model.open(bundle, threads=1),
+        Model.open(tiny_bundle, engine="onnxruntime-cuda", gpu=gpu),
+        Model.open(tiny_bundle, threads=1),
     )
     shards = []
     for number, model in enumerate(models):
-        with Library.create(tmp_path / str(number), bundle, model=model) as made:
+        with Library.create(tmp_path / str(number), tiny_bundle, model=model) as made:
             for seed in range(3):
                 made.add(*picture(seed))
             same(
-                Segmenter(made, k=2).segment(picture(10)[0]),
+                Segmenter(made, k=2, reach=2.0).segment(picture(10)[0]),
                 on_cpu(made, k=2, reach=2.0).segment(picture(10)[0]),
             )
             assert Segmenter(made).model is model
@@ -652,7 +662,7 @@ def test_too_little_memory_to_grow_harms_nobody(
     image, _ = picture(10)
     expected = segmenter.segment(image)
     before = device.allocations, segmenter.model.nbytes, segmenter.model.graphs
-    device.driver.total = device.live_bytes + (1 << 20)  # type: ignore[attr-defined]
+    device.driver.total = device.live_bytes + (1 << 10)  # type: ignore[attr-defined]
     with pytest.raises(DeviceMemoryError, match=r"2 structures and k = 32.* needs \d+ MiB"):
         Segmenter(library, model=segmenter.model, k=30, frames=2)
     assert (device.allocations, segmenter.model.nbytes, segmenter.model.graphs) == before
@@ -799,6 +809,7 @@ def test_frame_memories_stay_on_the_gpu(
 @pytest.mark.parametrize("there", [False, True])
 def test_a_head_does_for_a_device_what_it_does_on_a_cpu(
     tmp_path: Path,
+    tiny_bundle: Bundle,
     session: type[FakeSession],
     emulator: ctypes.CDLL,
     monkeypatch: pytest.MonkeyPatch,
@@ -810,7 +821,7 @@ def test_a_head_does_for_a_device_what_it_does_on_a_cpu(
     n = len(STRUCTURES)
     shapes = [(32, feature_count(n)), (32,), (16, 32), (16,), (n, 16), (n,)]
     units = tuple(0.3 * draw.normal(size=shape).astype(np.float32) for shape in shapes)
-    with Library.create(tmp_path / "library", demo(), threads=1) as own:
+    with Library.create(tmp_path / "library", tiny_bundle, threads=1) as own:
         for seed in range(4):
             image, masks = picture(seed)
             own.add(image, masks)

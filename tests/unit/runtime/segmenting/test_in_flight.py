@@ -219,14 +219,15 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession
 
 
 @pytest.mark.parametrize("where", ["cpu", "device"])
-def test_real_networks_in_flight_give_the_same_bits(
+def test_sessions_in_flight_give_the_same_bits(
+    tiny_bundle: Bundle,
     session: type[FakeSession],
     emulator: ctypes.CDLL,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     where: str,
 ) -> None:
-    library = fill(tmp_path)
+    library = fill(tmp_path, tiny_bundle)
     segmenters: Callable[[], Segmenter] = lambda: on_cpu(library)  # noqa: E731
     if where == "device":
         device = with_kernels(emulator, monkeypatch, deferred=True)

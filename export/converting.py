@@ -30,6 +30,7 @@ from recallseg.export.emulation import EmulatedEngine
 from recallseg.export.native import use_half_linear, use_native_operators
 from recallseg.export.precision import convert_graph
 from recallseg.export.quantization import quantize_graph, sensitive_layers
+from recallseg.export.reading import read_graph
 from recallseg.export.sharing import share_weights
 from recallseg.export.writing import (
     check_output,
@@ -198,7 +199,7 @@ def _converted(
             report(f"convert {graph} of {base} to {precision}")
             path, _ = source.graph_file(graph, (base,), "fp32")
             file = graph_file(work, variant, precision, graph)
-            converted = convert_graph(onnx.load(path), kind, graph)
+            converted = convert_graph(read_graph(path), kind, graph)
             if precision == HALF_NATIVE and variant == "ort-cuda":
                 converted = use_half_linear(converted)
             entry = _save(work, file, converted)
@@ -260,7 +261,7 @@ def _made_for_cpu(
             ]
             engines[graph] = exact[graph]
             continue
-        model = onnx.load(path)
+        model = read_graph(path)
         for index, node in enumerate(model.graph.node):
             node.name = node.name or f"node_{index}"
         if measured:

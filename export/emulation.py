@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import onnx
-
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
 from recallseg.engines.errors import EngineRunError
 from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.onnxruntime_cpu import usable_cores
 from recallseg.engines.specs import GraphSpec
 from recallseg.export.precision import emulate
+from recallseg.export.reading import read_graph
 
 __all__ = ["EmulatedEngine"]
 
@@ -41,7 +40,7 @@ class EmulatedEngine(Engine):
         # A cast to fp16 and back is what is wanted here, and nothing to be optimized away.
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._session: Any = onnxruntime.InferenceSession(
-            emulate(onnx.load(path)).SerializeToString(),
+            emulate(read_graph(path)).SerializeToString(),
             settings,
             providers=["CPUExecutionProvider"],
         )

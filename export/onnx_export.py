@@ -66,6 +66,8 @@ def export_graph(
     ------
     ExportError
         If the exporter fails, with its own words.
+    OSError
+        If the file cannot be written.
     """
     limits = {"n": geometry.max_n, "k": geometry.max_k, "p": MOST_POINTS}
     dims = {symbol: torch.export.Dim(symbol, min=1, max=limit) for symbol, limit in limits.items()}
@@ -96,7 +98,7 @@ def export_graph(
             _forget_origin(program.model)
             _rename_twins(program.model)
             program.save(path, external_data=size > _EXTERNAL_DATA_BYTES)
-    except ExportError:
+    except (ExportError, OSError):  # of the disk: whoever writes the bundle names it
         raise
     except Exception as error:  # the exporter raises many kinds; all mean the same to the caller
         raise ExportError(f"graph '{spec.name}' cannot be exported to ONNX: {error}") from error

@@ -32,6 +32,7 @@ from recallseg.engines.operators import DOMAIN, QUANTIZED_ATTENTION
 from recallseg.engines.specs import GraphSpec
 from recallseg.engines.verification import relative_error
 from recallseg.export.native import FUSED_ATTENTION, use_native_operators
+from recallseg.export.reading import read_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +77,7 @@ def _quantize_products(model: ModelProto, nodes: list[str]) -> ModelProto:
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
         )
-        return onnx.load(path)
+        return read_graph(path)
 
 
 def layers(model: ModelProto, *, native: bool = False) -> list[onnx.NodeProto]:

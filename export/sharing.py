@@ -12,16 +12,15 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from recallseg.engines.digest import digest_file
 from recallseg.engines.manifest import data_files
 from recallseg.engines.reading import naming
+from recallseg.export.reading import Place, read_constants, read_graph
 from recallseg.export.writing import entry, graph_file
 
 __all__ = ["share_weights"]
@@ -36,15 +35,6 @@ _ALIGNMENT = 64
 _Key = tuple[str, int]
 """SHA-256 of a constant, and its number among those of this content in its graph: each constant of
 a graph has bytes of its own, so that no graph declares more than its files hold."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Bytes of a file beside the graph."""
-
-    file: str
-    offset: int
-    length: int
 
 
 def share_weights(folder: Path, graphs: MutableMapping[str, Any]) -> None:
@@ -63,7 +53,7 @@ def share_weights(folder: Path, graphs: MutableMapping[str, Any]) -> None:
     for key, value in graphs.items():
         first.setdefault(str(value["file"]), key)
     fresh = [f for f, key in first.items() if not isinstance(graphs[key].get("data"), list)]
-    there: dict[_Key, _Place] = {}
+    there: dict[_Key, Place] = {}
     for file in first.keys() - {*fresh}:
         there.update(_stored(folder / file))
     sizes = {file: _sizes(folder / file) for file in fresh}
@@ -71,7 +61,7 @@ def share_weights(folder: Path, graphs: MutableMapping[str, Any]) -> None:
     groups = _group({file: sizes[file].keys() - placed[file].keys() for file in fresh}, sizes)
     made: dict[str, tuple[Path, Path]] = {}
     for file in fresh:
-        model = onnx.load(folder / file)
+        model = read_graph(folder / file)
         path = graph_file(folder, *first[file].split("/"))
         constants = dict(_constants(model))
         for members, shared in groups.items():
@@ -117,24 +107,19 @@ def _constants(model: ModelProto) -> Iterator[tuple[_Key, TensorProto]]:
 
 
 def _sizes(path: Path) -> dict[_Key, int]:
-    return {key: len(tensor.raw_data) for key, tensor in _constants(onnx.load(path))}
+    return {key: len(tensor.raw_data) for key, tensor in _constants(read_graph(path))}
 
 
-def _stored(path: Path) -> Iterator[tuple[_Key, _Place]]:
+def _stored(path: Path) -> Iterator[tuple[_Key, Place]]:
     """Yield where the constants of a graph lie that has them in files beside it."""
     seen: Counter[str] = Counter()
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-        said = {entry.key: entry.value for entry in tensor.external_data}
-        if said:
-            place = _Place(said["location"], int(said["offset"]), int(said["length"]))
-            with naming(path.with_name(place.file)), path.with_name(place.file).open("rb") as file:
-                file.seek(place.offset)
-                digest = hashlib.sha256(file.read(place.length)).hexdigest()
-            yield (digest, seen[digest]), place
-            seen[digest] += 1
+    for _, place, content in read_constants(path, read_graph(path, weights=False)):
+        digest = hashlib.sha256(content).hexdigest()
+        yield (digest, seen[digest]), place
+        seen[digest] += 1
 
 
-def _refer(sizes: Mapping[_Key, int], places: Mapping[_Key, _Place]) -> dict[_Key, _Place]:
+def _refer(sizes: Mapping[_Key, int], places: Mapping[_Key, Place]) -> dict[_Key, Place]:
     """Return where those of a graph's constants lie that are in files already."""
     found = {key: places[key] for key in sizes if key in places}
     needed: Counter[str] = Counter()
@@ -161,7 +146,7 @@ def _group(
     }
 
 
-def _write(folder: Path, constants: Mapping[_Key, TensorProto]) -> dict[_Key, _Place]:
+def _write(folder: Path, constants: Mapping[_Key, TensorProto]) -> dict[_Key, Place]:
     """Write a file of constants and return where each lies."""
     unnamed = folder / "weights.new"
     offsets = {}
@@ -173,11 +158,11 @@ def _write(folder: Path, constants: Mapping[_Key, TensorProto]) -> dict[_Key, _P
     name = f"{digest_file(unnamed)[:16]}.weights"
     os.replace(unnamed, folder / name)
     return {
-        key: _Place(name, offset, len(constants[key].raw_data)) for key, offset in offsets.items()
+        key: Place(name, offset, len(constants[key].raw_data)) for key, offset in offsets.items()
     }
 
 
-def _move_out(tensor: TensorProto, place: _Place) -> None:
+def _move_out(tensor: TensorProto, place: Place) -> None:
     """Let a constant refer to a file, in the place of its bytes."""
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,6 +31,7 @@ from recallseg.export.attention import register_attention, use_attention
 from recallseg.export.families import Embedder, Segmenter
 from recallseg.export.fused import attend, spelled_out
 from recallseg.export.ort_cuda import build_ort_cuda_graphs
+from recallseg.export.reading import read_graph
 
 __all__ = [
     "MAX_OPSET",
@@ -112,7 +112,7 @@ def check_operators(path: Path) -> None:
     ExportError
         Naming the operators or the operator set that are too new or foreign.
     """
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path, weights=False)
     foreign = sorted(
         {
             f"{node.domain}::{node.op_type}" if node.domain else node.op_type

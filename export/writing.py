@@ -39,13 +39,21 @@ def write_bundle(output: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises
     ------
     ExportError
-        If something is at ``output`` that may not be replaced, or it cannot be written. What was
-        there stays, and nothing is left of the attempt.
+        If something is at ``output`` that may not be replaced, it cannot be written, or what it
+        is made of cannot be read. What was there stays, and nothing is left of the attempt.
     """
     check_output(output, overwrite=overwrite)
     try:
         with replace_folder(output) as folder:
-            yield folder
+            try:
+                yield folder
+            except OSError as error:
+                if error.filename is None or folder in (source := Path(error.filename)).parents:
+                    raise
+                raise ExportError(
+                    f"{source} cannot be read: {error.strerror}. The bundle {output} was not "
+                    "written; what was there before is unharmed."
+                ) from error
     except OSError as error:
         raise ExportError(
             f"the bundle {output} cannot be written: {error}. What was there before is unharmed. "

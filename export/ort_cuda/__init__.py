@@ -35,6 +35,7 @@ from recallseg.export.ort_cuda.attend import CudaAttend
 from recallseg.export.ort_cuda.decode import CudaDecode
 from recallseg.export.ort_cuda.embed import CudaEmbed
 from recallseg.export.ort_cuda.encode import CudaEncode
+from recallseg.export.reading import read_graph
 
 __all__ = ["GRAPHS", "OPSET", "build_ort_cuda_graphs", "forget_unread_outputs"]
 
@@ -86,7 +87,7 @@ def build_ort_cuda_graphs(
 
 def forget_unread_outputs(path: Path) -> None:
     """Leave out, in a stored graph, outputs of ``SkipLayerNormalization`` that nothing reads."""
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path, weights=False)
     read = {name for node in model.graph.node for name in node.input}
     read |= {value.name for value in model.graph.output}
     for node in model.graph.node:

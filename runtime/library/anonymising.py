@@ -89,7 +89,7 @@ def anonymise(store: Store) -> AnonymisingReport:
         if changed or notes:
             with identifiers.telling(told, instead=former):
                 catalog.rename(changed, {old: new for old, _, new in notes})
-            store.see_own()
+            store.see_newest()
         return AnonymisingReport(
             len(found),
             keys,

@@ -315,7 +315,7 @@ def write_all(
                     catalog.set_note(ADDING, None)
         raise
     with store.lock:
-        store.see_own()
+        store.see_newest()
         if (first - 1) // SAVE_EVERY < written[-1].number // SAVE_EVERY:
             with suppress(LibraryWriteError):  # it is added; closing saves, or says why not
                 store.retrieval.save_worn()
@@ -343,7 +343,7 @@ def remove(store: Store, key: str) -> None:
         number = store.on_a_full_disk(lambda: store.catalog.remove(key, known))
         if number is None:
             raise unknown_key(key)
-        store.see_own()
+        store.see_newest()
         if known:
             with suppress(LibraryWriteError):  # or the next who opens it for writing does
                 store.identifiers.forget()
@@ -413,7 +413,7 @@ def retag(store: Store, key: str, tags: Mapping[str, str] | None) -> None:
         with store.identifiers.telling([replace(known, tags=hidden)]):
             if not store.catalog.retag(key, hashed):
                 raise unknown_key(key)
-        store.see_own()
+        store.see_newest()
 
 
 def retire(store: Store, keys: str | Iterable[str] = (), back: str | Iterable[str] = ()) -> None:
@@ -423,7 +423,7 @@ def retire(store: Store, keys: str | Iterable[str] = (), back: str | Iterable[st
         out, into = (_numbers(store, k, retired) for k, retired in ((keys, True), (back, False)))
         if out or into:
             store.on_a_full_disk(lambda: store.catalog.retire(out, into))
-            store.see_own()
+            store.see_newest()
 
 
 def _numbers(store: Store, keys: str | Iterable[str], retired: bool) -> list[int]:

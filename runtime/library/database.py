@@ -114,7 +114,6 @@ class Database:
         self._opener = Opener(f"the library in {path.parent}")
         self._lock = OwnLock(self._opener)
         self._effort = _Effort(path)
-        self._unsure = 0
         connection.set_progress_handler(self._effort.look, _STEPS_PER_LOOK)
         self._close = weakref.finalize(self, _close, connection, hold, self._opener)
 
@@ -197,13 +196,8 @@ class Database:
         return database
 
     @property
-    def version(self) -> tuple[int, int]:
-        """What differs after any commit by others, and after one of ours that raised; very fast."""
-        return int(self.value("PRAGMA data_version")), self._unsure
-
-    @property
     def commits(self) -> tuple[int, int]:
-        """What differs after any commit, by this connection or by others; very fast."""
+        """What differs after any commit, by others or by this one, even if it raised; very fast."""
         return int(self.value("PRAGMA data_version")), self._connection.total_changes
 
     @property
@@ -281,15 +275,10 @@ class Database:
         with self._lock:
             self._check_open()
             self.execute("BEGIN IMMEDIATE")
-            committing = False
             try:
                 yield
-                committing = True
                 self.execute("COMMIT")
-            except BaseException:
-                self._unsure += (
-                    committing  # all may be committed, and its folder's sync have failed
-                )
+            except BaseException:  # all may be committed, and its folder's sync have failed
                 if self._connection.in_transaction:
                     self._connection.rollback()
                 raise

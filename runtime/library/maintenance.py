@@ -99,7 +99,7 @@ def compact(store: Store) -> int:
         freed = _compact(
             store.catalog, store.reader, store.writer, store.memories, store.state.generation
         )
-        store.see_own()
+        store.see_newest()
         _remove_stray(store)
         return freed
 

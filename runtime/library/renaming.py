@@ -41,7 +41,7 @@ def rename(store: Store, old: str, new: str) -> None:
             store.on_a_full_disk(
                 lambda: catalog.rename_structure(row.id, old, new, contents, moved)
             )
-            store.see_own()
+            store.see_newest()
 
 
 def _content(store: Store, number: int, exemplar: Exemplar, old: str, new: str) -> str:

@@ -26,7 +26,7 @@ from recallseg.runtime.library.encoding import Origin
 from recallseg.runtime.library.identifiers import Identifiers
 from recallseg.runtime.library.identifiers_file import Identity
 from recallseg.runtime.library.queries import unknown_key
-from recallseg.runtime.library.records import Settings, StructureRow
+from recallseg.runtime.library.records import Settings, State, StructureRow
 from recallseg.runtime.library.retrieval import Retrieval
 from recallseg.runtime.library.shards import ShardReader, ShardWriter
 from recallseg.runtime.library.sources import SourceStore
@@ -128,7 +128,7 @@ class Store:
         with self.catalog.database.snapshot():  # of one state, and locked once
             self.settings = self.catalog.settings()
             self.state = self.catalog.state()
-            self._version = self.catalog.database.version
+            self._commits = self.catalog.database.commits
             self.structures = {row.name: row for row in self.catalog.structures()}
             place, dimension = self.path / INDEX, self.settings.embedding_dim
             self.retrieval = Retrieval(self.catalog, place, dimension)
@@ -186,29 +186,22 @@ class Store:
         return self._origins
 
     def refresh(self) -> bool:
-        """See what others committed, or this one and raised; return whether there was anything."""
+        """See what was committed since, by others or here; return whether there was anything."""
         with self.lock:
-            version = self.catalog.database.version
-            if version == self._version:
-                return False
-            with self.catalog.database.snapshot():
-                return self._see(version)
+            return self.catalog.database.commits != self._commits and self.see_newest()
 
-    def see_newest(self) -> None:
-        """See the newest state; call within a snapshot, whose state it is."""
-        self._see(self.catalog.database.version)
-
-    def see_own(self) -> None:
-        """Take in what this object itself has just committed."""
+    def see_newest(self) -> bool:
+        """See the newest state, or that of the snapshot in which this is called; as above."""
         with self.catalog.database.snapshot():
-            self._see(self._version)
+            commits, state = self.catalog.database.commits, self.catalog.state()
+            changed = state != self.state
+            if changed:
+                self._see(state)
+        self._commits = commits
+        return changed
 
-    def _see(self, version: tuple[int, int]) -> bool:
-        """Read the state that belongs to ``version``; call within a snapshot."""
-        state = self.catalog.state()
-        self._version = version
-        if state == self.state:
-            return False
+    def _see(self, state: State) -> None:
+        """Read what belongs to a state; call within its snapshot."""
         settings = self.catalog.settings()
         if settings.identity != self.settings.identity:
             raise LibraryMismatchError(
@@ -221,7 +214,6 @@ class Store:
         self.retrieval.refresh(state)
         self._origins = None
         self.state = state
-        return True
 
     def structure(self, name: str) -> StructureRow:
         """Return a structure's row; raises InputError if no exemplar names it."""

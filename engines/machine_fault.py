@@ -7,10 +7,22 @@ minute. What the machine lacks is told as that.
 from __future__ import annotations
 
 import errno
+import sqlite3
 
 from recallseg.engines.errors import DeviceMemoryError, HostMemoryError
 
-__all__ = ["SHORT_OF_MEMORY", "SHORT_OF_MEMORY_ERRORS", "machine_fault"]
+__all__ = [
+    "SHORT_OF_MEMORY",
+    "SHORT_OF_MEMORY_ERRORS",
+    "SQLITE_BUSY",
+    "SQLITE_CANNOT_OPEN",
+    "SQLITE_FULL",
+    "SQLITE_INTERRUPT",
+    "SQLITE_IO",
+    "SQLITE_READ_ONLY",
+    "machine_fault",
+    "sqlite_code",
+]
 
 SHORT_OF_MEMORY = errno.ENOMEM
 """What :func:`machine_fault` says of memory: the input may also be what needs too much of it."""
@@ -23,6 +35,35 @@ _NUMBERS = {
     *(errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ECONNRESET),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
 }
+SQLITE_BUSY, SQLITE_READ_ONLY, SQLITE_INTERRUPT, SQLITE_IO = 5, 8, 9, 10
+SQLITE_FULL, SQLITE_CANNOT_OPEN = 13, 14
+_SQLITE_SAYS = {
+    "locked": SQLITE_BUSY,
+    "attempt to write a readonly database": SQLITE_READ_ONLY,
+    "interrupted": SQLITE_INTERRUPT,
+    "disk I/O error": SQLITE_IO,
+    "database or disk is full": SQLITE_FULL,
+    "unable to open database": SQLITE_CANNOT_OPEN,
+}
+_SQLITE_LOCKED = 6
+_OF_SQLITE = {
+    SQLITE_BUSY: errno.EAGAIN,
+    SQLITE_READ_ONLY: errno.EROFS,
+    SQLITE_IO: errno.EIO,
+    SQLITE_FULL: errno.ENOSPC,
+}
+
+
+def sqlite_code(error: sqlite3.Error) -> int:
+    """Return SQLite's primary result code; a table that is locked counts as busy. 0: not known.
+
+    Python 3.10 gives no codes, but SQLite's own words.
+    """
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        said = str(error)
+        return next((code for words, code in _SQLITE_SAYS.items() if words in said), 0)
+    return SQLITE_BUSY if code & 0xFF == _SQLITE_LOCKED else code & 0xFF
 
 
 def machine_fault(error: BaseException | None) -> int:
@@ -36,5 +77,7 @@ def machine_fault(error: BaseException | None) -> int:
             return SHORT_OF_MEMORY
         if isinstance(error, OSError) and error.errno in _NUMBERS:
             return error.errno
+        if isinstance(error, sqlite3.Error) and (found := _OF_SQLITE.get(sqlite_code(error))):
+            return found
         error = error.__cause__
     return 0

@@ -24,9 +24,18 @@ from recallseg.engines.errors import (
     LibraryVersionError,
     LibraryWriteError,
 )
+from recallseg.engines.machine_fault import (
+    SQLITE_BUSY,
+    SQLITE_CANNOT_OPEN,
+    SQLITE_FULL,
+    SQLITE_INTERRUPT,
+    SQLITE_IO,
+    SQLITE_READ_ONLY,
+    sqlite_code,
+)
 from recallseg.runtime.forked import Opener, OwnLock
 from recallseg.runtime.library.catalog_file import Hold, check_schema, hold_catalog_file
-from recallseg.runtime.library.storage import advice, writing
+from recallseg.runtime.library.storage import NOT_GIVEN, advice, writing
 
 __all__ = ["FORMAT_VERSION", "Database"]
 
@@ -324,7 +333,7 @@ class Database:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Translate SQLite's errors; Python 3.10 gives no codes, only messages."""
+        """Translate SQLite's errors: what the machine lacks is no damage."""
         try:
             yield
         except sqlite3.ProgrammingError:
@@ -335,19 +344,21 @@ class Database:
             raise self._corrupt(error) from error
 
     def _operational(self, error: sqlite3.OperationalError) -> LibraryError:
-        text = str(error)
-        if "locked" in text or "busy" in text:
+        code = sqlite_code(error)
+        if code == SQLITE_BUSY:
             return LibraryLockedError(
                 f"{self.path} stayed locked for {BUSY_SECONDS:.0f} s by another process. Try again."
             )
-        if "full" in text or "readonly" in text or (self.writable and "I/O" in text):
+        if code in (SQLITE_FULL, SQLITE_READ_ONLY) or (code == SQLITE_IO and self.writable):
             return LibraryWriteError(
-                f"cannot write {self.path}: {text}. Free some disk space or check the "
+                f"cannot write {self.path}: {error}. Free some disk space or check the "
                 "permissions. What was stored before is unharmed."
             )
-        if "interrupted" in text:
+        if code == SQLITE_IO:
+            return LibraryError(f"the catalog {self.path} cannot be read: {error}. {NOT_GIVEN}")
+        if code == SQLITE_INTERRUPT:
             return self._corrupt("it holds more rows than a file of its size can")
-        if "unable to open" in text:
+        if code == SQLITE_CANNOT_OPEN:
             return _cannot_open(self.path, error)
         return self._corrupt(error)
 

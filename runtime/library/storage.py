@@ -18,13 +18,17 @@ from recallseg.engines.errors import (
     LibraryWriteError,
 )
 from recallseg.engines.inside import open_inside
+from recallseg.engines.machine_fault import machine_fault
 
-__all__ = ["WriterLock", "advice", "unreadable", "write_all", "writing"]
+__all__ = ["NOT_GIVEN", "WriterLock", "advice", "unreadable", "write_all", "writing"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _NOTE_BYTES = 200
+NOT_GIVEN = (
+    "The disk does not give it; it need not be damaged. Try again, and look at the disk, or the "
+    "network to it, if that stays so."
+)
 RESERVE_BYTES = 1 << 18
 """What the journal of a removal takes is less."""
 
@@ -45,12 +49,14 @@ def advice(error: OSError) -> str:
 def unreadable(what: str, error: OSError, mend: str) -> LibraryError:
     """Return the error for a stored file that cannot be read.
 
-    LibraryCorruptError with ``mend`` if the file is at fault; where permission, memory or open
-    files lack, a LibraryError that says so: what is stored is not damaged, and must not be removed.
+    LibraryCorruptError with ``mend`` if the file is at fault; where the disk does not give it, or
+    permission, memory or open files lack, a LibraryError that says so: what is stored is not known
+    to be damaged, and must not be removed.
     """
     said = error.strerror or str(error)
-    if error.errno in _DENIED | _SCARCE:
-        return LibraryError(f"{what} cannot be read: {said}. {advice(error)} It is not damaged.")
+    if machine_fault(error):
+        hint = f"{advice(error)} It is not damaged." if advice(error) else NOT_GIVEN
+        return LibraryError(f"{what} cannot be read: {said}. {hint}")
     return LibraryCorruptError(f"{what} cannot be read: {said}. {mend}")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -216,10 +217,10 @@ class Journal:
         ----------
         without : numbers of those that are in work.
         """
-        rows = self._base.execute(
+        rows = self._rows(
             "SELECT id, task, attempts FROM inputs WHERE state = 0 AND run = ?"
             " ORDER BY attempts, id",
-            (self._run,),
+            self._run,
         )
         busy = {*without}
         for number, text, attempts in rows:
@@ -263,7 +264,7 @@ class Journal:
 
     def outputs(self) -> Iterator[tuple[int, str, dict[str, Any], str]]:
         """Yield every output: number and name of its input, row, place."""
-        for number, named, row, place in self._base.execute(
+        for number, named, row, place in self._rows(
             "SELECT id, named, row, outputs.place FROM inputs JOIN outputs ON input = id"
             " WHERE state = 1 ORDER BY outputs.place"
         ):
@@ -271,15 +272,11 @@ class Journal:
 
     def aside(self) -> Iterator[tuple[str, str]]:
         """Yield names of inputs that are set aside, and why."""
-        yield from self._base.execute(
-            "SELECT named, reason FROM inputs WHERE state = 2 ORDER BY named"
-        )
+        yield from self._rows("SELECT named, reason FROM inputs WHERE state = 2 ORDER BY named")
 
     def passed(self, *, refused: bool) -> Iterator[tuple[str, str]]:
         """Yield what is passed over, or refused for its name or place, and why."""
-        yield from self._base.execute(
-            "SELECT named, reason FROM passed WHERE refused = ?", (int(refused),)
-        )
+        yield from self._rows("SELECT named, reason FROM passed WHERE refused = ?", int(refused))
 
     def forget_missing(self) -> None:
         """Forget what waited or was set aside and is not there any more."""
@@ -287,11 +284,8 @@ class Journal:
 
     def commit(self) -> None:
         """Let what was noted survive; OutputError if it cannot be written."""
-        try:
-            self._base.execute("COMMIT")
-            self._base.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
-            raise OutputError(f"{printable(self._path)} cannot be written: {error}.") from error
+        self._all("COMMIT")
+        self._all("BEGIN IMMEDIATE")
 
     def close(self) -> None:
         """Commit and close."""
@@ -314,8 +308,15 @@ class Journal:
         self._all("INSERT OR REPLACE INTO about VALUES (?, ?)", name, value)
 
     def _one(self, statement: str, *values: Any) -> tuple[Any, ...] | None:
-        found: tuple[Any, ...] | None = self._base.execute(statement, values).fetchone()
-        return found
+        return next(self._rows(statement, *values), None)
+
+    def _rows(self, statement: str, *values: Any) -> Generator[tuple[Any, ...], None, None]:
+        """Yield rows as they are asked for; OutputError if they cannot be read."""
+        try:
+            with closing(self._base.execute(statement, values)) as rows:
+                yield from rows
+        except sqlite3.Error as error:
+            raise OutputError(f"{printable(self._path)} cannot be read: {error}.") from error
 
     def _all(self, statement: str, *values: Any) -> None:
         try:

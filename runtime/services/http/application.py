@@ -171,8 +171,8 @@ _STATUS: dict[type[Exception], int] = {
 def _answering(status: int) -> Callable[[Request, Any], Awaitable[JSONResponse]]:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         detail = printable(str(error)) or "it needs more memory than there is"
-        # A file that the machine does not give is not what is wrong with the request.
-        short = status == _STATUS[InputError] and machine_fault(error)
+        # A file that the machine does not give is no fault of the request, nor of the server.
+        short = status in (_STATUS[InputError], _STATUS[RecallSegError]) and machine_fault(error)
         return JSONResponse({"detail": detail}, 503 if short else status)
 
     return answer

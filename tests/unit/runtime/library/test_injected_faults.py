@@ -7,7 +7,7 @@ import fcntl
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from recallseg.engines.errors import (
     LibraryLockedError,
     LibraryWriteError,
 )
+from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.library import Library
 from recallseg.runtime.library import index as index_module
 from recallseg.runtime.library import retrieval as retrieval_module
@@ -225,3 +226,58 @@ def test_files_that_nothing_names_are_found(library: Library) -> None:
     reopen(library).close()
     assert not any(path.exists() for path in left)
     assert Library.open(library.path).verify().ok
+
+
+@contextmanager
+def not_read(path: Path) -> Iterator[None]:
+    """Let every read of a file that this process has open fail, as those of a bad disk do."""
+    with path.open("ab") as writing:
+        kept = {}
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                number = int(name)
+                if number != writing.fileno() and os.path.samestat(os.fstat(number), path.stat()):
+                    kept[number] = os.dup(number)
+                    os.dup2(writing.fileno(), number)
+        assert kept
+        try:
+            yield
+        finally:
+            for number, former in kept.items():
+                os.dup2(former, number)
+                os.close(former)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda library: library.recall(embedding(0), ["nucleus"], 1),
+        lambda library: next(iter(library)),
+        lambda library: library.heads.kept(1),
+        lambda library: library.calibrations,
+        lambda library: library.verify(),
+    ],
+    ids=["recall", "list", "kept logits", "calibrations", "verify"],
+)
+def test_a_catalog_that_the_disk_does_not_give_is_not_damaged(
+    library: Library, ask: Callable[[Library], object]
+) -> None:
+    add(library, 0)
+    library.close()
+    with Library.open(library.path, encoder=HashEncoder()) as found:
+        ask(found)
+        with not_read(library.path / "library.sqlite"), pytest.raises(LibraryError) as told:
+            ask(found)
+        assert type(told.value) is LibraryError
+        assert "library.sqlite cannot be read: disk I/O error. The disk does" in str(told.value)
+        assert machine_fault(told.value) == errno.EIO
+        ask(found)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT])
+def test_an_image_that_the_disk_does_not_give_is_not_damaged(library: Library, code: int) -> None:
+    key = add(library, 0)
+    with failing("open", 2, code), pytest.raises(LibraryError, match=os.strerror(code)) as told:
+        library.source(key)  # its folder is the first
+    assert isinstance(told.value, LibraryCorruptError) is (code == errno.ENOENT)
+    assert machine_fault(told.value) == (0 if code == errno.ENOENT else code)

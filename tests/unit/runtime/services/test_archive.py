@@ -29,7 +29,7 @@ from support.pictures import disc
 from support.records import check_record
 
 from recallseg import Bundle, Library
-from recallseg.engines.errors import InputError
+from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.services import decoding
 from recallseg.runtime.services.archive import (
     Archived,
@@ -483,6 +483,21 @@ def test_a_journal_needs_no_memory_for_what_waits(tmp_path: Path) -> None:
         pytest.raises(sqlite3.OperationalError),
     ):
         other.execute("DELETE FROM inputs")
+    journal.close()
+
+
+def test_a_journal_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal._base.execute("DROP TABLE inputs")
+    journal._base.execute("DROP TABLE passed")
+    for read in (
+        lambda: journal.begin(()),
+        lambda: [*journal.outputs()],
+        lambda: [*journal.aside()],
+        lambda: [*journal.passed(refused=True)],
+    ):
+        with pytest.raises(OutputError, match="sqlite cannot be read: no such table"):
+            read()
     journal.close()
 
 

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Head", "Heads", "Units"]
 
-FORMAT_VERSION = 1
-READ = {"heads": (FORMAT_VERSION,), "kept_logits": (1, 2, KEPT_FORMAT)}
-"""Formats that are read, by table."""
+FORMAT_VERSION = 2
+READ = {"heads": (1, FORMAT_VERSION), "kept_logits": (1, 2, KEPT_FORMAT)}
+"""Formats that are read, by table. Heads of 1 know exemplars by their content, which changes with a
+structure's name; those of 2 by what the encoder made of them."""
 MOST_UNITS, MOST_FOLDS = 1024, 64
 _MEND = "Fit it anew with 'recallseg library fit', or segment without it (--no-refine)."
 
@@ -167,7 +168,7 @@ class Heads:
                 for name in head.structures
             ],
             "exemplars": [
-                [number, self._content(number), fold, head.groups[number]]
+                [number, self._made(number), fold, head.groups[number]]
                 for number, fold in head.fold_of.items()
             ],
             "grouping": head.grouping,
@@ -226,13 +227,16 @@ class Heads:
             exemplars = [
                 (
                     integer(number, "an exemplar of a head", 1),
-                    content,
+                    made,
                     integer(fold, "a fold of a head", 0, max(0, folds - 1)),
                     integer(group, "a group of a head", 0),
                 )
-                for number, content, fold, group in about["exemplars"]
+                for number, made, fold, group in about["exemplars"]
             ]
-            self._belong(exemplars)
+            if about["format_version"] == 1:
+                self._belong(exemplars, self._content)
+            elif now:  # after a rebuild all is made anew, and the head left out
+                self._belong(exemplars, self._made)
             if about["grouping"] not in ("groups", "exemplars", "blocks"):
                 raise ValueError(f"a grouping {about['grouping']!r}")
             return Head(
@@ -254,16 +258,29 @@ class Heads:
 
         return _parsed("head", parse)
 
-    def _belong(self, exemplars: list[tuple[int, str, int, int]]) -> None:
+    def _belong(
+        self, exemplars: list[tuple[int, str, int, int]], find: Callable[[int], str]
+    ) -> None:
         """Raise ValueError for a head of other exemplars; some may have been removed since."""
         here = 0
-        for number, content, _, _ in exemplars:
-            found = self._content(number)
-            here += found == content
-            if found not in ("", content):
+        for number, stated, _, _ in exemplars:
+            found = find(number)
+            here += found == stated
+            if found not in ("", stated):
                 raise ValueError("it was fitted on other exemplars: it is another library's")
         if not here:
             raise ValueError("none of the exemplars that it was fitted on is here")
+
+    def _made(self, number: int) -> str:
+        """Return a digest of an exemplar's embedding and memories; empty if there is none."""
+        rows = self._catalog.database.execute(
+            "SELECT e.digest, m.digest FROM encodings e LEFT JOIN memories m ON m.generation = "
+            "e.generation AND m.exemplar = e.exemplar WHERE e.generation = (SELECT generation FROM "
+            "state) AND e.exemplar = ? ORDER BY m.structure",
+            (number,),
+        )
+        parts = [part for row in rows for part in row if part is not None]
+        return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()[:32] if rows else ""
 
     def _content(self, number: int) -> str:
         rows = self._catalog.database.execute(

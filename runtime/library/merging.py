@@ -44,19 +44,23 @@ class MergeReport:
     equal : that it had, with equal content and tags.
     retired : that are retired there, and were passed over.
     encoded : those of ``added`` whose memories were made anew; of the others they were copied.
+    apart : those of ``added`` whose group is known by the other library's hash only. They are still
+        a group among themselves; but whether this library has others of it cannot be told.
     """
 
     added: tuple[str, ...]
     equal: tuple[str, ...]
     retired: tuple[str, ...]
     encoded: tuple[str, ...]
+    apart: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Other:
     """An exemplar of the other library, and whether its memories can be taken as they are.
 
-    ``tags`` are hashed with this library's secret, and ``identity`` is what both stand for.
+    ``tags`` and ``group`` are hashed with this library's secret, unless the latter is ``apart``;
+    ``identity`` is what they stand for.
     """
 
     number: int
@@ -65,6 +69,8 @@ class _Other:
     copied: bool
     tags: Mapping[str, str]
     identity: Identity
+    group: str | None
+    apart: bool
 
 
 def merge(store: Store, binding: Binding, other: Store, progress: Progress | None) -> MergeReport:
@@ -103,6 +109,7 @@ def merge(store: Store, binding: Binding, other: Store, progress: Progress | Non
         equal,
         retired,
         tuple(one.exemplar.key for one in new if not one.copied),
+        tuple(one.exemplar.key for one in new if one.apart),
     )
 
 
@@ -164,7 +171,8 @@ def _sort(
             copied = same_layout and (alike or not exemplar.has_source)
             if not exemplar.has_source and (store.settings.keep_sources or not copied):
                 without.append(key)
-            new.append(_Other(number, exemplar, origin, copied, tags, identity))
+            group, apart = _own_group(store, other, number, identity)
+            new.append(_Other(number, exemplar, origin, copied, tags, identity, group, apart))
     if differing:
         raise InputError(
             f"{len(differing)} exemplars of {other.path} have keys of other exemplars of "
@@ -205,6 +213,22 @@ def _own_tags(
     return store.identifiers.conceal({**exemplar.tags, **clear}, adding=True)
 
 
+def _own_group(
+    store: Store, other: Store, number: int, identity: Identity
+) -> tuple[str | None, bool]:
+    """Return a group hashed with this library's secret, or else as it is and that it is so.
+
+    One patient with two hashes would be two: who is left out with an exemplar is then half of them.
+    """
+    hashed = other.catalog.group(number)
+    if hashed is None or store.catalog.note(NOTE) == other.catalog.note(NOTE):
+        return hashed, False
+    told = identity.group if other.identifiers.own else ""
+    if not told or other.identifiers.keyed_hash("group", told) != hashed:
+        return hashed, True
+    return store.identifiers.keyed_hash("group", told, adding=True), False
+
+
 def _maker(store: Store, binding: Binding, other: Store, one: _Other) -> Make:
     exemplar, catalog = one.exemplar, other.catalog
 
@@ -241,7 +265,7 @@ def _maker(store: Store, binding: Binding, other: Store, one: _Other) -> Make:
             embedding=embedding,
             memories=memories,
             origin=origin,
-            group=catalog.group(one.number),
+            group=one.group,
         )
         return new, (image, masks)
 

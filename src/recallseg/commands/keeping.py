@@ -108,6 +108,11 @@ def merge(
     for keys, why in ((report.equal, "LIB has them"), (report.retired, "retired in OTHER")):
         if keys:
             note(f"passed over, {why}: {', '.join(keys)}")
+    if report.apart:
+        note(
+            f"of {len(report.apart)} the group (patient, series) is known by OTHER's hash only: if "
+            "LIB has others of it, they count as another"
+        )
 
 
 def backup(

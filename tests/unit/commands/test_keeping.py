@@ -78,6 +78,7 @@ def test_another_library(library: Path, tmp_path: Path) -> None:
         "equal": ["case 1", "case 2"],
         "retired": ["case 3"],
         "encoded": [],
+        "apart": [],
     }
     assert "there is no library" in call("merge", library, tmp_path / "no", status=1)
 

@@ -170,6 +170,47 @@ def test_a_head_of_another_library_is_refused(library: Library, tmp_path: Path) 
             _ = other.head
 
 
+def test_a_head_goes_with_its_structure_to_another_name(library: Library) -> None:
+    library.heads.store(head(library))
+    before = library.head
+    library.rename_structure("bar", "beam")
+    found = library.head
+    assert before is not None
+    assert found is not None
+    assert (found.structures, found.digest) == (("beam",), before.digest)
+    assert found.choices["beam"] == CHOICE
+    assert library.verify().ok
+    library.compact()
+    assert library.head is not None
+
+
+def test_a_head_of_other_masks_of_the_same_images_is_refused(
+    library: Library, tmp_path: Path
+) -> None:
+    library.heads.store(head(library))
+    with Library.create(tmp_path / "other", "demo") as other:
+        for i in range(4):
+            image, mask = picture(i)
+            other.add(image, {"bar": ~mask}, key=f"e{i}", group="x")
+        with sqlite3.connect(library.path / CATALOG) as source:
+            rows = source.execute("SELECT * FROM heads").fetchall()
+        source.close()
+        change(other, "INSERT INTO heads VALUES (?, ?, ?, ?)", *rows[0])
+        with pytest.raises(LibraryCorruptError, match="another library's"):
+            _ = other.head
+
+
+def test_a_head_of_the_former_format_is_read(library: Library) -> None:
+    library.heads.store(head(library))
+    about, data = library.heads._read("heads", 1) or ({}, b"")
+    exemplars = [[n, library.heads._content(n), *rest] for n, _, *rest in about["exemplars"]]
+    library.heads._write("heads", 1, {**about, "format_version": 1, "exemplars": exemplars}, data)
+    assert library.head is not None
+    library.heads._write("heads", 1, {**about, "format_version": 1}, data)
+    with pytest.raises(LibraryCorruptError, match="another library's"):
+        _ = library.head
+
+
 def test_a_head_of_structures_that_are_not_here_is_refused(library: Library) -> None:
     library.heads.store(head(library))
     about, data = library.heads._read("heads", 1) or ({}, b"")

@@ -259,3 +259,27 @@ def test_one_patient_of_two_libraries_stays_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'1' .* secret of that library \(PatientID\)"):
         three.merge(tmp_path / "copy")
     assert len(three) == 0
+
+
+def test_groups_of_two_libraries_stay_whole(tmp_path: Path) -> None:
+    """What is left out with an exemplar when a head is fitted or a library evaluated."""
+    one, two = create(tmp_path / "one"), create(tmp_path / "two")
+    for library, numbers in ((one, (1, 2)), (two, (3, 4, 5))):
+        for n in numbers:
+            image, mask = draw(n)
+            library.add(image, {"nucleus": mask}, key=str(n), group=f"patient {n % 2}")
+    two.backup(tmp_path / "copy")  # which has no table
+    report = one.merge(two)
+    assert report.apart == ()
+    assert one.grouped("patient 1") == {"1", "3", "5"}
+    assert one.grouped("patient 0") == {"2", "4"}
+    assert len(set(one.heads.groups().values())) == 2
+    assert one.whois("4").group == "patient 0"
+    three = create(tmp_path / "three")
+    three.add(draw(1)[0], {"nucleus": draw(1)[1]}, key="1", group="patient 1")
+    report = three.merge(tmp_path / "copy")
+    assert report.apart == ("3", "4", "5")  # and it is said
+    groups = three.heads.groups()
+    assert len(set(groups.values())) == 3
+    numbers = {key: three.number(key) for key in ("3", "4", "5")}
+    assert groups[numbers["3"]] == groups[numbers["5"]] != groups[numbers["4"]]

@@ -26,6 +26,8 @@ from recallseg.runtime.segmenting.result import Quality, Result, Score
 
 __all__ = ["CorrectedResults", "State", "corrections_of"]
 
+PROPOSED_BEFORE = "proposed before the library was changed, from which others were corrected"
+
 
 @dataclass(frozen=True, eq=False)
 class State:
@@ -76,12 +78,17 @@ class CorrectedResults:
     ) -> None:
         self._library, self._model, self._grid = library, model, grid
         self._proposal, self._acquisition = proposal, acquisition
+        self._latest = proposal
         self._intensity = library.intensity
         self._pixels = open_pixels()
 
+    def looked(self, result: Result) -> None:
+        """Note that what is corrected from now on goes by another look at the library."""
+        self._latest = result
+
     def make(self, states: Mapping[str, State]) -> Result:
         """Return what structures have come to, in the order of their label values."""
-        names, base = tuple(states), self._proposal
+        names, base, latest = tuple(states), self._proposal, self._latest
         masks, label_map = self._masks(tuple(states.values()))
         corrections = corrections_of(states)
         scores, recalled, available, earlier = (
@@ -98,6 +105,10 @@ class CorrectedResults:
                     1.0 if known is None else known.presence,
                     state.present,
                 )
+            if state.times and latest is not None and name in recalled and name in latest.recalled:
+                recalled[name] = latest.recalled[name]
+                available[name] = latest.available[name]
+                earlier[name] = latest.frame_memories[name]
             recalled.setdefault(name, ())
             available.setdefault(name, 0)
             earlier.setdefault(name, 0)
@@ -136,15 +147,12 @@ class CorrectedResults:
         size = self._grid.geometry.logit_size
         missing = np.full((size, size), np.nan, np.float32)
         logits = np.stack([missing if s.logits is None else s.logits for s in states])
-        masks, label_map = finish_masks(
-            logits, [s.present for s in states], self._grid.shape, self._pixels
-        )
-        for i, state in enumerate(states):
-            if state.drawn is not None:  # to the pixel, also where another was put before
-                masks[i] = state.drawn.copy()
-                label_map[(label_map == i + 1) & ~state.drawn] = 0
+        # What was drawn is put over the others, to the pixel: its logits are coarser.
+        shown = [state.present and state.drawn is None for state in states]
+        masks, label_map = finish_masks(logits, shown, self._grid.shape, self._pixels)
         for i, state in enumerate(states):
             if state.drawn is not None:
+                masks[i] = state.drawn.copy()
                 label_map[state.drawn] = i + 1
         return masks, label_map
 
@@ -153,14 +161,25 @@ class CorrectedResults:
         if base is None:
             return Quality("uncalibrated", FrozenMap(), FrozenMap(), "")
         reasons = {n: why for n, why in base.quality.reasons.items() if n not in done}
+        if done and self._changed:
+            for name in base.labels.keys() - set(done):
+                reasons[name] = (*reasons.get(name, ()), PROPOSED_BEFORE)
         whole = all(name in base.quality.calibrated for name in base.labels)
         flag = "suspect" if reasons else "ok" if whole else "uncalibrated"
         return replace(base.quality, flag=flag, reasons=FrozenMap(reasons))
 
+    @property
+    def _changed(self) -> bool:
+        """Whether corrections go by another state of the library than the proposal."""
+        base, latest = self._proposal, self._latest
+        if base is None or latest is None:
+            return False
+        return latest.provenance.library_digest != base.provenance.library_digest
+
     def _provenance(self, names: tuple[str, ...], corrected: bool) -> Provenance:
         graphs = self._model.graph_digests("correct") if corrected else {}
-        if self._proposal is not None:
-            made = self._proposal.provenance
+        if self._proposal is not None and self._latest is not None:
+            made = (self._latest if corrected else self._proposal).provenance
             return replace(made, structures=names, graphs={**made.graphs, **graphs})
         model, library = self._model, self._library
         precision = find_precision(model.precision)

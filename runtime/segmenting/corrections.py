@@ -65,7 +65,9 @@ class Corrections:
     numbers. Each costs one call of the mask decoder at most. What a person says to be inside is
     taken to be there, whatever the object score. May be used by several threads, and beside others
     on the same model; if so many images are kept there that this one was dropped, it is encoded
-    anew.
+    anew. If the library was changed before that, what is corrected from then on is recalled from it
+    as it is now, which the result's provenance names; of structures that are still as they were
+    proposed the quality says so.
 
     Parameters
     ----------
@@ -109,7 +111,7 @@ class Corrections:
         self._intensity = library.intensity
         self._history: list[tuple[str, State | None]] = []
         with self._model.turns:
-            self.proposal = self._look()
+            self.proposal, self._proposed_logits = self._look()
             self._grid = Grid(self._view.shape, self._model.bundle.geometry)
             self._states = self._proposed()
             self._results = CorrectedResults(
@@ -216,6 +218,7 @@ class Corrections:
         logits = logits_of(drawn, self._grid.geometry.logit_size)
         there = bool(drawn.any())
         with self._model.turns:
+            self._check_room(name)
             times = self._states.get(name, State()).times + 1
             score = SURE if there else ABSENT_SCORE
             return self._set(name, State((), logits, 1.0, score, there, drawn.copy(), times))
@@ -316,10 +319,16 @@ class Corrections:
 
     # How
 
-    def _look(self) -> Result | None:
-        """Put the image on the model and keep it there, with what is recalled for it."""
+    def _look(self) -> tuple[Result | None, NDArray[np.float32]]:
+        """Put the image on the model and keep it there, with what is recalled for it.
+
+        Returns
+        -------
+        result : what is proposed now; None without a segmenter.
+        logits : of its structures, nx(S/4)x(S/4).
+        """
         keeper = Keeper()
-        result = None
+        result, logits = None, np.empty(0, np.float32)
         if self._segmenter is not None:
             result = self._segmenter._question.ask(
                 self._image,
@@ -328,17 +337,15 @@ class Corrections:
                 acquisition=self._acquisition,
                 keeper=keeper,
             )
+            logits = keeper.logits
         else:
             view = self._model.look(self._image, self._intensity)
             keeper.begin(view, 0)
         self._view, self._kept = keeper.view, keeper.kept
         self._conditioned = keeper.conditioned
-        if result is not None:
-            self._proposed_logits = keeper.logits
-            self._room = len(result.masks)
-        else:
-            self._room = 0
-        return result
+        self._labels = {} if result is None else dict(result.labels)
+        self._room = len(self._labels)
+        return result, logits
 
     def bring_back(self) -> View:
         """Return a view of the image, encoded anew if it was dropped meanwhile."""
@@ -347,7 +354,9 @@ class Corrections:
         try:
             self._view = self._model.put(self._kept)
         except StaleViewError:
-            self._look()
+            result, _ = self._look()
+            if result is not None:
+                self._results.looked(result)
         return self._view
 
     def _proposed(self) -> dict[str, State]:
@@ -387,8 +396,7 @@ class Corrections:
     ) -> Result:
         begin = perf_counter()
         with self._model.turns:
-            if name not in self._states and len(self._states) >= MOST_STRUCTURES:
-                raise InputError(f"there are {MOST_STRUCTURES} structures already.")
+            self._check_room(name)
             view = self.bring_back()
             made = view.correct(self._kept, self._position(name), self._grid.prompts(points, prior))
             before, logits = self._states.get(name, State()), made.logits
@@ -408,10 +416,18 @@ class Corrections:
             self._result = replace(self.result, timings=FrozenMap(timings))
             return self._result
 
+    def _check_room(self, name: str) -> None:
+        """Raise InputError if a label map has no value left for a structure."""
+        if name not in self._states and len(self._states) >= MOST_STRUCTURES:
+            raise InputError(
+                f"there are {MOST_STRUCTURES} structures already, as many as a label map holds: "
+                f"'{name}' is one too many."
+            )
+
     def _position(self, name: str) -> int:
         """Return where a structure's conditioned features are kept."""
         if self.proposal is not None and name in self.proposal.labels:
-            position = self.proposal.labels[name] - 1
+            position = self._labels.get(name, 0) - 1
             if position in self._conditioned:
                 return position
         return self._room  # those of one of which nothing is recalled

@@ -216,6 +216,34 @@ def test_an_image_that_was_dropped_is_encoded_anew_and_gives_the_same(
         del others
 
 
+def test_a_library_that_changed_before_an_image_is_encoded_anew_is_told(
+    tmp_path: Path, bundle: Bundle
+) -> None:
+    """A click goes by the library as it is then, and what was proposed stays what it was."""
+    with (
+        Model.open(bundle, engine="fake", keep_bytes=20_000) as model,
+        Library.create(tmp_path / "one", bundle, model=model) as library,
+    ):
+        image, mask = picture(40)
+        library.add(image, {"bar": mask, "edge": ~mask}, key="first")
+        segmenter = Segmenter(library, k=1, model=model)
+        session = segmenter.correct(image)
+        proposal = session.proposal
+        assert proposal is not None
+        library.add(image, {"bar": ~mask, "edge": mask, "a third": mask}, key="second")
+        library.retire(["first"])
+        [segmenter.correct(picture(0)[0]) for _ in range(4)]
+        result = session.click("bar", 3, 3)
+        assert result.provenance.library_digest == library.digest
+        assert result.recalled["bar"][0].key == "second"
+        assert result.recalled["edge"] == proposal.recalled["edge"]
+        assert result.quality.flag == "suspect"
+        assert "before the library was changed" in result.quality.reasons["edge"][0]
+        assert np.array_equal(result.masks["edge"], proposal.masks["edge"])
+        assert session.click("a third", 3, 3).recalled["a third"] == ()
+        assert session.reset() == proposal
+
+
 def test_undo_goes_back_one_by_one_and_reset_to_the_proposal(segmenter: Segmenter) -> None:
     session = segmenter.correct(picture(40)[0])
     seen = [session.result]
@@ -257,6 +285,30 @@ def test_what_is_drawn_is_kept_to_the_pixel_and_wins(segmenter: Segmenter) -> No
     empty = session.draw("thread", np.zeros((HEIGHT, WIDTH), np.uint8))
     assert not empty.masks["thread"].any()
     assert not empty.scores["thread"].present
+
+
+def test_what_is_drawn_leaves_no_hole_among_the_others(segmenter: Segmenter) -> None:
+    """A pixel that some mask covers has a label, also round what was drawn."""
+    session = segmenter.correct(picture(40)[0])
+    session.box("other", 0, 0, WIDTH - 1, HEIGHT - 1)
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    result = session.draw("disc", np.hypot(rows - 40, columns - 75) < 18.5)
+    covered = np.logical_or.reduce(list(result.masks.values()))
+    assert np.array_equal(result.label_map > 0, covered)
+
+
+def test_one_structure_too_many_is_told_and_changes_nothing(segmenter: Segmenter) -> None:
+    session = segmenter.correct(picture(40)[0])
+    nothing = np.zeros((HEIGHT, WIDTH), bool)
+    for index in range(254):
+        session._states[f"s{index}"] = session._states["bar"]
+    before = session.result
+    with pytest.raises(InputError, match="255 structures already"):
+        session.draw("one more", nothing)
+    assert session.result is before
+    with pytest.raises(InputError, match="no correction"):
+        session.undo()
+    session.draw("bar", nothing)
 
 
 def test_a_scribble_stands_for_a_few_points_along_it(segmenter: Segmenter) -> None:

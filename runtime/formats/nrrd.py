@@ -56,6 +56,17 @@ _TYPES = {
     "uint32": "u4", "unsigned int": "u4", "uint": "u4", "uint32_t": "u4",
     "float": "f4", "double": "f8",
 }  # fmt: skip
+_MILLIMETRES = {
+    "": 1.0,
+    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
+    **dict.fromkeys(("meter", "meters", "metre", "metres"), 1000.0),
+    **dict.fromkeys(("um", "micron", "microns"), 1e-3),
+    **dict.fromkeys(("micrometer", "micrometers", "micrometre", "micrometres"), 1e-3),
+    **dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 1e-6),
+}
+"""Of units of length, which are free text; none is millimetres, as every reader takes it. No "m":
+pynrrd leaves it of "µm"."""
 
 
 def read_nrrd(path: Path, *, time: int | None = None) -> Volume:
@@ -262,9 +273,11 @@ def _read(path: Path) -> tuple[NDArray[Any], dict[str, Any], int | None]:
                 )
             kind = _TYPES.get(str(header.get("type")))
             if kind is None:
-                raise InputError(f"{path} has voxels of type {header.get('type')}.")
-            order = ">" if str(header.get("endian", "little")).lower() == "big" else "<"
-            dtype = np.dtype(order + kind)
+                raise InputError(
+                    f"{path} has voxels of type {header.get('type')}; expected whole numbers of up "
+                    "to 32 bits, float or double. Save it as one of them."
+                )
+            dtype = np.dtype(_order(path, header, kind) + kind)
             sizes = [int(size) for size in header["sizes"]]
             if len(sizes) not in (3, 4) or int(header["dimension"]) != len(sizes):
                 raise InputError(f"{path} has {len(sizes)} axes; expected a volume of three.")
@@ -304,6 +317,19 @@ def _read(path: Path) -> tuple[NDArray[Any], dict[str, Any], int | None]:
     return array.astype(dtype.newbyteorder("=")), dict(header), _extra_axis(path, header, sizes)
 
 
+def _order(path: Path, header: Mapping[str, Any], kind: str) -> str:
+    """Return the order of the bytes of a number, which a header must state."""
+    endian = str(header.get("endian", "missing")).lower()
+    if kind.endswith("1"):
+        return "|"
+    if endian not in ("little", "big"):
+        raise InputError(
+            f"{path} does not say in which order the bytes of its numbers are (its endian is "
+            f"'{endian}', expected little or big). Save it anew."
+        )
+    return "<" if endian == "little" else ">"
+
+
 def _extra_axis(path: Path, header: Mapping[str, Any], sizes: list[int]) -> int | None:
     """Return which of four axes has no direction in space: colours, or layers of segments."""
     if len(sizes) == 3:
@@ -336,5 +362,20 @@ def _geometry(path: Path, header: Mapping[str, Any]) -> tuple[Frame, NDArray[np.
     affine = np.eye(4)
     affine[:3, :3] = directions.T
     affine[:3, 3] = origin
-    affine[:3] *= np.array(signs)[:, None]
+    affine[:3] *= (np.array(signs) * _millimetres(path, header))[:, None]
     return frame, affine
+
+
+def _millimetres(path: Path, header: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Return the millimetres of the unit of x, y and z."""
+    units = [str(unit).strip().lower() for unit in header.get("space units", [""] * 3)]
+    # An axis with a direction has the units of space and none of its own; some writers repeat them.
+    own = {str(unit).strip().lower() for unit in header.get("units", ())}
+    known = all(unit in _MILLIMETRES for unit in units)
+    lengths = {_MILLIMETRES[unit] for unit in own if unit and unit in _MILLIMETRES}
+    if not known or len(units) != 3 or not lengths <= {_MILLIMETRES[unit] for unit in units}:
+        raise InputError(
+            f"{path} states lengths in units that are not understood (space units {units}, units "
+            f"of axes {sorted(own)}). Save it in mm."
+        )
+    return np.array([_MILLIMETRES[unit] for unit in units])

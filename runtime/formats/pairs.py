@@ -6,6 +6,7 @@ pair at a time for import and evaluation.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -132,7 +133,7 @@ def parse_legend(text: str) -> dict[tuple[int, int, int], str]:
         On other syntax, or a colour given twice.
     """
     parts = text.split(",")
-    if "=" not in text or Path(text).is_file():
+    if "=" not in text or os.path.isfile(text):  # pathlib would raise: too long a name
         try:
             lines = read_text(Path(text)).splitlines()
         except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -104,9 +105,9 @@ def list_sources(inputs: Sequence[str | Path]) -> Iterator[Source]:
         text = str(each)
         if is_url(text):
             yield from _in_store(text) if _MAGIC & {*text} else [Source(text, (text,))]
-        elif Path(text).suffix.lower() in TABLES and Path(text).is_file():
+        elif Path(text).suffix.lower() in TABLES and os.path.isfile(text):
             yield from _in_table(Path(text).absolute())
-        elif Path(text).exists():
+        elif os.path.exists(text):  # pathlib would raise where it is too long a name
             yield Source(text, (str(Path(text).absolute()),))
         elif _MAGIC & {*text}:
             yield from _by_pattern(text)

@@ -115,6 +115,14 @@ def test_a_legend_in_a_file(tmp_path: Path) -> None:
             parse_legend(text)
 
 
+def test_a_legend_may_be_longer_than_a_files_name() -> None:
+    names = [f"structure number {number}" for number in range(40)]
+    text = ",".join(f"#{number:06x}={name}" for number, name in enumerate(names))
+    assert [*parse_legend(text).values()] == names
+    with pytest.raises(InputError, match="a legend must read like"):
+        parse_legend("x" * 500)
+
+
 def test_lossy_masks_are_refused_with_the_reason(tmp_path: Path) -> None:
     image(tmp_path / "a.png")
     noisy = np.where(LIVER, 1, 0).astype(np.uint8) * 7

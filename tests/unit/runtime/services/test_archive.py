@@ -316,6 +316,8 @@ def test_patterns_and_tables_name_their_outputs(library: Path, tmp_path: Path) -
 
 def test_slices_that_a_pattern_names_one_by_one_are_one_series(tmp_path: Path) -> None:
     write_archive(tmp_path / "in")
+    (nowhere,) = list_sources(["x" * 300])  # longer than a file's name may be
+    assert nowhere.trouble == f"there is no file or folder {'x' * 300}."
     (source,) = list_sources([tmp_path / "in" / "ser*" / "*.dcm"])
     assert len(source.paths) == 3
     assert source.place == "series"

@@ -230,6 +230,15 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
         (("type: uint8", "type: block"), "type block"),
         (("(0,1,0)", "(1,0,0)"), "do not span space"),
         (("NRRD0004", "NARD0004"), "no NRRD"),
+        (("type: uint8", "type: int16"), "its endian is 'missing', expected little or big"),
+        (("type: uint8", "type: int16\nendian: middle"), "its endian is 'middle'"),
+        (("encoding", 'space units: "inch" "mm" "mm"\nencoding'), "units that are not understood"),
+        (("encoding", 'space units: "µm" "µm" "µm"\nencoding'), "units that are not understood"),
+        (("encoding", 'space units: "mm" "mm"\nencoding'), "units that are not understood"),
+        (("encoding", 'units: "cm" "cm" "cm"\nencoding'), "units that are not understood"),
+        (("encoding", "line skip: 3\nencoding"), "skips lines or bytes"),
+        (("dimension: 3", "dimension: 2"), "3 axes; expected a volume of three"),
+        (("(1,0,0) (0,1,0)", "(1,0,0) none"), "directions or origin are damaged"),
     ],
 )
 def test_nrrd_that_cannot_be_used_is_refused(
@@ -245,6 +254,30 @@ def test_nrrd_that_cannot_be_used_is_refused(
     (tmp_path / "a.nrrd").write_bytes(text.replace(*change).encode() + bytes(8))
     with pytest.raises(InputError, match=message):
         read_nrrd(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize(
+    ("units", "millimetres"),
+    [
+        ('"mm" "mm" "mm"', (1, 1, 1)),
+        ('"cm" "cm" "cm"', (10, 10, 10)),
+        ('"micron" "Micrometers" "um"', (1e-3, 1e-3, 1e-3)),
+        ('"mm" "Meters" ""', (1, 1000, 1)),
+    ],
+)
+def test_nrrd_states_lengths_in_units(
+    tmp_path: Path, units: str, millimetres: tuple[float, ...]
+) -> None:
+    """Of space: x, y and z, wherever the axes of the voxels go."""
+    text = (
+        "NRRD0004\ntype: uint8\ndimension: 3\nspace: LAS\nsizes: 2 2 2\n"
+        "space directions: (0,2,0) (3,0,0) (0,0,4)\nspace origin: (5,6,7)\nencoding: raw\n"
+        f'space units: {units}\nunits: "" "" ""\n\n'
+    )
+    (tmp_path / "a.nrrd").write_bytes(text.encode() + bytes(8))
+    x, y, z = millimetres
+    expected = [[0, -3 * x, 0, -5 * x], [2 * y, 0, 0, 6 * y], [0, 0, 4 * z, 7 * z]]
+    np.testing.assert_allclose(read_nrrd(tmp_path / "a.nrrd").affine_in("RAS")[:3], expected)
 
 
 def test_which_reader_a_name_gets(tmp_path: Path) -> None:

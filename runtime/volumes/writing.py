@@ -18,7 +18,7 @@ from recallseg.runtime.formats.kinds import kind_by_name, suffixes
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.reading import open_volume
-from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.volumes.slices import VolumeResult
 
 __all__ = ["write_segmentation"]
@@ -38,8 +38,8 @@ def write_segmentation(
 
     The name says how: ``.dcm`` as a BINARY SEG, of volumes that were read from DICOM;
     ``.seg.nrrd`` as segments, each whole where they overlap; ``.nii`` and ``.nii.gz`` as a label
-    map, and ``.png``, of a volume of one slice. Label values are a result's own, and else count
-    from 1 in the order of the masks.
+    map, and ``.png``, of a volume of one slice, upright where that is not along its first axis.
+    Label values are a result's own, and else count from 1 in the order of the masks.
 
     Parameters
     ----------
@@ -91,10 +91,14 @@ def write_segmentation(
         labels = masks.label_map if isinstance(masks, VolumeResult) else _label_map(masks, volume)
         if kind == "nifti":
             write_nifti(path, labels, volume)
-        elif len(labels) == 1:
+        elif len(labels) == 1:  # as the file has it
             write_label_map(path, labels[0])
         else:
-            raise InputError(f"{path} can hold one slice, and the volume has {len(labels)}.")
+            cut = Slicing.of(volume)
+            if cut.count(volume) != 1:
+                count = cut.count(volume)
+                raise InputError(f"{path} can hold one slice, and the volume has {count}.")
+            write_label_map(path, np.ascontiguousarray(cut.view(labels, 0)))
 
 
 def _check_shape(what: str, array: NDArray[Any], volume: Volume) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -255,11 +256,20 @@ class Draft(Sheet):
             while len(self._sessions) >= MOST_SLICES:
                 self._drop(next(iter(self._sessions)))
             session = self._sessions[place] = self._proposer.correct(self.picture(place))
+            self._see(place, structure, session)
         self._sessions.move_to_end(place)
         if (structure, place) in self._drawn:
             self._drawn.discard((structure, place))
             session.draw(structure, np.ascontiguousarray(self.mask(structure, place)))
         return session
+
+    def _see(self, place: Place, structure: str, session: Correcting) -> None:
+        """Note if what was proposed before is shown, and a new session would propose another."""
+        seen, made = self.mask(structure, place), session.result.masks.get(structure)
+        if place.axis != self.axis or place.index not in self.proposals or not seen.any():
+            return
+        if made is None or not np.array_equal(made, seen):
+            self._drawn.add((structure, place))
 
     def _drop(self, place: Place) -> None:
         """Let go of a slice that was kept ready; the next prompt begins from its masks."""
@@ -267,6 +277,10 @@ class Draft(Sheet):
         if session is not None:
             session.close()
             self._drawn |= {(name, place) for name in self.masks}
+            self._steps = [  # another session does not know what this one could take back
+                replace(step, prompted=False) if step.place == place else step
+                for step in self._steps
+            ]
 
     def _go_back(self, step: Step) -> None:
         at = (step.structure, step.place)

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import recallseg
 from recallseg import Bundle, Library, Segmenter, cli
 from recallseg.errors import InputError
+from recallseg.runtime.formats.volume import Slicing
 
 NAMES = {1: "disc", 2: "core"}
 AFFINE = np.array([[-0.9, 0, 0, 40], [0, -0.8, 0, 50], [0, 0, 3.0, -20], [0, 0, 0, 1]])
@@ -198,6 +199,20 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path, name: str, message: 
     with pytest.raises(InputError, match="one slice, and the volume has 3"):
         recallseg.write_segmentation(tmp_path / "x.png", {"a": one}, volume)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_volume_of_one_slice_is_a_picture_along_whichever_axis(tmp_path: Path, axis: int) -> None:
+    mask = np.zeros((30, 20), bool)
+    mask[3:9, 5:18] = True
+    volume = recallseg.Volume(
+        np.expand_dims(np.zeros(mask.shape, np.int16), axis), np.eye(4), "LPS"
+    )
+    given = np.expand_dims(mask, axis)
+    recallseg.write_segmentation(tmp_path / "x.png", {"a": given}, volume)
+    found = cv2.imread(str(tmp_path / "x.png"), -1) > 0
+    upright = Slicing.of(volume).view(given, 0)
+    assert np.array_equal(found, mask if axis == 0 else upright)
 
 
 @pytest.mark.parametrize(

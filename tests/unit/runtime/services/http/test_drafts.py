@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from support.fake_bundle import make_fake_bundle
@@ -19,7 +20,8 @@ from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.http.cuts import outline_of, scribble_points, stack
 from recallseg.runtime.services.http.desk import Desk
-from recallseg.runtime.services.http.drafts import Draft
+from recallseg.runtime.services.http.drafts import MOST_SLICES, Draft
+from recallseg.runtime.services.http.export import export
 from recallseg.runtime.services.http.limits import Budget, RefusedError
 from recallseg.runtime.services.http.prompts import CancelledError, Place, Prompt
 from recallseg.runtime.volumes.corrections import VolumeCorrections
@@ -89,6 +91,54 @@ def test_a_click_goes_on_from_what_was_painted(draft: Draft, desk: Desk) -> None
     alone = desk.correct(draft.picture(Place(0, 2)))
     alone.draw("bar", painted)
     assert (draft.mask("bar", Place(0, 2)) == alone.click("bar", 5, 5).masks["bar"]).all()
+
+
+def test_steps_of_a_slice_that_is_not_kept_ready_any_more_are_taken_back(
+    desk: Desk, budget: Budget
+) -> None:
+    array = np.stack([picture(20 + index)[0] for index in range(MOST_SLICES + 4)])
+    draft = Draft(stack(array), desk, budget)
+    states = []
+    for x, index in [(130, 2), (10, 2), *((130, i) for i in range(3, len(array))), (150, 2)]:
+        states.append(draft.masks["bar"].copy() if draft.masks else np.zeros(array.shape, bool))
+        click(draft, x, 50, index)
+    for state in reversed(states):
+        draft.undo()
+        assert (draft.masks["bar"] == state).all()
+    draft.close()
+
+
+def test_a_click_corrects_the_proposal_that_is_seen(draft: Draft, desk: Desk) -> None:
+    """Also if the library has changed since, and would propose another mask."""
+    assert draft.propose()
+    seen = draft.mask("bar", Place(0, 2)).copy()
+    library = desk.library
+    for key in [one.key for one in library]:
+        image, masks = library.source(key)
+        library.add(image, {"bar": ~masks["bar"]}, key=f"other {key}")
+        library.retire([key])
+    alone = desk.correct(draft.picture(Place(0, 2)))
+    assert not (alone.result.masks["bar"] == seen).all()
+    alone.draw("bar", seen)
+    click(draft, 5, 5)
+    assert (draft.mask("bar", Place(0, 2)) == alone.click("bar", 5, 5).masks["bar"]).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_picture_is_exported_with_its_rows_and_columns(
+    desk: Desk, budget: Budget, axis: int, patient: bool
+) -> None:
+    array = np.expand_dims(picture(20)[0], axis)
+    volume = Volume(array, np.diag([-1.0, -1, 1, 1]), "RAS") if patient else stack(array)
+    draft = Draft(volume, desk, budget)
+    seen = draft.picture(Place(axis, 0))
+    draft.paint("bar", Place(axis, 0), seen > 100, 0, 0, True)
+    name, data = export(draft)
+    assert name == "mask.png"
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(found > 0, (array[0] if axis == 0 else seen) > 100)
+    draft.close()
 
 
 def test_prompts_that_wait_are_run_together_or_taken_back(draft: Draft) -> None:

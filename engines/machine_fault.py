@@ -16,6 +16,7 @@ __all__ = [
     "SHORT_OF_MEMORY_ERRORS",
     "SQLITE_BUSY",
     "SQLITE_CANNOT_OPEN",
+    "SQLITE_CORRUPT",
     "SQLITE_FULL",
     "SQLITE_INTERRUPT",
     "SQLITE_IO",
@@ -36,12 +37,13 @@ _NUMBERS = {
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
 }
 SQLITE_BUSY, SQLITE_READ_ONLY, SQLITE_INTERRUPT, SQLITE_IO = 5, 8, 9, 10
-SQLITE_FULL, SQLITE_CANNOT_OPEN = 13, 14
+SQLITE_CORRUPT, SQLITE_FULL, SQLITE_CANNOT_OPEN = 11, 13, 14
 _SQLITE_SAYS = {
     "locked": SQLITE_BUSY,
     "attempt to write a readonly database": SQLITE_READ_ONLY,
     "interrupted": SQLITE_INTERRUPT,
     "disk I/O error": SQLITE_IO,
+    "malformed": SQLITE_CORRUPT,
     "database or disk is full": SQLITE_FULL,
     "unable to open database": SQLITE_CANNOT_OPEN,
 }

@@ -126,12 +126,10 @@ def find_annotations(path: str | Path, mask: str | Path | None = None) -> Annota
                 f"there is no segmentation beside {printable(path)}. Name it with --mask: a DICOM "
                 "SEG, a NIfTI label map or a .seg.nrrd."
             )
-        reasons = "".join(f"\n  {each.path}: {each.reason}" for each in passed[:20])
+        reasons = "".join(f"\n  {each}" for each in passed[:20])
         raise InputError(
-            printable(
-                f"there are no pairs in {path}, and no volume with a segmentation: found 0 images "
-                f"and 0 label maps.{reasons}"
-            )
+            f"there are no pairs in {printable(path)}, and no volume with a segmentation: found 0 "
+            f"images and 0 label maps.{reasons}"
         )
     return Annotations(pairs, tuple(with_masks), unclear, tuple(unlabelled), passed)
 

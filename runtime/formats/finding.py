@@ -22,6 +22,7 @@ from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.formats.dicom_files import RT_STRUCTURE_SET, SEGMENTATIONS
 from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, NotGiven, read_header
 from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name
+from recallseg.runtime.formats.packed import packing_by_name
 from recallseg.runtime.formats.reading import volume_stem
 from recallseg.runtime.json_text import printable
 
@@ -89,6 +90,9 @@ class PassedOver:
 
     path: Path
     reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {self.reason}"
 
 
 Headers = MutableMapping[Path, tuple[Signature, Header]]
@@ -271,6 +275,8 @@ class _Sorted:
             self._items.append(
                 file_item(path, self._folder, "image", signature)
             )  # its reader says why
+        elif packed := packing_by_name(path):
+            self._pass(path, packed.told)
         else:
             self._pass(path, "of no format that is read" if signature[1] else "an empty file")
 

@@ -8,9 +8,9 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
+from recallseg.runtime.formats.packed import HEAD_BYTES, packing
 
 __all__ = ["BoundedReader", "check_finite", "check_given", "check_length", "check_size", "expand"]
 
 _STEP = 2**20
+_MOST_PACKED = 2**22  # bytes of a gzip file beside twice what they unpack to
 
 
 def check_given(path: Path, error: BaseException) -> None:
@@ -96,6 +98,11 @@ def expand(data: bytes, encoding: str, wanted: int, path: Path) -> bytes:
     except (zlib.error, OSError, EOFError) as error:
         raise InputError(f"{path} cannot be decompressed: {error}. Export it again.") from error
     if have != wanted:
+        if inner := packing(b"".join(parts)[:HEAD_BYTES]):
+            raise InputError(
+                f"{path} holds pixels that are packed twice, inside with {inner.name}. Export it "
+                "again."
+            )
         relation = "more" if have > wanted else "less"
         raise InputError(
             f"{path} holds {relation} pixels than the {wanted} bytes that its header states: it is "
@@ -110,12 +117,14 @@ class BoundedReader(io.RawIOBase):
     Raises
     ------
     InputError
-        When more is read or skipped.
+        When more is read or skipped, or where it goes on and on and unpacks to little.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = gzip.GzipFile(path)
+        self._packed = path.open("rb")
+        self._taken = self._position = 0
+        self._file = gzip.GzipFile(fileobj=cast(Any, _Source(self._take, self._rewind)))
         self._most = max_bytes()
 
     def readable(self) -> bool:
@@ -126,31 +135,62 @@ class BoundedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        data = self._file.read(min(len(view), _STEP))
+        data = self._next(len(view))
         view[: len(data)] = data
-        self._check(self._file.tell())
+        self._check(self._position)
         return len(data)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_CUR:
-            offset += self._file.tell()
+            offset += self._position
         elif whence != io.SEEK_SET:
             raise io.UnsupportedOperation("a compressed file has no known end")
         self._check(offset)
-        return self._file.seek(offset)
+        if offset < self._position:
+            self._position = self._file.seek(0)
+        while self._position < offset and self._next(offset - self._position):
+            pass
+        return self._position
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._position
 
     def close(self) -> None:
         self._file.close()
+        self._packed.close()
         super().close()
+
+    def _next(self, size: int) -> bytes:
+        data = self._file.read(min(size, _STEP))
+        self._position += len(data)
+        return data
+
+    def _take(self, size: int) -> bytes:
+        data = self._packed.read(size)
+        self._taken += len(data)
+        if self._taken > 2 * self._position + _MOST_PACKED:
+            raise InputError(
+                f"{self._path} has {self._taken} packed bytes that unpack to next to nothing: it "
+                "is made to take long."
+            )
+        return data
+
+    def _rewind(self, offset: int) -> int:
+        self._taken = 0
+        return self._packed.seek(offset)
 
     def _check(self, position: int) -> None:
         if position > self._most:
             raise InputError(
                 f"{self._path} expands to more than {describe_bytes(self._most)}. Crop or split it."
             )
+
+
+class _Source(NamedTuple):
+    """What gzip asks of the file that it unpacks."""
+
+    read: Callable[[int], bytes]
+    seek: Callable[[int], int]
 
 
 def check_finite(path: Path, array: NDArray[Any]) -> None:

@@ -9,18 +9,39 @@ nothing to decide.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
-from recallseg.runtime.formats.tiff import MAGIC, Directory, directories, replaced
+from recallseg.runtime.formats.tiff import (
+    MAGIC,
+    MOST_DIRECTORIES,
+    Directory,
+    directories,
+    replaced,
+)
 
-__all__ = ["Meaning", "declared_bytes", "declared_size", "is_complete", "meaning", "plain"]
+__all__ = [
+    "Meaning",
+    "declared_bytes",
+    "declared_size",
+    "is_complete",
+    "meaning",
+    "most_parts",
+    "plain",
+]
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 MOST_SCANS = 500
+MOST_PARTS, MOST_DATA_PARTS = 5000, 2**20
+"""Of a picture beside its pixels, and of a PNG file's pixels: encoders write 8 KiB into each."""
+_PNG_DECODED = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
+_FILL = re.compile(b"\xff*")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PNG_GREY, _PNG_PALETTE, _PNG_GREY_ALPHA = 0, 3, 4
 _REDUCED, _MASK = 1, 4  # kinds of TIFF page
@@ -94,6 +115,27 @@ def declared_bytes(data: bytes) -> int:
     return max(1, min(page.first(_BITS, 8), 64) // 8) * max(1, page.first(_SAMPLES, 1))
 
 
+def most_parts(data: bytes) -> str:
+    """Return what a file has more of than is read; empty if it has not.
+
+    Each part beside the pixels is cheap to store, and work for whoever looks at it.
+    """
+    if data.startswith(_PNG):
+        pixels = others = 0
+        for name, _, _ in _png_chunks(data):
+            pixels, others = pixels + (name == b"IDAT"), others + (name != b"IDAT")
+            if others > MOST_PARTS:
+                return f"more than {MOST_PARTS} chunks beside its pixels"
+            if pixels > MOST_DATA_PARTS:
+                return f"its pixels in more than {MOST_DATA_PARTS} chunks"
+    elif data.startswith(_JPEG):
+        if next(islice(_jpeg_segments(data), MOST_PARTS, None), None) is not None:
+            return f"more than {MOST_PARTS} segments before its pixels"
+    elif next(islice(directories(data), MOST_DIRECTORIES - 1, None), None) is not None:
+        return f"{MOST_DIRECTORIES} pages or more"
+    return ""
+
+
 def is_complete(data: bytes) -> bool:
     """Whether a PNG or JPEG file has its end mark; True for other formats, whose decoders check.
 
@@ -113,7 +155,9 @@ def meaning(data: bytes) -> Meaning:
     if data.startswith(MAGIC):
         return _tiff_meaning(data)
     if data.startswith(_PNG):
-        exif = next((body for name, _, body in _png_chunks(data) if name == b"eXIf"), b"")
+        exif = next(
+            (data[at + 8 : end - 4] for name, at, end in _png_chunks(data) if name == b"eXIf"), b""
+        )
         bits, colours = data[24:25], data[25:26]
         kind = colours[0] if colours else 0
         return Meaning(
@@ -134,7 +178,8 @@ def plain(data: bytes, *, numbers: bool = False) -> bytes:
     """Return the file with a header that leaves its decoder nothing to decide.
 
     Orientation and inversion are taken out of a TIFF header (those of JPEG and PNG are in EXIF,
-    which ``IMREAD_UNCHANGED`` leaves alone).
+    which ``IMREAD_UNCHANGED`` leaves alone), and from a PNG file whatever is not decoded: texts and
+    colour profiles may unpack to gigabytes, and are looked at by nobody.
 
     Parameters
     ----------
@@ -151,8 +196,8 @@ def plain(data: bytes, *, numbers: bool = False) -> bytes:
             data = replaced(data, page, _PHOTOMETRIC, _BLACK_IS_ZERO)
         if numbers and page.first(_PHOTOMETRIC, -1) == _PALETTE:
             data = _tiff_numbers(data, page)
-    elif numbers and data.startswith(_PNG):
-        data = _png_numbers(data)
+    elif data.startswith(_PNG):
+        data = _plain_png(data, numbers)
     elif numbers and data.startswith(b"BM"):
         data = _bmp_numbers(data)
     return data
@@ -221,16 +266,19 @@ def _tiff_numbers(data: bytes, page: Directory) -> bytes:
     return bytes(changed)
 
 
-def _png_numbers(data: bytes) -> bytes:
-    parts = [data[:8]]
-    for name, raw, body in _png_chunks(data):
-        if name == b"PLTE":
-            ramp = bytes(number for number in range(len(body) // 3) for _ in range(3))
+def _plain_png(data: bytes, numbers: bool) -> bytes:
+    parts, begin, position = [], 0, 8
+    for name, at, end in _png_chunks(data):
+        position = end
+        if name in _PNG_DECODED and not (numbers and name in (b"PLTE", b"tRNS")):
+            continue
+        parts.append(data[begin:at])
+        begin = end
+        if numbers and name == b"PLTE":
+            ramp = bytes(number for number in range((end - at - 12) // 3) for _ in range(3))
             checked = zlib.crc32(name + ramp)
-            raw = struct.pack(">I", len(ramp)) + name + ramp + struct.pack(">I", checked)
-        if name != b"tRNS":
-            parts.append(raw)
-    return b"".join(parts)
+            parts += [struct.pack(">I", len(ramp)), name + ramp, struct.pack(">I", checked)]
+    return b"".join([*parts, data[begin:position]]) if parts else data
 
 
 def _bmp_numbers(data: bytes) -> bytes:
@@ -248,20 +296,16 @@ def _bmp_numbers(data: bytes) -> bytes:
     return data[:start] + ramp + data[start + len(ramp) :]
 
 
-def _png_chunks(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
-    """Return (name, whole chunk, body) of each chunk, up to where the file is cut off."""
-    chunks = []
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, begin, end) of each chunk, up to where the file is cut off."""
     position = 8
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
         end = position + 12 + length
         if end > len(data):
-            break
-        name = data[position + 4 : position + 8]
-        body = b"" if name == b"IDAT" else data[position + 8 : end - 4]
-        chunks.append((name, data[position:end], body))
+            return
+        yield data[position + 4 : position + 8], position, end
         position = end
-    return chunks
 
 
 def _exif_orientation(exif: bytes) -> int:
@@ -269,21 +313,25 @@ def _exif_orientation(exif: bytes) -> int:
     return 1 if page is None else page.first(_ORIENTATION, 1)
 
 
-def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
-    """Return (marker, position, length) of each segment before the first scan."""
-    segments = []
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, position, length) of each segment before the first scan."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
+        filled = _FILL.match(data, position)
+        assert filled is not None
+        position = filled.end() - 1
+        if position + 4 > len(data):
+            return
         marker = data[position + 1]
-        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill, or without a length
-            position += 1 if marker == 0xFF else 2
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
+            yield marker, position, 0
+            position += 2
             continue
         (length,) = struct.unpack_from(">H", data, position + 2)
-        segments.append((marker, position, length))
+        yield marker, position, length
         if marker == _JPEG_SCAN[1] or length < 2:
-            break
+            return
         position += 2 + length
-    return segments
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:

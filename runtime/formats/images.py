@@ -33,9 +33,11 @@ from recallseg.runtime.formats.headers import (
     declared_size,
     is_complete,
     meaning,
+    most_parts,
     plain,
 )
 from recallseg.runtime.formats.kinds import FORMATS, kind_by_name
+from recallseg.runtime.formats.packed import packed_file, packing
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -205,10 +207,9 @@ def write_label_map(path: str | Path, label_map: NDArray[np.uint8]) -> None:
 
 
 def _check_suffix(path: Path) -> None:
-    suffix = path.suffix.lower()
-    if suffix == ".gz" and not path.name.lower().endswith(".nii.gz"):
-        raise InputError(f"{path} is packed: unpack it first (gunzip).")
-    kind = kind_by_name(path)
+    suffix, kind = path.suffix.lower(), kind_by_name(path)
+    if kind is None and (found := packed_file(path)):
+        raise InputError(f"{path} is {found.told}.")
     if kind not in (None, "image"):
         raise InputError(
             f"{path}: a {suffix} file is a volume, not an image; images are "
@@ -224,6 +225,10 @@ def _check_suffix(path: Path) -> None:
 def _decode(path: Path, as_stored: bool, *, numbers: bool = False) -> tuple[NDArray[Any], Meaning]:
     """Return the channels as OpenCV orders them (BGR, opacity last), and what they mean."""
     data = _bytes_of(path)
+    if found := packing(data):
+        raise InputError(f"{path} is {found.told}.")
+    if excess := most_parts(data):
+        raise InputError(f"{path} has {excess}. Save it anew without them.")
     size = declared_size(data)
     if size is None:  # a decoder that goes by content would take any format, of any size
         raise InputError(

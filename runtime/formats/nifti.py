@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.guards import BoundedReader, check_finite, check_given, check_size
+from recallseg.runtime.formats.kinds import kind_by_name
 from recallseg.runtime.formats.lattice import SAME_PLACE
+from recallseg.runtime.formats.packed import HEAD_BYTES, packing
 from recallseg.runtime.formats.volume import Volume
 
 __all__ = ["count_nifti", "read_nifti", "write_nifti"]
@@ -29,7 +31,7 @@ _PLACE = (
     *("sform_code", "srow_x", "srow_y", "srow_z"),
 )
 """Fields of the header that say where voxels lie, beside ``pixdim`` and the unit."""
-_MOST_HEADER = 2**26
+_MOST_HEADER = 2**24
 _RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
@@ -150,7 +152,18 @@ def write_nifti(path: Path, label_map: NDArray[np.uint8], like: Volume) -> None:
 
 def _opened(path: Path) -> io.BufferedReader:
     """Open a file, decompressed within limits if its name says that it is compressed."""
-    return io.BufferedReader(BoundedReader(path)) if _is_packed(path) else path.open("rb")
+    with path.open("rb") as file:
+        found, given = packing(file.read(HEAD_BYTES)), _is_packed(path)
+    if given and found is None:
+        raise InputError(
+            f"{path} is not packed with gzip, though its name says so: it is cut off or damaged, "
+            "or was unpacked and kept its name. Name it .nii then."
+        )
+    if found is not None and not (given and found.name == "gzip"):
+        other = ", whatever its name says" if given else ""
+        rename = ", or name it .nii.gz" if found.name == "gzip" else ""
+        raise InputError(f"{path} is {found.told}{rename}{other}.")
+    return io.BufferedReader(BoundedReader(path)) if given else path.open("rb")
 
 
 def _is_packed(path: Path) -> bool:
@@ -176,7 +189,13 @@ def _kind(file: io.BufferedReader, path: Path) -> Any:
                         f"{_MOST_HEADER} bytes of header and extensions are read. It is damaged."
                     )
                 return kind
-    raise InputError(f"{path} is no NIfTI file, though its name says so, or it is cut off.")
+    if inner := packing(head):
+        mend = "name it .nii.gz" if inner.name == "gzip" else f"unpack that too ({inner.command})"
+        raise InputError(
+            f"{path} is packed twice, inside with {inner.name}: unpack it (gunzip), and {mend}."
+        )
+    named = ", though its name says so" if kind_by_name(path) == "nifti" else ""
+    raise InputError(f"{path} is no NIfTI file{named}, or it is cut off.")
 
 
 def _is_rgb_vector(header: Any, shape: tuple[int, ...]) -> bool:

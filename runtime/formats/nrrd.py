@@ -6,9 +6,10 @@ Pixels are decoded here, within the bounds of :mod:`recallseg.runtime.formats.gu
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +24,12 @@ from recallseg.runtime.formats.guards import (
     check_size,
     expand,
 )
+from recallseg.runtime.formats.packed import packing
 from recallseg.runtime.formats.volume import Frame, Volume
 
 __all__ = ["count_nrrd", "read_nrrd", "read_seg_nrrd", "write_seg_nrrd"]
 
+_MOST_HEADER = 2**22
 _COLOURS = {"rgb-color", "3-color"}
 _VECTORS = {
     *("vector", "covariant-vector", "normal", "point", "2-vector", "3-vector", "4-vector"),
@@ -112,12 +115,10 @@ def read_nrrd(path: Path, *, time: int | None = None) -> Volume:
 
 def count_nrrd(path: Path) -> int:
     """Return how many volumes a file holds; raises InputError if it cannot be read."""
-    import nrrd
-
     try:
         check_length(path)
         with path.open("rb") as file:
-            header = nrrd.read_header(file)
+            header, _ = _read_header(path, file)
         sizes = [int(size) for size in header["sizes"]]
         extra = _extra_axis(path, header, sizes)
     except InputError:
@@ -248,6 +249,22 @@ def write_seg_nrrd(
     replace_file(path, stream.getvalue())
 
 
+def _read_header(path: Path, file: IO[bytes]) -> tuple[dict[str, Any], int]:
+    """Return the header, and where the pixels begin."""
+    import nrrd
+
+    head = file.read(_MOST_HEADER)
+    if found := packing(head):
+        raise InputError(f"{path} is {found.told}.")
+    if len(head) == _MOST_HEADER and not re.search(rb"\n\r?\n", head):
+        raise InputError(
+            f"{path} has a header of more than {_MOST_HEADER} bytes. It is damaged, or made to "
+            "take long; save it anew."
+        )
+    lines = io.BytesIO(head)
+    return nrrd.read_header(lines), lines.tell()
+
+
 def _kind(header: Mapping[str, Any], axis: int) -> str:
     kinds = header.get("kinds")
     kind = str(kinds[axis]) if kinds is not None and axis < len(kinds) else "???"
@@ -265,8 +282,7 @@ def _read(path: Path) -> tuple[NDArray[Any], dict[str, Any], int | None]:
     try:
         check_length(path)
         with path.open("rb") as file:
-            header = nrrd.read_header(file)
-            start = file.tell()
+            header, start = _read_header(path, file)
             if "data file" in header or "datafile" in header:
                 raise InputError(
                     f"{path} keeps its pixels in another file. Save it as one .nrrd file."

@@ -211,13 +211,11 @@ def find_pairs(
             PassedOver(pair.mask, "a label map that has no image beside it") for pair in left
         ]
     if not pairs:
-        reasons = "".join(f"\n  {p.path}: {p.reason}" for p in passed[:20])
+        reasons = "".join(f"\n  {each}" for each in passed[:20])
         raise InputError(
-            printable(
-                f"there are no pairs in {folder}: expected images like NAME.png with NAME.mask.png "
-                f"(label map) beside them; found {len(images)} images and "
-                f"{len(drawn.taken)} label maps.{reasons}"
-            )
+            f"there are no pairs in {printable(folder)}: expected images like NAME.png with "
+            f"NAME.mask.png (label map) beside them; found {len(images)} images and "
+            f"{len(drawn.taken)} label maps.{reasons}"
         )
     return PairFolder(tuple(pairs), tuple(unlabelled), tuple(passed))
 

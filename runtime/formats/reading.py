@@ -16,6 +16,7 @@ from recallseg.runtime.formats.images import read_image
 from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name, stem
 from recallseg.runtime.formats.nifti import count_nifti, read_nifti
 from recallseg.runtime.formats.nrrd import count_nrrd, read_nrrd
+from recallseg.runtime.formats.packed import packed_file
 from recallseg.runtime.formats.volume import Volume
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ def _kind(path: Path, kind: str | None) -> str:
     if path.is_dir():
         found = len(find_series(path))
         raise InputError(f"{path} is no DICOM series: it holds {found} DICOM files among others.")
+    if packed := packed_file(path):
+        raise InputError(f"{path} is {packed.told}.")
     raise InputError(
         f"{path} is of no known format; expected DICOM, "
         f"{', '.join(suffix for each in FORMATS.values() for suffix in each.suffixes)}. Say which "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 __all__ = ["MAGIC", "Directory", "directories", "replaced"]
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MOST_DIRECTORIES = 100_000
+MOST_DIRECTORIES = 5000
 _MOST_VALUES = 4096  # of one entry: strips of a large image are counted, never needed
 _MOST_ENTRIES, _MOST_READ = 1000, 4_000_000  # of one directory; values of all of them together
 _FORMS = {

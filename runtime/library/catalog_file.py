@@ -32,6 +32,7 @@ JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 _JOURNAL = struct.Struct(">8sIIIII")  # magic, records, nonce, pages before, sector, page size
 _HEADER_BYTES = 100
 _WAL_VERSION = 2
+_BLOCK = 2**20
 MOST_BYTES = 2**38
 """A catalog of a hundred million exemplars; SQLite would make a file of 281 TB."""
 
@@ -86,6 +87,12 @@ class Hold:
     def empty(self) -> bool:
         """Whether nothing was ever written to it."""
         return os.fstat(self._file.descriptors[0]).st_size == 0
+
+    def read_through(self) -> None:
+        """Read all of it; OSError as the system gives it."""
+        place = 0
+        while part := os.pread(self._file.descriptors[0], _BLOCK, place):
+            place += len(part)
 
     def give_back(self) -> None:
         """Close what was opened, unless others of this process hold the file; call once.

@@ -7,6 +7,7 @@ writer exclude each other for the milliseconds of a commit; everything slow happ
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import sys
@@ -27,6 +28,7 @@ from recallseg.engines.errors import (
 from recallseg.engines.machine_fault import (
     SQLITE_BUSY,
     SQLITE_CANNOT_OPEN,
+    SQLITE_CORRUPT,
     SQLITE_FULL,
     SQLITE_INTERRUPT,
     SQLITE_IO,
@@ -119,7 +121,7 @@ class Database:
             raise
         self.path = path
         self.writable = writable
-        self._connection = connection
+        self._connection, self._hold = connection, hold
         self._opener = Opener(f"the library in {path.parent}")
         self._lock = OwnLock(self._opener)
         self._effort = _Effort(path)
@@ -341,7 +343,23 @@ class Database:
         except sqlite3.OperationalError as error:
             raise self._operational(error) from error
         except (sqlite3.DatabaseError, OverflowError) as error:
+            if fault := self._not_given(error):
+                raise self._unread(os.strerror(fault.errno or 0)) from fault
             raise self._corrupt(error) from error
+
+    def _not_given(self, error: Exception) -> OSError | None:
+        """Return the disk's error, where it is that which SQLite calls a damaged page."""
+        if not isinstance(error, sqlite3.Error) or sqlite_code(error) != SQLITE_CORRUPT:
+            return None
+        try:
+            self._hold.read_through()
+            self._effort.steps = 0
+            whole = self._connection.execute("PRAGMA integrity_check(1)").fetchall() == [("ok",)]
+        except OSError as found:
+            return found
+        except sqlite3.Error:
+            return None
+        return OSError(errno.EIO, os.strerror(errno.EIO)) if whole else None  # it has passed
 
     def _operational(self, error: sqlite3.OperationalError) -> LibraryError:
         code = sqlite_code(error)
@@ -355,12 +373,15 @@ class Database:
                 "permissions. What was stored before is unharmed."
             )
         if code == SQLITE_IO:
-            return LibraryError(f"the catalog {self.path} cannot be read: {error}. {NOT_GIVEN}")
+            return self._unread(str(error))
         if code == SQLITE_INTERRUPT:
             return self._corrupt("it holds more rows than a file of its size can")
         if code == SQLITE_CANNOT_OPEN:
             return _cannot_open(self.path, error)
         return self._corrupt(error)
+
+    def _unread(self, why: str) -> LibraryError:
+        return LibraryError(f"the catalog {self.path} cannot be read: {why}. {NOT_GIVEN}")
 
     def _corrupt(self, error: Exception | str) -> LibraryCorruptError:
         return LibraryCorruptError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recallseg.engines.errors import InputError, OutputError
+from recallseg.engines.reading import read_file
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.archive.sources import Source
@@ -91,6 +92,11 @@ class Journal:
         except sqlite3.OperationalError as error:
             raise OutputError(f"{printable(self._path)} cannot be written: {error}.") from error
         except sqlite3.DatabaseError as error:
+            try:
+                read_file(self._path)  # SQLite calls damaged what the disk does not give
+            except OSError as found:
+                why = found.strerror
+                raise OutputError(f"{printable(self._path)} cannot be read: {why}.") from found
             raise InputError(
                 f"{printable(self._path)} is no journal of an archive: {error}. Remove it: what is "
                 "done is found by its records."

@@ -159,7 +159,7 @@ def _jobs(found: Finding, paths: Sequence[Path], output: Path) -> list[tuple[Ite
     from recallseg.runtime.services.outputs import output_base
 
     if not found.items:
-        why = "".join(f"\n{printable(each.path)}: {each.reason}" for each in found.passed[:20])
+        why = "".join(f"\n{each}" for each in found.passed[:20])
         more = f"\nand {len(found.passed) - 20} more" if len(found.passed) > 20 else ""
         raise InputError(
             f"there is no image in {', '.join(map(printable, paths))}; nothing was written."

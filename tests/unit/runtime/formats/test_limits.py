@@ -63,7 +63,7 @@ def nifti(*, offset: float = 352, extension: int = 0, body: int = 2**28) -> byte
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (nifti(offset=2.0**26), "expands to more than 16 MiB .*RECALLSEG_MAX_BYTES"),
+        (nifti(offset=2.0**24), "expands to more than 16 MiB .*RECALLSEG_MAX_BYTES"),
         (nifti(offset=2.0**30), "voxels begin at byte 1073741824"),
         (nifti(offset=2.0**27, extension=2**27 - 352), "voxels begin at byte 134217728"),
         (nifti(offset=float("nan")), "voxels begin at byte nan"),

@@ -23,6 +23,7 @@ from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.library import Library
 from recallseg.runtime.library import index as index_module
 from recallseg.runtime.library import retrieval as retrieval_module
+from recallseg.runtime.library.catalog_file import Hold
 from recallseg.runtime.library.storage import WriterLock
 
 
@@ -229,25 +230,39 @@ def test_files_that_nothing_names_are_found(library: Library) -> None:
 
 
 @contextmanager
-def not_read(path: Path) -> Iterator[None]:
-    """Let every read of a file that this process has open fail, as those of a bad disk do."""
-    with path.open("ab") as writing:
-        kept = {}
+def not_read(path: Path, instead: Path) -> Iterator[Callable[[], None]]:
+    """Let reads of a file that this process has open fail, until the block ends or calls it off."""
+    kept: dict[int, int] = {}
+    other = os.open(instead, os.O_RDONLY if instead.name == "mem" else os.O_WRONLY)
+
+    def call_off() -> None:
+        while kept:
+            number, former = kept.popitem()
+            os.dup2(former, number)
+            os.close(former)
+
+    try:
         for name in os.listdir("/proc/self/fd"):
+            number = int(name)
             with suppress(OSError):
-                number = int(name)
-                if number != writing.fileno() and os.path.samestat(os.fstat(number), path.stat()):
+                if number != other and os.path.samestat(os.fstat(number), path.stat()):
                     kept[number] = os.dup(number)
-                    os.dup2(writing.fileno(), number)
+        for number in kept:
+            os.dup2(other, number)
         assert kept
-        try:
-            yield
-        finally:
-            for number, former in kept.items():
-                os.dup2(former, number)
-                os.close(former)
+        yield call_off
+    finally:
+        call_off()
+        os.close(other)
 
 
+NOT_GIVEN = {
+    "disk I/O error": "library.sqlite",  # open for writing alone: EBADF
+    "Input/output error": "/proc/self/mem",  # which SQLite calls a malformed image
+}
+
+
+@pytest.mark.parametrize("said", NOT_GIVEN)
 @pytest.mark.parametrize(
     "ask",
     [
@@ -260,18 +275,34 @@ def not_read(path: Path) -> Iterator[None]:
     ids=["recall", "list", "kept logits", "calibrations", "verify"],
 )
 def test_a_catalog_that_the_disk_does_not_give_is_not_damaged(
-    library: Library, ask: Callable[[Library], object]
+    library: Library, ask: Callable[[Library], object], said: str
 ) -> None:
     add(library, 0)
     library.close()
     with Library.open(library.path, encoder=HashEncoder()) as found:
         ask(found)
-        with not_read(library.path / "library.sqlite"), pytest.raises(LibraryError) as told:
+        catalog = library.path / "library.sqlite"
+        with (
+            not_read(catalog, library.path / NOT_GIVEN[said]),
+            pytest.raises(LibraryError) as told,
+        ):
             ask(found)
         assert type(told.value) is LibraryError
-        assert "library.sqlite cannot be read: disk I/O error. The disk does" in str(told.value)
+        assert f"library.sqlite cannot be read: {said}. The disk does" in str(told.value)
         assert machine_fault(told.value) == errno.EIO
         ask(found)
+
+
+def test_what_the_disk_gives_when_asked_again_is_not_damaged(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(library, 0)
+    with not_read(library.path / "library.sqlite", Path("/proc/self/mem")) as call_off:
+        monkeypatch.setattr(Hold, "read_through", lambda _: call_off())
+        with pytest.raises(LibraryError, match="Input/output error") as told:
+            next(iter(library))
+    assert machine_fault(told.value) == errno.EIO
+    assert next(iter(library))
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT])

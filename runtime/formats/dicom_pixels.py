@@ -87,7 +87,8 @@ def values_of(
     """Return the values of one stored image HxW, and which pixels are padding (None: none is).
 
     Colours come as 8 bits. MONOCHROME1 is inverted by the range of the stored bits, so that every
-    slice of a series is inverted alike; ``first`` of them sets the range of what a VOI LUT gives.
+    slice of a series is inverted alike; ``first`` of them sets that range in measured values, and
+    the range of what a VOI LUT gives.
     """
     from pydicom.pixels import apply_voi_lut
 
@@ -101,7 +102,7 @@ def values_of(
     if voi and _has_voi(plane):
         array = apply_voi_lut(array, _display(dataset, plane, first))
     if kind == "MONOCHROME1":
-        array = _inverted(array, dataset, plane, voi)
+        array = _inverted(array, dataset, plane, first, voi)
     return _narrow(array), padding
 
 
@@ -307,7 +308,9 @@ def _ends(dataset: Any, plane: Plane) -> float:
     return slope * (low + high) + 2 * intercept
 
 
-def _inverted(array: NDArray[Any], dataset: Any, plane: Plane, voi: bool) -> NDArray[Any]:
+def _inverted(
+    array: NDArray[Any], dataset: Any, plane: Plane, first: Plane, voi: bool
+) -> NDArray[Any]:
     if voi and _has_voi(plane):
         table = item(plane.voi, "VOILUTSequence")
         if table is not None:
@@ -315,7 +318,7 @@ def _inverted(array: NDArray[Any], dataset: Any, plane: Plane, voi: bool) -> NDA
             return np.asarray(highest - array.astype(np.float64))
     if array.dtype.kind == "f" and "PixelData" not in dataset:
         raise InputError("it is MONOCHROME1 of floating-point pixels, which have no range.")
-    return np.asarray(_ends(dataset, plane) - array.astype(np.float64))
+    return np.asarray(_ends(dataset, first) - array.astype(np.float64))
 
 
 def _narrow(array: NDArray[Any]) -> NDArray[Any]:

@@ -27,8 +27,8 @@ def choose(
 
     Parameters
     ----------
-    stack : which of several stacks (by StackID, orientation, size or spacing): its name, or its
-        number from 1.
+    stack : which of several stacks (by StackID, orientation, size, spacing or frame of reference):
+        its name, or its number from 1.
     time : which of several volumes at one place, from 1: time points, echoes, b values, or
         whatever tells them apart.
 
@@ -71,6 +71,9 @@ def choose(
         raise InputError(f"{path} has {len(volumes)} volumes at one place, there is no {time}.")
     if len(volumes) > 1:
         notes.append(f"volume {time} of {len(volumes)}: {titles[(time or 1) - 1]}")
+        has, others = len(volumes[titles[(time or 1) - 1]]), max(map(len, volumes.values()))
+        if has < others:
+            notes.append(f"volume {time} has {has} images, others at its place up to {others}")
     return volumes[titles[(time or 1) - 1]], len(volumes), tuple(notes)
 
 
@@ -84,10 +87,13 @@ def _stacks(planes: Sequence[Plane]) -> dict[str, list[Plane]]:
                 break
         else:
             groups.append([plane])
-    groups.sort(key=lambda g: (_sortable(g[0].stack), _describe(g), g[0].at.row))
+    groups.sort(key=lambda g: (_sortable(g[0].stack), _describe(g), g[0].at.row, g[0].reference))
+    references = {plane.reference for plane in planes if plane.reference}
     named: dict[str, list[Plane]] = {}
     for group in groups:
         name = _describe(group)
+        if len(references) > 1:
+            name += f", frame of reference {next((p.reference for p in group if p.reference), '-')}"
         named[name if name not in named else f"{name} ({len(named) + 1})"] = group
     return named
 
@@ -95,6 +101,8 @@ def _stacks(planes: Sequence[Plane]) -> dict[str, list[Plane]]:
 def _together(one: Plane, other: Plane) -> bool:
     if one.stack != other.stack or one.shape != other.shape:
         return False
+    if one.reference and other.reference and one.reference != other.reference:
+        return False  # positions of different origins say nothing of each other
     here, there = one.at, other.at
     turned = np.abs(np.subtract((*here.row, *here.column), (*there.row, *there.column))).max()
     stretched = np.abs(np.subtract(here.spacing, there.spacing)).max() / max(there.spacing)

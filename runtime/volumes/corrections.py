@@ -18,6 +18,7 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.model.model import Model
 from recallseg.runtime.segmenting.corrections import Corrections
 from recallseg.runtime.segmenting.segmenter import Segmenter
+from recallseg.runtime.volumes.slices import acquisition_of
 from recallseg.runtime.volumes.spreading import Spreading
 
 __all__ = ["Spread", "VolumeCorrections"]
@@ -108,7 +109,11 @@ class VolumeCorrections:
             for stale in idle[: max(0, len(idle) - OPEN + 1)]:
                 self._sessions.pop(stale).close()
             self._sessions[index] = Corrections(
-                self._library, self._picture(index), segmenter=self._segmenter, model=self._given
+                self._library,
+                self._picture(index),
+                segmenter=self._segmenter,
+                acquisition=acquisition_of(self._volume, self.slicing),
+                model=self._given,
             )
         return self._sessions[index]
 

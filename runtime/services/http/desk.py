@@ -21,6 +21,7 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.library.changing import Addition
 from recallseg.runtime.library.identifying import random_key
 from recallseg.runtime.library.importing import patient_group
+from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.corrections import Corrections
 from recallseg.runtime.segmenting.current import Current
 from recallseg.runtime.segmenting.result import Result
@@ -87,19 +88,19 @@ class Desk:
         """Return what segments all structures that there are now; None while there are none."""
         return self._current.get() if self.library.structures else None
 
-    def propose(self, image: NDArray[Any]) -> Result | None:
+    def propose(self, image: NDArray[Any], acquisition: Acquisition | None = None) -> Result | None:
         """Segment a slice HxW(x3) from the library; None while that is empty."""
-        segmenter = self.segmenter()
-        return None if segmenter is None else segmenter.segment(np.ascontiguousarray(image))
+        segmenter, own = self.segmenter(), np.ascontiguousarray(image)
+        return None if segmenter is None else segmenter.segment(own, acquisition=acquisition)
 
-    def correct(self, image: NDArray[Any]) -> Correcting:
+    def correct(self, image: NDArray[Any], acquisition: Acquisition | None = None) -> Correcting:
         """Begin to correct a slice HxW(x3)."""
         if not self.corrects:
             raise RefusedError(409, CANNOT)
         segmenter, own = self.segmenter(), np.ascontiguousarray(image)
         if segmenter is None:
-            return Corrections(self.library, own)
-        return segmenter.correct(own)
+            return Corrections(self.library, own, acquisition=acquisition)
+        return segmenter.correct(own, acquisition=acquisition)
 
     def spread(
         self,

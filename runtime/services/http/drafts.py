@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.services.http.cuts import box_of, outline_of
 from recallseg.runtime.services.http.limits import Budget, RefusedError
@@ -29,6 +30,7 @@ from recallseg.runtime.services.http.prompts import (
     Proposer,
 )
 from recallseg.runtime.services.http.sheets import Sheet, Step
+from recallseg.runtime.volumes.slices import acquisition_of
 
 __all__ = ["Draft"]
 
@@ -100,9 +102,9 @@ class Draft(Sheet):
     def _proposed(self, place: Place) -> Result | None:
         """Segment a slice; of a picture, what its first correction needs is kept at once."""
         if not (self.is_picture and self._proposer.corrects and self._proposer.structures):
-            return self._proposer.propose(self.picture(place))
+            return self._proposer.propose(self.picture(place), self._taken(place))
         self._drop(place)
-        session = self._sessions[place] = self._proposer.correct(self.picture(place))
+        session = self._sessions[place] = self._begin(place)
         self._drawn = {one for one in self._drawn if one[1] != place}
         return session.result
 
@@ -255,13 +257,19 @@ class Draft(Sheet):
         if session is None:
             while len(self._sessions) >= MOST_SLICES:
                 self._drop(next(iter(self._sessions)))
-            session = self._sessions[place] = self._proposer.correct(self.picture(place))
+            session = self._sessions[place] = self._begin(place)
             self._see(place, structure, session)
         self._sessions.move_to_end(place)
         if (structure, place) in self._drawn:
             self._drawn.discard((structure, place))
             session.draw(structure, np.ascontiguousarray(self.mask(structure, place)))
         return session
+
+    def _begin(self, place: Place) -> Correcting:
+        return self._proposer.correct(self.picture(place), self._taken(place))
+
+    def _taken(self, place: Place) -> Acquisition:
+        return acquisition_of(self.volume, self.cuts[place.axis])
 
     def _see(self, place: Place, structure: str, session: Correcting) -> None:
         """Note if what was proposed before is shown, and a new session would propose another."""

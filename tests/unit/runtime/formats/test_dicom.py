@@ -80,6 +80,10 @@ def spoil(folder: Path, index: int, **fields: Any) -> None:
             "2 stacks .*axial.*sagittal",
         ),
         ({"SeriesInstanceUID": "1.2.3"}, "2 series"),
+        (
+            {"FrameOfReferenceUID": "1.2.3"},
+            r"2 stacks .*1 images, frame of reference 1\.2\.3; .*4 images, frame of reference 1\.2",
+        ),
         ({"Rows": 6}, "2 stacks .*12 x 10 pixels.*6 x 10 pixels"),
         ({"PixelData": None}, "no pixels"),
     ],
@@ -147,6 +151,35 @@ def test_monochrome1_is_inverted(tmp_path: Path) -> None:
     )
     first, second = read_dicom(plain).array.astype(int), read_dicom(inverted).array.astype(int)
     assert np.array_equal(65535 - first, second)  # of the stored bits, not of this image
+
+
+def test_monochrome1_of_a_slope_for_each_slice_is_inverted_alike(tmp_path: Path) -> None:
+    stack = np.full((3, 4, 4), 100, np.uint16)
+    paths = write_series(tmp_path / "s", stack, PhotometricInterpretation="MONOCHROME1")
+    for slope, path in enumerate(paths, 1):
+        dataset = pydicom.dcmread(path)
+        dataset.RescaleSlope, dataset.RescaleIntercept = slope, 0
+        dataset.WindowCenter, dataset.WindowWidth = 200, 1e6
+        dataset.save_as(path)
+    values = read_dicom(tmp_path / "s").array[:, 0, 0].astype(int)
+    assert (values[0] - values).tolist() == [0, 100, 200]  # as 100, 200, 300 are apart
+    shown = read_dicom(tmp_path / "s", voi=True).array[:, 0, 0].astype(float)
+    assert (np.diff(shown) < 0).all()
+
+
+def test_a_volume_that_is_shorter_than_another_at_its_place_is_told(tmp_path: Path) -> None:
+    for echo in (1, 2):
+        for path in write_series(tmp_path / f"{echo}", STACK):
+            dataset = pydicom.dcmread(path)
+            dataset.EchoTime, dataset.EchoNumbers = 10 * echo, echo
+            dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = "1.2.3", "1.2.4"
+            if echo == 1 or dataset.ImagePositionPatient[2] < 30:
+                (tmp_path / "s").mkdir(exist_ok=True)
+                dataset.save_as(tmp_path / "s" / f"{echo}-{path.name}")
+    whole, short = (read_dicom(tmp_path / "s", time=time) for time in (1, 2))
+    assert (len(whole.array), len(short.array)) == (5, 4)
+    assert whole.notes == ("volume 1 of 2: echo 1",)
+    assert short.notes[1] == "volume 2 has 4 images, others at its place up to 5"
 
 
 def test_a_picture_without_a_place_is_one_slice(tmp_path: Path) -> None:

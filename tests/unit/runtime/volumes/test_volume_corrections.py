@@ -14,8 +14,10 @@ from recallseg import Bundle, Library, Segmenter, Volume
 from recallseg.engines.errors import InputError
 from recallseg.engines.fake import FakeEngine
 from recallseg.engines.verification import mask_dice
+from recallseg.runtime.formats.volume import SPACING_TAG
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.volumes.corrections import VolumeCorrections
+from recallseg.runtime.volumes.slices import segment_volume
 from recallseg.runtime.volumes.spreading import NEAREST, Spreading, half_way
 
 SIDE, DEPTH = 64, 9
@@ -234,3 +236,15 @@ def test_slices_that_were_only_looked_at_are_let_go(library: Library, volume: Vo
         session.at(index)
     assert session.corrected == (4,)
     assert len(session._sessions) <= 9
+
+
+def test_a_slice_of_another_scale_is_told_as_segmenting_does(library: Library) -> None:
+    array = np.full((3, SIDE, SIDE), 20, np.uint8)
+    array[:, 16:48, 16:48] = 200
+    library.add(array[0], {"square": square()}, tags={SPACING_TAG: "1x1"})
+    far = Volume(array, np.diag([9.0, 4.0, 4.0, 1.0]), "LPS")
+    segmenter = Segmenter(library, k=1)
+    told = segment_volume(segmenter, far).slices[1].reasons["square"]
+    assert "another scale" in told[0]
+    session = VolumeCorrections(library, far, segmenter=segmenter)
+    assert session.at(1).result.quality.reasons["square"] == told

@@ -15,7 +15,7 @@ from support.fake_bundle import make_fake_bundle
 from recallseg import Library, Segmenter
 from recallseg.engines.errors import InputError
 from recallseg.engines.verification import mask_dice
-from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.formats.volume import SPACING_TAG, Volume
 from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.http.cuts import outline_of, scribble_points, stack
@@ -122,6 +122,16 @@ def test_a_click_corrects_the_proposal_that_is_seen(draft: Draft, desk: Desk) ->
     alone.draw("bar", seen)
     click(draft, 5, 5)
     assert (draft.mask("bar", Place(0, 2)) == alone.click("bar", 5, 5).masks["bar"]).all()
+
+
+def test_a_volume_of_another_scale_is_told_as_segmenting_does(desk: Desk, budget: Budget) -> None:
+    for one in desk.library:
+        desk.library.retag(one.key, {SPACING_TAG: "1x1"})
+    volume = Volume(np.stack([picture(20)[0]] * 2), np.diag([9.0, 4.0, 4.0, 1.0]), "LPS")
+    draft = Draft(volume, desk, budget)
+    assert draft.propose()
+    assert "another scale" in draft.proposals[0].quality.reasons["bar"][0]
+    draft.close()
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

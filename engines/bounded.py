@@ -39,6 +39,9 @@ __all__ = [
 MOST_SECONDS = 600.0
 """Ten minutes: far above what a bundle takes on a small board, far below a night."""
 
+_LONGEST_TIME = 1_000_000
+"""Seconds; the system waits no longer than some weeks."""
+
 _MOST_MEMORY = 16 << 30
 """Above what the largest SAM 2 with the largest DINOv2 holds in fp32 (see engines/budget.py)."""
 
@@ -91,8 +94,11 @@ def verify_bounded(
             f"the memory of engine '{engine}' cannot be limited: the driver of a GPU reserves "
             "addresses without measure. Leave the limit out; the time is limited all the same."
         )
-    if not most_seconds > 0 or (most_memory is not None and most_memory <= 0):
-        raise InputError(f"limits must be above 0, got {most_memory} bytes and {most_seconds} s.")
+    if not 0 < most_seconds <= _LONGEST_TIME or (most_memory is not None and most_memory <= 0):
+        raise InputError(
+            f"limits must be above 0, and the time at most {_LONGEST_TIME:,} s; got {most_memory} "
+            f"bytes and {most_seconds} s."
+        )
     memory = (most_memory or default_memory()) if on_cpu else None
     question = {
         "parent": os.getpid(),

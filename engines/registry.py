@@ -27,6 +27,9 @@ ENGINES: dict[str, tuple[str, str]] = {
 }
 """Module and class of every engine that this version can run."""
 
+MOST_THREADS = 4096
+"""On a CPU: each graph makes as many, whatever cores there are. The C interface has it too."""
+
 
 def engine_class(name: str) -> type[Engine]:
     """Return the class behind an engine's public name.
@@ -48,9 +51,11 @@ def check_choice(name: str, precision: str, threads: int | None) -> type[Engine]
     find_precision(precision)
     given: Any = threads
     whole = isinstance(given, Integral) and not isinstance(given, bool)
-    if given is not None and not (whole and given >= 1):
+    if given is not None and not (whole and 1 <= given <= MOST_THREADS):
         kind = "" if whole else f" ({type(given).__name__})"
-        raise InputError(f"threads must be a whole number from 1, got {given!r}{kind}.")
+        raise InputError(
+            f"threads must be a whole number from 1 to {MOST_THREADS}, got {given!r}{kind}."
+        )
     return engine_class(name)
 
 

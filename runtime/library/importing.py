@@ -127,6 +127,7 @@ def import_volume(
         If the library cannot be written.
     """
     item = volume.item
+    name = item.relative.as_posix() + item.suffix  # files of two folders may have one name
     try:
         found, masks = read(item, volume.segmentation, labels)
         held = [library.embeddings(name)[1] for name in library.structures]
@@ -143,7 +144,7 @@ def import_volume(
     except InputError as error:
         if strict:
             raise
-        return ImportReport({}, (), {item.name: str(error)})
+        return ImportReport({}, (), {name: str(error)})
     report = import_annotated(
         library,
         [(each.name, lambda each=each: each) for each in chosen],  # type: ignore[misc]
@@ -153,7 +154,7 @@ def import_volume(
         group=patient_group(found) or f"volume {item.relative.as_posix()}",
         strict=strict,
     )
-    return replace(report, notes={item.name: found.notes} if found.notes else {})
+    return replace(report, notes={name: found.notes} if found.notes else {})
 
 
 def patient_group(volume: Volume) -> str | None:

@@ -46,6 +46,8 @@ class MergeReport:
     encoded : those of ``added`` whose memories were made anew; of the others they were copied.
     apart : those of ``added`` whose group is known by the other library's hash only. They are still
         a group among themselves; but whether this library has others of it cannot be told.
+    same : that this library has under another key, the same image with the same masks, and were
+        passed over.
     """
 
     added: tuple[str, ...]
@@ -53,6 +55,7 @@ class MergeReport:
     retired: tuple[str, ...]
     encoded: tuple[str, ...]
     apart: tuple[str, ...]
+    same: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def merge(store: Store, binding: Binding, other: Store, progress: Progress | Non
     with store.changing:
         store.refresh()
         revision = other.state.revision
-        new, equal, retired = _sort(store, binding, other)
+        new, equal, retired, same = _sort(store, binding, other)
 
         def check_unchanged() -> None:
             other.refresh()
@@ -110,6 +113,7 @@ def merge(store: Store, binding: Binding, other: Store, progress: Progress | Non
         retired,
         tuple(one.exemplar.key for one in new if not one.copied),
         tuple(one.exemplar.key for one in new if one.apart),
+        same,
     )
 
 
@@ -139,8 +143,8 @@ def _check_of_one_kind(store: Store, binding: Binding, other: Store) -> None:
 
 def _sort(
     store: Store, binding: Binding, other: Store
-) -> tuple[list[_Other], tuple[str, ...], tuple[str, ...]]:
-    """Return what is to be added, what is here already, and what is retired there."""
+) -> tuple[list[_Other], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return what is to be added, is here already, is retired there, is here under another key."""
     own = {
         (origin.engine, origin.precision)
         for origin, _ in store.catalog.count_origins(store.state.generation)
@@ -151,7 +155,8 @@ def _sort(
     new: list[_Other] = []
     equal: list[str] = []
     differing: list[str] = []
-    retired, without, after = [], [], 0
+    retired, without, same, after = [], [], [], 0
+    contents = store.catalog.contents()
     while page := other.catalog.exemplars(after, _PAGE):
         for number, exemplar in page:
             after, key = number, exemplar.key
@@ -165,6 +170,9 @@ def _sort(
                 digest = exemplar_digest(key, exemplar.content, tags)
                 known = store.catalog.exemplar_digest(mine) == digest
                 (equal if known else differing).append(key)
+                continue
+            if exemplar.content in contents:
+                same.append(key)
                 continue
             origin = origins.of(number)
             alike = origin is not None and (origin.engine, origin.precision) in own
@@ -189,7 +197,7 @@ def _sort(
             f"{len(without)} exemplars of {other.path} come without the image, and {why}: "
             f"{_some(without)}. Nothing was added."
         )
-    return new, tuple(equal), tuple(retired)
+    return new, tuple(equal), tuple(retired), tuple(same)
 
 
 def _own_tags(

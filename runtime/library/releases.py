@@ -262,6 +262,12 @@ def _describe(
         }
     finally:
         copied.abandon()
+    made = (evaluation or {}).get("provenance") or {}
+    if made.get("library_digest", facts["library"]) != facts["library"]:
+        raise LibraryError(
+            f"the evaluation is of another state of the library ({made['library_digest'][:12]}) "
+            f"than what is released ({facts['library'][:12]}). Evaluate it as it is now."
+        )
     files = {}
     names = [work / CATALOG]
     for place in (MEMORIES, SOURCES):

@@ -150,12 +150,13 @@ class UpkeepDoor:
     ) -> MergeReport:
         """Add the exemplars of another library of the same bundle, all in one commit or none.
 
-        Exemplars with equal key, content and tags are passed over, and so are those that are
-        retired there; the report names them. Values of tags that identify, and groups, are hashed
-        with this library's secret, and its table of identifiers takes in the other's rows; groups
-        whose names are not there stay as they are, and the report names them. Memories are
-        copied where this library would make them alike (engine, precision, format), or the image
-        to make them anew was not kept; else they are made anew. Calibrations stay as they are.
+        Exemplars with equal key, content and tags are passed over, and so are those that this
+        library has under another key and those that are retired there; the report names them.
+        Values of tags that identify, and groups, are hashed with this library's secret, and its
+        table of identifiers takes in the other's rows; groups whose names are not there stay as
+        they are, and the report names them. Memories are copied where this library would make them
+        alike (engine, precision, format), or the image to make them anew was not kept; else they
+        are made anew. Calibrations stay as they are.
 
         Parameters
         ----------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -95,8 +96,16 @@ class Root(TyperGroup):
     """The command group that reports every error as one message on stderr."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take ``--debug`` wherever it stands, as long as it is before ``--``."""
+        """Take ``--debug`` wherever it stands, as long as it is before ``--``.
+
+        An empty argument is refused: as a path it would be the folder that one is in, and as a
+        digest or name none was asked for.
+        """
         end = args.index("--") if "--" in args else len(args)
+        empty = "" in args or next((a for a in args[:end] if re.fullmatch("--[a-z-]+=", a)), "")
+        if empty:
+            what = "an argument" if empty is True else f"the value of {empty[:-1]}"
+            ctx.fail(f"{what} is empty. Give it a value, or leave it out; is a variable not set?")
         if DEBUG in args[:end]:
             args = [DEBUG, *(arg for i, arg in enumerate(args) if arg != DEBUG or i > end)]
         return super().parse_args(ctx, args)

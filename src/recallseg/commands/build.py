@@ -42,8 +42,13 @@ def build(
         ),
     ] = None,
     k: Annotated[
-        int, typer.Option(min=1, help="Memories that are usual; made fastest.")
-    ] = defaults.K,
+        Optional[int],
+        typer.Option(
+            min=1,
+            help="Memories that are usual; made fastest.",
+            show_default=f"{defaults.K}, or --max-k where that is less",
+        ),
+    ] = None,
     max_k: Annotated[int, typer.Option(min=1, help="Most memories of one call.")] = 16,
     n: Annotated[int, typer.Option(min=1, help="Structures that are usual.")] = 1,
     max_n: Annotated[int, typer.Option(min=1, help="Most structures of one call.")] = 4,
@@ -72,7 +77,13 @@ def build(
     flavour = parsed(flavour_named, engine, "--engine")
     names = tuple(parsed(split_list, target, "--target")) if target else None
     checked = parsed(lambda _: Target.parse(names, flavour), target or "", "--target")
-    usual = Profile(Range(1, min(n, max_n), max_n), Range(1, min(k, max_k), max_k))
+    for name, value, most in (("k", k, max_k), ("n", n, max_n)):
+        if value is not None and value > most:
+            raise typer.BadParameter(
+                f"{value} is more than --max-{name} {most}, the most of one call.",
+                param_hint=f"--{name}",
+            )
+    usual = Profile(Range(1, n, max_n), Range(1, k or min(defaults.K, max_k), max_k))
     request = BuildRequest(
         flavour,
         precision,

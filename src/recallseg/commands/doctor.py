@@ -34,7 +34,11 @@ def doctor(
     gib: Annotated[
         Optional[float],
         typer.Option(
-            "--memory", min=0.1, help="For --budget: GiB to fit in.", show_default="this machine's"
+            "--memory",
+            min=0.1,
+            max=2**20,
+            help="For --budget: GiB to fit in.",
+            show_default="this machine's",
         ),
     ] = None,
     as_json: JsonOption = False,

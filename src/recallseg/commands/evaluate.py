@@ -82,8 +82,12 @@ def evaluate(
         typer.Option(metavar="GROUP", help="What counts as one patient.", show_default="file"),
     ] = None,
     bundle: Annotated[
-        str, typer.Option(help="With --split-by, what a new LIB belongs to.")
-    ] = "demo",
+        Optional[str],
+        typer.Option(
+            help="What LIB belongs to, and a new one (--split-by) shall.",
+            show_default="LIB's, or demo",
+        ),
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of surface Dice, in mm (pixels where not known).")
     ] = 2.0,
@@ -184,6 +188,7 @@ def evaluate(
     if split_by is None or library.exists():
         opened = Library.open(
             library,
+            bundle,
             mode="read" if split_by is None else "write",
             engine=engine,
             precision=precision,
@@ -191,7 +196,7 @@ def evaluate(
         )
     else:
         opened = Library.create(
-            library, bundle, engine=engine, precision=precision, threads=threads
+            library, bundle or "demo", engine=engine, precision=precision, threads=threads
         )
     with opened:
         groups = None

@@ -105,7 +105,11 @@ def merge(
         return
     made = f", memories of {len(report.encoded)} made anew" if report.encoded else ""
     say(f"{len(report.added)} exemplars added{made}")
-    for keys, why in ((report.equal, "LIB has them"), (report.retired, "retired in OTHER")):
+    for keys, why in (
+        (report.equal, "LIB has them"),
+        (report.same, "LIB has the same image with the same masks under another key"),
+        (report.retired, "retired in OTHER"),
+    ):
         if keys:
             note(f"passed over, {why}: {', '.join(keys)}")
     if report.apart:

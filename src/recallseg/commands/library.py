@@ -220,6 +220,7 @@ def remove(
     """Erase exemplars for good; 'retire' takes them out of use and keeps them."""
     from recallseg.runtime.library import Library
 
+    keys = [*dict.fromkeys(keys)]
     with Library.open(library, mode="write") as opened:
         for key in keys:
             opened.get(key)  # all of them are there, or none is removed

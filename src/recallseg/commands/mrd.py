@@ -36,7 +36,9 @@ def mrd(
     host: Annotated[str, typer.Option("--host", help="Of the service, for --replay.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option("--port", help="Of the service, for --replay.")] = 9002,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Of the service, for --replay.")
+    ] = 9002,
 ) -> None:
     """Answer MRD streams as FIRE, OpenRecon and Gadgetron speak them (extra 'mrd').
 
@@ -45,6 +47,10 @@ def mrd(
     """
     from recallseg.engines.errors import InputError
 
+    ways = {"--replay": replay, "--openrecon": openrecon, "--record": record}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"{' and '.join(given)} exclude each other.", param_hint=[])
     if replay is not None:
         from recallseg.runtime.services.mrd.recording import replay as send
 

@@ -102,7 +102,11 @@ def quarantine(
     """
     with _store(config) as store:
         if remove is not None:
-            note(f"deleted {store.remove(remove)} objects")
+            count = store.remove(remove)
+            if as_json:
+                emit_json({"removed": remove, "objects": count})
+            else:
+                note(f"deleted {count} objects")
             return
         aside = [
             each

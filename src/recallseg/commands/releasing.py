@@ -25,6 +25,7 @@ from recallseg.commands.common import (
     say,
 )
 from recallseg.engines import defaults
+from recallseg.engines.errors import InputError
 from recallseg.engines.reading import read_file
 
 if TYPE_CHECKING:
@@ -62,7 +63,14 @@ def release(
     labels: Annotated[
         Optional[str], typer.Option(help="Of --evaluate: structures by label value, 1=liver,...")
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Of --evaluate: most exemplars to recall.")] = 4,
+    k: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1,
+            help="Of --evaluate: most exemplars to recall.",
+            show_default=str(defaults.K),
+        ),
+    ] = None,
     sbom: Annotated[
         Optional[Path],
         typer.Option(help="What 'recallseg sbom' wrote, to take along.", show_default="none"),
@@ -78,11 +86,15 @@ def release(
     from recallseg.runtime.library.releases import version_number
 
     parsed(version_number, version, "--version")
+    if evaluate is None and (labels is not None or k is not None):
+        raise typer.BadParameter("--labels and --k go with --evaluate FOLDER.", param_hint=[])
     signer = SigningKey.read(key)
     bill = None if sbom is None else parsed(_read_json, str(sbom), "--sbom")
     with Library.open(library, engine=engine, precision=precision, threads=threads) as opened:
         target = output or Path(f"{opened.path.resolve().name}-{version}.release")
-        measured = None if evaluate is None else _evaluate(opened, evaluate, labels, k)
+        measured = (
+            None if evaluate is None else _evaluate(opened, evaluate, labels, k or defaults.K)
+        )
         with progress_bar("Comparing", len(opened) + len(opened.retired)) as step:
             described = opened.release(
                 target,
@@ -217,9 +229,12 @@ def _evaluate(library: Library, folder: Path, labels: str | None, k: int) -> dic
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    found = json.loads(read_file(Path(path)))
+    try:
+        found = json.loads(read_file(Path(path)))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object.")
+        raise InputError(f"{path} is no JSON object, as 'recallseg sbom' writes.")
     return found
 
 

@@ -39,7 +39,11 @@ def watch(
     former: Annotated[Optional[Path], typer.Option("--library", hidden=True)] = None,
     settle: Annotated[
         float,
-        typer.Option(min=0, help="Seconds without a change until a file or series is complete."),
+        typer.Option(
+            min=0,
+            max=86_400,
+            help="Seconds without a change until a file or series is complete.",
+        ),
     ] = 2.0,
     once: Annotated[
         bool, typer.Option("--once", help="End when all that is there is done.")

@@ -79,6 +79,7 @@ def test_another_library(library: Path, tmp_path: Path) -> None:
         "retired": ["case 3"],
         "encoded": [],
         "apart": [],
+        "same": [],
     }
     assert "there is no library" in call("merge", library, tmp_path / "no", status=1)
 

@@ -283,3 +283,13 @@ def test_groups_of_two_libraries_stay_whole(tmp_path: Path) -> None:
     assert len(set(groups.values())) == 3
     numbers = {key: three.number(key) for key in ("3", "4", "5")}
     assert groups[numbers["3"]] == groups[numbers["5"]] != groups[numbers["4"]]
+
+
+def test_an_image_that_is_there_under_another_key_is_not_added_again(tmp_path: Path) -> None:
+    with create(tmp_path / "one") as one, create(tmp_path / "two") as two:
+        for library in (one, two):
+            add(library, 0)  # under a random key
+        again, new = next(iter(two)).key, add(two, 1)
+        report = one.merge(two)
+        assert (report.added, report.same) == ((new,), (again,))
+        assert len(one) == 2

@@ -238,3 +238,17 @@ def test_what_changed_between_two_libraries(library: Library, tmp_path: Path) ->
     assert found.removed == ("case 0",)
     assert dict(found.changed) == {"case 1": ("masks",), "case 2": ("tags",)}
     assert compare(library, library).to_json()["changed"] == {}
+
+
+def test_an_evaluation_of_another_state_is_not_released(
+    library: Library, signer: SigningKey, tmp_path: Path
+) -> None:
+    evaluation = {"k": 4, "cases": "ab", "dice": {}}
+    measured = {**evaluation, "provenance": {"library_digest": library.digest}}
+    file = tmp_path / "a.release"
+    library.release(file, version="1.0.0", key=signer, evaluation=measured)
+    library.release(file, version="1.0.0", key=signer, evaluation=evaluation)
+    add(library, 9, key="since then")
+    with pytest.raises(LibraryError, match="of another state of the library"):
+        library.release(tmp_path / "b.release", version="1.1.0", key=signer, evaluation=measured)
+    assert [path.name for path in tmp_path.glob("*b.release*")] == []

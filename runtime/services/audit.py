@@ -261,7 +261,14 @@ class AuditLog:
     def _write_head(self, entry: Mapping[str, Any]) -> None:
         if self._head is not None:
             head = {name: entry[name] for name in ("number", "digest", "time")}
-            replace_file(self._head, _canonical(head) + b"\n", mode=0o600)
+            try:
+                replace_file(self._head, _canonical(head) + b"\n", mode=0o600)
+            except OSError as error:
+                raise AuditError(
+                    f"the head {self._head} of the audit log {self.path} cannot be written: "
+                    f"{error.strerror}. The log has the entry; nobody outside of it has, so a "
+                    "result of it must not be used."
+                ) from error
 
     def __repr__(self) -> str:
         return f"AuditLog({str(self.path)!r})"
@@ -354,6 +361,7 @@ class _Walk:
         if self.entries == 0 and line == 0 and entry.get("event") == "rotate":
             self._number, self.previous = entry["number"], entry["previous"]
             self.continues = self.previous
+            self._find()  # the last of the file before, which a head names until this one is there
         if entry["number"] != self._number or entry["previous"] != self.previous:
             raise AuditError(
                 f"{path}: line {line + 1} does not follow the one before: entries were removed, "
@@ -365,6 +373,9 @@ class _Walk:
         self.entries += 1
         self.last_time = str(entry.get("time"))
         self.first_time = self.first_time or self.last_time
+        self._find()
+
+    def _find(self) -> None:
         self.missing = [d for d in self.missing if not self.previous.startswith(d)]
 
     def _check_seal(self, entry: dict[str, Any], path: Path, line: int) -> None:

@@ -56,3 +56,12 @@ def test_a_library_goes_to_a_device_and_back(
     )
     run("library", "install", *install, status=2)  # neither a file nor --rollback
     run("library", "install", "discs-1.1.0.release", "--into", "site", status=2)  # by whose keys?
+
+
+@pytest.mark.parametrize("text", [b"{not", b"[1]", b"\xff\xfe{}", b"[" * 100_000])
+def test_a_list_of_parts_that_is_none_is_told(tmp_path: Path, text: bytes) -> None:
+    """It is read before the library is."""
+    run("sign", "key", tmp_path / "maker")
+    (tmp_path / "sbom.json").write_bytes(text)
+    release = ("library", "release", tmp_path / "none", "--key", tmp_path / "maker")
+    run(*release, "--version", "1.0.0", "--sbom", tmp_path / "sbom.json", status=2)

@@ -288,6 +288,23 @@ def test_rotation_keeps_the_chain(
         AuditLog(tmp_path / "empty").rotate()
 
 
+def test_a_rotation_that_was_cut_off_before_its_head_goes_on(
+    sealed: Path, tmp_path: Path, keys: tuple[AuditKey, AuditKey], segmented: Entry
+) -> None:
+    head = tmp_path / "head"
+    before = head.read_bytes()
+    AuditLog(sealed, key=keys[0], head=head).rotate()
+    head.write_bytes(before)  # the power was cut: it still names the last entry put aside
+    AuditLog(sealed, key=keys[0], head=head).record(*segmented)
+    assert verify_audit_log(sealed, key=keys[1], head=head).entries == 2
+
+
+def test_a_head_that_cannot_be_written_is_told_as_that(tmp_path: Path, segmented: Entry) -> None:
+    log = AuditLog(tmp_path / "log", head=tmp_path / "gone" / "head")
+    with pytest.raises(AuditError, match=r"the head .*gone/head of the audit log .* No such file"):
+        log.record(*segmented)
+
+
 def test_a_log_is_private_and_no_link(tmp_path: Path, segmented: Entry) -> None:
     path = tmp_path / "log"
     AuditLog(path).record(*segmented)

@@ -102,7 +102,11 @@ class Catalog(CatalogQueries):
 
     @contextmanager
     def _noted(
-        self, what: str, numbers: Iterable[int], details: Mapping[str, str]
+        self,
+        what: str,
+        numbers: Iterable[int],
+        details: Mapping[str, str],
+        former: int | None = None,
     ) -> Iterator[None]:
         before = self.state().revision
         yield
@@ -110,7 +114,7 @@ class Catalog(CatalogQueries):
         name = self.database.value(
             "SELECT max(name) FROM settings WHERE name >= ? AND name < ?", (PREFIX, "at!")
         )
-        text = note_text(what, before, revision, numbers, details)
+        text = note_text(what, before, revision, numbers, details, former)
         self.set_note(next_note(name), text)
 
     def add(
@@ -121,7 +125,9 @@ class Catalog(CatalogQueries):
         details: Mapping[str, str] | None = None,
     ) -> None:
         """Make exemplars visible, ``instead`` of the one with that key, in one commit."""
-        with self.change(what, [new.number for new in exemplars], details):
+        numbers = [new.number for new in exemplars]
+        former = None if instead is None else self.number(instead)
+        with self.database.transaction(), self._noted(what, numbers, details or {}, former):
             if instead is not None:
                 self._remove(instead)
             for new in exemplars:

@@ -2,7 +2,8 @@
 
 Notes and no table: what older programs wrote has none, and they open a library that has them. The
 revisions that nobody noted are told as such. An entry names exemplars by number: of one that was
-removed nothing is left but that there was one.
+removed nothing is left but that there was one. Another mask gives an exemplar another number, and
+the note on that says which one it had.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class _Note:
     what: str
     spans: tuple[range, ...]
     details: Mapping[str, str]
+    former: int | None = None
 
     def of(self, numbers: Sequence[int]) -> list[int]:
         """Return which of ascending numbers it was done to."""
@@ -100,11 +102,20 @@ def next_note(newest: str | None) -> str:
 
 
 def note_text(
-    what: str, before: int, revision: int, numbers: Iterable[int], details: Mapping[str, str]
+    what: str,
+    before: int,
+    revision: int,
+    numbers: Iterable[int],
+    details: Mapping[str, str],
+    former: int | None = None,
 ) -> str:
-    """Return the text of the note on a change that is made now, by this user."""
+    """Return the text of the note on a change that is made now, by this user.
+
+    ``former`` is the number that the one exemplar of the change had before.
+    """
     return json.dumps(
         {
+            **({} if former is None else {"former": former}),
             "what": what,
             "revisions": [before, revision],
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -127,7 +138,10 @@ def history(catalog: Catalog) -> tuple[Change, ...]:
             keys.update((number, exemplar.key) for number, exemplar in page)
             created.update((number, exemplar.created) for number, exemplar in page)
             after = page[-1][0]
-    numbers = [*keys]
+    for late in reversed(notes):  # a mask may have been replaced twice
+        if late.former is not None and late.spans[0].start in keys:
+            keys.setdefault(late.former, keys[late.spans[0].start])
+    numbers = sorted(keys)
     added = {n for note in notes if note.what in _ADDING for n in note.of(numbers)}
     unknown = [number for number in numbers if number not in added]
     # Of each note on, the first exemplar that one is about: unknown ones before it came before.
@@ -140,7 +154,7 @@ def history(catalog: Catalog) -> tuple[Change, ...]:
         if before > seen:
             end = bisect_left(unknown, first)
             found, unknown = unknown[:end], unknown[end:]
-            time = max((created[number] for number in found), default="")
+            time = max((created.get(number, "") for number in found), default="")
             named = tuple(keys[number] for number in found)
             changes.append(Change(before, time, "", UNRECORDED, named))
         if note is not None:
@@ -182,10 +196,15 @@ def _parse(text: str) -> _Note:
             raise ValueError("it added nothing")
         check_tags({"what": what, **({"who": who} if who else {})})
         details = check_tags(details)
+        former = data.get("former")
+        if former is not None:
+            former = integer(former, "the former number of an exemplar", 1)
+            if not spans:
+                raise ValueError("it is about none")
         time = timestamp(data["time"], "the time of a change")
     except (ValueError, KeyError, TypeError, RecursionError, InputError) as error:
         raise LibraryCorruptError(
             f"a note on the library's history is damaged: {error!r}. Restore the library from a "
             "backup; what it recalls is not concerned."
         ) from error
-    return _Note(before, revision, time, who, what, spans, details)
+    return _Note(before, revision, time, who, what, spans, details, former)

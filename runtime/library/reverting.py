@@ -72,15 +72,11 @@ def revert(library: Library, revision: int) -> Reverted:
         elif change.what == "retire":
             then -= {*change.exemplars}
     later = [change for change in changes if change.revision > revision]
-    # One whose mask was replaced is told as new from then on. Whether it was there is not known: it
-    # stays.
-    replaced = {key for one in later if one.what == "replace_mask" for key in one.exemplars}
     in_use = [exemplar.key for exemplar in library]
-    retired = tuple(key for key in in_use if key not in then | replaced)
+    retired = tuple(key for key in in_use if key not in then)
     reinstated = tuple(one.key for one in library.retired if one.key in then)
     added = sum(change.erased for change in later if change.what in _ADDING)
     removed = sum(change.erased for change in later if change.what == "remove")
     changing.retire(library._store, retired, reinstated)
     kept = [one for one in later if one.what not in (*_ADDING, "retire", "reinstate", "remove")]
-    lost = removed - max(0, added - len(replaced))
-    return Reverted(retired, reinstated, max(0, lost), tuple(kept))
+    return Reverted(retired, reinstated, max(0, removed - added), tuple(kept))

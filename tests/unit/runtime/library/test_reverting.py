@@ -78,6 +78,29 @@ def test_one_whose_mask_was_replaced_stays(library: Library) -> None:
     assert [change.what for change in done.kept] == ["replace_mask"]
 
 
+def test_one_whose_mask_was_replaced_is_the_one_that_it_was(library: Library) -> None:
+    add(library, "a")
+    add(library, "b")
+    for _ in range(2):
+        _, masks = library.source("a")
+        library.replace_mask("a", "bar", ~masks["bar"])
+    then = library.history()[-1].revision
+    add(library, "c")
+    assert revert(library, then).retired == ("c",)  # and not a
+    assert [one.key for one in library] == ["b", "a"]
+    done = revert(library, 2)
+    assert (done.retired, done.lost) == ((), 0)
+    before = revert(library, 1)  # when there was a alone
+    assert (before.retired, before.lost) == (("b",), 0)
+    library.remove("a")
+    assert [(one.what, one.exemplars, one.erased) for one in library.history()[:3]] == [
+        ("add", (), 1),
+        ("add", ("b",), 0),
+        ("replace_mask", (), 1),
+    ]
+    assert revert(library, 2).lost == 1
+
+
 def test_a_change_that_there_was_not(library: Library) -> None:
     add(library, "a")
     with pytest.raises(InputError, match="no change of revision 77; it has 1"):

@@ -25,7 +25,7 @@ from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.http import worklist as worklists
 from recallseg.runtime.services.http.limits import RefusedError
 from recallseg.runtime.services.http.serving import Access, open_server
-from recallseg.runtime.services.http.worklist import LOOK_S, Worklist
+from recallseg.runtime.services.http.worklist import LOOK_S, Worklist, settled
 
 
 @pytest.fixture
@@ -116,6 +116,28 @@ def test_an_image_that_went_is_none_of_the_list(library: Library, folder: Path) 
             worklist.open(entry.mark)
     finally:
         worklist.close()
+
+
+def test_an_accepted_image_stays_done_whatever_becomes_of_its_mask(
+    library: Library, tmp_path: Path
+) -> None:
+    """Until its exemplar is removed, or out of use: then it is to be done again."""
+    log = AuditLog(tmp_path / "audit.jsonl")
+    image, mask = disc(60, 62, 20, 40)
+    item = {"image": image, "masks": {"disc": mask}}
+    (key,) = library.add_many([item], details={worklists.ITEM: "ab" * 32})
+    assert settled(library, log) == {"ab" * 32: "accepted"}
+    for _ in range(2):
+        library.replace_mask(key, "disc", ~library.source(key)[1]["disc"])
+        library.retag(key, {"view": "axial"})
+        assert settled(library, log) == {"ab" * 32: "accepted"}
+    library.retire(key)
+    assert settled(library, log) == {}
+    library.reinstate(key)
+    library.rename_structure("disc", "other")
+    assert settled(library, log) == {"ab" * 32: "accepted"}
+    library.remove(key)
+    assert settled(library, log) == {}
 
 
 def test_what_was_done_outlasts_the_server(library: Library, folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
+from recallseg.commands.common import say_notice
 from recallseg.engines.bundle import Bundle
 from recallseg.export.bundling import DEFAULT_VARIANTS, VARIANTS, export_bundle
 from recallseg.export.checkpoints import load_embedder, load_segmenter
@@ -132,8 +133,7 @@ def export(
     typer.echo(repr(bundle))
     for graph, error in worst.items():
         typer.echo(f"  {graph:<11} largest relative error against PyTorch {error:.1e}")
-    if bundle.notice:
-        typer.echo(f"  {bundle.notice}")
+    say_notice(bundle.notice)
 
 
 def convert(
@@ -175,3 +175,4 @@ def convert(
             f"  {entry['variant']:<15} {entry['tensor']:<17} {entry['error']:.1e} of "
             f"{entry['tolerance']:.0e}"
         )
+    say_notice(made.notice)

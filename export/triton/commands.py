@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from recallseg.commands.common import say, say_notice
 from recallseg.engines.bundle import Bundle
 from recallseg.export.triton.repository import export_triton
 
@@ -28,10 +29,9 @@ def export_triton_command(
     folder = export_triton(
         opened, output, engine=engine, precision=precision, device=device, prefix=prefix
     )
-    typer.echo(str(folder))
+    say(str(folder))
     for path in sorted(folder.iterdir()):
-        typer.echo(f"  {path.name}")
+        say(f"  {path.name}")
     quiet = "ORT_DISABLE_TELEMETRY=1 " if engine == "onnxruntime" else ""
-    typer.echo(f"start it with: {quiet}tritonserver --model-repository={folder.absolute()}")
-    if opened.notice:
-        typer.echo(opened.notice, err=True)
+    say(f"start it with: {quiet}tritonserver --model-repository={folder.absolute()}")
+    say_notice(opened.notice)

@@ -100,12 +100,17 @@ class _Handler(logging.Handler):
     def __init__(self, emit: Callable[[int, str, str], None]) -> None:
         super().__init__()
         self._pass_on = emit
+        self._lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if self._lost:
+                told = f"{self._lost} lines could not be passed on: too little memory"
+                self._pass_on(logging.WARNING, log.name, told)
+                self._lost = 0
             self._pass_on(record.levelno, record.name, record.getMessage())
-        except Exception:  # as every handler must: logging never stops a query
-            self.handleError(record)
+        except Exception:  # logging never stops a query, and stderr is the host's
+            self._lost += 1
 
 
 _handlers: list[_Handler] = []

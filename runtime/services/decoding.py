@@ -8,6 +8,7 @@ as the same user, and what it sends back is trusted.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -167,7 +168,7 @@ class IsolatedDecoder:
 
     def _ask(self, question: Any, path: Path, seconds: float) -> Any:
         link = self._started()
-        until = monotonic() + seconds
+        until, worked = monotonic() + seconds, self._worked()
         try:
             link.send(question)
             while not link.poll(LOOK_S):
@@ -175,7 +176,14 @@ class IsolatedDecoder:
                     self.close()
                     return None
                 if monotonic() > until:
+                    waited = seconds - (self._worked() - worked)
                     self.close()
+                    if waited > seconds / 2:
+                        raise InputError(
+                            f"{printable(path)} was not read within {seconds:.0f} s, of which "
+                            f"{waited:.0f} passed in waiting for it: the disk is slow, or the "
+                            "network to it. The file may be as it should; try again."
+                        ) from _caused(errno.ETIMEDOUT)
                     raise InputError(
                         f"{printable(path)} was not read within {seconds:.0f} s: it is damaged, or "
                         "made to hang."
@@ -193,6 +201,16 @@ class IsolatedDecoder:
                 f"{printable(path)} ended the process that read it ({_ended(status)}): it is "
                 "damaged, or made to do so."
             ) from error
+
+    def _worked(self) -> float:
+        """Return the seconds that the process's threads worked, or waited for a core for that."""
+        assert self._process is not None
+        try:
+            threads = [*Path(f"/proc/{self._process.pid}/task").iterdir()]
+            told = [(thread / "schedstat").read_text(encoding="ascii") for thread in threads]
+            return sum(int(number) for line in told for number in line.split()[:2]) / 1e9
+        except (OSError, ValueError):  # a kernel that does not tell: then all of it was work
+            return monotonic()
 
     def close(self) -> None:
         """End the process. Harmless if repeated; the next item gets a new one."""

@@ -175,3 +175,9 @@ def test_the_demo_says_it_once_and_first_checks_where_it_writes(tmp_path: Path) 
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "mine.txt").write_text("not an earlier demo's")
     assert banners("demo", "--output", tmp_path, status=1) == 0
+
+
+def test_a_repository_for_triton_says_it_as_all_commands_do(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="commands that export")
+    command = ("export-triton", "demo", "--output", tmp_path / "triton", "--device", "cpu")
+    assert banners(*command) == 1

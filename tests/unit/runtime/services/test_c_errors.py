@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import recallseg
 from recallseg.engines import errors
+from recallseg.runtime.services import c_interface
 from recallseg.runtime.services.c_errors import STATUS, in_c, status_of
 
 PYTHONS = re.compile(
@@ -89,3 +91,25 @@ def test_lack_of_memory_has_one_status(error: BaseException) -> None:
     status, text = status_of(error)
     assert status == 19
     assert text
+
+
+def test_lines_that_a_host_cannot_take_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
+    """As for want of memory: its stderr is its own, and a query goes on."""
+    told: list[str] = []
+    short = [True]
+
+    def emit(level: int, name: str, message: str) -> None:
+        if short[0]:
+            raise MemoryError
+        told.append(message)
+
+    handler = c_interface._Handler(emit)
+    log = logging.Logger("recallseg.embedding")
+    log.addHandler(handler)
+    log.warning("one")
+    log.warning("two")
+    short[0] = False
+    log.warning("three")
+    log.warning("four")
+    assert told == ["2 lines could not be passed on: too little memory", "three", "four"]
+    assert capfd.readouterr().err == ""

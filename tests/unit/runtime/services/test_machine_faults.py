@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,13 @@ from support.pictures import disc
 
 from recallseg import Bundle, Library, Segmenter, Stream
 from recallseg.engines.errors import DeviceMemoryError, HostMemoryError, InputError
+from recallseg.engines.machine_fault import machine_fault
+from recallseg.runtime.formats.dicom_headers import NotGiven
+from recallseg.runtime.formats.finding import find_in_folder
 from recallseg.runtime.services import decoding, patience, watching
 from recallseg.runtime.services.archive import running, worker
 from recallseg.runtime.services.archive.running import segment_archive
-from recallseg.runtime.services.decoding import IsolatedDecoder
+from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.http import application
 from recallseg.runtime.services.patience import MOST_TIMES
 from recallseg.runtime.services.watching import Arrival, Watcher
@@ -241,6 +245,34 @@ def test_a_frame_that_finds_too_little_memory_does_not_end_its_stream(
             stream.drain(60)
     assert isinstance(frames[0].error, HostMemoryError)
     assert frames[1].result is not None
+
+
+def test_a_disk_that_is_slow_is_told_from_a_file_that_hangs(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), disc(0.2).image)
+    series = tmp_path / "series"
+    stack = np.stack([disc(0.3).image] * 2).astype(np.uint16)
+    write_series(series, stack)
+    file = next(series.iterdir())
+    (item,) = find_in_folder(tmp_path, kind="image").items
+    with IsolatedDecoder(DecodingLimits(header_seconds=1.0, seconds=1.0)) as decoder:
+        for ask in (lambda: decoder.read(item), lambda: decoder.read_header(file)):
+            assert decoder.read_header(tmp_path / "a.png") is None  # the process is there
+            assert decoder._process is not None
+            os.kill(decoder._process.pid, signal.SIGSTOP)  # it waits, as for a network
+            try:
+                told = ask()
+            except InputError as error:
+                assert "the disk is slow" in str(error)  # noqa: PT017
+                assert machine_fault(error) == errno.ETIMEDOUT  # noqa: PT017
+            else:
+                assert isinstance(told, NotGiven)
+                assert told.number == errno.ETIMEDOUT
+        assert decoder.read_header(tmp_path / "a.png") is None
+        (tmp_path / "zeros.dcm").write_bytes(bytes(128) + b"DICM")
+        os.truncate(tmp_path / "zeros.dcm", 10**11)  # of holes: work for minutes
+        told = decoder.read_header(tmp_path / "zeros.dcm")
+        assert isinstance(told, str)
+        assert "it is damaged, or made to hang" in told
 
 
 @pytest.mark.parametrize("fault", [0, errno.EIO, errno.ENOMEM])

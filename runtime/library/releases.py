@@ -46,6 +46,12 @@ KIND = "release"
 _BLOCK, _CHUNK = 512, 1 << 20
 _MOST_MANIFEST, _MOST_SIGNATURE = 2**26, 2**16
 _VERSION = re.compile(r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})")
+_TEXTS = ("version", "name", "created", "recallseg", "bundle_name", "bundle_identity", "library")
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(_TEXTS, (str,)),
+    **{"exemplars": (int,), "images": (bool,), "structures": (list,), "calibrated": (list,)},
+    **dict.fromkeys(("evaluation", "sbom"), (dict, type(None))),
+}
 _NAME = re.compile(r"library/(library\.sqlite|(memories|sources)/[0-9a-z/]{1,60}\.(shard|npz))")
 
 Progress = Callable[[int, int], None]
@@ -100,16 +106,27 @@ class Release:
             values = dict(data)
             if (values.pop("format"), values.pop("format_version")) != (FORMAT, FORMAT_VERSION):
                 raise ValueError("it is of another format, or of a newer RecallSeg")
-            files = [(str(name), int(size), str(digest)) for name, size, digest in values["files"]]
+            for name, kinds in _KINDS.items():
+                if type(values[name]) not in kinds:
+                    raise ValueError(f"its '{name}' is {ascii(values[name])[:80]}")
+            for name in ("structures", "calibrated"):
+                if not all(isinstance(structure, str) for structure in values[name]):
+                    raise ValueError(f"its '{name}' are no names")
+                values[name] = tuple(values[name])
+            files = values["files"]
+            for name, size, digest in files:
+                if not _NAME.fullmatch(name) or type(size) is not int or size < 0:
+                    raise ValueError(f"it names the file {ascii(name)[:80]}")
+                if not isinstance(digest, str):
+                    raise ValueError(f"its file {name} has no digest")
             values["files"] = FrozenMap({name: (size, digest) for name, size, digest in files})
-            values["structures"] = tuple(map(str, values["structures"]))
-            values["calibrated"] = tuple(map(str, values["calibrated"]))
+            if len(files) != len(values["files"]):
+                raise ValueError("it names a file twice")
+            if f"{LIBRARY}/{CATALOG}" not in values["files"]:
+                raise ValueError("it has no catalog")
             found = cls(**values)
             version_number(found.version)
-            wrong = [name for name, *_ in files if not _NAME.fullmatch(name)]
-            if wrong or len(files) != len(found.files) or min(size for _, size, _ in files) < 0:
-                raise ValueError(f"it names the file {wrong[0]!r}" if wrong else "its files")
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError, KeyError, InputError) as error:
             raise LibraryCorruptError(f"{path} is no release that can be read: {error}.") from error
         return found
 

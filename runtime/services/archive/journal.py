@@ -82,6 +82,16 @@ class Journal:
             raise OutputError(f"{printable(self._path)} cannot be written: {why}.") from error
         try:
             self._base = sqlite3.connect(self._path, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise OutputError(f"{printable(self._path)} cannot be opened: {error}.") from error
+        try:
+            self._prepare()
+        except BaseException:
+            self._base.close()
+            raise
+
+    def _prepare(self) -> None:
+        try:
             self._base.execute("PRAGMA synchronous=FULL")
             (version,) = self._base.execute("PRAGMA user_version").fetchone()
             self._base.execute("BEGIN IMMEDIATE")

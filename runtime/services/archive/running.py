@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -131,32 +132,24 @@ def segment_archive(
         Path(library).absolute(), output, asking, volumes or VolumeSettings(), kind, audit
     )
     make_folder(output)
-    try:
-        lock = WriterLock(output / LOCK)
-    except LibraryLockedError as error:
-        raise InputError(
-            f"another process already segments an archive into {printable(output)}. Wait for it, "
-            "or choose another folder."
-        ) from error
-    journal = None
-    try:
-        journal = Journal(output)
-        crew = _crew(setup, ray, workers, deadline_s)
+    with ExitStack() as held:
         try:
+            held.callback(WriterLock(output / LOCK).release)
+        except LibraryLockedError as error:
+            raise InputError(
+                f"another process already segments an archive into {printable(output)}. Wait for "
+                "it, or choose another folder."
+            ) from error
+        journal = held.enter_context(closing(Journal(output)))
+        with closing(_crew(setup, ray, workers, deadline_s)) as crew:
             run = _Run(crew, journal, output, list_sources(inputs), attempts, progress, stop)
             if retry:
                 journal.retry()
             told = run.work()
-        finally:
-            crew.close()
         aside = dict(islice(_reasons(journal), 100))
         rows = write_summary(table, journal, run.structures)
         seconds = time.monotonic() - begin
         return Archived(told, run.complete, aside, rows, table, seconds, run.provenance)
-    finally:
-        if journal is not None:
-            journal.close()
-        lock.release()
 
 
 def _reasons(journal: Journal) -> Iterator[tuple[str, str]]:

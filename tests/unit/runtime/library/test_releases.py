@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import tarfile
 from pathlib import Path
 
@@ -122,23 +123,43 @@ def test_any_changed_bit_is_refused_with_its_place(
 
 
 @pytest.mark.parametrize(
-    "files",
+    ("field", "value"),
     [
-        [["library/library.sqlite", 1e999, "ab"]],
-        [["library/library.sqlite", -1, "ab"]],
-        [["library/../library.sqlite", 1, "ab"]],
-        [["library/library.sqlite", 1, "ab"]] * 2,
-        [[[], {}, None]],
-        [],
-        {"a": 1},
-        None,
+        ("files", [["library/library.sqlite", 1e999, "ab"]]),
+        ("files", [["library/library.sqlite", -1, "ab"]]),
+        ("files", [["library/library.sqlite", 1, None]]),
+        ("files", [["library/../library.sqlite", 1, "ab"]]),
+        ("files", [["library/library.sqlite", 1, "ab"]] * 2),
+        ("files", [[[], {}, None]]),
+        ("files", []),
+        ("files", {"a": 1}),
+        ("files", None),
+        ("library", 1.5),
+        ("library", {}),
+        ("library", None),
+        ("version", 1),
+        ("version", "../1.0.0"),
+        ("name", ["a"]),
+        ("exemplars", True),
+        ("images", "yes"),
+        ("structures", "disc"),
+        ("structures", [1]),
+        ("calibrated", None),
+        ("evaluation", [1]),
+        ("sbom", "none"),
+        ("another", "field"),
     ],
 )
 def test_who_is_trusted_can_err(
-    library: Library, signer: SigningKey, trust: list[PublicKey], tmp_path: Path, files: object
+    library: Library,
+    signer: SigningKey,
+    trust: list[PublicKey],
+    tmp_path: Path,
+    field: str,
+    value: object,
 ) -> None:
     described = library.release(tmp_path / "a.release", version="1.0.0", key=signer)
-    stated = json.dumps({**described.to_json(), "files": files}).encode()
+    stated = json.dumps({**described.to_json(), field: value}).encode()
     made = io.BytesIO()
     for name, content in (
         ("release.json", stated),
@@ -148,7 +169,7 @@ def test_who_is_trusted_can_err(
         entry.size, entry.mode = len(content), 0o600
         made.write(entry.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512))
     (tmp_path / "a.release").write_bytes(made.getvalue() + bytes(1024))
-    with pytest.raises(LibraryError):
+    with pytest.raises(LibraryError, match=re.escape(str(tmp_path / "a.release"))):
         install(tmp_path / "a.release", tmp_path / "site", trust)
     assert not (tmp_path / "site" / "current").exists()
 

@@ -503,6 +503,27 @@ def test_a_journal_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     journal.close()
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("at", ["_prepare", "commit"])
+def test_what_cannot_be_written_keeps_no_other_call_out(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """In one process: a connection that nobody closed held the journal, and the folder's lock."""
+    write_archive(tmp_path / "in")
+    real = getattr(Journal, at)
+
+    def full(self: Journal) -> None:
+        real(self)
+        raise OutputError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, at, full)
+        with pytest.raises(OutputError, match="No space left") as kept:
+            archived(library, [tmp_path / "in" / "a"], tmp_path / "out")
+    assert archived(library, [tmp_path / "in" / "a"], tmp_path / "out").progress.done == 3
+    del kept
+
+
 def test_the_command_answers(library: Path, tmp_path: Path) -> None:
     write_archive(tmp_path / "in")
     command = [sys.executable, "-m", "recallseg", "archive", str(library), str(tmp_path / "in")]

@@ -44,6 +44,10 @@ def test_counted_lines_are_exact(demo: Bundle) -> None:
     assert budget.total == sum(line.size for line in budget.lines)
 
 
+LIBRARIES = 62 * MIB
+"""Pages of programs' files; how many more the system maps beside those that are used (62 to 88 MiB
+in all, the same programs) is up to how they came to lie in its cache."""
+
 MEASURE = """
 import math, sys, tempfile
 import numpy as np
@@ -52,7 +56,7 @@ from recallseg.engines.budget import memory_budget
 
 def resident():
     with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 precision, n, k = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 draw = np.random.default_rng(0)
@@ -81,7 +85,7 @@ def test_a_cpus_budget_is_what_a_process_takes(precision: str, n: int, k: int) -
     command = [sys.executable, "-c", MEASURE, precision, str(n), str(k)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     taken, more, buffers, budget = map(int, done.stdout.split())
-    assert budget == pytest.approx(taken, rel=0.1)
+    assert budget == pytest.approx(taken + LIBRARIES, rel=0.1)
     assert more < buffers + 8 * MIB
 
 

@@ -149,15 +149,29 @@ def test_everything_is_segmented_once_and_stands_in_the_table(
         )
 
 
+def opened() -> set[str]:
+    """Return the files that this process has open."""
+    listed = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return {os.readlink(path) for path in listed if os.path.lexists(path)}
+
+
 @pytest.mark.usefixtures("here")
 def test_a_journal_that_is_gone_costs_nothing(library: Path, tmp_path: Path) -> None:
     write_archive(tmp_path / "in")
     archived(library, [tmp_path / "in"], tmp_path / "out")
     before = outputs(tmp_path / "out")
-    (tmp_path / "out" / JOURNAL).write_bytes(b"not a journal of anything" * 100)
-    with pytest.raises(InputError, match="is no journal"):
+    journal = tmp_path / "out" / JOURNAL
+    journal.write_bytes(b"not a journal of anything" * 100)
+    with pytest.raises(InputError, match="is no journal") as raised:
         archived(library, [tmp_path / "in"], tmp_path / "out")
-    (tmp_path / "out" / JOURNAL).unlink()
+    assert str(journal) not in opened(), raised
+    journal.unlink()
+    with closing(sqlite3.connect(journal)) as newer:
+        newer.execute("PRAGMA user_version=99")
+    with pytest.raises(InputError, match="has format 99") as raised:
+        archived(library, [tmp_path / "in"], tmp_path / "out")
+    assert str(journal) not in opened(), raised
+    journal.unlink()
     assert archived(library, [tmp_path / "in"], tmp_path / "out").progress.before == 5
     assert outputs(tmp_path / "out") == before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import sqlite3
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +38,19 @@ from recallseg.runtime.volumes import outputs as volume_outputs
 _OWN = tempfile.TemporaryDirectory(prefix="recallseg-own-")
 os.environ["RECALLSEG_STATE"] = f"{_OWN.name}/state"
 os.environ["RECALLSEG_CACHE"] = f"{_OWN.name}/cache"
+
+
+class FileConnection(sqlite3.Connection):
+    """Ours: from Python 3.13 on, one that was not closed is an error, unlike highdicom's."""
+
+
+def _connect(database: Any, *more: Any, connect: Any = sqlite3.connect, **options: Any) -> Any:
+    if database != ":memory:":
+        options.setdefault("factory", FileConnection)
+    return connect(database, *more, **options)
+
+
+sqlite3.connect = _connect
 
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("recallseg", deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.machine_fault import machine_fault
@@ -16,7 +16,7 @@ from recallseg.runtime.formats.dicom_files import (
     open_dicom,
 )
 
-__all__ = ["DicomHeader", "Header", "NotGiven", "read_header"]
+__all__ = ["DicomHeader", "Header", "NotGiven", "patient_of", "read_header"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,19 @@ class NotGiven:
 
 Header = Union["DicomHeader", NotGiven, str, None]
 """A text is why a file that says that it is DICOM has none; None: it says nothing of the kind."""
+
+
+def patient_of(header: Any) -> str | None:
+    """Return what all images of a header's patient belong to; None where it names no patient.
+
+    Two issuers may give one number to two patients.
+    """
+    patient, issuer = (
+        str(getattr(header, name, "") or "").strip() for name in ("PatientID", "IssuerOfPatientID")
+    )
+    if not patient:
+        return None
+    return f"patient {patient} of {issuer}" if issuer else f"patient {patient}"
 
 
 def read_header(path: Path) -> Header:

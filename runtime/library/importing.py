@@ -23,6 +23,7 @@ from recallseg.runtime.formats.annotated_volumes import (
     volume_reader,
 )
 from recallseg.runtime.formats.annotations import AnnotatedVolume, Annotations, find_annotations
+from recallseg.runtime.formats.dicom_headers import patient_of
 from recallseg.runtime.formats.pairs import (
     Annotated,
     Legend,
@@ -162,9 +163,7 @@ def patient_group(volume: Volume) -> str | None:
 
     For :meth:`Library.add`, which stores its keyed hash only.
     """
-    header = getattr(volume.origin, "header", None)
-    patient = "" if header is None else str(getattr(header, "PatientID", "") or "").strip()
-    return f"patient {patient}" if patient else None
+    return patient_of(getattr(volume.origin, "header", None))
 
 
 def _scale(volume: Volume, plane: str | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ from recallseg.runtime.formats.annotated_volumes import (
 )
 from recallseg.runtime.formats.annotations import Annotations
 from recallseg.runtime.formats.dicom_files import damaged_is_input_error, open_dicom
+from recallseg.runtime.formats.dicom_headers import patient_of
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.pairs import Annotated, Legend, Missing, Pair, read_pair
 from recallseg.runtime.formats.volume import Slicing
@@ -97,11 +98,10 @@ def _patient(name: str, item: Item | None) -> str:
         )
     with damaged_is_input_error(item.files[0]):
         header = open_dicom(item.files[0], only=["PatientID", "IssuerOfPatientID"])
-        patient = str(header.get("PatientID", "") or "").strip()
-        issuer = str(header.get("IssuerOfPatientID", "") or "").strip()
-    if not patient:
+        patient = patient_of(header)  # as an import tells a library of it
+    if patient is None:
         raise InputError(f"{name} has no PatientID. Group by folder, file or name:REGEX.")
-    return f"{patient} of {issuer}" if issuer else patient
+    return patient
 
 
 @dataclass(frozen=True)

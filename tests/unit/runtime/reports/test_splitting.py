@@ -12,14 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.dicom_series import write_series
 from support.pictures import LABELS, disc, write_pairs
 from typer.testing import CliRunner
 
 from recallseg.cli import app
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.finding import find_inputs
 from recallseg.runtime.formats.pairs import Annotated
+from recallseg.runtime.formats.reading import read_volume
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.importing import patient_group
 from recallseg.runtime.reports.annotated_sources import GroupRule, Images, Source
 from recallseg.runtime.reports.baselines import filter_image, make_baselines
 from recallseg.runtime.reports.cases import RECALLED, Arm
@@ -278,3 +282,18 @@ def test_command(fake_bundle: Bundle, tmp_path: Path) -> None:
     wrong = CliRunner().invoke(app, [*arguments, *more, "--baselines", "x"])
     assert wrong.exit_code == 2
     assert CliRunner().invoke(app, [*arguments, "--folds", "2"]).exit_code == 2
+
+
+@pytest.mark.parametrize("issuer", ["", "Clinic B"])
+def test_a_patient_of_an_imported_series_is_a_leak(
+    library: Library, tmp_path: Path, issuer: str
+) -> None:
+    array = np.arange(3 * 24 * 20, dtype=np.uint16).reshape(3, 24, 20)
+    write_series(tmp_path / "in", array, IssuerOfPatientID=issuer)
+    [item] = find_inputs([tmp_path / "in"]).items
+    known = disc(0.1)
+    library.add(known.image, known.masks, group=patient_group(read_volume(tmp_path / "in")))
+    group = GroupRule("patient").of("s", item)
+    query = Source("s", lambda: Images((replace(disc(0.7), name="s"),)), group=group)
+    with pytest.raises(InputError, match="s is of the same group as exemplar"):
+        run(library, [query], None)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from recallseg.runtime.library.ahead import encode_ahead
 from recallseg.runtime.library.binding import Binding, bundle_settings, open_bundle
 from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.encoding import Encoded, ExemplarEncoder, check_encoded
-from recallseg.runtime.library.exemplar import LibraryReport
+from recallseg.runtime.library.exemplar import Exemplar, LibraryReport
 from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.library.history import history
 from recallseg.runtime.library.records import Settings
@@ -218,68 +218,123 @@ def _encode_all(
 
 
 def verify(store: Store, progress: Progress | None) -> LibraryReport:
-    """Compare everything with its digest. Changes nothing."""
+    """Compare everything with its digest, whatever is done to it meanwhile. Changes nothing."""
     store.refresh()
-    with store.lock:
-        return _verify(store, progress or _no_progress)
+    return _verify(store, progress or _no_progress)
 
 
 def _verify(store: Store, progress: Progress) -> LibraryReport:
-    catalog, sources, reader = store.catalog, store.sources, store.reader
-    problems = [
-        f"catalog: {row[0]}"
-        for row in catalog.database.execute("PRAGMA integrity_check")
-        if row[0] != "ok"
-    ]
-    state = catalog.state()
-    memories, kept, seen, retired, total, after = 0, 0, 0, 0, 0, 0
-    while page := catalog.exemplars(after, _PAGE):
-        keys = {number: exemplar.key for number, exemplar in page}
-        problems += catalog.check_rows(page, store.settings.embedding_dim)
-        for number, name, place, digest in catalog.memories(after, _PAGE):
-            if number not in keys:
-                continue
-            memories += 1
-            try:
-                intact = digest_record(reader.record(place)) == digest
-            except LibraryError as error:
-                problems.append(f"memory of '{name}' of exemplar '{keys[number]}': {error}")
-            else:
-                if not intact:
-                    problems.append(
-                        f"memory of '{name}' of exemplar '{keys[number]}' does not match its digest"
-                    )
-        for number, exemplar in page:
-            source = catalog.source_digest(number)
-            if source is not None:
-                kept += 1
-                try:
-                    sources.read(number, source, exemplar.key, {})
-                except LibraryError as error:
-                    problems.append(str(error))
+    catalog = store.catalog
+    with store.lock:
+        problems = [
+            f"catalog: {row[0]}"
+            for row in catalog.database.execute("PRAGMA integrity_check")
+            if row[0] != "ok"
+        ]
+        total, wrong = _check_sum(catalog)
+    problems += wrong
+    memories, kept, seen, after = 0, 0, 0, 0
+    while True:
+        with store.lock:
+            rows, wrong = _verify_page(store, after)
+        if not rows.page:
+            break
+        problems += wrong
+        memories += len(rows.memories)
+        kept += len(rows.sources)
+        for _ in rows.page:
             seen += 1
-            retired += exemplar.retired
-            if not exemplar.retired:
-                total += int.from_bytes(catalog.exemplar_digest(number), "big")
-            progress(seen, state.exemplars + retired)
-        after = page[-1][0]
-    if seen - retired != state.exemplars or total % (1 << 256) != state.digest_sum:
-        problems.append(
-            f"catalog: {seen - retired} exemplars in use found, whose digests do not add up to the "
-            "library's"
-        )
-    if misplaced := store.catalog.misplaced():
-        problems.append(
-            f"catalog: {misplaced} memories lie outside of their shard or where another lies"
-        )
-    try:
-        history(catalog)
-    except LibraryCorruptError as error:
-        problems.append(str(error))
-    indexes, found = store.retrieval.check()
-    heads, spoilt = Heads(store).check()
+            progress(seen, max(seen, total))
+        after = rows.page[-1][0]
+    with store.lock:
+        if misplaced := catalog.misplaced():
+            problems.append(
+                f"catalog: {misplaced} memories lie outside of their shard or where another lies"
+            )
+        try:
+            history(catalog)
+        except LibraryCorruptError as error:
+            problems.append(str(error))
+        indexes, found = store.retrieval.check()
+        heads, spoilt = Heads(store).check()
     problems += spoilt + found + _unnamed(store)
     return LibraryReport(seen, memories, kept, indexes, heads, tuple(problems))
+
+
+def _check_sum(catalog: Catalog) -> tuple[int, list[str]]:
+    """Return how many exemplars there are, and whether their digests add up to the library's."""
+    count, digests, after = 0, 0, 0
+    with catalog.database.snapshot():
+        state, retired = catalog.state(), {*catalog.retired_numbers()}
+        while page := catalog.exemplars(after, _PAGE):
+            for after, _ in page:
+                if after not in retired:
+                    count += 1
+                    digests += int.from_bytes(catalog.exemplar_digest(after), "big")
+    problems = []
+    if count != state.exemplars or digests % (1 << 256) != state.digest_sum:
+        problems.append(
+            f"catalog: {count} exemplars in use found, whose digests do not add up to the library's"
+        )
+    return count + len(retired), problems
+
+
+class _Rows(NamedTuple):
+    """What the catalog says of some exemplars, in one state."""
+
+    page: list[tuple[int, Exemplar]]
+    memories: list[tuple[int, str, Place, bytes]]
+    sources: dict[int, bytes]
+    problems: list[str]
+
+
+def _rows(store: Store, after: int) -> _Rows:
+    catalog = store.catalog
+    with catalog.database.snapshot():
+        page = catalog.exemplars(after, _PAGE)
+        digests = {number: catalog.source_digest(number) for number, _ in page}
+        return _Rows(
+            page,
+            catalog.memories(after, _PAGE),
+            {number: digest for number, digest in digests.items() if digest is not None},
+            catalog.check_rows(page, store.settings.embedding_dim),
+        )
+
+
+def _verify_page(store: Store, after: int) -> tuple[_Rows, list[str]]:
+    """Compare some exemplars with their digests; return what the catalog says, and what is wrong.
+
+    Another process may remove, replace or move them meanwhile: what is wrong is looked at again,
+    until the catalog says the same before and after.
+    """
+    rows = _rows(store, after)
+    while True:
+        problems = rows.problems + _check_files(store, rows)
+        before, rows = rows, _rows(store, after) if problems else rows
+        if rows == before:
+            return rows, problems
+
+
+def _check_files(store: Store, rows: _Rows) -> list[str]:
+    keys, problems = {number: exemplar.key for number, exemplar in rows.page}, []
+    for number, name, place, digest in rows.memories:
+        if number not in keys:
+            continue
+        try:
+            intact = digest_record(store.reader.record(place)) == digest
+        except LibraryError as error:
+            problems.append(f"memory of '{name}' of exemplar '{keys[number]}': {error}")
+        else:
+            if not intact:
+                problems.append(
+                    f"memory of '{name}' of exemplar '{keys[number]}' does not match its digest"
+                )
+    for number, source in rows.sources.items():
+        try:
+            store.sources.read(number, source, keys[number], {})
+        except LibraryError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _unnamed(store: Store) -> list[str]:

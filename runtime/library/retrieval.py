@@ -148,16 +148,18 @@ class Retrieval:
         problems = []
         slots = self._catalog.stored_indexes()
         for slot in slots:
-            stored = self._catalog.stored_index(*slot)
-            if stored is None:
-                continue
-            try:
-                intact = bool(_NAME.fullmatch(stored.file)) and (
-                    file_digests(self._folder / stored.file, whole=True)[1] == stored.digest
-                )
-            except OSError:
-                intact = False
-            if not intact:
+            now = self._catalog.stored_index(*slot)
+            while (stored := now) is not None:
+                try:
+                    intact = bool(_NAME.fullmatch(stored.file)) and (
+                        file_digests(self._folder / stored.file, whole=True)[1] == stored.digest
+                    )
+                except OSError:
+                    intact = False
+                now = stored if intact else self._catalog.stored_index(*slot)
+                if now == stored:  # else another process has saved a newer one meanwhile
+                    break
+            if stored is not None and not intact:
                 problems.append(
                     f"search index {self._folder / stored.file!s} is missing or damaged; it is "
                     "built anew when next "

@@ -31,7 +31,7 @@ from recallseg.commands.common import (
     parsed,
     progress_bar,
     say_notice,
-    split_list,
+    split_counts,
     split_numbers,
 )
 from recallseg.engines import defaults
@@ -135,7 +135,9 @@ def stream(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or a name.")],
     output: Annotated[Path, typer.Option(help="Folder for stream.json.")],
     rate: Annotated[str, typer.Option(help="Frames per second; several.")] = "20,30",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each replay.")] = 10.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="Length of each replay.")
+    ] = 10.0,
     k: Annotated[int, typer.Option("--k", min=1, help="Exemplars to recall.")] = 1,
     structures: Annotated[int, typer.Option(min=1, help="How many to ask for.")] = 1,
     memories: Annotated[str, typer.Option(help="Memories of earlier frames; several.")] = "0,2",
@@ -151,7 +153,7 @@ def stream(
 ) -> None:
     """Replay live frames: latency from push to result, and how many frames are dropped."""
     rates = parsed(split_numbers, rate, "--rate")
-    rings = [int(m) for m in parsed(split_list, memories, "--memories")]
+    rings = parsed(split_counts, memories, "--memories")
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
     runs: list[StreamRun] = []

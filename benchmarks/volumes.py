@@ -32,6 +32,7 @@ from recallseg.commands.common import (
     progress_bar,
     say_notice,
     split_list,
+    split_numbers,
 )
 from recallseg.engines import defaults
 from recallseg.engines.bundle import Bundle
@@ -56,7 +57,7 @@ class Outcome:
     dice : of all voxels of these slices at once.
     slice_dice, least_slice_dice : mean and least over the slices that show the structure.
     unevenness : mean difference between result and reference in the Dice of two neighbouring
-        slices; 0 where masks go on from slice to slice as the reference does.
+        slices, annotated ones too; 0 where masks go on from slice to slice as the reference does.
     empty_slices, false_slices : slices that do not show it, and those of them where it was found.
     false_voxels : found in these slices, beside the structure's voxels in the whole volume.
     seconds, slices : of the whole volume with all structures.
@@ -171,7 +172,7 @@ def volumes(
     as_json: JsonOption = False,
 ) -> None:
     """Measure propagation against slice by slice on real volumes."""
-    rings = [0, *(int(m) for m in parsed(split_list, memories, "--memories"))]
+    rings = [0, *parsed(split_numbers, memories, "--memories")]
     cases, missing = load_cases(
         None if names is None else parsed(split_list, names, "--volumes"), data
     )

@@ -58,6 +58,7 @@ __all__ = [
     "say",
     "say_notice",
     "split_clean_ups",
+    "split_counts",
     "split_list",
     "split_numbers",
     "split_tags",
@@ -311,6 +312,14 @@ def split_numbers(text: str) -> list[int]:
         raise InputError(
             f"'{text}' must be whole numbers from 1, separated by commas, e.g. 1,4,16."
         )
+    return [int(name) for name in names]
+
+
+def split_counts(text: str) -> list[int]:
+    """Split a comma-separated list of distinct counts, 0 too; raises InputError otherwise."""
+    names = split_list(text)
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        raise InputError(f"'{text}' must be whole numbers from 0, separated by commas, e.g. 0,2.")
     return [int(name) for name in names]
 
 

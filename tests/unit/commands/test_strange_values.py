@@ -136,3 +136,19 @@ def test_volumes_of_one_name_in_two_folders_are_both_named(
                "--engine", "fake", "--json")  # fmt: skip
     assert done.exit_code == 1
     assert {*json.loads(done.stdout)["failed"]} == {"a/scan.nii.gz", "b/scan.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("stream", "demo", "--memories", "a"),
+        ("stream", "demo", "--memories", "-1"),
+        ("stream", "demo", "--seconds", "inf"),
+        ("volumes", "--memories", "a"),
+        ("volumes", "--memories", "0"),
+    ],
+)
+def test_a_bench_refuses_what_is_no_count(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    said = refused("bench", *arguments, "--output", tmp_path / "out")
+    assert arguments[-2] in said
+    assert not [*tmp_path.iterdir()]

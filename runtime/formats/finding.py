@@ -83,6 +83,11 @@ class Item:
     trouble: str = ""
     fault: int = 0
 
+    @property
+    def as_found(self) -> bool:
+        """Whether its files are still there, and as they were when it was found."""
+        return _of_all([_signature(path) for path in self.files]) == self.signature
+
 
 @dataclass(frozen=True)
 class PassedOver:
@@ -411,11 +416,7 @@ class _Image:
         header = self.files[0].header
         digest = hashlib.sha256(os.fsencode(self.uid)).hexdigest()
         name = f"{header.modality or 'DICOM'}-{header.number}-{digest}"
-        signature = (
-            len(self.files),
-            sum(file.signature[1] for file in self.files),
-            max(file.signature[2] for file in self.files),
-        )
+        signature = _of_all([file.signature for file in self.files])
         return Item(
             self.files[0].path if len(self.files) == 1 else self.folder,
             tuple(file.path for file in self.files),
@@ -492,6 +493,14 @@ def file_item(path: Path, folder: Path, kind: str, signature: Signature | None =
     suffix = path.name[len(stem) :].lower()
     state = _signature(path) if signature is None else signature
     return Item(path, (path,), kind, path.name, relative, suffix, state)
+
+
+def _of_all(signatures: Sequence[Signature]) -> Signature:
+    return (
+        len(signatures),
+        sum(one[1] for one in signatures),
+        max(one[2] for one in signatures),
+    )
 
 
 def _signature(path: Path) -> Signature:

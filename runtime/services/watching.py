@@ -75,8 +75,9 @@ class Watcher:
     """Watches one folder and those below it.
 
     An item has arrived when nothing of it has changed for ``settle_s``; what counts as one, see
-    :class:`recallseg.runtime.services.inbox.Inbox`. A series to which slices are added after it was
-    segmented is segmented again, whole. What cannot be segmented leaves NAME.error.json, and is
+    :class:`recallseg.runtime.services.inbox.Inbox`. What changed after it was segmented (another
+    image under a name, slices that came late) is segmented again, whole; a series of which files
+    were taken away is not. What cannot be segmented leaves NAME.error.json, and is
     tried again when a file of it changes. What the disk did not give, or found no room for, says
     nothing of the item: it is tried again after a while, and by the next watch. So is what found
     too little memory, a few times: then it may be the item that needs too much. A series waits
@@ -169,9 +170,13 @@ class Watcher:
         while not stop.is_set():
             self._set_aside = {}
             arrived, unsettled = self._inbox.look(self._is_done)
+            idle = True
             for item in arrived:
                 if stop.is_set():
                     return
+                if not item.as_found:
+                    continue  # it is written to after all: the next look finds it anew
+                idle = False
                 self._renew()
                 for arrival in self._segment(item):
                     if arrival is None:
@@ -179,7 +184,7 @@ class Watcher:
                     yield arrival
             if once and not arrived and not unsettled:
                 return
-            if not arrived:
+            if idle:
                 stop.wait(poll_s)
 
     @property
@@ -271,7 +276,10 @@ class Watcher:
                     return False
             elif asked not in (None, time):
                 return False
-        return int(record.get("files", 1)) >= len(item.files)
+        held, made = int(record.get("files", 1)), record.get("signature")
+        if held == len(item.files) and isinstance(made, list):  # fewer: some were taken away since
+            return tuple(made) == item.signature
+        return held >= len(item.files)
 
     def _chosen(self) -> dict[str, int | str | None]:
         return {"time": self._volumes.time, "stack": self._volumes.stack}
@@ -306,7 +314,7 @@ class Watcher:
                 if image is None:
                     yield None
                     return
-                extra: dict[str, int] = {} if time is None else {"time": time}
+                extra: dict[str, Any] = {} if time is None else {"time": time}
                 if self._volumes.time == "all":
                     extra["volumes"] = len(volumes)
                 record = self._write(item, image, target, extra)
@@ -360,7 +368,11 @@ class Watcher:
                 base,
                 self._volumes,
                 log=self._audit,
-                extra={"files": len(item.files), **extra} if isinstance(image, Volume) else None,
+                extra={
+                    **({"files": len(item.files)} if isinstance(image, Volume) else {}),
+                    "signature": list(item.signature),
+                    **extra,
+                },
             ),
         )
         return record

@@ -102,6 +102,33 @@ def test_what_cannot_be_read_is_reported_once_and_tried_again_when_it_changes(
     assert not report.exists()
 
 
+def test_another_image_under_a_name_is_segmented_anew(segmenter: Segmenter, inbox: Path) -> None:
+    """Else the mask of the former one, of another patient perhaps, would stay beside it."""
+    watch(segmenter, inbox)
+    turned = cv2.imread(str(inbox / "a.png"), cv2.IMREAD_UNCHANGED)[::-1]
+    cv2.imwrite(str(inbox / "a.png"), turned)
+    assert [a.name for a in watch(segmenter, inbox)] == ["a.png"]
+    mask = cv2.imread(str(inbox.parent / "out" / "a.mask.png"), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(mask, segmenter.segment(turned).label_map)
+    assert watch(segmenter, inbox) == []
+    record = inbox.parent / "out" / "a.json"
+    earlier = json.loads(record.read_text())
+    del earlier["signature"]  # as RecallSeg wrote them before
+    record.write_text(json.dumps(earlier))
+    assert watch(segmenter, inbox) == []
+
+
+def test_a_slice_that_changed_makes_the_series_anew(segmenter: Segmenter, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    paths = send(inbox, 3)
+    watch(segmenter, inbox)
+    dataset = pydicom.dcmread(paths[1])
+    dataset.PixelData = bytes(len(dataset.PixelData))
+    dataset.save_as(paths[1])
+    assert [a.record["files"] for a in watch(segmenter, inbox) if a.record] == [3]
+    assert watch(segmenter, inbox) == []
+
+
 def test_what_the_disk_did_not_give_is_asked_for_again(
     segmenter: Segmenter, inbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from recallseg.engines.child import bound_process, python_command, python_enviro
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import max_bytes
 from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
+from recallseg.engines.reading import read_text
 from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, NotGiven, read_header
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.images import read_image
@@ -207,7 +208,7 @@ class IsolatedDecoder:
         assert self._process is not None
         try:
             threads = [*Path(f"/proc/{self._process.pid}/task").iterdir()]
-            told = [(thread / "schedstat").read_text(encoding="ascii") for thread in threads]
+            told = [read_text(thread / "schedstat") for thread in threads]
             return sum(int(number) for line in told for number in line.split()[:2]) / 1e9
         except (OSError, ValueError):  # a kernel that does not tell: then all of it was work
             return monotonic()

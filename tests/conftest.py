@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import sqlite3
@@ -55,6 +56,12 @@ sqlite3.connect = _connect
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("recallseg", deadline=None)
 settings.load_profile("recallseg")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage looks through it once more."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -46,8 +46,8 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSession
     return made
 
 
-def run(output: Path, *options: str) -> Any:
-    arguments = ["gpu", str(Bundle.open("demo").path), "--output", str(output), *options]
+def run(output: Path, *options: str, bundle: Bundle) -> Any:
+    arguments = ["gpu", str(bundle.path), "--output", str(output), *options]
     return CliRunner().invoke(bench, arguments)
 
 
@@ -55,21 +55,23 @@ def contents(output: Path) -> dict[str, Any]:
     return {file.stem: json.loads(file.read_bytes()) for file in sorted(output.glob("*.json"))}
 
 
-def test_everything_in_one_command(session: type[FakeSession], tmp_path: Path) -> None:
+def test_everything_in_one_command(
+    session: type[FakeSession], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     options = (
         *("--engine", "onnxruntime-cuda,tensorrt-rtx", "--precision", "fp32,fp16", "--k", "1,2"),
         *("--structures", "1", "--queries", "2"),
     )
-    done = run(output, *options)
+    done = run(output, *options, bundle=tiny_bundle)
     assert done.exit_code == 0, done.output
     found = contents(output)
     states = {name: piece["state"] for name, piece in found.items() if name != "goals"}
-    graph = "demo-onnxruntime-cuda-fp32"
+    graph = "tiny-onnxruntime-cuda-fp32"
     assert {name for name, state in states.items() if state == "measured"} == {
         "machine", f"graphs-{graph}", f"graphs-{graph}-graphs", f"queries-{graph}-k1",
         f"queries-{graph}-k2", f"queries-{graph}-graphs-k1", f"queries-{graph}-graphs-k2",
-        f"flights-{graph}", f"flights-{graph}-graphs", "adding-demo",
+        f"flights-{graph}", f"flights-{graph}-graphs", "adding-tiny",
     }  # fmt: skip
     # Neither fp16 graphs nor plans nor kernels are here: said, not invented.
     assert set(states.values()) == {"measured", "empty"}
@@ -91,10 +93,10 @@ def test_everything_in_one_command(session: type[FakeSession], tmp_path: Path) -
     for flight in flown:
         assert (flight["differing"], flight["allocations"]) == (0, 0)
         assert flight["frames_per_second"] > 0
-    assert {goal["met"] for goal in found["goals"]["goals"]} == {None}  # the demo has neither size
+    assert {goal["met"] for goal in found["goals"]["goals"]} == {None}  # it has neither size
 
     session.made.clear()
-    again = run(output, *options)
+    again = run(output, *options, bundle=tiny_bundle)
     assert again.exit_code == 0
     assert not session.made  # nothing is measured twice
 
@@ -192,18 +194,17 @@ STAND_IN = Path(__file__).parents[2] / "support" / "stand_in"
 
 
 def test_a_piece_that_dies_or_hangs_is_lost_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     """Whole, in processes, as on a GPU: a dry run."""
     monkeypatch.syspath_prepend(STAND_IN)
     install(monkeypatch, tmp_path / "cache")  # here, where what needs no GPU is asked
-    names = ["machine", "adding-demo", "kernels"]
-    names.append("graphs-demo-onnxruntime-cuda-fp32")
+    names = ["machine", "adding-tiny", "kernels"]
+    names.append("graphs-tiny-onnxruntime-cuda-fp32")
     monkeypatch.setenv("STAND_IN_DIES", names[1])
     monkeypatch.setenv("STAND_IN_HANGS", names[2])
     monkeypatch.setattr(running, "LEAST_SECONDS", 3.0)
-    demo = Bundle.open("demo").path
-    plan = GpuPlan((demo,), ("onnxruntime-cuda",), ("fp32",), (1,), (1,), 1, 0.1)
+    plan = GpuPlan((tiny_bundle.path,), ("onnxruntime-cuda",), ("fp32",), (1,), (1,), 1, 0.1)
     made = {piece.name: piece for piece in pieces.pieces_of(plan)}
     object.__setattr__(made["kernels"], "minutes", 0.05)
     outcomes = run_pieces(
@@ -211,7 +212,7 @@ def test_a_piece_that_dies_or_hangs_is_lost_alone(
         run=apart.in_a_process(plan),
     )  # fmt: skip
     assert [outcome.state for outcome in outcomes] == ["measured", "failed", "failed", "measured"]
-    assert "SIGSEGV (logs/adding-demo.log: " in outcomes[1].reason
+    assert "SIGSEGV (logs/adding-tiny.log: " in outcomes[1].reason
     assert outcomes[2].reason == "it did not end within 3 s, and was stopped."
     assert outcomes[3].found["device"] == str(HostGpu.facts)
 
@@ -232,22 +233,26 @@ def test_what_a_call_has_no_time_for_any_more_is_left(tmp_path: Path) -> None:
 
 
 def test_baselines_run_beside_the_first_engine_that_is_here(
-    session: type[FakeSession], tmp_path: Path
+    session: type[FakeSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "out"
+    output, pieces_of = tmp_path / "out", pieces.pieces_of
+    wanted = ("baseline-demo-torch-cached-k1-n1", "queries-demo-onnxruntime-cuda-int8-k1")
+    monkeypatch.setattr(
+        pieces, "pieces_of", lambda plan: (p for p in pieces_of(plan) if p.name in wanted)
+    )
     options = (
         *("--engine", "tensorrt-rtx,onnxruntime-cuda", "--precision", "int8,fp32", "--k", "1"),
         *("--structures", "1", "--queries", "4", "--baselines", "torch-cached"),
         *("--torch-device", "cpu", "--seconds", "0"),
     )
-    done = run(output, *options)
+    done = run(output, *options, bundle=Bundle.open("demo"))
     assert done.exit_code == 0, done.output
     found = contents(output)
-    report = Report.from_json(found["baseline-demo-torch-cached-k1-n1"]["found"])
+    report = Report.from_json(found[wanted[0]]["found"])
     assert [run.subject for run in report.runs] == [RUNTIME, "torch-cached"]
     assert report.runs[1].quality.logit_difference is not None
     assert report.runs[1].quality.logit_difference < 1e-2
-    refused = found["queries-demo-onnxruntime-cuda-int8-k1"]
+    refused = found[wanted[1]]
     assert (refused["state"], "offers fp32" in refused["reason"]) == ("empty", True)
 
 

@@ -1,4 +1,4 @@
-"""From cached plans to engines: proven ones only. A stand-in executes; the demo model is real."""
+"""From cached plans to engines: proven ones only. A stand-in executes; the networks are real."""
 
 from __future__ import annotations
 
@@ -84,15 +84,15 @@ def states() -> dict[str, str | None]:
 
 
 def test_the_first_load_verifies_and_the_second_remembers(
-    api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+    api: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(demo)
+    build(tiny_bundle)
     assert set(states().values()) == {"built"}
-    engines = load_engines(demo, "tensorrt")
+    engines = load_engines(tiny_bundle, "tensorrt")
     assert list(engines) == list(GRAPHS)
     assert set(states().values()) == {"verified"}
     attend = next(p for p in PlanCache().entries() if p.key.graph == "attend")
-    verdict = attend.verdicts.find(ORIN, demo.golden_digest)
+    verdict = attend.verdicts.find(ORIN, tiny_bundle.golden_digest)
     assert verdict is not None
     assert [name for name, _, _ in verdict.checks] == [
         "conditioned",
@@ -105,13 +105,13 @@ def test_the_first_load_verifies_and_the_second_remembers(
         raise AssertionError("verified twice")
 
     monkeypatch.setattr(Candidate, "judge", never)
-    assert list(load_engines(demo, "tensorrt", graphs=("embed",))) == ["embed"]
-    description = load_engines(demo, "tensorrt", graphs=("embed",))["embed"].describe()
+    assert list(load_engines(tiny_bundle, "tensorrt", graphs=("embed",))) == ["embed"]
+    description = load_engines(tiny_bundle, "tensorrt", graphs=("embed",))["embed"].describe()
     assert description["device"] == "sm87 Stand-in, driver 12.6"
 
 
-def test_a_query_runs_through_the_plans(api: Any, demo: Bundle, tmp_path: Path) -> None:
-    build(demo)
+def test_a_query_runs_through_the_plans(api: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    build(tiny_bundle)
     rng = np.random.default_rng(0)
     image = rng.normal(100, 10, (96, 96))
     mask = np.zeros((96, 96), bool)
@@ -119,7 +119,7 @@ def test_a_query_runs_through_the_plans(api: Any, demo: Bundle, tmp_path: Path) 
     image[mask] += 80
     results = []
     for engine in ("onnxruntime-cpu", "tensorrt"):
-        with Library.create(tmp_path / engine, demo) as library:
+        with Library.create(tmp_path / engine, tiny_bundle) as library:
             for shift in (0, 5, 9):
                 library.add(np.roll(image, shift, 1), {"disc": np.roll(mask, shift, 1)})
             gpu = GpuOptions(HostGpu.open()) if engine == "tensorrt" else None
@@ -226,10 +226,10 @@ def test_a_wrong_engine_is_refused_with_tensor_and_error(api: Any, demo: Bundle,
 
 
 def test_another_driver_or_golden_file_is_verified_anew(
-    api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+    api: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(demo, "ampere+")
-    load_engines(demo, "tensorrt")
+    build(tiny_bundle, "ampere+")
+    load_engines(tiny_bundle, "tensorrt")
     seen: list[str] = []
     real = Candidate.judge
 
@@ -238,13 +238,13 @@ def test_another_driver_or_golden_file_is_verified_anew(
         return real(candidate, engines)
 
     monkeypatch.setattr(Candidate, "judge", watch)
-    load_engines(demo, "tensorrt")
+    load_engines(tiny_bundle, "tensorrt")
     assert seen == []
     monkeypatch.setattr(HostGpu, "facts", replace(HostGpu.facts, driver="12.8"))
-    load_engines(demo, "tensorrt")
+    load_engines(tiny_bundle, "tensorrt")
     assert seen == ["sm87 Stand-in, driver 12.8"]
     monkeypatch.setattr(Bundle, "golden_digest", property(lambda self: "other"))
-    load_engines(demo, "tensorrt")
+    load_engines(tiny_bundle, "tensorrt")
     assert len(seen) == 2
 
 
@@ -262,55 +262,57 @@ def test_another_driver_or_golden_file_is_verified_anew(
 )
 def test_a_plan_for_another_gpu_is_not_loaded(
     api: Any,
-    demo: Bundle,
+    tiny_bundle: Bundle,
     monkeypatch: pytest.MonkeyPatch,
     targets: tuple[str, ...],
     gpu: DeviceFacts,
     fits: bool,
 ) -> None:
-    build(demo, *targets)
+    build(tiny_bundle, *targets)
     monkeypatch.setattr(HostGpu, "facts", gpu)
     monkeypatch.setattr(Candidate, "judge", lambda self, engines: {})
     if fits:
-        assert list(load_engines(demo, "tensorrt")) == list(GRAPHS)
+        assert list(load_engines(tiny_bundle, "tensorrt")) == list(GRAPHS)
     else:
         with pytest.raises(EngineUnavailableError, match=r"no complete set .* there are plans of"):
-            load_engines(demo, "tensorrt")
+            load_engines(tiny_bundle, "tensorrt")
 
 
 def test_a_plan_of_another_version_is_not_loaded(
-    api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+    api: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(demo)
+    build(tiny_bundle)
     monkeypatch.setattr(api, "__version__", "10.3.1")
     with pytest.raises(EngineUnavailableError, match=r"there are plans of 10\.3\.0"):
-        load_engines(demo, "tensorrt")
-    build(demo, "version", "ampere+")
+        load_engines(tiny_bundle, "tensorrt")
+    build(tiny_bundle, "version", "ampere+")
     monkeypatch.setattr(api, "__version__", "10.4.0")
     monkeypatch.setattr(Candidate, "judge", lambda self, engines: {})
     monkeypatch.setattr(api, "Runtime", make_tensorrt("10.4.0").Runtime)
     with pytest.raises(PlanError, match="does not take plan"):  # the stand-in is not so lenient
-        load_engines(demo, "tensorrt")
+        load_engines(tiny_bundle, "tensorrt")
     monkeypatch.setattr(api, "__version__", "11.0.0")
     with pytest.raises(EngineUnavailableError):
-        load_engines(demo, "tensorrt")
+        load_engines(tiny_bundle, "tensorrt")
 
 
-def test_a_tampered_plan_is_refused_and_rebuilt(api: Any, demo: Bundle) -> None:
-    built = build(demo)
+def test_a_tampered_plan_is_refused_and_rebuilt(api: Any, tiny_bundle: Bundle) -> None:
+    built = build(tiny_bundle)
     path = built["decode"].plan.folder / "plan"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(PlanError, match="changed or damaged"):
-        load_engines(demo, "tensorrt")
-    again = build(demo)
+        load_engines(tiny_bundle, "tensorrt")
+    again = build(tiny_bundle)
     assert [graph for graph, item in again.items() if item.fresh] == ["decode"]
-    assert list(load_engines(demo, "tensorrt")) == list(GRAPHS)
+    assert list(load_engines(tiny_bundle, "tensorrt")) == list(GRAPHS)
 
 
-def test_a_tampered_golden_file_proves_nothing(api: Any, demo: Bundle, tmp_path: Path) -> None:
-    copy = Bundle.open(shutil.copytree(demo.path, tmp_path / "demo"))
+def test_a_tampered_golden_file_proves_nothing(
+    api: Any, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    copy = Bundle.open(shutil.copytree(tiny_bundle.path, tmp_path / "demo"))
     build(copy)
     data = bytearray(copy.golden_file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -320,46 +322,50 @@ def test_a_tampered_golden_file_proves_nothing(api: Any, demo: Bundle, tmp_path:
     with pytest.raises(BundleError, match="changed or damaged"):
         build(copy)
     assert set(states().values()) == {"built"}
-    assert list(load_engines(demo, "tensorrt")) == list(GRAPHS)  # the plans are of the same graphs
+    assert list(load_engines(tiny_bundle, "tensorrt")) == list(
+        GRAPHS
+    )  # the plans are of the same graphs
 
 
-def test_no_plans_no_engine(api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineUnavailableError, match=r"recallseg build .*demo --engine tensorrt"):
-        load_engines(demo, "tensorrt")
+def test_no_plans_no_engine(api: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineUnavailableError, match=r"recallseg build .*tiny --engine tensorrt"):
+        load_engines(tiny_bundle, "tensorrt")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt", api)
     monkeypatch.setattr("recallseg.engines.device.device.PROVIDERS", ())
     with pytest.raises(EngineUnavailableError, match="cuda-bindings nor PyCUDA"):
-        load_engines(demo, "tensorrt")
+        load_engines(tiny_bundle, "tensorrt")
 
 
-def test_more_than_the_profile_holds_is_refused(api: Any, demo: Bundle) -> None:
-    build(demo, profile=Profile(Range(1, 1, 2), Range(1, 2, 4)))
-    attend = load_engines(demo, "tensorrt")["attend"]
+def test_more_than_the_profile_holds_is_refused(api: Any, tiny_bundle: Bundle) -> None:
+    build(tiny_bundle, profile=Profile(Range(1, 1, 2), Range(1, 2, 4)))
+    attend = load_engines(tiny_bundle, "tensorrt")["attend"]
     shapes = {t.name: np.zeros(t.resolve(n=1, k=5), np.float32) for t in attend.spec.inputs}
     with pytest.raises(EngineRunError, match=r"k = 5 was asked for.*--max-k 5"):
         attend.run(shapes, attend.allocate_outputs(n=1))
     with pytest.raises(InputError, match="golden case"):
-        build(demo, profile=Profile(Range(1, 1, 1), Range(1, 2, 4)))
+        build(tiny_bundle, profile=Profile(Range(1, 1, 1), Range(1, 2, 4)))
 
 
 def test_too_little_memory_is_named(
-    api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+    api: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(demo)
+    build(tiny_bundle)
     api.fail_load = "Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
     with pytest.raises(DeviceMemoryError, match=r"no room for its plan, .* MiB are free"):
-        load_engines(demo, "tensorrt")
+        load_engines(tiny_bundle, "tensorrt")
     api.fail_load = ""
     monkeypatch.setattr(fake_tensorrt.Engine, "device_memory_size_v2", 4 << 30)
     with pytest.raises(DeviceMemoryError, match=r"What graph 'embed' works in.* needs 4096 MiB"):
-        load_engines(demo, "tensorrt")
+        load_engines(tiny_bundle, "tensorrt")
 
 
-def test_the_largest_profile_is_preferred(api: Any, demo: Bundle) -> None:
+def test_the_largest_profile_is_preferred(api: Any, tiny_bundle: Bundle) -> None:
     for most in (16, 4, 8):
-        build(demo, profile=Profile(k=Range(1, 3, most)))
-    found = loading.find_plans(demo, "tensorrt", "fp32", "10.3.0", HostGpu.facts, PlanCache())
+        build(tiny_bundle, profile=Profile(k=Range(1, 3, most)))
+    found = loading.find_plans(
+        tiny_bundle, "tensorrt", "fp32", "10.3.0", HostGpu.facts, PlanCache()
+    )
     assert found["attend"].key.profile["k"] == [1, 3, 16]
 
 
@@ -391,15 +397,15 @@ def test_a_budget_takes_what_plans_say_they_work_in(api: Any, demo: Bundle) -> N
 
 
 def test_rtx_keeps_what_it_compiled(
-    api: Any, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+    api: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HostGpu, "facts", DeviceFacts("RTX 4090", 89, "12.8"))
-    built = build(demo, "sm86", "sm89", engine="tensorrt-rtx")
-    first = load_engines(demo, "tensorrt-rtx")
+    built = build(tiny_bundle, "sm86", "sm89", engine="tensorrt-rtx")
+    first = load_engines(tiny_bundle, "tensorrt-rtx")
     assert not first["embed"].describe()["kernels_found"]
     file = built["embed"].plan.folder / "runtime-sm89-RTX-4090--driver-12-8"
     assert file.read_bytes().startswith(RuntimeCache.kernels)
-    again = load_engines(demo, "tensorrt-rtx")
+    again = load_engines(tiny_bundle, "tensorrt-rtx")
     assert again["embed"].describe()["kernels_found"]
 
     # Kernels of shapes that the proof did not ask for are kept when they are first needed.
@@ -414,15 +420,15 @@ def test_rtx_keeps_what_it_compiled(
     attend.run(tensors, attend.allocate_outputs(n=2))
     assert kept.stat().st_mtime_ns == written
     file.write_bytes(b"of another driver")
-    assert not load_engines(demo, "tensorrt-rtx")["embed"].describe()["kernels_found"]
+    assert not load_engines(tiny_bundle, "tensorrt-rtx")["embed"].describe()["kernels_found"]
     monkeypatch.setattr(HostGpu, "facts", DeviceFacts("RTX 2080", 75, "12.8"))
     with pytest.raises(EngineUnavailableError):
-        load_engines(demo, "tensorrt-rtx")
+        load_engines(tiny_bundle, "tensorrt-rtx")
 
 
-def test_device_memory_is_given_back(api: Any, demo: Bundle) -> None:
-    build(demo)
-    engines = load_engines(demo, "tensorrt", options=EngineOptions(threads=1))
+def test_device_memory_is_given_back(api: Any, tiny_bundle: Bundle) -> None:
+    build(tiny_bundle)
+    engines = load_engines(tiny_bundle, "tensorrt", options=EngineOptions(threads=1))
     device: Any = engines["embed"].device  # type: ignore[attr-defined]
     # What the proof staged; engines that are given tensors of the device hold none.
     assert device.driver.live["buffers"] > 0
@@ -435,13 +441,13 @@ def test_the_names_are_engines_now() -> None:
         assert registry.engine_class(name).name == name
 
 
-def test_recorded_plans_are_proven_recorded(api: Any, demo: Bundle) -> None:
-    build(demo)
-    load_engines(demo, "tensorrt", graphs=("embed",))
+def test_recorded_plans_are_proven_recorded(api: Any, tiny_bundle: Bundle) -> None:
+    build(tiny_bundle)
+    load_engines(tiny_bundle, "tensorrt", graphs=("embed",))
     device = HostGpu.open()
     options = EngineOptions(device=device, cuda_graphs=True)
     calls: list[str] = device.driver.calls  # type: ignore[attr-defined]
-    engine = load_engines(demo, "tensorrt", options=options)["embed"]
+    engine = load_engines(tiny_bundle, "tensorrt", options=options)["embed"]
     assert calls.count("begin_capture") >= len(GRAPHS)
     assert calls.count("launch_graph") >= 2 * len(GRAPHS)
     assert engine.describe()["cuda_graph"] is True

@@ -7,19 +7,31 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
-from recallseg.runtime.services.sbom import make_sbom, needed_libraries
 
 try:
     distribution("recallseg")
 except PackageNotFoundError:
     pytest.skip("recallseg is run from its source, not installed", allow_module_level=True)
+
+
+def make_sbom(*arguments: Any, **options: Any) -> str:
+    # Here: CycloneDX takes seconds to import, and every worker imports every file of tests.
+    from recallseg.runtime.services import sbom
+
+    return sbom.make_sbom(*arguments, **options)
+
+
+def errors_of(bill: str) -> object:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    return JsonStrictValidator(SchemaVersion.V1_6).validate_str(bill)
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +40,9 @@ def bill() -> str:
 
 
 def test_it_follows_the_schema(bill: str) -> None:
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bill) is None
+    assert errors_of(bill) is None
     broken = bill.replace('"bomFormat": "CycloneDX"', '"bomFormat": "other"')
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(broken) is not None
+    assert errors_of(broken) is not None
 
 
 def test_it_lists_what_is_installed_and_nothing_else(bill: str) -> None:
@@ -59,6 +71,8 @@ def test_the_same_installation_gives_the_same_bytes(monkeypatch: pytest.MonkeyPa
 
 
 def test_linked_libraries_are_those_that_readelf_tells(tmp_path: Path) -> None:
+    from recallseg.runtime.services.sbom import needed_libraries
+
     told = subprocess.run(
         ["readelf", "-d", sys.executable], capture_output=True, text=True, check=True
     ).stdout
@@ -92,7 +106,7 @@ def test_what_wheels_bring_inside_is_listed_with_its_hash(bill: str) -> None:
 def test_a_bundle_is_listed_with_its_weights_and_graphs() -> None:
     bundle = Bundle.open("demo")
     text = make_sbom(("cpu",), bundles=("demo",))
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    assert errors_of(text) is None
     (found,) = (c for c in json.loads(text)["components"] if c["type"] == "machine-learning-model")
     properties = {p["name"]: p["value"] for p in found["properties"]}
     assert properties["recallseg:identity"] == bundle.identity

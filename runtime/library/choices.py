@@ -12,7 +12,15 @@ import numpy as np
 
 from recallseg.runtime.library.values import integer
 
-__all__ = ["Choice", "Expected", "Knot", "choice_values", "finite", "parse_choice"]
+__all__ = [
+    "MOST_KNOTS",
+    "Choice",
+    "Expected",
+    "Knot",
+    "choice_values",
+    "finite",
+    "parse_choice",
+]
 
 MOST_KNOTS = 64
 Z = 1.96

@@ -113,6 +113,11 @@ class HeadDoor:
             f"there are {count} now"
         )
 
+    @property
+    def tells_groups(self) -> bool:
+        """Whether :meth:`grouped` can answer: copies are made without the table that it needs."""
+        return not self.heads.groups() or self._store.identifiers.own
+
     def grouped(self, group: str) -> frozenset[str]:
         """Return the keys of the exemplars that were said to belong to a group, see :meth:`add`."""
         known = self.heads.groups()

@@ -170,10 +170,12 @@ def evaluate(
     sources = [Source.of(each) if isinstance(each, Annotated) else each for each in images]
     split = Split(library, groups, folds, draws)
     others = make_baselines(baselines, library, structures, max(ks), threads)
-    check_leaks(library, sources, structures, split)
+    unsaid = check_leaks(library, sources, structures, split)
     run = _Run(library, structures, ks, make_segmenter, others, split)
     run.arms = _arms(ks, budgets, draws, others)
     run.tolerance = tolerance
+    if unsaid:
+        run.notes[library.path.name] = (unsaid,)
     run.spacing = spacing
     run.in_mm = spacing is not None or all(source.is_volume for source in sources)
     for source in sources:

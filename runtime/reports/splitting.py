@@ -100,8 +100,13 @@ def check_leaks(
     structures: Sequence[str],
     split: Split,
     progress: Callable[[str], None] | None = None,
-) -> None:
+) -> str:
     """Raise if a query is an exemplar that it may recall: it would be given its own mask.
+
+    Returns
+    -------
+    str
+        What could not be found out; empty if nothing.
 
     Raises
     ------
@@ -116,9 +121,11 @@ def check_leaks(
             keys += found
             rows.append(vectors)
     matrix = np.concatenate(rows)
+    told = any(source.group for source in sources) and not split.groups
+    known = told and library.tells_groups
     leaks: dict[str, str] = {}
     for source in sources:
-        ours = library.grouped(_told(source.group)) if source.group and not split.groups else ()
+        ours = library.grouped(_told(source.group)) if source.group and known else ()
         if ours:
             leaks[source.name] = f"of the same group as exemplar '{min(ours)}'"
             continue
@@ -144,6 +151,12 @@ def check_leaks(
             f"patient or group as one: {these}{more}. Give images that were held out, or split one "
             "pool of data with --split-by."
         )
+    if told and not known:
+        return (
+            "whether images are of patients or groups that the library has exemplars of is not "
+            "known: it came without the table of identifiers, in which alone it says whose they are"
+        )
+    return ""
 
 
 def fill_pool(

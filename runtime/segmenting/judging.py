@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.verification import mask_dice
-from recallseg.runtime.library.choices import Choice, Knot
+from recallseg.runtime.library.choices import MOST_KNOTS, Choice, Knot
 from recallseg.runtime.segmenting.reach import SAME
 
 __all__ = ["FEWEST", "LEAST", "WAYS", "Found", "Judged", "by_way", "choose", "falling", "out"]
@@ -356,6 +356,8 @@ def _curves(
     ):
         ends = [0.0 if line is mean[0] else seen.min(), seen.max()]
         at = np.unique([*line.at, *ends])
+        if len(at) > MOST_KNOTS:  # as a large library gives; what is between them is a line
+            at = at[np.linspace(0, len(at) - 1, MOST_KNOTS).round().astype(int)]
         low, high = np.quantile([one(at) for one in lines], [tail, 1 - tail], axis=0)
         dice = line(at)
         curves.append(

@@ -297,3 +297,18 @@ def test_a_patient_of_an_imported_series_is_a_leak(
     query = Source("s", lambda: Images((replace(disc(0.7), name="s"),)), group=group)
     with pytest.raises(InputError, match="s is of the same group as exemplar"):
         run(library, [query], None)
+
+
+def test_of_a_copy_it_is_said_that_nobody_knows_whose_its_exemplars_are(
+    library: Library, tmp_path: Path
+) -> None:
+    fill_pool(library, pool(), STRUCTURES)
+    library.backup(tmp_path / "copy")
+    query = Source("new", lambda: Images((replace(disc(0.33), name="new"),)), group="bob")
+    with Library.open(tmp_path / "copy", engine="fake") as copy:
+        assert not copy.tells_groups
+        found = run(copy, [query], None)
+        assert "not known" in "".join(found.notes["copy"])
+        assert run(copy, [replace(query, group="")], None).notes == {}
+    with pytest.raises(InputError, match="same group"):
+        run(library, [query], None)

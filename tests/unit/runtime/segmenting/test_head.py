@@ -31,6 +31,7 @@ from recallseg.engines.heads import (
 from recallseg.export import refining as making
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.choices import choice_values, parse_choice
 from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.reports.evaluation import evaluate
 from recallseg.runtime.reports.page import Settings, render_report
@@ -860,3 +861,22 @@ def test_units_learn_what_one_layer_cannot_and_are_the_same_again() -> None:
 def test_nothing_of_a_head_needs_more_than_the_core() -> None:
     names = {name.partition(".")[0] for name in vars(fitting)}
     assert not names & {"torch", "sklearn", "scipy"}
+
+
+def test_what_is_expected_by_many_exemplars_can_be_read_again() -> None:
+    draw, rows = np.random.default_rng(0), []
+    for group in range(300):
+        found = []
+        for nearer in (1.0, 0.0, 1.5):
+            far = nearer * float(draw.uniform(0.02, 0.3))
+            dice = float(np.clip(0.95 - 1.5 * far + draw.normal(0, 0.02), 0, 1))
+            sure = float(np.clip(0.95 - far + draw.normal(0, 0.05), 0, 1))
+            same = [dice] * len(WAYS)
+            found.append(Found(far, sure, same, [0.1] * len(WAYS), [True] * len(WAYS)))
+        rows.append(Judged(group, True, found))
+    choice = choose(rows, 0.001)
+    assert parse_choice(choice_values(choice)) == choice
+    for far in (0.05, 0.15, 0.25, 0.4):
+        told = choice.at(far, 0.95 - far, given=True)
+        assert told is not None
+        assert told.dice == pytest.approx(0.95 - 1.5 * far, abs=0.02)

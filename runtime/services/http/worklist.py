@@ -188,7 +188,15 @@ class Worklist:
 
     def _embed_all(self) -> None:
         while not self._stop.is_set():
-            for mark, item in self._look().items():
+            try:
+                items = self._look()
+            except (RecallSegError, OSError):  # the folder is away: a share, say, that comes back
+                self._stop.wait(LOOK_S)
+                continue
+            there = {self._version(mark, item) for mark, item in items.items()}
+            for gone in self._embeddings.keys() - there:
+                del self._embeddings[gone]
+            for mark, item in items.items():
                 version = self._version(mark, item)
                 if version in self._embeddings or self._waits(mark, item):
                     continue

@@ -19,6 +19,7 @@ from support.annotating import disc, fill
 from support.inside import HereDecoder
 from support.services import wait_until
 
+from recallseg.engines.errors import InputError
 from recallseg.runtime.library import Library
 from recallseg.runtime.services import decoding, patience
 from recallseg.runtime.services.audit import AuditLog
@@ -116,6 +117,35 @@ def test_an_image_that_went_is_none_of_the_list(library: Library, folder: Path) 
             worklist.open(entry.mark)
     finally:
         worklist.close()
+
+
+def test_a_folder_that_was_away_is_looked_into_again(
+    library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worklists, "LOOK_S", 0.05)
+    monkeypatch.setattr(worklists, "IsolatedDecoder", HereDecoder)
+    for path in folder.iterdir():
+        if path.name != "disc-0.png":
+            path.unlink()
+    listed = Worklist(folder, library)
+
+    def ranked() -> list[str]:
+        return [one.name for one in listed.entries("teaching") if one.teaches is not None]
+
+    try:
+        listed.start()
+        wait_until(lambda: ranked() == ["disc-0.png"])
+        away = folder.rename(folder.with_name("away"))
+        time.sleep(0.5)
+        with pytest.raises(InputError, match="there is no folder"):
+            listed.entries("newest")
+        away.rename(folder)
+        cv2.imwrite(str(folder / "disc-0.png"), disc(60, 62, 20, 44)[0])
+        cv2.imwrite(str(folder / "disc-9.png"), disc(61, 62, 20, 45)[0])
+        wait_until(lambda: sorted(ranked()) == ["disc-0.png", "disc-9.png"])
+        wait_until(lambda: len(listed._embeddings) == 2)  # not that of the former disc-0
+    finally:
+        listed.close()
 
 
 def test_an_accepted_image_stays_done_whatever_becomes_of_its_mask(

@@ -111,6 +111,9 @@ def segment_to_files(
     with no_halves(base, *volume_files(base)):
         if settings.preview:
             write_preview(base, volume, result, segmenter.library)
+        else:
+            for suffix in PREVIEW_SUFFIXES:  # of an earlier run: it shows another result
+                base.with_name(base.name + suffix).unlink(missing_ok=True)
         record = write_volume_result(base, volume, kind, result, source, extra, settings.concepts)
     return result, record
 

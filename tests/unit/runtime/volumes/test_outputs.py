@@ -137,6 +137,18 @@ def test_a_result_that_fails_leaves_no_half(
     assert os.listdir(base.parent) == []  # so that it can be asked for again
 
 
+def test_no_preview_of_an_earlier_result_stays(tmp_path: Path, library: Path) -> None:
+    volume = read_volume(write_series(tmp_path / "s", ARRAY)[0].parent)
+    base = tmp_path / "o" / "x"
+    with Library.open(library) as opened:
+        segmenter = Segmenter(opened, k=1, engine="fake")
+        for preview in (True, False):
+            shown = VolumeSettings(preview=preview)
+            segment_to_files(segmenter, volume, base, shown, kind="nrrd", source="s")
+            assert (base.parent / "x.preview.html").exists() is preview
+    assert sorted(os.listdir(base.parent)) == ["x.json", "x.seg.nrrd"]
+
+
 def test_an_output_that_cannot_be_written_is_known_before_the_work(
     tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from recallseg.runtime.library.releases import (
 )
 from recallseg.runtime.library.storage import WriterLock, unreadable, writing
 
-__all__ = ["CURRENT", "install", "installed", "roll_back"]
+__all__ = ["CURRENT", "install", "installed", "installed_as", "roll_back"]
 
 CURRENT, PREVIOUS, LOCK = "current", "previous", "install.lock"
 
@@ -119,6 +119,16 @@ def installed(folder: Path) -> Release | None:
     """Return the release that is in use in a folder; None if none is."""
     version = _linked(folder, CURRENT)
     return None if version is None else _stated(folder, version)
+
+
+def installed_as(folder: Path) -> Release | None:
+    """Return which of the releases installed beside it a folder, or a link to it, is; else None."""
+    real = folder.resolve()
+    try:
+        version_number(real.name)
+    except InputError:
+        return None
+    return _stated(real.parent, real.name)
 
 
 def _check_follows(new: Release, used: Release, folder: Path, older: bool) -> None:

@@ -366,6 +366,10 @@ def _read_member(file: IO[bytes], path: Path, name: str, most: int) -> bytes:
     digits = header[124:135]
     size = int(digits, 8) if re.fullmatch(rb"[0-7]{11}", digits) else -1
     if not 0 <= size <= most or header != _header(name, size):
+        if not place and not header.startswith(name.encode() + b"\0"):
+            raise LibraryCorruptError(
+                f"{path} is no release of a library, or was changed from byte 0 on."
+            )
         raise _damaged(path, f"the header of {name}", place)
     data, rest = _read(file, size), _read(file, -size % _BLOCK)
     if len(data) != size or rest != bytes(-size % _BLOCK):
@@ -408,5 +412,5 @@ def _open_once(work: Path, described: Release, path: Path) -> None:
 def _damaged(path: Path, what: str, place: int) -> LibraryCorruptError:
     return LibraryCorruptError(
         f"the release {path} was changed since it was signed: {what}, from byte {place} on. "
-        "Nothing was installed. Copy it anew, or ask for it from who made it."
+        "Nothing of it was used. Copy it anew, or ask for it from who made it."
     )

@@ -25,6 +25,8 @@ from recallseg.benchmarks.pixels import PixelsReport
 from recallseg.benchmarks.schema import FORMAT, VERSION, Head, Report
 from recallseg.benchmarks.streams import StreamReport
 from recallseg.benchmarks.volumes import VolumesReport
+from recallseg.runtime.library.comparing import SCHEMA as DIFFERENCE
+from recallseg.runtime.library.comparing import Difference
 from recallseg.runtime.services.doctor import SCHEMA, Diagnosis
 from recallseg.runtime.services.settings import Configuration
 
@@ -56,6 +58,10 @@ def generated() -> dict[str, dict[str, Any]]:
         "diagnosis.json": _titled(
             f"Diagnosis ('doctor --json'), version {SCHEMA.rpartition('/')[2]}",
             _written(Diagnosis, {"schema": {"const": SCHEMA}}, {"healthy": healthy}),
+        ),
+        "difference.json": _titled(
+            f"Difference ('library diff --json'), version {DIFFERENCE.rpartition('/')[2]}",
+            _written(Difference, {"schema": {"const": DIFFERENCE}}),
         ),
         **dict(_reports()),
     }

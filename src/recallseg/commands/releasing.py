@@ -159,9 +159,16 @@ def diff(
     if as_json:
         emit_json(found.to_json())
         return
-    for sign, keys in (("+", found.added), ("-", found.removed)):
+    for sign, keys, why in (
+        ("+", found.added, ""),
+        ("-", found.removed, ""),
+        ("-", found.retired, ": retired, and still there"),
+        ("+", found.reinstated, ": in use again"),
+    ):
         for key in keys:
-            say(f"{sign} {key}")
+            say(f"{sign} {key}{why}")
+    for key, other in found.renamed.items():
+        say(f"~ {key}: its key is {other}")
     for key, parts in found.changed.items():
         say(f"~ {key}: other {' and '.join(parts)}")
     for sign, names in (("+", found.structures_added), ("-", found.structures_removed)):
@@ -169,28 +176,36 @@ def diff(
             say(f"{sign} structure {name}")
     if found.bundle is not None:
         say(f"~ bundle: {found.bundle[0][:12]} -> {found.bundle[1][:12]}")
+    for name, (was_so, is_so) in found.settings.items():
+        say(f"~ {name}: {was_so} -> {is_so}")
+    if not found:
+        say("no difference")
     for name, dice in found.dice.items():
         say(f"  Dice of {name}: {dice.before:.3f} -> {dice.after:.3f} ({dice.cases} cases)")
-    if not found.dice:
-        note("Dice was not compared: both must be releases that were evaluated on the same cases.")
+    if found.uncompared:
+        note(f"Dice was not compared: {found.uncompared}.")
 
 
 @contextmanager
 def _opened(path: Path, trust: Path | None) -> Iterator[tuple[Library, Mapping[str, Any] | None]]:
     """Open a library, or a release of one; yield it with its evaluation, where there is one."""
     from recallseg.runtime.library import Library
-    from recallseg.runtime.library.installing import installed
+    from recallseg.runtime.library.installing import installed, installed_as
     from recallseg.runtime.library.releases import unpack
 
+    used: Release | None
     with ExitStack() as stack:
-        evaluation = None
         if path.is_file():
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()), "library")
-            evaluation = unpack(path, work, _trusted(trust)).evaluation
-            path = work
+            used, path = unpack(path, work, _trusted(trust)), work
         elif (used := installed(path)) is not None:
-            evaluation, path = used.evaluation, path / used.version
-        yield stack.enter_context(Library.open(path)), evaluation
+            path = path / used.version
+        else:
+            used = installed_as(path)
+        library = stack.enter_context(Library.open(path))
+        # One that was changed since is not what was evaluated.
+        same = used is not None and used.library == library.digest
+        yield library, used.evaluation if used is not None and same else None
 
 
 def _trusted(path: Path | None) -> Sequence[PublicKey]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.fake_bundle import make_fake_bundle
 from support.pictures import LABELS, write_pairs
+from support.records import check_written
 from typer.testing import CliRunner
 
 from recallseg.cli import app
@@ -47,6 +48,16 @@ def test_a_library_goes_to_a_device_and_back(
     )
     assert (len(found["added"]), found["removed"], found["changed"]) == (1, [], {})
     assert found["dice"]["core"]["cases"] == 2
+    check_written(found)
+    for site in ("site/current", "site/1.0.0"):  # what it says of itself lies beside it
+        told = run("library", "diff", site, "discs-1.1.0.release", "--trust", "maker.pub")
+        assert "Dice of core: " in told
+    assert run("library", "diff", "discs", "discs") == "no difference\n"
+    picture = next((tmp_path / "annotated").glob("*.png"))
+    done = CliRunner().invoke(
+        app, ["library", "diff", "discs", str(picture), "--trust", "maker.pub"]
+    )
+    assert "is no release of a library" in done.output
     run("library", "install", "discs-1.1.0.release", *install)
     listed = json.loads(run("library", "list", "site/current", "--json"))
     assert len(listed["exemplars"]) == 4

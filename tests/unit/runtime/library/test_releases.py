@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_library import HashEncoder, add, create, draw
+from support.records import check_written
 
 from recallseg.engines.errors import (
     InputError,
@@ -25,6 +26,7 @@ from recallseg.runtime.library import Library
 from recallseg.runtime.library.comparing import compare
 from recallseg.runtime.library.installing import install, installed, roll_back
 from recallseg.runtime.library.releases import read_release, unpack
+from recallseg.runtime.model.preprocess import Intensity
 
 pytest.importorskip("cryptography")
 
@@ -259,6 +261,68 @@ def test_what_changed_between_two_libraries(library: Library, tmp_path: Path) ->
     assert found.removed == ("case 0",)
     assert dict(found.changed) == {"case 1": ("masks",), "case 2": ("tags",)}
     assert compare(library, library).to_json()["changed"] == {}
+    assert found
+    assert not compare(library, library)
+
+
+def test_what_is_only_out_of_use_or_of_another_name_is_not_gone(
+    library: Library, tmp_path: Path
+) -> None:
+    library.retire("case 0")
+    library.backup(tmp_path / "before")
+    library.reinstate("case 0")
+    library.retire("case 1")
+    library.rename_structure("nucleus", "cell")
+    with opened(tmp_path / "before") as before:
+        found = compare(before, library)
+        back = compare(library, before)
+    assert (found.added, found.removed) == ((), ())
+    assert (found.retired, found.reinstated) == (("case 1",), ("case 0",))
+    assert (back.retired, back.reinstated) == (("case 0",), ("case 1",))
+    assert {*found.changed.values()} == {("structures",)}
+    assert (found.structures_added, found.structures_removed) == (("cell",), ("nucleus",))
+    check_written(found.to_json())
+
+
+def test_the_same_images_under_other_keys_are_the_same(library: Library, tmp_path: Path) -> None:
+    other = create(tmp_path / "other", memory_format="int8", intensity=Intensity("window", 0, 99))
+    for exemplar in library:
+        image, masks = library.source(exemplar.key)
+        key = f"other {exemplar.key}"
+        other.add(image, masks, key=key, tags=exemplar.tags, absent=exemplar.absent)
+    other.add(draw(77)[0], {"nucleus": draw(77)[1]}, key="new")
+    other.store_calibrations("ab" * 32, {"nucleus": {}}, "new")
+    found = compare(library, other)
+    assert dict(found.renamed) == {one.key: f"other {one.key}" for one in library}
+    assert (found.added, found.removed, dict(found.changed)) == (("new",), (), {})
+    assert found.settings["memories"] == ("fp16", "int8")
+    assert found.settings["calibrated"] == ("none", f"nucleus (recipe {'ab' * 6})")
+    assert {*found.settings} == {"memories", "intensity", "calibrated"}
+    check_written(found.to_json())
+    other.close()
+
+
+def test_why_dice_is_not_compared_is_said(library: Library) -> None:
+    dice = {"nucleus": {"cases": 2, "mean": 0.9}}
+    one = {"k": 4, "cases": "ab", "dice": dice, "provenance": {"recipe": {"digest": "ef" * 32}}}
+    for both, told in (
+        ((None, None), "neither was evaluated"),
+        ((one, None), "B was not evaluated"),
+        ((None, one), "A was not evaluated"),
+        ((one, {**one, "cases": "cd"}), "other cases"),
+        ((one, {**one, "dice": {}}), "no structure in common"),
+        ((one, one), ""),
+    ):
+        found = compare(library, library, both)
+        assert told in found.uncompared
+        assert bool(found.uncompared) is bool(told)
+        assert bool(found.dice) is not bool(told)
+        check_written(found.to_json())
+    found = compare(library, library, (one, {**one, "k": 8}))
+    assert found.settings["evaluated"] == (
+        f"k = 4, recipe {'ef' * 6}",
+        f"k = 8, recipe {'ef' * 6}",
+    )
 
 
 def test_an_evaluation_of_another_state_is_not_released(

@@ -98,7 +98,10 @@ def read_dicom(
         for name in ("SamplesPerPixel", "PhotometricInterpretation"):
             values = {str(header.get(name)) for header in headers}
             if len(values) > 1:
-                raise InputError(f"{path}: slices differ in {name}: {', '.join(sorted(values))}.")
+                raise InputError(
+                    f"{path}: slices differ in {name}: {', '.join(sorted(values))}. Give each "
+                    "kind a folder."
+                )
         placed = [plane for plane in planes if plane.where is not None]
         acquired: int | None = 0
         if not placed:
@@ -161,13 +164,15 @@ def count_dicom(path: Path | Sequence[Path], stack: str | None = None) -> int:
 def _files(path: Path | Sequence[Path]) -> tuple[Sequence[Path], Path]:
     if isinstance(path, Path):
         return (find_series(path) if path.is_dir() else [path]), path
+    if not path:
+        raise InputError("there are no DICOM files: the series has no slices.")
     return path, path[0].parent
 
 
 def _headers(files: Sequence[Path], path: Path) -> tuple[list[Path], list[Any], list[str]]:
     """Return the images among the files of one series, and what was passed over."""
     if not files:
-        raise InputError("there are no DICOM files: the series has no slices.")
+        raise InputError(f"there are no DICOM files in {path}: the series has no slices.")
     paths, headers = [], []
     others: dict[str, list[str]] = defaultdict(list)
     for file in files:

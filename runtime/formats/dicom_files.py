@@ -15,7 +15,7 @@ import numpy as np
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
-from recallseg.runtime.formats.guards import check_given
+from recallseg.runtime.formats.guards import check_given, naming
 
 __all__ = [
     "OTHERS",
@@ -138,14 +138,10 @@ def open_dicom(path: Path, *, pixels: bool = False, only: list[str] | None = Non
 def damaged_is_input_error(path: Path) -> Iterator[None]:
     """Turn what pydicom, highdicom and decoders raise, of every kind, into one InputError."""
     try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
+        with warnings.catch_warnings(), np.errstate(all="ignore"), naming(path):
             warnings.simplefilter("ignore")  # about values outside the standard; pixels decide
             yield
-    except InputError as error:
-        if str(path) in str(error):
-            raise
-        raise InputError(f"{path}: {error}") from error
-    except ModuleNotFoundError:
+    except (InputError, ModuleNotFoundError):
         raise
     except (Exception, struct.error) as error:
         check_given(path, error)

@@ -48,7 +48,10 @@ def place(
         heights = distances[order]
         gaps = np.diff(heights)
         if gaps.min() < 1e-3:
-            raise InputError(f"{path}: two slices lie at one position.")
+            raise InputError(
+                f"{path}: two slices lie at one position. Give each volume a folder, or remove the "
+                "copy."
+            )
         decimal = min(plane.at.decimals for plane in planes)
         largest = ROUNDED_OF_THREE if len(order) == 3 else ROUNDED
         rounding = min(float(np.abs(normal).sum()) * decimal / 2, largest * gap)

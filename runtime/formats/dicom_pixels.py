@@ -43,7 +43,9 @@ def check_pixels(path: Path, dataset: Any, images: int) -> None:
         raise InputError(f"{path} has {samples} samples a pixel; expected 1 or 3.")
     bits = int(dataset.get("BitsAllocated") or 0)
     if bits not in (1, 8, 16, 32, 64):
-        raise InputError(f"{path} has {dataset.get('BitsAllocated')} bits a pixel.")
+        raise InputError(
+            f"{path} has {dataset.get('BitsAllocated')} bits a pixel; expected 1, 8, 16, 32 or 64."
+        )
     shape = [int(dataset.Rows), int(dataset.Columns), samples]
     check_size(path, [1, *shape], np.dtype(np.float64))
     check_size(path, [images, *shape], np.dtype(f"u{max(1, bits // 8)}"))

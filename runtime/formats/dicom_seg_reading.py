@@ -87,10 +87,13 @@ def read_segmentation(path: Path, volume: Volume, *, resampled: bool = False) ->
             raise InputError(f"{path} is a {SEGMENTATIONS.get(kind, 'DICOM object')}, no SEG.")
         if header.get("TotalPixelMatrixRows") is not None:
             raise InputError(f"{path} is a segmentation of a slide, whose tiles are not read.")
-        segments = {
-            int(segment.SegmentNumber): str(segment.get("SegmentLabel") or "")
-            for segment in header.get("SegmentSequence") or ()
-        }
+        described = header.get("SegmentSequence") or ()
+        segments = {int(s.SegmentNumber): str(s.get("SegmentLabel") or "") for s in described}
+        if len(segments) < len(described):
+            raise InputError(
+                f"{path} describes a segment's number twice, so whose a pixel is cannot be told. "
+                "Export it again."
+            )
         segments.pop(0, None)  # a label map's background
         if not segments:
             raise InputError(f"{path} has no segments.")

@@ -8,7 +8,8 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,10 +21,29 @@ from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
 from recallseg.runtime.formats.packed import HEAD_BYTES, packing
 
-__all__ = ["BoundedReader", "check_finite", "check_given", "check_length", "check_size", "expand"]
+__all__ = [
+    "BoundedReader",
+    "check_finite",
+    "check_given",
+    "check_length",
+    "check_size",
+    "expand",
+    "naming",
+]
 
 _STEP = 2**20
 _MOST_PACKED = 2**22  # bytes of a gzip file beside twice what they unpack to
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say of which file an InputError is, unless it does."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error
 
 
 def check_given(path: Path, error: BaseException) -> None:

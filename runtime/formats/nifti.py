@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.guards import BoundedReader, check_finite, check_given, check_size
+from recallseg.runtime.formats.guards import (
+    BoundedReader,
+    check_finite,
+    check_given,
+    check_size,
+    naming,
+)
 from recallseg.runtime.formats.kinds import kind_by_name
 from recallseg.runtime.formats.lattice import SAME_PLACE
 from recallseg.runtime.formats.packed import HEAD_BYTES, packing
@@ -100,7 +106,8 @@ def read_nifti(path: Path, *, time: int | None = None, anywhere: bool = False) -
     if affine is None:
         affine = np.diag([*np.abs(header["pixdim"][1:4].astype(np.float64)), 1.0])
         affine[affine.diagonal() == 0, affine.diagonal() == 0] = 1.0
-    return Volume(array, affine, "RAS" if placed else "image", origin=header, notes=notes)
+    with naming(path):
+        return Volume(array, affine, "RAS" if placed else "image", origin=header, notes=notes)
 
 
 def count_nifti(path: Path) -> int:

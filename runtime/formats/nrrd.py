@@ -23,6 +23,7 @@ from recallseg.runtime.formats.guards import (
     check_length,
     check_size,
     expand,
+    naming,
 )
 from recallseg.runtime.formats.packed import packing
 from recallseg.runtime.formats.volume import Frame, Volume
@@ -110,7 +111,8 @@ def read_nrrd(path: Path, *, time: int | None = None) -> Volume:
     elif time not in (None, 1):
         raise InputError(f"{path} has 1 volume, there is no number {time}.")
     check_finite(path, array)
-    return Volume(np.ascontiguousarray(array), affine, frame, origin=header, notes=notes)
+    with naming(path):
+        return Volume(np.ascontiguousarray(array), affine, frame, origin=header, notes=notes)
 
 
 def count_nrrd(path: Path) -> int:
@@ -178,7 +180,8 @@ def read_seg_nrrd(path: Path) -> tuple[Volume, list[tuple[str, NDArray[np.bool_]
             f"{path} has {len(names)} segments in one layer and no label values: which voxel is "
             "whose cannot be told. Save it anew with 3D Slicer."
         )
-    return Volume(np.ascontiguousarray(array[0]), affine, frame, origin=header), segments
+    with naming(path):
+        return Volume(np.ascontiguousarray(array[0]), affine, frame, origin=header), segments
 
 
 def write_seg_nrrd(

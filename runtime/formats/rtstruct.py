@@ -59,10 +59,13 @@ def read_structure_set(
     with damaged_is_input_error(path):
         dataset = open_dicom(path)
         _check_reference(path, dataset, volume)
-        labels = {
-            int(roi.ROINumber): str(roi.get("ROIName") or "")
-            for roi in dataset.get("StructureSetROISequence") or ()
-        }
+        described = dataset.get("StructureSetROISequence") or ()
+        labels = {int(roi.ROINumber): str(roi.get("ROIName") or "") for roi in described}
+        if len(labels) < len(described):
+            raise InputError(
+                f"{path} describes a structure's number twice, so whose an outline is cannot be "
+                "told. Export it again."
+            )
         masks = {number: np.zeros(onto.shape, bool) for number in labels}
         for roi in dataset.get("ROIContourSequence") or ():
             number = int(roi.ReferencedROINumber)
@@ -74,7 +77,7 @@ def read_structure_set(
             ]
             _draw(outlines, masks[number], what)
     if not labels:
-        raise InputError(f"{path} has no structures.")
+        raise InputError(f"{path} has no structures. Export the set that has outlines.")
     return labels, masks
 
 

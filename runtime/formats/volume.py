@@ -76,7 +76,10 @@ class Volume:
         if array.size == 0:
             raise InputError(f"the volume is empty: its shape is {array.shape}.")
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
-            raise InputError("a volume's affine must be 4x4 and finite.")
+            raise InputError(
+                f"a volume's affine must be 4x4 and finite, got {affine.tolist()}. The file's "
+                "orientation is damaged; export it again."
+            )
         size = np.linalg.norm(affine[:3, :3], axis=0)
         if (size <= 0).any() or abs(np.linalg.det(affine[:3, :3] / np.maximum(size, 1e-30))) < 1e-3:
             raise InputError(

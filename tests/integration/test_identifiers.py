@@ -10,12 +10,18 @@ import base64
 import gzip
 import io
 import json
+import re
 import shutil
+import signal
 import sqlite3
 import stat
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
+import httpx
 import nibabel
 import numpy as np
 import pydicom
@@ -186,6 +192,172 @@ def test_nothing_of_an_exemplar_s_patient_is_found(fake_bundle: Bundle, home: Pa
     own = [line for line in leaks(shown, [OTHER, series]) if "its SHA-256" not in line]
     assert any(".seg.dcm" in line for line in own)
     assert [line for line in own if ".seg.dcm" not in line] == []
+
+
+@pytest.fixture
+def of_one_patient(fake_bundle: Bundle, home: Path) -> tuple[Path, list[str]]:
+    """A library of one patient's study, and what must not be found."""
+    return fill(home, fake_bundle.path, *FAKE)
+
+
+def fill(home: Path, bundle: object, *engine: str) -> tuple[Path, list[str]]:
+    wanted = write_exemplars(home / "in")
+    library, tag = home / "lib", ("--tag", f"PatientID={MARK}0", *engine)
+    call("library", "create", library, "--bundle", bundle)
+    call("library", "import", library, home / "in" / f"{MARK} Anna", *tag)
+    call("library", "import", library, home / "in" / "nifti", "--labels", "1=bar", *tag)
+    return library, wanted
+
+
+def ended(service: subprocess.Popen[str], said: list[str]) -> str:
+    """Stop a service; return all that it said."""
+    service.send_signal(signal.SIGTERM)
+    rest, _ = service.communicate(timeout=120)
+    assert service.returncode == 0, rest
+    return "".join([*said, rest])
+
+
+def begun(*command: object, until: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """Start a service; return it, and what it said until a line has ``until``."""
+    service = subprocess.Popen(
+        [sys.executable, "-m", "recallseg", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said: list[str] = []
+    assert service.stdout is not None
+    while not said or until not in said[-1]:
+        said.append(service.stdout.readline())
+        assert said[-1], "".join(said)
+    return service, said
+
+
+def test_live_frames_say_nothing_of_an_exemplar_s_patient(
+    of_one_patient: tuple[Path, list[str]], home: Path
+) -> None:
+    pytest.importorskip("pyigtl")
+    from support.igtl import next_of, raw_client, read, sent
+
+    from recallseg.runtime.services.igtl.wire import make
+
+    library, wanted = of_one_patient
+    out = home / "out"
+    (home / "igtl.toml").write_text(
+        f"""
+        [log]
+        level = "debug"
+        [audit]
+        log = "{out}/audit.jsonl"
+        [igtl]
+        port = 0
+        message_s = 60
+        deadline_ms = 60000
+        [[rules]]
+        name = "bars"
+        library = "{library}"
+        recipe = {{ k = 2, engine = "fake", tags = {{ PatientID = "{MARK}0" }} }}
+        """
+    )
+    out.mkdir(exist_ok=True)
+    service, said = begun("igtl", "--config", home / "igtl.toml", until="listening")
+    try:
+        port = json.loads(said[-1])["port"]
+        frame = np.full((1, 64, 48), 30, np.uint16)
+        frame[0, 0:32, 12:36] = 200
+        with raw_client(port) as one:
+            one.sendall(sent(frame, "Other").pack())
+            answers = [next_of(one, "LBMETA").raw, next_of(one, "IMAGE", "Other-mask").raw]
+            one.sendall(make("IMAGE", "Bad", b"no image").raw)
+            answers.append(next_of(one, "STATUS").raw)
+            one.sendall(b"what is no OpenIGTLink at all" * 9)
+            answers.append(read(one).raw)
+    finally:
+        told = ended(service, said)
+    (out / "told").write_bytes(told.encode() + b"".join(map(bytes, answers)))
+    assert "cannot be followed" in told
+    assert (out / "audit.jsonl").read_text().count('"segment') >= 1
+    assert leaks(files(out), wanted) == []
+
+
+def test_the_worklist_says_who_it_is_only_to_who_annotates(home: Path) -> None:
+    """Images that wait bear names of their patients; a library that takes them does not."""
+    library, wanted = fill(home, "demo")
+    out, folder = home / "out", home / "waiting"
+    for mark, root in ((MARK, ROOT), ("Other", OTHER)):
+        write_study(folder / f"{mark} Anna", mark, root)
+    write_pairs(folder / "pictures", [0.3])
+    for path in (folder / "pictures").iterdir():
+        path.rename(path.with_name(f"{MARK}-{path.name}"))
+    (folder / f"{MARK}-broken.dcm").write_bytes(bytes(128) + b"DICM" + MARK.encode() * 9)
+    audit = out / "audit.jsonl"
+    out.mkdir(exist_ok=True)
+    service, said = begun(
+        *("serve", library, "--port", 0, "--folder", folder, "--user", "ada", "--audit", audit),
+        *("--k", 2, "--threads", 1),
+        until="#token=",
+    )
+    url, token = re.search(r"(http://[\d.:]+)/#token=(\S+)", said[-1]).groups()  # type: ignore[union-attr]
+    shown: list[bytes] = []
+    try:
+        with httpx.Client(base_url=f"{url}/api", timeout=120) as one:
+            one.headers["Authorization"] = f"Bearer {token}"
+            images = one.get("/worklist").json()["images"]
+            assert len(images) >= 3
+            done = Counter[str]()
+            for number, image in enumerate(images):
+                opened = one.post("/drafts", json={"mark": image["mark"]})
+                if opened.status_code != 201:
+                    done["refused"] += 1
+                    continue
+                draft = opened.json()["draft"]
+                assert one.post(f"/drafts/{draft}/propose").status_code == 200
+                what = "reject" if number == 0 else "accept"
+                body = {} if number == 0 else {"structures": ["bar"], "slices": "all"}
+                answer = one.post(f"/drafts/{draft}/{what}", json=body)
+                done[f"{what} {answer.status_code}"] += 1
+                one.delete(f"/drafts/{draft}")
+            assert done["accept 200"] >= 1, done
+            assert one.get("/drafts/nothing").status_code >= 400
+            shown += [one.get(f"/{path}").content for path in ("library", "history", "server")]
+    finally:
+        (out / "told").write_text(ended(service, said))
+    (out / "shown").write_bytes(b"".join(shown))
+    call("library", "verify", library)
+    table = library / IDENTIFIERS
+    held = [path for path in files(library) if path != table]
+    assert leaks([*files(out), *held], wanted) == []
+    assert leaks(held, [OTHER, "OtherAnna"]) == []
+
+
+def test_measuring_says_nothing_of_a_patient(
+    of_one_patient: tuple[Path, list[str]], fake_bundle: Bundle, home: Path
+) -> None:
+    library, wanted = of_one_patient
+    out = home / "out"
+    asked = ("--queries", 15, "--k", 2, "--threads", 1, "--query-size", 32, *FAKE)
+    told = [call("bench", "soak", library, *asked, "--output", out / "soak")]
+    data = home / f"{MARK} data"  # of the layout of ACDC, with names in every header
+    for number in range(1, 4):
+        name = f"patient{number:03d}"
+        place = data / "training" / name
+        place.mkdir(parents=True)
+        (place / "Info.cfg").write_text(f"ED: 1\nES: 2\nGroup: {MARK}\nName: {MARK} Anna\n")
+        for frame in (1, 2):
+            array = np.zeros((48, 48, 2), np.int16)
+            array[8 * number : 8 * number + 12, 8:20] = 900 + 40 * frame
+            array += np.arange(2, dtype=np.int16)  # no two slices alike
+            for ending, values in (("", array), ("_gt", (array > 9).astype(np.uint8) * 3)):
+                image = nibabel.Nifti1Image(values, np.diag([1.5, 1.5, 10, 1]))
+                image.header["descrip"] = f"{MARK} Anna"
+                nibabel.save(image, place / f"{name}_frame{frame:02d}{ending}.nii.gz")
+    command = ("reproduce", "--data", data, "--bundle", fake_bundle.path, "--queries", 2)
+    told += [call(*command, "--draws", 1, *FAKE, *more) for more in ((), ("--json",))]
+    (data / "training" / "patient001" / "patient001_frame01_gt.nii.gz").write_bytes(b"damaged")
+    failed = call(*command, *FAKE, status=1)
+    assert f"{MARK} data" in " ".join(failed.split())  # whoever named it has to find the file
+    (out / "told").write_text("\n".join(told))
+    assert leaks(files(out), [*wanted, f"{MARK}"]) == []
 
 
 def test_anonymising_leaves_nothing(fake_bundle: Bundle, home: Path) -> None:

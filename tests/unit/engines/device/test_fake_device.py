@@ -269,8 +269,14 @@ def test_a_device_that_nobody_has_any_more_gives_all_back(driver: FakeDriver) ->
     device = Device(driver)
     other = device.new_stream()
     device.wait_for(other.handle)  # keeps an event for its own stream
+    held = [device.allocate(64), device.allocate_pinned(64), device.tensor((3, 2))]
     gone = weakref.ref(device)
     del device, other
     gc.collect()
+    assert gone() is not None  # what lies on it needs it
+    held.append(held)  # as objects that refer to each other do
+    del held
+    gc.collect()
+    gc.collect()  # a device and its stream too, once nothing lies on it
     assert gone() is None
     assert not any(driver.live.values()), driver.live

@@ -197,15 +197,12 @@ def test_nothing_of_an_exemplar_s_patient_is_found(fake_bundle: Bundle, home: Pa
 @pytest.fixture
 def of_one_patient(fake_bundle: Bundle, home: Path) -> tuple[Path, list[str]]:
     """A library of one patient's study, and what must not be found."""
-    return fill(home, fake_bundle.path, *FAKE)
-
-
-def fill(home: Path, bundle: object, *engine: str) -> tuple[Path, list[str]]:
     wanted = write_exemplars(home / "in")
-    library, tag = home / "lib", ("--tag", f"PatientID={MARK}0", *engine)
-    call("library", "create", library, "--bundle", bundle)
-    call("library", "import", library, home / "in" / f"{MARK} Anna", *tag)
-    call("library", "import", library, home / "in" / "nifti", "--labels", "1=bar", *tag)
+    library, tag = home / "lib", ("--tag", f"PatientID={MARK}0")
+    call("library", "create", library, "--bundle", fake_bundle.path)
+    call("library", "import", library, home / "in" / f"{MARK} Anna", *tag, *FAKE)
+    labels = ("--labels", "1=bar")
+    call("library", "import", library, home / "in" / "nifti", *labels, *tag, *FAKE)
     return library, wanted
 
 
@@ -280,9 +277,14 @@ def test_live_frames_say_nothing_of_an_exemplar_s_patient(
     assert leaks(files(out), wanted) == []
 
 
-def test_the_worklist_says_who_it_is_only_to_who_annotates(home: Path) -> None:
-    """Images that wait bear names of their patients; a library that takes them does not."""
-    library, wanted = fill(home, "demo")
+def test_the_worklist_says_who_it_is_only_to_who_annotates(
+    of_one_patient: tuple[Path, list[str]], home: Path
+) -> None:
+    """Images that wait bear names of their patients; a library that takes them does not.
+
+    What is accepted is encoded by the engine that was asked for, or this bundle's would not be.
+    """
+    library, wanted = of_one_patient
     out, folder = home / "out", home / "waiting"
     for mark, root in ((MARK, ROOT), ("Other", OTHER)):
         write_study(folder / f"{mark} Anna", mark, root)
@@ -294,7 +296,7 @@ def test_the_worklist_says_who_it_is_only_to_who_annotates(home: Path) -> None:
     out.mkdir(exist_ok=True)
     service, said = begun(
         *("serve", library, "--port", 0, "--folder", folder, "--user", "ada", "--audit", audit),
-        *("--k", 2, "--threads", 1),
+        *("--k", 2, *FAKE),
         until="#token=",
     )
     url, token = re.search(r"(http://[\d.:]+)/#token=(\S+)", said[-1]).groups()  # type: ignore[union-attr]

@@ -107,7 +107,13 @@ def serve(
         audit or library.with_name(f"{library.name}.audit.jsonl"), audit_key, audit_head
     )
     assert log is not None  # there was a path
-    with Library.open(library, mode="write") as opened:
+    with Library.open(
+        library,
+        mode="write",
+        engine=asking.engine,  # what is accepted is encoded as what is asked
+        precision=asking.precision,
+        threads=asking.threads,
+    ) as opened:
         server = open_server(
             opened,
             log,

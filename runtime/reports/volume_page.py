@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 import cv2
@@ -66,13 +66,12 @@ def render_volume_page(
         _card(volume, result, intensity, record, source, exemplars)
         for record in _spread(_extent(result), MOST_SLICES)
     ]
-    voxel_ml = float(np.prod(volume.spacing)) / 1000
+    sizes = result.to_json(volume)
     amounts = []
-    for name, value in result.labels.items():
-        count = int((result.label_map == value).sum())
-        amount = f"{count} voxels"
-        if volume.frame != "image":
-            amount += f", {count * voxel_ml:.1f} ml"
+    for name in result.labels:
+        amount = f"{sizes['voxels'][name]} voxels"
+        if sizes["millilitres"] is not None:
+            amount += f", {sizes['millilitres'][name]:.1f} ml"
         if name in result.cleaned:
             change = result.cleaned[name]
             amount += (
@@ -122,6 +121,25 @@ def _spread(records: Sequence[SliceRecord], most: int) -> list[SliceRecord]:
     return [records[int(i)] for i in picked]
 
 
+def _masks(result: VolumeResult, index: int) -> Iterator[NDArray[np.bool_]]:
+    """Yield each structure's mask of a slice, upright, with what it shares with others."""
+    slicing, shape = result.slicing, result.label_map.shape
+    labels = np.ascontiguousarray(slicing.view(result.label_map, index))
+    thin = (*shape[: slicing.axis], 1, *shape[slicing.axis + 1 :])
+    stride = int(np.prod(shape[slicing.axis + 1 :]))
+    for name, value in result.labels.items():
+        mask = labels == value
+        shared = result.shared.get(name)
+        if shared is not None:
+            here = shared[shared // stride % shape[slicing.axis] == index]
+            places = list(np.unravel_index(here, shape))
+            places[slicing.axis] = np.zeros_like(here)
+            plane = np.zeros(thin, bool)
+            plane[tuple(places)] = True
+            mask |= slicing.view(plane, 0)
+        yield mask
+
+
 def _tile(
     volume: Volume, result: VolumeResult, intensity: Intensity, record: SliceRecord
 ) -> NDArray[np.uint8]:
@@ -136,12 +154,9 @@ def _tile(
     scale = TILE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = cv2.resize(np.ascontiguousarray(image[..., ::-1]), size, interpolation=cv2.INTER_AREA)
-    labels = np.ascontiguousarray(slicing.view(result.label_map, record.index))
-    enlarged = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
-    for index, value in enumerate(result.labels.values()):
-        outlines, _ = cv2.findContours(
-            (enlarged == value).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
-        )
+    for index, mask in enumerate(_masks(result, record.index)):
+        enlarged = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        outlines, _ = cv2.findContours(enlarged, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(small, outlines, -1, _bgr(index), 1, cv2.LINE_AA)
     tile = np.zeros((TILE, TILE, 3), np.uint8)
     top, left = (TILE - size[1]) // 2, (TILE - size[0]) // 2
@@ -209,7 +224,6 @@ def _card(
 ) -> str:
     slicing = result.slicing
     image = slicing.view(volume.array, record.index)
-    labels = np.ascontiguousarray(slicing.view(result.label_map, record.index))
     picture = Thumbnail(np.ascontiguousarray(image), intensity)
     row_mm, column_mm = slicing.spacing(volume)
     stretch = (
@@ -218,8 +232,8 @@ def _card(
     )
     identifier = f"s{record.index}"
     layers = [
-        picture.path(labels == value, "predicted", colour(index))
-        for index, value in enumerate(result.labels.values())
+        picture.path(mask, "predicted", colour(index))
+        for index, mask in enumerate(_masks(result, record.index))
     ]
     panels = [
         f'<figure><svg viewBox="{picture.view_box}" {stretch}>{picture.element(identifier)}</svg>'

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import nibabel
 import numpy as np
 import pydicom
@@ -20,6 +21,8 @@ from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
 from recallseg.runtime.formats.reading import read_volume
 from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.reports.pictures import colour
+from recallseg.runtime.reports.volume_page import _masks, contact_sheet, render_volume_page
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.volumes import outputs
 from recallseg.runtime.volumes.outputs import VolumeSettings, segment_to_files, write_volume_result
@@ -135,6 +138,41 @@ def test_a_result_that_fails_leaves_no_half(
         with pytest.raises(ZeroDivisionError):
             segment_to_files(segmenter, volume, base, shown, kind="nrrd", source="s")
     assert os.listdir(base.parent) == []  # so that it can be asked for again
+
+
+def test_a_preview_shows_what_overlaps_and_how_large_it_is(tmp_path: Path, library: Path) -> None:
+    """As the masks and the record have it, also where slices lie askew."""
+    affine = np.array([[0, 0, 0.9, 0], [2.0, 0.8, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])
+    volume = Volume(ARRAY, affine, "LPS")
+    with Library.open(library) as opened:
+        found = segment_volume(Segmenter(opened, k=1, engine="fake"), volume)
+        assert found.slicing.axis == 0
+        label_map = np.zeros(SHAPE, np.uint8)
+        label_map[:, 2:28, 2:22] = found.labels["liver"]
+        inside = np.zeros(SHAPE, bool)
+        inside[1:3, 8:18, 6:16] = True
+        shared = {"tumour": np.flatnonzero(inside)}
+        result = replace(found, label_map=label_map, shared=shared)
+        page = render_volume_page(volume, result, opened.intensity, lambda key: None, "x")
+        sheets = [
+            cv2.imdecode(np.frombuffer(contact_sheet(volume, one, opened.intensity), np.uint8), 1)
+            for one in (result, replace(result, shared={}))
+        ]
+    record = result.to_json(volume)
+    for name in ("liver", "tumour"):
+        told = f"{record['voxels'][name]} voxels, {record['millilitres'][name]:.1f} ml"
+        assert f"<th>{name}</th><td>{told}" in page
+    assert record["voxels"]["tumour"] == 200
+    for index in range(4):
+        masks = [*_masks(result, index)]
+        for name, mask in zip(result.labels, masks, strict=True):
+            expected = result.slicing.view(result.mask(name), index)
+            assert np.array_equal(mask, expected)
+    second = colour([*result.labels].index("tumour"))
+    assert page.count(f"--c:{second}") >= 2, "drawn in both slices that show it"
+    assert page.count("<article>") == 4
+    changed = (sheets[0] != sheets[1])[:224].any((0, 2)).reshape(4, 224).any(1)
+    assert changed.tolist() == [False, True, True, False]
 
 
 def test_no_preview_of_an_earlier_result_stays(tmp_path: Path, library: Path) -> None:

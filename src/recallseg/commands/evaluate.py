@@ -167,7 +167,7 @@ def evaluate(
         raise typer.BadParameter(
             f"--labels or --legend has no '{unlabelled[0]}'.", param_hint="--structures"
         )
-    if (folds is not None or group_by is not None) and (split_by is None) is (folds is not None):
+    if (split_by is None and folds is not None) or (split_by is not None and group_by is not None):
         raise typer.BadParameter("--folds goes with --split-by, --group-by without it.")
     rule = split_by or group_by
     group = None if rule is None else parsed(GroupRule.parse, rule, "--split-by, --group-by")

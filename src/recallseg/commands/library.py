@@ -457,6 +457,10 @@ def _intensity(text: str) -> Intensity:
         )
     if mode == "window" and not ends:
         raise InputError("a window needs its ends, e.g. window:-160:240.")
+    if mode == "range" and ends:
+        raise InputError(
+            f"range is that of the pixels' type; of these ends, window:{':'.join(ends)}."
+        )
     try:
         low, high = (float(end) for end in ends) if ends else (1.0, 99.0)
     except ValueError:

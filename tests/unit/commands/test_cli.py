@@ -90,7 +90,14 @@ def test_create_refuses_what_it_must(fake_bundle: Bundle, tmp_path: Path, librar
     assert "no bundle at" in call(
         "library", "create", tmp_path / "b", "--bundle", tmp_path / "none", status=1
     )
-    for text in ("window", "percentile:5", "percentile:a:b", "log", "percentile:9:1"):
+    for text in (
+        "window",
+        "percentile:5",
+        "percentile:a:b",
+        "log",
+        "percentile:9:1",
+        "range:0:4095",
+    ):
         call(
             "library", "create", tmp_path / "b", "--bundle", fake_bundle.path,
             "--intensity", text, status=2,

@@ -329,14 +329,24 @@ def clean_up(
         if fill_holes and mask.any():
             holes = ndimage.binary_fill_holes(mask) & (result.label_map == 0)
             filled = int(holes.sum())
-            label_map[holes] = value
+            taken = np.flatnonzero(holes & (label_map != 0))  # another has filled them too
+            label_map[holes & (label_map == 0)] = value
+            if len(taken):
+                shared[name] = np.concatenate([shared.get(name, taken[:0]), taken])
         changes[name] = CleanUp(parts, removed, filled)
     for name, value in result.labels.items():  # a voxel that its first structure lost has another
         if name in shared:
             free = shared[name][label_map.ravel()[shared[name]] == 0]
             label_map.ravel()[free] = value
             shared[name] = shared[name][label_map.ravel()[shared[name]] != value]
-    return replace(result, label_map=label_map, shared=shared, cleaned=changes)
+    cleaned = replace(result, label_map=label_map, shared=shared, cleaned=changes)
+    across = tuple(axis for axis in range(3) if axis != result.slicing.axis)
+    left = {name: cleaned.mask(name).sum(across) for name in result.labels}
+    slices = tuple(
+        replace(one, pixels={name: int(left[name][one.index]) for name in one.pixels})
+        for one in result.slices
+    )
+    return replace(cleaned, slices=slices)
 
 
 class _Masks(Mapping[str, NDArray[np.bool_]]):

@@ -121,6 +121,29 @@ def test_clean_up_of_what_overlaps(tmp_path: Path, library: Path) -> None:
         assert np.array_equal(cleaned.mask(name), mask)
 
 
+def test_a_hole_that_two_structures_enclose_is_filled_in_both(
+    tmp_path: Path, library: Path
+) -> None:
+    write_series(tmp_path / "s", ARRAY)
+    result, _ = overlapping(library, tmp_path / "s")
+    block, ring = np.zeros((2, *SHAPE), bool)
+    block[:, 4:20, 4:20] = True
+    ring[:] = block
+    ring[1:3, 10:12, 10:12] = False
+    label_map = ring * np.uint8(result.labels["liver"])
+    label_map[0, 30, 22] = result.labels["tumour"]  # to be taken away
+    shared = {"tumour": np.flatnonzero(ring)}
+    cleaned = clean_up(
+        replace(result, label_map=label_map, shared=shared), largest=True, fill_holes=True
+    )
+    for name in ("liver", "tumour"):
+        assert cleaned.cleaned[name].voxels_filled == 8
+        assert np.array_equal(cleaned.mask(name), block)
+        assert [one.pixels[name] for one in cleaned.slices] == [256] * 4
+    record = cleaned.to_json(read_volume(tmp_path / "s"))
+    assert record["voxels"] == {"liver": 1024, "tumour": 1024}
+
+
 def count_segmentations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     monkeypatch.setattr(outputs, "segment_volume", lambda *_, **__: calls.append(1))

@@ -181,6 +181,8 @@ def write_evaluation(
     written = {"cases.csv": to_csv(evaluation.cases)}
     if evaluation.volumes:
         written["volumes.csv"] = to_csv(evaluation.volumes)
+    else:
+        (output / "volumes.csv").unlink(missing_ok=True)  # of an earlier evaluation
     summary = to_json(evaluation, settings)
     written["summary.json"] = json_text(summary)
     written["report.html"] = page

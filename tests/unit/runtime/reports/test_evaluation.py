@@ -202,6 +202,8 @@ def _page(evaluation: Evaluation, library: Library) -> str:
 def test_files(library: Library, tmp_path: Path) -> None:
     found = run(library, [disc(0.1), disc(0.5)])
     settings = Settings.of(library, "Test", "fake", "fp32", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "volumes.csv").write_text("of an earlier evaluation, of volumes")
     write_evaluation(found, settings, _page(found, library), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "cases.csv",

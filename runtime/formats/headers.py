@@ -37,7 +37,9 @@ __all__ = [
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
-MOST_SCANS = 500
+MOST_SCANS, MOST_SCANNED = 500, 2**33
+"""Of a progressive JPEG file, and pixels in all of them: 32 of the largest image. Encoders write
+about ten."""
 MOST_PARTS, MOST_DATA_PARTS = 5000, 2**20
 """Of a picture beside its pixels, and of a PNG file's pixels: encoders write 8 KiB into each."""
 _PNG_DECODED = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
@@ -131,21 +133,20 @@ def most_parts(data: bytes) -> str:
     elif data.startswith(_JPEG):
         if next(islice(_jpeg_segments(data), MOST_PARTS, None), None) is not None:
             return f"more than {MOST_PARTS} segments before its pixels"
+        height, width = _jpeg_size(data) or (0, 0)
+        scans = data.count(_JPEG_SCAN)
+        if scans > MOST_SCANS or scans * height * width > MOST_SCANNED:
+            return f"{scans} scans of {height}x{width} pixels, each as much work as a whole image"
     elif next(islice(directories(data), MOST_DIRECTORIES - 1, None), None) is not None:
         return f"{MOST_DIRECTORIES} pages or more"
     return ""
 
 
 def is_complete(data: bytes) -> bool:
-    """Whether a PNG or JPEG file has its end mark; True for other formats, whose decoders check.
-
-    False too for a JPEG file with more scans, each as much work as the image, than encoders write.
-    """
+    """Whether a PNG or JPEG file has its end mark; True for other formats, whose decoders check."""
     if data.startswith(_PNG):
         return _PNG_END in data
     if data.startswith(_JPEG):  # after the last scan: an embedded preview has an end of its own
-        if data.count(_JPEG_SCAN) > MOST_SCANS:
-            return False
         return data.find(_JPEG_END, max(0, data.rfind(_JPEG_SCAN))) >= 0
     return True
 

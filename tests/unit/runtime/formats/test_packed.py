@@ -218,6 +218,19 @@ def test_pictures_of_countless_parts_are_refused(
         images.read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize(("side", "scans"), [(8, 600), (6000, 300)])
+def test_a_jpeg_file_of_countless_scans_is_refused(tmp_path: Path, side: int, scans: int) -> None:
+    progressive = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]
+    data = cv2.imencode(".jpg", np.zeros((side, side), np.uint8), progressive)[1].tobytes()
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert images.read_image(tmp_path / "a.jpg").shape == (side, side)
+    end = data.rfind(b"\xff\xd9")
+    last = data[data.rfind(b"\xff\xda") : end]
+    (tmp_path / "a.jpg").write_bytes(data[:end] + last * scans + data[end:])
+    with pytest.raises(InputError, match=f"scans of {side}x{side} pixels"):
+        images.read_image(tmp_path / "a.jpg")
+
+
 def test_what_encoders_write_is_read_as_before(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(tiff(40))  # with smaller copies of itself
     assert np.array_equal(images.read_image(tmp_path / "a.tif"), GREY)

@@ -81,7 +81,7 @@ def test_the_unit_tests_of_what_a_device_runs_pass(version: str, tmp_path: Path)
     assert 0 < len(left) < 10
     done = subprocess.run(
         [
-            *(own, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadscope", *rooms),
+            *(own, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", *rooms),
             *("-m", "not gpu and not slow", f"--basetemp={tmp_path / 'tests'}"),
             *(f"--ignore={file}" for file in left),
         ],

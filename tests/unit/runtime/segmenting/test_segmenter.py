@@ -620,7 +620,7 @@ def test_more_structures_than_one_call_takes(
         ({"structures": ["square", "square"]}, "distinct"),
         ({"engine": "cuda"}, "no engine 'cuda'"),
         ({"precision": "fp64"}, "no precision"),
-        ({"threads": 0}, "threads must be a whole number from 1, got 0"),
+        ({"threads": 0}, "threads must be a whole number from 1 to 4096, got 0"),
         ({"threads": "4"}, r"threads must be .* got '4' \(str\)"),
         ({"threads": True}, r"got True \(bool\)"),
         ({"structures": 7}, r"list or tuple of names.* got 7 \(int\)"),

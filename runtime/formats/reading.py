@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ __all__ = [
     "volume_stem",
 ]
 
+ASKEW = 0.5
+"""Degrees off right angles that are told: less comes of rounding."""
 _READERS: dict[str, tuple[Callable[..., Volume], Callable[[Path], int]]] = {
     "nifti": (read_nifti, count_nifti),
     "nrrd": (read_nrrd, count_nrrd),
@@ -96,10 +99,24 @@ def read_volume(
         raise InputError(f"{path} has no stacks to choose from: it is no DICOM.")
     if kind in _READERS:
         read, _ = _READERS[kind]
-        return read(path, time=time)
+        return _told_if_askew(read(path, time=time))
     if time not in (None, 1):
         raise InputError(f"{path} is one image, there is no number {time}.")
     return Volume(read_image(path)[None], np.eye(4), "image")
+
+
+def _told_if_askew(volume: Volume) -> Volume:
+    if volume.frame == "image":
+        return volume
+    axes = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    off = np.degrees(np.arcsin(min(1.0, np.abs(axes.T @ axes - np.eye(3)).max())))
+    if off < ASKEW:
+        return volume
+    note = (
+        f"its axes are up to {off:.1f} degrees off right angles (a gantry tilt, say): masks keep "
+        "their place, but distances of an evaluation are measured as if they were at right angles"
+    )
+    return replace(volume, notes=(*volume.notes, note))
 
 
 def open_volume(volume: Any) -> Volume:

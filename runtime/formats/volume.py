@@ -222,6 +222,12 @@ class Slicing:
         """Return how many slices there are."""
         return volume.shape[self.axis]
 
+    def across(self, volume: Volume) -> float:
+        """Return mm between slices, at a right angle to them (pixels where unknown)."""
+        axes = volume.affine[:3, :3]
+        normal = np.cross(axes[:, self.rows], axes[:, self.columns])
+        return float(abs(normal @ axes[:, self.axis]) / np.linalg.norm(normal))
+
     def view(self, array: NDArray[Any], index: int) -> NDArray[Any]:
         """Return slice ``index`` of an IxJxK(x3) array upright, HxW(x3): a view, so it can be set.
 

@@ -179,7 +179,7 @@ def sources_of(
         every = SliceChoice(empty=True)
         cut = annotated_slices(volume, masks, name, every, plane=plane, missing=missing)
         slicing = Slicing.of(volume, plane)
-        across = volume.spacing[slicing.axis]
+        across = slicing.across(volume)
         return Images(tuple(cut), acquisition_of(volume, slicing), volume.notes, across)
 
     def refuse(why: str) -> Images:

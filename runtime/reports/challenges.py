@@ -118,7 +118,7 @@ def _read_frame(image: Path, truth: Path, name: str) -> Images:
     volume, masks = read_annotated_volume(image, truth, ACDC)
     slicing = Slicing.of(volume)
     cut = annotated_slices(volume, masks, name, _EVERY)
-    across = volume.spacing[slicing.axis]
+    across = slicing.across(volume)
     return Images((*cut,), acquisition_of(volume, slicing), volume.notes, across)
 
 

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.annotations import find_annotations
 from recallseg.runtime.formats.nifti import read_nifti, write_nifti
 from recallseg.runtime.formats.nrrd import read_nrrd, read_seg_nrrd, write_seg_nrrd
 from recallseg.runtime.formats.reading import read_volume, volume_format, volume_stem
 from recallseg.runtime.formats.volume import Slicing, Volume
+from recallseg.runtime.reports.annotated_sources import sources_of
 
 
 @st.composite
@@ -311,3 +313,22 @@ def test_which_reader_a_name_gets(tmp_path: Path) -> None:
 def test_wrong_volumes_are_refused(array: np.ndarray, affine: np.ndarray, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Volume(array, affine, "RAS")
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.5])
+def test_slices_that_lie_askew_are_told_and_measured_across(tmp_path: Path, shift: float) -> None:
+    array = np.zeros((20, 16, 6), np.int16)
+    affine = np.diag([0.8, 0.9, 4.0, 1.0])
+    affine[0, 2] = shift
+    nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / "a.nii.gz")
+    volume = read_volume(tmp_path / "a.nii.gz")
+    assert ["32.0 degrees off right angles" in note for note in volume.notes] == [True] * bool(
+        shift
+    )
+    mask = np.zeros(array.shape, np.uint8)
+    mask[4:12, 4:12, 1:5] = 1
+    nibabel.save(nibabel.Nifti1Image(mask, affine), tmp_path / "a.mask.nii.gz")
+    (source,) = sources_of(find_annotations(tmp_path), {1: "a"})
+    found = source.read()
+    assert found.across == pytest.approx(4.0)
+    assert found.acquisition.spacing == pytest.approx((0.9, 0.8))

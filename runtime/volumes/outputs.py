@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,7 +143,7 @@ def check_output(
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise OutputError(f"{printable(folder)} cannot be written: {error.strerror}.") from error
-    needed = len(structures) * volume.array[..., :1].size // 8 + 2**20  # a bit each; headers
+    needed = len(structures) * prod(volume.shape) // 8 + 2**20  # a bit each; headers
     if free < needed:
         raise OutputError(
             f"{printable(folder)} has {free / 1e6:.0f} MB left; the segmentation may take "

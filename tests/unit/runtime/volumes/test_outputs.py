@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -278,3 +279,21 @@ def test_several_segmentations_beside_a_series_are_asked_for(tmp_path: Path, lib
     assert refused.exit_code == 1
     for part in ("a.seg.dcm", "b.seg.dcm", "--mask"):
         assert part in str(refused.exception) + refused.stderr
+
+
+@pytest.mark.parametrize("colours", [(), (3,)])
+def test_a_disk_that_is_too_full_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colours: tuple[int, ...]
+) -> None:
+    """A bit for each voxel and structure: 2 MiB for these two, beside headers."""
+    volume = Volume(np.zeros((128, 256, 256, *colours), np.uint8), np.eye(4), "RAS")
+
+    def check(free: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(outputs.shutil, "disk_usage", lambda folder: usage)
+        outputs.check_output(tmp_path / "found", volume, "nifti", ("liver", "tumour"))
+
+    check(4 << 20)
+    with pytest.raises(OutputError, match=r"has 2 MB left; the segmentation may take 3 MB\. Make"):
+        check(2 << 20)
+    assert not [*tmp_path.iterdir()]

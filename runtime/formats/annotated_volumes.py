@@ -279,7 +279,11 @@ def _labelled(
     segmentation: Path, grid: Volume, labels: Mapping[int, str]
 ) -> dict[str, NDArray[np.bool_]]:
     """Split a label map into structures."""
-    if grid.array.ndim != 3 or not (np.rint(grid.array) == grid.array).all():
+    if grid.array.ndim != 3:
+        raise InputError(
+            f"{segmentation} is no label map: it has colours. Save it as one of numbers."
+        )
+    if not (np.rint(grid.array) == grid.array).all():
         raise InputError(f"{segmentation} is no label map: its values are not whole numbers.")
     known = {0, *labels}
     unknown = sorted(set(np.unique(grid.array).astype(int).tolist()) - known)

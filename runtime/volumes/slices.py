@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.reading import open_volume
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.frozen import same_fields
@@ -275,8 +274,7 @@ def segment_volume(
             on_slice(slicing.view(volume.array, index), result)
         if progress is not None:
             progress(f"slice {index}")
-    if result is None:
-        raise InputError("the volume has no slices.")
+    assert result is not None  # no volume is empty
     found = VolumeResult(
         label_map,
         result.labels,

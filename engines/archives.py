@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.limits import describe_bytes, max_bytes
 
-__all__ = ["read_arrays"]
+__all__ = ["MOST_ARRAYS", "read_arrays"]
 
 MOST_ARRAYS = 4096
 _LISTED = b"PK\x01\x02"  # begins an entry of the list

@@ -39,8 +39,8 @@ def as_array(value: Any, what: str) -> NDArray[Any]:
     Raises
     ------
     InputError
-        If it is none of these, lies on a GPU, or is a PIL image of another mode, of several pages,
-        partly transparent, still to be turned (EXIF), or damaged.
+        If it is none of these, lies on a GPU, has masked elements, or is a PIL image of another
+        mode, of several pages, partly transparent, still to be turned (EXIF), or damaged.
 
     Examples
     --------
@@ -49,7 +49,12 @@ def as_array(value: Any, what: str) -> NDArray[Any]:
     recallseg.errors.InputError: an image must be a numpy array, a PIL image or offer DLPack, got...
     """
     if isinstance(value, np.ndarray):
-        return value
+        if np.ma.is_masked(value):
+            raise InputError(
+                f"{what} has elements that are masked, and what lies below them would be taken for "
+                "pixels. Fill them, for example with image.filled(0)."
+            )
+        return np.asarray(value)
     if _is_pil(type(value)):
         return _from_pil(value, what)
     if on_gpu(value):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recallseg.engines.archives import MOST_ARRAYS
 from recallseg.engines.errors import InputError
 from recallseg.engines.pixels.interface import check_shape, shape_text
 from recallseg.runtime.arrays import as_array
@@ -28,6 +29,8 @@ __all__ = [
 MAX_NAME = 64
 MAX_KEY = 256
 MAX_ORIGIN = 4096
+MOST_MASKS = MOST_ARRAYS - 2
+"""Of one exemplar: its file, which is read again, has the image and their names beside them."""
 
 
 def check_image(image: Any) -> NDArray[Any]:
@@ -129,6 +132,11 @@ def check_annotation(
     if isinstance(absent, str):
         raise InputError(
             f"absent must be a list of names, got the string '{absent}': pass ('{absent}',)."
+        )
+    if len(masks) > MOST_MASKS:
+        raise InputError(
+            f"an exemplar may have at most {MOST_MASKS} masks, got {len(masks)}. Are they objects "
+            "of one structure? Then one mask holds all of them."
         )
     missing = tuple(dict.fromkeys(check_name(name) for name in absent))
     checked = {check_name(name): check_mask(mask, shape, name) for name, mask in masks.items()}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.engines.pixels import Pixels
 
-__all__ = ["Out", "check_out", "finish_masks"]
+__all__ = ["Out", "check_out", "check_out_here", "finish_masks"]
 
 Out = tuple[Optional[NDArray[np.uint8]], Optional[NDArray[np.bool_]]]
 """A label map HxW and masks nxHxW to write into, each of any strides, or None."""
@@ -54,6 +54,16 @@ def finish_masks(
     return list(planes), label_map
 
 
+def check_out_here(out: Any, n: int, shape: tuple[int, int]) -> None:
+    """Raise InputError, before the work, for an ``out`` on the CPU that :func:`check_out` refuses.
+
+    What lies on a device is known to its model.
+    """
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise InputError("out must be a pair: a label map and masks, each an array or None.")
+    check_out([one if isinstance(one, np.ndarray) else None for one in out], n, shape)
+
+
 def check_out(
     out: Sequence[Any], n: int, shape: tuple[int, int]
 ) -> tuple[tuple[tuple[int, ...], Any], ...]:
@@ -70,4 +80,6 @@ def check_out(
                 f"out must have shape {size} and dtype {dtype}, got {tuple(array.shape)} and "
                 f"{array.dtype}."
             )
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
+            raise InputError("out is read-only: pass an array that can be written.")
     return wanted

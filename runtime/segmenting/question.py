@@ -19,6 +19,7 @@ from recallseg.runtime.library.exemplar import Match, Recollection, StoredMemory
 from recallseg.runtime.model.frame_memories import FrameMemories
 from recallseg.runtime.model.kept_looks import Kept
 from recallseg.runtime.model.model import Model
+from recallseg.runtime.model.postprocess import check_out_here
 from recallseg.runtime.model.view import Refine, View, Wanted, groups
 from recallseg.runtime.segmenting.acquisition import Acquisition
 from recallseg.runtime.segmenting.presence import LEAST_SHARE, presence_share
@@ -153,6 +154,7 @@ class Question:
         ]
         with timings("prepare"):
             self.view = view = view or self.model.look(image, self.library.intensity)
+            check_out_here(out, n, view.shape)
             view.begin(len(self.every))
         with timings("embed"):
             embedding = view.embedding

@@ -16,6 +16,7 @@ from support.fake_library import create, draw
 from recallseg import Bundle, Library, Segmenter, read_image
 from recallseg.engines.errors import InputError
 from recallseg.runtime.arrays import as_array
+from recallseg.runtime.checks import MOST_MASKS
 from recallseg.runtime.formats.images import open_image
 
 RAMP = np.arange(60, dtype=np.uint8).reshape(6, 10) * 4
@@ -160,3 +161,25 @@ def test_a_query_may_come_as_each(fake_bundle: Bundle, tmp_path: Path) -> None:
             np.testing.assert_array_equal(segmenter.segment(taken).label_map, wanted)
             assert segmenter.distance(taken) < 1e-3
             assert library.embed(taken) @ library.embed(image) == pytest.approx(1)
+
+
+def test_what_is_masked_is_no_pixel() -> None:
+    hidden = np.ma.array(RAMP, mask=RAMP > 200)
+    for taken in (lambda: as_array(hidden, "an image"), lambda: open_image(hidden)):
+        with pytest.raises(InputError, match="elements that are masked"):
+            taken()
+    plain = as_array(np.ma.array(RAMP), "an image")
+    assert type(plain) is np.ndarray
+    np.testing.assert_array_equal(plain, RAMP)
+    assert as_array(RAMP, "an image") is RAMP
+
+
+def test_an_exemplar_has_as_many_masks_as_can_be_read_again(tmp_path: Path) -> None:
+    image, _ = draw(1)
+    masks = {f"s{i}": np.arange(image.size).reshape(image.shape) == i % image.size
+             for i in range(MOST_MASKS + 1)}  # fmt: skip
+    with create(tmp_path / "library") as library:
+        with pytest.raises(InputError, match=f"at most {MOST_MASKS} masks"):
+            library.add(image, masks)
+        masks.popitem()
+        assert len(library.source(library.add(image, masks))[1]) == MOST_MASKS

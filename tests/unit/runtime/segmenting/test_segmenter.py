@@ -712,6 +712,27 @@ def test_results_are_written_where_the_caller_wants_them(library: Library) -> No
         segmenter.segment(image, out=(np.zeros((3, 3), np.uint8), None))
 
 
+def test_what_cannot_be_written_to_is_refused_before_the_work(library: Library) -> None:
+    segmenter = make(library, structures=["square", "stain"])
+    image, _ = picture(0)
+    sealed = np.zeros((2, SIZE, SIZE), np.bool_)
+    sealed.flags.writeable = False
+    ran: list[str] = []
+    run = segmenter.model._run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmenter.model, "_run", lambda *of: (ran.append(of[0]), run(*of)))
+        for out, words in (
+            ((None, sealed), "read-only"),
+            ((np.zeros((3, 3), np.uint8), None), "must have shape"),
+            ((None, None, None), "must be a pair"),
+            (np.zeros((2, SIZE), np.uint8), "must be a pair"),
+        ):
+            with pytest.raises(InputError, match=words):
+                segmenter.segment(image, out=out)
+    assert ran == []
+    assert segmenter.segment(image).masks["square"].any()
+
+
 def test_native_operators_are_part_of_what_made_a_result(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from recallseg.commands.common import (
     ThreadsOption,
     emit_json,
     note,
+    output_folder,
     parsed,
     say_notice,
     split_list,
@@ -116,6 +117,7 @@ def latency(
     )
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
+    output_folder(output)
     with steps() as step:
         report = run_latency(opened, plan, step)
     finish(report, output, _print_latency, as_json=as_json)
@@ -141,6 +143,7 @@ def retrieval(
     from recallseg.benchmarks.retrieval import run_retrieval
 
     counts = parsed(_split_sizes, sizes, "--sizes")
+    output_folder(output)
     with steps() as step:
         report = run_retrieval(
             counts, k=k, dimension=dimension, queries=queries, folder=libraries, step=step
@@ -214,7 +217,6 @@ def steps() -> Iterator[Callable[[str], None]]:
 def finish(report: Report, output: Path, show: Callable[[Report], None], *, as_json: bool) -> None:
     from recallseg.benchmarks.page import render_page
 
-    output.mkdir(parents=True, exist_ok=True)
     report.save(output / "bench.json")
     (output / "bench.html").write_text(render_page(report), encoding="utf-8")
     if as_json:

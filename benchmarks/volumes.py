@@ -28,6 +28,7 @@ from recallseg.commands.common import (
     ThreadsOption,
     emit_json,
     note,
+    output_folder,
     parsed,
     progress_bar,
     say_notice,
@@ -180,7 +181,7 @@ def volumes(
         note(f"left out {name}: {why}")
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
-    output.mkdir(parents=True, exist_ok=True)
+    output_folder(output)
     outcomes: list[Outcome] = []
     conditions, watch = describe_conditions(), Watch()
     for case in cases:

@@ -16,6 +16,7 @@ from recallseg.commands.common import (
     ThreadsOption,
     emit_json,
     note,
+    output_folder,
     parsed,
     progress_bar,
     say_notice,
@@ -71,6 +72,7 @@ def accuracy(
     from recallseg.benchmarks.accuracy.run import run_accuracy
 
     names = None if datasets is None else parsed(split_list, datasets, "--datasets")
+    output_folder(output)
     with ExitStack() as bars:
 
         def begin(title: str, steps: int) -> Callable[[str], None]:
@@ -247,7 +249,7 @@ def _loaded(
 
     names = None if datasets is None else parsed(split_list, datasets, "--datasets")
     found = load_datasets(names, data)
-    output.mkdir(parents=True, exist_ok=True)
+    output_folder(output)
     return found
 
 

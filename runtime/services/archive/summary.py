@@ -135,6 +135,11 @@ def _cell(value: Any) -> Any:
     return csv_text(printable(value)) if isinstance(value, str) else value
 
 
+def _text(value: Any) -> Any:
+    """Return a value as it can be stored: a file's name need not be text."""
+    return printable(value) if isinstance(value, str) else value
+
+
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], structures: Sequence[str]) -> int:
     arrow, parquet = import_pyarrow(), import_pyarrow("parquet")
     kinds = {
@@ -152,7 +157,8 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], structures: Seque
         parquet.ParquetWriter(raw, schema, compression="zstd") as writer,
     ):
         for batch in _batches(rows):
-            writer.write_batch(arrow.RecordBatch.from_pylist(batch, schema))
+            texts = [{name: _text(value) for name, value in row.items()} for row in batch]
+            writer.write_batch(arrow.RecordBatch.from_pylist(texts, schema))
             count += len(batch)
     return count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 import typer
 
-from recallseg.engines.errors import InputError
+from recallseg.engines.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import PassedOver
@@ -51,6 +52,7 @@ __all__ = [
     "note",
     "one_of",
     "open_audit",
+    "output_folder",
     "parse_tags",
     "parsed",
     "print_table",
@@ -411,6 +413,29 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not console.is_terminal:
         console = Console(markup=False, width=UNBOUNDED)
     console.print(table)
+
+
+def output_folder(path: Path) -> Path:
+    """Return the folder of outputs, made before the work that would be lost without it.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be made, or written.
+    """
+    from recallseg.engines.durable import make_folder
+    from recallseg.runtime.json_text import printable
+
+    why = "it cannot be written"
+    try:
+        make_folder(path)
+        if os.access(path, os.W_OK | os.X_OK):
+            return path
+    except OSError as error:
+        why = error.strerror or str(error)
+    raise OutputError(
+        f"{printable(path)} cannot be the folder of outputs: {why}. Choose another --output."
+    )
 
 
 def state_of(library: Library) -> dict[str, Any]:

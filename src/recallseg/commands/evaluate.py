@@ -27,6 +27,7 @@ from recallseg.commands.common import (
     emit_json,
     note,
     one_of,
+    output_folder,
     parsed,
     progress_bar,
     say,
@@ -206,6 +207,7 @@ def evaluate(
                 groups = fill_pool(opened, sources, chosen or named, step)
         wanted: Sequence[str] = chosen or named or opened.structures
         check_structures(opened, wanted)
+        output_folder(output)
         if split_by is None:
             say_notice(opened.bundle.notice)
 

@@ -92,6 +92,8 @@ def release(
     bill = None if sbom is None else parsed(_read_json, str(sbom), "--sbom")
     with Library.open(library, engine=engine, precision=precision, threads=threads) as opened:
         target = output or Path(f"{opened.path.resolve().name}-{version}.release")
+        if target.is_dir():
+            raise typer.BadParameter(f"{target} is a folder.", param_hint="--output")
         measured = (
             None if evaluate is None else _evaluate(opened, evaluate, labels, k or defaults.K)
         )

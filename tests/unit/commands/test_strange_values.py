@@ -152,3 +152,30 @@ def test_a_bench_refuses_what_is_no_count(tmp_path: Path, arguments: tuple[str, 
     said = refused("bench", *arguments, "--output", tmp_path / "out")
     assert arguments[-2] in said
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (("evaluate", "LIB", "held", "--labels", LABELS, "--engine", "fake"),
+         "recallseg.runtime.reports.evaluation.evaluate"),
+        (("bench", "latency", "demo"), "recallseg.benchmarks.latency.run_latency"),
+        (("bench", "retrieval"), "recallseg.benchmarks.retrieval.run_retrieval"),
+        (("bench", "stream", "demo"), "recallseg.benchmarks.streams.fill_library"),
+        (("bench", "accuracy"), "recallseg.benchmarks.accuracy.run.run_accuracy"),
+    ],
+)  # fmt: skip
+def test_where_nothing_can_be_written_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], work: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_fake_bundle(tmp_path / "bundle")
+    write_pairs(tmp_path / "annotated", [0.2, 0.8])
+    write_pairs(tmp_path / "held", [0.35])
+    run("library", "create", "LIB", "--bundle", "bundle")
+    run("library", "import", "LIB", "annotated", "--labels", LABELS, "--engine", "fake")
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr(work, lambda *given, **more: pytest.fail("it was worked"))
+    said = refused(*command, "--output", "taken", status=1)
+    assert "taken cannot be the folder of outputs: File exists. Choose another --output." in said
+    assert (tmp_path / "taken").read_text() == "a file"

@@ -553,6 +553,14 @@ def test_the_command_answers(library: Path, tmp_path: Path) -> None:
     assert "not segmented" in done.stderr
 
 
+def test_a_name_that_is_no_text_stands_in_every_table(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"input": "in/\udcff.png", "outcome": "done"}]
+    for write, suffix in ((summary._write_csv, "csv"), (summary._write_parquet, "parquet")):
+        assert write(tmp_path / f"t.{suffix}", iter(rows), []) == 1
+    assert pq.read_table(tmp_path / "t.parquet")["input"].to_pylist() == ["in/\\udcff.png"]
+    assert "in/\\udcff.png" in (tmp_path / "t.csv").read_text(encoding="utf-8")
+
+
 def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
     names = ("=cmd|'C calc'!A0", "+1", "-1", "@SUM(1)", "\t=1", "\n=1", "\uff1d1+1", "a\x1b[2J")
     rows: list[dict[str, Any]] = [

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from recallseg.engines import defaults
+from recallseg.runtime.checks import check_origin
 from recallseg.runtime.library.heads import Head, Heads
 from recallseg.runtime.library.store import Store
 
@@ -123,7 +124,7 @@ class HeadDoor:
         known = self.heads.groups()
         if not known:
             return frozenset()
-        hashed = self._store.identifiers.keyed_hash("group", group)
+        hashed = self._store.identifiers.keyed_hash("group", check_origin(group))
         return frozenset(self.keys_of([number for number, name in known.items() if name == hashed]))
 
     def set_group(self, key: str, group: str | None) -> None:

@@ -102,12 +102,12 @@ class Heads:
     def set_group(self, key: str, group: str | None) -> None:
         """Say what an exemplar belongs to."""
         store, number = self._store, self._store.number(key)
-        hashed = None
-        if group is not None:
-            hashed = store.identifiers.keyed_hash("group", check_origin(group), adding=True)
+        told, hashed = check_origin(group), None
+        if told:
+            hashed = store.identifiers.keyed_hash("group", told, adding=True)
         exemplar = self._catalog.exemplar(key)
         known = store.identifiers.of(key, {} if exemplar is None else exemplar.tags)
-        with store.identifiers.telling([replace(known, group=group or "")]):
+        with store.identifiers.telling([replace(known, group=told)]):
             self._set_group(number, hashed)
 
     def _set_group(self, number: int, hashed: str | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.fake_library import HashEncoder, StubBundle, create, draw
+from support.fake_library import HashEncoder, StubBundle, add, create, draw
 
 from recallseg.engines.errors import LibraryCorruptError, LibraryWriteError
 from recallseg.engines.heads import REFINE, feature_count, graph_digest
@@ -290,3 +290,14 @@ def test_a_full_disk_leaves_the_head_before(
     assert before is not None
     assert after is not None
     assert after.digest == before.digest
+
+
+def test_an_empty_group_is_none(tmp_path: Path) -> None:
+    with create(tmp_path / "empty group") as library:
+        for number in range(3):
+            add(library, number, key=str(number), group="a patient" if number else "")
+            library.set_group(str(number), "")
+        assert library.heads.groups() == {}
+        library.set_group("1", "x\x1b")
+        assert library.whois("1").group == "x\\x1b"
+        assert library.grouped("x\\x1b") == library.grouped("x\x1b") == {"1"}

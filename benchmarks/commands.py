@@ -19,9 +19,9 @@ from recallseg.benchmarks.volumes import volumes
 from recallseg.commands.common import (
     JsonOption,
     ThreadsOption,
+    check_output_folder,
     emit_json,
     note,
-    output_folder,
     parsed,
     say_notice,
     split_list,
@@ -117,7 +117,7 @@ def latency(
     )
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
-    output_folder(output)
+    check_output_folder(output)
     with steps() as step:
         report = run_latency(opened, plan, step)
     finish(report, output, _print_latency, as_json=as_json)
@@ -143,7 +143,7 @@ def retrieval(
     from recallseg.benchmarks.retrieval import run_retrieval
 
     counts = parsed(_split_sizes, sizes, "--sizes")
-    output_folder(output)
+    check_output_folder(output)
     with steps() as step:
         report = run_retrieval(
             counts, k=k, dimension=dimension, queries=queries, folder=libraries, step=step

@@ -21,7 +21,7 @@ from recallseg.benchmarks.facts import head
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.schema import Distribution, Head
 from recallseg.benchmarks.statistics import paired_ratio
-from recallseg.commands.common import output_folder
+from recallseg.commands.common import check_output_folder
 from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import EngineUnavailableError, RecallSegError
 from recallseg.engines.pixels import Pixels, native_kernels
@@ -272,7 +272,7 @@ def pixels(
             "the native pixel kernels were not built, so there is nothing to compare. Install "
             "recallseg with '-C wheel.cmake=true' (docs/contribute/native-kernels.md)."
         )
-    output_folder(output)
+    check_output_folder(output)
     conditions, watch = describe_conditions(), Watch()
     measured = measure_pixels(kernels, rounds, lambda name: typer.echo(name, err=True))
     conditions |= watch.stop()

@@ -26,9 +26,9 @@ from recallseg.commands.common import (
     JsonOption,
     PrecisionOption,
     ThreadsOption,
+    check_output_folder,
     emit_json,
     note,
-    output_folder,
     parsed,
     progress_bar,
     say_notice,
@@ -156,7 +156,7 @@ def stream(
     rates = parsed(split_numbers, rate, "--rate")
     rings = parsed(split_counts, memories, "--memories")
     opened = Bundle.open(bundle)
-    output_folder(output)
+    check_output_folder(output)
     say_notice(opened.notice)
     runs: list[StreamRun] = []
     conditions, watch = describe_conditions(), Watch()

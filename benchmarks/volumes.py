@@ -26,9 +26,9 @@ from recallseg.commands.common import (
     JsonOption,
     PrecisionOption,
     ThreadsOption,
+    check_output_folder,
     emit_json,
     note,
-    output_folder,
     parsed,
     progress_bar,
     say_notice,
@@ -181,7 +181,8 @@ def volumes(
         note(f"left out {name}: {why}")
     opened = Bundle.open(bundle)
     say_notice(opened.notice)
-    output_folder(output)
+    check_output_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     conditions, watch = describe_conditions(), Watch()
     for case in cases:

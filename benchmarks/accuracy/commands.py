@@ -14,9 +14,9 @@ from recallseg.commands.common import (
     JsonOption,
     PrecisionOption,
     ThreadsOption,
+    check_output_folder,
     emit_json,
     note,
-    output_folder,
     parsed,
     progress_bar,
     say_notice,
@@ -72,7 +72,7 @@ def accuracy(
     from recallseg.benchmarks.accuracy.run import run_accuracy
 
     names = None if datasets is None else parsed(split_list, datasets, "--datasets")
-    output_folder(output)
+    check_output_folder(output)
     with ExitStack() as bars:
 
         def begin(title: str, steps: int) -> Callable[[str], None]:
@@ -249,7 +249,8 @@ def _loaded(
 
     names = None if datasets is None else parsed(split_list, datasets, "--datasets")
     found = load_datasets(names, data)
-    output_folder(output)
+    check_output_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
     return found
 
 

@@ -15,7 +15,7 @@ from recallseg.commands.common import (
     JsonOption,
     PrecisionOption,
     ThreadsOption,
-    output_folder,
+    check_output_folder,
     parsed,
     say_notice,
     split_list,
@@ -73,7 +73,7 @@ def soak(
 
     used = threads or usable_cores()
     choice = RuntimeChoice(engine, precision, used)
-    output_folder(output)
+    check_output_folder(output)
     if minutes is not None:
         _together(target, choice, minutes, output, as_json=as_json)
         return

@@ -46,13 +46,13 @@ __all__ = [
     "ThreadsOption",
     "TimeOption",
     "VoiOption",
+    "check_output_folder",
     "counted",
     "emit_json",
     "forget_notices",
     "note",
     "one_of",
     "open_audit",
-    "output_folder",
     "parse_tags",
     "parsed",
     "print_table",
@@ -415,27 +415,27 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def output_folder(path: Path) -> Path:
-    """Return the folder of outputs, made before the work that would be lost without it.
+def check_output_folder(path: Path) -> None:
+    """Look whether results can be written, before the work that would be lost without; makes none.
 
     Raises
     ------
     OutputError
-        If it cannot be made, or written.
+        If the folder, or the first one above it that there is, is none or cannot be written.
     """
-    from recallseg.engines.durable import make_folder
     from recallseg.runtime.json_text import printable
 
-    why = "it cannot be written"
-    try:
-        make_folder(path)
-        if os.access(path, os.W_OK | os.X_OK):
-            return path
-    except OSError as error:
-        why = error.strerror or str(error)
-    raise OutputError(
-        f"{printable(path)} cannot be the folder of outputs: {why}. Choose another --output."
-    )
+    place = path.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    why = "" if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written"
+    if not place.is_dir():
+        why = f"{place} is no folder"
+    if why:
+        raise OutputError(
+            f"{printable(path)} cannot be the folder of outputs: {printable(why)}. Choose another "
+            "--output."
+        )
 
 
 def state_of(library: Library) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from recallseg.commands.common import (
     StrictOption,
     ThreadsOption,
     VoiOption,
+    check_output_folder,
     emit_json,
     note,
     one_of,
-    output_folder,
     parsed,
     progress_bar,
     say,
@@ -207,7 +207,7 @@ def evaluate(
                 groups = fill_pool(opened, sources, chosen or named, step)
         wanted: Sequence[str] = chosen or named or opened.structures
         check_structures(opened, wanted)
-        output_folder(output)
+        check_output_folder(output)
         if split_by is None:
             say_notice(opened.bundle.notice)
 

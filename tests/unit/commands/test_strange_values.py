@@ -176,6 +176,8 @@ def test_where_nothing_can_be_written_nothing_is_measured(
     run("library", "import", "LIB", "annotated", "--labels", LABELS, "--engine", "fake")
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr(work, lambda *given, **more: pytest.fail("it was worked"))
-    said = refused(*command, "--output", "taken", status=1)
-    assert "taken cannot be the folder of outputs: File exists. Choose another --output." in said
+    for folder in ("taken", "taken/below"):
+        said = refused(*command, "--output", folder, status=1)
+        assert f"{folder} cannot be the folder of outputs:" in said
+        assert "taken is no folder. Choose another --output." in said
     assert (tmp_path / "taken").read_text() == "a file"

@@ -474,6 +474,8 @@ def test_other_mistakes(segmenter: Segmenter) -> None:
         session.box("bar", 5, 5, 5, 9)
     with pytest.raises(InputError, match="takes 3 places"):
         session.lasso("bar", [(1, 1), (2, 2)])
+    with pytest.raises(InputError, match="holds no pixel"):
+        session.lasso("bar", [(1.4, 1.4), (1.45, 1.4), (1.4, 1.45)])
     with pytest.raises(InputError, match="takes 1 places"):
         session.scribble("bar", [])
     with pytest.raises(InputError, match="list of"):

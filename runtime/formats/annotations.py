@@ -89,6 +89,14 @@ def find_annotations(path: str | Path, mask: str | Path | None = None) -> Annota
     volumes = [item for item in found.items if item.kind != "image"]
     if mask is not None and mask.is_file() and mask.suffix.lower() != ".json":
         return _of_one(path, found, mask)
+    if mask is not None and not pictures:
+        kind = "folder of masks" if mask.is_dir() else "COCO file"
+        raise InputError(
+            printable(
+                f"{mask} is a {kind}, which belong to pictures, and {path} has none. Of a volume, "
+                "name its segmentation with --mask."
+            )
+        )
     if path.is_file() and pictures:
         return _beside_one(pictures[0], mask)
     with_masks: list[AnnotatedVolume] = []
@@ -113,7 +121,7 @@ def find_annotations(path: str | Path, mask: str | Path | None = None) -> Annota
         try:
             drawn = find_pairs(path, mask, found=found)
         except InputError:
-            if not with_masks and not unclear:
+            if mask is not None or (not with_masks and not unclear):
                 raise
             unlabelled += [item.path for item in pictures]
         else:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cv2
 import nibabel
 import numpy as np
 import pydicom
@@ -144,3 +145,22 @@ def test_what_is_asked_of_a_file_that_has_no_such_thing(tmp_path: Path) -> None:
     nifti(tmp_path / "b.nii", np.ones((2, 3, 4), np.int16))
     with pytest.raises(InputError, match=r"--mask belongs to one image .*Name one"):
         find_annotations(tmp_path, tmp_path / "a.mask.nii")
+
+
+@pytest.mark.parametrize("masks", ["folder", "coco.json"])
+def test_masks_that_were_named_are_never_left_out(tmp_path: Path, masks: str) -> None:
+    """Not for the segmentations that lie beside volumes, which nobody named."""
+    images, named = tmp_path / "images", tmp_path / masks
+    images.mkdir()
+    nifti(images / "a.nii", np.ones((2, 3, 4), np.int16))
+    nifti(images / "a.mask.nii", np.ones((2, 3, 4), np.uint8))
+    assert len(find_annotations(images).volumes) == 1
+    if masks == "folder":
+        named.mkdir()
+    else:
+        named.write_text("[]")
+    with pytest.raises(InputError, match=r"belong to pictures, and .* has none"):
+        find_annotations(images, named)
+    cv2.imwrite(str(images / "b.png"), np.zeros((4, 4), np.uint8))
+    with pytest.raises(InputError, match=r"no pairs|neither a COCO file|no label map"):
+        find_annotations(images, named)

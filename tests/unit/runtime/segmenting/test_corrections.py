@@ -475,7 +475,7 @@ def test_other_mistakes(segmenter: Segmenter) -> None:
     with pytest.raises(InputError, match="takes 3 places"):
         session.lasso("bar", [(1, 1), (2, 2)])
     with pytest.raises(InputError, match="holds no pixel"):
-        session.lasso("bar", [(1.4, 1.4), (1.45, 1.4), (1.4, 1.45)])
+        session.lasso("bar", [(159.5, 95.5)] * 3)  # the last corner
     with pytest.raises(InputError, match="takes 1 places"):
         session.scribble("bar", [])
     with pytest.raises(InputError, match="list of"):

@@ -29,7 +29,6 @@ from support.fake_bundle import make_fake_bundle
 from support.kernels import build_kernels, build_operators
 from support.making import build_folder, exporters, once
 from support.records import check_record, dumps_checked
-from support.tiny_bundle import make_tiny_bundle
 
 from recallseg.engines.bundle import Bundle
 from recallseg.runtime.services import outputs as image_outputs
@@ -87,6 +86,8 @@ def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny networks for ONNX Runtime; read it, do not change it."""
+    from support.tiny_bundle import make_tiny_bundle
+
     return make_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 

@@ -10,11 +10,11 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -26,6 +26,8 @@ from recallseg.runtime.formats.guards import check_given
 from recallseg.runtime.json_text import printable
 
 __all__ = ["CocoFile", "fill", "is_coco", "is_labelme", "read_coco", "read_labelme"]
+
+T = TypeVar("T")
 
 MOST_BYTES = 2**30
 MOST_POINTS = 1_000_000
@@ -109,23 +111,29 @@ def read_coco(path: Path) -> CocoFile:
     Raises
     ------
     InputError
-        If it is no COCO file, refers to what it does not list, or lists an image twice.
+        If it is no COCO file, refers to what it does not list, gives an id twice, or lists an image
+        twice.
     """
     found = _loaded(path)
     if not isinstance(found, dict):
         raise InputError(f"{printable(path)} is no COCO file.")
     try:
-        names = {int(c["id"]): str(c["name"]) for c in found["categories"]}
-        images = {
-            int(i["id"]): (str(i["file_name"]), int(i["height"]), int(i["width"]))
-            for i in found["images"]
-        }
+        names = _by_id(path, ((int(c["id"]), str(c["name"])) for c in found["categories"]))
+        images = _by_id(
+            path,
+            (
+                (int(i["id"]), (str(i["file_name"]), int(i["height"]), int(i["width"])))
+                for i in found["images"]
+            ),
+        )
         drawn: dict[int, list[tuple[str, Any]]] = {number: [] for number in images}
         for each in found["annotations"]:
             drawn[int(each["image_id"])].append(
                 (names[int(each["category_id"])], each.get("segmentation"))
             )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         kind = type(error).__name__
         raise InputError(f"{printable(path)} is no COCO file: {kind}: {error}.") from error
     by_file = {
@@ -135,6 +143,20 @@ def read_coco(path: Path) -> CocoFile:
     if len(by_file) < len(images):
         raise InputError(f"{printable(path)} lists an image twice. Remove one of them.")
     return CocoFile(path, tuple(names[number] for number in sorted(names)), by_file)
+
+
+def _by_id(path: Path, entries: Iterable[tuple[int, T]]) -> dict[int, T]:
+    """Return what each id means; InputError for one that means two things."""
+    found: dict[int, T] = {}
+    for number, value in entries:
+        if found.setdefault(number, value) != value:
+            raise InputError(
+                printable(
+                    f"{path} gives the id {number} to {found[number]} and to {value}, so whose a "
+                    "shape is cannot be told. Export it again."
+                )
+            )
+    return found
 
 
 def fill(points: NDArray[np.float64], height: int, width: int) -> NDArray[np.bool_]:

@@ -227,6 +227,27 @@ def test_coco_in_the_folder_itself(tmp_path: Path) -> None:
     assert not find_pairs(tmp_path).passed
 
 
+@pytest.mark.parametrize(
+    ("kind", "entry", "said"),
+    [
+        ("categories", {"id": 1, "name": "cyst"}, "the id 1 to liver and to cyst"),
+        ("images", {"id": 0, "file_name": "b.png", "height": H, "width": W}, "the id 0 to .*a.png"),
+    ],
+)
+def test_an_id_that_means_two_things_is_nobodys(
+    tmp_path: Path, kind: str, entry: dict[str, Any], said: str
+) -> None:
+    path = coco(tmp_path / "a.json", ["a.png"], [SQUARE])
+    content = json.loads(path.read_text())
+    content[kind].append(content[kind][0])  # said twice, and the same
+    path.write_text(json.dumps(content))
+    np.testing.assert_array_equal(read_coco(path).masks("a.png")["liver"], LIVER)
+    content[kind].append(entry)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=said):
+        read_coco(path)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_run_lengths_as_pycocotools_packs_them(tmp_path: Path, seed: int) -> None:
     mask_of = pytest.importorskip("pycocotools.mask", reason="needs pycocotools")

@@ -1,8 +1,9 @@
-"""Reads what strace saw of a campaign, and says what went outside of its folder.
+r"""Reads what strace saw of a campaign, and says what went outside of its folder.
 
 ::
 
-    strace -f -qq -y -o '|python -m fuzz.tracing DIR' -e trace=TRACED python -m fuzz --output DIR
+    strace -f --seccomp-bpf -qq -y -o '|python -m fuzz.tracing DIR' -e trace=TRACED \
+        python -m fuzz --output DIR
 
 Only what is between two marks counts. Written, made, renamed or removed may only be what is in a
 folder of the campaign; somebody else's (``outside``) may not even be opened.

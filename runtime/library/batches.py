@@ -35,7 +35,7 @@ class Batches:
 
     Attributes
     ----------
-    added, skipped, failed : see :class:`recallseg.runtime.library.importing.ImportReport`.
+    added, skipped, failed, notes : see :class:`recallseg.runtime.library.importing.ImportReport`.
     """
 
     def __init__(
@@ -50,12 +50,14 @@ class Batches:
         self._library, self._key, self._origin = library, key, origin
         self._told, self._strict, self._progress = told, strict, progress
         self._known = {exemplar.content for exemplar in library}
+        self._retired = {exemplar.content: exemplar.key for exemplar in library.retired}
         self._keys = set[str]()  # of those that wait
         self._waiting: dict[str, tuple[str, Addition]] = {}  # name and item by content
         self._bytes, self._most = 0, LEAST_BATCH
         self.added: dict[str, str] = {}
         self.skipped: list[str] = []
         self.failed: dict[str, str] = {}
+        self.notes: dict[str, tuple[str, ...]] = {}
 
     def take(self, name: str, read: Callable[[], Annotated]) -> None:
         """Read an image, and add it, or soon."""
@@ -68,9 +70,14 @@ class Batches:
             return
         if content in self._waiting:
             self.flush()
-        if content in self._known:
+        if content in self._known or content in self._retired:
             self.flush()
             self.skipped.append(name)
+            if content not in self._known:
+                self.notes[name] = (
+                    f"it is exemplar '{self._retired[content]}', which is retired and stays so. "
+                    "Reinstate that to use it again.",
+                )
             self._progress(name)
             return
         item = Addition(

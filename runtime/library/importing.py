@@ -1,7 +1,8 @@
 """Bring annotated images into a library, a few at a time, so that it can be resumed.
 
-What is in the library already (same pixels, same masks, same absences) is skipped: after an
-interruption the same command continues. A file that cannot be used does not stop the others.
+What is in the library already (same pixels, same masks, same absences), in use or retired, is
+skipped: after an interruption the same command continues. A file that cannot be used does not stop
+the others.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class ImportReport:
     Attributes
     ----------
     added : key by name.
-    skipped : names of those that were in the library already.
+    skipped : names of those that were in the library already, in use or retired.
     failed : message by name.
-    notes : what had to be decided while volumes were read, by name.
+    notes : by name, what had to be decided while volumes were read, and what is retired.
     """
 
     added: Mapping[str, str]
@@ -155,7 +156,9 @@ def import_volume(
         group=patient_group(found) or f"volume {item.relative.as_posix()}",
         strict=strict,
     )
-    return replace(report, notes={name: found.notes} if found.notes else {})
+    if not found.notes:
+        return report
+    return replace(report, notes={name: found.notes, **report.notes})
 
 
 def patient_group(volume: Volume) -> str | None:
@@ -245,7 +248,7 @@ def import_exemplars(
     )
     added, skipped = dict(report.added), list(report.skipped)
     failed = {**report.failed, **found.unclear}
-    notes: dict[str, tuple[str, ...]] = {}
+    notes = dict(report.notes)
     for volume in found.volumes:
         report = import_volume(
             library,
@@ -316,4 +319,4 @@ def import_annotated(
     for name, read in sources:
         batches.take(name, read)
     batches.flush()
-    return ImportReport(batches.added, tuple(batches.skipped), batches.failed)
+    return ImportReport(batches.added, tuple(batches.skipped), batches.failed, batches.notes)

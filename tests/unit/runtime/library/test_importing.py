@@ -53,6 +53,23 @@ def test_interrupted_then_resumed(
         assert len(library) == 4
 
 
+def test_what_is_retired_does_not_come_back_by_an_import(
+    fake_bundle: Bundle, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "pairs", POSITIONS)
+    pairs, labels = find_pairs(tmp_path / "pairs").pairs, parse_labels(LABELS)
+    with Library.create(tmp_path / "lib", fake_bundle, engine="fake") as library:
+        added = import_pairs(library, pairs, labels).added
+        library.retire([added[NAMES[1]]])
+        report = import_pairs(library, pairs, labels)
+        assert (report.added, report.skipped) == ({}, tuple(NAMES))
+        assert len(library) == 3
+        assert list(report.notes) == [NAMES[1]]
+        assert f"'{added[NAMES[1]]}', which is retired" in report.notes[NAMES[1]][0]
+        library.reinstate([added[NAMES[1]]])
+        assert import_pairs(library, pairs, labels).notes == {}
+
+
 def test_many_are_added_in_few_commits(fake_bundle: Bundle, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", [i / 40 for i in range(40)])
     pairs, labels = find_pairs(tmp_path / "pairs").pairs, parse_labels(LABELS)

@@ -95,7 +95,7 @@ class SigningKey:
         Raises
         ------
         InputError
-            If it is no such file, or others may read it.
+            If it is no such file, cannot be read, or others may read it.
         """
         _need_cryptography()
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -105,7 +105,9 @@ class SigningKey:
         check_private(path)
         try:
             key = load_pem_private_key(read_file(path), None)
-        except (OSError, ValueError, TypeError) as error:
+        except OSError as error:
+            raise InputError(f"the key {path} cannot be read: {error.strerror}.") from error
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path} is no private key: {error}.") from error
         if not isinstance(key, Ed25519PrivateKey):
             raise InputError(f"{path} is a key of another kind; expected Ed25519.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -12,9 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from recallseg.cli import app
+from recallseg.engines import signing
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.digest import digest_file
 from recallseg.engines.errors import BundleError, InputError, SignatureError
+from recallseg.engines.machine_fault import machine_fault
 from recallseg.engines.signing import (
     PublicKey,
     SigningKey,
@@ -152,6 +156,21 @@ def test_keys_are_kept_as_keys_should(tmp_path: Path, key: SigningKey) -> None:
         (tmp_path / "none").chmod(0o600)
         with pytest.raises(InputError, match="is no private key"):
             SigningKey.read(tmp_path / "none")
+
+
+def test_a_key_that_the_disk_does_not_give_is_not_called_none(
+    tmp_path: Path, key: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "own.pem"
+    create_key(path)
+
+    def fail(file: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+
+    monkeypatch.setattr(signing, "read_file", fail)
+    with pytest.raises(InputError, match=r"own\.pem cannot be read: Input/output error\.") as told:
+        SigningKey.read(path)
+    assert machine_fault(told.value) == errno.EIO
 
 
 def test_commands(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

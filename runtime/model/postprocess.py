@@ -60,7 +60,9 @@ def check_out_here(out: Any, n: int, shape: tuple[int, int]) -> None:
     What lies on a device is known to its model.
     """
     if not isinstance(out, (tuple, list)) or len(out) != 2:
-        raise InputError("out must be a pair: a label map and masks, each an array or None.")
+        raise InputError(
+            "out must be a pair: a label map and masks, each an array, or nothing in its place."
+        )
     check_out([one if isinstance(one, np.ndarray) else None for one in out], n, shape)
 
 

@@ -21,7 +21,7 @@ def test_damaged_files_are_read_or_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "each"), [("library", 25), ("bundle", 20), ("index", 8), ("release", 20)]
+    ("kind", "each"), [("library", 25), ("bundle", 20), ("index", 8), ("release", 60)]
 )
 def test_received_artefacts_are_read_or_refused(kind: str, each: int) -> None:
     found = Findings()

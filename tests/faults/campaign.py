@@ -160,16 +160,17 @@ class Judge:
             verdict.violations.append(f"called a fault of the input: {verdict.said}")
         if verdict.outcome not in ("done",) and not _names_a_place(verdict.said, root):
             verdict.violations.append(f"names no file or folder: {verdict.said}")
-        self._look(verdict)
+        # What cannot be deleted stays, until somebody does the same again.
+        self._look(verdict, may_leave=fault.call == "unlink" and fault.lasting)
         return verdict
 
     def look(self, outcome: str) -> Verdict:
         """Look at what an operation that ended so has left; runs in a process of its own."""
         verdict = Verdict(outcome=outcome)
-        self._look(verdict)
+        self._look(verdict, may_leave=outcome in MAY_LEAVE)
         return verdict
 
-    def _look(self, verdict: Verdict) -> None:
+    def _look(self, verdict: Verdict, *, may_leave: bool) -> None:
         root = self.case_folder
         try:
             state = self.operation.state(root)
@@ -177,7 +178,7 @@ class Judge:
             verdict.violations.append(f"({verdict.outcome}) then unreadable: {error!r}")
             return
         unfinished = {name for name in names(root) if name.endswith(".tmp")}
-        if verdict.outcome not in MAY_LEAVE and (left := _kinds(unfinished) - self.there):
+        if not may_leave and (left := _kinds(unfinished) - self.there):
             verdict.violations.append(f"({verdict.outcome}) left unfinished: {dict(left)}")
         partial = self.operation.partial(state, self.after)
         if state not in (self.before, self.after) and not partial:

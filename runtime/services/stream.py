@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from threading import Condition, Thread, current_thread
+from threading import TIMEOUT_MAX, Condition, Thread, current_thread
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -226,11 +226,19 @@ class Stream:
     def drain(self, timeout_s: float | None = None) -> bool:
         """Wait until no frame waits or is being segmented; False if that took too long.
 
+        Parameters
+        ----------
+        timeout_s : seconds, of any size; None or infinite: as long as it takes.
+
         Raises
         ------
+        InputError
+            If ``timeout_s`` is less than 0 or no number.
         Exception
             Whatever ``on_result`` raised.
         """
+        if timeout_s is not None:  # a lock waits for 292 years at most
+            timeout_s = min(check_number(timeout_s, "timeout_s", 0, " s"), TIMEOUT_MAX)
         with self._changed:
             done = self._changed.wait_for(
                 lambda: self._defect is not None or not (self._waiting or self._busy), timeout_s

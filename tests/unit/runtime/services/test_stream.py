@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from time import perf_counter, sleep
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,25 @@ def held() -> Iterator[Held]:
 def total(stream: Stream) -> int:
     s = stream.statistics
     return s.segmented + s.dropped + s.late + s.failed + s.ignored
+
+
+@pytest.mark.parametrize("seconds", [None, 1e10, 1e300, math.inf])
+def test_any_time_may_be_waited_for(
+    segmenter: Segmenter, held: Held, seconds: float | None
+) -> None:
+    with Stream(segmenter, held) as stream:
+        stream.push(picture(0)[0])
+        assert held.begun.wait(120)
+        assert not stream.drain(0)
+        Timer(0.1, held.go.set).start()
+        assert stream.drain(seconds)
+
+
+def test_a_time_that_is_none_is_refused(segmenter: Segmenter) -> None:
+    with Stream(segmenter, print) as stream:
+        for wrong in (-1, math.nan, "1"):
+            with pytest.raises(InputError, match="timeout_s must be a number of at least 0 s"):
+                stream.drain(wrong)  # type: ignore[arg-type]
 
 
 def test_frames_come_back_in_order_with_their_masks(segmenter: Segmenter) -> None:

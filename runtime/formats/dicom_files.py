@@ -6,7 +6,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ __all__ = [
     "damaged_is_input_error",
     "find_series",
     "is_dicom",
+    "names_by_number",
     "object_kind",
     "open_dicom",
 ]
@@ -150,6 +151,30 @@ def damaged_is_input_error(path: Path) -> Iterator[None]:
             f"{path} cannot be read as DICOM: {kind}: {error}. It is damaged, cut off or of a kind "
             "that is not read; send or export it again."
         ) from error
+
+
+def names_by_number(
+    path: Path, described: Sequence[Any], number: str, name: str, *, what: str, whose: str
+) -> dict[int, str]:
+    """Return names by number, of what a sequence describes.
+
+    Parameters
+    ----------
+    number, name : attributes of an item.
+    what, whose : what is numbered, and what bears its number; for the message.
+
+    Raises
+    ------
+    InputError
+        If a number is described twice.
+    """
+    names = {int(getattr(one, number)): str(one.get(name) or "") for one in described}
+    if len(names) < len(described):
+        raise InputError(
+            f"{path} describes {what}'s number twice, so whose {whose} is cannot be told. Export "
+            "it again."
+        )
+    return names
 
 
 def _begins_as_data_set(head: bytes) -> bool:

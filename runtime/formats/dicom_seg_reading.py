@@ -22,6 +22,7 @@ from recallseg.runtime.formats.dicom_files import (
     SEGMENTATIONS,
     damaged_is_input_error,
     is_dicom,
+    names_by_number,
     open_dicom,
 )
 from recallseg.runtime.formats.dicom_grid import place
@@ -88,12 +89,9 @@ def read_segmentation(path: Path, volume: Volume, *, resampled: bool = False) ->
         if header.get("TotalPixelMatrixRows") is not None:
             raise InputError(f"{path} is a segmentation of a slide, whose tiles are not read.")
         described = header.get("SegmentSequence") or ()
-        segments = {int(s.SegmentNumber): str(s.get("SegmentLabel") or "") for s in described}
-        if len(segments) < len(described):
-            raise InputError(
-                f"{path} describes a segment's number twice, so whose a pixel is cannot be told. "
-                "Export it again."
-            )
+        segments = names_by_number(
+            *(path, described, "SegmentNumber", "SegmentLabel"), what="a segment", whose="a pixel"
+        )
         segments.pop(0, None)  # a label map's background
         if not segments:
             raise InputError(f"{path} has no segments.")

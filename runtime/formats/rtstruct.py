@@ -18,6 +18,7 @@ from recallseg.runtime.formats.dicom_files import (
     RT_STRUCTURE_SET,
     damaged_is_input_error,
     is_dicom,
+    names_by_number,
     open_dicom,
 )
 from recallseg.runtime.formats.polygons import fill
@@ -60,12 +61,9 @@ def read_structure_set(
         dataset = open_dicom(path)
         _check_reference(path, dataset, volume)
         described = dataset.get("StructureSetROISequence") or ()
-        labels = {int(roi.ROINumber): str(roi.get("ROIName") or "") for roi in described}
-        if len(labels) < len(described):
-            raise InputError(
-                f"{path} describes a structure's number twice, so whose an outline is cannot be "
-                "told. Export it again."
-            )
+        labels = names_by_number(
+            *(path, described, "ROINumber", "ROIName"), what="a structure", whose="an outline"
+        )
         masks = {number: np.zeros(onto.shape, bool) for number in labels}
         for roi in dataset.get("ROIContourSequence") or ():
             number = int(roi.ReferencedROINumber)

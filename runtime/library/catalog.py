@@ -94,10 +94,17 @@ class Catalog(CatalogQueries):
 
     @contextmanager
     def change(
-        self, what: str, numbers: Iterable[int] = (), details: Mapping[str, str] | None = None
+        self,
+        what: str,
+        numbers: Iterable[int] = (),
+        details: Mapping[str, str] | None = None,
+        former: int | None = None,
     ) -> Iterator[None]:
-        """Make a change in one commit, with a note on what is done to which exemplars."""
-        with self.database.transaction(), self._noted(what, numbers, details or {}):
+        """Make a change in one commit, with a note on what is done to which exemplars.
+
+        ``former`` is the number that the one exemplar of the change had before.
+        """
+        with self.database.transaction(), self._noted(what, numbers, details or {}, former):
             yield
 
     @contextmanager
@@ -127,7 +134,7 @@ class Catalog(CatalogQueries):
         """Make exemplars visible, ``instead`` of the one with that key, in one commit."""
         numbers = [new.number for new in exemplars]
         former = None if instead is None else self.number(instead)
-        with self.database.transaction(), self._noted(what, numbers, details or {}, former):
+        with self.change(what, numbers, details, former):
             if instead is not None:
                 self._remove(instead)
             for new in exemplars:

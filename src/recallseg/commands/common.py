@@ -309,19 +309,20 @@ def split_list(text: str) -> list[str]:
 
 def split_numbers(text: str) -> list[int]:
     """Split a comma-separated list of distinct whole numbers; raises InputError otherwise."""
-    names = split_list(text)
-    if not all(name.isascii() and name.isdecimal() and int(name) > 0 for name in names):
-        raise InputError(
-            f"'{text}' must be whole numbers from 1, separated by commas, e.g. 1,4,16."
-        )
-    return [int(name) for name in names]
+    return _whole_numbers(text, 1, "1,4,16")
 
 
 def split_counts(text: str) -> list[int]:
     """Split a comma-separated list of distinct counts, 0 too; raises InputError otherwise."""
+    return _whole_numbers(text, 0, "0,2")
+
+
+def _whole_numbers(text: str, least: int, example: str) -> list[int]:
     names = split_list(text)
-    if not all(name.isascii() and name.isdecimal() for name in names):
-        raise InputError(f"'{text}' must be whole numbers from 0, separated by commas, e.g. 0,2.")
+    if not all(name.isascii() and name.isdecimal() and int(name) >= least for name in names):
+        raise InputError(
+            f"'{text}' must be whole numbers from {least}, separated by commas, e.g. {example}."
+        )
     return [int(name) for name in names]
 
 

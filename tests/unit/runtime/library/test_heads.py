@@ -156,16 +156,21 @@ def test_a_head_with_a_right_digest_and_wrong_content_is_refused(
         _ = library.head
 
 
+def put_head(library: Library, other: Library) -> None:
+    """Copy the row of a library's head into another library's catalog."""
+    with sqlite3.connect(library.path / CATALOG) as source:
+        rows = source.execute("SELECT * FROM heads").fetchall()
+    source.close()
+    change(other, "INSERT INTO heads VALUES (?, ?, ?, ?)", *rows[0])
+
+
 def test_a_head_of_another_library_is_refused(library: Library, tmp_path: Path) -> None:
     library.heads.store(head(library))
     with Library.create(tmp_path / "other", "demo") as other:
         for i in range(4):
             image, mask = picture(10 + i)
             other.add(image, {"bar": mask}, key=f"e{i}", group="x")
-        with sqlite3.connect(library.path / CATALOG) as source:
-            rows = source.execute("SELECT * FROM heads").fetchall()
-        source.close()
-        change(other, "INSERT INTO heads VALUES (?, ?, ?, ?)", *rows[0])
+        put_head(library, other)
         with pytest.raises(LibraryCorruptError, match="another library's"):
             _ = other.head
 
@@ -192,10 +197,7 @@ def test_a_head_of_other_masks_of_the_same_images_is_refused(
         for i in range(4):
             image, mask = picture(i)
             other.add(image, {"bar": ~mask}, key=f"e{i}", group="x")
-        with sqlite3.connect(library.path / CATALOG) as source:
-            rows = source.execute("SELECT * FROM heads").fetchall()
-        source.close()
-        change(other, "INSERT INTO heads VALUES (?, ?, ?, ?)", *rows[0])
+        put_head(library, other)
         with pytest.raises(LibraryCorruptError, match="another library's"):
             _ = other.head
 

@@ -139,7 +139,8 @@ class Texts {
   std::vector<std::unique_ptr<recallseg_tag[]>> tags_;
 };
 
-constexpr __int128 kMostBytes = 1 << 20, kImpossible = static_cast<__int128>(1) << 62;
+// No program has memory of kImpossible bytes, on any machine that this is built for.
+constexpr __int128 kMostBytes = 1 << 20, kImpossible = static_cast<__int128>(1) << 56;
 
 // Strides of any kind, and memory of just the extent that they make; false if that is too much to
 // give, and not so much that it has to be refused.

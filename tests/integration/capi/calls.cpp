@@ -83,7 +83,7 @@ void hostile() {
     refused(argument, [&](Query& q) { q.image.shape[0] = q.output.rows = side; });
     refused(argument, [&](Query& q) { q.image.shape[1] = q.output.columns = side; });
   }
-  for (const int64_t stride : {most, least, most / 2, least / 2}) {
+  for (const int64_t stride : {most, least, most / 2, least / 2, most >> 8, -(most >> 8) - 1}) {
     refused(argument, [&](Query& q) { q.image.strides[0] = stride; q.image.strides[1] = 1; });
     refused(argument, [&](Query& q) { q.output.label_strides[0] = stride; q.output.label_strides[1] = 1; });
     refused(argument, [&](Query& q) { q.output.mask_strides[0] = stride; q.output.mask_strides[2] = 1; });

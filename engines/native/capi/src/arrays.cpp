@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <limits>
 
 namespace capi {
 namespace {
@@ -12,6 +11,9 @@ struct DType {
   const char* name;
   std::int64_t size;
 };
+
+// No program on x86-64 or AArch64 has memory past it; what lies above in an AArch64 pointer is a tag.
+constexpr std::int64_t kAddressEnd = std::int64_t{1} << 56;
 
 DType dtype_of(std::int32_t dtype, const char* name) {
   switch (dtype) {
@@ -73,14 +75,11 @@ Layout layout_of(const char* name, const void* data, std::int32_t dtype,
         __builtin_add_overflow(reach < 0 ? low : high, reach, reach < 0 ? &low : &high))
       refuse(what + ": stride " + std::to_string(stride) + " leaves the address space");
   }
-  std::int64_t bytes = 0;
-  const auto address = reinterpret_cast<std::uintptr_t>(data);
-  const auto most = static_cast<std::uintptr_t>(std::numeric_limits<std::int64_t>::max());
-  if (__builtin_sub_overflow(high, low, &bytes) || address > most ||
-      low < -static_cast<std::int64_t>(address) ||
-      static_cast<std::uintptr_t>(high) > most - address)
+  const auto pointer = reinterpret_cast<std::uintptr_t>(data);
+  const auto address = static_cast<std::int64_t>(pointer & (kAddressEnd - 1));
+  if (low < -address || high > kAddressEnd - address)
     refuse(what + ": strides leave the address space");
-  if (address % static_cast<std::uintptr_t>(kind.size) != 0)
+  if (address % kind.size != 0)
     refuse(what + ": data must be aligned to its elements of " + std::to_string(kind.size) +
            " bytes");
   if (access == Access::kWrite && overlaps(shape, strides, kind.size))
@@ -88,7 +87,7 @@ Layout layout_of(const char* name, const void* data, std::int32_t dtype,
 
   Layout layout;
   layout.lowest = const_cast<char*>(static_cast<const char*>(data)) + low;
-  layout.bytes = static_cast<std::size_t>(bytes);
+  layout.bytes = static_cast<std::size_t>(high - low);
   layout.offset = static_cast<std::size_t>(-low);
   layout.dtype = kind.name;
   layout.shape = std::move(shape);

@@ -71,6 +71,8 @@ class Learnt:
     embeddings : N x D, of the exemplars that show the structure: those that ``calibration`` was
         made with, then the others, both in order of addition.
     made_with : how many these are.
+    numbers : N, of these exemplars.
+    told : groups of exemplars that one was told of, keyed hashes, by number.
     """
 
     calibration: StoredCalibration | None
@@ -78,6 +80,8 @@ class Learnt:
     others: bool
     embeddings: NDArray[np.float32] = field(repr=False)
     made_with: int
+    numbers: NDArray[np.int64] = field(repr=False)
+    told: Mapping[int, str] = field(repr=False)
 
 
 def store_calibrations(
@@ -139,8 +143,8 @@ def learnt(
         store.refresh()
         with store.catalog.database.snapshot():
             store.see_newest()
-            notes = dict(store.catalog.notes(PREFIX))
-            return {name: _learnt(store, recipes, name, tags, notes) for name in structures}
+            notes, told = dict(store.catalog.notes(PREFIX)), store.catalog.groups()
+            return {name: _learnt(store, recipes, name, tags, notes, told) for name in structures}
 
 
 def _learnt(
@@ -149,6 +153,7 @@ def _learnt(
     structure: str,
     tags: Mapping[str, str],
     notes: Mapping[str, str],
+    told: Mapping[int, str],
 ) -> Learnt:
     row = store.structure(structure)
     numbers, vectors = store.catalog.embeddings(row.id, True)
@@ -167,8 +172,10 @@ def _learnt(
     made_with = 0
     if own is not None:
         used = (numbers <= own.last) & ~np.isin(numbers, own.without)
-        vectors, made_with = np.concatenate([vectors[used], vectors[~used]]), int(used.sum())
-    return Learnt(own, damage, others, vectors, made_with)
+        made_with = int(used.sum())
+        vectors = np.concatenate([vectors[used], vectors[~used]])
+        numbers = np.concatenate([numbers[used], numbers[~used]])
+    return Learnt(own, damage, others, vectors, made_with, numbers, told)
 
 
 def _parse(name: str, value: str, generation: int) -> StoredCalibration:

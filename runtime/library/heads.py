@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import LibraryCorruptError
 from recallseg.engines.heads import feature_count
-from recallseg.runtime.checks import check_key, check_origin
+from recallseg.runtime.checks import check_origin
 from recallseg.runtime.library.choices import Choice, choice_values, parse_choice
 from recallseg.runtime.library.kept import KEPT_FORMAT, Kept, kept_values, parse_kept
-from recallseg.runtime.library.values import binary, hex_digest, integer, text, timestamp
+from recallseg.runtime.library.values import binary, hex_digest, integer, timestamp
 
 if TYPE_CHECKING:
     from recallseg.runtime.library.store import Store
@@ -93,11 +93,7 @@ class Heads:
 
     def groups(self) -> dict[int, str]:
         """Return hashed groups by exemplars' numbers, of those that have one."""
-        rows = self._rows("SELECT exemplar, name FROM groups ORDER BY exemplar")
-        return {
-            integer(number, "a number of a group", 1): text(name, "a group", check_key)
-            for number, name in rows
-        }
+        return self._catalog.groups()
 
     def set_group(self, key: str, group: str | None) -> None:
         """Say what an exemplar belongs to."""

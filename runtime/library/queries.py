@@ -190,6 +190,17 @@ class CatalogQueries(StoredQueries):
         rows = self.database.execute("SELECT name FROM groups WHERE exemplar = ?", (number,))
         return text(rows[0][0], "a group", check_key) if rows else None
 
+    def groups(self) -> dict[int, str]:
+        """Return stored groups, keyed hashes, by the numbers of the exemplars that have one."""
+        if self.database.format_version < 3:
+            return {}
+        return {
+            integer(number, "a number of a group", 1): text(name, "a group", check_key)
+            for number, name in self.database.execute(
+                "SELECT exemplar, name FROM groups ORDER BY exemplar"
+            )
+        }
+
     def is_retired(self, number: int) -> bool:
         """Whether an exemplar is retired."""
         return bool(

@@ -1,6 +1,7 @@
-"""What is normal for this library? Thresholds by leaving one exemplar out at a time.
+"""What is normal for this library? Thresholds by leaving one group of exemplars out at a time.
 
-Each exemplar is treated as a query to the others. A new query whose score is more extreme than the
+Each exemplar is treated as a query to those of other groups, see
+:mod:`recallseg.runtime.segmenting.groups`. A new query whose score is more extreme than the
 exemplars' own is flagged. The threshold is the conformal one: with N exemplars, the
 ceil((N + 1)(1 - alpha))-th smallest score, so that at most alpha of the images that are like the
 library (or 1 / (N + 1), whichever is more) are flagged without cause (Vovk, Gammerman and Shafer,
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import LibraryCorruptError
 from recallseg.runtime.library.calibrations import Learnt
+from recallseg.runtime.segmenting.groups import GROUPINGS, group_numbers
 
 __all__ = [
     "ALPHA",
@@ -50,12 +52,15 @@ class Thresholds:
     iou : least usual IoU estimate.
     exemplars : how many were left out in turn.
     dice : median Dice of the left-out exemplars with their own masks, if they were segmented.
+    left_out : what was left out at a time: its group (patient, series, volume), the exemplar by
+        itself where no groups are known, or a block of one patient's.
     """
 
     distance: float | None = None
     iou: float | None = None
     exemplars: int = 0
     dice: float | None = None
+    left_out: str = "exemplars"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields for storage."""
@@ -65,11 +70,14 @@ class Thresholds:
     def from_json(cls, data: Any) -> Thresholds:
         """Rebuild from storage; raises LibraryCorruptError for anything else."""
         numbers = (int, float, type(None))
+        named = {"distance", "iou", "exemplars", "dice"}
         if (
             not isinstance(data, dict)
-            or {*data} != {"distance", "iou", "exemplars", "dice"}
-            or not all(isinstance(value, numbers) for value in data.values())
+            or {*data} - {"left_out"}
+            != named  # older programs left out exemplars, and said nothing
+            or not all(isinstance(data[name], numbers) for name in named)
             or not isinstance(data["exemplars"], int)
+            or data.get("left_out", "exemplars") not in GROUPINGS
         ):
             raise LibraryCorruptError(
                 f"the thresholds of a calibration are damaged: {ascii(data)[:80]}. Make them anew "
@@ -103,9 +111,11 @@ def in_force(learnt: Learnt) -> InForce:
     """
     count = len(learnt.embeddings)
     enough = count >= MIN_EXEMPLARS
-    distance = conformal_upper(nearest_other(learnt.embeddings)) if enough else None
+    of, grouping = group_numbers(np.sort(learnt.numbers).tolist(), learnt.told)
+    groups = np.array([of[number] for number in learnt.numbers.tolist()], np.int64)
+    distance = conformal_upper(nearest_other(learnt.embeddings, groups)) if enough else None
     stored = learnt.calibration
-    fresh = Thresholds(distance=distance, exemplars=count)
+    fresh = Thresholds(distance=distance, exemplars=count, left_out=grouping)
     if stored is None:
         other = "it was calibrated for other settings" if learnt.others else ""
         return InForce(fresh, None, learnt.damage or other)
@@ -115,14 +125,23 @@ def in_force(learnt: Learnt) -> InForce:
         found = Thresholds.from_json(stored.data.get("thresholds"))
     except LibraryCorruptError as error:
         return InForce(fresh, None, str(error))
+    with_it = groups[: learnt.made_with]
+    if found.left_out == "exemplars" and len(np.unique(with_it)) < len(with_it):
+        return InForce(
+            fresh,
+            None,
+            "it was made by leaving out single exemplars, and the library knows which belong "
+            "together: calibrate anew, after a new fit if there is a head",
+        )
     if found.iou is None:
+        more = "more of other groups" if found.left_out == "groups" else "more"
         return InForce(
             replace(found, distance=distance),
             None,
             f"{found.exemplars} exemplars could be left out in turn, {MIN_EXEMPLARS} are needed: "
-            "annotate more, then calibrate",
+            f"annotate {more}, then calibrate",
         )
-    strange, added = _unlike(learnt, found.distance)
+    strange, added = _unlike(learnt, groups, found.distance)
     if strange and _chance(strange, added) < STRANGE:
         return InForce(
             fresh,
@@ -132,18 +151,26 @@ def in_force(learnt: Learnt) -> InForce:
     return InForce(replace(found, distance=distance), (learnt.made_with, count), "")
 
 
-def _unlike(learnt: Learnt, limit: float | None) -> tuple[int, int]:
-    """Return how many later exemplars lie beyond the distance of the calibration, of how many."""
+def _unlike(learnt: Learnt, groups: NDArray[np.int64], limit: float | None) -> tuple[int, int]:
+    """Return how many later exemplars lie beyond the distance of the calibration, of how many.
+
+    Those count that the calibration has exemplars of other ``groups`` for.
+    """
     before, later = np.split(learnt.embeddings, [learnt.made_with])
+    ours, theirs = np.split(groups, [learnt.made_with])
     if limit is None or not len(before) or not len(later):
         return 0, 0
     count = min(len(later), MOST_LEFT_OUT)
-    later = later[np.linspace(0, len(later) - 1, count).round().astype(int)]
-    beyond = 0
+    chosen = np.linspace(0, len(later) - 1, count).round().astype(int)
+    beyond = judged = 0
     for start in range(0, count, _BLOCK):
-        nearest = 1.0 - (later[start : start + _BLOCK] @ before.T).max(axis=1)
-        beyond += int((nearest > limit).sum())
-    return beyond, count
+        rows = chosen[start : start + _BLOCK]
+        similarity = later[rows] @ before.T
+        similarity[theirs[rows, None] == ours] = -np.inf
+        nearest = similarity.max(axis=1)
+        judged += int((nearest > -np.inf).sum())
+        beyond += int(((1.0 - nearest > limit) & (nearest > -np.inf)).sum())
+    return beyond, judged
 
 
 def _chance(least: int, of: int) -> float:
@@ -163,12 +190,15 @@ def conformal_upper(
     return float(ordered[rank - 1])
 
 
-def nearest_other(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the cosine distances of embeddings to the nearest of the others.
+def nearest_other(
+    embeddings: NDArray[np.float32], groups: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the cosine distances of embeddings to the nearest of other groups.
 
     Parameters
     ----------
-    embeddings : NxD of unit length, N at least 2.
+    embeddings : NxD of unit length.
+    groups : N; of two at least.
 
     Returns
     -------
@@ -181,6 +211,6 @@ def nearest_other(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
     for start in range(0, count, _BLOCK):
         rows = chosen[start : start + _BLOCK]
         similarity = embeddings[rows] @ embeddings.T
-        similarity[np.arange(len(rows)), rows] = -np.inf
+        similarity[groups[rows, None] == groups] = -np.inf
         nearest[start : start + len(rows)] = 1.0 - similarity.max(axis=1)
     return nearest

@@ -22,6 +22,7 @@ from recallseg.runtime.library.choices import Choice
 from recallseg.runtime.library.heads import Head, Heads, Units
 from recallseg.runtime.library.kept import Kept, Recall
 from recallseg.runtime.model.preprocess import planes_of, scale_intensities
+from recallseg.runtime.segmenting.groups import group_numbers
 from recallseg.runtime.segmenting.judging import (
     FEWEST,
     LEAST,
@@ -37,11 +38,9 @@ if TYPE_CHECKING:
     from recallseg.runtime.segmenting.result import Result
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
-__all__ = ["fit_head", "group_numbers"]
+__all__ = ["fit_head"]
 
 FOLDS = 5
-BLOCKS = 6
-"""Contiguous parts of what is one patient's."""
 SAMPLES, MOST_OF_ONE = 96_000, 4000
 """Pixels that are fitted on, of all and of one exemplar."""
 
@@ -57,24 +56,6 @@ class _One:
     group: int
     fold: int
     structures: tuple[str, ...]
-
-
-def group_numbers(numbers: Sequence[int], told: Mapping[int, str]) -> tuple[dict[int, int], str]:
-    """Return a group for each exemplar, by its number, and how they came about.
-
-    Parameters
-    ----------
-    numbers : of exemplars, ascending.
-    told : groups of those that one was told of; others stand each by itself.
-    """
-    names = [told.get(number, f"exemplar {number}") for number in numbers]
-    places = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    known = sum(number in told for number in numbers)
-    if known and len(places) < 3:
-        count = min(BLOCKS, len(numbers))
-        return {n: i * count // len(numbers) for i, n in enumerate(numbers)}, "blocks"
-    grouping = "groups" if known else "exemplars"
-    return {n: places[name] for n, name in zip(numbers, names, strict=True)}, grouping
 
 
 def fit_head(

@@ -428,8 +428,11 @@ class Segmenter:
                 self._question.ask(blank, Timings(), exemplars=exemplars)
 
     def calibrate(self, progress: Progress | None = None) -> Mapping[str, Thresholds]:
-        """Segment every exemplar from the others, and store what is normal in the library.
+        """Segment every exemplar from those of other groups, and store what is normal.
 
+        A group is what :meth:`Library.add` or an import was told (patient, series, volume); with
+        none, each exemplar stands by itself, and of one patient's there are up to six blocks, as
+        for :meth:`Library.fit`. With a head its own groups are left out.
         It holds for this segmenter's recipe and structures; what is stored for others is kept.
         Costs one query for each exemplar that shows one of the structures and carries the tags.
         Exemplars that are added later leave it in force, see
@@ -442,8 +445,9 @@ class Segmenter:
         Returns
         -------
         Mapping
-            Thresholds by structure. With fewer than four exemplars left out in turn there is none
-            for the IoU estimate, and the structure counts as uncalibrated.
+            Thresholds by structure, which say what was left out at a time. With fewer than four
+            exemplars left out in turn there is none for the IoU estimate, and the structure counts
+            as uncalibrated.
 
         Raises
         ------

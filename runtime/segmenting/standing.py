@@ -135,7 +135,9 @@ class Standings:
         commits = self._library.commits
         if self._commits == commits:
             return self._limits_now
-        state = self._library.digest, self._library.calibration_marks(self._digests)
+        library = self._library
+        marks = library.calibration_marks(self._digests)
+        state = library.digest, marks, library.heads.groups()
         if self._limits_of != state:
             learnt = self._library.learnt(self._digests, self._structures, self._recipe.tags)
             self._limits_now = {name: in_force(found) for name, found in learnt.items()}

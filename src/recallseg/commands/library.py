@@ -54,6 +54,13 @@ MissingOption = Annotated[
 ]
 
 
+_LEFT_OUT = {
+    "groups": "groups left out in turn",
+    "exemplars": "exemplars left out in turn, no groups being known",
+    "blocks": "blocks of slices left out in turn, within one patient",
+}
+
+
 def _memory_format(name: str) -> str:
     from recallseg.runtime.library.encoding import MEMORY_FORMATS
 
@@ -295,7 +302,7 @@ def rebuild(
 @app.command()
 @grouped
 def calibrate(library: LibraryArgument, asking: Asking, as_json: JsonOption = False) -> None:
-    """Segment every exemplar from the others, and store what is normal (for the quality flag).
+    """Segment every exemplar from other groups, and store what is normal (for the quality flag).
 
     It holds for queries with the same settings; those for other settings or structures are kept.
     """
@@ -313,8 +320,8 @@ def calibrate(library: LibraryArgument, asking: Asking, as_json: JsonOption = Fa
     for name, value in thresholds.items():
         dice = "not segmented" if value.dice is None else f"median Dice {value.dice:.3f}"
         say(
-            f"{name}: {value.exemplars} left out in turn, {dice}; usual distance up to "
-            f"{_limit(value.distance)}, IoU estimate from {_limit(value.iou)}"
+            f"{name}: {value.exemplars} segmented, {_LEFT_OUT[value.left_out]}; {dice}; usual "
+            f"distance up to {_limit(value.distance)}, IoU estimate from {_limit(value.iou)}"
         )
 
 
@@ -354,12 +361,12 @@ def fit(
 
 def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:
     """Return what was chosen for a head and is expected of it, for a person and as JSON values."""
-    grouping = {
-        "groups": "groups left out in turn",
-        "exemplars": "exemplars left out in turn, no groups being known (expected is too high "
-        "for other patients where several are of one: add --group, or fit --by TAG)",
-        "blocks": "blocks of slices left out in turn, within one patient",
-    }[head.grouping]
+    grouping = _LEFT_OUT[head.grouping]
+    if head.grouping == "exemplars":
+        grouping += (
+            " (expected is too high for other patients where several are of one: add --group, or "
+            "fit --by TAG)"
+        )
     older = library.head_older(head)
     lines = [
         f"head {head.digest[:12]} fitted {head.created} on {len(head.fold_of)} exemplars, "

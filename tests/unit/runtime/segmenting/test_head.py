@@ -36,7 +36,7 @@ from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.reports.evaluation import evaluate
 from recallseg.runtime.reports.page import Settings, render_report
 from recallseg.runtime.segmenting import fitting, refining
-from recallseg.runtime.segmenting.fitting import group_numbers
+from recallseg.runtime.segmenting.groups import group_numbers
 from recallseg.runtime.segmenting.judging import WAYS, Found, Judged, choose, falling
 from recallseg.runtime.segmenting.refining import Filters, Refiner
 from recallseg.runtime.segmenting.segmenter import Segmenter

@@ -580,6 +580,68 @@ def test_leaving_one_out_never_recalls_the_exemplar_itself(library: Library) -> 
     assert dice < 0.1  # four squares in four places: the others cannot tell
 
 
+def of_four_patients(library: Library, *, told: bool) -> None:
+    """Three images of each, nearly alike: squares in four places."""
+    rng = np.random.default_rng(0)
+    for position in range(4):
+        image, mask = picture(position)
+        for _ in range(3):
+            noisy = image + rng.normal(0, 3, image.shape)
+            group = f"patient {position}" if told else None
+            library.add(noisy, {"square": mask}, group=group)
+
+
+def test_a_calibration_leaves_out_the_whole_group(tmp_path: Path, fake_bundle: Bundle) -> None:
+    with Library.create(tmp_path / "library", fake_bundle, engine="fake") as library:
+        of_four_patients(library, told=True)
+        segmenter = make(library)
+        found = segmenter.calibrate()["square"]
+        assert (found.exemplars, found.left_out) == (12, "groups")
+        assert found.dice is not None
+        assert found.dice < 0.1  # what the same patient's other images know is not asked
+        assert found.distance is not None
+        near = picture(0)[0] + np.random.default_rng(9).normal(0, 3, (SIZE, SIZE))
+        assert found.distance > 10 * segmenter.distance(near)
+        quality = segmenter.segment(picture(0)[0]).quality
+        assert quality.flag == "ok"
+        assert quality.calibrated == {"square": (12, 12)}
+
+
+def test_a_calibration_by_exemplars_ends_when_groups_are_told(
+    tmp_path: Path, fake_bundle: Bundle
+) -> None:
+    with Library.create(tmp_path / "library", fake_bundle, engine="fake") as library:
+        of_four_patients(library, told=False)
+        segmenter = make(library)
+        found = segmenter.calibrate()["square"]
+        assert (found.left_out, found.dice) == ("exemplars", pytest.approx(1.0, abs=0.01))
+        query, _ = library.source(next(iter(library)).key)
+        assert segmenter.segment(query).quality.flag == "ok"
+        # As an older program stored it: without a word on what was left out.
+        [(name, text)] = library._store.catalog.notes("calibration ")
+        library._store.catalog.set_note(name, text.replace(', "left_out": "exemplars"', ""))
+        assert segmenter.segment(query).quality.flag == "ok"
+        for i, exemplar in enumerate([*library]):
+            library.set_group(exemplar.key, f"patient {i // 3}")
+        asked = segmenter.segment(query).quality
+        assert asked.flag == "uncalibrated"
+        assert "which belong together" in asked.mend
+        assert segmenter.calibrate()["square"].left_out == "groups"
+        assert segmenter.segment(query).quality.flag == "ok"
+
+
+def test_one_patient_is_calibrated_by_blocks(tmp_path: Path, fake_bundle: Bundle) -> None:
+    with Library.create(tmp_path / "library", fake_bundle, engine="fake") as library:
+        image, mask = picture(0)
+        rng = np.random.default_rng(0)
+        for _ in range(12):
+            noisy = image + rng.normal(0, 3, image.shape)
+            library.add(noisy, {"square": mask}, group="one")
+        assert make(library).calibrate()["square"].left_out == "blocks"
+        known, _ = library.source(next(iter(library)).key)
+        assert make(library).segment(known).quality.flag == "ok"
+
+
 def test_more_structures_than_one_call_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ does the operation with the fault, and judges. What must hold, whatever failed:
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -109,6 +110,8 @@ def prepared(operation: Operation, work: Path) -> Judge:
     shutil.rmtree(clean)
     if (before == after) != operation.name.endswith(UNSEEN):
         raise AssertionError(f"what {operation.name} does is not seen in its state: {after}")
+    gc.collect()
+    gc.freeze()  # or each child looks through, and so copies, all that is there already
     return Judge(operation, base, work / "case", before, after, there)
 
 

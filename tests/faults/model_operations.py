@@ -1,7 +1,8 @@
 """Operations of a model: what it fits and is corrected to, and how a bundle and its plans are made.
 
-What takes minutes and writes nothing (PyTorch's tracing and its own answers) is done once, before
-faults are injected, and its results are used again.
+What takes minutes and writes nothing (PyTorch's own answers) is done once, before faults are
+injected, and its results are used again. Networks of a few nodes stand in for those that PyTorch
+would trace: how many nodes and constants there are says how often the same is written, not how.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from support.fake_bundle import make_fake_bundle
+from support.tiny_bundle import GRAPHS, tiny_graphs
 
 from faults.operation import Operation, command
 from recallseg.engines.bundle import Bundle
@@ -80,21 +82,19 @@ def _bundle_state(name: str) -> Callable[[Path], Any]:
     return state
 
 
-def _remembered(module: Any, name: str) -> None:
-    """Let a function answer as it did when it was called for the same time in a run."""
-    real, answers, called = getattr(module, name), [], [0]
+def _answered(module: Any, name: str) -> None:
+    """Let a function always give the answer that it gives when it is called first."""
+    real, answers = getattr(module, name), []
 
-    def again(*values: Any, **named: Any) -> Any:
-        if len(answers) <= called[0]:
-            answers.append(real(*values, **named))
-        called[0] += 1
-        return answers[called[0] - 1]
+    def first(*values: Any, **named: Any) -> Any:
+        if not answers:
+            found = real(*values, **named)
+            answers.append([*found] if isinstance(found, Iterator) else found)
+        return answers[0]
 
-    setattr(module, name, again)
-    _STARTS.append(lambda: called.__setitem__(0, 0))
+    setattr(module, name, first)
 
 
-_STARTS: list[Callable[[], None]] = []
 _MODELS: list[Any] = []
 
 
@@ -102,46 +102,78 @@ def _with_models(root: Path) -> None:
     """Load random weights, and export once so that PyTorch's part is known."""
     import torch
 
+    from recallseg.engines import golden
     from recallseg.export import bundling
     from recallseg.export.checkpoints import load_dinov2, load_sam2
 
     torch.set_num_threads(1)  # a process with more cannot be forked
+    golden.CASE_SIDE = 64
     _MODELS[:] = [load_sam2("random:demo", image_size=256), load_dinov2("random:demo")]
-    _remembered(torch.onnx, "export")
-    for name in ("run_case", "check_definition", "check_corrections", "check_graph"):
-        _remembered(bundling, name)
+    torch.onnx.export = _traced(torch.onnx.ONNXProgram)
+    bundling.check_graph = lambda *_, **__: iter(())  # they compute something else
+    for name in ("read_geometry", "make_case", "run_case", "check_definition", "check_corrections"):
+        _answered(bundling, name)
     _export(root / "once")
     shutil.rmtree(root / "once")
+
+
+def _traced(program: Any) -> Callable[..., Any]:
+    """Return what answers for PyTorch's tracing: a graph of these inputs and outputs."""
+    import onnx_ir
+
+    from recallseg.export.graphs import read_geometry
+
+    geometry = read_geometry(*(loaded.model for loaded in _MODELS), embed_size=224)
+    graphs = {
+        tuple(value.name for value in (*graph.graph.input, *graph.graph.output)): program(
+            onnx_ir.from_proto(graph), None
+        )
+        for graph in tiny_graphs(geometry, _NETWORKS).values()
+    }
+
+    def export(*_: Any, input_names: list[str], output_names: list[str], **__: Any) -> Any:
+        return graphs[*input_names, *output_names]
+
+    return export
+
+
+_MIXED = "mixed = Conv(conditioned, shared_CxCx1x1)"
+"""What decode and correct have in common: their constants go into one file."""
+_NETWORKS = {
+    **GRAPHS,
+    "embed": """
+        cells = Conv<strides = [7, 7]>(image, w_3x3x7x7)
+        flat = Flatten(cells)
+        embedding = MatMul(flat, w_ExD)
+    """,
+    **{
+        name: _MIXED + GRAPHS[name].replace("(conditioned", "(mixed")
+        for name in ("decode", "correct")
+    },
+}
 
 
 def _export(root: Path) -> None:
     from recallseg.export.bundling import export_bundle
 
-    for start in _STARTS:
-        start()
     output = root / "bundle"
     # As the command does it with --overwrite: what is there stays until the new one stands.
     export_bundle(*_MODELS, output, variants=["portable"], overwrite=True)
 
 
 def _with_bundle(root: Path) -> None:
-    """Export a bundle to convert, and convert once so that what its graphs compute is known."""
-    from recallseg.export import converting
+    """Export a bundle to convert, whose graphs compute what its golden tensors say."""
+    from recallseg.export import bundling, converting
 
     _with_models(root)
     _export(root)
-    _remembered(converting, "run_case")
-    _convert(root)
-    shutil.rmtree(root / "converted")
+    converting.run_case = bundling.run_case
 
 
-def _convert(root: Path) -> None:
-    for start in _STARTS:
-        start()
-    command(
-        *("convert", "{root}/bundle", "--output", "{root}/converted"),
-        *("--precisions", "fp16", "--overwrite"),
-    )(root)
+_CONVERT = command(
+    *("convert", "{root}/bundle", "--output", "{root}/converted"),
+    *("--precisions", "fp16", "--overwrite"),
+)
 
 
 def _with_stand_in(root: Path) -> None:
@@ -181,6 +213,6 @@ MODEL_OPERATIONS = (
     ),
     Operation("accept", _with_discs, _accept, _library_with_head),
     Operation("export", _with_models, _export, _bundle_state("bundle"), seconds=900),
-    Operation("convert", _with_bundle, _convert, _bundle_state("converted"), seconds=900),
+    Operation("convert", _with_bundle, _CONVERT, _bundle_state("converted"), seconds=900),
     Operation("build", _with_stand_in, _build, _plans, _some_plans, seconds=900),
 )

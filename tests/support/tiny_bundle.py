@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.specs import Geometry, GraphSpec, graph_specs
 from support.fake_bundle import fake_geometry, write_bundle
 
-__all__ = ["make_tiny_bundle"]
+__all__ = ["GRAPHS", "make_tiny_bundle", "tiny_graphs"]
 
 EMBED = """
     cells = Conv<strides = [7, 7]>(image, w_3x3x7x7)
@@ -32,8 +33,8 @@ EMBED = """
 """
 ENCODE = """
     coarse = Conv<strides = [16, 16]>(image, w_Cx3x16x16)
-    fine = Conv<strides = [4, 4]>(image, w_2x3x4x4)
-    middle = Conv<strides = [8, 8]>(image, w_4x3x8x8)
+    fine = Conv<strides = [4, 4]>(image, w_Ax3x4x4)
+    middle = Conv<strides = [8, 8]>(image, w_Bx3x8x8)
     features = Tanh(coarse)
     skip0 = Tanh(fine)
     skip1 = Tanh(middle)
@@ -76,8 +77,8 @@ ATTEND = """
 RAISED = """
     cell = Conv(conditioned, first_1xCx1x1)
     large = ConvTranspose<strides = [4, 4]>(cell, one_1x1x4x4)
-    fine = Conv(skip0, w_1x2x1x1)
-    between = Conv(skip1, w_1x4x1x1)
+    fine = Conv(skip0, w_1xAx1x1)
+    between = Conv(skip1, w_1xBx1x1)
     middle = ConvTranspose<strides = [2, 2]>(between, one_1x1x2x2)
     detail = Add(fine, middle)
     few = Mul(detail, tenth)
@@ -117,12 +118,16 @@ SCALARS = {"tenth": 0.1, "third": 0.3, "gain": 20.0}
 def make_tiny_bundle(path: Path) -> Bundle:
     """Write the bundle, portable and in fp32, and open it."""
     geometry = replace(fake_geometry(128), channels=16, memory_dim=16)
-    specs = graph_specs(geometry, optional=("correct",))
-    content = {
-        graph: _graph(specs[graph], body, geometry).SerializeToString()
-        for graph, body in GRAPHS.items()
-    }
+    content = {name: graph.SerializeToString() for name, graph in tiny_graphs(geometry).items()}
     return write_bundle(path, geometry, content, OnnxRuntimeCpu, name="tiny")
+
+
+def tiny_graphs(
+    geometry: Geometry, bodies: Mapping[str, str] = GRAPHS
+) -> dict[str, onnx.ModelProto]:
+    """Return a graph of each of these nodes, whose constants are what they are called."""
+    specs = graph_specs(geometry, optional=("correct",))
+    return {name: _graph(specs[name], body, geometry) for name, body in bodies.items()}
 
 
 def _graph(spec: GraphSpec, body: str, g: Geometry) -> onnx.ModelProto:
@@ -155,12 +160,15 @@ def _constant(name: str, g: Geometry, rng: np.random.Generator) -> NDArray[np.ge
         return np.float32(SCALARS[name]).reshape(())
     letters = {
         "C": g.channels,
-        "S": g.channels + 2 + 4,  # seen: features and both skips
+        "A": g.skip0_channels,
+        "B": g.skip1_channels,
+        "S": g.channels + g.skip0_channels + g.skip1_channels,  # seen: features and both skips
         "M": g.memory_dim,
         "L": g.memory_dim - 1,  # but for the coverage
         "T": g.tokens,
         "H": g.feature_size,
         "D": g.embedding_dim,
+        "E": 3 * (g.embed_size // 7) ** 2,  # cells of the embedder's image
         "R": -1,  # the rest
     }
     kind, _, sizes = name.partition("_")
@@ -169,6 +177,8 @@ def _constant(name: str, g: Geometry, rng: np.random.Generator) -> NDArray[np.ge
         return np.array(numbers, np.int64)
     if kind == "one":
         return np.ones(numbers, np.float32)
+    if kind == "shared":  # the same in every graph
+        rng = np.random.default_rng(0)
     drawn = rng.normal(size=numbers).astype(np.float32)
     if kind == "place":  # near what lies at the same place
         return 3 * drawn

@@ -132,7 +132,7 @@ def _traced(program: Any) -> Callable[..., Any]:
     }
 
     def export(*_: Any, input_names: list[str], output_names: list[str], **__: Any) -> Any:
-        return graphs[*input_names, *output_names]
+        return graphs[(*input_names, *output_names)]
 
     return export
 
@@ -162,11 +162,15 @@ def _export(root: Path) -> None:
 
 
 def _with_bundle(root: Path) -> None:
-    """Export a bundle to convert, whose graphs compute what its golden tensors say."""
+    """Export a bundle to convert, and put another where the result goes, to be overwritten.
+
+    Its graphs compute what its golden tensors say.
+    """
     from recallseg.export import bundling, converting
 
     _with_models(root)
     _export(root)
+    shutil.copytree(root / "bundle", root / "converted")
     converting.run_case = bundling.run_case
 
 

@@ -1,10 +1,10 @@
 """Inject faults into everything that writes: ``PYTHONPATH=tests python -m faults --output DIR``.
 
 Every call of an operation to the system below its folder is made to fail, once in each way that it
-can. ``--only add`` takes the operations of that name, ``--every 7`` one point in seven. What was
-tried is written down in DIR, and the same command goes on where one was ended, by whoever or by
-``--seconds-each``. ``--cuts`` cuts the power in the life of a library instead, in so many images of
-the disk.
+can. ``--only add`` takes the operations of that name, ``--kind list`` those calls, ``--every 7``
+one point in seven. What was tried is written down in DIR, and the same command goes on where one
+was ended, by whoever or by ``--seconds-each``. ``--cuts`` cuts the power in the life of a library
+instead, in so many images of the disk.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from collections import Counter
 from pathlib import Path
 from time import perf_counter
 
-from faults.shim import build
+from faults.shim import CALLS, build
 
 
 def main() -> int:
     """Run; exit status 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
     parser.add_argument("--only", action="append", help="operations of this name, or that have it")
+    parser.add_argument("--kind", action="append", choices=CALLS, help="calls of this kind")
     parser.add_argument("--every", type=int, default=1, help="one point in so many")
     parser.add_argument("--seconds-each", type=float, default=math.inf, help="for an operation")
     parser.add_argument("--cuts", type=int, help="cut the power so often")
@@ -63,6 +64,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="recallseg-faults-", dir=_memory()) as work:
             run_operation(
                 *(operation, Path(work), record),
+                kinds=chosen.kind or [*CALLS],
                 every=chosen.every,
                 seed=chosen.seed,
                 seconds=chosen.seconds_each,

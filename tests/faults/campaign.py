@@ -24,7 +24,7 @@ import signal
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import IO, Any
 
 from faults.operation import CommandError, Operation, names
 from faults.record import Point, Record
-from faults.shim import FAULTS, Fault, injecting
+from faults.shim import CALLS, FAULTS, Fault, injecting
 from recallseg.engines.errors import RecallSegError
 
 __all__ = ["HUNG", "Judge", "Verdict", "in_child", "prepared", "run_operation"]
@@ -63,6 +63,7 @@ def run_operation(
     work: Path,
     record: Record,
     *,
+    kinds: Sequence[str] = tuple(CALLS),
     every: int = 1,
     seed: int = 0,
     seconds: float = math.inf,
@@ -70,18 +71,19 @@ def run_operation(
 ) -> None:
     """Let every call fail once in each way, in an order that the seed gives.
 
-    What the record has is passed over. ``every`` takes one point in so many; after ``seconds`` what
-    is left is left.
+    What the record has is passed over. ``kinds`` are those of calls; ``every`` takes one point in
+    so many; after ``seconds`` what is left is left.
     """
     limit = operation.seconds
     judge, chance = prepared(operation, work), random.Random(f"{seed} {operation.name}")
     calls: dict[str, int] = {}
-    for fault in FAULTS:
+    faults = [fault for fault in FAULTS if fault.call in kinds]
+    for fault in faults:
         if fault.call not in calls:
             calls[fault.call] = in_child(lambda fault=fault: judge.case(fault, 0), limit).calls  # type: ignore[misc]
         record.counted(operation.name, str(fault), calls[fault.call])
     until = time.monotonic() + seconds  # to prepare and to count may take as long
-    points = [(fault, n) for fault in FAULTS for n in range(1, calls[fault.call] + 1)]
+    points = [(fault, n) for fault in faults for n in range(1, calls[fault.call] + 1)]
     for fault, number in chance.sample(points, -(-len(points) // every)):
         point = Point(operation.name, str(fault), number)
         if record.done(point):

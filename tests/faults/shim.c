@@ -4,6 +4,7 @@
    call comes through here. Does nothing until it is told to by one of the four functions at the end. */
 
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -15,6 +16,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/types.h>
@@ -24,6 +26,7 @@
 enum {
   OPEN = 1, READ = 2, WRITE = 4, SYNC = 8, RENAME = 16,
   UNLINK = 32, MKDIR = 64, MAP = 128, TRUNCATE = 256,
+  COPY = 512, SYMLINK = 1024, LIST = 2048, STAT = 4096,
 };
 enum {
   SHORT = -1,    /* instead of an errno: do half of what is asked for */
@@ -181,6 +184,21 @@ WRITING(write, (int fd, const void *data, size_t size), (fd, data, size), lseek(
 WRITING(pwrite, (int fd, const void *data, size_t size, off_t offset), (fd, data, size, offset), offset)
 WRITING(pwrite64, (int fd, const void *data, size_t size, off64_t offset), (fd, data, size, offset), offset)
 
+/* What is recorded goes through write: whoever copies so is told that it cannot be done here. */
+#define COPYING(name, type) \
+  ssize_t name(int into, int from, type *offset, size_t size) { \
+    REAL(name); \
+    if (!(classes & COPY) && record < 0) return real(into, from, offset, size); \
+    char room[PATH_MAX]; const char *path = path_of(into, room); \
+    if (record >= 0 && inside(path)) { errno = EINVAL; return -1; } \
+    int how = fails(COPY, path); \
+    if (how == 1) return -1; \
+    if (how == 2 && size > 1) size /= 2; \
+    return real(into, from, offset, size); \
+  }
+COPYING(sendfile, off_t)
+COPYING(sendfile64, off64_t)
+
 size_t fwrite(const void *data, size_t size, size_t members, FILE *file) {
   REAL(fwrite);
   if (!(classes & WRITE) && record < 0) return real(data, size, members, file);
@@ -256,6 +274,20 @@ int link(const char *from, const char *to) {
   return done;
 }
 
+int symlink(const char *to, const char *file) {
+  REAL(symlink);
+  char room[PATH_MAX];
+  if (fails(SYMLINK, path_at(AT_FDCWD, file, room)) == 1) return -1;
+  return real(to, file);
+}
+
+int symlinkat(const char *to, int folder, const char *file) {
+  REAL(symlinkat);
+  char room[PATH_MAX];
+  if (fails(SYMLINK, path_at(folder, file, room)) == 1) return -1;
+  return real(to, folder, file);
+}
+
 int unlink(const char *file) {
   REAL(unlink);
   char room[PATH_MAX]; const char *path = path_at(AT_FDCWD, file, room);
@@ -300,6 +332,39 @@ int mkdir(const char *file, mode_t mode) {
   if (!done) note('d', path, 0, 0, 0);
   return done;
 }
+
+DIR *opendir(const char *file) {
+  REAL(opendir);
+  char room[PATH_MAX];
+  if ((classes & LIST) && fails(LIST, path_at(AT_FDCWD, file, room)) == 1) return NULL;
+  return real(file);
+}
+
+#define LISTING(name, type) \
+  struct type *name(DIR *folder) { \
+    REAL(name); \
+    char room[PATH_MAX]; \
+    if ((classes & LIST) && fails(LIST, path_of(dirfd(folder), room)) == 1) return NULL; \
+    return real(folder); \
+  }
+LISTING(readdir, dirent)
+LISTING(readdir64, dirent64)
+
+#define LOOKING(name, type, folder, parameters, values) \
+  int name parameters { \
+    REAL(name); \
+    char room[PATH_MAX]; \
+    if ((classes & STAT) && fails(STAT, path_at(folder, file, room)) == 1) return -1; \
+    return real values; \
+  }
+#define LOOKING_AT_ALL(stat, lstat, fstatat, type) \
+  LOOKING(stat, type, AT_FDCWD, (const char *file, struct type *found), (file, found)) \
+  LOOKING(lstat, type, AT_FDCWD, (const char *file, struct type *found), (file, found)) \
+  LOOKING(fstatat, type, at_folder, \
+          (int at_folder, const char *file, struct type *found, int flags), \
+          (at_folder, file, found, flags))
+LOOKING_AT_ALL(stat, lstat, fstatat, stat)
+LOOKING_AT_ALL(stat64, lstat64, fstatat64, stat64)
 
 #define MAPPING(name, type) \
   void *name(void *where, size_t size, int protection, int flags, int fd, type offset) { \

@@ -43,7 +43,11 @@ CALLS = {
     "mkdir": 64,
     "map": 128,
     "truncate": 256,
-    "any": 511,
+    "copy": 512,
+    "symlink": 1024,
+    "list": 2048,
+    "stat": 4096,
+    "any": 2047,
 }
 
 
@@ -89,6 +93,14 @@ FAULTS = (
     Fault("map", errno.ENOMEM, lasting=True),
     Fault("truncate", errno.ENOSPC),
     Fault("truncate", errno.EIO),
+    Fault("copy", errno.ENOSPC),
+    Fault("copy", errno.ENOSPC, lasting=True),
+    Fault("copy", errno.EIO),
+    Fault("copy", SHORT),
+    Fault("symlink", errno.EIO),
+    Fault("symlink", errno.ENOSPC),
+    Fault("list", errno.EIO),
+    Fault("stat", errno.EIO),
 )
 
 

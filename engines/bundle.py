@@ -27,6 +27,7 @@ from recallseg.engines.graph_check import check_graph
 from recallseg.engines.inside import open_inside
 from recallseg.engines.manifest import MANIFEST, data_files, read_manifest
 from recallseg.engines.paths import SHIPPED, shipped_bundles
+from recallseg.engines.reading import is_there
 from recallseg.engines.specs import GRAPHS, OPTIONAL_GRAPHS, Geometry, GraphSpec, graph_specs
 
 __all__ = [
@@ -224,16 +225,20 @@ class Bundle:
             return source
         path = Path(source)
         file = path / MANIFEST
+        try:
+            there = is_there(file)
+        except OSError as error:
+            raise BundleError(f"{file} cannot be looked at: {error.strerror}.") from error
         if str(source) in shipped_bundles():
             shipped = SHIPPED / str(source)
-            if isinstance(source, str) and os.path.lexists(file):
+            if isinstance(source, str) and there:
                 raise BundleError(
                     f"'{source}' is the shipped bundle {shipped} and the folder {path.absolute()} "
                     f"too. Say which: './{source}', or the path of the shipped one."
                 )
-            if not path.exists() or isinstance(source, str):
-                path, file = shipped, shipped / MANIFEST
-        if not os.path.lexists(file):
+            if isinstance(source, str) or not path.exists():
+                path, file, there = shipped, shipped / MANIFEST, True
+        if not there:
             names = ", ".join(shipped_bundles())
             raise BundleError(
                 f"no bundle at '{source}': {file} does not exist. Give a folder made by "

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from recallseg.engines.reading import naming
+from recallseg.engines.reading import is_there, naming, walk
 
 __all__ = [
     "create_file",
@@ -65,7 +65,7 @@ def creating(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> Iter
     """
 
     def check() -> None:
-        if os.path.lexists(path):
+        if is_there(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
     with _becoming(path, mode, check) as descriptor:
@@ -139,12 +139,12 @@ def replace_folder(path: Path) -> Iterator[Path]:
             stack.callback(os.close, _lock(work))
         yield work
         _sync_tree(work)
-        if path.exists():
+        with suppress(FileNotFoundError):
             path.rename(before)
         try:
             work.rename(path)
         except BaseException:
-            if before.exists():
+            with suppress(FileNotFoundError):
                 before.rename(path)
             raise
         sync_folder(path.parent)
@@ -211,14 +211,17 @@ def _claim(temporary: Path, mode: int) -> tuple[Path, int]:
                 temporary.unlink(missing_ok=True)
             other = temporary.with_name(f"{temporary.stem}.{secrets.token_hex(4)}.tmp")
             return other, os.open(other, new, mode)
-        if not _is_at(descriptor, temporary):
-            os.close(descriptor)  # it took its place, or was removed, while it was waited for
-        elif left:
-            try:
-                temporary.unlink(missing_ok=True)
-            finally:
-                os.close(descriptor)
-        else:
+        claimed = False
+        try:
+            # Else it took its place, or was removed, while it was waited for.
+            if _is_at(descriptor, temporary):
+                if left:
+                    temporary.unlink(missing_ok=True)
+                claimed = not left
+        finally:
+            if not claimed:
+                os.close(descriptor)  # whatever was said: locked, it would keep this process out
+        if claimed:
             return temporary, descriptor
 
 
@@ -242,7 +245,7 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    for place, _, names in os.walk(folder):
+    for place, _, names in walk(folder):
         for name in names:
             descriptor = os.open(Path(place, name), os.O_RDONLY | os.O_NOFOLLOW)
             try:
@@ -277,7 +280,7 @@ def _remove_remains(path: Path) -> None:
         found = remains.fullmatch(name)
         if found is None or _is_locked(path.with_name(f".{path.name}.new-{found[2]}")):
             continue
-        if found[1] == "old" and not path.exists():
+        if found[1] == "old" and not is_there(path):
             path.with_name(name).rename(path)
         else:
             shutil.rmtree(path.with_name(name), ignore_errors=True)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recallseg.engines.ownership import foreign
-from recallseg.engines.reading import naming
+from recallseg.engines.reading import naming, walk
 
 __all__ = [
     "ForeignFileError",
@@ -224,7 +224,7 @@ def others_may_write(root: Path, name: str = "") -> str:
         closed = closed or not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH)
     if not path.is_dir():
         return ""
-    for folder, folders, files in os.walk(path):
+    for folder, folders, files in walk(path):
         for entry in (*folders, *files):
             below = Path(folder, entry)
             try:

@@ -1,15 +1,21 @@
 """Reading files so that an error of the system says which.
 
 A call that names no file, as ``read`` does, fails without the name of any: "Input/output error".
+What only asks, as ``os.path.exists`` and ``os.walk`` do, takes every error for a no.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["naming", "read_file", "read_text"]
+__all__ = ["is_there", "naming", "read_file", "read_text", "walk"]
+
+_NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What is said of a name that nothing has."""
 
 
 @contextmanager
@@ -38,3 +44,26 @@ def read_text(path: Path) -> str:
     """Return a file's text, UTF-8; as :func:`read_file`, and UnicodeDecodeError for other bytes."""
     with naming(path):
         return path.read_text(encoding="utf-8")
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, be it a link; OSError where the disk does not say."""
+    try:
+        os.lstat(path)
+    except ValueError:  # no name at all
+        return False
+    except OSError as error:
+        if error.errno in _NOTHING:
+            return False
+        raise
+    return True
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As ``os.walk``, but OSError for a folder that is there and cannot be listed."""
+
+    def stop(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # gone meanwhile
+            raise error
+
+    return os.walk(folder, onerror=stop)

@@ -12,6 +12,7 @@ from recallseg.engines.digest import digest_file
 from recallseg.engines.durable import replace_folder
 from recallseg.engines.errors import ExportError
 from recallseg.engines.manifest import MANIFEST
+from recallseg.engines.reading import is_there
 
 __all__ = ["check_output", "entry", "graph_file", "write_bundle", "write_manifest"]
 
@@ -21,11 +22,17 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
     What is replaced must be a bundle: another folder's contents would be gone.
     """
-    if not output.exists():
-        return
+    try:
+        if not is_there(output):
+            return
+        bundle = output.is_dir() and (is_there(output / MANIFEST) or not any(output.iterdir()))
+    except OSError as error:
+        raise ExportError(
+            f"{error.filename} cannot be looked at: {error.strerror}. Choose another folder."
+        ) from error
     if not overwrite:
         raise ExportError(f"{output} exists. Choose another folder, or allow it to be overwritten.")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+    if not bundle:
         raise ExportError(
             f"{output} holds something else than a bundle, which is not overwritten. Choose "
             "another folder, or remove it yourself."

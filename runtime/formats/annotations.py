@@ -12,8 +12,10 @@ from recallseg.runtime.formats.finding import (
     Finding,
     Item,
     PassedOver,
+    check_given,
     find_in_folder,
     find_inputs,
+    mode_of,
 )
 from recallseg.runtime.formats.kinds import is_image
 from recallseg.runtime.formats.pairs import Legend, Pair, find_pairs, needs_labels
@@ -52,6 +54,16 @@ class Annotations:
     unlabelled: tuple[Path, ...] = ()
     passed: tuple[PassedOver, ...] = ()
 
+    @property
+    def unseen(self) -> tuple[PassedOver, ...]:
+        """Folders of those that the machine did not let be looked into: there may be more."""
+        return tuple(each for each in self.passed if each.unseen)
+
+    def check_whole(self) -> None:
+        """Raise InputError unless all was seen: what is measured of a part is another number."""
+        for each in self.unseen:
+            raise InputError(f"{each}. See to the disk, or the permission, and try again.")
+
     def __len__(self) -> int:
         return len(self.pairs) + len(self.volumes) + len(self.unclear)
 
@@ -76,15 +88,17 @@ def find_annotations(path: str | Path, mask: str | Path | None = None) -> Annota
     Raises
     ------
     InputError
-        If there is nothing annotated; the message says what there is instead.
+        If there is nothing annotated, the message says what there is instead; or if there is a
+        file that the machine did not let be looked at: it may be a mask of what was found.
     """
     path = Path(path)
     mask = None if mask is None else Path(mask)
-    if not path.exists():
+    if not mode_of(path):
         raise InputError(f"there is no file or folder {printable(path)}.")
-    if mask is not None and not mask.exists():
+    if mask is not None and not mode_of(mask):
         raise InputError(f"there is no mask {printable(mask)}.")
     found = find_in_folder(path) if path.is_dir() else find_inputs([path])
+    check_given(found)
     pictures = [item for item in found.items if item.kind == "image"]
     volumes = [item for item in found.items if item.kind != "image"]
     if mask is not None and mask.is_file() and mask.suffix.lower() != ".json":

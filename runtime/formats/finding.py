@@ -33,10 +33,12 @@ __all__ = [
     "Item",
     "PassedOver",
     "Signature",
+    "check_given",
     "file_item",
     "find_in_folder",
     "find_inputs",
     "is_mask",
+    "mode_of",
 ]
 
 MASK_SUFFIX = ".mask"
@@ -91,10 +93,11 @@ class Item:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """A file or folder that is not taken, and why."""
+    """A file or folder that is not taken, and why; ``unseen``: a folder, with all that is in it."""
 
     path: Path
     reason: str
+    unseen: bool = False
 
     def __str__(self) -> str:
         return f"{printable(self.path)}: {self.reason}"
@@ -123,6 +126,40 @@ class Finding:
     def incomplete(self) -> bool:
         """Whether there may be more than was found, as the machine did not give all of it."""
         return bool(self.not_given) or any(item.fault for item in self.items)
+
+
+def mode_of(path: Path) -> int:
+    """Return what a path is, as ``st_mode``; 0 if there is nothing.
+
+    Raises
+    ------
+    InputError
+        If the machine does not say; caused by its error.
+    """
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # no name at all
+        return 0
+    except OSError as error:
+        if not machine_fault(error):
+            return 0
+        raise InputError(
+            f"{printable(path)} cannot be looked at: {error.strerror}. See to the disk, or the "
+            "permission, and try again."
+        ) from error
+
+
+def check_given(found: Finding, *, folders: bool = False) -> None:
+    """Raise InputError if the machine did not let a file be looked at: it may belong to others.
+
+    ``folders``: or one of the folders be looked into.
+    """
+    for each in found.not_given:
+        if folders or not each.unseen:
+            raise InputError(
+                f"{each}. It may be a mask of what was found: see to the disk, or the permission, "
+                "and try again."
+            )
 
 
 def is_mask(path: Path) -> bool:
@@ -167,7 +204,7 @@ def find_in_folder(
     ModuleNotFoundError
         If there is DICOM and the extra ``medical`` is not installed.
     """
-    if not folder.is_dir():
+    if not stat.S_ISDIR(mode_of(folder)):
         raise InputError(f"there is no folder {printable(folder)}.")
     passed: list[PassedOver] = []
     not_given: list[PassedOver] = []
@@ -216,14 +253,15 @@ def find_inputs(
     not_given: list[PassedOver] = []
     loose: dict[Path, _Sorted] = {}
     for path in paths:
-        if path.is_dir():
+        mode = mode_of(path)
+        if stat.S_ISDIR(mode):
             part = find_in_folder(path, by_folder=by_folder, kind=kind, read=read)
             items += part.items
             masks += part.masks
             passed += part.passed
             drawn_on |= part.drawn_on
             not_given += part.not_given
-        elif kind is not None or not path.exists():
+        elif kind is not None or not mode:
             items.append(file_item(path, path.parent, kind or "image"))
         else:
             group = loose.setdefault(
@@ -434,8 +472,8 @@ def _walk(
 ) -> Iterator[tuple[Path, os.stat_result]]:
     """Yield regular files in the order of their names; say of everything else why not."""
 
-    def lacks(path: Path, what: str, error: OSError) -> None:
-        passed.append(PassedOver(path, f"{what}: {error.strerror}"))
+    def lacks(path: Path, what: str, error: OSError, *, unseen: bool = False) -> None:
+        passed.append(PassedOver(path, f"{what}: {error.strerror}", unseen))
         if machine_fault(error):
             not_given.append(passed[-1])
 
@@ -452,7 +490,7 @@ def _walk(
             seen.add((about.st_dev, about.st_ino))
             entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            lacks(folder, "cannot be looked into", error)
+            lacks(folder, "cannot be looked into", error, unseen=True)
             continue
         below: list[Path] = []
         for entry in entries:

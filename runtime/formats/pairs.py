@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.engines.reading import read_text
 from recallseg.runtime.checks import check_name
-from recallseg.runtime.formats.finding import MASK_SUFFIX, Finding, PassedOver, find_in_folder
+from recallseg.runtime.formats.finding import (
+    MASK_SUFFIX,
+    Finding,
+    PassedOver,
+    check_given,
+    find_in_folder,
+)
 from recallseg.runtime.formats.images import read_colours, read_image, read_label_map
 from recallseg.runtime.formats.kinds import is_image
 from recallseg.runtime.formats.polygons import is_coco, is_labelme, read_coco, read_labelme
@@ -331,6 +337,7 @@ class _Drawn:
                 )
             return
         found = find_in_folder(masks)
+        check_given(found, folders=True)
         files = [*(item.path for item in found.items), *found.masks]
         for path in sorted(file for file in files if is_image(file)):
             relative = path.relative_to(masks).with_suffix("").as_posix()

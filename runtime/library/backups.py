@@ -20,6 +20,7 @@ from recallseg.engines.errors import (
     LibraryLockedError,
 )
 from recallseg.engines.inside import make_folder_inside, open_inside
+from recallseg.engines.reading import is_there
 from recallseg.runtime.library import maintenance
 from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.database import Database
@@ -45,7 +46,9 @@ def backup(
     place = Path(os.path.realpath(target))
     if place.is_relative_to(os.path.realpath(store.path)):
         raise InputError(f"{target} lies in the library itself. Choose another folder.")
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+    with writing(target):
+        used = is_there(target) and not (target.is_dir() and not any(target.iterdir()))
+    if used:
         raise LibraryError(f"{target} is there already. Choose a folder that is not, or is empty.")
     with store.changing, writing(target), replace_folder(target) as work:
         return _copy(store, work, progress, images=images)
@@ -58,8 +61,10 @@ def restore(copy: Path, target: Path, *, over_newer: bool, progress: Progress | 
     store = Store.open(copy, "read")
     lock = None
     try:
-        found = target.exists() and (not target.is_dir() or any(target.iterdir()))
-        if found and not (target / CATALOG).is_file():
+        with writing(target):
+            found = is_there(target) and (not target.is_dir() or any(target.iterdir()))
+            another = found and not (target / CATALOG).is_file()
+        if another:
             raise LibraryError(
                 f"{target} holds something that is no library. Choose another folder."
             )
@@ -69,7 +74,7 @@ def restore(copy: Path, target: Path, *, over_newer: bool, progress: Progress | 
                 _check_loses_nothing(store, target)
         with writing(target), replace_folder(target) as work:
             _copy(store, work, progress, what="restore")
-            if found and os.path.lexists(target / IDENTIFIERS):
+            if found and is_there(target / IDENTIFIERS):
                 _copy_file(target, work, IDENTIFIERS, again=False)  # backups are made without it
     finally:
         store.abandon()

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 
 from recallseg.engines.errors import LibraryCorruptError
-from recallseg.engines.reading import naming
+from recallseg.engines.reading import is_there, naming
 
 __all__ = ["Hold", "check_schema", "hold_catalog_file"]
 
@@ -84,9 +84,9 @@ class Hold:
         return os.pread(self._file.descriptors[0], _HEADER_BYTES, 0)
 
     @property
-    def empty(self) -> bool:
-        """Whether nothing was ever written to it."""
-        return os.fstat(self._file.descriptors[0]).st_size == 0
+    def bytes(self) -> int:
+        """How many it has now; 0 if nothing was ever written to it."""
+        return os.fstat(self._file.descriptors[0]).st_size
 
     def read_through(self) -> None:
         """Read all of it; OSError as the system gives it."""
@@ -177,7 +177,7 @@ def _check(path: Path, header: bytes) -> None:
     size = _regular(path)
     for suffix in ("-wal", "-shm"):
         side = path.with_name(path.name + suffix)
-        if os.path.lexists(side):
+        if is_there(side):
             raise _refused(
                 side,
                 "write-ahead logs belong to no library of RecallSeg. If another program wrote "

@@ -37,7 +37,7 @@ from recallseg.engines.machine_fault import (
 )
 from recallseg.runtime.forked import Opener, OwnLock
 from recallseg.runtime.library.catalog_file import Hold, check_schema, hold_catalog_file
-from recallseg.runtime.library.storage import NOT_GIVEN, advice, writing
+from recallseg.runtime.library.storage import NOT_GIVEN, advice, unreadable, writing
 
 __all__ = ["FORMAT_VERSION", "Database"]
 
@@ -124,7 +124,7 @@ class Database:
         self._connection, self._hold = connection, hold
         self._opener = Opener(f"the library in {path.parent}")
         self._lock = OwnLock(self._opener)
-        self._effort = _Effort(path)
+        self._effort = _Effort(hold)
         connection.set_progress_handler(self._effort.look, _STEPS_PER_LOOK)
         self._close = weakref.finalize(self, _close, connection, hold, self._opener)
 
@@ -165,13 +165,17 @@ class Database:
         """
         # Undoing a commit that was cut off takes write permission: readers ask for it if they can.
         may_write = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+        hold = None
         try:
             hold = hold_catalog_file(path)
+            empty = not hold.bytes
         except (FileNotFoundError, NotADirectoryError):
             raise _no_library(path) from None
         except OSError as error:
+            if hold is not None:
+                hold.give_back()
             raise _cannot_open(path, error) from error
-        if hold.empty:
+        if empty:
             hold.give_back()
             raise _no_library(path)
         if writable and not may_write:
@@ -210,6 +214,14 @@ class Database:
     def commits(self) -> tuple[int, int]:
         """What differs after any commit, by others or by this one, even if it raised; very fast."""
         return int(self.value("PRAGMA data_version")), self._connection.total_changes
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        try:
+            return self._hold.bytes
+        except OSError as error:
+            raise unreadable(f"the catalog {self.path}", error, "Restore a backup.") from error
 
     @property
     def format_version(self) -> int:
@@ -393,14 +405,17 @@ class Database:
 class _Effort:
     """Stops a statement that takes more steps than a file of this size can need."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, hold: Hold) -> None:
+        self._hold = hold
         self.steps = 0
 
     def look(self) -> int:
         """Return 1 to stop; called by SQLite every ``_STEPS_PER_LOOK`` steps."""
         self.steps += _STEPS_PER_LOOK
-        return self.steps > _STEPS + _STEPS_PER_BYTE * self._path.stat().st_size
+        try:
+            return self.steps > _STEPS + _STEPS_PER_BYTE * self._hold.bytes
+        except OSError:  # the disk does not say now: an error here would be taken for too many
+            return False
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

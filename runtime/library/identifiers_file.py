@@ -18,6 +18,7 @@ from typing import Any
 from recallseg.engines.errors import LibraryCorruptError, LibraryError
 from recallseg.engines.inside import open_inside, sync_inside
 from recallseg.engines.ownership import foreign
+from recallseg.engines.reading import is_there
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library.storage import unreadable, write_all, writing
 
@@ -105,7 +106,10 @@ class IdentifiersFile:
     @property
     def exists(self) -> bool:
         """Whether the file is there; copies of a library have none."""
-        return os.path.lexists(self.path)
+        try:
+            return is_there(self.path)
+        except OSError as error:
+            raise unreadable(str(self.path), error, _MEND) from error
 
     def load(self) -> None:
         """Read the table if it is not the one that was read; none at all is an empty one."""

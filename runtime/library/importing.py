@@ -234,6 +234,8 @@ def import_exemplars(
     found.check_named(labels, legend)
     if found.unclear and strict:
         raise InputError(next(iter(found.unclear.values())))
+    if strict:
+        found.check_whole()
     report = import_pairs(
         library,
         found.pairs,
@@ -247,7 +249,8 @@ def import_exemplars(
         progress=progress,
     )
     added, skipped = dict(report.added), list(report.skipped)
-    failed = {**report.failed, **found.unclear}
+    unseen = {str(each.path): each.reason for each in found.unseen}
+    failed = {**report.failed, **found.unclear, **unseen}
     notes = dict(report.notes)
     for volume in found.volumes:
         report = import_volume(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from recallseg.engines.durable import make_folder, replace_file, sync_folder
 from recallseg.engines.errors import InputError, LibraryError
-from recallseg.engines.reading import read_file
+from recallseg.engines.reading import is_there, read_file
 from recallseg.engines.signing import PublicKey
 from recallseg.runtime.library.releases import (
     Progress,
@@ -70,7 +70,9 @@ def install(
         if used is not None:
             _check_follows(described, used, folder, older)
         target = folder / described.version
-        if target.exists():
+        with writing(folder):
+            there = is_there(target)
+        if there:
             if _stated(folder, described.version) != described:
                 raise InputError(
                     f"{folder} has another release {described.version} already. Give what was "
@@ -161,6 +163,7 @@ def _linked(folder: Path, name: str) -> str | None:
     try:
         version = os.readlink(folder / name)
         version_number(version)
+        return version if is_there(folder / version) else None
     except (FileNotFoundError, InputError):
         return None
     except OSError as error:
@@ -168,7 +171,6 @@ def _linked(folder: Path, name: str) -> str | None:
             return None
         # What is in use must not be taken for nothing: an older one would take its place.
         raise unreadable(str(folder / name), error, "See to the disk, and try again.") from error
-    return version if (folder / version).is_dir() else None
 
 
 def _record(folder: Path, version: str) -> Path:

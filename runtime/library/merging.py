@@ -25,6 +25,7 @@ from recallseg.runtime.library.identifiers import NOTE, is_hashed
 from recallseg.runtime.library.identifiers_file import IDENTIFIERS, Identity
 from recallseg.runtime.library.records import NewExemplar, exemplar_digest
 from recallseg.runtime.library.shards import Place, digest_record
+from recallseg.runtime.library.storage import unreadable
 from recallseg.runtime.library.store import Store
 
 __all__ = ["MergeReport", "merge"]
@@ -118,7 +119,11 @@ def merge(store: Store, binding: Binding, other: Store, progress: Progress | Non
 
 
 def _check_of_one_kind(store: Store, binding: Binding, other: Store) -> None:
-    if Path(other.path).samefile(store.path):
+    try:
+        same = Path(other.path).samefile(store.path)
+    except OSError as error:
+        raise unreadable(str(other.path), error, "Restore a backup.") from error
+    if same:
         raise InputError(f"the library {store.path} cannot be merged with itself.")
     mine, theirs = store.settings, other.settings
     if theirs.identity != mine.identity and not binding.bundle.known_as(theirs.identity):

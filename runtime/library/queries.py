@@ -101,7 +101,7 @@ class CatalogQueries(StoredQueries):
                 exemplars,
                 "the number of exemplars",
                 0,
-                self.database.path.stat().st_size // _LEAST_BYTES,
+                self.database.bytes // _LEAST_BYTES,
             ),
             integer(digest_sum, "the sum of the exemplars' digests", 0, 2**256),
         )

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from recallseg.engines.durable import replace_folder, replacing
 from recallseg.engines.errors import InputError, LibraryCorruptError, LibraryError
-from recallseg.engines.reading import naming
+from recallseg.engines.reading import naming, walk
 from recallseg.engines.signing import PublicKey, SigningKey, check_document, sign_document
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library import backups
@@ -288,7 +288,9 @@ def _describe(
     files = {}
     names = [work / CATALOG]
     for place in (MEMORIES, SOURCES):
-        names += sorted(path for path in (work / place).rglob("*") if path.is_file())
+        names += sorted(
+            Path(folder, name) for folder, _, found in walk(work / place) for name in found
+        )
     for path in names:
         digest, size = hashlib.sha256(), 0
         for chunk in _chunks(path):

@@ -19,6 +19,7 @@ from recallseg.engines.errors import (
     LibraryWriteError,
 )
 from recallseg.engines.ownership import foreign
+from recallseg.engines.reading import is_there
 from recallseg.runtime.forked import Opener, OwnLock
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.database import Database
@@ -30,7 +31,7 @@ from recallseg.runtime.library.records import Settings, State, StructureRow
 from recallseg.runtime.library.retrieval import Retrieval
 from recallseg.runtime.library.shards import ShardReader, ShardWriter
 from recallseg.runtime.library.sources import SourceStore
-from recallseg.runtime.library.storage import WriterLock, writing
+from recallseg.runtime.library.storage import WriterLock, unreadable, writing
 
 __all__ = ["CATALOG", "INDEX", "LOCK", "MEMORIES", "SOURCES", "Store"]
 
@@ -83,7 +84,7 @@ class Store:
     def create(cls, folder: Path, settings: Settings) -> Store:
         """Make an empty library in a new or empty folder, open for writing."""
         with writing(folder):
-            if folder.exists() and not folder.is_dir():
+            if is_there(folder) and not folder.is_dir():
                 raise LibraryError(f"{folder} is a file; a library needs a folder of its own.")
             make_folder(folder, mode=0o700)  # patients' images
             # An interrupted creation leaves an empty catalog, its journal and the lock.
@@ -111,9 +112,9 @@ class Store:
             # Followed once: all files are of one library, wherever it points.
             folder = folder.resolve() if folder.is_symlink() else folder
         database = Database.open(folder / CATALOG, writable=mode == "write")
-        _warn_of_others(folder)
         lock = None
         try:
+            _warn_of_others(folder)
             lock = WriterLock(folder / LOCK) if mode == "write" else None
             return cls(folder, Catalog(database), lock, asked)
         except BaseException:
@@ -270,11 +271,13 @@ class Store:
 
 def _warn_of_others(folder: Path) -> None:
     """Warn of a library that somebody else could change: it may be shared on purpose."""
-    found = folder.stat()
+    try:
+        found, catalog = folder.stat(), (folder / CATALOG).lstat()
+    except OSError as error:
+        raise unreadable(str(folder), error, "Restore it from a backup.") from error
     told = foreign(folder, found)
     if not told:
-        catalog = folder / CATALOG
-        told = foreign(catalog, catalog.lstat(), closed=not found.st_mode & 0o011)
+        told = foreign(folder / CATALOG, catalog, closed=not found.st_mode & 0o011)
     if told:
         warnings.warn(
             f"what the library {folder} recalls is not yours alone to say: {told}. If it is shared "
@@ -295,7 +298,9 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _refuse_second(folder: Path, *, writable: bool) -> None:
     """Raise LibraryError if there is a library; what an interrupted creation left may stay."""
-    if (folder / CATALOG).exists():
+    with writing(folder):
+        there = is_there(folder / CATALOG)
+    if there:
         try:
             database = Database.open(folder / CATALOG, writable=writable)
         except LibraryNotFoundError:

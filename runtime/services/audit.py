@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.durable import replace_file, sync_folder, write_file
 from recallseg.engines.errors import AuditError
+from recallseg.engines.reading import is_there
 from recallseg.runtime.services.audit_keys import AuditKey, read_audit_key
 
 __all__ = ["AuditLog", "AuditSummary", "open_audit", "verify_audit_log"]
@@ -105,9 +106,7 @@ class AuditLog:
                 f"the audit log {self.path} cannot be written: {error.strerror}. Choose a file "
                 "in a folder that exists and can be written."
             ) from error
-        walk = _Walk(
-            key, [] if head is None or not os.path.lexists(head) else [_read_head(Path(head))]
-        )
+        walk = _Walk(key, [] if head is None else _read_if_there(Path(head)))
         walk.read(self.path)
         walk.need(self.path)
         if walk.sealed and key is None:
@@ -211,7 +210,7 @@ class AuditLog:
                     raise AuditError(
                         f"the audit log {self.path} is empty: there is nothing to put aside."
                     )
-                if os.path.lexists(aside) and not os.path.samefile(aside, self.path):
+                if is_there(aside) and not os.path.samefile(aside, self.path):
                     raise AuditError(
                         f"{aside} is there already, so {self.path} cannot take its name."
                     )
@@ -398,6 +397,15 @@ class _Walk:
                 f"{next(iter(self.keys)) if self._key is None else self._key.id}: it is forged, or "
                 "was sealed by another key."
             )
+
+
+def _read_if_there(path: Path) -> list[str]:
+    """Return what a head names, if there is one; a disk that does not say is no answer."""
+    try:
+        there = is_there(path)
+    except OSError as error:
+        raise AuditError(f"the head {path} cannot be read: {error.strerror}.") from error
+    return [_read_head(path)] if there else []
 
 
 def _read_head(path: Path) -> str:

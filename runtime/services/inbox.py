@@ -44,6 +44,8 @@ class Inbox:
         self._headers: Headers = {}
         self.passed: tuple[PassedOver, ...] = ()
         """What the last look passed over, with reasons."""
+        self.not_given: tuple[PassedOver, ...] = ()
+        """Those of them that the machine did not let be looked at."""
 
     def look(self, is_done: Callable[[Item], bool]) -> tuple[list[Item], bool]:
         """Return complete items that are not done, and whether others are still being written."""
@@ -55,7 +57,7 @@ class Inbox:
             headers=self._headers,
             read=self._read,
         )
-        self.passed = found.passed
+        self.passed, self.not_given = found.passed, found.not_given
         complete: list[Item] = []
         unsettled = False
         seen: dict[tuple[Path, str], tuple[Signature, float]] = {}

@@ -193,6 +193,11 @@ class Watcher:
         return self._inbox.passed
 
     @property
+    def not_given(self) -> tuple[PassedOver, ...]:
+        """Those of them that the machine did not let be looked at: what they are is not known."""
+        return self._inbox.not_given
+
+    @property
     def set_aside(self) -> Mapping[str, str]:
         """Names of what the last look found set aside already, by this watch or another: why."""
         return self._set_aside

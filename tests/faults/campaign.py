@@ -145,9 +145,11 @@ class Judge:
             verdict.outcome, verdict.said = "exit", str(error)
         except BaseException as error:
             verdict.outcome, verdict.said = f"bare {type(error).__name__}", str(error)
-            verdict.violations.append(
-                f"raised {error!r}: {traceback.format_exc().splitlines()[-16:-1:3]}"
-            )
+            way = [
+                f"{Path(frame.filename).name}:{frame.lineno}"
+                for frame in traceback.extract_tb(error.__traceback__)[-6:]
+            ]
+            verdict.violations.append(f"raised {error!r} at {' '.join(way)}")
         return verdict
 
     def case(self, fault: Fault, number: int) -> Verdict:
@@ -165,8 +167,9 @@ class Judge:
             verdict.violations.append(f"called a fault of the input: {verdict.said}")
         if verdict.outcome not in ("done",) and not _names_a_place(verdict.said, root):
             verdict.violations.append(f"names no file or folder: {verdict.said}")
-        # What cannot be deleted stays, until somebody does the same again.
-        self._look(verdict, may_leave=fault.call == "unlink" and fault.lasting)
+        # What cannot be deleted, or looked at, stays until somebody does the same again.
+        stays = fault.call == "stat" or (fault.call == "unlink" and fault.lasting)
+        self._look(verdict, may_leave=stays)
         return verdict
 
     def look(self, outcome: str) -> Verdict:

@@ -29,7 +29,7 @@ from faults.libraries import (
 )
 from faults.model_operations import MODEL_OPERATIONS
 from faults.node_operations import NODE_OPERATIONS
-from faults.operation import Operation, command, names
+from faults.operation import CommandError, Operation, command, names
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.signing import SigningKey, create_key, read_trusted
 from recallseg.runtime.library import Library
@@ -310,7 +310,11 @@ def _logged(root: Path) -> Any:
 
 
 def _rotate_once(root: Path) -> None:
-    if not _logged(root):
+    try:
+        done = _logged(root)
+    except OSError as error:  # of who asks
+        raise CommandError(str(error)) from error
+    if not done:
         command("audit", "rotate", "{root}/audit/log.jsonl")(root)
 
 

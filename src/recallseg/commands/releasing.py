@@ -229,6 +229,7 @@ def _evaluate(library: Library, folder: Path, labels: str | None, k: int) -> dic
 
     by_label = None if labels is None else parsed(parse_labels, labels, "--labels")
     found = find_annotations(folder, None)
+    found.check_whole()
     found.check_named(by_label, None)
     names = library.structures
     with progress_bar("Evaluating", len(found)) as step:

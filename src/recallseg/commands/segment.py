@@ -69,7 +69,7 @@ def segment(
         _refuse_existing(jobs)
     log = handling.log()
     records: list[dict[str, Any]] = []
-    failed: dict[str, str] = {}
+    failed = {str(each.path): each.reason for each in found.not_given}
     with Library.open(library) as opened:
         segmenter = asking.segmenter(opened, handling.propagate)
         if resume:

@@ -53,8 +53,8 @@ def watch(
     """Segment every image, volume and DICOM series that arrives in a folder, once.
 
     Stop it with Ctrl-C or SIGTERM; after a restart it goes on where it was. Exit status 1 if
-    something could not be segmented; with --strict also if something was set aside before, or
-    passed over.
+    something could not be segmented or looked at; with --strict also if something was set aside
+    before, or passed over.
     """
     from recallseg.runtime.library import Library
     from recallseg.runtime.services.watching import FAILURE_SCHEMA, LEFT_OUT_SCHEMA, Watcher
@@ -121,5 +121,5 @@ def watch(
                 if name not in failures:
                     note(f"set aside before: {name}: {why}")
             tell_passed(watcher.passed)
-    if failures or (handling.strict and left_out):
+    if failures or watcher.not_given or (handling.strict and left_out):
         raise typer.Exit(1)

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+from support.ungiven import ungiven
 
 from recallseg.engines import durable
 from recallseg.engines.durable import (
@@ -330,3 +332,63 @@ def test_of_two_that_create_a_file_the_second_is_refused(tmp_path: Path) -> None
     with pytest.raises(KeyError), creating(tmp_path / "other", b""):
         raise KeyError
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_file_that_could_not_be_looked_at_keeps_nobody_out(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    replace_file(place, b"old")
+    with ungiven(tmp_path / ".place.tmp"), pytest.raises(OSError, match="Input/output"):
+        replace_file(place, b"new")
+    assert place.read_bytes() == b"old"
+    again = Thread(target=replace_file, args=(place, b"newest"), daemon=True)
+    again.start()
+    again.join(20)
+    assert place.read_bytes() == b"newest"
+    assert os.listdir(tmp_path) == ["place"]
+
+
+def test_a_disk_that_does_not_say_what_is_there_is_not_taken_for_nothing(tmp_path: Path) -> None:
+    create_file(tmp_path / "key", b"old")
+    with ungiven(tmp_path / "key"), pytest.raises(OSError, match="Input/output"):
+        create_file(tmp_path / "key", b"new")
+    assert (tmp_path / "key").read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_said_to_be_on_the_disk(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    with replace_folder(place) as work:
+        fill(work, "old")
+
+    def replace() -> None:
+        with replace_folder(place) as work:
+            fill(work, "new")
+            refused.enter_context(ungiven(work / "below"))
+
+    with ExitStack() as refused, pytest.raises(OSError, match="Input/output"):
+        replace()
+    assert read(place) == "old"
+
+
+def test_what_was_moved_aside_comes_back_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    with replace_folder(place) as work:
+        fill(work, "old")
+    monkeypatch.setattr(durable.secrets, "token_hex", lambda count: "0" * 8)
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if ".new-" in self.name:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+    def replace() -> None:
+        with ungiven(tmp_path / ".place.old-00000000"), replace_folder(place) as work:
+            fill(work, "new")
+
+    with pytest.raises(OSError, match="Input/output"):
+        replace()
+    assert read(place) == "old"

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from support.fake_bundle import make_fake_bundle
+from support.ungiven import ungiven
 from typer.testing import CliRunner
 
 from recallseg import commands, engines, export, runtime
 from recallseg.cli import app
+from recallseg.engines.bundle import Bundle
 from recallseg.engines.digest import digest_file
-from recallseg.engines.errors import SignatureError
+from recallseg.engines.errors import BundleError, SignatureError
 from recallseg.engines.inside import (
     list_inside,
     make_folder_inside,
@@ -27,7 +29,7 @@ from recallseg.engines.inside import (
     replace_inside,
     sync_inside,
 )
-from recallseg.engines.reading import read_file, read_text
+from recallseg.engines.reading import is_there, read_file, read_text, walk
 from recallseg.engines.signing import check_bundle, check_file, create_key
 
 WAYS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
@@ -160,3 +162,27 @@ def test_signing_a_bundle_says_where_it_failed(
     assert done.exit_code == 1
     assert str(tmp_path / "bundle") in done.output.replace("\n", "")
     assert "Input/output error" in done.output
+
+
+def test_only_what_is_known_not_to_be_there_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    assert all(is_there(tmp_path / name) for name in ("", "file", "link"))
+    assert not any(is_there(tmp_path / name) for name in ("none", "file/none", "n" * 300, "\0"))
+    with ungiven(tmp_path / "file"), pytest.raises(OSError, match="Input/output"):
+        is_there(tmp_path / "file")
+
+
+def test_a_folder_that_is_not_given_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "below" / "deep").mkdir(parents=True)
+    assert [Path(folder).name for folder, _, _ in walk(tmp_path / "below")] == ["below", "deep"]
+    assert [*walk(tmp_path / "none")] == []
+    with ungiven(tmp_path / "below" / "deep"), pytest.raises(OSError, match="Input/output"):
+        [*walk(tmp_path)]
+
+
+def test_a_bundle_that_is_not_given_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    make_fake_bundle(tmp_path / "bundle")
+    manifest = tmp_path / "bundle" / "manifest.json"
+    with ungiven(manifest), pytest.raises(BundleError, match=f"{manifest} cannot be looked at"):
+        Bundle.open(tmp_path / "bundle")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from support.dicom_series import write_object, write_series
+from support.pictures import write_pairs
+from support.ungiven import ungiven
 
 from recallseg.engines.errors import InputError
+from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.formats.annotations import Annotations, find_annotations
 
 PLANES = np.zeros((3, 8, 6), np.uint16)
@@ -105,3 +109,35 @@ def test_a_mask_is_of_one_volume(tmp_path: Path) -> None:
         find_annotations(tmp_path / "a.nii.gz", tmp_path / "gone.nii.gz")
     with pytest.raises(InputError, match="no file or folder"):
         find_annotations(tmp_path / "gone")
+
+
+def test_a_mask_that_is_not_given_may_belong_to_any_image(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [0.2, 0.5])
+    assert len(find_annotations(tmp_path).pairs) == 2
+    (mask, *_) = sorted(tmp_path.rglob("*.mask*.png"))
+    with ungiven(mask), pytest.raises(InputError, match=f"{mask}: cannot be looked at"):
+        find_annotations(tmp_path)
+    with ungiven(tmp_path), pytest.raises(InputError, match="cannot be looked at") as caught:
+        find_annotations(tmp_path)
+    assert machine_fault(caught.value)
+
+
+def test_a_folder_that_is_not_given_is_told(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_pairs(tmp_path / name, [0.2, 0.5])
+    with ungiven(tmp_path / "two"), pytest.raises(InputError, match="cannot be looked"):
+        find_annotations(tmp_path)
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("two"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scan(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        seen = find_annotations(tmp_path)
+    assert [each.path.name for each in seen.unseen] == ["two"]
+    assert len(seen.pairs) == 2
+    with pytest.raises(InputError, match="two: cannot be looked into: Input/output error"):
+        seen.check_whole()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.fake_library import HashEncoder, StubBundle, add, create, draw, embedding
+from support.ungiven import ungiven
 
 from recallseg.engines.errors import (
     InputError,
@@ -16,6 +17,7 @@ from recallseg.engines.errors import (
     LibraryError,
     LibraryLockedError,
     LibraryNotFoundError,
+    LibraryWriteError,
 )
 from recallseg.runtime.library import Library, backups
 
@@ -237,6 +239,19 @@ def test_what_identifies_is_not_copied_and_survives_a_restore(tmp_path: Path) ->
     restored = Library.open(library.path)
     assert restored.whois("1").tags == {"PatientID": "4711"}
     assert (library.path / "identifiers.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_identifies_is_not_lost_where_the_disk_does_not_give_it(tmp_path: Path) -> None:
+    library = create(tmp_path / "library")
+    add(library, 1, key="1", tags={"PatientID": "4711"})
+    library.backup(tmp_path / "copy")
+    library.close()
+    with (
+        ungiven(library.path / "identifiers.jsonl"),
+        pytest.raises(LibraryWriteError, match="Input/output"),
+    ):
+        Library.restore(tmp_path / "copy", library.path)
+    assert Library.open(library.path).whois("1").tags == {"PatientID": "4711"}
 
 
 def _bytes(file: Path) -> bytes:

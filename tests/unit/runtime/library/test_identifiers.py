@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.fake_library import HashEncoder, add, create, draw, embedding
+from support.ungiven import ungiven
 
 from recallseg.engines.errors import (
     InputError,
@@ -213,6 +214,16 @@ def test_what_was_never_committed_is_forgotten(
     other = add(library, 3, name="Meier")
     library = reopen(library)
     assert [library.whois(each).name for each in (key, other)] == ["Mueller", "Meier"]
+
+
+def test_no_name_stays_as_the_disk_did_not_give_the_table(library: Library) -> None:
+    key = add(library, 1, name="Mueller")
+    table = library.path / IDENTIFIERS
+    with ungiven(table), pytest.raises(LibraryError, match=f"{table} cannot be read: Input/output"):
+        library.remove(key)
+    assert key in library
+    library.remove(key)
+    assert b"Mueller" not in table.read_bytes()
 
 
 def test_a_change_of_tags_that_was_cut_off_is_not_told(library: Library) -> None:

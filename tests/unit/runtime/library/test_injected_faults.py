@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_library import HashEncoder, add, create, descriptors_of, embedding
+from support.ungiven import ungiven
 
 from recallseg.engines.errors import (
     LibraryCorruptError,
@@ -312,3 +313,22 @@ def test_an_image_that_the_disk_does_not_give_is_not_damaged(library: Library, c
         library.source(key)  # its folder is the first
     assert isinstance(told.value, LibraryCorruptError) is (code == errno.ENOENT)
     assert machine_fault(told.value) == (0 if code == errno.ENOENT else code)
+
+
+@pytest.mark.parametrize("name", ["", "library.sqlite"])
+def test_a_library_that_cannot_be_looked_at_says_so_and_leaves_nothing_open(
+    library: Library, name: str
+) -> None:
+    add(library, 1)
+    library.close()
+    before = descriptors_of(library.path)
+    with (
+        ungiven(library.path / name),
+        pytest.raises(LibraryError, match=f"{library.path}.*Input/output") as caught,
+    ):
+        Library.open(library.path, mode="write", encoder=HashEncoder())
+    assert not isinstance(caught.value, LibraryCorruptError)
+    del caught
+    assert descriptors_of(library.path) == before
+    with ungiven(library.path / name), pytest.raises(LibraryError, match="Input/output"):
+        create(library.path)

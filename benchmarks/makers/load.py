@@ -6,15 +6,17 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import mean, median
+from struct import Struct
+from tempfile import TemporaryFile
 
 from recallseg.benchmarks.resident import resident_bytes
 from recallseg.benchmarks.schema import SoakSeries
 
-__all__ = ["Load", "duration_series", "process_series", "reading"]
+__all__ = ["Load", "Times", "duration_series", "process_series", "reading"]
 
 MOST_ERRORS = 20
 """Of one thing, before it is not done any more."""
@@ -26,6 +28,29 @@ MOST_SLOWER = 1.5
 """Times that a median may be in the last quarter."""
 POINTS = 400
 """Of a curve."""
+
+
+_PAIR = Struct("dd")
+
+
+class Times:
+    """When something was done, and how long it took: kept in a file.
+
+    In memory they would be most of what grows while everything else stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self._file = TemporaryFile()  # noqa: SIM115  # closed when they are taken
+
+    def add(self, seconds: float, milliseconds: float) -> None:
+        """Keep one: when it was begun, and how long it took."""
+        self._file.write(_PAIR.pack(seconds, milliseconds))
+
+    def take(self) -> list[tuple[float, float]]:
+        """Return all of them, once."""
+        with self._file as file:
+            file.seek(0)
+            return [*_PAIR.iter_unpack(file.read())]
 
 
 class Load:
@@ -41,7 +66,7 @@ class Load:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
-        self.spent: dict[str, list[tuple[float, float]]] = {}
+        self.spent: dict[str, Times] = {}
         self.over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._began = time.monotonic()
@@ -53,7 +78,7 @@ class Load:
 
     def begin(self, name: str, act: Callable[[int], object], every: float) -> None:
         """Do ``act`` with 0, 1, 2, ... and wait ``every`` seconds in between."""
-        self.spent[name] = []
+        spent = self.spent[name] = Times()
 
         def work() -> None:
             number = failed = 0
@@ -62,7 +87,7 @@ class Load:
                 try:
                     act(number)
                     self.counts[name] += 1
-                    self.spent[name].append((begin, (self.seconds - begin) * 1e3))
+                    spent.add(begin, (self.seconds - begin) * 1e3)
                 except Exception as error:  # whatever it is, the report tells it
                     self.errors.append(f"{name}, after {begin:.0f} s: {error!r}")
                     failed += 1
@@ -127,10 +152,11 @@ def process_series(readings: Sequence[tuple[float, dict[str, float]]]) -> tuple[
     return tuple(found)
 
 
-def duration_series(spent: dict[str, list[tuple[float, float]]]) -> tuple[SoakSeries, ...]:
-    """Compare, of each thing that was done, how long it took."""
+def duration_series(spent: Mapping[str, Times]) -> tuple[SoakSeries, ...]:
+    """Compare, of each thing that was done, how long it took; takes the times."""
     found = []
-    for name, pairs in spent.items():
+    for name, times in spent.items():
+        pairs = times.take()
         if not pairs:
             continue
         seconds, values = [at for at, _ in pairs], [took for _, took in pairs]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from recallseg.benchmarks.facts import bundle_facts, head
 from recallseg.benchmarks.machine import Watch, describe_conditions
-from recallseg.benchmarks.makers.load import Load, duration_series, process_series, reading
+from recallseg.benchmarks.makers.load import Load, Times, duration_series, process_series, reading
 from recallseg.benchmarks.schema import Report, TogetherRun
 from recallseg.benchmarks.subjects import RuntimeChoice
 from recallseg.engines.bundle import Bundle
@@ -173,9 +173,9 @@ def _streamed(
         if frame.error is not None:
             load.errors.append(f"frames: {frame.error!r}")
         load.counts["frames segmented"] += 1
-        spent.append((load.seconds, frame.latency_ms))
+        spent.add(load.seconds, frame.latency_ms)
 
-    spent = load.spent["frames segmented"] = []
+    spent = load.spent["frames segmented"] = Times()
     with (
         Segmenter(rule["library"], k=2, frames=3, **asking) as segmenter,
         Stream(segmenter, shown) as stream,

@@ -319,6 +319,18 @@ def test_what_cannot_be_segmented_is_set_aside_with_the_reason(
         assert CliRunner().invoke(app, asked).exit_code == 1
 
 
+def test_headers_are_remembered_no_longer_than_something_waits_to_read_them(
+    tmp_path: Path, library: Path
+) -> None:
+    write_series(tmp_path / "s", half_volume(2))
+    write_series(tmp_path / "t", half_volume(2), Modality="CT", SeriesInstanceUID=generate_uid())
+    with running(configured(tmp_path, library, rule={"when": {"modality": "MR"}})) as node:
+        dcmtk("storescu", node.port, "+sd", "+r", tmp_path / "s", tmp_path / "t")
+        wait_until(lambda: node.counts()["series"] == {"decided": 1, "unmatched": 1})
+        wait_until(lambda: node.counts()["jobs"] == {"made": 1})
+        wait_until(lambda: not node._readers._known)
+
+
 @pytest.mark.parametrize(
     "told", [None, "its header is damaged", NotGiven("Input/output error", errno.EIO)], ids=str
 )

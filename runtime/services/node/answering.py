@@ -124,6 +124,8 @@ class Decider:
                     )
             else:
                 state, note = "unreadable", str(header or "no DICOM")
+        if not rules:
+            self._readers.forget(self._store.files(series))
         self._store.decide(series, content, [rule.name for rule in rules], state, note)
         self._metrics.done(f"series {state}")
         say = self._log.info if state == "decided" else self._log.warning
@@ -181,6 +183,7 @@ class Answerer:
         job = self._store.next_job()
         if job is None:
             return False
+        files = self._store.files(job.series)  # before they may go
         try:
             self._do(job)
         except _StoppedError:
@@ -198,6 +201,8 @@ class Answerer:
         except Exception as error:  # a defect, which must not end the node
             self._log.error("defect", series=job.series, rule=job.rule, error=error)
             self._store.drop_job(job, "failed", f"defect: {type(error).__name__}: {error}")
+        if not self._store.awaits(job.series):
+            self._readers.forget(files)
         return True
 
     def _fail(self, job: Job, error: BaseException, why: str) -> None:

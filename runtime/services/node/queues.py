@@ -59,6 +59,11 @@ class Queues(NodeDatabase):
         )
         return None if row is None else Job(*row)
 
+    def awaits(self, series: str) -> bool:
+        """Whether a job of a series has yet to be done."""
+        row = self._one("SELECT 1 FROM jobs WHERE series=? AND state='waiting' LIMIT 1", (series,))
+        return row is not None
+
     def drop_job(self, job: Job, state: Literal["superseded", "failed"], note: str = "") -> None:
         """Note that nothing comes of a job."""
         self._run("UPDATE jobs SET state=?, note=? WHERE id=?", (state, note, job.id))

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -132,7 +132,8 @@ class HeaderReaders:
 
     Each is started and asked by a thread that lives as long: Linux ends a process of ours with the
     thread that started it. Headers of objects that were just received are remembered by the name
-    of their file, which holds the digest of its contents, so that a job need not read them again.
+    of their file, which holds the digest of its contents, so that a job need not read them again,
+    until they are forgotten, or too many.
     """
 
     def __init__(self, limits: DecodingLimits | None = None) -> None:
@@ -148,6 +149,11 @@ class HeaderReaders:
         while len(self._known) > _REMEMBERED:
             with suppress(KeyError):  # another thread was quicker
                 self._known.popitem(last=False)
+
+    def forget(self, files: Iterable[Path]) -> None:
+        """Forget the headers of files that nothing waits to read; they can be read again."""
+        for file in files:
+            self._known.pop(file.name, None)
 
     def __call__(self, path: Path) -> Header:
         """Do as :func:`recallseg.runtime.formats.dicom_headers.read_header`, within limits."""

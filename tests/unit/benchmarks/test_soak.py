@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tracemalloc import get_traced_memory, start, stop
 
 import pytest
 from support.bench_reports import make_report, make_run
@@ -74,6 +75,30 @@ def test_what_grows_is_told_and_what_fails_is_named() -> None:
     assert [text.split(": ")[1] for text in load.errors] == ["ValueError('lost')"]
     [series] = duration_series(load.spent)
     assert (series.name, len(series.values)) == ("acts", 4)
+
+
+def test_what_is_kept_of_a_long_soak_is_not_kept_in_memory() -> None:
+    """112 bytes for each thing done, once: a third of what grew in half an hour."""
+    load, many = Load(), 20_000
+    held: list[int] = []
+
+    def act(number: int) -> None:
+        if number in (many // 10, many):
+            held.append(get_traced_memory()[0])
+        if number == many:
+            load.over.set()
+
+    start()
+    try:
+        load.begin("acts", act, 0.0)
+        load.over.wait(60)
+        load.end()
+    finally:
+        stop()
+    assert (held[1] - held[0]) / (0.9 * many) < 1, "bytes for each thing done"
+    [series] = duration_series(load.spent)
+    assert load.counts["acts"] == many + 1
+    assert series.seconds == tuple(sorted(series.seconds))
 
 
 @pytest.mark.slow

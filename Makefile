@@ -4,10 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WITH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo test fast full native slow coverage docs release clean
+.PHONY: env demo test fast full native slow coverage docs release clean
 
 demo: $(VENV)/.demo  ## segment real MR slices on the CPU and leave a page in demo-output/
 	$(BIN)/recallseg demo --output demo-output
+
+env: $(VENV)/.dev  ## what all targets below need, and what they need of it
 
 test: full
 

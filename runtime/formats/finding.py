@@ -28,6 +28,7 @@ from recallseg.runtime.json_text import printable
 
 __all__ = [
     "MASK_SUFFIX",
+    "PREVIEW_SUFFIX",
     "Finding",
     "Headers",
     "Item",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 MASK_SUFFIX = ".mask"
+PREVIEW_SUFFIX = ".preview"
 MOST_FILES = 1_000_000
 """Files in one folder and below; more is taken for a mistake (a whole disk, a loop)."""
 
@@ -308,6 +310,8 @@ class _Sorted:
             if is_mask(path):
                 self._masks.append(path)
                 self._pass(path, "a label map or segmentation, not an image")
+            elif volume_stem(path).lower().endswith(PREVIEW_SUFFIX) and not self._named:
+                self._pass(path, "a preview of an earlier result, as its name says")
             else:
                 self._items.append(file_item(path, self._folder, kind, signature))
         elif (header := self._header(path, signature)) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FORMATS", "Format", "is_image", "kind_by_name", "stem", "suffixes"]
+__all__ = ["FORMATS", "Format", "is_image", "kind_by_name", "mask_kind", "stem", "suffixes"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,18 @@ def kind_by_name(path: Path) -> str | None:
 def is_image(path: Path) -> bool:
     """Whether a file's name says that it is a picture."""
     return kind_by_name(path) == "image"
+
+
+def mask_kind(path: Path) -> str | None:
+    """Return as which of :data:`FORMATS` a segmentation of this name can be written; None if not.
+
+    A format that is only read gives its segmentations to another one.
+    """
+    kind = kind_by_name(path)
+    if kind == "image":
+        return kind if path.suffix.lower() == ".png" else None
+    written = {kind_by_name(Path(f"x{each.mask}")) for each in FORMATS.values()}
+    return kind if kind in written else None
 
 
 def stem(path: Path) -> str:

@@ -11,9 +11,15 @@ from numpy.typing import NDArray
 
 from recallseg.engines.reading import read_text
 from recallseg.runtime.formats.volume import Volume
-from recallseg.runtime.model.preprocess import Intensity, scale_intensities
+from recallseg.runtime.model.preprocess import Intensity
 from recallseg.runtime.reports.format import POLICY, STYLE
-from recallseg.runtime.reports.pictures import PALETTE, Source, Thumbnail, colour, legend
+from recallseg.runtime.reports.outlined import (
+    LEGEND,
+    draw_legend,
+    draw_mark,
+    draw_outlines,
+)
+from recallseg.runtime.reports.pictures import Source, Thumbnail, colour, legend
 from recallseg.runtime.volumes.slices import SliceRecord, VolumeResult
 
 __all__ = ["contact_sheet", "render_volume_page"]
@@ -31,18 +37,12 @@ def contact_sheet(volume: Volume, result: VolumeResult, intensity: Intensity) ->
     chosen = _spread(_extent(result), MOST_TILES)
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
-    sheet = np.zeros((rows * TILE + 28, columns * TILE, 3), np.uint8)
+    sheet = np.zeros((rows * TILE + LEGEND, columns * TILE, 3), np.uint8)
     for position, record in enumerate(chosen):
         top, left = divmod(position, columns)
         tile = _tile(volume, result, intensity, record)
         sheet[top * TILE : (top + 1) * TILE, left * TILE : (left + 1) * TILE] = tile
-    x = 6
-    for index, name in enumerate(result.labels):
-        ink = name.encode("ascii", "replace").decode()
-        _write(sheet, ink, (x, rows * TILE + 19), _bgr(index))
-        x += 16 + cv2.getTextSize(ink, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)[0][0]
-    if result.notice:
-        _write(sheet, result.notice.upper(), (x + 10, rows * TILE + 19), (80, 80, 255))
+    draw_legend(sheet, result.labels, result.notice)
     _, data = cv2.imencode(".png", sheet)
     return data.tobytes()
 
@@ -144,38 +144,18 @@ def _tile(
     volume: Volume, result: VolumeResult, intensity: Intensity, record: SliceRecord
 ) -> NDArray[np.uint8]:
     slicing = result.slicing
-    image = (scale_intensities(slicing.view(volume.array, record.index), intensity) * 255).astype(
-        np.uint8
-    )
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
+    image = slicing.view(volume.array, record.index)
     row_mm, column_mm = slicing.spacing(volume)
     height, width = image.shape[0] * row_mm, image.shape[1] * column_mm
     scale = TILE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.resize(np.ascontiguousarray(image[..., ::-1]), size, interpolation=cv2.INTER_AREA)
-    for index, mask in enumerate(_masks(result, record.index)):
-        enlarged = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-        outlines, _ = cv2.findContours(enlarged, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(small, outlines, -1, _bgr(index), 1, cv2.LINE_AA)
     tile = np.zeros((TILE, TILE, 3), np.uint8)
     top, left = (TILE - size[1]) // 2, (TILE - size[0]) // 2
-    tile[top : top + size[1], left : left + size[0]] = small
-    mark = (80, 160, 255) if record.flag == "suspect" else (200, 200, 200)
-    _write(tile, f"{record.index}{' ?' if record.flag == 'suspect' else ''}", (4, 14), mark)
+    tile[top : top + size[1], left : left + size[0]] = draw_outlines(
+        image, _masks(result, record.index), intensity, size
+    )
+    draw_mark(tile, f"{record.index}{' ?' if record.flag == 'suspect' else ''}", record.flag)
     return tile
-
-
-def _write(
-    image: NDArray[np.uint8], text: str, at: tuple[int, int], ink: tuple[int, int, int]
-) -> None:
-    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 3, cv2.LINE_AA)
-    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.45, ink, 1, cv2.LINE_AA)
-
-
-def _bgr(index: int) -> tuple[int, int, int]:
-    code = PALETTE[index % len(PALETTE)]
-    return int(code[5:7], 16), int(code[3:5], 16), int(code[1:3], 16)
 
 
 def _profile(result: VolumeResult) -> str:

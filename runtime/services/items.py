@@ -12,6 +12,7 @@ from recallseg.engines.digest import digest_json
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.reports.outlined import outlined_picture
 from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
@@ -97,7 +98,8 @@ def segment_item(
     ----------
     image : HxW or HxWx3, or a volume.
     base : path of the outputs, less their suffixes.
-    settings, progress : for volumes.
+    settings : how volumes are treated; of pictures, whether to leave a preview.
+    progress : for volumes.
     extra : what else the record shall have.
 
     Raises
@@ -120,4 +122,6 @@ def segment_item(
     result = segmenter.segment(image)
     if log is not None:
         log.record(image, result.label_map, result.to_audit())
-    return result, write_result(base, result, item.name, extra)
+    intensity = segmenter.library.intensity
+    preview = outlined_picture(image, result, intensity) if settings.preview else None
+    return result, write_result(base, result, item.name, extra, preview)

@@ -14,7 +14,7 @@ from typing import Any
 from recallseg.engines.durable import make_folder, replace_file
 from recallseg.engines.errors import InputError
 from recallseg.engines.reading import read_file
-from recallseg.runtime.formats.finding import MASK_SUFFIX
+from recallseg.runtime.formats.finding import MASK_SUFFIX, PREVIEW_SUFFIX
 from recallseg.runtime.formats.images import write_label_map
 from recallseg.runtime.formats.kinds import FORMATS
 from recallseg.runtime.json_text import json_text, printable
@@ -23,20 +23,21 @@ from recallseg.runtime.segmenting.result import Result
 
 __all__ = [
     "MASK_SUFFIX",
-    "PREVIEW_SUFFIXES",
     "VOLUME_SUFFIXES",
     "is_done",
     "mask_file",
     "no_halves",
     "output_base",
+    "output_files",
+    "preview_files",
     "record_file",
+    "remove_previews",
     "time_base",
-    "volume_files",
     "write_result",
 ]
 
 VOLUME_SUFFIXES = {kind: each.mask for kind, each in FORMATS.items() if kind != "image"}
-PREVIEW_SUFFIXES = (".preview.png", ".preview.html")
+_PREVIEWS = (f"{PREVIEW_SUFFIX}.png", f"{PREVIEW_SUFFIX}.html")
 MOST_BYTES_BELOW = 1500  # of folders below the output: systems take 4096 of a whole path
 _TAKEN = (".json", ".html", *(Path(f"x{each.mask}").suffix for each in FORMATS.values()))
 """By our files: no folder's name."""
@@ -73,14 +74,24 @@ def time_base(base: Path, time: int) -> Path:
     return base.with_name(f"{base.name}.time{time}")
 
 
-def volume_files(base: Path) -> list[Path]:
-    """Return every file that segmenting a volume may write."""
-    suffixes = (*VOLUME_SUFFIXES.values(), *PREVIEW_SUFFIXES)
-    return [mask_file(base), record_file(base), *(base.with_name(base.name + s) for s in suffixes)]
+def preview_files(base: Path) -> list[Path]:
+    """Return where pictures go: a PNG and, of a volume, a page."""
+    return [base.with_name(base.name + suffix) for suffix in _PREVIEWS]
+
+
+def output_files(base: Path, kind: str) -> list[Path]:
+    """Return every file that segmenting something of a kind (``FORMATS``) may write."""
+    masks = () if kind == "image" else VOLUME_SUFFIXES.values()
+    others = [base.with_name(base.name + suffix) for suffix in masks]
+    return [mask_file(base), record_file(base), *others, *preview_files(base)]
 
 
 def write_result(
-    base: Path, result: Result, image: str, extra: Mapping[str, Any] | None = None
+    base: Path,
+    result: Result,
+    image: str,
+    extra: Mapping[str, Any] | None = None,
+    preview: bytes | None = None,
 ) -> dict[str, Any]:
     """Write label map and record, the record last; return the record.
 
@@ -88,6 +99,7 @@ def write_result(
     ----------
     image : name of the image's file.
     extra : what else the record shall have.
+    preview : the picture (PNG), if one shall be left; else one of an earlier run goes.
 
     Raises
     ------
@@ -104,10 +116,19 @@ def write_result(
         **(extra or {}),
     }
     make_folder(base.parent)
-    with no_halves(base, mask_file(base)):
+    with no_halves(base, mask_file(base), *preview_files(base)):
         write_label_map(mask_file(base), result.label_map)
+        remove_previews(base)
+        if preview is not None:
+            replace_file(preview_files(base)[0], preview)
         replace_file(record_file(base), json_text(record).encode())
     return record
+
+
+def remove_previews(base: Path) -> None:
+    """Remove the pictures of an earlier run, which show another result."""
+    for path in preview_files(base):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

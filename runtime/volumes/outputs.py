@@ -22,10 +22,11 @@ from recallseg.runtime.reports.volume_page import contact_sheet, render_volume_p
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.outputs import (
-    PREVIEW_SUFFIXES,
     no_halves,
+    output_files,
+    preview_files,
     record_file,
-    volume_files,
+    remove_previews,
 )
 from recallseg.runtime.volumes.slices import VolumeResult, segment_volume
 from recallseg.runtime.volumes.writing import write_segmentation
@@ -50,7 +51,7 @@ class VolumeSettings:
     ----------
     plane : see :meth:`recallseg.runtime.formats.volume.Slicing.of`.
     largest, fill_holes : see :func:`recallseg.runtime.volumes.slices.clean_up`.
-    preview : whether to leave pictures.
+    preview : whether to leave pictures, of pictures too.
     voi : see :func:`recallseg.runtime.formats.dicom.read_dicom`.
     concepts : coded meaning by structure, beyond the built-in table; see
         :mod:`recallseg.runtime.formats.concepts`.
@@ -109,12 +110,11 @@ def segment_to_files(
     if log is not None:
         log.record(volume.array, result.label_map, {**result.to_audit(volume), **read_with})
     extra = {**read_with, **(extra or {})}
-    with no_halves(base, *volume_files(base)):
+    with no_halves(base, *output_files(base, kind)):
         if settings.preview:
             write_preview(base, volume, result, segmenter.library)
         else:
-            for suffix in PREVIEW_SUFFIXES:  # of an earlier run: it shows another result
-                base.with_name(base.name + suffix).unlink(missing_ok=True)
+            remove_previews(base)
         record = write_volume_result(base, volume, kind, result, source, extra, settings.concepts)
     return result, record
 
@@ -227,7 +227,7 @@ def write_preview(base: Path, volume: Volume, result: VolumeResult, library: Lib
         If the folder cannot be written.
     """
     make_folder(base.parent)
-    sheet, page = (base.with_name(base.name + suffix) for suffix in PREVIEW_SUFFIXES)
+    sheet, page = preview_files(base)
     replace_file(sheet, contact_sheet(volume, result, library.intensity))
     text = render_volume_page(
         volume, result, library.intensity, source_of(library), printable(base.name)

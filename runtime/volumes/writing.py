@@ -14,7 +14,7 @@ from recallseg.runtime.arrays import as_array
 from recallseg.runtime.formats.concepts import Concept, concepts_for, read_concepts
 from recallseg.runtime.formats.dicom_seg import Algorithm, write_dicom_seg
 from recallseg.runtime.formats.images import write_label_map
-from recallseg.runtime.formats.kinds import kind_by_name, suffixes
+from recallseg.runtime.formats.kinds import FORMATS, mask_kind
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.reading import open_volume
@@ -70,11 +70,12 @@ def write_segmentation(
     np.uint8(1)
     """
     path, volume = Path(path), open_volume(volume)
-    kind = kind_by_name(path)
-    if kind is None or (kind == "image" and path.suffix.lower() != ".png"):
+    kind = mask_kind(path)
+    if kind is None:
+        expected = ", ".join(dict.fromkeys(each.mask for each in FORMATS.values()))
         raise InputError(
-            f"{path} does not say which format it shall have; expected "
-            f"{', '.join((*suffixes(), '.png'))}."
+            f"{path} names no format that a segmentation can be written in; expected a name like "
+            f"those that end in {expected}."
         )
     if isinstance(concepts, (str, Path)):
         concepts = read_concepts(Path(concepts))

@@ -45,7 +45,7 @@ from recallseg.runtime.services.node.receiving import Arrivals, HeaderReaders
 from recallseg.runtime.services.node.settings import RetrySettings
 from recallseg.runtime.services.node.store import NodeStore
 from recallseg.runtime.services.node.texts import write_capture, write_report
-from recallseg.runtime.services.outputs import PREVIEW_SUFFIXES, VOLUME_SUFFIXES
+from recallseg.runtime.services.outputs import VOLUME_SUFFIXES, preview_files
 from recallseg.runtime.services.patience import MOST_TIMES
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Arriving, Rule, fitting
@@ -332,7 +332,7 @@ class Answerer:
             answers.append(_answer(report))
         if rule.preview:
             capture = base.with_name(f"{base.name}.sc.dcm")
-            write_capture(capture, volume, base.with_name(base.name + PREVIEW_SUFFIXES[0]))
+            write_capture(capture, volume, preview_files(base)[0])
             answers.append(_answer(capture))
         return answers
 

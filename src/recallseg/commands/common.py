@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 import typer
 
 from recallseg.engines.errors import InputError, OutputError
+from recallseg.runtime.formats.kinds import FORMATS
 
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import PassedOver
@@ -107,8 +108,6 @@ def _plane(name: str | None) -> str | None:
 
 
 def _format(name: str | None) -> str | None:
-    from recallseg.runtime.formats.kinds import FORMATS
-
     return name if name is None else one_of(name, FORMATS, "format")
 
 
@@ -196,7 +195,7 @@ CleanUpOption = Annotated[
     ),
 ]
 PreviewOption = Annotated[
-    bool, typer.Option("--preview", help="Leave pictures of each volume: PNG and HTML.")
+    bool, typer.Option("--preview", help="Leave pictures: a PNG, and of a volume a page (HTML).")
 ]
 VoiOption = Annotated[
     bool, typer.Option("--voi", help="Apply a DICOM file's own window, as a screen does.")
@@ -221,7 +220,7 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         callback=_format,
-        help="dicom, nifti, nrrd or image, where a name does not tell; of folders, only such.",
+        help=f"{', '.join(FORMATS)}, where a name does not tell; of folders, only such.",
     ),
 ]
 TimeOption = Annotated[

@@ -357,6 +357,11 @@ def fit(
         return
     for line in lines:
         say(line)
+    if any(choice.used for choice in head.choices.values()):
+        note(
+            "its results need a calibration of their own: recallseg library calibrate with the "
+            "same options"
+        )
 
 
 def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:
@@ -381,8 +386,9 @@ def _head(head: Head, library: Library) -> tuple[list[str], dict[str, Any]]:
             continue
         small = f", absent where {choice.absence}" if choice.absence else ""
         lines.append(
-            f"  {name}: {choice.mix:.0%} of the head{small}; {dice}, {choice.alone:.3f} without "
-            f"(gain {choice.low:+.3f} to {choice.high:+.3f}, {choice.exemplars} exemplars)"
+            f"  {name}: {choice.mix:.0%} of its logits are the head's{small}; {dice}, "
+            f"{choice.alone:.3f} without (gain {choice.low:+.3f} to {choice.high:+.3f}, "
+            f"{choice.exemplars} exemplars)"
         )
         lines += _by_distance(choice)
     return lines, {
@@ -407,7 +413,7 @@ def _by_distance(choice: Choice) -> list[str]:
         lines.append(f"    with a mask, by distance from the library: {told}")
         if any(abs(knot.dice) >= 0.0005 for knot in choice.sure):
             more = _steps((knot.at, f"{knot.dice:+.3f}") for knot in choice.sure)
-            lines[-1] += f"; by IoU estimate {more}"
+            lines[-1] += f"; more or less by IoU estimate: {more}"
     right, of = choice.empty
     if of:
         lines.append(f"    without a mask, right in {right:.3g} of {of} exemplars")

@@ -85,6 +85,8 @@ def segment(
                             note(f"{item.name}: {text}")
                         if not as_json:
                             say(line)
+                        for name, why in record["quality"].get("reasons", {}).items():
+                            note(f"{item.name}: {name}: {'; '.join(why)}")
                 except (InputError, OutputError, MemoryError) as error:
                     failed[str(item.path)] = str(error) or "it needs more memory than there is"
                 step(printable(item.name))
@@ -191,11 +193,10 @@ def _left(
 
 
 def _refuse_existing(jobs: Sequence[tuple[Item, Path]]) -> None:
-    from recallseg.runtime.services.outputs import mask_file, record_file, volume_files
+    from recallseg.runtime.services.outputs import output_files
 
     for item, base in jobs:
-        plain = [mask_file(base), record_file(base)]
-        for target in plain if item.kind == "image" else volume_files(base):
+        for target in output_files(base, item.kind):
             if target.exists():
                 raise InputError(
                     f"{printable(target)} exists already; nothing was written. Choose another "

@@ -198,6 +198,33 @@ def test_segment(library: Path, query: Path, tmp_path: Path) -> None:
     assert json.loads((out / "query.json").read_text())["provenance"]["recipe"]["k"] == 3
 
 
+def test_a_picture_has_a_preview(library: Path, query: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call("segment", library, query, "--output", out, "--k", 2, "--preview", *FAKE)
+    assert cv2.imread(str(out / "query.preview.png")).shape == (512 + 28, 512, 3)
+    again = answer("segment", library, out, query, "--output", tmp_path / "again", *FAKE)
+    assert "a preview" in again["passed_over"][str(out / "query.preview.png")]
+    assert len(again["results"]) == 1
+    (out / "query.mask.png").unlink()
+    (out / "query.json").unlink()
+    told = call("segment", library, query, "--output", out, *FAKE, status=1)
+    assert "query.preview.png exists already" in told
+    call("segment", library, query, "--output", out, "--overwrite", *FAKE)
+    assert not (out / "query.preview.png").exists()  # it showed another result
+
+
+def test_why_a_result_is_suspect_stands_below_it(library: Path, tmp_path: Path) -> None:
+    call("library", "calibrate", library, "--k", 2, *FAKE)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
+    cv2.imwrite(str(tmp_path / "noise.png"), noise)
+    out = tmp_path / "out"
+    told = call("segment", library, tmp_path / "noise.png", "--output", out, "--k", 2, *FAKE)
+    reasons = json.loads((out / "noise.json").read_text())["quality"]["reasons"]
+    assert reasons
+    for name, why in reasons.items():
+        assert f"noise.png: {name}: {'; '.join(why)}" in told
+
+
 def test_segment_can_be_repeated_after_a_failure(
     library: Path, query: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import recallseg
 from recallseg import Bundle, Library, Segmenter, cli
 from recallseg.errors import InputError
+from recallseg.runtime.formats.kinds import FORMATS, Format
 from recallseg.runtime.formats.volume import Slicing
 
 NAMES = {1: "disc", 2: "core"}
@@ -186,7 +187,7 @@ def test_images_are_evaluated_as_the_command_evaluates_them(tmp_path: Path, libr
     [
         ("x.dcm", "no DICOM source|this volume has none"),
         ("x.png", "shares 4 voxels"),
-        ("x.mha", "which format"),
+        ("x.mha", "names no format"),
         ("x.nii.gz", "shares 4 voxels"),
     ],
 )
@@ -199,6 +200,18 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path, name: str, message: 
     with pytest.raises(InputError, match="one slice, and the volume has 3"):
         recallseg.write_segmentation(tmp_path / "x.png", {"a": one}, volume)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_format_that_is_only_read_gets_its_segmentation_in_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "gipl", Format((".gipl",), ".mask.nii.gz"))
+    volume = recallseg.Volume(np.zeros((1, 9, 8), np.int16), np.eye(4), "LPS")
+    found = {"a": np.ones(volume.shape, bool)}
+    with pytest.raises(InputError, match=r"names no format.*\.mask\.nii\.gz"):
+        recallseg.write_segmentation(tmp_path / "x.gipl", found, volume)
+    assert not [*tmp_path.iterdir()]
+    recallseg.write_segmentation(tmp_path / "x.mask.nii.gz", found, volume)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

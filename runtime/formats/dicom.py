@@ -26,6 +26,7 @@ from recallseg.runtime.formats.dicom_files import (
 )
 from recallseg.runtime.formats.dicom_grid import place
 from recallseg.runtime.formats.dicom_pixels import (
+    check_length,
     check_pixels,
     stored_frames,
     values_of,
@@ -179,6 +180,8 @@ def _headers(files: Sequence[Path], path: Path) -> tuple[list[Path], list[Any], 
         with damaged_is_input_error(file):
             header = open_dicom(file)
             kind = object_kind(header)
+            if kind == "image":
+                check_length(file, header)
         if kind == "image":
             paths.append(file)
             headers.append(header)

@@ -18,6 +18,7 @@ from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.formats.guards import check_given, naming
 
 __all__ = [
+    "DEFLATED",
     "OTHERS",
     "RT_STRUCTURE_SET",
     "SEGMENTATIONS",

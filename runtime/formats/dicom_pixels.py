@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.codestreams import stated_size
+from recallseg.runtime.formats.codestreams import MOST_SCANS, rle_fits, scans, stated_size
+from recallseg.runtime.formats.dicom_files import DEFLATED
 from recallseg.runtime.formats.dicom_planes import Plane, item
 from recallseg.runtime.formats.guards import check_size
 
-__all__ = ["check_pixels", "stored_frames", "values_of", "window_of"]
+__all__ = ["check_length", "check_pixels", "stored_frames", "values_of", "window_of"]
 
 DECODERS = {
     "1.2.840.10008.1.2.5": "pydicom",  # RLE
@@ -26,8 +28,35 @@ DECODERS = {
 """By transfer syntax, the decoder that refuses damaged data; others were seen to take the process
 down. GDCM is left with the JPEGs that only it decodes."""
 RLE = "1.2.840.10008.1.2.5"
+SIZED = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.([5-8]\d|9[0-3]|20[1-3])")
+"""Transfer syntaxes of JPEG, JPEG-LS and JPEG 2000, whose streams state their size."""
+LEAST_FRAME = 8
+"""Bytes that a compressed frame takes at least: the head of its fragment."""
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 EIGHT_BITS = 255
+
+
+def check_length(path: Path, dataset: Any) -> None:
+    """Refuse more frames than a file of this length can hold, before anything is made for each.
+
+    Raises
+    ------
+    InputError
+        Saying how many it declares.
+    """
+    frames, syntax = int(dataset.get("NumberOfFrames") or 1), dataset.file_meta.TransferSyntaxUID
+    if frames <= 1 or str(syntax) == DEFLATED:
+        return
+    bits = int(dataset.get("BitsAllocated") or 0) * int(dataset.get("SamplesPerPixel") or 1)
+    if "422" in str(dataset.get("PhotometricInterpretation", "")):
+        bits = bits * 2 // 3
+    each = int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) * bits
+    least = frames * (8 * LEAST_FRAME if syntax.is_encapsulated else each)
+    if least > 8 * (size := path.stat().st_size):
+        raise InputError(
+            f"{path} declares {frames} frames, and its {size} bytes cannot hold them: it is cut "
+            "off or damaged. Send or copy it again."
+        )
 
 
 def check_pixels(path: Path, dataset: Any, images: int) -> None:
@@ -128,19 +157,35 @@ def _first(value: Any) -> float | None:
 
 
 def _check_frames(dataset: Any) -> None:
-    """See compressed frames of another size than the header's before they are decoded."""
+    """See compressed frames of another size than the header's before they are decoded.
+
+    So too what states no size, unpacks to more than it should, or repeats itself: decoders were
+    seen to take the process, or minutes, with such data.
+    """
     from pydicom.encaps import generate_frames
 
     if not dataset.file_meta.TransferSyntaxUID.is_encapsulated or "PixelData" not in dataset:
         return
     wanted = (int(dataset.Rows), int(dataset.Columns))
+    syntax = str(dataset.file_meta.TransferSyntaxUID)
+    mend = "The file is damaged; send or export it again."
     count = int(dataset.get("NumberOfFrames") or 1)
     for frame in generate_frames(dataset.PixelData, number_of_frames=count):
         size = stated_size(frame)
         if size not in (None, wanted):
             raise InputError(
                 f"an image states {wanted[0]} x {wanted[1]} pixels, its compressed data "
-                f"{size[0]} x {size[1]}. The file is damaged; send or export it again."
+                f"{size[0]} x {size[1]}. {mend}"
+            )
+        if size is None and SIZED.fullmatch(syntax):
+            raise InputError(
+                f"its compressed data does not begin as an image of its transfer syntax. {mend}"
+            )
+        if (count := scans(frame)) > MOST_SCANS:
+            raise InputError(f"its compressed data has {count} scans of one image. {mend}")
+        if syntax == RLE and not rle_fits(frame, wanted[0] * wanted[1]):
+            raise InputError(
+                f"its compressed data is much more than {wanted[0]} x {wanted[1]} pixels. {mend}"
             )
 
 

@@ -26,7 +26,7 @@ from recallseg.runtime.formats.dicom_files import (
     open_dicom,
 )
 from recallseg.runtime.formats.dicom_grid import place
-from recallseg.runtime.formats.dicom_pixels import check_pixels, stored_frames
+from recallseg.runtime.formats.dicom_pixels import check_length, check_pixels, stored_frames
 from recallseg.runtime.formats.dicom_planes import Plane, item, planes_of
 from recallseg.runtime.formats.guards import check_size
 from recallseg.runtime.formats.lattice import SAME_PLACE, Lattice, check_overlap, resample
@@ -95,6 +95,7 @@ def read_segmentation(path: Path, volume: Volume, *, resampled: bool = False) ->
         segments.pop(0, None)  # a label map's background
         if not segments:
             raise InputError(f"{path} has no segments.")
+        check_length(path, header)
         planes = planes_of(header, 0, path)
         check_pixels(path, header, len(planes))
         notes = [*_check_reference(path, header, volume)]

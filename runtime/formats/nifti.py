@@ -38,6 +38,8 @@ _PLACE = (
 )
 """Fields of the header that say where voxels lie, beside ``pixdim`` and the unit."""
 _MOST_HEADER = 2**24
+_MOST_EXTENSIONS = 1000
+"""Of a header: programs write a few, and nibabel makes an object of each."""
 _RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
@@ -195,6 +197,7 @@ def _kind(file: io.BufferedReader, path: Path) -> Any:
                         f"{path} states that its voxels begin at byte {offset:.0f}; at most "
                         f"{_MOST_HEADER} bytes of header and extensions are read. It is damaged."
                     )
+                _check_extensions(file, path, order, size, int(offset))
                 return kind
     if inner := packing(head):
         mend = "name it .nii.gz" if inner.name == "gzip" else f"unpack that too ({inner.command})"
@@ -203,6 +206,28 @@ def _kind(file: io.BufferedReader, path: Path) -> Any:
         )
     named = ", though its name says so" if kind_by_name(path) == "nifti" else ""
     raise InputError(f"{path} is no NIfTI file{named}, or it is cut off.")
+
+
+def _check_extensions(
+    file: io.BufferedReader, path: Path, order: str, header: int, end: int
+) -> None:
+    """Refuse a list of extensions that is made to take long; ``file`` is at its beginning again."""
+    file.seek(header)
+    at, count = header + 4, 0
+    if file.read(4)[:1] not in (b"", b"\0"):
+        while at + 8 <= end:
+            file.seek(at)
+            head = file.read(8)
+            (size,) = struct.unpack(f"{order}i", head[:4].ljust(4, b"\0"))
+            if len(head) < 8 or size < 8:
+                break  # cut off or damaged: nibabel says how
+            at, count = at + size, count + 1
+            if count > _MOST_EXTENSIONS:
+                raise InputError(
+                    f"{path} has more than {_MOST_EXTENSIONS} extensions in its header: it is "
+                    "damaged, or made to take long. Export it again without them."
+                )
+    file.seek(0)
 
 
 def _is_rgb_vector(header: Any, shape: tuple[int, ...]) -> bool:

@@ -7,7 +7,9 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from time import process_time
 from tracemalloc import get_traced_memory, start, stop
+from typing import Any
 
 import cv2
 import nibabel
@@ -88,6 +90,25 @@ def test_a_good_nifti_file_is_read_as_before(tmp_path: Path) -> None:
         (tmp_path / "b.nii.gz").write_bytes(data)
         with pytest.raises(InputError):
             read_volume(tmp_path / "b.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_a_nifti_header_of_a_million_extensions_takes_no_time(
+    tmp_path: Path, name: str, kind: Any
+) -> None:
+    image = kind(np.zeros((2, 2, 2), np.uint8), np.eye(4))
+    start = 544 if kind is nibabel.Nifti2Image else 352
+    header, count = bytearray(image.to_bytes()[:start]), 2**20 - 40
+    form, at = ("<q", 168) if kind is nibabel.Nifti2Image else ("<f", 108)
+    struct.pack_into(form, header, at, start + 16 * count)
+    header[start - 4] = 1
+    data = bytes(header) + struct.pack("<ii8x", 16, 4) * count + bytes(8)
+    (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+    began = process_time()
+    with pytest.raises(InputError, match="more than 1000 extensions"):
+        read_volume(tmp_path / name)
+    assert process_time() - began < 1  # an object of each takes seconds
 
 
 def tiff(pages: list[tuple[int, int]], order: str = "<", big: bool = False) -> bytes:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from recallseg.engines.durable import replace_folder
 from recallseg.engines.errors import (
@@ -21,10 +22,11 @@ from recallseg.engines.errors import (
 )
 from recallseg.engines.inside import make_folder_inside, open_inside
 from recallseg.engines.reading import is_there
-from recallseg.runtime.library import maintenance
+from recallseg.runtime.library import calibrations, maintenance
 from recallseg.runtime.library.catalog import ADDING, Catalog
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.exemplar import LibraryReport
+from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.library.identifiers_file import IDENTIFIERS
 from recallseg.runtime.library.shards import shard_file
 from recallseg.runtime.library.storage import WriterLock, unreadable, writing
@@ -92,7 +94,8 @@ def _check_loses_nothing(store: Store, target: Path) -> None:
             f"{target} cannot be read, so nobody can tell what would be lost: {error} {mend}"
         ) from error
     try:
-        lost = _contents(there.catalog) - _contents(store.catalog)
+        mine, theirs = _held(store), _held(there)
+        lost = {*theirs.exemplars.items()} - {*mine.exemplars.items()}
         if lost:
             names = ", ".join(f"'{key}'" for key, _ in sorted(lost)[:5])
             names += ", ..." if len(lost) > 5 else ""
@@ -106,17 +109,45 @@ def _check_loses_nothing(store: Store, target: Path) -> None:
                 f"{there.state.revision}, not {store.state.revision}. What was removed or retired "
                 f"since would come back. {mend}"
             )
+        same = there.state.revision == store.state.revision
+        others = [
+            what
+            for what, value in theirs.beside.items()
+            if what not in mine.beside or (same and mine.beside[what] != value)
+        ]
+        if others:
+            told = f"{'; '.join(others[:5])}{'; ...' if len(others) > 5 else ''}"
+            raise LibraryError(
+                f"the library {target} is not as in the backup {store.path} in what it has beside "
+                f"images, and that would be lost: {told}. {mend}"
+            )
     finally:
         there.abandon()
 
 
-def _contents(catalog: Catalog) -> set[tuple[str, bytes]]:
-    """Return key and digest of every exemplar."""
-    found, after = set(), 0
+class _Held(NamedTuple):
+    """Digests of exemplars by key; what else a library has, by what people call it."""
+
+    exemplars: dict[str, bytes]
+    beside: dict[str, object]
+
+
+def _held(store: Store) -> _Held:
+    found, after, catalog = _Held({}, {}), 0, store.catalog
     with catalog.database.snapshot():
+        groups = catalog.groups()
         while page := catalog.exemplars(after, _PAGE):
-            found |= {(one.key, catalog.exemplar_digest(number)) for number, one in page}
+            for number, one in page:
+                found.exemplars[one.key] = catalog.exemplar_digest(number)
+                found.beside[f"whether exemplar '{one.key}' is in use"] = not one.retired
+                if number in groups:
+                    found.beside[f"the group of exemplar '{one.key}'"] = groups[number]
             after = page[-1][0]
+        for name, text in catalog.notes(calibrations.PREFIX):
+            recipe, structure = calibrations.split_name(name)
+            found.beside[f"the calibration of '{structure}' for recipe {recipe[:12]}"] = text
+        if (mark := Heads(store).mark) is not None:
+            found.beside["the head"] = mark
     return found
 
 

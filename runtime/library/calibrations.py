@@ -28,6 +28,7 @@ __all__ = [
     "learnt",
     "marks",
     "notes_of",
+    "split_name",
     "store_calibrations",
 ]
 
@@ -128,8 +129,8 @@ def marks(store: Store, recipes: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 def notes_of(catalog: Catalog, old: str, new: str) -> dict[str, str]:
     """Return the names of a structure's notes, and those that they get if it is renamed."""
-    names = [name for name, _ in catalog.notes(PREFIX) if _split(name)[1] == old]
-    return {name: f"{PREFIX}{_split(name)[0]} {new}" for name in names}
+    names = [name for name, _ in catalog.notes(PREFIX) if split_name(name)[1] == old]
+    return {name: f"{PREFIX}{split_name(name)[0]} {new}" for name in names}
 
 
 def learnt(
@@ -168,7 +169,7 @@ def _learnt(
         except LibraryCorruptError as error:  # told in every result, and replaced by the next one
             damage = str(error)
         break
-    others = any(_split(each)[1] == structure and each not in names for each in notes)
+    others = any(split_name(each)[1] == structure and each not in names for each in notes)
     made_with = 0
     if own is not None:
         used = (numbers <= own.last) & ~np.isin(numbers, own.without)
@@ -179,7 +180,7 @@ def _learnt(
 
 
 def _parse(name: str, value: str, generation: int) -> StoredCalibration:
-    recipe, structure = _split(name)
+    recipe, structure = split_name(name)
     try:
         stored = json.loads(value)
         version, data = stored["format_version"], stored["data"]
@@ -200,7 +201,7 @@ def _parse(name: str, value: str, generation: int) -> StoredCalibration:
     )
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Return the recipe's digest and the structure, which may have spaces, of a note's name."""
     recipe, _, structure = name.removeprefix(PREFIX).partition(" ")
     return recipe, structure

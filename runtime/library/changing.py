@@ -33,7 +33,7 @@ from recallseg.runtime.library.identifying import random_key
 from recallseg.runtime.library.queries import unknown_key
 from recallseg.runtime.library.records import NewExemplar
 from recallseg.runtime.library.shards import Place
-from recallseg.runtime.library.sources import content_digest
+from recallseg.runtime.library.sources import check_readable, content_digest
 from recallseg.runtime.library.store import Store
 
 __all__ = [
@@ -93,7 +93,7 @@ def add(store: Store, encoder: Callable[[], ExemplarEncoder], item: Addition) ->
     """Add an exemplar; ``encoder`` is asked for when nothing else is wrong with the input."""
     store.check_writable("add")
     key = _key(item)
-    checked = _check(item, key)
+    checked = _check(store, item, key)
     with store.changing:
         _refuse_known(store, checked, item)
         _add_all(store, encoder, [_concealed(store, checked)], 1, len(checked.masks), _no_progress)
@@ -119,7 +119,7 @@ def add_many(
         for position, item in enumerate(items):
             with _at(position):
                 key = _key(item)
-                checked = _check(item, key)
+                checked = _check(store, item, key)
                 _refuse_known(store, checked, item, known)
                 if key in contents:
                     raise InputError(
@@ -134,7 +134,7 @@ def add_many(
         def again() -> Iterator[_Checked]:
             for key, (position, content) in contents.items():
                 with _at(position):
-                    checked = _check(items[position], key)
+                    checked = _check(store, items[position], key)
                     if checked.content != content:
                         raise InputError("it was changed while it was added. Add it again.")
                     concealed = _concealed(store, checked)
@@ -157,7 +157,7 @@ def _key(item: Addition) -> str:
     return random_key() if key is None else check_key(key)
 
 
-def _check(item: Addition, key: str) -> _Checked:
+def _check(store: Store, item: Addition, key: str) -> _Checked:
     names = Addition.__annotations__
     unknown = [name for name in item if name not in names]
     missing = [name for name in ("image", "masks") if name not in item]
@@ -166,6 +166,8 @@ def _check(item: Addition, key: str) -> _Checked:
         raise InputError(f"an exemplar to add {what}; its parts are {', '.join(names)}.")
     pixels = check_image(open_image(item["image"]))
     masks, absent = check_annotation(item["masks"], item.get("absent", ()), pixels.shape)
+    if store.settings.keep_sources:
+        check_readable(pixels, masks)
     content = content_digest(pixels, masks, absent)
     group = check_origin(item.get("group")) or None
     identity = Identity(key, check_origin(item.get("name")), group=group or "")

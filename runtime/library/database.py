@@ -39,7 +39,7 @@ from recallseg.runtime.forked import Opener, OwnLock
 from recallseg.runtime.library.catalog_file import Hold, check_schema, hold_catalog_file
 from recallseg.runtime.library.storage import NOT_GIVEN, advice, unreadable, writing
 
-__all__ = ["FORMAT_VERSION", "Database"]
+__all__ = ["FORMAT_VERSION", "MOST_BYTES_OF_VALUE", "Database"]
 
 FORMAT_VERSION = 3
 """Newest format read. 1: memories in fp16. 2: they may be int8. 3: exemplars may be retired (their
@@ -273,7 +273,8 @@ class Database:
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         """Run one statement and return all its rows."""
-        with self._lock, self._explained():
+        reads = statement.startswith("SELECT")
+        with self._lock, self._explained(writes=self.writable and not reads):
             self._check_open()
             self._effort.steps = 0
             return self._connection.execute(statement, values).fetchall()
@@ -346,14 +347,18 @@ class Database:
             self.execute("PRAGMA query_only=ON")
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Translate SQLite's errors: what the machine lacks is no damage."""
+    def _explained(self, *, writes: bool = True) -> Iterator[None]:
+        """Translate SQLite's errors: what the machine lacks is no damage.
+
+        ``writes`` is whether an error of the disk is one of writing: SQLite's code for both is one,
+        where Python tells a code at all.
+        """
         try:
             yield
         except sqlite3.ProgrammingError:
             raise  # a mistake in this package
         except sqlite3.OperationalError as error:
-            raise self._operational(error) from error
+            raise self._operational(error, writes) from error
         except (sqlite3.DatabaseError, OverflowError) as error:
             if fault := self._not_given(error):
                 raise self._unread(os.strerror(fault.errno or 0)) from fault
@@ -373,13 +378,13 @@ class Database:
             return None
         return OSError(errno.EIO, os.strerror(errno.EIO)) if whole else None  # it has passed
 
-    def _operational(self, error: sqlite3.OperationalError) -> LibraryError:
+    def _operational(self, error: sqlite3.OperationalError, writes: bool) -> LibraryError:
         code = sqlite_code(error)
         if code == SQLITE_BUSY:
             return LibraryLockedError(
                 f"{self.path} stayed locked for {BUSY_SECONDS:.0f} s by another process. Try again."
             )
-        if code in (SQLITE_FULL, SQLITE_READ_ONLY) or (code == SQLITE_IO and self.writable):
+        if code in (SQLITE_FULL, SQLITE_READ_ONLY) or (code == SQLITE_IO and writes):
             return LibraryWriteError(
                 f"cannot write {self.path}: {error}. Free some disk space or check the "
                 "permissions. What was stored before is unharmed."

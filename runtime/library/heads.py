@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.errors import LibraryCorruptError
+from recallseg.engines.errors import InputError, LibraryCorruptError
 from recallseg.engines.heads import feature_count
 from recallseg.runtime.checks import check_origin
 from recallseg.runtime.library.choices import Choice, choice_values, parse_choice
+from recallseg.runtime.library.database import MOST_BYTES_OF_VALUE
 from recallseg.runtime.library.kept import KEPT_FORMAT, Kept, kept_values, parse_kept
 from recallseg.runtime.library.values import binary, hex_digest, integer, timestamp
 
@@ -294,6 +295,12 @@ class Heads:
 
     def _write(self, table: str, number: int, about: dict[str, Any], data: bytes) -> None:
         self._store.check_writable("store what a head is fitted on")
+        if len(data) > MOST_BYTES_OF_VALUE:
+            raise InputError(
+                f"the {_called(table, number)} would have {len(data)} bytes, and at most "
+                f"{MOST_BYTES_OF_VALUE} are read again. Fit it for fewer structures at a time "
+                "(--structures)."
+            )
         # As it will be read: lists and plain numbers.
         written = json.dumps(about, sort_keys=True, allow_nan=False)
         digest = _digest(json.loads(written), data)

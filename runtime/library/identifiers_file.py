@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recallseg.engines.errors import LibraryCorruptError, LibraryError
+from recallseg.engines.errors import LibraryCorruptError, LibraryError, LibraryWriteError
 from recallseg.engines.inside import open_inside, sync_inside
 from recallseg.engines.ownership import foreign
 from recallseg.engines.reading import is_there
@@ -183,6 +183,11 @@ class IdentifiersFile:
             lines.append(_line(identity.to_json()))
             rows.append(Row(identity, offset, len(lines[-1])))
             offset += len(lines[-1])
+        if offset > MOST_BYTES:
+            raise LibraryWriteError(
+                f"{self.path} would have {offset} bytes, and at most {MOST_BYTES} are read again. "
+                "Nothing was added. Make another library, or give shorter names."
+            )
         with self._changing() as descriptor:
             os.ftruncate(descriptor, self._end)  # of a row whose writer died
             write_all(descriptor, b"".join(lines), self._end)

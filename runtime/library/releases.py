@@ -45,6 +45,7 @@ LIBRARY = "library"
 KIND = "release"
 _BLOCK, _CHUNK = 512, 1 << 20
 _MOST_MANIFEST, _MOST_SIGNATURE = 2**26, 2**16
+_LEAST_ENTRY = 120  # bytes of the manifest for each file
 _VERSION = re.compile(r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})")
 _TEXTS = ("version", "name", "created", "recallseg", "bundle_name", "bundle_identity", "library")
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -154,6 +155,8 @@ def release(
     """Write a release of a library as it is now, whatever is done to it meanwhile."""
     version_number(version)
     _check_names_nobody(store)
+    if images and store.settings.keep_sources:
+        _check_manifest(_LEAST_ENTRY * store.state.exemplars)
     work = path.with_name(f".{path.name}.library")
     shutil.rmtree(work, ignore_errors=True)  # of a process that died
     try:
@@ -162,6 +165,7 @@ def release(
             _forget(work, images)
             described = _describe(work, version, name, images, evaluation, sbom)
         manifest = _canonical(described.to_json())
+        _check_manifest(len(manifest))
         signature = sign_document(KIND, manifest, key)
         with (
             writing(path),
@@ -223,6 +227,15 @@ def unpack(
                 raise _damaged(path, "its end", place)
             _open_once(work, described, path)
     return described
+
+
+def _check_manifest(size: int) -> None:
+    """Raise LibraryError for a manifest that nobody would read, before anything is written."""
+    if size > _MOST_MANIFEST:
+        raise LibraryError(
+            f"the release would name so many files that its manifest has {size} bytes or more, and "
+            f"at most {_MOST_MANIFEST} are read: some 500,000 images. Release it without images."
+        )
 
 
 def _check_names_nobody(store: Store) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.archives import read_arrays
-from recallseg.engines.errors import LibraryCorruptError
+from recallseg.engines.errors import InputError, LibraryCorruptError
 from recallseg.engines.inside import (
     list_inside,
     make_folder_inside,
@@ -28,15 +28,17 @@ from recallseg.engines.inside import (
     remove_inside,
     sync_inside,
 )
-from recallseg.engines.limits import max_bytes
+from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.checks import check_image, check_name
 from recallseg.runtime.library.storage import unreadable, write_all, writing
 
-__all__ = ["SourceStore", "content_digest"]
+__all__ = ["SourceStore", "check_readable", "content_digest"]
 
 FILES_PER_FOLDER = 1000
 _MEND = "Restore the file, or remove the exemplar and add it again."
 _NAME = re.compile(r"([0-9]{9,})\.npz(\.tmp)?")
+_PACKED_MORE, _ENTRY = 1000, 512
+"""What cannot be packed takes a thousandth more, and every array its headers."""
 
 
 def content_digest(
@@ -54,6 +56,19 @@ def content_digest(
     for name in sorted(masks):
         state.update(np.packbits(masks[name]).data)
     return state.hexdigest()
+
+
+def check_readable(image: NDArray[Any], masks: Mapping[str, NDArray[np.bool_]]) -> None:
+    """Raise InputError for what is too large to be read again, if it were stored."""
+    arrays = 2 + len(masks)
+    size = image.nbytes + len(masks) * -(-image.shape[0] * image.shape[1] // 8)
+    size += 4 * len(json.dumps([*masks]))  # UTF-32, as NumPy has texts
+    size += size // _PACKED_MORE + arrays * _ENTRY
+    if size > (most := max_bytes()):
+        raise InputError(
+            f"an image of {image.nbytes} bytes and its masks ({len(masks)}) make a file of {size} "
+            f"bytes; at most {describe_bytes(most)} are read again, so it is not stored. Crop it."
+        )
 
 
 class SourceStore:

@@ -288,7 +288,8 @@ class UpkeepDoor:
         backup : a folder that :meth:`backup` made.
         path : of the library; it must not be open for writing.
         over_newer : replace a library that has exemplars which the backup has not (by key, content
-            and tags), that was changed since, or that cannot be read.
+            and tags), that was changed since, that has another head, other calibrations, groups or
+            exemplars in use, or that cannot be read.
 
         Raises
         ------

@@ -210,6 +210,37 @@ def test_nothing_newer_is_replaced_unless_told(
     assert _state(Library.open(library.path))[2] == Library.open(tmp_path / "copy").digest
 
 
+@pytest.mark.parametrize("other", ["head", "calibration", "group", "retired"])
+def test_what_lies_beside_exemplars_is_not_lost_unless_told(
+    library: Library, tmp_path: Path, other: str
+) -> None:
+    """At the same revision: what is not an exemplar's does not count as a change, or is a fork."""
+    library.backup(tmp_path / "copy")
+    library.close()
+    if other == "retired":
+        with Library.open(tmp_path / "copy", mode="write", encoder=HashEncoder()) as copy:
+            copy.retire("1")
+    with Library.open(library.path, mode="write", encoder=HashEncoder()) as changed:
+        if other == "head":
+            changed.heads._write("heads", 1, {"format_version": 3}, b"")
+        elif other == "calibration":
+            changed.store_calibrations("ab" * 32, {"nucleus": {"iou": 0.5}}, "7")
+        elif other == "group":
+            changed.set_group("1", "patient 1")
+        else:
+            changed.retire("2")
+    message = {
+        "head": "lost: the head",
+        "calibration": "lost: the calibration of 'nucleus' for recipe abababababab",
+        "group": "lost: the group of exemplar '1'",
+        "retired": "whether exemplar '1' is in use; whether exemplar '2' is in use",
+    }
+    with pytest.raises(LibraryError, match=message[other]):
+        Library.restore(tmp_path / "copy", library.path)
+    Library.restore(tmp_path / "copy", library.path, over_newer=True)
+    Library.restore(tmp_path / "copy", library.path)  # nothing has changed
+
+
 def test_what_is_no_backup_or_no_library_stays(library: Library, tmp_path: Path) -> None:
     library.backup(tmp_path / "copy")
     library.close()

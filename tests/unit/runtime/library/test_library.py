@@ -31,7 +31,7 @@ from recallseg.engines.errors import (
     LibraryMismatchError,
     LibraryWriteError,
 )
-from recallseg.runtime.library import Library
+from recallseg.runtime.library import Library, identifiers_file
 from recallseg.runtime.library.encoding import Encoded
 from recallseg.runtime.library.exemplar import Match
 from recallseg.runtime.model.preprocess import Intensity
@@ -549,3 +549,62 @@ def test_another_mask_is_as_if_it_had_been_added_so(library: Library, tmp_path: 
     with pytest.raises(InputError, match="is empty"):
         library.replace_mask("x", "wall", np.zeros_like(mask))
     assert library.get("x").structures == ("nucleus", "wall")
+
+
+def test_what_could_not_be_read_again_is_not_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise, which takes more room packed than not; all that is stored comes back."""
+    monkeypatch.setenv("RECALLSEG_MAX_BYTES", "64k")
+    rng = np.random.default_rng(0)
+    library = create(tmp_path / "library")
+    for height in range(196, 240, 2):
+        image = rng.integers(0, 256, (height, 250), np.uint8)
+        masks = {name: rng.random(image.shape) < 0.5 for name in ("nucleus", "cell")}
+        if height >= 210:
+            with pytest.raises(InputError, match=r"at most 0.0625 MiB .* are read again"):
+                library.add(image, masks)
+        elif height <= 200:  # between them it is too little to tell
+            assert (library.source(library.add(image, masks))[0] == image).all()
+    assert len(library) == 3
+    large = rng.integers(0, 256, (300, 250), np.uint8)
+    items = [*items_of(0), {"image": large, "masks": {"nucleus": large > 9}}]
+    before = len(library)
+    with pytest.raises(InputError, match=r"items\[1\]: an image of 75000 bytes"):
+        library.add_many(items)
+    assert len(library) == before
+    bare = create(tmp_path / "bare", keep_sources=False)
+    bare.add(large, {"nucleus": large > 9})
+
+
+def test_a_table_of_identifiers_stays_one_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identifiers_file, "MOST_BYTES", 1500)
+    library = create(tmp_path / "library")
+    add(library, 0, key="0", name="a" * 800)
+    with pytest.raises(LibraryWriteError, match="at most 1500 are read again"):
+        add(library, 1, key="1", name="b" * 800)
+    library.close()
+    with Library.open(tmp_path / "library", mode="write", encoder=HashEncoder()) as again:
+        assert [one.key for one in again] == ["0"]
+        add(again, 2, key="2", name="c")
+
+
+def test_an_error_of_reading_is_told_as_one(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        in_transaction = False
+
+        def execute(self, *_: object) -> None:
+            raise sqlite3.OperationalError("disk I/O error")  # as Python 3.10: without a code
+
+    database = library._store.catalog.database
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "_connection", Broken())
+        with pytest.raises(LibraryError, match="cannot be read: disk I/O error") as raised:
+            database.execute("SELECT name FROM structures")
+        assert not isinstance(raised.value, LibraryWriteError)
+        with pytest.raises(LibraryWriteError, match="cannot write"):
+            database.execute("DELETE FROM structures")

@@ -22,7 +22,7 @@ from recallseg.engines.errors import (
     SignatureError,
 )
 from recallseg.engines.signing import PublicKey, SigningKey, create_key, sign_document
-from recallseg.runtime.library import Library
+from recallseg.runtime.library import Library, releases
 from recallseg.runtime.library.comparing import compare
 from recallseg.runtime.library.installing import install, installed, roll_back
 from recallseg.runtime.library.releases import read_release, unpack
@@ -337,3 +337,20 @@ def test_an_evaluation_of_another_state_is_not_released(
     with pytest.raises(LibraryError, match="of another state of the library"):
         library.release(tmp_path / "b.release", version="1.1.0", key=signer, evaluation=measured)
     assert [path.name for path in tmp_path.glob("*b.release*")] == []
+
+
+def test_a_release_that_nobody_could_read_is_not_written(
+    library: Library, signer: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, copied = tmp_path / "a.release", []
+    real = releases.backups.backup
+    monkeypatch.setattr(
+        releases.backups, "backup", lambda *a, **k: (copied.append(1), real(*a, **k))[1]
+    )
+    for most, copies in ((4 * 119, 0), (4 * 121, 1)):
+        monkeypatch.setattr(releases, "_MOST_MANIFEST", most)
+        with pytest.raises(LibraryError, match="Release it without images"):
+            library.release(path, version="1.2.0", key=signer, images=True)
+        assert len(copied) == copies
+    assert not path.exists()
+    assert {item.name for item in tmp_path.iterdir()} == {"livers"}

@@ -31,6 +31,7 @@ from recallseg.engines.heads import (
 from recallseg.export import refining as making
 from recallseg.runtime.formats.pairs import Annotated
 from recallseg.runtime.library import Library
+from recallseg.runtime.library import heads as heads_file
 from recallseg.runtime.library.choices import choice_values, parse_choice
 from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.reports.evaluation import evaluate
@@ -321,6 +322,16 @@ def test_what_cannot_be_read_again_while_it_is_fitted_is_told(
 
     monkeypatch.setattr(Heads, "kept", once)
     with pytest.raises(LibraryError, match=f"cannot be read again from {library.path}"):
+        library.fit()
+    assert library.head is None
+
+
+def test_what_could_not_be_read_again_is_not_kept(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(library, 4)
+    monkeypatch.setattr(heads_file, "MOST_BYTES_OF_VALUE", 100)
+    with pytest.raises(InputError, match=r"at most 100 are read again.*--structures"):
         library.fit()
     assert library.head is None
 

@@ -299,9 +299,12 @@ class Query:
         if digest != self._digest:
             self._tags, self._digest = {}, digest
         if recalled.key not in self._tags:
+            library = self.segmenter.library
             try:
-                found = self.segmenter.library.get(recalled.key).tags
+                found = library.get(recalled.key).tags
             except errors.InputError:  # removed by another process since it was recalled
+                return ()
+            if library.digest != digest:  # changed since: what it had then, nobody knows any more
                 return ()
             self._tags[recalled.key] = tuple(found.items())
         return self._tags[recalled.key]

@@ -107,19 +107,25 @@ class Journal:
             except OSError as found:
                 why = found.strerror
                 raise OutputError(f"{printable(self._path)} cannot be read: {why}.") from found
-            raise InputError(
-                f"{printable(self._path)} is no journal of an archive: {error}. Remove it: what is "
-                "done is found by its records."
-            ) from error
+            raise self._damaged(str(error)) from error
         if version not in (0, FORMAT_VERSION):
             raise InputError(
                 f"{printable(self._path)} has format {version}; this RecallSeg reads "
                 f"{FORMAT_VERSION}."
             )
-        self._run = int(self._get("run") or 0) + 1
+        run = self._get("run") or "0"
+        if not (run.isascii() and run.isdecimal() and len(run) <= 18):
+            raise self._damaged(f"the number of its run is {run[:40]!a}")
+        self._run = int(run) + 1
         self._set("run", str(self._run))
         self._all("DELETE FROM passed")
         self.commit()
+
+    def _damaged(self, why: str) -> InputError:
+        return InputError(
+            f"{printable(self._path)} is no journal of an archive, or damaged: {why}. Remove it: "
+            "what is done is found by its records."
+        )
 
     def agree(self, provenance: str) -> None:
         """Remember what makes these outputs; InputError if earlier ones were made by another."""
@@ -243,7 +249,10 @@ class Journal:
             if number not in busy:
                 rows.close()
                 self._all("UPDATE inputs SET attempts = attempts + 1 WHERE id = ?", number)
-                return _task(number, text, attempts)
+                try:
+                    return _task(number, text, attempts)
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                    raise self._damaged(f"input {number}: {error!r}") from error
         return None
 
     def give_back(self, number: int) -> None:
@@ -284,7 +293,10 @@ class Journal:
             "SELECT id, named, row, outputs.place FROM inputs JOIN outputs ON input = id"
             " WHERE state = 1 ORDER BY outputs.place"
         ):
-            yield number, named, json.loads(row), json.loads(place)
+            try:
+                yield number, str(named), dict(json.loads(row)), str(json.loads(place))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise self._damaged(f"an output of {str(named)[:80]!a}: {error}") from error
 
     def aside(self) -> Iterator[tuple[str, str]]:
         """Yield names of inputs that are set aside, and why."""

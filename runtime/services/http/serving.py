@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from recallseg.engines.errors import InputError
@@ -126,7 +127,8 @@ def open_server(
     library.check_writable("accept")
     limits = limits or Limits()
     desk = Desk(library, audit, segmenter)
-    worklist = None if folder is None else Worklist(folder, library, settled(library, audit))
+    done = partial(settled, library, audit)
+    worklist = None if folder is None else Worklist(folder, library, done)
     application = make_application(
         desk,
         {token: name for name, token in access.tokens.items()},

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -77,14 +77,15 @@ class Worklist:
     ----------
     folder : whose images are served, and those of the folders below. Links are not followed.
     library : whose exemplars are known already.
-    states : what was done with images before, see :func:`settled`.
+    settled : says what was done with images, see :func:`settled`; asked again when the library was
+        changed, by whomever. None: nothing was.
     """
 
     def __init__(
         self,
         folder: Path,
         library: Library,
-        states: Mapping[str, State] | None = None,
+        settled: Callable[[], Mapping[str, State]] | None = None,
         limits: DecodingLimits | None = None,
     ) -> None:
         if not folder.is_dir():
@@ -97,7 +98,8 @@ class Worklist:
         self._items: dict[str, Item] = {}
         self._looked = -LOOK_S
         self._looking = Lock()
-        self._states: dict[str, State] = dict(states or {})
+        self._settled, self._commits = settled, library.commits
+        self._states: dict[str, State] = {} if settled is None else {**settled()}
         self._embeddings: dict[tuple[str, Any], NDArray[np.float32]] = {}
         self._troubles: dict[tuple[str, Any], str] = {}
         self._patience = Patience()
@@ -119,6 +121,7 @@ class Worklist:
     def entries(self, order: Order) -> list[Entry]:
         """Return all images; those that are done come last."""
         items = self._look()
+        self._look_at_library()
         teaches: Mapping[str, float] = {}
         if order == "newest":
             marks = sorted(items, key=lambda mark: items[mark].signature[2], reverse=True)
@@ -167,6 +170,16 @@ class Worklist:
                 self._items = {self._mark(item): item for item in found.items}
                 self._looked = monotonic()
             return self._items
+
+    def _look_at_library(self) -> None:
+        """Ask anew what was done: an exemplar may have been removed, retired or reinstated."""
+        commits = self._library.commits
+        if self._settled is not None and commits != self._commits:
+            known = {**self._settled()}
+            for item, state in self._states.items():
+                if state == "rejected":  # the log may have been put aside since
+                    known.setdefault(item, state)
+            self._states, self._commits = known, commits
 
     def _state(self, item: Item) -> State:
         return self._states.get(_identity(item), "new")

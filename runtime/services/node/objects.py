@@ -7,6 +7,7 @@ import io
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ class Spool(io.BytesIO):
         most_bytes: int,
     ) -> None:
         super().__init__()
+        self._file: Any = None
         self.path = folder / f"{secrets.token_hex(8)}.dcm"
         self.failure: str = ""
         self.no_room = False
         self._most, self._bytes, self._digest = most_bytes, 0, hashlib.sha256()
-        self._file: Any = None
         if not all(_is_uid(uid) for uid in (sop_class, sop_instance)):
             self._fail("SOP class or instance UID is none")
             return
@@ -91,7 +92,8 @@ class Spool(io.BytesIO):
         self.path.unlink(missing_ok=True)
 
     def __del__(self) -> None:
-        self.discard()
+        with suppress(OSError):  # nobody is left to be told; the next start clears the folder
+            self.discard()
 
     def _refuse(self, error: OSError) -> None:
         self.no_room = True  # whatever else the disk says, it is ours to mend, not the sender's

@@ -502,6 +502,34 @@ def test_a_journal_needs_no_memory_for_what_waits(tmp_path: Path) -> None:
     journal.close()
 
 
+@pytest.mark.parametrize("run", ["", "x", "1.5", "-1", "9" * 40, "\u0663"])
+def test_a_damaged_number_of_a_run_is_told(tmp_path: Path, run: str) -> None:
+    Journal(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / JOURNAL)) as base:
+        base.execute("UPDATE about SET value = ? WHERE name = 'run'", (run or b"\xff",))
+        base.commit()
+    with pytest.raises(InputError, match=r"no journal of an archive, or damaged.*Remove it"):
+        Journal(tmp_path)
+
+
+def test_damaged_rows_of_a_journal_are_told(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for text in ("no JSON", "[]", "{}", '{"item": 1}'):
+        journal._base.execute(
+            "INSERT OR REPLACE INTO inputs VALUES (1, x'00', '', 'a', ?, ?, 0, 0, '')",
+            (text, journal._run),
+        )
+        with pytest.raises(InputError, match=r"no journal of an archive, or damaged: input 1"):
+            journal.begin(())
+    journal._base.execute("UPDATE inputs SET state = 1")
+    for row, place in (("no JSON", '"a"'), ("[1]", '"a"'), ("{}", "no JSON")):
+        journal._base.execute("INSERT OR REPLACE INTO outputs VALUES (1, ?, ?)", (place, row))
+        with pytest.raises(InputError, match="or damaged: an output of 'a'"):
+            list(journal.outputs())
+        journal._base.execute("DELETE FROM outputs")
+    journal.close()
+
+
 def test_a_journal_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal._base.execute("DROP TABLE inputs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sqlite3
 from pathlib import Path
@@ -16,6 +17,7 @@ from recallseg.engines.errors import OutputError
 from recallseg.runtime.services.metrics import Metrics
 from recallseg.runtime.services.node import store as store_module
 from recallseg.runtime.services.node.answering import Decider
+from recallseg.runtime.services.node.objects import Spool
 from recallseg.runtime.services.node.receiving import Arrivals
 from recallseg.runtime.services.node.store import NodeStore
 
@@ -87,3 +89,18 @@ def test_a_series_about_which_nothing_could_be_noted_is_not_forgotten(tmp_path: 
         assert len(arrivals) == 2
         store._database.left = 0
         assert decider.look() == 2
+
+
+def test_a_spool_that_cannot_be_removed_says_nothing_of_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked: it is collected. Warnings are errors here, those of ``__del__`` too."""
+    spool = Spool(tmp_path, "1.2", "1.2.3", "1.2.840.10008.1.2", "A", "B", 100)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        del spool
+        gc.collect()

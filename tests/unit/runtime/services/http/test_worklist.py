@@ -201,6 +201,11 @@ def test_what_was_done_outlasts_the_server(library: Library, folder: Path, tmp_p
             assert answer.status_code == 200, answer.text
             one.delete(f"/drafts/{draft}")
         before = states(one)
+        (accepted, _) = [change for change in library.history() if change.details]
+        library.retire(accepted.exemplars)  # as others may, while it is served
+        assert states(one) == {**before, "disc-0.png": "new"}
+        library.reinstate(accepted.exemplars)
+        assert states(one) == before
     wanted = {"disc-0.png": "accepted", "disc-1.png": "accepted", "disc-2.png": "rejected"}
     assert before == {name: wanted.get(name, "new") for name in before}
     with client() as one:

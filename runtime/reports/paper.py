@@ -232,9 +232,11 @@ def reproduce(
         threads=threads,
     )
     with model, _library(folder, bundle, model, protocol) as library:
-        for annotated in mine:
+        for number, annotated in enumerate(mine):
             absent = () if protocol.no_presence else annotated.absent
-            library.add(annotated.image, annotated.masks, absent=absent)
+            # By a key: slices may be equal, and the paper takes each for one.
+            key = f"slice {number}"
+            library.add(annotated.image, annotated.masks, absent=absent, key=key)
         most = bundle.geometry.max_k
         ks = [k for k in (1, *KS) if k <= most]
         if ks[-1] != KS[-1]:

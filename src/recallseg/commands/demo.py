@@ -14,6 +14,7 @@ from recallseg.commands.common import (
     JsonOption,
     PrecisionOption,
     ThreadsOption,
+    check_output_folder,
     note,
     progress_bar,
     say_notice,
@@ -46,34 +47,32 @@ def demo(
 ) -> None:
     """Annotate 16 slices of a real MR brain, segment those midway between them, compare."""
     from recallseg.engines.bundle import Bundle
+    from recallseg.runtime.checks import check_count
     from recallseg.runtime.library import Library
+    from recallseg.runtime.model.model import Model
     from recallseg.runtime.reports.demo import SPACING, STRUCTURES, fill_library, load_slices
     from recallseg.runtime.reports.evaluation import evaluate
     from recallseg.runtime.segmenting.segmenter import Segmenter
 
     opened = Bundle.open(bundle)
+    check_count(k, "k", 1, opened.geometry.max_k)
+    check_output_folder(output)
     slices = load_slices()
     note(
         f"MNI152 T1 template: {len(slices.exemplars)} axial slices annotated, "
         f"{slices.gap:.1f} mm apart; {len(slices.queries)} midway between them to segment"
     )
-    folder = _fresh_library_folder(output)
-    say_notice(opened.notice)
-    with Library.create(
-        folder, opened, engine=engine, precision=precision, threads=threads
-    ) as library:
+    # What is there of an earlier demo goes when everything that this one needs is.
+    with (
+        Model.open(opened, engine=engine, precision=precision, threads=threads) as model,
+        Library.create(_fresh_library_folder(output), opened, model=model) as library,
+    ):
+        say_notice(opened.notice)
         with progress_bar("Annotating", len(slices.exemplars)) as step:
             fill_library(library, slices, step)
 
         def make(k: int) -> Segmenter:
-            return Segmenter(
-                library,
-                k=k,
-                structures=STRUCTURES,
-                engine=engine,
-                precision=precision,
-                threads=threads,
-            )
+            return Segmenter(library, k=k, structures=STRUCTURES, model=model)
 
         if calibrate:
             with progress_bar("Calibrating", len(library)) as step:

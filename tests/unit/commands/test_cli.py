@@ -357,6 +357,10 @@ def test_demo(tmp_path: Path, fake_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     assert (out / "report.html").is_file()
     with Library.open(out / "library") as library:
         assert len(library) == 6
+    none_here = ("--engine", "tensorrt")
+    call("demo", "--bundle", bundle.path, "--output", out, *none_here, status=1)
+    with Library.open(out / "library") as library:  # what is there stays until all is
+        assert len(library) == 6
     again = answer(
         "demo", "--bundle", bundle.path, "--output", out, "--k", 2, "--no-calibrate", *FAKE
     )

@@ -157,6 +157,17 @@ def test_the_switches_change_what_is_asked(tmp_path: Path, fake_bundle: Bundle) 
     assert set(table["dice"]["LV"]) == {"2", "4", "8", "16", "32"}
 
 
+def test_slices_may_be_equal(tmp_path: Path, fake_bundle: Bundle) -> None:
+    write_acdc(tmp_path / "in", 2)
+    folder = tmp_path / "in" / "training" / "patient001"
+    for ending in (".nii.gz", "_gt.nii.gz"):
+        first = folder / f"patient001_frame01{ending}"
+        (folder / f"patient001_frame12{ending}").write_bytes(first.read_bytes())
+    (challenge,) = find_challenge(tmp_path / "in")
+    how = {"engine": "fake", "budgets": (), "queries": 2}
+    assert reproduce(challenge, fake_bundle, tmp_path / "a", **how).exemplars == 2 * 3
+
+
 def test_exact_memories_are_those_that_were_made(tmp_path: Path) -> None:
     from recallseg.engines.bundle import Bundle
     from recallseg.runtime.model.model import Model

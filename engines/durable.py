@@ -32,6 +32,8 @@ __all__ = [
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 """What file systems say that cannot sync a folder: some of those on a network."""
+_REMAINS = re.compile(r"\.(.+)\.(new|old)-([0-9a-f]{8})", re.DOTALL)
+"""One for all names: Python keeps each pattern that it compiles."""
 
 
 def write_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
@@ -275,12 +277,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove_remains(path: Path) -> None:
     """Remove what processes that died left beside ``path``; bring back what they moved aside."""
-    remains = re.compile(rf"\.{re.escape(path.name)}\.(new|old)-([0-9a-f]{{8}})")
     for name in sorted(os.listdir(path.parent), reverse=True):  # the old, if it is needed, first
-        found = remains.fullmatch(name)
-        if found is None or _is_locked(path.with_name(f".{path.name}.new-{found[2]}")):
+        found = _REMAINS.fullmatch(name)
+        if found is None or found[1] != path.name:
             continue
-        if found[1] == "old" and not is_there(path):
+        if _is_locked(path.with_name(f".{path.name}.new-{found[3]}")):
+            continue
+        if found[2] == "old" and not is_there(path):
             path.with_name(name).rename(path)
         else:
             shutil.rmtree(path.with_name(name), ignore_errors=True)

@@ -135,6 +135,18 @@ with replace_folder(Path({str(tmp_path / "place")!r})) as work:
     assert read(tmp_path / "place") == "mine"
 
 
+def test_no_pattern_is_compiled_for_each_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python keeps hundreds of them, and compiling one takes longer than all else here."""
+    monkeypatch.setattr(durable.re, "compile", lambda *_: pytest.fail("compiled"))
+    (tmp_path / ".7.new-00c0ffee.new-00c0ffee").mkdir()  # of another place
+    (tmp_path / ".7.new-00c0ffee").mkdir()
+    with replace_folder(tmp_path / "7") as work:
+        fill(work, "new")
+    assert sorted(os.listdir(tmp_path)) == [".7.new-00c0ffee.new-00c0ffee", "7"]
+
+
 def test_what_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
     place = tmp_path / "place"
     with replace_folder(place) as work:

@@ -15,7 +15,7 @@ import numpy as np
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
-from recallseg.runtime.formats.guards import check_given, naming
+from recallseg.runtime.formats.guards import check_given, of_file
 
 __all__ = [
     "DEFLATED",
@@ -140,7 +140,7 @@ def open_dicom(path: Path, *, pixels: bool = False, only: list[str] | None = Non
 def damaged_is_input_error(path: Path) -> Iterator[None]:
     """Turn what pydicom, highdicom and decoders raise, of every kind, into one InputError."""
     try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"), naming(path):
+        with warnings.catch_warnings(), np.errstate(all="ignore"), of_file(path):
             warnings.simplefilter("ignore")  # about values outside the standard; pixels decide
             yield
     except (InputError, ModuleNotFoundError):

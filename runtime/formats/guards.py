@@ -28,7 +28,7 @@ __all__ = [
     "check_length",
     "check_size",
     "expand",
-    "naming",
+    "of_file",
 ]
 
 _STEP = 2**20
@@ -36,7 +36,7 @@ _MOST_PACKED = 2**22  # bytes of a gzip file beside twice what they unpack to
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def of_file(path: Path) -> Iterator[None]:
     """Say of which file an InputError is, unless it does."""
     try:
         yield

@@ -20,7 +20,7 @@ from recallseg.runtime.formats.guards import (
     check_finite,
     check_given,
     check_size,
-    naming,
+    of_file,
 )
 from recallseg.runtime.formats.kinds import kind_by_name
 from recallseg.runtime.formats.lattice import SAME_PLACE
@@ -108,7 +108,7 @@ def read_nifti(path: Path, *, time: int | None = None, anywhere: bool = False) -
     if affine is None:
         affine = np.diag([*np.abs(header["pixdim"][1:4].astype(np.float64)), 1.0])
         affine[affine.diagonal() == 0, affine.diagonal() == 0] = 1.0
-    with naming(path):
+    with of_file(path):
         return Volume(array, affine, "RAS" if placed else "image", origin=header, notes=notes)
 
 

@@ -23,7 +23,7 @@ from recallseg.runtime.formats.guards import (
     check_length,
     check_size,
     expand,
-    naming,
+    of_file,
 )
 from recallseg.runtime.formats.packed import packing
 from recallseg.runtime.formats.volume import Frame, Volume
@@ -111,7 +111,7 @@ def read_nrrd(path: Path, *, time: int | None = None) -> Volume:
     elif time not in (None, 1):
         raise InputError(f"{path} has 1 volume, there is no number {time}.")
     check_finite(path, array)
-    with naming(path):
+    with of_file(path):
         return Volume(np.ascontiguousarray(array), affine, frame, origin=header, notes=notes)
 
 
@@ -180,7 +180,7 @@ def read_seg_nrrd(path: Path) -> tuple[Volume, list[tuple[str, NDArray[np.bool_]
             f"{path} has {len(names)} segments in one layer and no label values: which voxel is "
             "whose cannot be told. Save it anew with 3D Slicer."
         )
-    with naming(path):
+    with of_file(path):
         return Volume(np.ascontiguousarray(array[0]), affine, frame, origin=header), segments
 
 

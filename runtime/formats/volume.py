@@ -222,6 +222,13 @@ class Slicing:
         """Return how many slices there are."""
         return volume.shape[self.axis]
 
+    def picture(self, labels: NDArray[Any]) -> NDArray[Any]:
+        """Return a label map of one slice as a picture HxW.
+
+        Along the first axis it is as the file has it, and else upright, as it is seen.
+        """
+        return labels[0] if len(labels) == 1 else np.ascontiguousarray(self.view(labels, 0))
+
     def across(self, volume: Volume) -> float:
         """Return mm between slices, at a right angle to them (pixels where unknown)."""
         axes = volume.affine[:3, :3]

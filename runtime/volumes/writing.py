@@ -92,14 +92,11 @@ def write_segmentation(
         labels = masks.label_map if isinstance(masks, VolumeResult) else _label_map(masks, volume)
         if kind == "nifti":
             write_nifti(path, labels, volume)
-        elif len(labels) == 1:  # as the file has it
-            write_label_map(path, labels[0])
         else:
             cut = Slicing.of(volume)
-            if cut.count(volume) != 1:
-                count = cut.count(volume)
+            if len(labels) != 1 and (count := cut.count(volume)) != 1:
                 raise InputError(f"{path} can hold one slice, and the volume has {count}.")
-            write_label_map(path, np.ascontiguousarray(cut.view(labels, 0)))
+            write_label_map(path, cut.picture(labels))
 
 
 def _check_shape(what: str, array: NDArray[Any], volume: Volume) -> None:

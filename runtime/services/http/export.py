@@ -50,9 +50,7 @@ def export(draft: Draft, kind: Kind | None = None) -> tuple[str, bytes]:
     with TemporaryDirectory(prefix="recallseg-") as folder:
         path = Path(folder, _NAMES[chosen])
         if chosen == "png":
-            # As the file has it; along another axis as it is seen.
-            seen = labels[0] if len(labels) == 1 else draft.cuts[draft.axis].view(labels, 0)
-            write_label_map(path, np.ascontiguousarray(seen))
+            write_label_map(path, draft.cuts[draft.axis].picture(labels))
         elif chosen == "nifti":
             write_nifti(path, labels, draft.volume)
         else:

@@ -75,9 +75,16 @@ def test_a_commit_that_fails_says_why_and_lets_the_next_one_begin(
 
 
 def test_a_series_about_which_nothing_could_be_noted_is_not_forgotten(tmp_path: Path) -> None:
+    class Reader:
+        def __call__(self, path: Path) -> None:
+            """Find no header."""
+
+        def forget(self, files: object) -> None:
+            """Know of none."""
+
     arrivals = Arrivals(0.0)
     with NodeStore(tmp_path / "state") as store:
-        decider = Decider(store, arrivals, {}, lambda path: None, Metrics("node"))  # type: ignore[arg-type]
+        decider = Decider(store, arrivals, {}, Reader(), Metrics("node"))  # type: ignore[arg-type]
         for number, series in enumerate(("one", "two")):
             spool = store.incoming / "spool"
             spool.write_bytes(b"an object")

@@ -11,7 +11,6 @@ back when a call is over, so nothing here may keep an array.
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import platform
 import sys
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any, Optional
 from weakref import WeakValueDictionary
 
-import numpy as np
-
 import recallseg
 from recallseg.engines import errors
 from recallseg.engines.device import Device, open_device
@@ -29,16 +26,15 @@ from recallseg.engines.device_engine import DeviceEngine
 from recallseg.engines.registry import engine_class
 from recallseg.engines.session_log import send_session_logs
 from recallseg.runtime.library import Library
-from recallseg.runtime.library.exemplar import Exemplar, Match
+from recallseg.runtime.library.exemplar import Exemplar
 from recallseg.runtime.model.model import GpuOptions, Model
 from recallseg.runtime.segmenting.reach import REACH
-from recallseg.runtime.segmenting.recipe import Provenance
-from recallseg.runtime.segmenting.result import Result
 from recallseg.runtime.segmenting.segmenter import Segmenter
 from recallseg.runtime.services.audit import AuditLog, open_audit
-from recallseg.runtime.services.audited import AuditedSegmenter, on_host
-from recallseg.runtime.services.c_errors import Stopped, in_c, status_of
+from recallseg.runtime.services.audited import AuditedSegmenter
+from recallseg.runtime.services.c_errors import Stopped, status_of
 from recallseg.runtime.services.c_pixels import Pixels, array_of, check_place, release
+from recallseg.runtime.services.c_results import Query, Tags, record
 from recallseg.runtime.services.scheduling import Scheduling
 from recallseg.runtime.services.stream import Frame, Stream, close_streams
 
@@ -81,9 +77,6 @@ Gpu = tuple[int, int, str, bool, int]
 the default)."""
 
 Names = tuple[str, ...]
-Tags = tuple[tuple[str, str], ...]
-
-QUALITY = {"uncalibrated": 0, "ok": 1, "suspect": 2}
 
 log = logging.getLogger("recallseg.embedding")
 # A host without a callback has not asked for lines on its stderr.
@@ -279,37 +272,6 @@ def verify(library: Library, report: Report, address: int) -> tuple[int, int, in
     return (*counts, len(found.problems), "\n".join(found.problems))
 
 
-class Query:
-    """A segmenter, and the tags of the exemplars that it has recalled so far."""
-
-    def __init__(self, segmenter: Segmenter, scheduling: Scheduling) -> None:
-        self.segmenter, self.scheduling = segmenter, scheduling
-        self._tags: dict[str, Tags] = {}
-        self._digest = ""
-        self._told: tuple[Provenance, str] | None = None
-
-    def provenance(self, made: Provenance) -> str:
-        """Return a provenance as JSON; of results between two changes of the library it is one."""
-        if self._told is None or self._told[0] is not made:
-            self._told = made, json.dumps(made.to_json(), ensure_ascii=False)
-        return self._told[1]
-
-    def tags(self, recalled: Match, digest: str) -> Tags:
-        """Return an exemplar's tags, from memory while the library stays what it is."""
-        if digest != self._digest:
-            self._tags, self._digest = {}, digest
-        if recalled.key not in self._tags:
-            library = self.segmenter.library
-            try:
-                found = library.get(recalled.key).tags
-            except errors.InputError:  # removed by another process since it was recalled
-                return ()
-            if library.digest != digest:  # changed since: what it had then, nobody knows any more
-                return ()
-            self._tags[recalled.key] = tuple(found.items())
-        return self._tags[recalled.key]
-
-
 def open_segmenter(
     library: Library,
     k: int,
@@ -453,46 +415,6 @@ def segment(
         cancelled=cancelled_since(begun),
     )
     return record(query, result, pixel_area) if wanted else None
-
-
-def record(query: Query, result: Result, pixel_area: float) -> tuple[Any, ...]:
-    """Return all of a result but its pixels, as the C library's ``read_result`` takes it apart."""
-    made = result.provenance  # masks that lie on a GPU are counted here
-    result = on_host(query.segmenter, result)
-    return (
-        QUALITY[result.quality.flag],
-        made.recipe.bundle_identity,
-        made.library_digest,
-        made.recipe.engine,
-        made.recipe.precision,
-        result.notice,
-        query.provenance(made),
-        made.digest,
-        in_c(result.quality.mend),
-        made.recipe.k,
-        tuple(result.timings.items()),
-        tuple(_structure(query, result, name, pixel_area) for name in result.masks),
-    )
-
-
-def _structure(query: Query, result: Result, name: str, pixel_area: float) -> tuple[Any, ...]:
-    score, pixels = result.scores[name], int(np.count_nonzero(result.masks[name]))
-    return (
-        name,
-        result.labels[name],
-        score.present,
-        score.iou,
-        score.object_score,
-        score.distance,
-        pixels,
-        pixels * pixel_area,
-        result.quality.reasons.get(name, ()),
-        tuple(
-            (r.key, 1.0 - r.distance, r.absent, query.tags(r, result.provenance.library_digest))
-            for r in result.recalled[name]
-        ),
-        score.presence,
-    )
 
 
 def open_stream(

@@ -8,7 +8,7 @@ from typing import Any
 
 from support.fake_library import add, create
 
-from recallseg.runtime.services.c_interface import Query
+from recallseg.runtime.services.c_results import Query
 from recallseg.runtime.services.scheduling import Scheduling
 
 

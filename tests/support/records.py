@@ -8,8 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jsonschema import Draft202012Validator
-from referencing import Registry, Resource
+from jsonschema_rs import Draft202012Validator, Registry, meta
 
 __all__ = ["check_head", "check_record", "check_record_part", "check_written", "dumps_checked"]
 
@@ -24,31 +23,31 @@ def _schemas() -> dict[str, Any]:
 @cache
 def _validator(name: str, part: str = "") -> Any:
     schema = _schemas()[f"{name}.json"]
-    Draft202012Validator.check_schema(schema)
+    meta.validate(schema)
     if part:
         schema = {"$ref": f"#/$defs/{part}", "$defs": schema["$defs"]}
-    known = [(file, Resource.from_contents(each)) for file, each in _schemas().items()]
-    return Draft202012Validator(schema, registry=Registry().with_resources(known))
+    known = [(each.get("$id", f"json-schema:///{file}"), each) for file, each in _schemas().items()]
+    return Draft202012Validator(schema, registry=Registry(known))
 
 
 def check_record(record: Any) -> None:
-    """Raise jsonschema.ValidationError unless a record is as the schema says."""
+    """Raise jsonschema_rs.ValidationError unless a record is as the schema says."""
     _validator("record").validate(record)
 
 
 def check_record_part(name: str, told: Any) -> None:
-    """Raise jsonschema.ValidationError unless a field of a record is as the schema says."""
+    """Raise jsonschema_rs.ValidationError unless a field of a record is as the schema says."""
     schema = _schemas()["record.json"]
     Draft202012Validator({**schema["properties"][name], "$defs": schema["$defs"]}).validate(told)
 
 
 def check_head(told: Any) -> None:
-    """Raise jsonschema.ValidationError unless what a record tells of a head is as it says."""
+    """Raise jsonschema_rs.ValidationError unless what a record tells of a head is as it says."""
     _validator("record", "head").validate(told)
 
 
 def check_written(value: Any) -> None:
-    """Raise jsonschema.ValidationError if a value says which schema it follows, and does not.
+    """Raise jsonschema_rs.ValidationError if a value says which schema it follows, and does not.
 
     KeyError if it says one that is not published.
     """

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import generate_uid
 from support.dicom_series import write_object, write_picture, write_series
+from support.inside import HereDecoder
 from support.pictures import LABELS, disc, write_pairs
 from typer.testing import CliRunner
 
@@ -26,6 +27,7 @@ from recallseg.engines.bundle import Bundle
 from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
 from recallseg.runtime.formats.reading import read_volume
 from recallseg.runtime.library import Library
+from recallseg.runtime.services import watching
 
 SR = "1.2.840.10008.5.1.4.1.1.88.33"
 
@@ -40,6 +42,12 @@ def call(*arguments: object, status: int = 0, cwd: Path | None = None) -> Any:
     if result.exit_code != status:
         raise AssertionError(f"status {result.exit_code}: {result.output}") from result.exception
     return result
+
+
+@pytest.fixture(autouse=True)
+def decoder_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that reads takes longer to start than a watch here."""
+    monkeypatch.setattr(watching, "IsolatedDecoder", HereDecoder)
 
 
 @pytest.fixture

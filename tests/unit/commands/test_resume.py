@@ -10,7 +10,7 @@ import cv2
 import nibabel
 import numpy as np
 import pytest
-from jsonschema import ValidationError
+from jsonschema_rs import ValidationError
 from support.pictures import LABELS, disc, write_pairs
 from support.records import check_record
 from typer.testing import CliRunner

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from jsonschema import Draft202012Validator
+from jsonschema_rs import Draft202012Validator
 from onnx import numpy_helper
 from support import fake_tensorrt
 from support.fake_tensorrt import HostGpu, RuntimeCache, make_tensorrt

@@ -19,6 +19,7 @@ import pytest
 from support.records import check_head, check_record_part
 
 from recallseg import Frame, Stream, Volume, segment_volume
+from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import EngineRunError, InputError, LibraryCorruptError, LibraryError
 from recallseg.engines.heads import (
     EARLIER,
@@ -36,7 +37,7 @@ from recallseg.runtime.library.choices import choice_values, parse_choice
 from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.reports.evaluation import evaluate
 from recallseg.runtime.reports.page import Settings, render_report
-from recallseg.runtime.segmenting import fitting, refining
+from recallseg.runtime.segmenting import fitting, refining, units
 from recallseg.runtime.segmenting.groups import group_numbers
 from recallseg.runtime.segmenting.judging import WAYS, Found, Judged, choose, falling
 from recallseg.runtime.segmenting.refining import Filters, Refiner
@@ -67,8 +68,12 @@ def fill(library: Library, count: int, first: int = 0) -> None:
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> Iterator[Library]:
-    with Library.create(tmp_path / "library", "demo") as made:
+def library(
+    tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Library]:
+    """Of tiny networks, and units that are fitted briefly: for what is kept, told and refused."""
+    monkeypatch.setattr(units, "EPOCHS", 4)
+    with Library.create(tmp_path / "library", tiny_bundle) as made:
         yield made
 
 

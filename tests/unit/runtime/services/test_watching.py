@@ -26,6 +26,16 @@ from recallseg.runtime.services.watching import Arrival, Watcher
 from recallseg.runtime.volumes.outputs import VolumeSettings
 
 
+@pytest.fixture(autouse=True)
+def decoder_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that reads takes longer to start than a watch here: only limits want one."""
+    monkeypatch.setattr(
+        watching,
+        "IsolatedDecoder",
+        lambda limits: HereDecoder() if limits is None else IsolatedDecoder(limits),
+    )
+
+
 @pytest.fixture
 def segmenter(tmp_path: Path, fake_bundle: Bundle) -> Segmenter:
     library = Library.create(tmp_path / "library", fake_bundle, engine="fake")
@@ -143,7 +153,6 @@ def test_what_the_disk_did_not_give_is_asked_for_again(
         return given(question)
 
     monkeypatch.setattr(decoding, "_answer", answer)
-    monkeypatch.setattr(watching, "IsolatedDecoder", HereDecoder)
     found = {a.name: a for a in watch(segmenter, inbox)}
     assert "Input/output error" in str(found["a.png"].error)
     assert found["b.png"].record is not None

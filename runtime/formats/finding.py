@@ -24,6 +24,7 @@ from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, NotGive
 from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name
 from recallseg.runtime.formats.packed import packing_by_name
 from recallseg.runtime.formats.reading import volume_stem
+from recallseg.runtime.formats.walking import PassedOver, walk_folder
 from recallseg.runtime.json_text import printable
 
 __all__ = [
@@ -44,9 +45,6 @@ __all__ = [
 
 MASK_SUFFIX = ".mask"
 PREVIEW_SUFFIX = ".preview"
-MOST_FILES = 1_000_000
-"""Files in one folder and below; more is taken for a mistake (a whole disk, a loop)."""
-
 Signature = tuple[int, int, int]  # files, bytes, nanoseconds of the last change
 
 _SLICES = frozenset(
@@ -91,18 +89,6 @@ class Item:
     def as_found(self) -> bool:
         """Whether its files are still there, and as they were when it was found."""
         return _of_all([_signature(path) for path in self.files]) == self.signature
-
-
-@dataclass(frozen=True)
-class PassedOver:
-    """A file or folder that is not taken, and why; ``unseen``: a folder, with all that is in it."""
-
-    path: Path
-    reason: str
-    unseen: bool = False
-
-    def __str__(self) -> str:
-        return f"{printable(self.path)}: {self.reason}"
 
 
 Headers = MutableMapping[Path, tuple[Signature, Header]]
@@ -202,7 +188,7 @@ def find_in_folder(
     Raises
     ------
     InputError
-        If there is no such folder, or more than ``MOST_FILES`` files are in it.
+        If there is no such folder, or more than ``walking.MOST_FILES`` files are in it.
     ModuleNotFoundError
         If there is DICOM and the extra ``medical`` is not installed.
     """
@@ -211,7 +197,7 @@ def find_in_folder(
     passed: list[PassedOver] = []
     not_given: list[PassedOver] = []
     found = _Sorted(folder, passed, {} if headers is None else headers, read or read_header)
-    for path, status in _walk(folder, links, passed, not_given):
+    for path, status in walk_folder(folder, links, passed, not_given):
         found.take(path, (1, status.st_size, status.st_mtime_ns))
     whole = replace(found.finish(by_folder), not_given=tuple(not_given))
     if kind is None:
@@ -469,63 +455,6 @@ class _Image:
             signature,
             header.series,
         )
-
-
-def _walk(
-    root: Path, links: bool, passed: list[PassedOver], not_given: list[PassedOver]
-) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield regular files in the order of their names; say of everything else why not."""
-
-    def lacks(path: Path, what: str, error: OSError, *, unseen: bool = False) -> None:
-        passed.append(PassedOver(path, f"{what}: {error.strerror}", unseen))
-        if machine_fault(error):
-            not_given.append(passed[-1])
-
-    seen: set[tuple[int, int]] = set()
-    waiting = [root]
-    count = 0
-    while waiting:
-        folder = waiting.pop()
-        try:
-            about = folder.stat()
-            if (about.st_dev, about.st_ino) in seen:
-                passed.append(PassedOver(folder, "a folder that was looked into by another way"))
-                continue
-            seen.add((about.st_dev, about.st_ino))
-            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-        except OSError as error:
-            lacks(folder, "cannot be looked into", error, unseen=True)
-            continue
-        below: list[Path] = []
-        for entry in entries:
-            path = folder / entry.name
-            count += 1
-            if count > MOST_FILES:
-                raise InputError(
-                    f"{printable(root)} holds more than {MOST_FILES} files. Name a folder below it."
-                )
-            if entry.name.startswith("."):
-                passed.append(PassedOver(path, "hidden"))
-                continue
-            if entry.is_symlink() and not links:
-                passed.append(PassedOver(path, "a symbolic link, which is not followed here"))
-                continue
-            try:
-                status = entry.stat(follow_symlinks=links)
-            except FileNotFoundError:
-                if entry.is_symlink():
-                    passed.append(PassedOver(path, "a symbolic link to nothing"))
-                continue  # or taken away while we looked
-            except OSError as error:
-                lacks(path, "cannot be looked at", error)
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                below.append(path)
-            elif stat.S_ISREG(status.st_mode):
-                yield path, status
-            else:
-                passed.append(PassedOver(path, "no regular file (pipe, socket or device)"))
-        waiting += reversed(below)
 
 
 def file_item(path: Path, folder: Path, kind: str, signature: Signature | None = None) -> Item:

@@ -13,7 +13,7 @@ from pydicom.uid import generate_uid
 from support.dicom_series import make_slice, write_object, write_picture, write_series
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats import finding
+from recallseg.runtime.formats import finding, walking
 from recallseg.runtime.formats.finding import Finding, find_in_folder, find_inputs, is_mask
 
 SR = "1.2.840.10008.5.1.4.1.1.88.33"
@@ -272,7 +272,7 @@ def test_damaged_headers_become_items_that_fail_when_read(tmp_path: Path) -> Non
 
 
 def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finding, "MOST_FILES", 2)
+    monkeypatch.setattr(walking, "MOST_FILES", 2)
     for i in range(3):
         touch(tmp_path / f"{i}.png")
     with pytest.raises(InputError, match="more than 2 files"):

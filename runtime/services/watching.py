@@ -147,9 +147,13 @@ class Watcher:
         self._set_aside: dict[str, str] = {}
         self._patience = Patience()
         self._header_patience = Patience()
-        for left in output.rglob(".*.tmp"):  # of a watch that was killed; the lock says it is ours
-            if _TEMPORARY.fullmatch(left.name):
-                left.unlink(missing_ok=True)
+        try:
+            for left in output.rglob(".*.tmp"):  # of a watch that was killed: the lock is ours
+                if _TEMPORARY.fullmatch(left.name):
+                    left.unlink(missing_ok=True)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, stop: Event, *, once: bool = False, poll_s: float = 0.5) -> Iterator[Arrival]:
         """Segment what arrives, and yield what became of it, until ``stop`` is set.

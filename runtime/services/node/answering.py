@@ -248,6 +248,10 @@ class Answerer:
     def _fill(self, folder: Path, files: Path, rule: Rule) -> None:
         """Segment everything in ``files`` into ``folder``."""
         found = find_in_folder(files, links=False, by_folder=False, kind="dicom", read=self._header)
+        for each in found.not_given:  # without it the answer would lack a slice, or all of them
+            raise InputError(
+                f"{printable(each.path.name)} was acknowledged, and {each.reason}"
+            ) from OSError(errno.EIO, os.strerror(errno.EIO))
         troubles: list[str] = []
         answers: list[Answer] = []
         with self._questions.ask(rule) as segmenter:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,6 +17,7 @@ import pydicom
 import pytest
 from support.dicom_series import write_series
 from support.inside import HereDecoder
+from support.ungiven import ungiven
 
 from recallseg import Bundle, Library, Segmenter
 from recallseg.engines.errors import InputError
@@ -397,3 +399,19 @@ def test_limits_of_memory_and_size(segmenter: Segmenter, tmp_path: Path) -> None
     limits = DecodingLimits(memory_bytes=700 * 2**20)
     (arrival,) = watch(segmenter, inbox, limits=limits)
     assert "memory" in str(arrival.error).lower()
+
+
+def test_a_watch_that_could_not_begin_keeps_no_other_out(segmenter: Segmenter, inbox: Path) -> None:
+    out = inbox.parent / "out"
+    out.mkdir()
+    with ungiven(out), suppress(OSError):  # some versions of Python pass over what is not given
+        Watcher(segmenter, inbox, out).close()
+    assert len(watch(segmenter, inbox)) == 2
+
+
+def test_a_folder_that_is_not_given_is_told_as_that(segmenter: Segmenter, inbox: Path) -> None:
+    with Watcher(segmenter, inbox, inbox.parent / "out", settle_s=0.0) as watcher:
+        with ungiven(inbox / "ward 7" / "b.png"):
+            done = list(watcher.run(Event(), once=True, poll_s=0.01))
+        assert [each.name for each in done] == ["a.png"]
+        assert [each.path.name for each in watcher.not_given] == ["b.png"]

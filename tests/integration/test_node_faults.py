@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from recallseg import Bundle
 from recallseg.cli import app
 from recallseg.engines.errors import InputError, OutputError
 from recallseg.runtime.formats.dicom_headers import Header, NotGiven
+from recallseg.runtime.formats.finding import Finding, PassedOver
 from recallseg.runtime.services.node import answering
 from recallseg.runtime.services.node.node import Node
 from recallseg.runtime.services.node.receiving import HeaderReaders
@@ -329,6 +331,27 @@ def test_headers_are_remembered_no_longer_than_something_waits_to_read_them(
         wait_until(lambda: node.counts()["series"] == {"decided": 1, "unmatched": 1})
         wait_until(lambda: node.counts()["jobs"] == {"made": 1})
         wait_until(lambda: not node._readers._known)
+
+
+def test_a_job_whose_folder_is_not_given_is_put_off(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_series(tmp_path / "s", half_volume(4))
+    real, asked = answering.find_in_folder, []
+
+    def find(folder: Path, **named: Any) -> Finding:
+        found = real(folder, **named)
+        asked.append(folder)
+        if len(asked) > 1:
+            return found
+        lacks = PassedOver(folder, "cannot be looked into: Input/output error", unseen=True)
+        return replace(found, items=(), passed=(lacks,), not_given=(lacks,))
+
+    monkeypatch.setattr(answering, "find_in_folder", find)
+    with running(configured(tmp_path, library)) as node:
+        dcmtk("storescu", node.port, *files)
+        wait_until(lambda: node.counts()["jobs"] == {"made": 1})
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,18 @@ from jsonschema_rs import Draft202012Validator, Registry, meta
 
 __all__ = ["check_head", "check_record", "check_record_part", "check_written", "dumps_checked"]
 
+_dumps = json.dumps
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 
 
 @cache
 def _schemas() -> dict[str, Any]:
     return {path.name: json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")}
+
+
+def _readable(value: Any) -> Any:
+    """Return it as JSON that is text: of a file's name, bytes that are none are replaced."""
+    return json.loads(_dumps(value, ensure_ascii=False).encode(errors="replace"))
 
 
 @cache
@@ -32,18 +38,20 @@ def _validator(name: str, part: str = "") -> Any:
 
 def check_record(record: Any) -> None:
     """Raise jsonschema_rs.ValidationError unless a record is as the schema says."""
-    _validator("record").validate(record)
+    _validator("record").validate(_readable(record))
 
 
 def check_record_part(name: str, told: Any) -> None:
     """Raise jsonschema_rs.ValidationError unless a field of a record is as the schema says."""
     schema = _schemas()["record.json"]
-    Draft202012Validator({**schema["properties"][name], "$defs": schema["$defs"]}).validate(told)
+    Draft202012Validator({**schema["properties"][name], "$defs": schema["$defs"]}).validate(
+        _readable(told)
+    )
 
 
 def check_head(told: Any) -> None:
     """Raise jsonschema_rs.ValidationError unless what a record tells of a head is as it says."""
-    _validator("record", "head").validate(told)
+    _validator("record", "head").validate(_readable(told))
 
 
 def check_written(value: Any) -> None:
@@ -55,12 +63,9 @@ def check_written(value: Any) -> None:
         return
     said = value.get("schema")
     if value.get("format") == "recallseg-bench":
-        _validator("benchmark").validate(value)
+        _validator("benchmark").validate(_readable(value))
     elif isinstance(said, str) and said.startswith("recallseg-"):
-        _validator(said.removeprefix("recallseg-").partition("/")[0]).validate(value)
-
-
-_dumps = json.dumps
+        _validator(said.removeprefix("recallseg-").partition("/")[0]).validate(_readable(value))
 
 
 def dumps_checked(value: Any, *args: Any, **named: Any) -> str:

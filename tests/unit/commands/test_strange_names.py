@@ -11,15 +11,23 @@ import numpy as np
 import pytest
 import typer
 from rich.console import Console
+from support.inside import HereDecoder
 from typer.testing import CliRunner
 
 from recallseg import Bundle, Library, cli
 from recallseg.commands import common
+from recallseg.runtime.services import watching
 
 NAMES = (
     *("\x1b[2J\x1b]0;owned\x07", "a\nrecallseg: all is well", "\u202egnp.live", "[red][link=x]"),
     *("=cmd|'C calc'!A0", "a\udcff", "\x9b31m", "--output", "a\rb"),
 )
+
+
+@pytest.fixture(autouse=True)
+def decoder_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that reads takes longer to start than a watch here."""
+    monkeypatch.setattr(watching, "IsolatedDecoder", HereDecoder)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ another one. What a sender was told to be stored is written down beside the fold
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,7 +50,7 @@ def _receive(root: Path) -> None:
     """Send a series until it is acknowledged or refused, and wait for the answer."""
     files = sorted(root.with_name("series").iterdir())
     told = root.with_name("told")
-    if not (root / "state").exists():
+    if not os.path.exists(root / "state"):  # a fault that comes to who asks is a no
         told.unlink(missing_ok=True)
     with _node(root) as node:
         # Given up after five times, as the input may be what is too large: until somebody asks.

@@ -15,6 +15,7 @@ class Stops:
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started with & ignores it
 sys.meta_path.insert(0, Stops())
 sys.argv = ["recallseg", "--help"]
 runpy.run_module("recallseg", run_name="__main__")

@@ -207,6 +207,21 @@ void streams() {
   GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, &options, see, &open, &stream));
   GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
   GIVES(RECALLSEG_OK, recallseg_shutdown());
+
+  init();
+  segmenter = open_segmenter(open_library());
+  std::atomic<int> at{0};  // 1: in the callback, 2: out of it
+  const auto slow = [](const recallseg_frame*, void* user) {
+    auto& place = *static_cast<std::atomic<int>*>(user);
+    place = 1;
+    usleep(300000);
+    place = 2;
+  };
+  GIVES(RECALLSEG_OK, recallseg_stream_open(segmenter, &options, slow, &at, &stream));
+  GIVES(RECALLSEG_OK, recallseg_stream_push(stream, &query.image, nullptr));
+  while (at == 0) usleep(200);
+  GIVES(RECALLSEG_OK, recallseg_shutdown());
+  CHECK(at == 2);  // what the callback was given may be gone now
 }
 
 namespace {

@@ -136,8 +136,10 @@ typedef struct recallseg_info {
 
 RECALLSEG_API recallseg_status recallseg_get_info(recallseg_info *info);
 
-/* Close every handle. The interpreter stays (numpy cannot be loaded twice in one process), so that
- * recallseg_init may be called again. Calls in flight on other threads end as usual. */
+/* Close every handle, as its own function does: no callback is in work any more once this has
+ * returned, unless it is itself what called this. The interpreter stays (numpy cannot be loaded twice
+ * in one process), so that recallseg_init may be called again. Calls in flight on other threads end as
+ * usual. */
 RECALLSEG_API recallseg_status recallseg_shutdown(void);
 
 /* Called on whichever thread logs; must not throw. Messages hold no pixels and no patient data. Those

@@ -95,15 +95,18 @@ std::shared_ptr<Object> remove_object(Kind kind, std::uintptr_t handle) {
 void close_all_handles() {
   Table& all = table();
   for (std::uint64_t i = 0;; ++i) {
-    std::shared_ptr<Object> closed;  // destroyed without the mutex; one by one takes no memory
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    if (i >= all.slots.size()) return;
-    Slot& slot = all.slots[i];
-    if (slot.object == nullptr) continue;
-    closed = std::move(slot.object);
-    slot.object.reset();
-    ++slot.generation;
-    all.free.push_back(i);
+    std::shared_ptr<Object> closed;  // one by one takes no memory
+    {
+      const std::lock_guard<std::mutex> lock(all.mutex);
+      if (i >= all.slots.size()) return;
+      Slot& slot = all.slots[i];
+      if (slot.object == nullptr) continue;
+      closed = std::move(slot.object);
+      slot.object.reset();
+      ++slot.generation;
+      all.free.push_back(i);
+    }
+    closed->stop();
   }
 }
 

@@ -14,6 +14,9 @@ class Object {
  public:
   Object() = default;
   virtual ~Object() = default;
+  // Ends what calls back, before the handle's closing returns: a call on another thread may hold the
+  // object still.
+  virtual void stop() {}
   Object(const Object&) = delete;
   Object& operator=(const Object&) = delete;
 };

@@ -15,8 +15,12 @@ class Stream final : public Object {
       : segmenter(std::move(of)), callback(to), user(with) {}
   ~Stream() override {
     const Gil gil;
-    if (object) guarded([&] { call("close_stream", object); });
+    Stream::stop();
     object = Ref();
+  }
+  void stop() override {
+    const Gil gil;
+    if (object) guarded([&] { call("close_stream", object); });
   }
 
   const std::shared_ptr<Segmenter> segmenter;

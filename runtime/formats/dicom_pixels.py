@@ -181,8 +181,8 @@ def _check_frames(dataset: Any) -> None:
             raise InputError(
                 f"its compressed data does not begin as an image of its transfer syntax. {mend}"
             )
-        if (count := scans(frame)) > MOST_SCANS:
-            raise InputError(f"its compressed data has {count} scans of one image. {mend}")
+        if (found := scans(frame)) > MOST_SCANS:
+            raise InputError(f"its compressed data has {found} scans of one image. {mend}")
         if syntax == RLE and not rle_fits(frame, wanted[0] * wanted[1]):
             raise InputError(
                 f"its compressed data is much more than {wanted[0]} x {wanted[1]} pixels. {mend}"

@@ -13,10 +13,21 @@ from recallseg.runtime.model.preprocess import Intensity, scale_intensities
 from recallseg.runtime.reports.pictures import PALETTE
 from recallseg.runtime.segmenting.result import Result
 
-__all__ = ["LEGEND", "draw_legend", "draw_mark", "draw_outlines", "outlined_picture"]
+__all__ = ["LEGEND", "draw_legend", "draw_mark", "draw_outlines", "fitted", "outlined_picture"]
 
 LEGEND = 28  # pixels high
 _SIDES = 512, 1024  # longest: small pictures are enlarged, so that outlines can be told apart
+
+
+def fitted(image: NDArray[Any], spacing: tuple[float, float] | None, side: int) -> tuple[int, int]:
+    """Return width and height with ``side`` pixels for the longer one, undistorted.
+
+    ``spacing`` is mm between rows and columns; None: equal.
+    """
+    row_mm, column_mm = spacing or (1.0, 1.0)
+    height, width = image.shape[0] * row_mm, image.shape[1] * column_mm
+    scale = side / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def draw_outlines(
@@ -65,11 +76,8 @@ def outlined_picture(image: NDArray[Any], result: Result, intensity: Intensity) 
     ----------
     image : HxW or HxWx3 (RGB), that was segmented.
     """
-    row_mm, column_mm = result.spacing or (1.0, 1.0)
-    height, width = image.shape[0] * row_mm, image.shape[1] * column_mm
     side = min(max(*image.shape[:2], _SIDES[0]), _SIDES[1])
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size = fitted(image, result.spacing, side)
     drawn = draw_outlines(image, result.masks.values(), intensity, size)
     sheet = np.zeros((drawn.shape[0] + LEGEND, max(drawn.shape[1], _SIDES[0]), 3), np.uint8)
     sheet[: drawn.shape[0], : drawn.shape[1]] = drawn

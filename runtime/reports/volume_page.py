@@ -18,6 +18,7 @@ from recallseg.runtime.reports.outlined import (
     draw_legend,
     draw_mark,
     draw_outlines,
+    fitted,
 )
 from recallseg.runtime.reports.pictures import Source, Thumbnail, colour, legend
 from recallseg.runtime.volumes.slices import SliceRecord, VolumeResult
@@ -145,10 +146,7 @@ def _tile(
 ) -> NDArray[np.uint8]:
     slicing = result.slicing
     image = slicing.view(volume.array, record.index)
-    row_mm, column_mm = slicing.spacing(volume)
-    height, width = image.shape[0] * row_mm, image.shape[1] * column_mm
-    scale = TILE / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    size = fitted(image, slicing.spacing(volume), TILE)
     tile = np.zeros((TILE, TILE, 3), np.uint8)
     top, left = (TILE - size[1]) // 2, (TILE - size[0]) // 2
     tile[top : top + size[1], left : left + size[0]] = draw_outlines(

@@ -49,10 +49,15 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
     assert place.stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o777
 
 
-def test_what_fails_changes_nothing(tmp_path: Path) -> None:
+def filled(tmp_path: Path) -> Path:
     place = tmp_path / "place"
     with replace_folder(place) as work:
         fill(work, "old")
+    return place
+
+
+def test_what_fails_changes_nothing(tmp_path: Path) -> None:
+    place = filled(tmp_path)
 
     def fail() -> None:
         with replace_folder(place) as work:
@@ -367,9 +372,7 @@ def test_a_disk_that_does_not_say_what_is_there_is_not_taken_for_nothing(tmp_pat
 
 
 def test_a_folder_that_cannot_be_listed_is_not_said_to_be_on_the_disk(tmp_path: Path) -> None:
-    place = tmp_path / "place"
-    with replace_folder(place) as work:
-        fill(work, "old")
+    place = filled(tmp_path)
 
     def replace() -> None:
         with replace_folder(place) as work:

@@ -166,8 +166,11 @@ def sources_of(
     Raises
     ------
     InputError
-        If something has no group.
+        If not all of the folder was seen, nothing says what values of label maps mean, or
+        something has no group.
     """
+    found.check_whole()
+    found.check_named(labels, legend)
     group = group or GroupRule("file")
 
     def picture(pair: Pair) -> Images:

@@ -138,8 +138,6 @@ def evaluate(
             "images were found or read already. Leave them out, or pass the path."
         )
     if isinstance(images, Annotations):
-        images.check_whole()
-        images.check_named(labels, legend)
         read = volume_reader(voi, time, stack, resample, segments)
         images = sources_of(
             images, labels, missing, legend=legend, as_stored=as_stored, plane=plane, read=read

@@ -174,8 +174,6 @@ def evaluate(
     group = None if rule is None else parsed(GroupRule.parse, rule, "--split-by, --group-by")
     read = volume_reader(voi, time, stack, resample, segments)
     found = find_annotations(folder, mask)
-    found.check_whole()
-    found.check_named(by_label, by_colour)
     named = [name for name in named if name != BACKGROUND]
     sources = sources_of(
         found,

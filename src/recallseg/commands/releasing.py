@@ -229,13 +229,12 @@ def _evaluate(library: Library, folder: Path, labels: str | None, k: int) -> dic
 
     by_label = None if labels is None else parsed(parse_labels, labels, "--labels")
     found = find_annotations(folder, None)
-    found.check_whole()
-    found.check_named(by_label, None)
+    sources = sources_of(found, by_label)
     names = library.structures
     with progress_bar("Evaluating", len(found)) as step:
         evaluation = evaluate(
             library,
-            sources_of(found, by_label),
+            sources,
             names,
             [k],
             lambda k: Segmenter(library, k=k, structures=names),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -45,7 +44,6 @@ _LONGEST_TIME = 1_000_000
 _MOST_MEMORY = 16 << 30
 """Above what the largest SAM 2 with the largest DINOv2 holds in fp32 (see engines/budget.py)."""
 
-_NO_MEMORY = re.compile(r"bad[_ ]alloc|failed to allocate|cannot allocate|out of memory", re.I)
 _LONGEST = 20_000  # characters of a message
 
 
@@ -169,9 +167,8 @@ def main() -> None:
         found = {"memory": "Python"}
     except RecallSegError as error:
         text = " ".join(str(error)[:_LONGEST].split())
-        known = isinstance(error, EngineRunError) and _NO_MEMORY.search(text)
-        name = type(error).__name__
-        found = {"memory": text} if known else {"error": name, "message": text}
+        known = isinstance(error, HostMemoryError)
+        found = {"memory": text} if known else {"error": type(error).__name__, "message": text}
     json.dump(found, answers)
     answers.close()
     os._exit(0)  # destructors of native code have nothing to say any more

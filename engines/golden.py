@@ -95,6 +95,8 @@ class GoldenTensors:
             count = math.prod(shape)
             if len(shape) != 3 or count > 8 * file["expected_masks"].size:
                 raise ValueError(f"masks of shape {shape}")
+            if any(file[f"value.{name}"].size != file[f"index.{name}"].size for name in names):
+                raise ValueError("values and places of them differ in number")
             return cls(
                 GoldenCase(*_case(file["images"], file["masks"])),
                 {name: _numbers(file[f"value.{name}"], np.floating) for name in names},

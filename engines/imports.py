@@ -119,7 +119,11 @@ def import_needed(module: str, wanted_by: str, install: str, package: str | None
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether this is lack of memory, also where the dynamic loader's word came as ImportError."""
+    """Whether this is lack of memory.
+
+    Also where the dynamic loader's word for it came as ImportError, or PyTorch's as RuntimeError.
+    """
     return isinstance(error, MemoryError) or (
-        isinstance(error, (ImportError, OSError)) and any(s in str(error) for s in _NO_MEMORY)
+        isinstance(error, (ImportError, OSError, RuntimeError))
+        and any(s in str(error) for s in _NO_MEMORY)
     )

@@ -9,6 +9,7 @@ in from one arena: graphs run in turn, and each would keep its own
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from threading import get_native_id
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary, finalize
 
 from recallseg.engines.engine import Engine, EngineOptions, Tensor
-from recallseg.engines.errors import EngineRunError
+from recallseg.engines.errors import EngineRunError, HostMemoryError
 from recallseg.engines.imports import import_onnxruntime
 from recallseg.engines.operators import (
     needs_operators,
@@ -30,6 +31,8 @@ from recallseg.engines.specs import GraphSpec
 __all__ = ["OnnxRuntimeCpu"]
 
 _PROVIDER = "CPUExecutionProvider"
+_NO_MEMORY = re.compile(r"bad[_ ]alloc|failed to allocate|cannot allocate|out of memory", re.I)
+"""How ONNX Runtime says that the machine has too little."""
 SPIN_US = 50
 """For how long a thread without work keeps its core, in case the next operator comes: about what it
 takes to wake it. ONNX Runtime (from 1.26 on) would else keep it through all that one thread does
@@ -54,6 +57,8 @@ class OnnxRuntimeCpu(Engine):
         operators that were not built.
     EngineRunError
         If it refuses the graph, places it elsewhere, or the graph has other tensors than ``spec``.
+    HostMemoryError
+        If it has too little memory for the graph, then or whenever it runs.
     """
 
     name: ClassVar[str] = "onnxruntime-cpu"
@@ -101,8 +106,8 @@ class OnnxRuntimeCpu(Engine):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise EngineRunError(
-                f"ONNX Runtime failed in graph '{self.spec.name}': {error}"
+            raise _failed(
+                f"ONNX Runtime failed in graph '{self.spec.name}': {error}", error
             ) from error
 
     def describe(self) -> dict[str, Any]:
@@ -135,7 +140,13 @@ def _make_session(onnxruntime: Any, path: Path, threads: int) -> Any:
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         if library is None and path.is_file() and needs_operators(path):
             require_operators(str(path))
-        raise EngineRunError(f"ONNX Runtime cannot load {path}: {error}") from error
+        raise _failed(f"ONNX Runtime cannot load {path}: {error}", error) from error
+
+
+def _failed(what: str, error: Exception) -> EngineRunError:
+    """Return what to raise: too little memory is no fault of a graph, nor of an image."""
+    short = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
+    return HostMemoryError(what) if short else EngineRunError(what)
 
 
 def _key(path: Path, threads: int, kind: object) -> tuple[object, ...]:

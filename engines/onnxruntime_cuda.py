@@ -110,7 +110,7 @@ class OnnxRuntimeCuda(OnnxRuntimeGpu):
         path = Path(self._session.end_profiling())
         try:
             events = json.loads(read_text(path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EngineRunError(
                 f"ONNX Runtime's profile {path} cannot be read: {error}. Where graph "
                 f"'{self.spec.name}' ran cannot be told."

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+from recallseg.engines.errors import InputError
+
 __all__ = ["SHIPPED", "cache_folder", "shipped_bundles", "state_folder"]
 
 SHIPPED = Path(__file__).parent / "bundles"
@@ -20,7 +22,7 @@ def cache_folder() -> Path:
     """
     chosen = os.environ.get("RECALLSEG_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return _expanded("RECALLSEG_CACHE", chosen)
     return platformdirs.user_cache_path("recallseg", appauthor=False)
 
 
@@ -32,8 +34,16 @@ def state_folder() -> Path:
     """
     chosen = os.environ.get("RECALLSEG_STATE")
     if chosen:
-        return Path(chosen).expanduser()
+        return _expanded("RECALLSEG_STATE", chosen)
     return platformdirs.user_state_path("recallseg", appauthor=False)
+
+
+def _expanded(variable: str, chosen: str) -> Path:
+    """Return a folder that may begin with a user's home; InputError if there is no such user."""
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{variable} is '{chosen}', and nobody here has such a home.") from error
 
 
 def shipped_bundles() -> tuple[str, ...]:

@@ -99,7 +99,7 @@ class Verdicts:
         try:
             state = json.loads(data)
             return dict(state["verdicts"]) if state["subject"] == self.subject else {}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return {}
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.engine import Engine, Tensor
-from recallseg.engines.errors import VerificationError
+from recallseg.engines.errors import BundleError, VerificationError
 from recallseg.engines.golden import CORRECTED, GoldenTensors, run_case
 from recallseg.engines.precisions import find_precision
 
@@ -127,15 +127,27 @@ def compare_with_golden(
     ------
     VerificationError
         Naming the first tensor that differs, by how much, and what was allowed.
+    BundleError
+        If the golden tensors have other names or sizes than what the graphs make.
     """
     asked = find_precision(precision)
-    checks = [
-        Check(
-            name, relative_error(found[name].ravel()[golden.index[name]], values), asked.tolerance
-        )
-        for name, values in golden.values.items()
-        if name in found or not name.startswith(CORRECTED)  # of a graph that was not asked for
-    ]
+    try:
+        checks = [
+            Check(
+                name,
+                relative_error(found[name].ravel()[golden.index[name]], values),
+                asked.tolerance,
+            )
+            for name, values in golden.values.items()
+            if name in found or not name.startswith(CORRECTED)  # of a graph that was not asked for
+        ]
+        if found["logits"].shape != golden.masks.shape:
+            raise ValueError(f"masks of {golden.masks.shape}, logits of {found['logits'].shape}")
+    except (KeyError, IndexError, ValueError) as error:
+        raise BundleError(
+            f"the golden tensors of bundle {bundle.name} are not of its graphs: "
+            f"{type(error).__name__}: {error}. Export the bundle again."
+        ) from error
     dice = mask_dice(found["logits"] > 0, golden.masks)
     least = APPROXIMATE_MASK_DICE if asked.approximations else MASK_DICE
     checks.append(Check("masks (1 - Dice)", 1.0 - dice, 1.0 - least))

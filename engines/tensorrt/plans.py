@@ -244,7 +244,9 @@ class PlanCache:
                 and plan.key.digest == folder.name
                 and (folder / "plan").stat().st_size == plan.size
             )
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError):  # damaged
             return None
         return plan if whole else None
 

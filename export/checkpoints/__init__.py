@@ -48,7 +48,7 @@ from recallseg.export.checkpoints.architectures import (
 from recallseg.export.checkpoints.digest import state_digest
 from recallseg.export.checkpoints.embedders import DINOV3, load_folder, load_random_dinov3
 from recallseg.export.checkpoints.fine_tuned import fine_tuned_sam2
-from recallseg.export.checkpoints.sources import DEMO, RANDOM, Loaded, Loader, load
+from recallseg.export.checkpoints.sources import DEMO, RANDOM, Loaded, Loader, load, local_path
 from recallseg.export.families.sam2 import SAM2_FAMILY
 
 __all__ = ["Loaded", "load_dinov2", "load_embedder", "load_sam2", "load_segmenter", "state_digest"]
@@ -175,8 +175,8 @@ def load_embedder(src: str, *, seed: int = 0, licence: str | None = None) -> Loa
     kind = src.removeprefix(RANDOM)
     if kind != src and kind in DINOV3:
         return load_random_dinov3(kind, seed)
-    path = Path(src).expanduser()
-    if src != DEMO and path.is_dir() and not huggingface.is_of(path, _DINOV2.model_types):
+    path = None if src == DEMO else local_path(src)
+    if path is not None and path.is_dir() and not huggingface.is_of(path, _DINOV2.model_types):
         return load_folder(path, licence)
     return load_dinov2(src, seed=seed, licence=licence)
 

@@ -95,19 +95,24 @@ def load_folder(path: Path, licence: str | None) -> Loaded:
     model = _image_tower(path)
     try:
         with torch.inference_mode():
-            width = pooled(model, torch.zeros(1, 3, size, size)).shape[1]
+            vector = pooled(model, torch.zeros(1, 3, size, size))
     # A model that is no embedder of images can fail in any way.
     except Exception as error:
         raise CheckpointError(
             f"'{path}' holds a model of type '{kind}' that makes no vector of an image of {size} "
             f"px: {error}. An embedder takes pixel_values and gives a pooler_output."
         ) from error
+    if not bool(torch.isfinite(vector).all()):
+        raise CheckpointError(
+            f"'{path}' makes a vector of NaN or infinite numbers: the file is damaged, or its "
+            "training diverged. Get it again."
+        )
     model.recallseg_size = size
     state = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
     stated = licence or huggingface.read_licence(path)
     return Loaded(
         model,
-        f"{kind}-{width}",
+        f"{kind}-{vector.shape[1]}",
         "pretrained",
         state_digest(state),
         (),

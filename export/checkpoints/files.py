@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recallseg.engines.errors import CheckpointError
+from recallseg.engines.imports import lacks_memory
+from recallseg.engines.machine_fault import machine_fault
 
 __all__ = ["read_tensors"]
 
@@ -35,7 +38,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             tensors = load_file(path, device="cpu")
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            _check_given(path, error)
             raise CheckpointError(
                 f"'{path}' is no readable safetensors file: {error}. It is probably truncated; "
                 "compare its size with the source's and copy it again."
@@ -53,9 +57,10 @@ def _refuse_what_downloads_leave(path: Path) -> None:
     """Raise CheckpointError for what lies where weights should: nothing, a page, a pointer."""
     try:
         with path.open("rb") as file:
-            head = file.read(_HEAD).lstrip()
+            begin = file.read(_HEAD)
     except OSError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+    head = begin.lstrip()
     if not head:
         raise CheckpointError(f"'{path}' is empty. Copy or download the file again.")
     if head.startswith(b"version https://git-lfs"):
@@ -63,11 +68,22 @@ def _refuse_what_downloads_leave(path: Path) -> None:
             f"'{path}' is a pointer of Git LFS, not the weights. Fetch them with 'git lfs pull', "
             "or download the file itself."
         )
-    if head.startswith(b"<"):
+    if head.startswith(b"<") and begin[8:9] != b"{":  # or it is a safetensors file's length
         raise CheckpointError(
             f"'{path}' is a web page, not weights: what a download leaves that was refused, of a "
             "gated model, say. Accept its licence on the hub, log in, and download it again."
         )
+
+
+def _check_given(path: Path, error: BaseException) -> None:
+    """Refuse to call a file damaged that the machine did not give."""
+    if lacks_memory(error):
+        raise MemoryError(f"'{path}' needs more memory than there is: {error}") from error
+    if number := machine_fault(error):
+        raise CheckpointError(
+            f"'{path}' cannot be read: {os.strerror(number)}. The file may be as it should: see "
+            "to the disk, or the permission, and try again."
+        ) from error
 
 
 def _load_pickle_safely(path: Path) -> object:
@@ -75,6 +91,7 @@ def _load_pickle_safely(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     # The unpickler of a hostile or damaged file can fail in any way; each of them means the same.
     except Exception as error:
+        _check_given(path, error)
         # What PyTorch advises next is to execute the file.
         reason = str(error).strip().splitlines()[0].partition(". ")[0] if str(error) else ""
         raise CheckpointError(

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from recallseg.engines.errors import CheckpointError
-from recallseg.engines.reading import read_text
+from recallseg.engines.reading import is_there, read_text
 from recallseg.export.checkpoints.architectures import set_edgetam_size, set_image_size
 from recallseg.export.checkpoints.files import read_tensors
 from recallseg.export.checkpoints.names import RENAMED, TWINS
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a file's JSON object; CheckpointError if it holds none."""
     try:
         data = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"'{path}' cannot be read as JSON: {error}. Copy the folder again."
         ) from error
@@ -71,10 +71,16 @@ def read_model_type(folder: Path, expected: tuple[str, ...]) -> str:
     return str(_read_config(folder, expected)["model_type"])
 
 
+def _model_type(data: Mapping[str, Any]) -> str:
+    """Return what a ``config.json`` calls its model; empty if it does not say."""
+    kind = data.get("model_type")
+    return kind if isinstance(kind, str) else ""
+
+
 def is_of(folder: Path, model_types: tuple[str, ...]) -> bool:
     """Tell whether a folder's model is one of these, or whether that cannot be told."""
     file = folder / "config.json"
-    return not file.is_file() or read_json(file).get("model_type") in model_types
+    return not file.is_file() or _model_type(read_json(file)) in model_types
 
 
 def _read_config(folder: Path, expected: tuple[str, ...]) -> dict[str, Any]:
@@ -86,11 +92,11 @@ def _read_config(folder: Path, expected: tuple[str, ...]) -> dict[str, Any]:
             f"{WEIGHTS[0]}; in a Hugging Face cache that is snapshots/REVISION.{gate}"
         )
     data = read_json(path)
-    kind = data.get("model_type")
+    kind = _model_type(data)
     if kind not in expected:
         known = f", which is {MODEL_TYPES[kind]}" if kind in MODEL_TYPES else ""
         raise CheckpointError(
-            f"'{path}' says model_type {kind!r}{known}; expected "
+            f"'{path}' says model_type {data.get('model_type')!r}{known}; expected "
             f"{' or '.join(map(repr, expected))}. Pass the folder of the right model."
         )
     return data
@@ -105,15 +111,15 @@ def read_sam2_config(folder: Path, *, image_size: int) -> Sam2VideoConfig:
         When the folder is none of the two, or its configuration is damaged.
     """
     data = _read_config(folder, ("sam2_video", "sam2"))
-    if data["model_type"] == "sam2":
-        # The image-only configuration is that of the video model without its memory settings.
-        parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
-        data = {
-            part: {k: v for k, v in (data.get(part) or {}).items() if k != "model_type"}
-            for part in parts
-        }
-        data["vision_config"]["model_type"] = "sam2_vision_model"
     try:
+        if data["model_type"] == "sam2":
+            # The image-only configuration is that of the video model without its memory settings.
+            parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+            data = {
+                part: {k: v for k, v in (data.get(part) or {}).items() if k != "model_type"}
+                for part in parts
+            }
+            data["vision_config"]["model_type"] = "sam2_vision_model"
         config = Sam2VideoConfig.from_dict(data)
         set_image_size(config, image_size)
     # transformers' validation has error classes of its own, and nonsense can break it in any way.
@@ -199,7 +205,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_shards(index)
-    kind = str(read_json(folder / "config.json").get("model_type"))
+    kind = _model_type(read_json(folder / "config.json"))
     family = f"{MODEL_TYPES[kind]}, model_type {kind!r}" if kind in MODEL_TYPES else repr(kind)
     raise CheckpointError(
         f"'{folder}' has a config.json (of {family}) but no weights. Expected "
@@ -215,7 +221,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
         path = index.parent / shard
-        if Path(shard).name != shard or not path.is_file():
+        if Path(shard).name != shard or not is_there(path):
             raise CheckpointError(
                 f"'{index}' lists the shard '{shard}', which is not in its folder. Finish the "
                 "download, or copy the folder again."

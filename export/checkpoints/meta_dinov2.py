@@ -20,7 +20,7 @@ from recallseg.export.checkpoints.architectures import (
     Dinov2Architecture,
     dinov2_config,
 )
-from recallseg.export.checkpoints.strict import Piece
+from recallseg.export.checkpoints.strict import Piece, axes_of
 
 __all__ = ["infer_config", "is_meta_dinov2", "resolve"]
 
@@ -76,9 +76,10 @@ def infer_config(
         When it is none of :data:`~.architectures.DINOV2`, has another patch size or a position
         embedding that is not square.
     """
-    _, _, *patch = tensors["patch_embed.proj.weight"].shape
-    *_, positions, width = tensors["pos_embed"].shape
-    block = re.compile(r"blocks\.(\d+)\.norm1\.weight")
+    *_, height, breadth = axes_of(tensors, "patch_embed.proj.weight", 4, origin)
+    _, positions, width = axes_of(tensors, "pos_embed", 3, origin)
+    patch = [height, breadth]
+    block = re.compile(r"blocks\.(\d{1,3})\.norm1\.weight")
     depth = 1 + max(
         (int(found[1]) for name in tensors if (found := block.fullmatch(name))), default=-1
     )
@@ -92,7 +93,9 @@ def infer_config(
             f"{DINOV2_PATCH}. Pass dinov2_vit{{s,b,l,g}}14[_reg4]_pretrain.pth, or a Hugging Face "
             "folder with a config.json."
         )
-    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+    registers = 0
+    if "register_tokens" in tensors:
+        _, registers, _ = axes_of(tensors, "register_tokens", 3, origin)
     return dinov2_config(name, registers=registers, image_size=side * DINOV2_PATCH)
 
 

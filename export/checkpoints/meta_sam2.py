@@ -16,7 +16,7 @@ from transformers import Sam2VideoConfig
 from recallseg.engines.errors import CheckpointError
 from recallseg.export.checkpoints.architectures import SAM2, sam2_config
 from recallseg.export.checkpoints.recognition import families_in
-from recallseg.export.checkpoints.strict import Piece
+from recallseg.export.checkpoints.strict import Piece, axes_of
 
 __all__ = ["infer_config", "is_meta_sam2", "resolve"]
 
@@ -135,12 +135,12 @@ def infer_config(tensors: Mapping[str, Tensor], origin: str, *, image_size: int)
                 f"{origin} does not fit the model. Missing tensors (1): '{name}', which tells the "
                 "architecture. Pass a complete SAM 2 checkpoint of Meta's, not a part of one."
             )
-        return tuple(tensors[name].shape)
+        return axes_of(tensors, name, 4, origin)
 
-    width = shape(f"{TRUNK}.pos_embed")[1]
-    background = shape(f"{TRUNK}.pos_embed")[2:]
+    _, width, *sides = shape(f"{TRUNK}.pos_embed")
+    background = tuple(sides)
     window = shape(f"{TRUNK}.pos_embed_window")[-1]
-    block = re.compile(re.escape(TRUNK) + r"\.blocks\.(\d+)\.norm1\.weight")
+    block = re.compile(re.escape(TRUNK) + r"\.blocks\.(\d{1,3})\.norm1\.weight")
     depth = max((int(found[1]) for name in tensors if (found := block.fullmatch(name))), default=-1)
     # A block that widens the features opens the next stage.
     starts = [i for i in range(depth + 1) if f"{TRUNK}.blocks.{i}.proj.weight" in tensors]

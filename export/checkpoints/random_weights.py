@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recallseg.engines.errors import InputError
 from recallseg.export.checkpoints import huggingface
 from recallseg.export.checkpoints.names import newer_names
 from recallseg.export.checkpoints.strict import assemble
@@ -88,7 +89,14 @@ def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, 
     shapes : tensor names and shapes.
     seed : any non-negative integer; equal seeds give equal weights on every machine and with every
         version of transformers.
+
+    Raises
+    ------
+    InputError
+        For another seed.
     """
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed {seed!r} cannot be used; expected an integer from 0 on.")
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     drawn = {
         name: draw(name, tuple(tensor.shape), seed) for name, tensor in newer_names(empty).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recallseg.engines.bundle import Normalisation
-from recallseg.engines.errors import CheckpointError, InputError
+from recallseg.engines.errors import CheckpointError
+from recallseg.engines.reading import is_there
 from recallseg.export.checkpoints import huggingface
 from recallseg.export.checkpoints.files import read_tensors
 from recallseg.export.checkpoints.fine_tuned import FineTuned
@@ -21,7 +23,7 @@ from recallseg.export.checkpoints.recognition import said_of
 from recallseg.export.checkpoints.strict import Piece, assemble, instantiate, tensor_shapes
 from recallseg.export.families.base import IMAGENET
 
-__all__ = ["Loaded", "Loader", "load"]
+__all__ = ["Loaded", "Loader", "load", "local_path"]
 
 Source = Literal["pretrained", "demo", "random"]
 
@@ -113,14 +115,14 @@ def load(loaders: Sequence[Loader], src: str, *, seed: int, licence: str | None)
         return _random(loaders, src, seed, licence)
     if src == DEMO:
         return _folder(first, _demo_folder(first), src, "demo", licence or OWN_LICENCE)
-    path = Path(src).expanduser()
-    if path.is_dir():
+    path = local_path(src)
+    if path is not None and path.is_dir():
         kinds = tuple(kind for loader in loaders for kind in loader.model_types)
         kind = huggingface.read_model_type(path, kinds)
         chosen = next(loader for loader in loaders if kind in loader.model_types)
         declared = licence or huggingface.read_licence(path) or chosen.licence
         return _folder(chosen, path, src, "pretrained", declared)
-    if path.is_file():
+    if path is not None:
         return _file(loaders, path, src, licence)
     names = ", ".join(name for loader in loaders for name in loader.architectures)
     raise CheckpointError(
@@ -131,13 +133,17 @@ def load(loaders: Sequence[Loader], src: str, *, seed: int, licence: str | None)
     )
 
 
+def local_path(src: str) -> Path | None:
+    """Return the folder or file that a source names; None if there is no such thing."""
+    path = Path(os.path.expanduser(src))  # Path's raises for a user that is none
+    return path if is_there(path) else None
+
+
 def _files(loaders: Sequence[Loader]) -> str:
     return ", ".join(loader.file_name for loader in loaders if loader.file_name)
 
 
 def _random(loaders: Sequence[Loader], src: str, seed: int, licence: str | None) -> Loaded:
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise InputError(f"seed {seed!r} cannot be used; expected an integer from 0 on.")
     kind = src[len(RANDOM) :]
     if kind == DEMO:
         chosen, config = loaders[0], loaders[0].read_config(_demo_folder(loaders[0]))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from recallseg.engines.errors import CheckpointError
+from recallseg.engines.imports import lacks_memory
 
-__all__ = ["Piece", "Resolver", "assemble", "instantiate", "tensor_shapes"]
+__all__ = ["Piece", "Resolver", "assemble", "axes_of", "instantiate", "tensor_shapes"]
 
 NAMED = 4
 """Tensors that a message names before it counts the rest."""
@@ -54,6 +55,17 @@ class Piece:
         return tensor if self.parts == 1 else tensor.chunk(self.parts)[self.part]
 
 
+def axes_of(tensors: Mapping[str, Tensor], name: str, count: int, origin: str) -> tuple[int, ...]:
+    """Return the shape of a tensor that tells the architecture; CheckpointError for other axes."""
+    shape = tuple(tensors[name].shape)
+    if len(shape) != count:
+        raise CheckpointError(
+            f"{origin} does not fit the model: '{name}', which tells the architecture, has shape "
+            f"{shape}; expected {count} axes. Pass the file as it was published."
+        )
+    return shape
+
+
 Resolver = Callable[[str, Mapping[str, Tensor]], Piece]
 """Says where a tensor of the model lies, given its name and what the file holds."""
 
@@ -63,6 +75,8 @@ def _build(model_class: Callable[[Any], Model], config: Any) -> Model:
         return model_class(config)
     # A configuration that validates can still break the model's constructor in any way.
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise CheckpointError(
             f"the configuration describes no working model: {type(error).__name__}: {error}. "
             "Use the config.json that belongs to these weights."

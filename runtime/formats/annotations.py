@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +188,7 @@ def _segmentations(item: Item, found: Finding) -> list[Path]:
     named = [whole.with_name(volume_stem(whole) + suffix) for suffix in SEGMENTATIONS]
     if item.kind == "dicom" and len(item.files) == 1:  # a radiograph and its drawn mask
         named += [whole.with_name(volume_stem(whole) + suffix) for suffix in PICTURE_MASKS]
-    by_name = [file for file in named if file.is_file() and file not in item.files]
+    by_name = [file for file in named if stat.S_ISREG(mode_of(file)) and file not in item.files]
     if by_name or item.kind != "dicom":
         return by_name
     refers = [file for file, series in found.drawn_on.items() if item.series in series]

@@ -209,7 +209,8 @@ def read_concepts(path: Path) -> dict[str, Concept]:
     Raises
     ------
     InputError
-        If it cannot be read, or an entry is not of that form.
+        If it cannot be read, an entry is not of that form, or two names differ in case, hyphens
+        and underscores alone.
     """
     try:
         text = read_text(path)
@@ -220,6 +221,13 @@ def read_concepts(path: Path) -> dict[str, Concept]:
         raise InputError(f"{path} is no table of codes in TOML or JSON: {error}.") from error
     if not isinstance(table, dict):
         raise InputError(f"{path} must map structures to their codes.")
+    by_name: dict[str, str] = {}
+    for name in table:
+        if by_name.setdefault(_plain(name), name) != name:
+            raise InputError(
+                f"{path} has codes of '{by_name[_plain(name)]}' and of '{name}', which are one "
+                "name. Keep one of them."
+            )
     return {name: _concept(path, name, entry, at) for at, (name, entry) in enumerate(table.items())}
 
 
@@ -305,12 +313,13 @@ def _code(path: Path, name: str, key: str, value: Any) -> Code:
     if (
         not isinstance(value, list)
         or len(value) != 3
-        or not all(isinstance(part, str) and part.strip() and "\\" not in part for part in value)
+        or not all(isinstance(part, str) and part.strip() for part in value)
+        or not all(part.isprintable() and "\\" not in part for part in value)
         or any(len(part) > limit for part, limit in zip(value, limits, strict=True))
     ):
         raise InputError(
             f"{path}: the {key} of '{name}' must read like ['10200004', 'SCT', 'Liver'] (value, "
-            "coding scheme, meaning; at most 16, 16 and 64 characters), got "
+            "coding scheme, meaning; at most 16, 16 and 64 printable characters), got "
             f"{value!r}."
         )
     return Code(*value)

@@ -412,7 +412,15 @@ class _Sorted:
             if first is not file and first.signature[1] == file.signature[1]:
                 try:
                     same = filecmp.cmp(first.path, file.path, shallow=False)
-                except OSError:
+                except OSError as error:
+                    if number := machine_fault(error):
+                        why = (
+                            f"{printable(file.path)} cannot be compared with "
+                            f"{printable(first.path.name)}, whose number it has: {error.strerror}. "
+                            "See to the disk, or the permission, and try again."
+                        )
+                        self._dicom(file.path, file.signature, NotGiven(why, number))
+                        continue
                     same = False
                 if same:
                     self._pass(file.path, f"a copy of {printable(first.path.name)}")

@@ -239,8 +239,12 @@ def _tiff_trouble(page: Directory, photometric: int, bits: int, form: int) -> st
         photometric in (_RGB, _YCBCR) and samples == colours + 1 and extra and extra[0] in _OPACITY
     ):
         return f"it has {samples} channels, and which of them to take is not said; save one image"
-    if photometric == _PALETTE and bits not in (1, 2, 4, 8):
-        return f"it has a palette of {bits} bits; save it with one of 8"
+    if photometric == _PALETTE:
+        if bits not in (1, 2, 4, 8):
+            return f"it has a palette of {bits} bits; save it with one of 8"
+        _, form_of_colours = page.places.get(_COLOUR_MAP, (0, ""))
+        if len(page.values.get(_COLOUR_MAP, ())) != 3 << bits or form_of_colours[1:] != "H":
+            return f"its palette does not hold {1 << bits} colours; save it anew"
     if bits not in _DEPTHS.get(form, ()) or len(set(page.values.get(_BITS, (1,)))) > 1:
         kinds = {_UNSIGNED: "whole", _SIGNED: "signed", _FLOATING: "floating-point"}
         return (
@@ -257,8 +261,6 @@ def _tiff_trouble(page: Directory, photometric: int, bits: int, form: int) -> st
 
 
 def _tiff_numbers(data: bytes, page: Directory) -> bytes:
-    if _COLOUR_MAP not in page.places:
-        return data
     place, form = page.places[_COLOUR_MAP]
     count = len(page.values[_COLOUR_MAP]) // 3
     ramp = [number * 257 for number in range(count)] * 3
@@ -276,7 +278,8 @@ def _plain_png(data: bytes, numbers: bool) -> bytes:
         parts.append(data[begin:at])
         begin = end
         if numbers and name == b"PLTE":
-            ramp = bytes(number for number in range((end - at - 12) // 3) for _ in range(3))
+            count = min(256, (end - at - 12) // 3)
+            ramp = bytes(number for number in range(count) for _ in range(3))
             checked = zlib.crc32(name + ramp)
             parts += [struct.pack(">I", len(ramp)), name + ramp, struct.pack(">I", checked)]
     return b"".join([*parts, data[begin:position]]) if parts else data
@@ -337,7 +340,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     for marker, position, _ in _jpeg_segments(data):
-        if marker in _JPEG_FRAMES:
+        if marker in _JPEG_FRAMES and position + 9 <= len(data):
             height, width = struct.unpack_from(">HH", data, position + 5)
             return height, width
     return None

@@ -143,6 +143,13 @@ def read_label_map(path: str | Path, *, as_stored: bool = False) -> NDArray[Any]
             values = _without_opacity(path, image, means)
         if means.grey and means.bits < 8:  # the decoder spreads them over 0 to 255
             values = values // (255 // (2**means.bits - 1))
+    if values.dtype == np.bool_:  # of one structure
+        values = values.view(np.uint8)
+    if values.dtype.kind not in "iuf":
+        raise InputError(
+            f"{path}: a label map must have whole numbers from 0 to 65535, this file has "
+            f"{values.dtype}. Save it as a grey PNG whose pixel values are the labels."
+        )
     if values.ndim == 3 and values.shape[2] == 3 and not np.ptp(values, axis=2).any():
         values = values[..., 0]
     if values.ndim != 2 or not values.size:
@@ -300,9 +307,9 @@ def _without_opacity(
 
 
 def _are_labels(values: NDArray[Any]) -> bool:
-    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+    if not np.isfinite(values).all() or not 0 <= float(values.min()) <= float(values.max()) < 65536:
         return False
-    return bool(((values >= 0) & (values <= 65535) & (np.rint(values) == values)).all())
+    return bool((np.rint(values) == values).all())
 
 
 def _opaque(opacity: NDArray[Any]) -> bool:

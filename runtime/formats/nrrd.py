@@ -65,12 +65,12 @@ _MILLIMETRES = {
     **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
     **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
     **dict.fromkeys(("meter", "meters", "metre", "metres"), 1000.0),
-    **dict.fromkeys(("um", "micron", "microns"), 1e-3),
+    **dict.fromkeys(("um", "\u00b5m", "\u03bcm", "micron", "microns"), 1e-3),
     **dict.fromkeys(("micrometer", "micrometers", "micrometre", "micrometres"), 1e-3),
     **dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 1e-6),
 }
 """Of units of length, which are free text; none is millimetres, as every reader takes it. No "m":
-pynrrd leaves it of "µm"."""
+programs that know only ASCII leave it of "µm"."""
 
 
 def read_nrrd(path: Path, *, time: int | None = None) -> Volume:
@@ -154,6 +154,11 @@ def read_seg_nrrd(path: Path) -> tuple[Volume, list[tuple[str, NDArray[np.bool_]
     names: list[str] = []
     while (name := header.get(f"Segment{len(names)}_Name")) is not None:
         names.append(str(name))
+        if re.search("[\ud800-\udfff]", names[-1]):
+            raise InputError(
+                f"{path}: the name of segment {len(names) - 1} is not in UTF-8, so its letters "
+                "cannot be told. Save it anew with 3D Slicer 5 or later."
+            )
     if not names:
         raise InputError(f"{path} has no segments: it is no .seg.nrrd of 3D Slicer's kind.")
     layered = any(f"Segment{n}_Layer" in header for n in range(len(names)))
@@ -201,19 +206,26 @@ def write_seg_nrrd(
     Raises
     ------
     InputError
-        If ``like`` has no patient frame.
+        If ``like`` has no patient frame, or there are no masks.
     OSError
         If the folder cannot be written.
     """
     import nrrd
 
     affine = like.affine_in("LPS")
-    layers: list[NDArray[np.uint8]] = []
-    fields: dict[str, Any] = {}
+    if not masks:
+        raise InputError("there is no structure to write, and a .seg.nrrd has one or more.")
+    kind = np.uint8 if len(masks) <= np.iinfo(np.uint8).max else np.uint16
+    layers: list[NDArray[np.unsignedinteger[Any]]] = []
+    fields: dict[str, str] = {
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+    }
     for number, (name, mask) in enumerate(masks.items()):
         at = next((n for n, layer in enumerate(layers) if not layer[mask].any()), len(layers))
         if at == len(layers):
-            layers.append(np.zeros(like.shape, np.uint8))
+            layers.append(np.zeros(like.shape, kind))
         layers[at][mask] = number + 1
         extents = []
         for axis in range(3):
@@ -234,7 +246,6 @@ def write_seg_nrrd(
     several = len(layers) > 1
     array = np.stack(layers) if several else layers[0]
     header: dict[str, Any] = {
-        "type": "uint8",
         "dimension": array.ndim,
         "space": "left-posterior-superior",
         "sizes": np.array(array.shape),
@@ -242,14 +253,13 @@ def write_seg_nrrd(
         "space origin": affine[:3, 3],
         "kinds": [*["list"] * several, "domain", "domain", "domain"],
         "encoding": "gzip",
-        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
-        "Segmentation_MasterRepresentation": "Binary labelmap",
-        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
-        **fields,
     }
     stream = io.BytesIO()
     nrrd.write(stream, np.asfortranarray(array), header, compression_level=6)
-    replace_file(path, stream.getvalue())
+    # pynrrd writes ASCII alone; names are UTF-8, as 3D Slicer has them.
+    head, _, pixels = stream.getvalue().partition(b"\n\n")
+    told = "".join(f"\n{field}:={value}" for field, value in fields.items())
+    replace_file(path, b"".join((head, told.encode(), b"\n\n", pixels)))
 
 
 def _read_header(path: Path, file: IO[bytes]) -> tuple[dict[str, Any], int]:
@@ -265,7 +275,8 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[dict[str, Any], int]:
             "take long; save it anew."
         )
     lines = io.BytesIO(head)
-    return nrrd.read_header(lines), lines.tell()
+    # Of bytes, pynrrd passes over all that is not ASCII: two names may then be one.
+    return nrrd.read_header(line.decode("utf-8", "surrogateescape") for line in lines), lines.tell()
 
 
 def _kind(header: Mapping[str, Any], axis: int) -> str:

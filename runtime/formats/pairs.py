@@ -26,6 +26,7 @@ from recallseg.runtime.formats.finding import (
     check_given,
     find_in_folder,
 )
+from recallseg.runtime.formats.guards import check_given as check_file
 from recallseg.runtime.formats.images import read_colours, read_image, read_label_map
 from recallseg.runtime.formats.kinds import is_image
 from recallseg.runtime.formats.polygons import is_coco, is_labelme, read_coco, read_labelme
@@ -143,6 +144,7 @@ def parse_legend(text: str) -> dict[tuple[int, int, int], str]:
         try:
             lines = read_text(Path(text)).splitlines()
         except (OSError, ValueError) as error:
+            check_file(Path(text), error)
             raise InputError(
                 "a legend must read like #ff0000=liver,#00ff00=spleen, or be a file of such "
                 f"lines; got '{text}'."

@@ -32,7 +32,7 @@ from recallseg.runtime.reports.cases import (
     Timing,
     VolumeCase,
 )
-from recallseg.runtime.reports.metrics import TOLERANCE, compare_masks
+from recallseg.runtime.reports.metrics import TOLERANCE, compare_masks, ndimage
 from recallseg.runtime.reports.splitting import Split, check_leaks
 from recallseg.runtime.segmenting.reach import REACH
 from recallseg.runtime.segmenting.recipe import Provenance
@@ -123,7 +123,10 @@ def evaluate(
         If a structure, baseline or split is not possible, there is nothing to do, an image is an
         exemplar that it would recall, or no image at all could be evaluated: none can be read or
         says anything of the structures.
+    ModuleNotFoundError
+        If the extra ``evaluate`` is not installed, or ``fit`` and a forest is asked for.
     """
+    ndimage()  # or every image would be read for nothing
     if structures is None:
         named = dict.fromkeys((*(labels or {}).values(), *(legend or {}).values()))
         structures = [name for name in named if name != BACKGROUND] or library.structures

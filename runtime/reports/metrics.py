@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 
-__all__ = ["TOLERANCE", "Agreement", "compare_masks"]
+__all__ = ["TOLERANCE", "Agreement", "compare_masks", "ndimage"]
 
 Mask = NDArray[np.bool_]
 TOLERANCE = 2.0
@@ -110,21 +110,25 @@ def _surface_distances(
 
     Infinitely far, where the other has none.
     """
-    ndimage = _ndimage()
+    image = ndimage()
     window = _bounding_box(first | second)  # distances do not depend on what lies around
-    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (first[window], second[window])]
+    surfaces = [mask & ~image.binary_erosion(mask) for mask in (first[window], second[window])]
     directed = []
     for here, there in (surfaces, surfaces[::-1]):
         if there.any():
-            distances = ndimage.distance_transform_edt(~there, sampling=spacing)[here]
+            distances = image.distance_transform_edt(~there, sampling=spacing)[here]
         else:
             distances = np.full(np.count_nonzero(here), np.inf)
         directed.append(distances)
     return directed[0], directed[1]
 
 
-def _ndimage() -> Any:
-    return importlib.import_module("scipy.ndimage")  # extra "evaluate": segmenting needs no SciPy
+def ndimage() -> Any:
+    """Return what measures distances; ModuleNotFoundError where it is not installed.
+
+    It comes with the extra ``evaluate``: segmenting needs no SciPy.
+    """
+    return importlib.import_module("scipy.ndimage")
 
 
 def _bounding_box(mask: Mask) -> tuple[slice, ...]:

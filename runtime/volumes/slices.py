@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -239,7 +240,11 @@ def segment_volume(
         If an engine fails.
     DeadlineError
         If it took too long.
+    ModuleNotFoundError
+        If it is to be cleaned up, and SciPy is not installed.
     """
+    if largest or fill_holes:
+        import_module("scipy.ndimage")  # or the work would be for nothing
     volume = open_volume(volume)
     slicing = Slicing.of(volume, plane)
     grey = volume.array if volume.array.ndim == 3 else volume.array[..., 0]

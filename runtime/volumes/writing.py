@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.arrays import as_array
+from recallseg.runtime.checks import check_name
 from recallseg.runtime.formats.concepts import Concept, concepts_for, read_concepts
 from recallseg.runtime.formats.dicom_seg import Algorithm, write_dicom_seg
 from recallseg.runtime.formats.images import write_label_map
@@ -54,9 +55,10 @@ def write_segmentation(
     Raises
     ------
     InputError
-        If the masks are not the volume's; of DICOM, if there is no structure in them (it knows no
-        empty SEG) or the volume has no DICOM source; of a label map, if masks that are not a
-        result's overlap; of NRRD, if the volume does not say how the patient lay; for another name.
+        If the masks are not the volume's, or one's name cannot be a structure's; of DICOM, if
+        there is no structure in them (it knows no empty SEG) or the volume has no DICOM source; of
+        a label map, if masks that are not a result's overlap; of NRRD, if there is no mask or the
+        volume does not say how the patient lay; for another name of the file.
     OutputError
         If a SEG cannot be made.
     OSError
@@ -83,7 +85,9 @@ def write_segmentation(
         _check_shape("the result", masks.label_map, volume)
         by_name, algorithm = masks.masks, algorithm or _algorithm(masks)
     else:
-        masks = by_name = {key: _mask(key, mask, volume) for key, mask in masks.items()}
+        masks = by_name = {
+            check_name(name): _mask(name, mask, volume) for name, mask in masks.items()
+        }
     if kind == "dicom":
         write_dicom_seg(path, by_name, volume, algorithm, concepts)
     elif kind == "nrrd":

@@ -18,8 +18,9 @@ from support.measuring import measures
 from recallseg.engines import onnxruntime_cpu
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.engine import EngineOptions
-from recallseg.engines.errors import EngineRunError, InputError
+from recallseg.engines.errors import EngineRunError, HostMemoryError, InputError
 from recallseg.engines.fake import FakeEngine
+from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
 from recallseg.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from recallseg.engines.registry import engine_class, load_engines
 from recallseg.engines.specs import GraphSpec, TensorSpec
@@ -220,3 +221,24 @@ def test_the_fake_engine_recalls_the_mask_of_the_exemplar(fake_bundle: Bundle) -
     quarter = decoded["logits"].shape[-1] // 2
     assert (decoded["logits"][0, :, :quarter] > 0).all()
     assert (decoded["logits"][0, :, quarter:] < 0).all()
+
+
+def test_too_little_memory_is_no_fault_of_a_graph(tmp_path: Path) -> None:
+    """Services try again what the machine had no room for, and set aside what is at fault."""
+    nodes = [
+        helper.make_node("Transpose", ["a"], ["turned"]),
+        helper.make_node("MatMul", ["a", "turned"], ["square"]),
+        helper.make_node("ReduceMean", ["square", "axes"], ["b"]),
+    ]
+    axes = onnx.numpy_helper.from_array(np.array([1], np.int64), "axes")
+    given = [helper.make_tensor_value_info("a", TensorProto.FLOAT, ["n", 2])]
+    made = [helper.make_tensor_value_info("b", TensorProto.FLOAT, ["n", 1])]
+    graph = helper.make_graph(nodes, "square", given, made, [axes])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "square.onnx")
+    spec = GraphSpec("decode", SPEC.inputs, (TensorSpec("b", "float32", ("n", 1)),))
+    engine = OnnxRuntimeCpu(spec, tmp_path / "square.onnx", EngineOptions(threads=1))
+    n = 2**23  # whose square of floats no address reaches
+    with pytest.raises(HostMemoryError, match="graph 'decode'") as caught:
+        engine.run({"a": np.zeros((n, 2), np.float32)}, {"b": np.zeros((n, 1), np.float32)})
+    assert machine_fault(caught.value) == SHORT_OF_MEMORY

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from recallseg.engines.bundle import Bundle
+from recallseg.engines.composition import Composition
 from recallseg.engines.engine import Engine, Tensor
 from recallseg.engines.errors import BundleError, VerificationError
-from recallseg.engines.golden import GoldenTensors
+from recallseg.engines.golden import GoldenTensors, run_case
 from recallseg.engines.registry import load_engines
-from recallseg.engines.verification import relative_error, verify_engines
+from recallseg.engines.verification import compare_with_golden, relative_error, verify_engines
 
 
 class Wrong(Engine):
@@ -81,3 +83,31 @@ def test_a_truncated_golden_file_is_refused(fake_bundle: Bundle, tmp_path: Path)
     path.write_bytes(fake_bundle.golden_file.read_bytes()[:1000])
     with pytest.raises(BundleError, match="cannot be read"):
         GoldenTensors.load(path)
+    golden = GoldenTensors.load(fake_bundle.golden_file)
+    values = {name: value[:1] for name, value in golden.values.items()}  # one for all, to NumPy
+    replace(golden, values=values).save(path)
+    with pytest.raises(BundleError, match="values and places of them differ in number"):
+        GoldenTensors.load(path)
+
+
+@pytest.mark.parametrize("change", ["name", "index", "masks"])
+def test_golden_tensors_of_other_graphs_are_told(fake_bundle: Bundle, change: str) -> None:
+    golden = GoldenTensors.load(fake_bundle.golden_file)
+    values, index, masks = dict(golden.values), dict(golden.index), golden.masks
+    if change == "name":
+        values["other"], index["other"] = values["logits"], index["logits"]
+    elif change == "index":
+        index["logits"] = index["logits"] + 10**9
+    else:
+        masks = masks[:1]
+    engines = load_engines(fake_bundle, "fake")
+    found = run_case(
+        golden.case,
+        Composition(engines),
+        fake_bundle.geometry,
+        fake_bundle.normalisation,
+        fake_bundle.memory,
+    )
+    other = GoldenTensors(golden.case, values, index, masks)
+    with pytest.raises(BundleError, match=r"golden tensors of bundle .* are not of its graphs"):
+        compare_with_golden(fake_bundle, other, found, "fake", "fp32")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,11 @@ from recallseg.engines.errors import CheckpointError, InputError
 from recallseg.export.checkpoints import (
     Loaded,
     architectures,
+    files,
     load_dinov2,
+    load_embedder,
     load_sam2,
+    load_segmenter,
     sources,
     state_digest,
 )
@@ -256,3 +263,45 @@ def test_what_downloads_leave_is_named(tmp_path: Path, name: str, head: bytes, s
     with pytest.raises(CheckpointError, match=said) as caught:
         read_tensors(file)
     assert "weights_only" not in str(caught.value)  # PyTorch's advice is to execute it
+
+
+def test_a_header_of_any_length_is_no_web_page(tmp_path: Path) -> None:
+    """A safetensors file begins with the length of its header: of 15392 bytes, that is " <"."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    for length in (15392, 316):
+        data = struct.pack("<Q", length) + header.ljust(length) + struct.pack("<f", 2.5)
+        (tmp_path / "a.safetensors").write_bytes(data)
+        assert read_tensors(tmp_path / "a.safetensors")["a"].item() == 2.5
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_weights_that_the_machine_does_not_give_are_not_called_damaged(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_bytes(b"x" * 100)
+    reader = (files, "load_file") if name.endswith("safetensors") else (torch, "load")
+
+    def fail(error: Exception) -> None:
+        def read(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(*reader, read)
+
+    fail(OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(CheckpointError, match=r"cannot be read: Input/output error\. The file may"):
+        read_tensors(tmp_path / name)
+    fail(RuntimeError("DefaultCPUAllocator: can't allocate memory: Cannot allocate memory"))
+    with pytest.raises(MemoryError, match="needs more memory"):
+        read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "a\0b", "~nobody-is-called-so/x"])
+def test_a_name_that_no_file_can_have_is_no_file(source: str) -> None:
+    for load in (load_segmenter, load_embedder):
+        with pytest.raises(CheckpointError, match="is no local folder or file"):
+            load(source)
+
+
+def test_a_seed_is_looked_at_whatever_the_network() -> None:
+    with pytest.raises(InputError, match="seed -1 cannot be used"):
+        load_embedder("random:dinov3-small", seed=-1)

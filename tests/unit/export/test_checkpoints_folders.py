@@ -217,6 +217,10 @@ def test_model_card_tells_the_licence(sam2_folder: Path) -> None:
     [
         ({"model_type": "resnet"}, r"model_type 'resnet'; expected 'sam2_video' or 'sam2'"),
         ({"model_type": "dinov2"}, r"expected 'sam2_video'"),
+        ({"model_type": ["sam2"]}, r"model_type \['sam2'\]; expected 'sam2_video'"),
+        ({"model_type": {}}, r"model_type {}; expected 'sam2_video'"),
+        ({"model_type": "sam2", "vision_config": [1]}, r"no usable configuration"),
+        ({"model_type": "sam2", "vision_config": "x"}, r"no usable configuration"),
         ({"num_maskmem": "seven"}, r"no usable configuration"),
         ({"vision_config": None, "image_size": 512}, r"does not fit the model"),
         ({"mask_decoder_config": {"hidden_size": 33}}, r"no working model|does not fit the model"),
@@ -303,4 +307,15 @@ def test_integer_weights_are_refused(sam2_folder: Path, sam2_state: State) -> No
     state = sam2_state | {"no_memory_embedding": torch.ones(1, 1, 32, dtype=torch.int8)}
     save_file(state, sam2_folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"'no_memory_embedding' has dtype torch.int8"):
+        _load(sam2_folder)
+
+
+def test_what_cannot_be_a_file_is_none(sam2_folder: Path) -> None:
+    (sam2_folder / "model.safetensors").unlink()
+    index = sam2_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    with pytest.raises(CheckpointError, match="which is not in its folder"):
+        _load(sam2_folder)
+    index.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         _load(sam2_folder)

@@ -188,3 +188,32 @@ def test_content_that_is_no_state_dict(tmp_path: Path, content: Any, message: st
     torch.save(content, file)
     with pytest.raises(CheckpointError, match=message):
         _load(file)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 96, 7)])
+@pytest.mark.parametrize("name", ["pos_embed", "pos_embed_window"])
+def test_what_tells_the_architecture_of_sam_2_has_four_axes(
+    tmp_path: Path, tiny: State, name: str, shape: tuple[int, ...]
+) -> None:
+    name = f"image_encoder.trunk.{name}"
+    torch.save({**tiny, name: torch.zeros(shape)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=rf"'{name}', which tells .* expected 4 axes"):
+        _load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "patch_embed.proj.weight", "register_tokens"])
+def test_what_tells_the_architecture_of_dinov2_has_its_axes(tmp_path: Path, name: str) -> None:
+    mini = architectures.Dinov2Architecture(64, 2)
+    for shape in ((), (3,)):
+        torch.save({**_mini_dinov2(mini), name: torch.zeros(shape)}, tmp_path / "x.pth")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(architectures.DINOV2, "mini", mini)  # type: ignore[arg-type]
+            with pytest.raises(CheckpointError, match=f"'{name}', which tells the architecture"):
+                load_dinov2(str(tmp_path / "x.pth"))
+
+
+def test_a_block_of_any_number_costs_no_time(tmp_path: Path, tiny: State) -> None:
+    name = "image_encoder.trunk.blocks.999999999999.norm1.weight"
+    torch.save({**tiny, name: torch.zeros(1)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"unexpected tensors .*{name}"):
+        _load(tmp_path / "x.pt")

@@ -141,3 +141,10 @@ def test_a_folder_that_is_not_given_is_told(tmp_path: Path) -> None:
     assert len(seen.pairs) == 2
     with pytest.raises(InputError, match="two: cannot be looked into: Input/output error"):
         seen.check_whole()
+
+
+def test_a_name_that_leaves_no_room_for_a_masks_stops_nothing(tmp_path: Path) -> None:
+    nifti(tmp_path / f"{'x' * 247}.nii.gz")
+    nifti(tmp_path / "a.nii.gz")
+    nifti(tmp_path / "a.mask.nii.gz")
+    assert found(find_annotations(tmp_path)) == {"a": "a.mask.nii.gz"}

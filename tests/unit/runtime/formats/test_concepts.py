@@ -95,3 +95,11 @@ def test_a_file_that_is_no_table_of_codes(tmp_path: Path, text: str, message: st
         read_concepts(tmp_path / "c.toml")
     with pytest.raises(InputError, match="cannot be read"):
         read_concepts(tmp_path / "none.toml")
+
+
+def test_two_names_of_one_structure_are_refused(tmp_path: Path) -> None:
+    """Which of them counted was a matter of their order."""
+    text = "['Left Lung']\ntype = ['1', 'X', 'a']\n[left_lung]\ntype = ['2', 'X', 'b']\n"
+    (tmp_path / "codes.toml").write_text(text)
+    with pytest.raises(InputError, match="'Left Lung' and of 'left_lung', which are one name"):
+        read_concepts(tmp_path / "codes.toml")

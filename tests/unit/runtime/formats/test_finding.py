@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -286,3 +287,22 @@ def test_an_image_that_lost_its_pixels_is_told_as_one(tmp_path: Path) -> None:
     assert reasons(find_in_folder(tmp_path)) == {
         "a.dcm": "CT Image without pixels, not an image",
     }
+
+
+def test_a_copy_that_the_disk_does_not_give_is_no_second_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the series would be said to hold one image twice, and people would remove it."""
+    made = write_series(tmp_path, PLANES)
+    shutil.copy(made[0], tmp_path / "z.dcm")
+
+    def broken(*_: object, **__: object) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(finding.filecmp, "cmp", broken)
+    found = find_in_folder(tmp_path)
+    assert found.incomplete
+    troubles = {item.path.name: (item.trouble, item.fault) for item in found.items}
+    assert "z.dcm cannot be compared with" in troubles["z.dcm"][0]
+    assert "may lack a slice" in troubles[tmp_path.name][0]
+    assert {fault for _, fault in troubles.values()} == {errno.EIO}

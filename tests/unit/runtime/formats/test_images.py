@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import tracemalloc
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from recallseg.engines.durable import replace_file
 from recallseg.engines.errors import InputError
@@ -214,3 +216,78 @@ def test_a_write_that_fails_leaves_the_old_file(
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def encoded(suffix: str) -> bytes:
+    """A small picture in one of the formats, with an orientation where it can have one."""
+    if suffix == ".npy":
+        stream = io.BytesIO()
+        np.save(stream, pixels(3, 4))
+        return stream.getvalue()
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[274] = 6
+    options = {} if suffix == ".bmp" else {"exif": exif}
+    Image.fromarray(pixels(3, 4, 3)).save(stream, suffix[1:].replace("jpg", "jpeg"), **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tiff", ".npy"])
+def test_a_file_cut_off_at_any_byte_is_told_or_whole(tmp_path: Path, suffix: str) -> None:
+    path, data = tmp_path / f"a{suffix}", encoded(suffix)
+    path.write_bytes(data)
+    whole = read_image(path)
+    refused = 0
+    ends = [*range(min(len(data), 250)), *range(250, len(data), 25)]
+    for end in ends:
+        path.write_bytes(data[:end])
+        try:
+            assert np.array_equal(read_image(path), whole), end
+        except InputError:
+            refused += 1
+    assert refused > 0.9 * len(ends)
+
+
+def test_a_boolean_array_is_a_label_map_of_one_structure(tmp_path: Path) -> None:
+    mask = pixels(4, 5) > 99
+    np.save(tmp_path / "a.npy", mask)
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.npy"), mask.astype(np.uint8))
+    np.save(tmp_path / "a.npy", np.repeat(mask[..., None], 3, axis=2))
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.npy"), mask.astype(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["S3", "U2", "M8[s]", "complex64", "V2", [("a", "u1")]])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (0, 5)])
+def test_an_array_of_other_things_is_no_label_map(
+    tmp_path: Path, shape: tuple[int, ...], dtype: object
+) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(shape, dtype))
+    with pytest.raises(InputError, match="a label map must have"):
+        read_label_map(tmp_path / "a.npy")
+
+
+def test_labels_in_half_floats_are_whole_numbers(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[0, 7]], np.float16))
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.npy"), [[0, 7]])
+
+
+def test_a_palette_that_is_damaged_is_told(tmp_path: Path) -> None:
+    """Its numbers are read by giving each colour its own: a palette of another size has none."""
+    image = Image.fromarray(pixels(4, 5) // 3).convert("P")
+    image.save(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    assert read_label_map(tmp_path / "a.tif").shape == (4, 5)
+    entry = data.index(struct.pack("<HHI", 320, 3, 768))
+    for kind, count in ((3, 1500), (3, 3), (1, 768), (2, 768)):
+        changed = data[:entry] + struct.pack("<HHI", 320, kind, count) + data[entry + 8 :]
+        (tmp_path / "a.tif").write_bytes(changed + bytes(4000))
+        with pytest.raises(InputError, match="does not hold 256 colours"):
+            read_label_map(tmp_path / "a.tif")
+    image.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    begin = data.index(b"PLTE") - 4
+    end = begin + 12 + int.from_bytes(data[begin : begin + 4], "big")
+    chunk = b"PLTE" + bytes(3 * 300)
+    long = struct.pack(">I", 900) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(data[:begin] + long + data[end:])
+    # Numbers do not depend on the colours.
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.png"), np.asarray(image))

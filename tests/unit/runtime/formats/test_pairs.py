@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import cv2
@@ -11,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recallseg.engines.errors import InputError
-from recallseg.runtime.formats.pairs import find_pairs, parse_labels, read_pair
+from recallseg.runtime.formats import pairs
+from recallseg.runtime.formats.pairs import find_pairs, parse_labels, parse_legend, read_pair
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8)
 
@@ -102,3 +105,19 @@ def test_sizes_must_agree(tmp_path: Path) -> None:
     write(tmp_path, "a.mask.png", image=np.zeros((8, 6), np.uint8))
     with pytest.raises(InputError, match=r"8x6.*6x8"):
         read_pair(find_pairs(tmp_path).pairs[0], {1: "one"})
+
+
+def test_a_legend_that_the_machine_does_not_give_is_not_said_to_be_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "legend.txt").write_text("#ff0000=liver")
+    assert parse_legend(str(tmp_path / "legend.txt")) == {(255, 0, 0): "liver"}
+    with pytest.raises(InputError, match="must read like"):
+        parse_legend(str(tmp_path / "none.txt"))
+
+    def broken(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(pairs, "read_text", broken)
+    with pytest.raises(InputError, match=r"legend\.txt cannot be read: Permission denied"):
+        parse_legend(str(tmp_path / "legend.txt"))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.annotations import find_annotations
 from recallseg.runtime.formats.pairs import Annotated, parse_labels
 from recallseg.runtime.library import Library
-from recallseg.runtime.reports.annotated_sources import sources_of
+from recallseg.runtime.reports.annotated_sources import Source, sources_of
 from recallseg.runtime.reports.cases import Arm, Case, Evaluation, Illustration
 from recallseg.runtime.reports.evaluation import _Shortlist, evaluate
 from recallseg.runtime.reports.page import Settings, render_report
@@ -263,3 +264,12 @@ def test_a_folder_and_options_are_enough(library: Library, tmp_path: Path) -> No
         evaluate(library, sources, STRUCTURES, (1,), maker(library), refine=False)
     with pytest.raises(InputError, match="go with a file or folder"):
         evaluate(library, find_annotations(tmp_path / "pairs"), mask=tmp_path, labels=labels)
+
+
+def test_what_measures_distances_is_there_before_the_work(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
+    source = Source("a", lambda: pytest.fail("read for nothing"))
+    with pytest.raises(ModuleNotFoundError):
+        evaluate(library, [source], STRUCTURES, (1,), maker(library))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,3 +298,18 @@ def test_a_disk_that_is_too_full_is_told_before_the_work(
     with pytest.raises(OutputError, match=r"has 2 MB left; the segmentation may take 3 MB\. Make"):
         check(2 << 20)
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_cleans_up_is_there_before_the_work(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
+    volume = Volume(ARRAY, np.eye(4), "RAS")
+    with Library.open(library) as opened:
+        segmenter = Segmenter(opened, k=1, engine="fake")
+        monkeypatch.setattr(
+            segmenter, "segment", lambda *_, **__: pytest.fail("worked for nothing")
+        )
+        for wanted in ({"largest": True}, {"fill_holes": True}):
+            with pytest.raises(ModuleNotFoundError):
+                segment_volume(segmenter, volume, **wanted)

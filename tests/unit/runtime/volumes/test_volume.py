@@ -20,6 +20,7 @@ from recallseg.runtime.formats.nrrd import read_nrrd, read_seg_nrrd, write_seg_n
 from recallseg.runtime.formats.reading import read_volume, volume_format, volume_stem
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.reports.annotated_sources import sources_of
+from recallseg.runtime.volumes.writing import write_segmentation
 
 
 @st.composite
@@ -235,7 +236,7 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
         (("type: uint8", "type: int16"), "its endian is 'missing', expected little or big"),
         (("type: uint8", "type: int16\nendian: middle"), "its endian is 'middle'"),
         (("encoding", 'space units: "inch" "mm" "mm"\nencoding'), "units that are not understood"),
-        (("encoding", 'space units: "µm" "µm" "µm"\nencoding'), "units that are not understood"),
+        (("encoding", 'space units: "m" "m" "m"\nencoding'), "units that are not understood"),
         (("encoding", 'space units: "mm" "mm"\nencoding'), "units that are not understood"),
         (("encoding", 'units: "cm" "cm" "cm"\nencoding'), "units that are not understood"),
         (("encoding", "line skip: 3\nencoding"), "skips lines or bytes"),
@@ -265,6 +266,7 @@ def test_nrrd_that_cannot_be_used_is_refused(
         ('"cm" "cm" "cm"', (10, 10, 10)),
         ('"micron" "Micrometers" "um"', (1e-3, 1e-3, 1e-3)),
         ('"mm" "Meters" ""', (1, 1000, 1)),
+        ('"µm" "μm" "mm"', (1e-3, 1e-3, 1)),  # the sign of micro, and the Greek letter
     ],
 )
 def test_nrrd_states_lengths_in_units(
@@ -332,3 +334,45 @@ def test_slices_that_lie_askew_are_told_and_measured_across(tmp_path: Path, shif
     found = source.read()
     assert found.across == pytest.approx(4.0)
     assert found.acquisition.spacing == pytest.approx((0.9, 0.8))
+
+
+NAMES = ("Öd", "Äd", "左心室", "a: b := c", "#x")
+
+
+def test_names_of_segments_are_what_was_written(tmp_path: Path) -> None:
+    """3D Slicer writes and reads UTF-8; pynrrd drops what is not ASCII: two names were one."""
+    like = Volume(np.zeros((3, 4, 5), np.int16), np.diag([1.0, 2, 3, 1]), "RAS")
+    masks = {name: np.zeros(like.shape, bool) for name in NAMES}
+    for at, mask in enumerate(masks.values()):
+        mask[at % 3, at % 4, at % 5] = True
+    write_segmentation(tmp_path / "a.seg.nrrd", masks, like)
+    assert "Name:=Öd\n".encode() in (tmp_path / "a.seg.nrrd").read_bytes()
+    found = dict(read_seg_nrrd(tmp_path / "a.seg.nrrd")[1])
+    assert [*found] == [*NAMES]
+    assert all(np.array_equal(found[name], mask) for name, mask in masks.items())
+    header = nrrd.read_header(str(tmp_path / "a.seg.nrrd"))  # and others read the rest
+    assert (header["encoding"], header["Segment3_Name"]) == ("gzip", NAMES[3])
+    # Of an older Slicer on Windows: which letters these are depends on where it ran.
+    data = (tmp_path / "a.seg.nrrd").read_bytes().replace("Öd".encode(), "Öd".encode("cp1252"))
+    (tmp_path / "a.seg.nrrd").write_bytes(data)
+    with pytest.raises(InputError, match="name of segment 0 is not in UTF-8"):
+        read_seg_nrrd(tmp_path / "a.seg.nrrd")
+
+
+def test_more_segments_than_a_byte_counts(tmp_path: Path) -> None:
+    like = Volume(np.zeros((1, 20, 20), np.int16), np.eye(4), "RAS")
+    masks = {f"s{n}": np.arange(400).reshape(like.shape) == n for n in range(300)}
+    write_segmentation(tmp_path / "a.seg.nrrd", masks, like)
+    found = dict(read_seg_nrrd(tmp_path / "a.seg.nrrd")[1])
+    assert all(np.array_equal(found[name], mask) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("name", ["a\nb", "", " a", "x/y", "a" * 65, 1])
+def test_masks_that_cannot_be_named_are_not_written(tmp_path: Path, name: Any) -> None:
+    like = Volume(np.zeros((3, 4, 5), np.int16), np.eye(4), "RAS")
+    for suffix in (".seg.nrrd", ".nii.gz"):
+        with pytest.raises(InputError, match="name"):
+            write_segmentation(tmp_path / f"a{suffix}", {name: like.array == 0}, like)
+    with pytest.raises(InputError, match="no structure to write"):
+        write_segmentation(tmp_path / "a.seg.nrrd", {}, like)
+    assert not [*tmp_path.iterdir()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +16,12 @@ from typing import Any
 
 from recallseg.engines import errors
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.child import bound_process, python_command, python_environment
+from recallseg.engines.child import (
+    bound_process,
+    python_command,
+    python_environment,
+    signal_name,
+)
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (
     DeadlineError,
@@ -125,7 +129,7 @@ def verify_bounded(
             process.kill()
     limit = "" if memory is None else f"{memory / 2**30:.3g} GiB"
     if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
+        name = signal_name(-process.returncode)
         raise EngineRunError(
             f"bundle {bundle.name} was not verified: its process was ended by {name}. "
             f"A graph made it crash{f', or need more than {limit} of memory' if limit else ''}. "

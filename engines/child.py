@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 
-__all__ = ["bound_process", "python_command", "python_environment"]
+__all__ = ["bound_process", "python_command", "python_environment", "signal_name"]
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
@@ -42,3 +42,11 @@ def bound_process(parent: int, memory: int | None) -> bool:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return True
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal that ended a process; real-time ones have a number only."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

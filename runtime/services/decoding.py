@@ -27,7 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.child import bound_process, python_command, python_environment
+from recallseg.engines.child import (
+    bound_process,
+    python_command,
+    python_environment,
+    signal_name,
+)
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import max_bytes
 from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
@@ -168,6 +173,14 @@ class IsolatedDecoder:
         return found
 
     def _ask(self, question: Any, path: Path, seconds: float) -> Any:
+        try:
+            return self._asked(question, path, seconds)
+        except BaseException:
+            # What is left on the line is no answer to the next question: it may be pixels.
+            self.close()
+            raise
+
+    def _asked(self, question: Any, path: Path, seconds: float) -> Any:
         link = self._started()
         until, worked = monotonic() + seconds, self._worked()
         try:
@@ -178,7 +191,6 @@ class IsolatedDecoder:
                     return None
                 if monotonic() > until:
                     waited = seconds - (self._worked() - worked)
-                    self.close()
                     if waited > seconds / 2:
                         raise InputError(
                             f"{printable(path)} was not read within {seconds:.0f} s, of which "
@@ -192,7 +204,6 @@ class IsolatedDecoder:
             return _receive(link)
         except (EOFError, OSError) as error:
             status = self._process.wait() if self._process is not None else None
-            self.close()
             if status == -signal.SIGKILL:  # by the system, where memory is short
                 raise InputError(
                     f"{printable(path)}: the process that read it was killed: the machine has too "
@@ -245,12 +256,10 @@ class IsolatedDecoder:
             )
             self._link = Connection(ours.detach())
         if not self._link.poll(START_S):  # its own time is not the first item's
-            self.close()
             raise OSError(f"the process that reads files did not start within {START_S:.0f} s")
         try:
             self._link.recv()
         except EOFError:
-            self.close()
             raise OSError(
                 f"the process that reads files could not start within {self._limits.memory_bytes} "
                 "bytes of address space"
@@ -265,7 +274,7 @@ def _caused(number: int) -> OSError | None:
 
 def _ended(status: int | None) -> str:
     if status is not None and status < 0:
-        return signal.Signals(-status).name
+        return signal_name(-status)
     return f"status {status}"
 
 

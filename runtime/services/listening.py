@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import threading
@@ -45,8 +46,9 @@ def listen(host: str, port: int, setting: str) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         made = socket.socket(family, kind)
-    except OSError as error:
-        raise InputError(f"there is no address '{host}': {error.strerror}.") from error
+    except (OSError, UnicodeError) as error:  # the latter of what no name can be
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"there is no address '{host}': {why}.") from error
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
@@ -119,9 +121,13 @@ class Acceptor:
     def join(self, seconds: float) -> None:
         """Wait for what is open, as long as that; then cut it off."""
         until = monotonic() + seconds
-        for thread in list(self._open):
+        with self._lock:
+            threads = [*self._open]
+        for thread in threads:
             thread.join(max(0.0, until - monotonic()))
-        for thread, link in list(self._open.items()):
+        with self._lock:
+            left = [*self._open.items()]
+        for thread, link in left:
             with suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
             thread.join(1)
@@ -133,17 +139,24 @@ class Acceptor:
             except OSError:
                 self._stopping.wait(0.1)  # too many open files, say: it passes
                 continue
-            with self._lock:
-                full = len(self._open) >= self._most
-                if not full:
-                    thread = threading.Thread(target=self._run, args=(link,), daemon=True)
-                    self._open[thread] = link
-            if full:
+            if not self._begin(link):
                 with link, suppress(OSError):
                     link.settimeout(1.0)
                     self._refuse(link)
-            else:
+
+    def _begin(self, link: socket.socket) -> bool:
+        """Serve a connection in a thread; False where there are, or the system has, too many."""
+        with self._lock:
+            if len(self._open) >= self._most:
+                return False
+            thread = threading.Thread(target=self._run, args=(link,), daemon=True)
+            self._open[thread] = link
+            try:
                 thread.start()
+            except (RuntimeError, MemoryError):  # "can't start new thread"
+                del self._open[thread]
+                return False
+            return True
 
     def _run(self, link: socket.socket) -> None:
         try:
@@ -157,8 +170,15 @@ class Acceptor:
 
 def connect(host: str, port: int, seconds: float) -> socket.socket:
     """Return a connection; OSError if there is none within so many seconds."""
-    link = socket.create_connection((host, port), seconds)
-    keep_alive(link)
+    try:
+        link = socket.create_connection((host, port), seconds)
+    except UnicodeError as error:  # what no name can be
+        raise OSError(errno.EADDRNOTAVAIL, f"there is no address '{host}': {error}") from error
+    try:
+        keep_alive(link)
+    except BaseException:
+        link.close()
+        raise
     return link
 
 

@@ -8,6 +8,7 @@ the configuration and a fixed set of words, so that their number is bounded.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from recallseg.engines.errors import OutputError
+from recallseg.engines.errors import RecallSegError
+from recallseg.runtime.services.listening import listen
+from recallseg.runtime.services.logs import ServiceLog
 
 if TYPE_CHECKING:
     from recallseg.runtime.services.settings import MetricsSettings
@@ -121,6 +124,12 @@ class Metrics:
         return bytes(generate_latest(self.registry))
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell the kind of an error; socketserver would print all of it on stderr."""
+        ServiceLog("metrics").error("a request was not answered", error=sys.exc_info()[1])
+
+
 class MetricsServer:
     """Serves :class:`Metrics` over HTTP from threads of its own, until it is closed.
 
@@ -128,6 +137,8 @@ class MetricsServer:
     ------
     OutputError
         If the port is taken or may not be used.
+    InputError
+        If there is no such address.
     """
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
@@ -136,7 +147,7 @@ class MetricsServer:
 
             def handle(self) -> None:
                 """Answer, if the other side waits for it."""
-                with suppress(ConnectionError):
+                with suppress(OSError):  # gone, or too slow
                     super().handle()
 
             def do_GET(self) -> None:
@@ -151,15 +162,14 @@ class MetricsServer:
             def log_message(self, *_: Any) -> None:
                 """Say nothing: what was asked for is no event."""
 
+        self._server = _Server((host, port), Handler, bind_and_activate=False)
+        self._server.socket.close()
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
-        except OSError as error:
-            raise OutputError(
-                f"metrics cannot be served on {host}:{port}: {error.strerror}. Choose another "
-                "metrics.port, or stop what uses it."
-            ) from error
+            self._server.socket = listen(host, port, "metrics.port")
+        except RecallSegError as error:
+            raise type(error)(f"metrics cannot be served: {error}") from error
         self._server.daemon_threads = True
-        self.host, self.port = self._server.server_address[:2]
+        self.host, self.port = self._server.socket.getsockname()[:2]
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 __all__ = [
+    "Host",
     "Listening",
     "Place",
     "Port",
@@ -26,11 +27,28 @@ _FOLDER: ContextVar[Path] = ContextVar("folder of the configuration")
 
 
 def _from_folder(path: Path) -> Path:
-    return _FOLDER.get(Path()) / path.expanduser()
+    if "\0" in str(path):
+        raise ValueError("a path has no NUL")
+    try:
+        return _FOLDER.get(Path()) / path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no home folder '{path.parts[0]}'") from error
+
+
+def _host(text: str) -> str:
+    try:
+        named = text.encode("idna")  # as the system's resolver is asked
+    except UnicodeError:
+        named = b""
+    if not named or not text.isprintable() or " " in text:
+        raise ValueError(f"no host can be called '{text}': give a name or an address")
+    return text
 
 
 Place = Annotated[Path, AfterValidator(_from_folder)]
 """A path; a relative one is meant from the folder of the configuration's file."""
+Host = Annotated[str, AfterValidator(_host)]
+"""A name or an address."""
 Port = Annotated[int, Field(ge=0, le=65535)]
 """0 lets the system choose one, which the log then says."""
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)]
@@ -63,7 +81,7 @@ class Listening(Section):
     idle_s : seconds without a byte after which a connection is closed.
     """
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Port = 0
     most_clients: Annotated[int, Field(ge=1, le=1000)] = 50
     idle_s: Seconds = 60.0

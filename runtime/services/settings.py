@@ -7,6 +7,7 @@ Any value can also come from the environment, for containers: ``RECALLSEG__NODE_
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.reading import read_text
@@ -26,6 +32,7 @@ from recallseg.runtime.services.mrd.settings import MrdSettings
 from recallseg.runtime.services.node.settings import NodeSettings
 from recallseg.runtime.services.rules import Rule
 from recallseg.runtime.services.sections import (
+    Host,
     Place,
     Port,
     Seconds,
@@ -60,7 +67,7 @@ class LogSettings(Section):
 class MetricsSettings(Section):
     """Where Prometheus finds ``/metrics``, and an orchestrator ``/healthz`` and ``/readyz``."""
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Port = 9464
 
 
@@ -147,14 +154,28 @@ def read_configuration(path: str | Path) -> Configuration:
         raise InputError(
             f"the configuration {printable(path)} cannot be read: {error.strerror}."
         ) from error
-    except ValueError as error:  # of both parsers, and of bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # of both parsers; of bytes that are no UTF-8
         raise InputError(f"{printable(path)} is no TOML: {error}.") from error
     wrong = [*_unknown_in_environment(os.environ)]
+    # pydantic-settings would take these for options of its own.
+    kept = {name: value for name, value in table.items() if not name.startswith("_")}
+    wrong += [
+        f"there is no setting '{name}'{_nearest(name, Configuration.model_fields)}"
+        for name in table.keys() - kept.keys()
+    ]
     with places_from(path.absolute().parent):
         try:
-            found = Configuration(**table)
+            found = Configuration(**kept)
         except ValidationError as error:
             wrong += [_told(each) for each in error.errors(include_url=False)]
+        except (SettingsError, RecursionError) as error:
+            field = re.search(r'field "(\w+)"', str(error))
+            begin = ENVIRONMENT + (field[1].upper() if field else "")
+            names = sorted(name for name in os.environ if name.upper().startswith(begin))
+            wrong.append(
+                f"of the environment's {', '.join(names)} one is no JSON, in which lists and "
+                "tables are given there"
+            )
     if wrong:
         raise InputError(f"{printable(path)}: {'; '.join(wrong)}.")
     return found

@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from recallseg.engines.errors import InputError, OutputError
+from recallseg.runtime.services.certificates import load_certificates
 from recallseg.runtime.services.http.guard import Guard
 from recallseg.runtime.services.http.limits import Limits
 from recallseg.runtime.services.listening import listen
@@ -73,7 +74,7 @@ class AnnotationServer:
     ) -> None:
         limits = limits or Limits()
         if certificate is not None:
-            _check_certificate(certificate, key)
+            load_certificates(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
         self._socket = listen(host, port, "--port")
         self._socket.setblocking(False)
         self.port = int(self._socket.getsockname()[1])
@@ -141,18 +142,9 @@ def is_loopback(host: str) -> bool:
 
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise InputError(f"there is no address '{host}': {error.strerror}.") from error
+    except (OSError, UnicodeError) as error:  # the latter of what no name can be
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"there is no address '{host}': {why}.") from error
     return all(
         ipaddress.ip_address(str(each[4][0]).partition("%")[0]).is_loopback for each in found
     )
-
-
-def _check_certificate(certificate: Path, key: Path | None) -> None:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        raise InputError(
-            f"the certificate {certificate} cannot be used: {error}. Give PEM files that belong "
-            "together."
-        ) from error

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 from pydantic import Field
 
-from recallseg.runtime.services.sections import Listening, Port, Seconds, Section
+from recallseg.runtime.services.sections import Host, Listening, Port, Seconds, Section
 
 if TYPE_CHECKING:
     from recallseg.runtime.services.settings import Configuration
@@ -23,7 +23,7 @@ class Source(Section):
     retry_s : until it is tried again, when it is not there.
     """
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Port = 18944
     answered: bool = False
     retry_s: Seconds = 1.0

@@ -46,7 +46,7 @@ from recallseg.runtime.services.node.settings import RetrySettings
 from recallseg.runtime.services.node.store import NodeStore
 from recallseg.runtime.services.node.texts import write_capture, write_report
 from recallseg.runtime.services.outputs import VOLUME_SUFFIXES, preview_files
-from recallseg.runtime.services.patience import MOST_TIMES
+from recallseg.runtime.services.patience import MOST_TIMES, Patience
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.rules import Arriving, Rule, fitting
 from recallseg.runtime.volumes.outputs import segment_to_files
@@ -74,24 +74,38 @@ class Decider:
     ) -> None:
         self._store, self._arrivals, self._rules = store, arrivals, rules
         self._readers, self._metrics = readers, metrics
+        self._patience = Patience()
         self._log = ServiceLog("node.decide")
 
     def look(self) -> int:
-        """Decide about every series that is complete; return how many that were."""
-        for series in self._store.asked_again():
-            self._decide(series)
-        done = self._arrivals.complete()
-        for place, series in enumerate(done):
-            try:
-                self._decide(series)
-            except BaseException:  # a full disk under the database, say: they are not forgotten
-                for left in done[place:]:
-                    self._arrivals.touch(left)
-                raise
-        return len(done)
+        """Decide about every series that is complete; return how many were decided about.
+
+        One about which that cannot be done now, for a file that the disk does not give or a full
+        disk under the database, is not forgotten, and keeps no other waiting.
+        """
+        count, again = 0, self._store.asked_again()
+        for series in dict.fromkeys([*again, *self._arrivals.complete()]):
+            put_off = self._patience.of(series, None)
+            if put_off is None or not put_off.waits:
+                try:
+                    self._decide(series)
+                except Exception as error:
+                    fault = machine_fault(error)
+                    self._patience.put_off(series, None, type(error).__name__, fault)
+                    self._log.error("cannot be decided about now", series=series, error=error)
+                else:
+                    self._patience.forget(series)
+                    count += 1
+                    continue
+            if series not in again:  # of those the database knows
+                self._arrivals.touch(series)
+        return count
 
     def _decide(self, series: str) -> None:
         content, whole = self._store.content(series)
+        files = self._store.files(series)
+        if whole and not files:
+            return  # somebody has deleted it
         if content == self._store.decided(series):
             return  # the same objects again
         rules: tuple[Rule, ...] = ()
@@ -103,10 +117,9 @@ class Decider:
                 "Send all of it again"
             )
         else:
-            first = self._store.files(series)[0]
-            header = self._readers(first)
+            header = self._readers(files[0])
             if isinstance(header, NotGiven):  # decided as soon as it is given
-                raise OSError(header.number, os.strerror(header.number), str(first))
+                raise OSError(header.number, os.strerror(header.number), str(files[0]))
             if isinstance(header, DicomHeader):
                 senders, called = self._store.senders(series)
                 rules = fitting(
@@ -125,7 +138,7 @@ class Decider:
             else:
                 state, note = "unreadable", str(header or "no DICOM")
         if not rules:
-            self._readers.forget(self._store.files(series))
+            self._readers.forget(files)
         self._store.decide(series, content, [rule.name for rule in rules], state, note)
         self._metrics.done(f"series {state}")
         say = self._log.info if state == "decided" else self._log.warning
@@ -199,8 +212,7 @@ class Answerer:
             else:
                 self._fail(job, error, printable(error))
         except Exception as error:  # a defect, which must not end the node
-            self._log.error("defect", series=job.series, rule=job.rule, error=error)
-            self._store.drop_job(job, "failed", f"defect: {type(error).__name__}: {error}")
+            self._fail(job, error, f"defect: {type(error).__name__}: {printable(error)}")
         if not self._store.awaits(job.series):
             self._readers.forget(files)
         return True

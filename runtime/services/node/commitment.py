@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -26,13 +27,15 @@ from recallseg.runtime.services.node.database import Delivery, Promise
 from recallseg.runtime.services.node.settings import NodeSettings, Sender
 from recallseg.runtime.services.node.store import NodeStore
 
-__all__ = ["Commitments", "ask_for"]
+__all__ = ["REPORT_MOST_S", "Commitments", "ask_for"]
 
 _REQUEST, _ALL_KEPT, _SOME_LOST = 1, 1, 2
 _NO_SUCH_OBJECT = 0x0112
 _LOOK_S = 1.0
 _DAY = 86400.0
 _GIVE_UP_S = 3 * _DAY
+REPORT_MOST_S = 300.0
+"""Between two tries to send a report."""
 MOST_OBJECTS = 100_000
 
 
@@ -80,7 +83,10 @@ class Commitments:
 
     def handlers(self) -> list[tuple[Any, Callable[[Any], Any]]]:
         """Return the handlers of pynetdicom's events."""
-        return [(evt.EVT_N_EVENT_REPORT, self._reported), (evt.EVT_N_ACTION, self._asked)]
+        return [
+            (evt.EVT_N_EVENT_REPORT, partial(self._told, self._reported)),
+            (evt.EVT_N_ACTION, partial(self._told, self._asked)),
+        ]
 
     def start(self) -> None:
         """Begin to send reports, if senders are promised any."""
@@ -97,6 +103,14 @@ class Commitments:
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(seconds)
+
+    def _told(self, handle: Callable[[Any], tuple[int, None]], event: Any) -> tuple[int, None]:
+        """Answer an event; pynetdicom would say nothing here of what keeps us from it."""
+        try:
+            return handle(event)
+        except Exception as error:  # a full disk under the database, say: the peer asks again
+            self._log.error("cannot answer", error=error)
+            return 0x0110, None
 
     # As the one who asked
 
@@ -173,16 +187,20 @@ class Commitments:
 
     def _report(self, promise: Promise) -> None:
         now = self._store.clock()
+        sender = self._senders.get(promise.sender)
         try:
-            self._send_report(promise, self._senders[promise.sender])
+            if sender is None or sender.host is None or not sender.port:
+                self._log.error("a sender's address is not configured", sender=promise.sender)
+                raise ConnectionError("its address is not configured any more")
+            self._send_report(promise, sender, (sender.host, sender.port))
             self._store.settle_promise(promise, "done")
         except Exception as error:  # whatever a peer makes pynetdicom raise
             given_up = now - promise.first_at > _GIVE_UP_S
-            wait = min(300.0, 2.0 * 2 ** min(promise.attempts, 10))
+            wait = min(REPORT_MOST_S, 2.0 * 2 ** min(promise.attempts, 10))
             self._store.settle_promise(promise, "failed" if given_up else "waiting", now + wait)
             self._log.warning("report not taken", sender=promise.sender, error=error)
 
-    def _send_report(self, promise: Promise, sender: Sender) -> None:
+    def _send_report(self, promise: Promise, sender: Sender, where: tuple[str, int]) -> None:
         found = json.loads(promise.report)
         report = Dataset()
         report.TransactionUID = promise.transaction_uid
@@ -195,13 +213,10 @@ class Commitments:
         ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = self._settings.idle_s
         ae.connection_timeout = 10.0
         ae.add_requested_context(StorageCommitmentPushModel)
-        assert sender.host is not None
-        assert sender.port is not None
         association = ae.associate(
-            sender.host,
-            sender.port,
+            *where,
             ae_title=sender.ae_title,
-            tls_args=None if sender.tls is None else (sender.tls.client(), sender.host),
+            tls_args=None if sender.tls is None else (sender.tls.client(), where[0]),
             ext_neg=[build_role(StorageCommitmentPushModel, scu_role=False, scp_role=True)],
         )
         if not association.is_established:

@@ -209,7 +209,12 @@ class GuardedServer(ThreadedAssociationServer):
         """Give a connection a thread."""
         with self._count:
             self._greeting += 1
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # the system has no thread left: it greets nobody
+            with self._count:
+                self._greeting -= 1
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Shake hands, if TLS is asked for, and begin an association."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.services.logs import ServiceLog
 from recallseg.runtime.services.metrics import Metrics, serve_metrics
 from recallseg.runtime.services.node.answering import Answerer, Decider
-from recallseg.runtime.services.node.commitment import Commitments
+from recallseg.runtime.services.node.commitment import REPORT_MOST_S, Commitments
 from recallseg.runtime.services.node.database import Delivery
 from recallseg.runtime.services.node.receiving import Arrivals, HeaderReaders, Receiver
 from recallseg.runtime.services.node.sending import Sending, sending_to
+from recallseg.runtime.services.node.settings import DicomDestination
 from recallseg.runtime.services.node.store import NodeStore
 from recallseg.runtime.services.questions import Questions
 from recallseg.runtime.services.settings import Configuration
@@ -91,7 +93,8 @@ class Node:
             for each in ((self._decide, self._arrivals.changed), (self._answer, self._work))
         ]
         self._swept = 0.0
-        try:
+        with ExitStack() as made:
+            made.callback(self._store.close)
             self._receiver = Receiver(
                 settings,
                 self._store,
@@ -100,11 +103,10 @@ class Node:
                 self.metrics,
                 self._commitments.handlers(),
             )
+            made.callback(self._receiver.stop, 0.0)
             self.port = self._receiver.port
             self._server = serve_metrics(self.metrics, configuration.metrics)
-        except BaseException:
-            self._store.close()
-            raise
+            made.pop_all()
         self._say_health()
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -198,11 +200,17 @@ class Node:
         now = time.monotonic()
         if now - self._swept > _SWEEP_S:
             self._swept = now
-            retry = self._settings.retry
-            self._store.bound_waits(retry.most_s, 86400.0)
+            self._store.bound_waits(*self._most_waits())
             self.sweep()
         self._count()
         return min(_LOOK_S, self._arrivals.wait_s())
+
+    def _most_waits(self) -> tuple[float, float]:
+        """Return how long anything is put off, and a report of commitment waited for."""
+        settings = self._settings
+        reports = [each.commitment_s for each in settings.destinations.values()
+                   if isinstance(each, DicomDestination)]  # fmt: skip
+        return max(settings.retry.most_s, REPORT_MOST_S), max(reports, default=0.0)
 
     def _answer(self) -> float:
         if not self._answerer.prepared:

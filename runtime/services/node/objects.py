@@ -86,9 +86,10 @@ class Spool(io.BytesIO):
 
     def discard(self) -> None:
         """Remove the file if it is still here. Harmless if repeated."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # no room for what it held, which goes anyway
+                file.close()
         self.path.unlink(missing_ok=True)
 
     def __del__(self) -> None:

@@ -158,17 +158,26 @@ class Queues(NodeDatabase):
         return [Delivery(*row) for row in rows]
 
     def bound_waits(self, most_s: float, commit_s: float) -> None:
-        """Shorten waits that a clock which was set back has made longer than they can be."""
+        """Shorten waits, and ages, that a clock which was set back has made what they cannot be.
+
+        Parameters
+        ----------
+        most_s : that anything is put off.
+        commit_s : that a report of storage commitment is waited for.
+        """
         now = self.clock()
-        for table in ("jobs", "deliveries", "promises"):
-            self._run(
-                f"UPDATE {table} SET next_at=? WHERE state='waiting' AND next_at>?",  # noqa: S608
-                (now, now + 2 * most_s),
-            )
-        self._run(
-            "UPDATE deliveries SET next_at=? WHERE state='committing' AND next_at>?",
-            (now + commit_s, now + 2 * commit_s),
-        )
+        for state, until, most in (
+            ("waiting", now, most_s),
+            ("stored", now, most_s),
+            ("committing", now + commit_s, commit_s),
+        ):
+            for table in ("jobs", "deliveries", "promises"):
+                self._run(
+                    f"UPDATE {table} SET next_at=? WHERE state=? AND next_at>?",  # noqa: S608
+                    (until, state, now + 2 * most),
+                )
+        # What was done in what is now the future would never be old enough to be removed.
+        self._run("UPDATE series SET changed=? WHERE changed>?", (now, now))
 
     # Promises of commitment
 

@@ -2,7 +2,7 @@
 
 Status codes (PS3.4 B.2.3): 0000 when the file is on the disk; A700 while there is no room for it;
 A900 where data set and message disagree about the class; C000, with a comment, for what cannot be
-understood.
+understood; 0110 (PS3.7 C.5) for a defect of ours.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def _storage_classes() -> tuple[str, ...]:
 STORAGE_CLASSES = _storage_classes()
 """Classes of images; reports, segmentations and plans are not offered to a sender."""
 SUCCESS, OUT_OF_ROOM, WRONG_CLASS, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xA900, 0xC000
+DEFECT = 0x0110
 _COMMENT = 64  # characters of a comment (LO)
 _READERS = 2
 _GREETING_S = 10.0  # a peer that connects asks for an association at once
@@ -189,7 +190,9 @@ class Receiver:
     Raises
     ------
     OutputError
-        If the port is taken or may not be used, or a certificate cannot be read.
+        If the port is taken or may not be used.
+    InputError
+        If there is no such address, or a certificate cannot be used.
     """
 
     def __init__(
@@ -209,8 +212,8 @@ class Receiver:
         _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
         _config.STORE_SEND_CHUNKED_DATASET = True  # answers go as they lie on the disk
         where = f"{settings.host}:{settings.port}"
+        context = None if settings.tls is None else settings.tls.server()
         try:
-            context = None if settings.tls is None else settings.tls.server()
             self._server = self._ae().make_server(
                 (settings.host, settings.port),
                 ssl_context=context,
@@ -235,7 +238,7 @@ class Receiver:
         except OSError as error:
             raise OutputError(
                 f"the node cannot listen on {where}: {error.strerror or error}. Choose another "
-                "node.port, stop what uses it, or look at node.tls."
+                "node.port, or stop what uses it."
             ) from error
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(
@@ -255,6 +258,8 @@ class Receiver:
         """Take no more connections; let associations end within so many seconds, then abort."""
         if self._thread.is_alive():
             self._server.shutdown()
+        else:
+            self._server.server_close()
         until = time.monotonic() + seconds
         while (open_now := self._server.active_associations) and time.monotonic() < until:
             time.sleep(0.05)
@@ -288,13 +293,18 @@ class Receiver:
             return _status(NOT_UNDERSTOOD, "no data set")
         try:
             status, comment = self._take(event, spool)
-        except (OSError, sqlite3.Error) as error:  # the disk, whatever it is
+        except (OSError, sqlite3.Error, MemoryError) as error:  # the machine, whatever it is
             self._log.error("cannot store", error=error)
             status, comment = OUT_OF_ROOM, "cannot be stored now"
+        except Exception as error:  # pynetdicom would answer it without a word to anybody here
+            self._log.error("defect", error=error)
+            status, comment = DEFECT, "defect of the node"
         finally:
             spool.discard()
         if status != SUCCESS:
-            word = {OUT_OF_ROOM: "room", WRONG_CLASS: "class"}.get(status, "not understood")
+            word = {OUT_OF_ROOM: "room", WRONG_CLASS: "class", DEFECT: "defect"}.get(
+                status, "not understood"
+            )
             self._metrics.refused(word)
             self._log.warning(
                 "refused", status=f"{status:04X}", sender=event.assoc.requestor.ae_title

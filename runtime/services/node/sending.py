@@ -11,8 +11,10 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from pydicom.filereader import read_file_meta_info
 from pydicom.uid import generate_uid
 from pynetdicom import AE, build_role
 from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
@@ -157,10 +159,16 @@ class DicomSending(Sending):
             self._log.warning("commitment not asked for", destination=self.name, error=error)
 
     def _send(self, due: Sequence[Delivery]) -> list[Outcome]:
-        association = self._associate(sorted({each.sop_class for each in due}))
+        """Send over one association; an answer whose file cannot be read keeps no other back."""
+        unread = {each.id: _unreadable(self._store.file_of(each)) for each in due}
+        classes = sorted({each.sop_class for each in due if not unread[each.id]})
+        association = self._associate(classes) if classes else None
         outcomes: list[Outcome] = []
         try:
             for each in due:
+                if association is None or unread[each.id]:
+                    outcomes.append((False, unread[each.id]))
+                    continue
                 if not association.is_established:
                     outcomes.append((False, "the destination ended the association"))
                     continue
@@ -178,7 +186,7 @@ class DicomSending(Sending):
                     said = "" if code == 0 else f"status {code:04X} {comment}".strip()
                     outcomes.append((ok, said))
         finally:
-            if association.is_established:
+            if association is not None and association.is_established:
                 association.release()
         return outcomes
 
@@ -263,6 +271,15 @@ class _StowClient:
 
     def __exit__(self, *_: object) -> None:
         self._session.close()
+
+
+def _unreadable(file: Path) -> str:
+    """Return why a file cannot be sent; empty if it can, as far as its beginning tells."""
+    try:
+        read_file_meta_info(file)
+    except Exception as error:  # whatever pydicom makes of it
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _reason(failed: Any) -> str:

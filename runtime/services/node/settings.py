@@ -6,9 +6,12 @@ import ssl
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal, Optional, Union
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from recallseg.runtime.services.sections import Listening, Place, Port, Seconds, Section
+from recallseg.engines.errors import InputError
+from recallseg.engines.reading import read_text
+from recallseg.runtime.services.certificates import load_certificates
+from recallseg.runtime.services.sections import Host, Listening, Place, Port, Seconds, Section
 
 if TYPE_CHECKING:
     from recallseg.runtime.services.settings import Configuration
@@ -56,8 +59,8 @@ class Tls(Section):
 
         Raises
         ------
-        OSError
-            If a file cannot be read, or the key is not the certificate's.
+        InputError
+            As :func:`recallseg.runtime.services.certificates.load_certificates` says.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -69,16 +72,14 @@ class Tls(Section):
 
     def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self.certificate, self.key)
-        context.load_verify_locations(self.authorities)
-        return context
+        return load_certificates(context, self.certificate, self.key, self.authorities)
 
 
 class Sender(Section):
     """Who may send, by its calling AE title; its address is needed for storage commitment only."""
 
     ae_title: AeTitle
-    host: Optional[str] = None
+    host: Optional[Host] = None
     port: Optional[Port] = None
     tls: Optional[Tls] = None
 
@@ -94,7 +95,7 @@ class DicomDestination(Section):
     """
 
     type: Literal["dicom"]
-    host: str
+    host: Host
     port: Annotated[int, Field(ge=1, le=65535)]
     ae_title: AeTitle
     calling: Optional[AeTitle] = None
@@ -125,6 +126,34 @@ class StowDestination(Section):
     certificate: Optional[Place] = None
     key: Optional[Place] = None
     timeout_s: Seconds = 30.0
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> StowDestination:
+        """Refuse what would be left out without a word."""
+        if (self.user is None) is not (self.password_file is None):
+            raise ValueError("user and password_file go together")
+        if self.user is not None and self.token_file is not None:
+            raise ValueError("give a user with password_file, or token_file, not both")
+        if self.key is not None and self.certificate is None:
+            raise ValueError("a key goes with its certificate")
+        return self
+
+    def problems(self) -> Iterable[str]:
+        """Yield what is wrong with the files that it names, a sentence each."""
+        for file in (self.password_file, self.token_file):
+            if file is not None:
+                try:
+                    if not read_text(file).strip():
+                        yield f"{file} is empty"
+                except OSError as error:
+                    yield f"{file} cannot be read: {error.strerror}"
+                except ValueError:
+                    yield f"{file} is no text"
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            load_certificates(context, self.certificate, self.key, self.authorities)
+        except InputError as error:
+            yield str(error)
 
 
 Destination = Annotated[Union[DicomDestination, StowDestination], Field(discriminator="type")]
@@ -197,13 +226,12 @@ class NodeSettings(Listening):
             if tls is not None:
                 try:
                     tls.server()
-                except OSError as error:
-                    yield f"{where}: {error.strerror or error} ({tls.certificate.name})"
+                except InputError as error:
+                    yield f"{where}: {error}"
         for name, destination in self.destinations.items():
             if isinstance(destination, StowDestination):
-                for file in (destination.password_file, destination.token_file):
-                    if file is not None and not file.is_file():
-                        yield f"node.destinations.{name}: there is no file {file}"
+                for problem in destination.problems():
+                    yield f"node.destinations.{name}: {problem}"
 
 
 def _tls_of(node: NodeSettings) -> Iterable[tuple[str, Optional[Tls]]]:

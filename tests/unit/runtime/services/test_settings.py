@@ -13,6 +13,13 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from support.certificates import Authority
 from support.services import half_library
 from typer.testing import CliRunner
 
@@ -24,6 +31,9 @@ from recallseg.engines.errors import (
     LibraryNotFoundError,
     OutputError,
 )
+from recallseg.runtime.services.checking import check_configuration
+from recallseg.runtime.services.http.server import is_loopback
+from recallseg.runtime.services.listening import connect, listen
 from recallseg.runtime.services.logs import Marks, ServiceLog, configure_logs
 from recallseg.runtime.services.metrics import Metrics, MetricsServer
 from recallseg.runtime.services.questions import Questions
@@ -331,3 +341,127 @@ def test_a_library_that_changes_between_two_questions_is_seen(
         assert twin.model is one.model  # one model for rules of one kind
     questions.close()
     assert twin.model.closed
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "why"),
+    [
+        ("", {"RECALLSEG__RULES": "half"}, "RECALLSEG__RULES one is no JSON"),
+        ("", {"RECALLSEG__NODE__SENDERS": "MR"}, "RECALLSEG__NODE__SENDERS one is no JSON"),
+        ("", {"RECALLSEG__NODE": "[" * 100_000}, "RECALLSEG__NODE one is no JSON"),
+        ("a = " + "[" * 5000, {}, "is no TOML"),
+        ('_env_prefix = "X"\n_cli_parse_args = true', {}, "there is no setting '_env_prefix'"),
+        ('state = "~nobody-of-this-name/state"', {}, "no home folder '~nobody-of-this-name'"),
+        ('state = "a\\u0000b"', {}, "a path has no NUL"),
+        ('[metrics]\nhost = ""', {}, "metrics.host: no host can be called ''"),
+        (f'[igtl]\nhost = "{"a" * 64}"', {}, "igtl.host: no host can be called 'aaa"),
+    ],
+)
+def test_whatever_a_configuration_holds_is_told_as_its_fault(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    environment: dict[str, str],
+    why: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"service\.toml.*{re.escape(why)}"):
+        read_configuration(written(tmp_path, text))
+
+
+STOW = 'state = "s"\n[node]\n[node.destinations.pacs]\ntype = "stow-rs"\nurl = "https://pacs/"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('user = "us"', "user and password_file go together"),
+        ('password_file = "word"', "user and password_file go together"),
+        ('user = "us"\npassword_file = "word"\ntoken_file = "word"', "not both"),
+        ('key = "k.pem"', "a key goes with its certificate"),
+    ],
+)
+def test_what_a_destination_would_leave_out_without_a_word_is_refused(
+    tmp_path: Path, text: str, why: str
+) -> None:
+    with pytest.raises(InputError, match=rf"destinations\.pacs.*{why}"):
+        read_configuration(written(tmp_path, STOW + text))
+
+
+def problems_of(folder: Path, text: str) -> str:
+    return "\n".join(check_configuration(read_configuration(written(folder, text))))
+
+
+def test_each_file_of_a_destination_is_looked_at_and_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    told = problems_of(tmp_path, f'{STOW}user = "us"\npassword_file = "gone"')
+    assert f"destinations.pacs: {tmp_path}/gone cannot be read: No such file" in told
+    assert f"{tmp_path}/empty is empty" in problems_of(tmp_path, f'{STOW}token_file = "empty"')
+    told = problems_of(tmp_path, f'{STOW}authorities = "gone.pem"')
+    assert f"destinations.pacs: {tmp_path}/gone.pem cannot be read" in told
+
+
+def test_whatever_is_wrong_with_a_certificate_is_told_by_its_file(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("node")
+    other = authority.issue("other")[1]
+    (tmp_path / "junk.pem").write_text("junk")
+    secret = load_pem_private_key(key.read_bytes(), None).private_bytes(
+        Encoding.PEM, PrivateFormat.TraditionalOpenSSL, BestAvailableEncryption(b"word")
+    )
+    (tmp_path / "secret.key").write_bytes(secret)
+
+    def told(key: Path, authorities: Path) -> str:
+        text = f'state = "s"\n[node.tls]\ncertificate = "{certificate}"\nkey = "{key}"\n'
+        return problems_of(tmp_path, f'{text}authorities = "{authorities}"')
+
+    assert "node.tls" not in told(key, authority.file)
+    assert f"node.tls: {tmp_path}/gone cannot be read" in told(tmp_path / "gone", authority.file)
+    assert f"node.tls: {tmp_path}/gone cannot be read" in told(key, tmp_path / "gone")
+    assert f"{tmp_path}/junk.pem holds no certificate" in told(key, tmp_path / "junk.pem")
+    assert "belong together" in told(other, authority.file)
+    # OpenSSL would ask for the passphrase on the terminal, and wait.
+    assert f"the key in {tmp_path}/secret.key is enc" in told(
+        tmp_path / "secret.key", authority.file
+    )
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", "", "no host"])
+def test_what_no_host_can_be_called_is_no_defect(host: str) -> None:
+    with pytest.raises(InputError, match="there is no address"):
+        listen(host, 0, "--port")
+    with pytest.raises(InputError, match="there is no address"):
+        is_loopback(host)
+    with pytest.raises(OSError, match=r"."):
+        connect(host, 1, 1.0)
+
+
+def test_metrics_are_served_by_ipv6_too() -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as own:
+            own.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server = MetricsServer(Metrics("test"), "::1", 0)
+    try:
+        assert urllib.request.urlopen(f"http://[::1]:{server.port}/healthz").status == 200
+    finally:
+        server.close()
+
+
+def test_a_client_of_metrics_that_fails_is_told_by_the_kind_of_its_error(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    metrics = Metrics("test")
+    metrics.ready_when("x", lambda: str(1 // 0))
+    server, told = MetricsServer(metrics, "127.0.0.1", 0), StringIO()
+    configure_logs(stream=told)
+    try:
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/readyz")
+    finally:
+        server.close()
+        configure_logs()
+    assert "ZeroDivisionError" in told.getvalue()
+    assert capfd.readouterr().err == ""  # a traceback would hold what was sent

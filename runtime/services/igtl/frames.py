@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,19 +95,29 @@ class Frames:
             return
         if self._stream is None:
             self._stream = Stream(self._segmenter, self._result, deadline_ms=self._deadline_ms)
-        with self._lock:  # the result may be there before its number is
-            number = self._stream.push(image.array[0])
-            self._pushed[number] = image, message, since
+        try:
+            with self._lock:  # the result may be there before its number is
+                number = self._stream.push(image.array[0])
+                self._pushed[number] = image, message, since
+        except Exception:
+            if _has_ended(self._stream):
+                self._end_stream()  # the next frame begins another
+            raise
 
     def close(self) -> None:
         """Let what is in work end, and stop. Harmless if repeated."""
-        if self._stream is not None:
-            self._stream.close()
+        self._end_stream()
         if self._volumes is not None:
             self._volumes.close()
-        self._stream = self._volumes = self._segmenter = None
-        self._pushed.clear()
+        self._volumes = self._segmenter = None
         self._asked.close()
+
+    def _end_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with suppress(Exception):  # what ended it was told when a frame was pushed
+                stream.close()
+        self._pushed.clear()
 
     def _refresh(self) -> None:
         """Ask the library as it is now, from time to time; what is in work ends before another."""
@@ -158,18 +168,29 @@ class Frames:
                 fill_holes=rule.fill_holes,
                 deadline_ms=left_ms,
             )
+            labels = result.label_map
+            if volume.frame != "image":
+                labels = labels.transpose(2, 1, 0)
+            record = result.to_audit(volume)
         except RecallSegError as error:
             self._done(Segmented(image, message, since, None, {}, {}, error))
-            return
         except MemoryError as error:
             short = HostMemoryError(f"a volume needs more memory than there is: {error}")
             self._done(Segmented(image, message, since, None, {}, {}, short))
-            return
-        labels = result.label_map
-        if volume.frame != "image":
-            labels = labels.transpose(2, 1, 0)
-        record = result.to_audit(volume)
-        self._done(Segmented(image, message, since, labels, result.labels, record, None))
+        except Exception as error:  # a defect: the next volume may go
+            what = RecallSegError(f"defect: {type(error).__name__}: {error}")
+            self._done(Segmented(image, message, since, None, {}, {}, what))
+        else:
+            self._done(Segmented(image, message, since, labels, result.labels, record, None))
+
+
+def _has_ended(stream: Stream) -> bool:
+    """Whether something ended a stream, which then takes no frame any more."""
+    try:
+        stream.drain(0.0)
+    except Exception:
+        return True
+    return False
 
 
 class _Newest:

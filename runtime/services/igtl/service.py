@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from contextlib import suppress
 
-from recallseg.engines.errors import AuditError, DeadlineError, InputError, RecallSegError
+from recallseg.engines.errors import AuditError, DeadlineError, InputError
 from recallseg.runtime.reports.pictures import colour
 from recallseg.runtime.services.igtl import wire
 from recallseg.runtime.services.igtl.frames import Frames, Segmented
@@ -104,8 +104,11 @@ class Igtl(InlineService[IgtlSettings]):
             except OSError as error:
                 self._log.debug("the source is not there", error=error)
             else:
-                with link:
-                    self._serve(link, source)
+                try:
+                    with link:
+                        self._serve(link, source)
+                except (OSError, MemoryError, RuntimeError) as error:
+                    self._log.error("the source cannot be followed", error=error)
             self._stop.wait(source.retry_s)
 
     def _serve(self, link: socket.socket, source: Source | None = None) -> None:
@@ -167,7 +170,7 @@ class Igtl(InlineService[IgtlSettings]):
         except InputError as error:
             self.metrics.refused("image")
             peer.send(wire.status(_STATUS_DEVICE, wire.ILLEGAL, "IMAGE", str(error)))
-        except (RecallSegError, MemoryError) as error:
+        except Exception as error:  # of the library, of memory, or a defect: the next one may go
             self._log.error("a frame cannot be segmented", error=error)
             why = str(error) or "it needs more memory than there is"
             peer.send(wire.status(_STATUS_DEVICE, wire.UNKNOWN, "SEGMENT", why))

@@ -69,9 +69,10 @@ class Recording:
         """Keep a message; False if that failed, which ends the recording and nothing else."""
         try:
             self._file.write(without_identifiers(message))
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             ServiceLog("mrd").error("a recording has ended", error=error)
-            self.close()
+            with suppress(OSError):  # told just now
+                self._file.close()
             return False
         return True
 
@@ -79,8 +80,8 @@ class Recording:
         """End it. Harmless if repeated."""
         if not self._file.closed:
             try:
-                self._file.write(CLOSING)
-                self._file.close()
+                with self._file:
+                    self._file.write(CLOSING)
             except OSError as error:
                 ServiceLog("mrd").error("a recording has ended", error=error)
 
@@ -140,7 +141,8 @@ def replay(file: Path, host: str, port: int, *, seconds: float = 600.0) -> dict[
                 else:
                     other += 1
         except ClosedError as error:
-            raise OutputError(f"what came back ended without CLOSE: {error}.") from error
+            why = str(error) or "the service closed the connection"
+            raise OutputError(f"what came back ended without CLOSE: {why}.") from error
         sender.join(10.0)
     return {
         "images": {str(series): count for series, count in sorted(images.items())},

@@ -141,7 +141,9 @@ class SegmentingProcess:
             try:
                 self._open()
                 self._take()
-            except (EOFError, OSError, pickle.UnpicklingError) as error:
+            except (
+                Exception
+            ) as error:  # it ended, or what it says cannot be taken: it is started anew
                 if not self._stop.is_set():
                     status = None if self._process is None else self._process.poll()
                     self._log.error("the segmentation ended", error=error, status=status)
@@ -188,7 +190,7 @@ class SegmentingProcess:
                 if link is None:
                     raise BrokenPipeError
                 _put(link, job, raw)
-            except OSError:  # ended meanwhile
+            except (OSError, MemoryError):  # ended meanwhile, or no room to tell it
                 self._answer(job.number, _GONE)
 
     def _watch(self) -> None:

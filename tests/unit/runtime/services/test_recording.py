@@ -1,0 +1,48 @@
+"""Recordings of MRD streams where the disk is full, and services that go away."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from recallseg.engines.errors import OutputError
+from recallseg.runtime.services.mrd.recording import Recording, replay
+from recallseg.runtime.services.mrd.wire import CONFIG_FILE, Message
+
+NAMED = Message(CONFIG_FILE, struct.pack("<H", CONFIG_FILE) + b"half".ljust(1024, b"\0"))
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_recording_for_which_there_is_no_room_ends_and_keeps_nothing_open(
+    tmp_path: Path, count: int
+) -> None:
+    recording = Recording(tmp_path)
+    recording._file.close()
+    recording._file = open("/dev/full", "wb")  # noqa: SIM115
+    kept = [recording.add(NAMED) for _ in range(count) if not recording._file.closed]
+    assert all(kept[:-1])
+    assert kept[-1] is (count == 1)  # a few bytes are held until it is closed
+    recording.close()
+    assert recording._file.closed
+
+
+def test_a_service_that_goes_away_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "one.mrd").write_bytes(NAMED.raw)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def leave() -> None:
+            link, _ = server.accept()
+            link.recv(4096)
+            link.close()
+
+        leaves = threading.Thread(target=leave)
+        leaves.start()
+        with pytest.raises(
+            OutputError, match=r"without CLOSE: the service closed the connection\."
+        ):
+            replay(tmp_path / "one.mrd", "127.0.0.1", server.getsockname()[1], seconds=20)
+        leaves.join()

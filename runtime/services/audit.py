@@ -106,6 +106,14 @@ class AuditLog:
                 f"the audit log {self.path} cannot be written: {error.strerror}. Choose a file "
                 "in a folder that exists and can be written."
             ) from error
+        if self._head is not None:
+            folder = self._head.absolute().parent
+            if not os.access(folder, os.W_OK | os.X_OK):
+                why = "cannot be written" if folder.is_dir() else "is not there"
+                raise AuditError(
+                    f"the head {self._head} of the audit log cannot be written: its folder "
+                    f"{folder} {why}."
+                )
         walk = _Walk(key, [] if head is None else _read_if_there(Path(head)))
         walk.read(self.path)
         walk.need(self.path)

@@ -242,7 +242,7 @@ class Watcher:
         """Read a DICOM header; what was set aside before, and is the same, is not met again."""
         item = file_item(path, self._source, "dicom")
         failure = _read_record(_failure_file(self._base(item), item))
-        if failure is not None and tuple(failure.get("files", ())) == item.signature:
+        if failure is not None and _files(failure, "files") == item.signature:
             return str(failure.get("error"))
         waiting = self._header_patience.of(path, item.signature)
         if waiting is not None and waiting.waits:
@@ -259,15 +259,19 @@ class Watcher:
         if self._is_written(item, base):
             return True
         several = _read_record(record_file(time_base(base, 1))) or {}
-        count = several.get("volumes", 0) if self._volumes.time == "all" else 0
-        if count and all(self._is_written(item, time_base(base, n + 1)) for n in range(count)):
+        count = several.get("volumes") if self._volumes.time == "all" else None
+        if (
+            type(count) is int
+            and count > 0
+            and all(self._is_written(item, time_base(base, n + 1)) for n in range(count))
+        ):
             return True
         put_off = self._patience.of(item.name, item.signature)
         if put_off is not None:
             self._set_aside[item.name] = put_off.why
             return put_off.waits
         failure = _read_record(_failure_file(base, item))
-        if failure is None or tuple(failure.get("files", ())) != item.signature:
+        if failure is None or _files(failure, "files") != item.signature:
             return False
         if any(failure.get(name) != asked for name, asked in self._chosen().items()):
             return False  # of several volumes or stacks another is asked for
@@ -285,9 +289,11 @@ class Watcher:
                     return False
             elif asked not in (None, time):
                 return False
-        held, made = int(record.get("files", 1)), record.get("signature")
-        if held == len(item.files) and isinstance(made, list):  # fewer: some were taken away since
-            return tuple(made) == item.signature
+        held, made = record.get("files", 1), _files(record, "signature")
+        if type(held) is not int:
+            return False  # no record of ours
+        if held == len(item.files) and made:  # fewer: some were taken away since
+            return made == item.signature
         return held >= len(item.files)
 
     def _chosen(self) -> dict[str, int | str | None]:
@@ -392,6 +398,12 @@ class Watcher:
 
 def _failure_file(base: Path, item: Item) -> Path:
     return base.with_name(f"{base.name}{item.suffix}.error.json")
+
+
+def _files(record: Mapping[str, Any], name: str) -> tuple[object, ...]:
+    """Return what a record says of files; nothing where it is not ours to read."""
+    found = record.get(name)
+    return tuple(found) if isinstance(found, list) else ()
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

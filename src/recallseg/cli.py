@@ -146,7 +146,7 @@ def _message(error: BaseException) -> str:
         return (
             f"out of memory{f': {error}' if str(error) else ''}. Use a smaller image, k or bundle."
         )
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 app = typer.Typer(

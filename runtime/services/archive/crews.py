@@ -6,7 +6,6 @@ A worker does one thing at a time, so that whatever ends it is known.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,12 @@ from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any, Protocol
 
-from recallseg.engines.child import bound_process, python_command, python_environment
+from recallseg.engines.child import (
+    bound_process,
+    python_command,
+    python_environment,
+    signal_name,
+)
 from recallseg.engines.errors import EngineRunError
 from recallseg.runtime.services.archive.worker import Answer, Failed, Opened, Order, Setup, Worker
 
@@ -178,12 +182,13 @@ class Processes:
                 env=python_environment(),
             )
             link: Connection[Any, Any] = Connection(ours.detach())
-        link.send(self._setup)
+        with suppress(OSError):  # it has ended, which is heard when it is waited for
+            link.send(self._setup)
         return _Member(process, link)
 
 
 def _ended(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"status {status}"
+    return signal_name(-status) if status < 0 else f"status {status}"
 
 
 def main() -> None:

@@ -209,10 +209,12 @@ class Draft(Sheet):
         self._cancelled = True
 
     def close(self) -> None:
-        for place in [*self._sessions]:
-            self._drop(place)
-        self.proposals.clear()
-        super().close()
+        try:
+            for place in [*self._sessions]:
+                self._drop(place)
+            self.proposals.clear()
+        finally:
+            super().close()  # what it took of the budget comes back whatever happens
 
     @property
     def waits(self) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from time import monotonic
 from typing import Generic, Protocol, TypeVar
 
 from recallseg.runtime.services.http.limits import Limits, RefusedError
+from recallseg.runtime.services.logs import ServiceLog
 
 __all__ = ["Lease", "Leases"]
 
@@ -25,6 +26,7 @@ class Closable(Protocol):
 
 
 Held = TypeVar("Held", bound=Closable)
+_log = ServiceLog("serve")
 MOST_AT_ONCE = 8
 """Requests of one session that are answered or wait; more would take the threads of others."""
 
@@ -176,8 +178,7 @@ class Leases(Generic[Held]):
             ]
             for lease in over:
                 del self._leases[lease.token]
-        for lease in over:
-            lease.end()
+        self._end(over)
         return len(over)
 
     def close(self) -> None:
@@ -185,8 +186,16 @@ class Leases(Generic[Held]):
         with self._lock:
             leases = list(self._leases.values())
             self._leases.clear()
+        self._end(leases)
+
+    @staticmethod
+    def _end(leases: Iterable[Lease[Held]]) -> None:
+        """End leases that nobody can reach any more: one that cannot be ended stops no other."""
         for lease in leases:
-            lease.end()
+            try:
+                lease.end()
+            except Exception as error:
+                _log.error("a session was not closed well", error=error)
 
     def __len__(self) -> int:
         return len(self._leases)

@@ -120,9 +120,10 @@ def read_meta(request: Request, kind: type[Any]) -> Any:
     """Return X-Meta; raises InputError or pydantic's ValidationError."""
     text = request.headers.get("x-meta", "{}")
     try:
-        return kind.model_validate(json.loads(text))
-    except (json.JSONDecodeError, RecursionError) as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError
         raise InputError(f"the header X-Meta is no JSON: {error}.") from error
+    return kind.model_validate(found)
 
 
 def volume_of(array: NDArray[Any], meta: Properties) -> Volume:

@@ -29,11 +29,12 @@ from support.pictures import disc
 from support.records import check_record
 
 from recallseg import Bundle, Library
-from recallseg.engines.errors import InputError, OutputError
+from recallseg.engines.errors import EngineRunError, InputError, OutputError
 from recallseg.runtime.services import decoding
 from recallseg.runtime.services.archive import (
     Archived,
     Progress,
+    crews,
     running,
     segment_archive,
     summary,
@@ -263,6 +264,25 @@ def test_workers_that_cannot_start_end_it(library: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="lung"):
         archived(library, [tmp_path / "in"], tmp_path / "out", structures=["lung"])
     assert not [*(tmp_path / "out").glob("*.json")]
+
+
+def test_a_worker_that_ended_before_it_was_told_anything_is_a_worker_that_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a BrokenPipeError, of which the command line says nothing: it stands for its reader."""
+
+    class Gone(subprocess.Popen[bytes]):
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(["false"])
+            self.wait()
+
+    monkeypatch.setattr(crews.subprocess, "Popen", Gone)
+    setup = Setup(tmp_path, tmp_path, {}, VolumeSettings())
+    with closing(crews.Processes(setup, 1, 60.0)) as crew:
+        for _ in range(crews.MOST_STARTS - 1):
+            assert crew.wait(5.0) == []
+        with pytest.raises(EngineRunError, match=r"ended one after the other.*status 1"):
+            crew.wait(5.0)
 
 
 def test_a_killed_call_is_gone_on_with(library: Path, tmp_path: Path) -> None:

@@ -300,7 +300,14 @@ def test_a_rotation_that_was_cut_off_before_its_head_goes_on(
 
 
 def test_a_head_that_cannot_be_written_is_told_as_that(tmp_path: Path, segmented: Entry) -> None:
-    log = AuditLog(tmp_path / "log", head=tmp_path / "gone" / "head")
+    folder = tmp_path / "gone"
+    with pytest.raises(
+        AuditError, match=r"the head .*gone/head .*: its folder .*gone is not there"
+    ):
+        AuditLog(tmp_path / "log", head=folder / "head")  # before anything is segmented
+    folder.mkdir()
+    log = AuditLog(tmp_path / "log", head=folder / "head")
+    folder.rmdir()
     with pytest.raises(AuditError, match=r"the head .*gone/head of the audit log .* No such file"):
         log.record(*segmented)
 

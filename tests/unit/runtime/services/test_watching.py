@@ -415,3 +415,19 @@ def test_a_folder_that_is_not_given_is_told_as_that(segmenter: Segmenter, inbox:
             done = list(watcher.run(Event(), once=True, poll_s=0.01))
         assert [each.name for each in done] == ["a.png"]
         assert [each.path.name for each in watcher.not_given] == ["b.png"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"files": None}, {"files": ["x"]}, {"volumes": "3", "files": "1"}]
+)
+def test_a_record_that_something_else_wrote_ends_no_watch(
+    segmenter: Segmenter, inbox: Path, other: dict[str, Any]
+) -> None:
+    out = inbox.parent / "out"
+    out.mkdir()
+    (out / "a.json").write_text(json.dumps({"image": "a.png", **other}))
+    (out / "a.time1.json").write_text(json.dumps({"image": "a.png", **other}))
+    (out / "a.png.error.json").write_text(json.dumps({"files": 5, "error": 3}))
+    arrivals = watch(segmenter, inbox, volumes=VolumeSettings(time="all"))
+    assert sorted(one.name for one in arrivals) == ["a.png", "b.png"]
+    assert all(one.record for one in arrivals)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -23,6 +24,7 @@ from recallseg.runtime.services.http.desk import Desk
 from recallseg.runtime.services.http.drafts import MOST_SLICES, Draft
 from recallseg.runtime.services.http.export import export
 from recallseg.runtime.services.http.limits import Budget, RefusedError
+from recallseg.runtime.services.http.messages import ImageMeta, read_meta
 from recallseg.runtime.services.http.prompts import CancelledError, Place, Prompt
 from recallseg.runtime.volumes.corrections import VolumeCorrections
 
@@ -342,3 +344,27 @@ def test_what_was_drawn_becomes_points() -> None:
     assert len(points) == len({*points}) > 5
     assert all(ring[int(y), int(x)] for x, y in points)
     assert scribble_points(np.zeros((5, 5), bool)) == ()
+
+
+def test_a_draft_whose_session_cannot_be_closed_gives_its_bytes_back(
+    desk: Desk, budget: Budget
+) -> None:
+    made = Draft(stack(picture(20)[0][None]), desk, budget)
+    session = desk.correct(made.picture(Place(0, 0)))
+
+    def broken() -> None:
+        raise RuntimeError("the device is lost")
+
+    session.close = broken  # type: ignore[method-assign]
+    made._sessions[Place(0, 0)] = session
+    assert budget.taken
+    with pytest.raises(RuntimeError):
+        made.close()
+    assert budget.taken == 0
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "1" * 5000 + "}", "[" * 100_000, "{"])
+def test_a_header_that_is_no_json_is_no_defect(text: str) -> None:
+    request: Any = SimpleNamespace(headers={"x-meta": text})
+    with pytest.raises(InputError, match="X-Meta is no JSON"):
+        read_meta(request, ImageMeta)

@@ -113,3 +113,19 @@ def test_what_is_released_is_cancelled_and_then_closed(leases: Leases[Held]) -> 
     leases.release(lease.token, "ada")
     assert lease.held.cancelled
     assert lease.held.closed
+
+
+def test_a_session_that_cannot_be_closed_keeps_no_other_open(clock: Clock) -> None:
+    class Broken(Held):
+        def close(self) -> None:
+            super().close()
+            raise RuntimeError("the device is lost")
+
+    leases = Leases(Limits(sessions=3, idle_s=100, liveness_s=10), Broken, clock)
+    held = [leases.claim("ada").held for _ in range(3)]
+    clock.now = 11.0
+    assert leases.sweep() == 3
+    assert all(one.closed for one in held)
+    last = leases.claim("ada").held
+    leases.close()
+    assert last.closed

@@ -33,6 +33,7 @@ from recallseg.runtime.services.http.application import make_application
 from recallseg.runtime.services.http.desk import Desk
 from recallseg.runtime.services.http.server import AnnotationServer
 from recallseg.runtime.services.igtl.service import Igtl
+from recallseg.runtime.services.memory import FreeMemory
 from recallseg.runtime.services.mrd.service import Mrd
 from recallseg.runtime.services.node.node import Node
 from recallseg.runtime.services.settings import Configuration
@@ -86,10 +87,12 @@ def run_together(
             stack.enter_context(service(folder, bundle, rule, asking, load))
             stack.callback(load.end)  # before it ends itself
         every, begun = max(LEAST_S, minutes * 60 / READINGS), load.seconds
+        free = FreeMemory()  # as in the loop of a service
         while not readings or load.seconds - begun < minutes * 60:
             readings.append((load.seconds, reading(folder)))
             step(f"{load.seconds:.0f} s, {_shown(readings[-1][1])}, {dict(load.counts)}")
             load.over.wait(every)
+            free.give_back()
         load.end()
     conditions |= watch.stop()
     run = TogetherRun(

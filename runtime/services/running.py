@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Protocol
 
 from recallseg.runtime.services.logs import ServiceLog, process_fields
+from recallseg.runtime.services.memory import FreeMemory
 
 __all__ = ["Service", "notify_systemd", "run_service"]
 
@@ -52,7 +53,7 @@ def run_service(
     ready : called when it serves.
     end : ends the process at once.
     """
-    log = ServiceLog(name)
+    log, free = ServiceLog(name), FreeMemory()
     stop = threading.Event()
     former = {}
 
@@ -77,6 +78,7 @@ def run_service(
         ready()
         while not stop.wait(_LOOK_S) and service.alive():
             notify_systemd("WATCHDOG=1")
+            free.give_back()
         if not stop.is_set():
             log.error("a part of the service has ended, so it ends")
         else:

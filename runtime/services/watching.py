@@ -44,6 +44,7 @@ from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.inbox import Inbox
 from recallseg.runtime.services.items import ask_again, segment_item, volumes_of
+from recallseg.runtime.services.memory import FreeMemory
 from recallseg.runtime.services.outputs import output_base, record_file, time_base
 from recallseg.runtime.services.patience import MOST_TIMES, Patience
 from recallseg.runtime.volumes.outputs import VolumeSettings
@@ -171,7 +172,9 @@ class Watcher:
             What concerns more than one item ends the watch; what was done stays done.
         """
         self._decoder.stop = stop.is_set
+        free = FreeMemory()
         while not stop.is_set():
+            free.give_back()
             self._set_aside = {}
             arrived, unsettled = self._inbox.look(self._is_done)
             idle = True

@@ -36,6 +36,7 @@ from recallseg.runtime.services.archive.sources import Source, find
 from recallseg.runtime.services.audit import AuditLog, open_audit
 from recallseg.runtime.services.decoding import IsolatedDecoder
 from recallseg.runtime.services.items import request_of, segment_item, volumes_of
+from recallseg.runtime.services.memory import FreeMemory
 from recallseg.runtime.services.outputs import is_done, output_base, record_file
 from recallseg.runtime.volumes.outputs import VolumeSettings
 
@@ -165,6 +166,7 @@ class Worker:
         self._segmenter: Segmenter | None = None
         self._log: AuditLog | None = None
         self._provenance = ""
+        self._free = FreeMemory()
 
     def open(self, node: str = "") -> Opened | Failed:
         """Open everything, and answer a query that nobody asked: the first one is slower."""
@@ -192,6 +194,7 @@ class Worker:
 
     def do(self, order: Order) -> Answer:
         """Look into a source, or segment an input."""
+        self._free.give_back()
         try:
             if isinstance(order, Source):
                 return Looked(find(order, self._setup.kind, self._decoder.read_header))

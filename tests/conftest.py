@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from support.emulated_gpu import build_emulator
 from support.fake_bundle import make_fake_bundle
 from support.kernels import build_kernels, build_operators
-from support.making import build_folder, exporters, once
+from support.making import exported_once
 from support.records import check_record, dumps_checked
 
 from recallseg.engines.bundle import Bundle
@@ -132,10 +132,7 @@ def converted_demo(pytestconfig: pytest.Config) -> Bundle:
     def make(folder: Path) -> None:
         convert_bundle(Bundle.open("demo"), folder / "demo", FLOATING)
 
-    sources = ("engines", "export")
-    return Bundle.open(
-        once(build_folder(pytestconfig, "converted", sources, exporters()), make) / "demo"
-    )
+    return Bundle.open(exported_once(pytestconfig, "converted", make) / "demo")
 
 
 @pytest.fixture

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-from transformers import Dinov2Model, Sam2VideoModel
+from support.making import exported_once
 
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import EngineRunError
-from recallseg.engines.specs import GRAPHS, graph_specs
+from recallseg.engines.specs import GRAPHS, Geometry, GraphSpec, graph_specs
 from recallseg.engines.tensorrt.builder import BuildRequest, build_plan
 from recallseg.engines.tensorrt.building import build_bundle
 from recallseg.engines.tensorrt.flavour import FLAVOURS
@@ -21,7 +23,7 @@ from recallseg.engines.tensorrt.plans import PlanCache
 from recallseg.engines.tensorrt.profile import Profile
 from recallseg.engines.tensorrt.targets import Target
 from recallseg.export import tensorrt
-from recallseg.export.checkpoints import load_dinov2, load_sam2, load_segmenter
+from recallseg.export.checkpoints import Loaded, load_dinov2, load_sam2, load_segmenter
 from recallseg.export.graphs import build_graphs, read_geometry
 from recallseg.export.onnx_export import export_graph
 from recallseg.export.precision import FLOATING, convert_graph
@@ -84,19 +86,49 @@ def check_plan(api: Any, graph: str, plan: bytes, made: Mapping[str, Any]) -> No
     assert runtime.get_engine_validity(b"x" + plan[1:])[1] & MALFORMED
 
 
+def export_graphs(
+    folder: Path,
+    sam2: Loaded,
+    dinov2: Loaded,
+    graphs: Sequence[str],
+    *,
+    embed_size: int,
+    forms: Sequence[str] = ("tensorrt",),
+) -> None:
+    """Write graphs as ``FORM/GRAPH.onnx``, with attention that TensorRT fuses in every form."""
+    models: Any = sam2.model, dinov2.model
+    geometry = read_geometry(*models, embed_size=embed_size)
+    (folder / "geometry.json").write_text(json.dumps(asdict(geometry)))
+    specs, modules = graph_specs(geometry), build_graphs(*models)
+    for form in forms:
+        (folder / form).mkdir()
+        if form == "tensorrt":
+            modules.update(tensorrt.build_tensorrt_graphs(*models))
+        for graph in graphs:
+            path = folder / form / f"{graph}.onnx"
+            with tensorrt.fusable_attention(*models):
+                export_graph(modules[graph], specs[graph], geometry, path, opset=tensorrt.OPSET)
+
+
+def read_specs(folder: Path) -> dict[str, GraphSpec]:
+    """Return the specs of graphs that were exported so."""
+    kept = json.loads((folder / "geometry.json").read_text())
+    return graph_specs(Geometry(**{**kept, "memory_grid": tuple(kept["memory_grid"])}))
+
+
 @pytest.mark.timeout(900)
-def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path) -> None:
+def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """The true architecture, graph by graph; its parity has tests of its own."""
-    sam2, dinov2 = load_sam2("random:tiny", image_size=512).model, load_dinov2("random:small").model
-    assert isinstance(sam2, Sam2VideoModel)
-    assert isinstance(dinov2, Dinov2Model)
-    geometry = read_geometry(sam2, dinov2, embed_size=224)
-    modules, specs = build_graphs(sam2, dinov2), graph_specs(geometry)
-    modules.update(tensorrt.build_tensorrt_graphs(sam2, dinov2))
-    for graph in ("encode", "attend", "decode"):
-        path = tmp_path / f"{graph}.onnx"
-        with tensorrt.fusable_attention(sam2, dinov2):
-            export_graph(modules[graph], specs[graph], geometry, path, opset=tensorrt.OPSET)
+    graphs = ("encode", "attend", "decode")
+
+    def make(folder: Path) -> None:
+        sam2, dinov2 = load_sam2("random:tiny", image_size=512), load_dinov2("random:small")
+        export_graphs(folder, sam2, dinov2, graphs, embed_size=224)
+
+    folder = exported_once(pytestconfig, "rtx-tiny", make, __file__)
+    specs = read_specs(folder)
+    for graph in graphs:
+        path = folder / "tensorrt" / f"{graph}.onnx"
         for precision in ("fp32", "fp16"):
             file = tmp_path / f"{precision}.onnx"
             model = onnx.load(path)
@@ -109,22 +141,22 @@ def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("graph", tensorrt.REARRANGED)
 def test_what_was_rearranged_has_fewer_kernels_and_works_in_less(
-    api: Any, tmp_path: Path, graph: str
+    api: Any, tmp_path: Path, pytestconfig: pytest.Config, graph: str
 ) -> None:
     """Than the same function in the portable form, whose attention it fuses as well."""
-    sam2, dinov2 = load_sam2("random:demo", image_size=256).model, load_dinov2("random:demo").model
-    assert isinstance(sam2, Sam2VideoModel)
-    assert isinstance(dinov2, Dinov2Model)
-    geometry = read_geometry(sam2, dinov2, embed_size=126)
-    specs = graph_specs(geometry)
+
+    def make(folder: Path) -> None:
+        sam2, dinov2 = load_sam2("random:demo", image_size=256), load_dinov2("random:demo")
+        forms = ("portable", "tensorrt")
+        export_graphs(folder, sam2, dinov2, tensorrt.REARRANGED, embed_size=126, forms=forms)
+
+    folder = exported_once(pytestconfig, "rtx-demo", make, __file__)
+    spec, path = read_specs(folder)[graph], tmp_path / f"{graph}.onnx"
     built = []
-    for build in (build_graphs, tensorrt.build_tensorrt_graphs):
-        path = tmp_path / f"{graph}.onnx"
-        with tensorrt.fusable_attention(sam2, dinov2):
-            module = build(sam2, dinov2)[graph]
-            export_graph(module, specs[graph], geometry, path, opset=tensorrt.OPSET)
-        onnx.save(convert_graph(onnx.load(path), "fp16", graph), path)
-        built.append(build_plan(path, specs[graph], request_for("sm89", precision="fp16")))
+    for form in ("portable", "tensorrt"):
+        model = onnx.load(folder / form / f"{graph}.onnx")
+        onnx.save(convert_graph(model, "fp16", graph), path)
+        built.append(build_plan(path, spec, request_for("sm89", precision="fp16")))
     before, now = built
     assert before.kernels is not None
     assert now.kernels is not None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.making import build_folder, exporters, once
+from support.making import exported_once
 
 from recallseg.engines.bundle import Bundle
 from recallseg.export.bundling import VARIANTS, export_bundle
@@ -29,7 +29,4 @@ def exported(models: tuple[Loaded, Loaded], pytestconfig: pytest.Config) -> Bund
     def make(folder: Path) -> None:
         export_bundle(*models, folder / "bundle", variants=VARIANTS, pooled=True)
 
-    sources = ("engines", "export", __file__)
-    return Bundle.open(
-        once(build_folder(pytestconfig, "exported", sources, exporters()), make) / "bundle"
-    )
+    return Bundle.open(exported_once(pytestconfig, "exported", make, __file__) / "bundle")

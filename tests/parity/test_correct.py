@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support.making import exported_once
 from transformers import Sam2VideoModel
 
 from recallseg.engines.composition import Composition
@@ -56,18 +57,17 @@ def geometry(sam2: Sam2VideoModel, spec: GraphSpec) -> Geometry:
 
 @pytest.fixture(scope="module")
 def exported(
-    sam2: Sam2VideoModel,
-    spec: GraphSpec,
-    geometry: Geometry,
-    tmp_path_factory: pytest.TempPathFactory,
+    sam2: Sam2VideoModel, spec: GraphSpec, geometry: Geometry, pytestconfig: pytest.Config
 ) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("correct")
-    module = Correct(sam2).eval()
-    files = {variant: folder / f"{variant}.onnx" for variant in ("portable", "tensorrt")}
-    export_graph(module, spec, geometry, files["portable"], opset=OPSET)
-    with tensorrt.fusable_attention(sam2):
-        export_graph(module, spec, geometry, files["tensorrt"], opset=tensorrt.OPSET)
-    return files
+    def make(folder: Path) -> None:
+        module = Correct(sam2).eval()
+        export_graph(module, spec, geometry, folder / "portable.onnx", opset=OPSET)
+        with tensorrt.fusable_attention(sam2):
+            file = folder / "tensorrt.onnx"
+            export_graph(module, spec, geometry, file, opset=tensorrt.OPSET)
+
+    folder = exported_once(pytestconfig, "correct", make, __file__)
+    return {variant: folder / f"{variant}.onnx" for variant in ("portable", "tensorrt")}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from fixtures.checkpoints import recipe
+from support.making import exported_once
 from torch import Tensor, nn
 from transformers import EdgeTamVideoModel
 
@@ -245,9 +246,13 @@ def test_a_term_left_out_is_seen(
 
 
 @pytest.fixture(scope="module")
-def exported(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle in the variants that a CPU uses, through the whole gate."""
-    return export_bundle(*models, tmp_path_factory.mktemp("edgetam") / "bundle")
+def exported(models: Models, pytestconfig: pytest.Config) -> Bundle:
+    """The bundle in the variants that a CPU uses, through the whole gate; do not change it."""
+
+    def make(folder: Path) -> None:
+        export_bundle(*models, folder / "bundle")
+
+    return Bundle.open(exported_once(pytestconfig, "edgetam", make, __file__) / "bundle")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["build_folder", "exporters", "once"]
+__all__ = ["build_folder", "exported_once", "once"]
 
 SOURCE = Path(__file__).parents[2]
 
@@ -52,10 +52,13 @@ def build_folder(
     return config.cache.mkdir("builds") / f"{name}-{digest.hexdigest()[:16]}"
 
 
-def exporters() -> str:
-    """What makes graphs, for ``tools`` of :func:`build_folder`."""
+def exported_once(
+    config: pytest.Config, name: str, make: Callable[[Path], object], *sources: Path | str
+) -> Path:
+    """Let ``make`` export into a folder, once for this exporter and what else it is made from."""
     names = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
-    return "\n".join(f"{name} {version(name)}" for name in names)
+    tools = "\n".join(f"{name} {version(name)}" for name in names)
+    return once(build_folder(config, name, ("engines", "export", *sources), tools), make)
 
 
 @cache

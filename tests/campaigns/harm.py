@@ -80,7 +80,7 @@ def kills(names: list[str], count: int, seed: int, work: Path, number: int) -> S
     points = []
     for name in names:
         judge = prepared(OPERATIONS[name], work / name)
-        calls = in_child(lambda judge=judge: judge.case(fault, 0), PATIENCE_S).calls  # type: ignore[misc]
+        calls = in_child(judge.count, PATIENCE_S).calls[fault.call]
         points += [(judge, call) for call in range(1, calls + 1)]
     total.counts["calls"] = len(points)
     for judge, call in random.Random(seed).sample(points, min(count, len(points))):

@@ -32,7 +32,7 @@ from typing import IO, Any
 
 from faults.operation import CommandError, Operation, names
 from faults.record import Point, Record
-from faults.shim import CALLS, FAULTS, Fault, injecting
+from faults.shim import CALLS, FAULTS, Fault, counting, injecting
 from recallseg.engines.errors import RecallSegError
 
 __all__ = ["HUNG", "Judge", "Verdict", "in_child", "prepared", "run_operation"]
@@ -51,7 +51,7 @@ _VARYING = re.compile(r"[0-9a-f]{6,}|\d+")
 class Verdict:
     """What came of one case."""
 
-    calls: int = 0
+    calls: dict[str, int] = field(default_factory=dict)
     fired: int = 0
     outcome: str = ""  # "done", or the kind of error
     said: str = ""
@@ -76,11 +76,9 @@ def run_operation(
     """
     limit = operation.seconds
     judge, chance = prepared(operation, work), random.Random(f"{seed} {operation.name}")
-    calls: dict[str, int] = {}
+    calls = in_child(judge.count, limit).calls
     faults = [fault for fault in FAULTS if fault.call in kinds]
     for fault in faults:
-        if fault.call not in calls:
-            calls[fault.call] = in_child(lambda fault=fault: judge.case(fault, 0), limit).calls  # type: ignore[misc]
         record.counted(operation.name, str(fault), calls[fault.call])
     until = time.monotonic() + seconds  # to prepare and to count may take as long
     points = [(fault, n) for fault in faults for n in range(1, calls[fault.call] + 1)]
@@ -152,15 +150,21 @@ class Judge:
             verdict.violations.append(f"raised {error!r} at {' '.join(way)}")
         return verdict
 
+    def count(self) -> Verdict:
+        """Do the operation and count its calls by kind; runs in a process of its own."""
+        self.fresh()
+        with counting(self.case_folder) as calls:
+            verdict = self.attempt()
+        verdict.calls = calls
+        return verdict
+
     def case(self, fault: Fault, number: int) -> Verdict:
         """Do the operation with one fault; runs in a process of its own."""
         self.fresh()
         root = self.case_folder
         with injecting(root, fault, number) as injected:
             verdict = self.attempt()
-        verdict.calls, verdict.fired = injected.calls, injected.fired
-        if not number:
-            return verdict
+        verdict.fired = injected.fired
         if "defect" in verdict.said or "Traceback" in verdict.said:
             verdict.violations.append(f"called a defect: {verdict.said}")
         if verdict.outcome == "InputError":

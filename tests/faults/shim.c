@@ -37,6 +37,7 @@ static char root[PATH_MAX];
 static size_t root_length;
 static unsigned classes;         /* which calls count */
 static long at, count;           /* the call that fails, and how many there were */
+static long counts[32];          /* and of each kind, by its bit */
 static int error, lasting;       /* what it fails with, and whether all after it do too */
 static long fired;
 static int record = -1;          /* descriptor of the log of changes */
@@ -77,6 +78,7 @@ static int fails(unsigned kind, const char *path) {
   if (!(classes & kind) || !inside(path)) return 0;
   pthread_mutex_lock(&lock);
   long number = ++count;
+  counts[__builtin_ctz(kind)]++;
   int now = at && (number == at || (lasting && number > at));
   fired += now;
   pthread_mutex_unlock(&lock);
@@ -409,11 +411,18 @@ void faults_arm(const char *folder, unsigned kinds, long number, int code, int s
   snprintf(root, sizeof root, "%s", folder);
   root_length = strlen(root);
   at = number; error = code; lasting = stays; count = fired = 0;
+  memset(counts, 0, sizeof counts);
   classes = kinds;
 }
 
-/* Stop; return how many calls counted. */
-long faults_disarm(void) { classes = 0; return count; }
+void faults_disarm(void) { classes = 0; }
+
+/* How many calls of these kinds counted since the last faults_arm. */
+long faults_counted(unsigned kinds) {
+  long sum = 0;
+  for (int bit = 0; bit < 32; bit++) sum += kinds >> bit & 1 ? counts[bit] : 0;
+  return sum;
+}
 
 /* How many calls failed since the last faults_arm. */
 long faults_fired(void) { return fired; }

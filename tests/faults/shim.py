@@ -23,6 +23,7 @@ __all__ = [
     "build",
     "by_signal",
     "changes",
+    "counting",
     "injecting",
     "jumping_clock",
     "recording",
@@ -115,15 +116,14 @@ def build(folder: Path) -> Path:
 
 @dataclass
 class Injected:
-    """How many calls of that kind there were, and how many of them failed."""
+    """How many calls failed."""
 
-    calls: int = 0
     fired: int = 0
 
 
 @contextmanager
 def injecting(folder: Path, fault: Fault, number: int) -> Iterator[Injected]:
-    """Let the ``number``-th call below ``folder`` fail (0: only count them), in this process."""
+    """Let the ``number``-th call below ``folder`` fail, in this process."""
     shim = ctypes.CDLL(None)
     found = Injected()
     shim.faults_arm(
@@ -132,8 +132,23 @@ def injecting(folder: Path, fault: Fault, number: int) -> Iterator[Injected]:
     try:
         yield found
     finally:
-        shim.faults_disarm.restype = shim.faults_fired.restype = ctypes.c_long
-        found.calls, found.fired = shim.faults_disarm(), shim.faults_fired()
+        shim.faults_disarm()
+        shim.faults_fired.restype = ctypes.c_long
+        found.fired = shim.faults_fired()
+
+
+@contextmanager
+def counting(folder: Path) -> Iterator[dict[str, int]]:
+    """Count the calls below ``folder`` in this process; by the names of ``CALLS``, at the end."""
+    shim = ctypes.CDLL(None)
+    found: dict[str, int] = {}
+    shim.faults_arm(os.fsencode(folder), -1, ctypes.c_long(0), 0, False)
+    try:
+        yield found
+    finally:
+        shim.faults_disarm()
+        shim.faults_counted.restype = ctypes.c_long
+        found.update({call: shim.faults_counted(kinds) for call, kinds in CALLS.items()})
 
 
 @contextmanager

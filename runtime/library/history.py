@@ -25,7 +25,16 @@ from recallseg.runtime.library.values import LARGEST, integer, timestamp
 if TYPE_CHECKING:
     from recallseg.runtime.library.catalog import Catalog
 
-__all__ = ["PREFIX", "UNRECORDED", "Change", "history", "next_note", "note_text"]
+__all__ = [
+    "PREFIX",
+    "UNRECORDED",
+    "Change",
+    "Note",
+    "history",
+    "next_note",
+    "note_text",
+    "parse_note",
+]
 
 PREFIX = "at "
 """Of the notes' names. It sorts before those that every query looks for."""
@@ -66,7 +75,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class _Note:
+class Note:
     """A change as it is stored: made to revision ``before``, to exemplars in ascending spans."""
 
     before: int
@@ -126,6 +135,36 @@ def note_text(
     )
 
 
+def parse_note(text: str) -> Note:
+    """Return a note of :func:`note_text`; LibraryCorruptError if it is none."""
+    try:
+        data = json.loads(text)
+        before, revision = (integer(value, "a revision") for value in data["revisions"])
+        ends = [
+            (integer(a, "a number", 1), integer(b, "a number", a)) for a, b in data["exemplars"]
+        ]
+        spans = tuple(range(first, last + 1) for first, last in ends)
+        what, who, details = data["what"], data["who"], data["details"]
+        if any(one.stop > other.start for one, other in pairwise(spans)):
+            raise ValueError("its spans overlap")
+        if what in _ADDING and not spans:
+            raise ValueError("it added nothing")
+        check_tags({"what": what, **({"who": who} if who else {})})
+        details = check_tags(details)
+        former = data.get("former")
+        if former is not None:
+            former = integer(former, "the former number of an exemplar", 1)
+            if not spans:
+                raise ValueError("it is about none")
+        time = timestamp(data["time"], "the time of a change")
+    except (ValueError, KeyError, TypeError, RecursionError, InputError) as error:
+        raise LibraryCorruptError(
+            f"a note on the library's history is damaged: {error!r}. Restore the library from a "
+            "backup; what it recalls is not concerned."
+        ) from error
+    return Note(before, revision, time, who, what, spans, details, former)
+
+
 def history(catalog: Catalog) -> tuple[Change, ...]:
     """Return all that is known of a library's changes, oldest first."""
     keys: dict[int, str] = {}
@@ -133,7 +172,7 @@ def history(catalog: Catalog) -> tuple[Change, ...]:
     after = 0
     with catalog.database.snapshot():
         revision = catalog.state().revision
-        notes = [_parse(text) for _, text in catalog.notes(PREFIX)]
+        notes = [parse_note(text) for _, text in catalog.notes(PREFIX)]
         while page := catalog.exemplars(after, _PAGE):
             keys.update((number, exemplar.key) for number, exemplar in page)
             created.update((number, exemplar.created) for number, exemplar in page)
@@ -179,32 +218,3 @@ def _spans(numbers: Iterable[int]) -> list[list[int]]:
         else:
             spans.append([number, number])
     return spans
-
-
-def _parse(text: str) -> _Note:
-    try:
-        data = json.loads(text)
-        before, revision = (integer(value, "a revision") for value in data["revisions"])
-        ends = [
-            (integer(a, "a number", 1), integer(b, "a number", a)) for a, b in data["exemplars"]
-        ]
-        spans = tuple(range(first, last + 1) for first, last in ends)
-        what, who, details = data["what"], data["who"], data["details"]
-        if any(one.stop > other.start for one, other in pairwise(spans)):
-            raise ValueError("its spans overlap")
-        if what in _ADDING and not spans:
-            raise ValueError("it added nothing")
-        check_tags({"what": what, **({"who": who} if who else {})})
-        details = check_tags(details)
-        former = data.get("former")
-        if former is not None:
-            former = integer(former, "the former number of an exemplar", 1)
-            if not spans:
-                raise ValueError("it is about none")
-        time = timestamp(data["time"], "the time of a change")
-    except (ValueError, KeyError, TypeError, RecursionError, InputError) as error:
-        raise LibraryCorruptError(
-            f"a note on the library's history is damaged: {error!r}. Restore the library from a "
-            "backup; what it recalls is not concerned."
-        ) from error
-    return _Note(before, revision, time, who, what, spans, details, former)

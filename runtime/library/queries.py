@@ -31,11 +31,14 @@ class CatalogQueries(SearchQueries):
 
     # State
 
-    def notes(self, prefix: str) -> list[tuple[str, str]]:
-        """Return name and text of all notes whose names begin so, in order of their names."""
+    def notes(self, prefix: str, first: str | None = None) -> list[tuple[str, str]]:
+        """Return name and text of all notes whose names begin so, in order of their names.
+
+        ``first`` is where to begin.
+        """
         rows = self.database.execute(
             "SELECT name, value FROM settings WHERE name >= ? AND name < ? ORDER BY name",
-            (prefix, f"{prefix[:-1]}{chr(ord(prefix[-1]) + 1)}"),
+            (first or prefix, f"{prefix[:-1]}{chr(ord(prefix[-1]) + 1)}"),
         )
         if not all(isinstance(part, str) for row in rows for part in row):
             raise LibraryCorruptError(f"the catalog is damaged: a note '{prefix}' is no text.")
@@ -161,6 +164,13 @@ class CatalogQueries(SearchQueries):
                 "SELECT exemplar, name FROM groups ORDER BY exemplar"
             )
         }
+
+    def in_use(self, first: int, last: int) -> set[int]:
+        """Return which numbers from ``first`` to ``last`` are of exemplars that are in use."""
+        rows = self.database.execute(
+            f"SELECT id FROM exemplars WHERE id BETWEEN ? AND ? AND NOT {_RETIRED}", (first, last)
+        )
+        return {number for (number,) in rows}
 
     def is_retired(self, number: int) -> bool:
         """Whether an exemplar is retired."""

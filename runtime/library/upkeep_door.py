@@ -25,6 +25,7 @@ from recallseg.runtime.library.history import Change, history
 from recallseg.runtime.library.merging import MergeReport
 from recallseg.runtime.library.releases import Release
 from recallseg.runtime.library.store import Store
+from recallseg.runtime.library.tracing import Trace
 
 __all__ = ["UpkeepDoor"]
 
@@ -109,6 +110,32 @@ class UpkeepDoor:
             If it is damaged.
         """
         return history(self._store.catalog)
+
+    def trace(self, detail: str) -> Trace:
+        """Return what tells of which things the exemplars in use are.
+
+        That is what ``details`` of :meth:`add_many` said of them. Asked again and again, it reads
+        only what was committed meanwhile.
+
+        Parameters
+        ----------
+        detail : a name of the details of changes.
+
+        Examples
+        --------
+        >>> with Library.create("traced", "demo") as library:
+        ...     image = np.zeros((64, 64), np.uint8)
+        ...     image[16:48, 16:48] = 255
+        ...     trace = library.trace("image")
+        ...     item = {"image": image, "masks": {"square": image > 0}, "key": "a"}
+        ...     _ = library.add_many([item], details={"image": "first.png"})
+        ...     print([*trace.look()])
+        ...     library.retire("a")
+        ...     print([*trace.look()])
+        ['first.png']
+        []
+        """
+        return Trace(self._store.catalog, detail)
 
     # Names, other libraries, copies
 

@@ -35,7 +35,7 @@ from recallseg.engines.errors import AuditError
 from recallseg.engines.reading import is_there
 from recallseg.runtime.services.audit_keys import AuditKey, read_audit_key
 
-__all__ = ["AuditLog", "AuditSummary", "open_audit", "verify_audit_log"]
+__all__ = ["AuditLog", "AuditSummary", "Bookmark", "open_audit", "verify_audit_log"]
 
 FORMAT_VERSION = 2
 _READ = (1, 2)
@@ -67,6 +67,15 @@ class AuditSummary:
     sealed: int = 0
     keys: tuple[str, ...] = ()
     continues: str | None = None
+
+
+@dataclass
+class Bookmark:
+    """How far a log was read: where, how many lines, and the last of these."""
+
+    offset: int = 0
+    lines: int = 0
+    last: bytes = b""
 
 
 class AuditLog:
@@ -164,15 +173,20 @@ class AuditLog:
         """
         return self._append({"event": event, **fields})
 
-    def entries(self, event: str) -> Iterator[dict[str, Any]]:
+    def entries(self, event: str, mark: Bookmark | None = None) -> Iterator[dict[str, Any]]:
         """Yield the entries of an event, the oldest first; those since the log was last rotated.
+
+        Parameters
+        ----------
+        mark : of a former call that read to the end: only what came since is read. All is, where
+            the log was rotated.
 
         Raises
         ------
         AuditError
             If it cannot be read.
         """
-        for entry, _ in _entries(self.path):
+        for entry, _ in _entries(self.path, mark):
             if entry.get("event") == event:
                 yield entry
 
@@ -428,19 +442,28 @@ def _read_head(path: Path) -> str:
     return digest
 
 
-def _entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield entries; after them, if the last is cut off, an empty one with its bytes."""
-    number = 0
+def _entries(path: Path, mark: Bookmark | None = None) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield entries; after them, if the last is cut off, an empty one with its bytes.
+
+    ``mark`` is where to begin, and moves along.
+    """
+    mark = mark or Bookmark()
     try:
         with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
+            begin = mark.offset - len(mark.last)
+            if os.pread(file.fileno(), len(mark.last), begin) != mark.last:  # another file
+                mark.offset, mark.lines, mark.last = 0, 0, b""
+            file.seek(mark.offset)
             while line := file.readline(LONGEST):
                 if not line.endswith(b"\n"):
                     if len(line) == LONGEST:
                         raise AuditError(f"{path} is not an audit log: a line never ends.")
                     yield {}, len(line)
                     return
-                yield _parse(line, path, number), 0
-                number += 1
+                entry = _parse(line, path, mark.lines)
+                mark.offset, mark.lines = mark.offset + len(line), mark.lines + 1
+                mark.last = line
+                yield entry, 0
     except OSError as error:
         raise AuditError(f"the audit log {path} cannot be read: {error.strerror}.") from error
 

@@ -310,8 +310,6 @@ def routes(
                 which=asked.slices,
                 tags=asked.tags,
             )
-            if worklist is not None:
-                worklist.settle(seat.draft.item, "accepted")
         return {"exemplars": keys, "library": len(desk.library)}
 
     @router.post("/drafts/{draft}/reject")
@@ -320,7 +318,7 @@ def routes(
         with lease.turn() as seat:
             desk.reject(seat.draft, request.state.user, asked.reason)
             if worklist is not None:
-                worklist.settle(seat.draft.item, "rejected")
+                worklist.put_aside(seat.draft.item)
         return {"rejected": True}
 
     @router.get("/drafts/{draft}/export")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from recallseg.engines.errors import InputError
@@ -18,7 +17,7 @@ from recallseg.runtime.services.http.desk import Desk
 from recallseg.runtime.services.http.guard import make_token
 from recallseg.runtime.services.http.limits import Limits
 from recallseg.runtime.services.http.server import AnnotationServer, is_loopback
-from recallseg.runtime.services.http.worklist import Worklist, settled
+from recallseg.runtime.services.http.worklist import Worklist
 
 __all__ = ["Access", "open_server"]
 
@@ -127,8 +126,7 @@ def open_server(
     library.check_writable("accept")
     limits = limits or Limits()
     desk = Desk(library, audit, segmenter)
-    done = partial(settled, library, audit)
-    worklist = None if folder is None else Worklist(folder, library, done)
+    worklist = None if folder is None else Worklist(folder, library, audit)
     application = make_application(
         desk,
         {token: name for name, token in access.tokens.items()},

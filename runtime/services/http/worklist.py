@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -29,13 +29,13 @@ from recallseg.runtime.formats.finding import Headers, Item, find_in_folder
 from recallseg.runtime.formats.volume import Slicing, Volume
 from recallseg.runtime.library import Library
 from recallseg.runtime.segmenting.choosing import rank
-from recallseg.runtime.services.audit import AuditLog
+from recallseg.runtime.services.audit import AuditLog, Bookmark
 from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.http.cuts import stack
 from recallseg.runtime.services.http.limits import RefusedError
 from recallseg.runtime.services.patience import MOST_TIMES, Patience
 
-__all__ = ["ITEM", "Entry", "Order", "Worklist", "settled"]
+__all__ = ["ITEM", "Entry", "Order", "Worklist"]
 
 Order = Literal["newest", "teaching"]
 State = Literal["new", "accepted", "rejected"]
@@ -77,15 +77,14 @@ class Worklist:
     ----------
     folder : whose images are served, and those of the folders below. Links are not followed.
     library : whose exemplars are known already.
-    settled : says what was done with images, see :func:`settled`; asked again when the library was
-        changed, by whomever. None: nothing was.
+    audit : says which images were rejected. None: no others than :meth:`put_aside` is told of.
     """
 
     def __init__(
         self,
         folder: Path,
         library: Library,
-        settled: Callable[[], Mapping[str, State]] | None = None,
+        audit: AuditLog | None = None,
         limits: DecodingLimits | None = None,
     ) -> None:
         if not folder.is_dir():
@@ -98,8 +97,10 @@ class Worklist:
         self._items: dict[str, Item] = {}
         self._looked = -LOOK_S
         self._looking = Lock()
-        self._settled, self._commits = settled, library.commits
-        self._states: dict[str, State] = {} if settled is None else {**settled()}
+        self._trace, self._audit = library.trace(ITEM), audit
+        self._rejected: set[str] = set()
+        self._noted, self._noting = Bookmark(), Lock()
+        self._note()
         self._embeddings: dict[tuple[str, Any], NDArray[np.float32]] = {}
         self._troubles: dict[tuple[str, Any], str] = {}
         self._patience = Patience()
@@ -121,7 +122,7 @@ class Worklist:
     def entries(self, order: Order) -> list[Entry]:
         """Return all images; those that are done come last."""
         items = self._look()
-        self._look_at_library()
+        self._note()
         teaches: Mapping[str, float] = {}
         if order == "newest":
             marks = sorted(items, key=lambda mark: items[mark].signature[2], reverse=True)
@@ -144,7 +145,7 @@ class Worklist:
         ]
 
     def open(self, mark: str) -> tuple[Volume, str, str]:
-        """Read an image; return it, its name, and what :meth:`settle` knows it by.
+        """Read an image; return it, its name, and what the history and the log know it by.
 
         Raises
         ------
@@ -158,10 +159,10 @@ class Worklist:
             raise RefusedError(404, "there is no such image in the list (any more).")
         return self._read(item), item.name, _identity(item)
 
-    def settle(self, item: str, state: State) -> None:
-        """Note what was done with an image; of one that is none of the list nothing is noted."""
+    def put_aside(self, item: str) -> None:
+        """Note that an image was rejected; of one that is none of the list nothing is noted."""
         if item:
-            self._states[item] = state
+            self._rejected.add(item)
 
     def _look(self) -> dict[str, Item]:
         with self._looking:
@@ -171,18 +172,20 @@ class Worklist:
                 self._looked = monotonic()
             return self._items
 
-    def _look_at_library(self) -> None:
-        """Ask anew what was done: an exemplar may have been removed, retired or reinstated."""
-        commits = self._library.commits
-        if self._settled is not None and commits != self._commits:
-            known = {**self._settled()}
-            for item, state in self._states.items():
-                if state == "rejected":  # the log may have been put aside since
-                    known.setdefault(item, state)
-            self._states, self._commits = known, commits
+    def _note(self) -> None:
+        """Read what was done since the last look, here or by others."""
+        with self._noting:
+            self._accepted = self._trace.look()
+            if self._audit is not None:
+                entries = self._audit.entries("reject", self._noted)
+                self._rejected.update(str(entry[ITEM]) for entry in entries if entry.get(ITEM))
 
     def _state(self, item: Item) -> State:
-        return self._states.get(_identity(item), "new")
+        """Return what was done: accepted is what an exemplar in use is of, whatever was before."""
+        identity = _identity(item)
+        if identity in self._accepted:
+            return "accepted"
+        return "rejected" if identity in self._rejected else "new"
 
     def _mark(self, item: Item) -> str:
         name = f"{item.relative}\0{item.suffix}".encode("utf-8", "surrogateescape")
@@ -250,22 +253,6 @@ class Worklist:
         unknown = np.full(len(marks), np.nan)
         chosen = rank(np.stack(vectors), known, unknown, MOST_RANKED, "coverage")
         return {marks[i]: gain for i, _, gain in chosen}
-
-
-def settled(library: Library, audit: AuditLog) -> dict[str, State]:
-    """Return what was done with images, as far as a library and an audit log tell.
-
-    Accepted is an image of which an exemplar is in use. Who rejected one and then accepted it has
-    accepted it.
-    """
-    states: dict[str, State] = {
-        str(entry[ITEM]): "rejected" for entry in audit.entries("reject") if entry.get(ITEM)
-    }
-    used = {exemplar.key for exemplar in library}
-    for change in library.history():
-        if ITEM in change.details and not used.isdisjoint(change.exemplars):
-            states[change.details[ITEM]] = "accepted"
-    return states
 
 
 def _identity(item: Item) -> str:

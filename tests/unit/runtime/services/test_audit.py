@@ -17,7 +17,7 @@ from recallseg.cli import app
 from recallseg.engines.errors import AuditError, InputError
 from recallseg.engines.signing import create_key
 from recallseg.runtime.services import audit
-from recallseg.runtime.services.audit import NOTHING, AuditLog, verify_audit_log
+from recallseg.runtime.services.audit import NOTHING, AuditLog, Bookmark, verify_audit_log
 from recallseg.runtime.services.audit_keys import AuditKey, create_audit_key, read_audit_key
 
 Entry = tuple[np.ndarray, np.ndarray, dict[str, Any]]
@@ -364,3 +364,31 @@ def test_the_commands(tmp_path: Path, log: Path) -> None:
     assert status == 1
     assert "cut off its end" in text
     assert run("audit", "rotate", tmp_path / "none")[0] == 2
+
+
+def test_who_reads_on_is_told_each_entry_once(tmp_path: Path) -> None:
+    """Also behind an entry that was cut off, and in the log that follows a rotation."""
+    log, mark = AuditLog(tmp_path / "audit.jsonl"), Bookmark()
+
+    def new() -> list[int]:
+        return [entry["item"] for entry in log.entries("reject", mark)]
+
+    assert new() == []
+    for item in (1, 2):
+        log.note("reject", {"item": item})
+    assert new() == [1, 2]
+    assert new() == []
+    log.note("accept", {"item": 3})
+    with log.path.open("ab") as file:
+        file.write(b'{"event": "reject", ')  # its writer died
+    assert new() == []
+    log.note("reject", {"item": 4})
+    assert new() == [4]
+    log.rotate()
+    for item in range(5, 12):
+        log.note("reject", {"item": item})
+    assert new() == [5, 6, 7, 8, 9, 10, 11]
+    text = log.path.read_bytes()
+    log.path.write_bytes(text.replace(b'"item":11', b'"item":12'))
+    with pytest.raises(AuditError, match="line 8 was changed"):
+        new()

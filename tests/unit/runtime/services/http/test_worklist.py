@@ -26,7 +26,7 @@ from recallseg.runtime.services.audit import AuditLog
 from recallseg.runtime.services.http import worklist as worklists
 from recallseg.runtime.services.http.limits import RefusedError
 from recallseg.runtime.services.http.serving import Access, open_server
-from recallseg.runtime.services.http.worklist import LOOK_S, Worklist, settled
+from recallseg.runtime.services.http.worklist import LOOK_S, Worklist
 
 
 @pytest.fixture
@@ -65,9 +65,9 @@ def test_the_newest_first_or_what_would_teach_most(library: Library, folder: Pat
         assert order[0].teaches > 0.3
         assert [one.name for one in order if one.trouble] == ["broken.png"]
         _, _, item = worklist.open(order[0].mark)
-        worklist.settle(item, "accepted")
+        worklist.put_aside(item)
         assert worklist.entries("teaching")[-1].name == order[0].name
-        assert worklist.entries("newest")[-1].state == "accepted"
+        assert worklist.entries("newest")[-1].state == "rejected"
     finally:
         worklist.close()
 
@@ -148,26 +148,24 @@ def test_a_folder_that_was_away_is_looked_into_again(
         listed.close()
 
 
-def test_an_accepted_image_stays_done_whatever_becomes_of_its_mask(
-    library: Library, tmp_path: Path
-) -> None:
+def test_an_accepted_image_stays_done_whatever_becomes_of_its_mask(library: Library) -> None:
     """Until its exemplar is removed, or out of use: then it is to be done again."""
-    log = AuditLog(tmp_path / "audit.jsonl")
+    trace = library.trace(worklists.ITEM)
     image, mask = disc(60, 62, 20, 40)
     item = {"image": image, "masks": {"disc": mask}}
     (key,) = library.add_many([item], details={worklists.ITEM: "ab" * 32})
-    assert settled(library, log) == {"ab" * 32: "accepted"}
+    assert trace.look() == {"ab" * 32}
     for _ in range(2):
         library.replace_mask(key, "disc", ~library.source(key)[1]["disc"])
         library.retag(key, {"view": "axial"})
-        assert settled(library, log) == {"ab" * 32: "accepted"}
+        assert trace.look() == {"ab" * 32}
     library.retire(key)
-    assert settled(library, log) == {}
+    assert not trace.look()
     library.reinstate(key)
     library.rename_structure("disc", "other")
-    assert settled(library, log) == {"ab" * 32: "accepted"}
+    assert trace.look() == {"ab" * 32}
     library.remove(key)
-    assert settled(library, log) == {}
+    assert not trace.look()
 
 
 def test_what_was_done_outlasts_the_server(library: Library, folder: Path, tmp_path: Path) -> None:

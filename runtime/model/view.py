@@ -118,7 +118,14 @@ class View:
             self._check("embed" if self._embedding is None else "")
             if self._embedding is None:
                 beside = "encode" in self._graphs and not self._encoded
-                self._embedding, ran = self._model._embed(beside)
+                found, ran = self._model._embed(beside)
+                length = float(np.linalg.norm(found))
+                if not 0 < length < np.inf:
+                    raise EngineRunError(
+                        f"the engine gave an embedding of length {length}, expected 1. Check it "
+                        "with 'recallseg verify', or use another precision or engine."
+                    )
+                self._embedding = found
                 self._encoded |= ran
             return self._embedding
 
@@ -238,9 +245,29 @@ class View:
             if left_out:
                 model._leave_out(left_out)
             wait, self._refined = model._finish(
-                self._n if n is None else n, self._n, self.shape, out, refine
+                self._n if n is None else n,
+                self._n,
+                self.shape,
+                out,
+                None if refine is None else self._of_finite(refine),
             )
         return lambda: _checked(wait())
+
+    def _of_finite(self, refine: Refine) -> Refine:
+        """Refuse logits that are not finite, which a head takes for those that were not made."""
+        decoded = sorted(self._decoded)
+
+        def refined(
+            planes: NDArray[np.float32], logits: NDArray[np.float32]
+        ) -> tuple[NDArray[np.float32], list[bool]]:
+            if not np.isfinite(logits[decoded]).all():
+                raise EngineRunError(
+                    "the engine gave logits that are not finite. Check it with 'recallseg "
+                    "verify', or use another precision or engine."
+                )
+            return refine(planes, logits)
+
+        return refined
 
     def plane(self, row: int, question: int) -> NDArray[np.float32]:
         """Return a copy of the logits that one mask of a question was made of.

@@ -530,3 +530,25 @@ def test_an_image_that_only_lacks_structures_can_be_the_first(
         made.add(picture(0)[0], {}, absent=("square",))
         made.add(picture(1)[0], {"square": picture(1)[1]})
         assert made.count("square", absent=True) == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_an_embedding_that_is_no_direction_is_the_engines_fault(
+    library: Library, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """Not the image's: services set aside what is at fault."""
+    segmenter = Segmenter(library, k=1)
+    run = segmenter.model._composition.run
+
+    def spoilt(graph: str, tensors: dict[str, np.ndarray]) -> None:
+        run(graph, tensors)
+        if graph == "embed":
+            tensors["embedding"][:] = value
+
+    monkeypatch.setattr(segmenter.model._composition, "run", spoilt)
+    image, _ = picture(1)
+    for ask in (segmenter.segment, segmenter.distance):
+        with pytest.raises(
+            errors.EngineRunError, match=r"gave an embedding of length (nan|inf|0\.0)"
+        ):
+            ask(image)

@@ -896,3 +896,29 @@ def test_what_is_expected_by_many_exemplars_can_be_read_again() -> None:
         told = choice.at(far, 0.95 - far, given=True)
         assert told is not None
         assert told.dice == pytest.approx(0.95 - 1.5 * far, abs=0.02)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_logits_that_are_no_numbers_are_no_evidence(
+    fitted_at: Path, monkeypatch: pytest.MonkeyPatch, refine: bool
+) -> None:
+    """To a head, those that were not made are NaN: an engine's own must not pass for them."""
+    with Library.open(fitted_at) as library:
+        segmenter = Segmenter(library, refine=refine)
+        assert (segmenter.refining is not None) is refine
+        model = segmenter.model
+        run = model._composition.run
+
+        def spoilt(graph: str, tensors: dict[str, np.ndarray]) -> None:
+            run(graph, tensors)
+            if graph == "decode":
+                tensors["logits"][0, 5:9] = np.nan
+
+        image = picture(50)[0]
+        before = segmenter.segment(image)
+        assert before.masks["star"].any()
+        with monkeypatch.context() as patch:
+            patch.setattr(model._composition, "run", spoilt)
+            with pytest.raises(EngineRunError, match=r"logits .*not finite|NaN or infinite"):
+                segmenter.segment(image)
+        assert segmenter.segment(image) == before

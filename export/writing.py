@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from recallseg.engines.errors import ExportError
 from recallseg.engines.manifest import MANIFEST
 from recallseg.engines.reading import is_there
 
-__all__ = ["check_output", "entry", "graph_file", "write_bundle", "write_manifest"]
+__all__ = ["check_output", "entry", "graph_file", "write_bundle", "write_folder", "write_manifest"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -50,20 +53,38 @@ def write_bundle(output: Path, *, overwrite: bool) -> Iterator[Path]:
         is made of cannot be read. What was there stays, and nothing is left of the attempt.
     """
     check_output(output, overwrite=overwrite)
+    with write_folder(output, "bundle") as folder:
+        yield folder
+
+
+@contextmanager
+def write_folder(output: Path, what: str) -> Iterator[Path]:
+    """Yield a new folder to fill; it is put at ``output`` when the block ends.
+
+    Raises
+    ------
+    ExportError
+        If it cannot be written, or what it is made of cannot be read. What was there stays, and
+        nothing is left of the attempt.
+    """
     try:
         with replace_folder(output) as folder:
             try:
                 yield folder
             except OSError as error:
-                if error.filename is None or folder in (source := Path(error.filename)).parents:
+                # Of a copy that finds no room, ``shutil`` names what it was made of.
+                if error.filename is None or error.errno in _FULL:
+                    raise
+                source = Path(error.filename)
+                if folder in source.parents:
                     raise
                 raise ExportError(
-                    f"{source} cannot be read: {error.strerror}. The bundle {output} was not "
+                    f"{source} cannot be read: {error.strerror}. The {what} {output} was not "
                     "written; what was there before is unharmed."
                 ) from error
     except OSError as error:
         raise ExportError(
-            f"the bundle {output} cannot be written: {error}. What was there before is unharmed. "
+            f"the {what} {output} cannot be written: {error}. What was there before is unharmed. "
             "Free some space, or choose another folder."
         ) from error
 

@@ -23,13 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.durable import replace_folder
 from recallseg.engines.errors import ExportError, InputError
 from recallseg.engines.precisions import find_precision
+from recallseg.engines.reading import is_there
 from recallseg.engines.registry import engine_class
 from recallseg.engines.specs import GraphSpec, TensorSpec
 from recallseg.engines.tensorrt.building import VARIANTS
 from recallseg.engines.tensorrt.plans import Plan, PlanCache
+from recallseg.export.writing import write_folder
 
 __all__ = ["export_triton"]
 
@@ -74,7 +75,7 @@ def export_triton(
         For an unknown engine or device, plans on a CPU, or a precision that needs operators of our
         own, which a server does not have.
     ExportError
-        If ``output`` exists, or no verified plan is there.
+        If ``output`` exists or cannot be written, or no verified plan is there.
     BundleError
         If the bundle lacks the precision, or a file was changed.
     """
@@ -90,10 +91,10 @@ def export_triton(
             f"{precision} needs operators of our own, which a Triton server does not have. Choose "
             "another precision."
         )
-    if output.exists():
+    if is_there(output):
         raise ExportError(f"{output} exists. Choose another folder, or remove it.")
     variants = VARIANTS if engine == "tensorrt" else engine_class(DEVICES[device]).variants
-    with replace_folder(output) as work:
+    with write_folder(output, "repository") as work:
         graphs = bundle.graphs_for(variants, precision)
         for graph in graphs:
             folder = work / f"{prefix}_{graph}" / "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
 import shutil
 import sys
 import warnings
@@ -435,3 +436,16 @@ def test_bad_requests(demo: Bundle, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     with pytest.raises(ExportError, match="exists"):
         export_triton(demo, tmp_path / "models")
+
+
+def test_a_repository_that_does_not_fit_is_not_begun(demo: Bundle, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(
+            ExportError, match=r"repository .*models cannot be written: .*File too large"
+        ):
+            export_triton(demo, tmp_path / "models", device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

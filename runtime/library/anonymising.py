@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recallseg.engines.digest import digest_json
-from recallseg.runtime.library.calibrations import PREFIX
+from recallseg.engines.errors import LibraryCorruptError
+from recallseg.runtime.library.calibrations import PREFIX, parse_stored, split_name
 from recallseg.runtime.library.catalog import Catalog
 from recallseg.runtime.library.exemplar import Exemplar
 from recallseg.runtime.library.identifiers import is_hashed
@@ -35,7 +36,8 @@ class AnonymisingReport:
     tags : how many values were hashed, by tag.
     unknown : values that were hashed by whoever made the library, whose table is not here.
     calibrations : structures whose calibration is now under a tag's hash.
-    removed : structures whose calibration names tags and cannot be read: calibrate them again.
+    removed : structures whose calibration cannot be read, or names tags under a former identity of
+        the bundle: calibrate them again.
     digest_before, digest : of the library; keys and tags are part of it.
     """
 
@@ -118,7 +120,12 @@ def _calibrations(
     """
     found: list[tuple[str, str, tuple[str, str] | None]] = []
     for name, text in catalog.notes(PREFIX):
-        digest, _, structure = name.removeprefix(PREFIX).partition(" ")
+        digest, structure = split_name(name)
+        try:
+            parse_stored(name, text, 0)
+        except LibraryCorruptError:  # nobody can tell whom it names
+            found.append((name, structure, None))
+            continue
         try:
             stored = json.loads(text)
             made = stored["data"]["provenance"]
@@ -127,7 +134,7 @@ def _calibrations(
             if tags == recipe["tags"]:
                 continue
             whole = digest_json(recipe) == digest == made["recipe"]["digest"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (KeyError, TypeError, AttributeError):  # of no recipe, so of no tags
             continue
         if not whole:  # under a former identity of the bundle
             found.append((name, structure, None))

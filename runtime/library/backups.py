@@ -8,10 +8,9 @@ and then there is a newer catalog to copy.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from recallseg.engines.durable import replace_folder
 from recallseg.engines.errors import (
@@ -250,4 +249,13 @@ def _copy_file(root: Path, work: Path, name: str, *, again: bool) -> None:
         mode = os.fstat(descriptor).st_mode & 0o777
         made = open_inside(work, name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(made, "wb") as target:
-            shutil.copyfileobj(source, target, _BLOCK)
+            while block := _read(source, root / name):
+                target.write(block)
+
+
+def _read(source: IO[bytes], path: Path) -> bytes:
+    """Return the next block of a file of the library, which is not the one that is written."""
+    try:
+        return source.read(_BLOCK)
+    except OSError as error:
+        raise unreadable(str(path), error, "Restore the file.") from error

@@ -119,7 +119,7 @@ def calibrations(store: Store) -> tuple[StoredCalibration, ...]:
     """Return all that are stored, in order of recipe and structure."""
     with store.catalog.database.snapshot():
         generation = store.catalog.state().generation
-        return tuple(_parse(*note, generation) for note in store.catalog.notes(PREFIX))
+        return tuple(parse_stored(*note, generation) for note in store.catalog.notes(PREFIX))
 
 
 def marks(store: Store, recipes: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -165,7 +165,7 @@ def _learnt(
     own, damage = None, ""
     for name in (name for name in names if name in notes):
         try:
-            own = _parse(name, notes[name], store.state.generation)
+            own = parse_stored(name, notes[name], store.state.generation)
         except LibraryCorruptError as error:  # told in every result, and replaced by the next one
             damage = str(error)
         break
@@ -179,7 +179,8 @@ def _learnt(
     return Learnt(own, damage, others, vectors, made_with, numbers, told)
 
 
-def _parse(name: str, value: str, generation: int) -> StoredCalibration:
+def parse_stored(name: str, value: str, generation: int) -> StoredCalibration:
+    """Return what a note says; raises LibraryCorruptError if that cannot be told."""
     recipe, structure = split_name(name)
     try:
         stored = json.loads(value)

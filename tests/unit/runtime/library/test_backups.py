@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -287,3 +291,21 @@ def test_what_identifies_is_not_lost_where_the_disk_does_not_give_it(tmp_path: P
 
 def _bytes(file: Path) -> bytes:
     return file.read_bytes() if file.is_file() else b""
+
+
+def test_what_the_disk_does_not_give_is_not_told_as_a_backup_that_cannot_be_written(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads of the backup's folder looks at the wrong disk."""
+
+    class Broken(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opened(descriptor: int, mode: str) -> Any:
+        return os.fdopen(descriptor, mode) if mode == "wb" else Broken(descriptor)
+
+    monkeypatch.setattr(backups, "os", SimpleNamespace(**{**vars(os), "fdopen": opened}))
+    with pytest.raises(LibraryError, match=r"library/memories/000001\.shard cannot be read: Inp"):
+        library.backup(tmp_path / "copy")
+    assert _beside(tmp_path) == {"library"}

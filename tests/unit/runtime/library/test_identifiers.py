@@ -18,6 +18,7 @@ from recallseg.engines.errors import (
     LibraryWriteError,
 )
 from recallseg.runtime.library import Library
+from recallseg.runtime.library.calibrations import PREFIX
 from recallseg.runtime.library.database import Database
 from recallseg.runtime.library.heads import Heads
 from recallseg.runtime.library.identifiers import is_hashed
@@ -326,3 +327,13 @@ def test_a_library_of_another_user_is_warned_of(library: Library) -> None:
     os.chown(library.path, 4711, 4711)
     with pytest.warns(RuntimeWarning, match="belongs to user 4711"):
         Library.open(library.path).close()
+
+
+def test_a_calibration_that_cannot_be_read_may_name_a_patient(library: Library) -> None:
+    add(library, 1)
+    name = f"{PREFIX}{'a' * 64} nucleus"
+    library._store.catalog.set_note(name, f'{{"tags": {{"PatientID": "{UID}"}}')  # cut off
+    assert grep(library, UID)
+    assert library.anonymise().removed == ("nucleus",)
+    library.close()
+    assert not grep(library, UID)

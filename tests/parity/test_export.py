@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from support.making import exported_once
 from transformers import Sam2VideoModel
 
 from recallseg.engines.bundle import Bundle
@@ -225,9 +226,22 @@ def test_pooled_without_its_variant_is_refused(models: Models, tmp_path: Path) -
         export_bundle(*models, tmp_path / "bundle", variants=("portable",), pooled=True)
 
 
-def test_int8_keeps_what_is_sensitive_and_passes_its_gate(exported: Bundle, tmp_path: Path) -> None:
+def converted(config: pytest.Config, exported: Bundle, *precisions: str) -> Bundle:
+    """Return the bundle with these precisions too; what is sensitive takes long to measure."""
+
+    def make(folder: Path) -> None:
+        convert_bundle(exported, folder / "bundle", precisions)
+
+    name = "-".join(("converted", *precisions))
+    sources = (__file__, Path(__file__).with_name("conftest.py"))
+    return Bundle.open(exported_once(config, name, make, *sources) / "bundle")
+
+
+def test_int8_keeps_what_is_sensitive_and_passes_its_gate(
+    exported: Bundle, pytestconfig: pytest.Config
+) -> None:
     plain = [name for name in precisions_made("quantized") if not PRECISIONS[name].native]
-    made = convert_bundle(exported, tmp_path / "int8", plain)
+    made = converted(pytestconfig, exported, *plain)
     assert made.identity == exported.identity
     for precision in plain:
         engines = load_engines(made, "onnxruntime-cpu", precision)
@@ -260,8 +274,10 @@ FUSED = ("com.microsoft", "MultiHeadAttention")
 
 
 @pytest.mark.usefixtures("native_operators")
-def test_int8_native_runs_attention_by_our_operator(exported: Bundle, tmp_path: Path) -> None:
-    made = convert_bundle(exported, tmp_path / "native", ["int8-native"])
+def test_int8_native_runs_attention_by_our_operator(
+    exported: Bundle, pytestconfig: pytest.Config
+) -> None:
+    made = converted(pytestconfig, exported, "int8-native")
     engines = load_engines(made, "onnxruntime-cpu", "int8-native")
     assert verify_engines(made, engines, "int8-native").passed
     kept = made.manifest["kept_in_fp32"]["int8-native"]

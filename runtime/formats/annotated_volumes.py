@@ -1,6 +1,7 @@
 """Volumes with segmentations beside them, and the slices of them that become exemplars.
 
-A segmentation is a DICOM SEG drawn on the series, a NIfTI label map, or 3D Slicer's ``.seg.nrrd``.
+A segmentation is a DICOM SEG drawn on the series, a label map (NIfTI, MetaImage), or 3D Slicer's
+``.seg.nrrd``.
 """
 
 from __future__ import annotations

@@ -81,9 +81,9 @@ def find_annotations(path: str | Path, mask: str | Path | None = None) -> Annota
 
     Parameters
     ----------
-    path : a file, or a folder with what :func:`find_pairs` takes, NIfTI and NRRD volumes with
-        ``NAME.mask.nii.gz``, ``NAME.seg.nrrd`` or the like beside them, and DICOM series with the
-        segmentation that refers to them, or the only one in their folder.
+    path : a file, or a folder with what :func:`find_pairs` takes, NIfTI, NRRD and MetaImage volumes
+        with ``NAME.mask.nii.gz``, ``NAME.seg.nrrd`` or the like beside them, and DICOM series with
+        the segmentation that refers to them, or the only one in their folder.
     mask : the segmentation of one volume or image; or a folder of masks, or a COCO file.
 
     Raises

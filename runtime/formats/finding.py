@@ -22,6 +22,7 @@ from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.formats.dicom_files import RT_STRUCTURE_SET, SEGMENTATIONS
 from recallseg.runtime.formats.dicom_headers import DicomHeader, Header, NotGiven, read_header
 from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name
+from recallseg.runtime.formats.metaimage import pixel_file
 from recallseg.runtime.formats.packed import packing_by_name
 from recallseg.runtime.formats.reading import volume_stem
 from recallseg.runtime.formats.walking import PassedOver, walk_folder
@@ -47,6 +48,7 @@ MASK_SUFFIX = ".mask"
 PREVIEW_SUFFIX = ".preview"
 Signature = tuple[int, int, int]  # files, bytes, nanoseconds of the last change
 
+_NOT_THERE: Signature = (1, 0, 0)
 _SLICES = frozenset(
     f"1.2.840.10008.5.1.4.1.1.{kind}"
     for kind in ("2", "4", "128", "20")  # CT, MR, PET, NM
@@ -285,11 +287,15 @@ class _Sorted:
         self._items: list[Item] = []
         self._masks: list[Path] = []
         self._drawn_on: dict[Path, tuple[str, ...]] = {}
+        self._pixels: set[Path] = set()  # of headers that keep them in a file beside
         self._lacking: dict[Path, Item] = {}  # by folder, one of what may be a slice
         self._series: dict[str, dict[Path, list[_File]]] = defaultdict(lambda: defaultdict(list))
 
     def take(self, path: Path, signature: Signature) -> None:
         kind = kind_by_name(path)
+        beside = pixel_file(path) if path.suffix.lower() == ".mhd" else None
+        if beside is not None:
+            self._pixels.add(beside)
         if path.name == "DICOMDIR":
             self._pass(path, "an index of DICOM files; the files themselves are read")
         elif kind is not None and kind != "dicom":
@@ -299,7 +305,7 @@ class _Sorted:
             elif volume_stem(path).lower().endswith(PREVIEW_SUFFIX) and not self._named:
                 self._pass(path, "a preview of an earlier result, as its name says")
             else:
-                self._items.append(file_item(path, self._folder, kind, signature))
+                self._items.append(file_item(path, self._folder, kind, signature, beside))
         elif (header := self._header(path, signature)) is not None:
             self._dicom(path, signature, header)
         elif kind == "dicom":  # by its name; its reader says that it is none
@@ -314,6 +320,7 @@ class _Sorted:
             self._pass(path, "of no format that is read" if signature[1] else "an empty file")
 
     def finish(self, by_folder: bool) -> Finding:
+        self._passed[:] = [each for each in self._passed if each.path not in self._pixels]
         images = [each for uid, found in self._series.items() for each in self._split(uid, found)]
         alone: dict[Path, int] = defaultdict(int)
         for each in images:
@@ -465,13 +472,26 @@ class _Image:
         )
 
 
-def file_item(path: Path, folder: Path, kind: str, signature: Signature | None = None) -> Item:
-    """Return the item of one file, whose outputs are named by its path below the folder."""
+def file_item(
+    path: Path,
+    folder: Path,
+    kind: str,
+    signature: Signature | None = None,
+    beside: Path | None = None,
+) -> Item:
+    """Return the item of one file, whose outputs are named by its path below the folder.
+
+    ``beside`` is another one that belongs to it.
+    """
     stem = volume_stem(path) or path.name
     relative = path.relative_to(folder).with_name(stem) if path.name else Path("folder")
     suffix = path.name[len(stem) :].lower()
     state = _signature(path) if signature is None else signature
-    return Item(path, (path,), kind, path.name, relative, suffix, state)
+    other = _NOT_THERE if beside is None else _signature(beside)
+    if beside is None or other == _NOT_THERE:  # its reader says so
+        return Item(path, (path,), kind, path.name, relative, suffix, state)
+    both = _of_all([state, other])
+    return Item(path, (path, beside), kind, path.name, relative, suffix, both)
 
 
 def _of_all(signatures: Sequence[Signature]) -> Signature:
@@ -486,5 +506,5 @@ def _signature(path: Path) -> Signature:
     try:
         status = path.stat()
     except OSError:
-        return (1, 0, 0)
+        return _NOT_THERE
     return (1, status.st_size, status.st_mtime_ns)

@@ -16,7 +16,7 @@ class Format:
     ----------
     suffixes : in which names of its files end; one that ends in another goes before that.
     mask : in which the name of a segmentation ends that is written for an image of this format: a
-        label map as PNG or NIfTI, a ``.seg.nrrd``, or a SEG.
+        label map as PNG, NIfTI or MetaImage, a ``.seg.nrrd``, or a SEG.
     """
 
     suffixes: tuple[str, ...]
@@ -27,6 +27,7 @@ FORMATS = {
     "dicom": Format((".dcm", ".dicom"), ".seg.dcm"),
     "nifti": Format((".nii.gz", ".nii"), ".mask.nii.gz"),
     "nrrd": Format((".nrrd",), ".seg.nrrd"),
+    "metaimage": Format((".mha", ".mhd"), ".mask.mha"),
     "image": Format((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy"), ".mask.png"),
 }
 """By name; all but ``image`` are volumes."""

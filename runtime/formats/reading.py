@@ -15,6 +15,7 @@ from recallseg.runtime.formats.dicom import count_dicom, read_dicom
 from recallseg.runtime.formats.dicom_files import find_series, is_dicom
 from recallseg.runtime.formats.images import read_image
 from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name, stem
+from recallseg.runtime.formats.metaimage import count_metaimage, read_metaimage
 from recallseg.runtime.formats.nifti import count_nifti, read_nifti
 from recallseg.runtime.formats.nrrd import count_nrrd, read_nrrd
 from recallseg.runtime.formats.packed import packed_file
@@ -39,6 +40,7 @@ ASKEW = 0.5
 _READERS: dict[str, tuple[Callable[..., Volume], Callable[[Path], int]]] = {
     "nifti": (read_nifti, count_nifti),
     "nrrd": (read_nrrd, count_nrrd),
+    "metaimage": (read_metaimage, count_metaimage),
 }
 """Of formats that are one file: reads a volume (``time`` chooses), counts them."""
 
@@ -75,7 +77,9 @@ def read_volume(
     stack: str | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Volume:
-    """Read a DICOM series or file, NIfTI, NRRD, or a plain image (as one slice, frame ``image``).
+    """Read a DICOM series or file, NIfTI, NRRD, MetaImage, or a plain image.
+
+    That comes as one slice, frame ``image``.
 
     Parameters
     ----------

@@ -16,6 +16,7 @@ from recallseg.runtime.formats.concepts import Concept, concepts_for, read_conce
 from recallseg.runtime.formats.dicom_seg import Algorithm, write_dicom_seg
 from recallseg.runtime.formats.images import write_label_map
 from recallseg.runtime.formats.kinds import FORMATS, mask_kind
+from recallseg.runtime.formats.metaimage import write_metaimage
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.reading import open_volume
@@ -38,8 +39,9 @@ def write_segmentation(
     """Write the segmentation of a volume on the volume's own grid: in full, or not at all.
 
     The name says how: ``.dcm`` as a BINARY SEG, of volumes that were read from DICOM;
-    ``.seg.nrrd`` as segments, each whole where they overlap; ``.nii`` and ``.nii.gz`` as a label
-    map, and ``.png``, of a volume of one slice, upright where that is not along its first axis.
+    ``.seg.nrrd`` as segments, each whole where they overlap; ``.nii``, ``.nii.gz``, ``.mha`` and
+    ``.mhd`` (one file too) as a label map, and ``.png``, of a volume of one slice, upright where
+    that is not along its first axis.
     Label values are a result's own, and else count from 1 in the order of the masks.
 
     Parameters
@@ -57,8 +59,9 @@ def write_segmentation(
     InputError
         If the masks are not the volume's, or one's name cannot be a structure's; of DICOM, if
         there is no structure in them (it knows no empty SEG) or the volume has no DICOM source; of
-        a label map, if masks that are not a result's overlap; of NRRD, if there is no mask or the
-        volume does not say how the patient lay; for another name of the file.
+        a label map, if masks that are not a result's overlap; of NRRD, if there is no mask, and of
+        that and MetaImage, if the volume does not say how the patient lay; for another name of the
+        file.
     OutputError
         If a SEG cannot be made.
     OSError
@@ -96,6 +99,8 @@ def write_segmentation(
         labels = masks.label_map if isinstance(masks, VolumeResult) else _label_map(masks, volume)
         if kind == "nifti":
             write_nifti(path, labels, volume)
+        elif kind == "metaimage":
+            write_metaimage(path, labels, volume)
         else:
             cut = Slicing.of(volume)
             if len(labels) != 1 and (count := cut.count(volume)) != 1:

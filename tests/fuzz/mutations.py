@@ -18,6 +18,7 @@ import nibabel
 import nrrd
 import numpy as np
 import pydicom
+import SimpleITK
 from pydicom.sr.codedict import codes
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -30,7 +31,7 @@ from support.multi_frame import items, write_multi_frame
 
 __all__ = ["FORMATS", "damage", "good_files", "good_series"]
 
-FORMATS = ("dicom", "enhanced", "segmentation", "nifti", "nrrd", "picture")
+FORMATS = ("dicom", "enhanced", "segmentation", "nifti", "nrrd", "metaimage", "picture")
 INTERESTING = (0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000,
                0xFFFFFFFF, 0x7FC00000, 0x7F800000)  # fmt: skip
 WORDS = (b"0", b"-1", b"1e308", b"nan", b"inf", b"99999999999", b"none", b"(0,0,0)", b"", b"\xff",
@@ -46,6 +47,7 @@ def good_files() -> dict[str, list[tuple[str, bytes]]]:
             "segmentation": _segmentations(good_series(Path(folder, "drawn"))),
             "nifti": _nifti(Path(folder)),
             "nrrd": _nrrd(Path(folder)),
+            "metaimage": _metaimage(Path(folder)),
             "picture": _pictures(),
         }
 
@@ -206,6 +208,17 @@ def _nrrd(folder: Path) -> list[tuple[str, bytes]]:
     return files
 
 
+def _metaimage(folder: Path) -> list[tuple[str, bytes]]:
+    array = (np.random.default_rng(0).random((5, 8, 9)) * 200).astype(np.int16)
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing((1.0, 1.2, 3.0))
+    files = []
+    for name, packed in (("raw.mha", False), ("packed.mha", True)):
+        SimpleITK.WriteImage(image, str(folder / name), useCompression=packed)
+        files.append((name, (folder / name).read_bytes()))
+    return files
+
+
 def _pictures() -> list[tuple[str, bytes]]:
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (20, 24)).astype(np.uint8)
@@ -316,12 +329,20 @@ def _nifti_field(data: bytearray, rng: random.Random) -> None:
 
 
 def _nrrd_field(data: bytearray, rng: random.Random) -> None:
-    end = data.find(b"\n\n")
+    _field(data, rng, data.find(b"\n\n"), b":", b"data file")
+
+
+def _metaimage_field(data: bytearray, rng: random.Random) -> None:
+    _field(data, rng, data.find(b"LOCAL"), b"=", b"ElementDataFile")
+
+
+def _field(data: bytearray, rng: random.Random, end: int, between: bytes, file: bytes) -> None:
+    """Change a line of a header in text, ``file`` names one with the pixels."""
     lines = bytes(data[:end]).split(b"\n") if end > 0 else []
     if len(lines) < 3:
         return
     at = rng.randrange(1, len(lines))
-    name, colon, value = lines[at].partition(b":")
+    name, colon, value = lines[at].partition(between)
     what = rng.randrange(4)
     if what == 0:
         del lines[at]
@@ -332,7 +353,7 @@ def _nrrd_field(data: bytearray, rng: random.Random) -> None:
     else:
         lines[at] = name + colon + re.sub(rb"\d+", lambda _: rng.choice(WORDS), value, count=1)
     if rng.random() < 0.1:
-        lines.insert(1, b"data file: " + rng.choice(WORDS))
+        lines.insert(1, file + between + b" " + rng.choice(WORDS))
     data[:end] = b"\n".join(lines)
 
 
@@ -365,5 +386,6 @@ _FIELDS: dict[str, list[Way]] = {
     "segmentation": [_dicom_field] * 6,
     "nifti": [_nifti_field] * 6,
     "nrrd": [_nrrd_field] * 6,
+    "metaimage": [_metaimage_field] * 6,
     "picture": [_png_chunk] * 6,
 }

@@ -145,7 +145,8 @@ class Journal:
         for item in items:
             place = Path(source.place) / item.relative
             series = item.name if item.kind == "dicom" and item.series else ""
-            named = str(item.path) if len(item.files) == 1 else f"{item.path}/ ({item.name})"
+            one = item.path in item.files
+            named = str(item.path) if one else f"{item.path}/ ({item.name})"
             self._add(place, series, named, _item_text(item, place), added)
         return added
 

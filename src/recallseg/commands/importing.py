@@ -45,8 +45,8 @@ def import_(
         typer.Argument(
             metavar="PATH",
             help="Folder with NAME.png and NAME.mask.png, NAME.mask.STRUCTURE.png or LabelMe's "
-            "NAME.json; a NIfTI or NRRD volume, or a folder of them, with NAME.mask.nii.gz or "
-            "NAME.seg.nrrd beside; DICOM series with their SEG.",
+            "NAME.json; a NIfTI, NRRD or MetaImage volume, or a folder of them, with "
+            "NAME.mask.nii.gz, NAME.seg.nrrd or NAME.mask.mha beside; DICOM series with their SEG.",
         ),
     ],
     labels: Annotated[

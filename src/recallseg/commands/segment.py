@@ -38,7 +38,8 @@ def segment(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="Images, NIfTI, NRRD or DICOM files, DICOM series, or folders of images.",
+            help="Images, NIfTI, NRRD, MetaImage or DICOM files, DICOM series, or folders of "
+            "images.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for NAME.mask.png and NAME.json.")],

@@ -187,7 +187,8 @@ def test_images_are_evaluated_as_the_command_evaluates_them(tmp_path: Path, libr
     [
         ("x.dcm", "no DICOM source|this volume has none"),
         ("x.png", "shares 4 voxels"),
-        ("x.mha", "names no format"),
+        ("x.mnc", "names no format"),
+        ("x.mha", "shares 4 voxels"),
         ("x.nii.gz", "shares 4 voxels"),
     ],
 )

@@ -288,6 +288,7 @@ def test_which_reader_a_name_gets(tmp_path: Path) -> None:
     for name, kind in {
         "a.nii.gz": "nifti",
         "a.NRRD": "nrrd",
+        "a.mhd": "metaimage",
         "x.dcm": "dicom",
         "p.png": "image",
     }.items():
@@ -299,8 +300,8 @@ def test_which_reader_a_name_gets(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match="no known format"):
         read_volume(tmp_path / "notes.txt")
-    with pytest.raises(InputError, match="no format 'mha'"):
-        read_volume(tmp_path / "notes.txt", kind="mha")
+    with pytest.raises(InputError, match="no format 'mnc'"):
+        read_volume(tmp_path / "notes.txt", kind="mnc")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -91,8 +92,15 @@ def replace_file(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> 
 def replacing(path: Path, *, mode: int = 0o666) -> Iterator[int]:
     """Yield the descriptor of a new file to write, which takes the place of ``path`` at the end.
 
-    If the block raises, what was there stays; OSError as the system gives it.
+    If the block raises, what was there stays; OSError as the system gives it, and for what is no
+    file: a device (``/dev/null``) would be none any more, for every process.
     """
+    with suppress(FileNotFoundError):
+        kind = os.stat(path).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "it is no file, so none is put in its place", str(path))
     with _becoming(path, mode) as descriptor:
         yield descriptor
     sync_folder(path.parent)

@@ -435,8 +435,12 @@ def _read_head(path: Path) -> str:
     try:
         with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
             digest = json.loads(file.read(2**16))["digest"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise AuditError(f"the head {path} cannot be read: {error!r}.") from error
+    except OSError as error:
+        raise AuditError(f"the head {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise AuditError(
+            f"{path} is no head of an audit log: {type(error).__name__}: {error}."
+        ) from error
     if not isinstance(digest, str) or len(digest) != len(NOTHING):
         raise AuditError(f"{path} is no head of an audit log: its digest is {digest!r:.80}.")
     return digest

@@ -60,8 +60,8 @@ def make_sbom(
     Raises
     ------
     InputError
-        If recallseg or something that it needs is not installed, an extra is unknown, or a file is
-        no ELF library.
+        If recallseg or something that it needs is not installed, an extra is unknown, a file is no
+        ELF library, or ``SOURCE_DATE_EPOCH`` no time.
     BundleError
         If a bundle cannot be opened.
 
@@ -70,6 +70,7 @@ def make_sbom(
     Where the environment has ``SOURCE_DATE_EPOCH`` the same installation gives the same bytes: the
     bill is of that time, and its serial number comes from what it lists.
     """
+    made = _made()
     bom = Bom()
     needs: dict[str, list[str]] = {}
     found = dict(_closure(extras, needs))
@@ -94,8 +95,8 @@ def make_sbom(
     for name, component in components.items():
         bom.register_dependency(component, [components[need] for need in needs[name]])
     bom.register_dependency(root, native)
-    if epoch := os.environ.get("SOURCE_DATE_EPOCH"):
-        bom.metadata.timestamp = datetime.fromtimestamp(int(epoch), timezone.utc)
+    if made is not None:
+        bom.metadata.timestamp = made
         bom.serial_number = UUID(int=0)
         bom.serial_number = uuid5(NAMESPACE_URL, JsonV1Dot6(bom).output_as_string())
     return JsonV1Dot6(bom).output_as_string(indent=1)
@@ -127,8 +128,21 @@ def needed_libraries(file: Path) -> tuple[str, ...]:
         strings = next(s[2] + address - s[3] for s in loads if s[3] <= address < s[3] + s[5])
         starts = [strings + value for tag, value in tags if tag == 1]  # DT_NEEDED
         return tuple(data[start : data.index(b"\0", start)].decode() for start in starts)
-    except (struct.error, ValueError, StopIteration) as error:
+    except (struct.error, ValueError, StopIteration, OverflowError) as error:
         raise InputError(f"{file} is no ELF library that can be read: {error!r}.") from error
+
+
+def _made() -> datetime | None:
+    """Return of when the bill is to be, if the environment says it."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if not epoch:
+        return None
+    try:
+        return datetime.fromtimestamp(int(epoch), timezone.utc)
+    except (ValueError, OverflowError, OSError) as error:
+        raise InputError(
+            f"SOURCE_DATE_EPOCH must be seconds since 1970, got '{epoch:.40}'."
+        ) from error
 
 
 def _closure(

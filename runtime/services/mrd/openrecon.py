@@ -123,6 +123,8 @@ def write_openrecon(configuration: Configuration, folder: Path) -> list[Path]:
         "build.sh": _BUILD.format(label=shlex.quote(LABEL)),
     }
     try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{printable(folder)} is no folder. Name a new one.")
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise OutputError(f"{printable(folder)} is not empty. Name a new folder.")

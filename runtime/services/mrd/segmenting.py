@@ -381,3 +381,6 @@ def main() -> None:
         except RecallSegError as error:
             ServiceLog("mrd.segment").error("the segmentation cannot start", error=error)
             raise SystemExit(1) from None
+        except Exception as error:  # a traceback on stderr would hold what a scanner sent
+            ServiceLog("mrd.segment").error("defect", error=error)
+            raise SystemExit(1) from None

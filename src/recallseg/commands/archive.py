@@ -16,6 +16,7 @@ from recallseg.commands.common import (
     QUIET_SECONDS,
     JsonOption,
     LibraryArgument,
+    check_output_folder,
     emit_json,
     note,
     say,
@@ -88,6 +89,7 @@ def archive(
     from recallseg.runtime.services.archive import segment_archive
     from recallseg.runtime.services.archive.worker import AuditFiles
 
+    check_output_folder(output)
     volumes = handling.volumes()
     audit = None
     if handling.audit is not None:

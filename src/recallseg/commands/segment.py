@@ -12,6 +12,7 @@ from recallseg.commands.asking import Asking, Handling, grouped
 from recallseg.commands.common import (
     JsonOption,
     LibraryArgument,
+    check_output_folder,
     emit_json,
     note,
     progress_bar,
@@ -63,6 +64,7 @@ def segment(
     if overwrite and resume:
         raise typer.BadParameter("--overwrite and --resume exclude each other.")
     asking.check()
+    check_output_folder(output)
     settings = handling.volumes()
     found = find_inputs(paths, handling.format)
     jobs = _jobs(found, paths, output)

@@ -103,10 +103,6 @@ def serve(
         key=key,
         plain=plain,
     )
-    log = open_audit(
-        audit or library.with_name(f"{library.name}.audit.jsonl"), audit_key, audit_head
-    )
-    assert log is not None  # there was a path
     with Library.open(
         library,
         mode="write",
@@ -114,6 +110,10 @@ def serve(
         precision=asking.precision,
         threads=asking.threads,
     ) as opened:
+        log = open_audit(  # only now: it is made where there is none
+            audit or library.with_name(f"{library.name}.audit.jsonl"), audit_key, audit_head
+        )
+        assert log is not None  # there was a path
         server = open_server(
             opened,
             log,

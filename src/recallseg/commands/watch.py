@@ -12,6 +12,7 @@ from recallseg.commands.asking import Asking, Handling, grouped
 from recallseg.commands.common import (
     JsonOption,
     LibraryArgument,
+    check_output_folder,
     note,
     say,
     say_notice,
@@ -65,6 +66,7 @@ def watch(
     elif former is not None or source is None:
         raise typer.BadParameter("name the library and the folder: watch LIB IN.")
     asking.check()
+    check_output_folder(output)
     volumes = handling.volumes()
     failures, told = set[str](), set[str]()
     with stopped_by_signals() as stop, ExitStack() as held:

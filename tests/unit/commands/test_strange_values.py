@@ -159,6 +159,12 @@ def test_a_bench_refuses_what_is_no_count(tmp_path: Path, arguments: tuple[str, 
     [
         (("evaluate", "LIB", "held", "--labels", LABELS, "--engine", "fake"),
          "recallseg.runtime.reports.evaluation.evaluate"),
+        (("segment", "LIB", "held", "--engine", "fake"),
+         "recallseg.runtime.segmenting.segmenter.Segmenter.__init__"),
+        (("watch", "LIB", "held", "--once", "--engine", "fake"),
+         "recallseg.runtime.segmenting.segmenter.Segmenter.__init__"),
+        (("archive", "LIB", "held", "--engine", "fake"),
+         "recallseg.runtime.services.archive.segment_archive"),
         (("bench", "latency", "demo"), "recallseg.benchmarks.latency.run_latency"),
         (("bench", "retrieval"), "recallseg.benchmarks.retrieval.run_retrieval"),
         (("bench", "stream", "demo"), "recallseg.benchmarks.streams.fill_library"),
@@ -181,3 +187,33 @@ def test_where_nothing_can_be_written_nothing_is_measured(
         assert f"{folder} cannot be the folder of outputs:" in said
         assert "taken is no folder. Choose another --output." in said
     assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_what_is_no_library_is_not_served_and_gets_no_log(tmp_path: Path) -> None:
+    assert "there is no library" in refused("serve", tmp_path / "gone", "--port", 0, status=1)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("epoch", ["today", "1e9", "9" * 30, " "])
+def test_a_bill_is_of_a_time_that_there_is(monkeypatch: pytest.MonkeyPatch, epoch: str) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    assert "SOURCE_DATE_EPOCH must be seconds" in refused("sbom", "--extras", "none", status=1)
+
+
+def test_a_head_that_is_none_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    head = tmp_path / "head"
+    said = refused("audit", "verify", tmp_path / "log", "--head", head, status=1)
+    assert said == f"recallseg: the head {head} cannot be read: No such file or directory."
+    head.write_bytes(bytes(range(128, 256)) * 100)
+    said = refused("audit", "verify", tmp_path / "log", "--head", head, status=1)
+    assert "is no head of an audit log: UnicodeDecodeError" in said
+    assert len(said) < 500  # and not all that is in it
+
+
+def test_a_file_is_no_folder_for_an_image_to_be_built_in(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = tmp_path / "mrd.toml"
+    config.write_text('[[rules]]\nname = "a"\nlibrary = "lib"\n[mrd]\n')
+    said = refused("mrd", "--config", config, "--openrecon", tmp_path / "file", status=1)
+    assert said == f"recallseg: {tmp_path}/file is no folder. Name a new one."

@@ -407,3 +407,20 @@ def test_what_was_moved_aside_comes_back_unseen(
     with pytest.raises(OSError, match="Input/output"):
         replace()
     assert read(place) == "old"
+
+
+def test_what_is_no_file_is_never_replaced_by_one(tmp_path: Path) -> None:
+    """As root, ``--output /dev/null`` would take that away from every process of the machine."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(OSError, match="it is no file, so none is put in its place") as told:
+            replace_file(path, b"text")
+        assert told.value.filename == str(path)
+    with pytest.raises(IsADirectoryError) as told:
+        replace_file(tmp_path, b"text")
+    assert told.value.filename == str(tmp_path)  # and not a hidden name beside it
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import socket
 import struct
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from recallseg.engines.errors import OutputError
+from recallseg.runtime.services.logs import configure_logs
+from recallseg.runtime.services.mrd import segmenting
 from recallseg.runtime.services.mrd.recording import Recording, replay
 from recallseg.runtime.services.mrd.wire import CONFIG_FILE, Message
 
@@ -46,3 +50,26 @@ def test_a_service_that_goes_away_is_told_in_words(tmp_path: Path) -> None:
         ):
             replay(tmp_path / "one.mrd", "127.0.0.1", server.getsockname()[1], seconds=20)
         leaves.join()
+
+
+def test_a_defect_of_the_segmentation_is_told_by_its_kind(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its process writes to the service's stderr, where no word of a sender may stand."""
+
+    def broken(link: socket.socket) -> None:
+        raise KeyError("DOE^JANE")
+
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(segmenting, "_serve", broken)
+    monkeypatch.setattr(segmenting, "bound_process", lambda *_: True)
+    monkeypatch.setattr(sys, "argv", ["-c", str(theirs.detach()), "1"])
+    told = io.StringIO()
+    configure_logs(stream=told)
+    try:
+        with ours, pytest.raises(SystemExit):
+            segmenting.main()
+    finally:
+        configure_logs()
+    assert "KeyError" in told.getvalue()
+    assert "DOE" not in told.getvalue() + "".join(capfd.readouterr())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -79,7 +80,11 @@ def test_linked_libraries_are_those_that_readelf_tells(tmp_path: Path) -> None:
     assert list(needed_libraries(Path(sys.executable))) == re.findall(r"NEEDED.*\[(.+)\]", told)
     (tmp_path / "not.so").write_bytes(b"\x7fELF\x02\x01")
     (tmp_path / "text.so").write_text("text")
-    for name in ("not.so", "text.so"):
+    far = bytearray(b"\x7fELF\x02\x01" + bytes(100))
+    struct.pack_into("<Q", far, 32, 2**64 - 1)  # where its headers are said to be
+    struct.pack_into("<HH", far, 54, 56, 2)
+    (tmp_path / "far.so").write_bytes(far)
+    for name in ("not.so", "text.so", "far.so"):
         with pytest.raises(InputError, match="ELF"):
             needed_libraries(tmp_path / name)
 

@@ -47,7 +47,11 @@ def read_text(path: Path) -> str:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has this name, be it a link; OSError where the disk does not say."""
+    """Whether anything has this name, be it a link; OSError where the disk does not say.
+
+    For who writes, or looks at what was written here. What a person named for reading is asked by
+    :func:`recallseg.runtime.formats.walking.mode_of`, which follows links.
+    """
     try:
         os.lstat(path)
     except ValueError:  # no name at all

@@ -16,11 +16,11 @@ from recallseg.runtime.formats.finding import (
     check_given,
     find_in_folder,
     find_inputs,
-    mode_of,
 )
 from recallseg.runtime.formats.kinds import is_image
 from recallseg.runtime.formats.pairs import Legend, Pair, find_pairs, needs_labels
 from recallseg.runtime.formats.reading import volume_stem
+from recallseg.runtime.formats.walking import mode_of
 from recallseg.runtime.json_text import printable
 
 __all__ = ["AnnotatedVolume", "Annotations", "find_annotations"]

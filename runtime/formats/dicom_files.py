@@ -16,6 +16,7 @@ import numpy as np
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import describe_bytes, max_bytes
 from recallseg.runtime.formats.guards import check_given, of_file
+from recallseg.runtime.formats.walking import files_below
 
 __all__ = [
     "DEFLATED",
@@ -90,10 +91,17 @@ def object_kind(dataset: Any) -> str:
 
 
 def find_series(folder: Path) -> list[Path]:
-    """Return the DICOM files in a folder and below, DICOMDIR left out."""
+    """Return the DICOM files in a folder and below, DICOMDIR and hidden ones left out.
+
+    Raises
+    ------
+    InputError
+        For more than ``MAX_FILES``; if the machine does not give a file, or list a folder: a series
+        must not lack a slice for that.
+    """
     files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "DICOMDIR" and is_dicom(path):
+    for path in files_below(folder):
+        if path.name != "DICOMDIR" and is_dicom(path):
             files.append(path)
             if len(files) > MAX_FILES:
                 raise InputError(f"{folder} has more than {MAX_FILES} DICOM files. Split it.")

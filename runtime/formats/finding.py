@@ -25,7 +25,7 @@ from recallseg.runtime.formats.kinds import FORMATS, is_image, kind_by_name
 from recallseg.runtime.formats.metaimage import pixel_file
 from recallseg.runtime.formats.packed import packing_by_name
 from recallseg.runtime.formats.reading import volume_stem
-from recallseg.runtime.formats.walking import PassedOver, walk_folder
+from recallseg.runtime.formats.walking import PassedOver, mode_of, walk_folder
 from recallseg.runtime.json_text import printable
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "find_in_folder",
     "find_inputs",
     "is_mask",
-    "mode_of",
 ]
 
 MASK_SUFFIX = ".mask"
@@ -116,27 +115,6 @@ class Finding:
     def incomplete(self) -> bool:
         """Whether there may be more than was found, as the machine did not give all of it."""
         return bool(self.not_given) or any(item.fault for item in self.items)
-
-
-def mode_of(path: Path) -> int:
-    """Return what a path is, as ``st_mode``; 0 if there is nothing.
-
-    Raises
-    ------
-    InputError
-        If the machine does not say; caused by its error.
-    """
-    try:
-        return os.stat(path).st_mode
-    except ValueError:  # no name at all
-        return 0
-    except OSError as error:
-        if not machine_fault(error):
-            return 0
-        raise InputError(
-            f"{printable(path)} cannot be looked at: {error.strerror}. See to the disk, or the "
-            "permission, and try again."
-        ) from error
 
 
 def check_given(found: Finding, *, folders: bool = False) -> None:

@@ -6,8 +6,8 @@ pair at a time for import and evaluation.
 
 from __future__ import annotations
 
-import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from recallseg.runtime.formats.guards import check_given as check_file
 from recallseg.runtime.formats.images import read_colours, read_image, read_label_map
 from recallseg.runtime.formats.kinds import is_image
 from recallseg.runtime.formats.polygons import is_coco, is_labelme, read_coco, read_labelme
+from recallseg.runtime.formats.walking import mode_of
 from recallseg.runtime.json_text import printable
 
 __all__ = [
@@ -140,7 +141,7 @@ def parse_legend(text: str) -> dict[tuple[int, int, int], str]:
         On other syntax, or a colour given twice.
     """
     parts = text.split(",")
-    if "=" not in text or os.path.isfile(text):  # pathlib would raise: too long a name
+    if "=" not in text or stat.S_ISREG(mode_of(Path(text))):
         try:
             lines = read_text(Path(text)).splitlines()
         except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from recallseg.runtime.formats.nifti import count_nifti, read_nifti
 from recallseg.runtime.formats.nrrd import count_nrrd, read_nrrd
 from recallseg.runtime.formats.packed import packed_file
 from recallseg.runtime.formats.volume import Volume
+from recallseg.runtime.formats.walking import files_below, mode_of
 
 if TYPE_CHECKING:
     from recallseg.runtime.formats.finding import Item
@@ -49,9 +51,14 @@ def volume_format(path: Path) -> str | None:
     """Return the format of a file or folder, of :data:`recallseg.runtime.formats.kinds.FORMATS`.
 
     None for anything else. A folder with DICOM files is one, if it holds no other image.
+
+    Raises
+    ------
+    InputError
+        If the machine does not say what is there.
     """
-    if path.is_dir():
-        inside = [p for p in path.rglob("*") if p.is_file()]
+    if stat.S_ISDIR(mode_of(path)):
+        inside = files_below(path)
         if any(is_image(p) for p in inside):
             return None
         return "dicom" if any(is_dicom(p) for p in inside) else None
@@ -179,7 +186,7 @@ def _files(item: Item) -> Path | tuple[Path, ...]:
 
 def _kind(path: Path, kind: str | None) -> str:
     """Return the format of a file or folder that is there; raises InputError otherwise."""
-    if not path.exists():
+    if not mode_of(path):
         raise InputError(f"there is no file {path}.")
     if kind is not None and kind not in FORMATS:
         raise InputError(f"there is no format '{kind}'; choose {', '.join(FORMATS)}.")

@@ -12,7 +12,7 @@ from recallseg.engines.errors import InputError
 from recallseg.engines.machine_fault import machine_fault
 from recallseg.runtime.json_text import printable
 
-__all__ = ["MOST_FILES", "PassedOver", "walk_folder"]
+__all__ = ["MOST_FILES", "PassedOver", "files_below", "mode_of", "walk_folder"]
 
 MOST_FILES = 1_000_000
 """Files in one folder and below; more is taken for a mistake (a whole disk, a loop)."""
@@ -28,6 +28,46 @@ class PassedOver:
 
     def __str__(self) -> str:
         return f"{printable(self.path)}: {self.reason}"
+
+
+def mode_of(path: Path) -> int:
+    """Return what a path leads to, as ``st_mode``; 0 if to nothing. For what a person named.
+
+    Links are followed: what is read counts. Whether a name is taken, be it by a link to nothing,
+    is asked by :func:`recallseg.engines.reading.is_there`, for who is to write there.
+
+    Raises
+    ------
+    InputError
+        If the machine does not say; caused by its error.
+    """
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # no name at all
+        return 0
+    except OSError as error:
+        if not machine_fault(error):
+            return 0
+        raise InputError(
+            f"{printable(path)} cannot be looked at: {error.strerror}. See to the disk, or the "
+            "permission, and try again."
+        ) from error
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the regular files of a folder and all below it, hidden ones left out; links count.
+
+    Raises
+    ------
+    InputError
+        If one of the folders cannot be listed, or a file not be looked at: what is made of a part
+        is another thing. Or for more than ``MOST_FILES``.
+    """
+    not_given: list[PassedOver] = []
+    files = [path for path, _ in walk_folder(folder, True, [], not_given)]
+    for each in not_given:
+        raise InputError(f"{each}. See to the disk, or the permission, and try again.")
+    return files
 
 
 def walk_folder(

@@ -12,7 +12,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import stat
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from recallseg.runtime.formats.annotated_volumes import (
 from recallseg.runtime.formats.images import read_label_map
 from recallseg.runtime.formats.reading import read_volume
 from recallseg.runtime.formats.volume import Slicing
+from recallseg.runtime.formats.walking import files_below, mode_of
 from recallseg.runtime.reports.annotated_sources import Images, Source
 from recallseg.runtime.volumes.slices import acquisition_of
 
@@ -67,11 +70,13 @@ def find_challenge(folder: Path) -> list[Challenge]:
     Raises
     ------
     InputError
-        If there is none, or one is not complete: naming what is missing.
+        If there is none, or one is not complete: naming what is missing; or if the machine does not
+        let all of the folder be looked at.
     """
-    if not folder.is_dir():
+    if not stat.S_ISDIR(mode_of(folder)):
         raise InputError(f"there is no folder {folder}.")
-    found = [one for one in (_acdc(folder), *_chaos(folder)) if one is not None]
+    files = files_below(folder)
+    found = [one for one in (_acdc(folder, files), *_chaos(files)) if one is not None]
     if not found:
         raise InputError(
             f"{folder} holds neither ACDC (patientNNN/patientNNN_frameFF.nii.gz with _gt.nii.gz "
@@ -80,9 +85,9 @@ def find_challenge(folder: Path) -> list[Challenge]:
     return found
 
 
-def _acdc(folder: Path) -> Challenge | None:
+def _acdc(folder: Path, files: Sequence[Path]) -> Challenge | None:
     sources, notes, testing = [], [], set()
-    for truth in sorted(folder.rglob("patient*_gt.nii*")):
+    for truth in sorted(files):
         match = _FRAME.fullmatch(truth.name)
         if match is None:
             continue
@@ -122,24 +127,28 @@ def _read_frame(image: Path, truth: Path, name: str) -> Images:
     return Images((*cut,), acquisition_of(volume, slicing), volume.notes, across)
 
 
-def _chaos(folder: Path) -> list[Challenge]:
+def _chaos(files: Sequence[Path]) -> list[Challenge]:
     found = []
+    inside: dict[Path, list[Path]] = defaultdict(list)
+    for file in sorted(files):
+        inside[file.parent].append(file)
+    folders = {folder for file in files for folder in file.parents}
     for sequence, inner in (("T1DUAL", "DICOM_anon/InPhase"), ("T2SPIR", "DICOM_anon")):
         sources = []
-        for case in sorted(path for path in folder.rglob(sequence) if path.is_dir()):
+        for case in sorted(path for path in folders if path.name == sequence):
             truth, images = case / "Ground", case / inner
-            if not truth.is_dir():
+            if not stat.S_ISDIR(mode_of(truth)):
                 continue  # the part for testing comes without
             patient = case.parent.name
-            drawn = {path.stem: path for path in sorted(truth.glob("*.png"))}
-            files = {path.stem: path for path in sorted(images.glob("*.dcm"))}
-            alone = sorted(drawn.keys() ^ files.keys())
+            drawn = {path.stem: path for path in inside[truth] if path.suffix == ".png"}
+            slices = {path.stem: path for path in inside[images] if path.suffix == ".dcm"}
+            alone = sorted(drawn.keys() ^ slices.keys())
             if alone or not drawn:
                 raise InputError(
-                    f"{case}: {len(files)} images in {inner} and {len(drawn)} masks in Ground do "
+                    f"{case}: {len(slices)} images in {inner} and {len(drawn)} masks in Ground do "
                     f"not have the same names: {', '.join(alone[:5]) or 'there is none'}."
                 )
-            for stem, file in files.items():
+            for stem, file in slices.items():
                 name = f"{patient}-{sequence}-{stem}"
                 read = partial(_read_slice, file, drawn[stem], name)
                 sources.append(Source(name, read, group=patient, unit="patient"))

@@ -24,6 +24,7 @@ from recallseg.runtime.segmenting.result import Result
 __all__ = [
     "MASK_SUFFIX",
     "VOLUME_SUFFIXES",
+    "WRITTEN",
     "is_done",
     "mask_file",
     "no_halves",
@@ -39,8 +40,8 @@ __all__ = [
 VOLUME_SUFFIXES = {kind: each.mask for kind, each in FORMATS.items() if kind != "image"}
 _PREVIEWS = (f"{PREVIEW_SUFFIX}.png", f"{PREVIEW_SUFFIX}.html")
 MOST_BYTES_BELOW = 1500  # of folders below the output: systems take 4096 of a whole path
-_TAKEN = (".json", ".html", *(Path(f"x{each.mask}").suffix for each in FORMATS.values()))
-"""By our files: no folder's name."""
+WRITTEN = (".json", ".html", *(Path(f"x{each.mask}").suffix for each in FORMATS.values()))
+"""What names of our files end in: no folder's does."""
 MOST_BYTES = 200
 """Of a name: systems take 255, and suffixes and a temporary name still come."""
 
@@ -167,7 +168,7 @@ def _safe(name: str, *, folder: bool = False) -> str:
     Bytes that are no UTF-8 (lone surrogates, PEP 383) stay: the file is found under its own name.
     """
     cleaned = re.sub(r"[^\w.()+=@ \udc80-\udcff-]", "_", name).strip(" .")
-    taken = folder and name.lower().endswith(_TAKEN)
+    taken = folder and name.lower().endswith(WRITTEN)
     if cleaned == name and not taken and len(os.fsencode(name)) <= MOST_BYTES:
         return name
     digest = _digest(name)

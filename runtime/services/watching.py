@@ -31,7 +31,7 @@ from recallseg.engines.machine_fault import (
     SHORT_OF_MEMORY_ERRORS,
     machine_fault,
 )
-from recallseg.engines.reading import read_text
+from recallseg.engines.reading import read_text, walk
 from recallseg.runtime.formats.dicom_headers import Header, NotGiven
 from recallseg.runtime.formats.finding import Item, PassedOver, file_item
 from recallseg.runtime.formats.volume import Volume
@@ -45,7 +45,7 @@ from recallseg.runtime.services.decoding import DecodingLimits, IsolatedDecoder
 from recallseg.runtime.services.inbox import Inbox
 from recallseg.runtime.services.items import ask_again, segment_item, volumes_of
 from recallseg.runtime.services.memory import FreeMemory
-from recallseg.runtime.services.outputs import output_base, record_file, time_base
+from recallseg.runtime.services.outputs import WRITTEN, output_base, record_file, time_base
 from recallseg.runtime.services.patience import MOST_TIMES, Patience
 from recallseg.runtime.volumes.outputs import VolumeSettings
 
@@ -56,7 +56,9 @@ LEFT_OUT_SCHEMA = "recallseg-left-out/1"
 LOCK = ".recallseg-watch.lock"
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ)
 """Faults of one output; others (a full disk) are of all, and end the watch."""
-_TEMPORARY = re.compile(r"\..+\.(png|json|gz|nrrd|dcm|html)(\.[0-9a-f]+)?\.tmp")  # of replace_file
+_TEMPORARY = re.compile(  # of replace_file
+    rf"\..+({'|'.join(map(re.escape, WRITTEN))})(\.[0-9a-f]+)?\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,9 @@ class Watcher:
         self._patience = Patience()
         self._header_patience = Patience()
         try:
-            for left in output.rglob(".*.tmp"):  # of a watch that was killed: the lock is ours
-                if _TEMPORARY.fullmatch(left.name):
-                    left.unlink(missing_ok=True)
+            for folder, _, names in walk(output):  # of a watch that was killed: the lock is ours
+                for name in filter(_TEMPORARY.fullmatch, names):
+                    Path(folder, name).unlink(missing_ok=True)
         except BaseException:
             self.close()
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import glob
-import os
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +18,10 @@ from typing import IO, Any
 
 from recallseg.engines.errors import InputError
 from recallseg.engines.imports import import_needed
+from recallseg.engines.reading import walk
 from recallseg.runtime.formats.dicom_headers import Header
 from recallseg.runtime.formats.finding import Finding, find_in_folder, find_inputs
+from recallseg.runtime.formats.walking import mode_of
 from recallseg.runtime.json_text import printable
 
 __all__ = ["TABLES", "Source", "find", "import_pyarrow", "is_url", "list_sources"]
@@ -76,9 +78,9 @@ def find(source: Source, kind: str | None, read: Callable[[Path], Header] | None
     The rest as :func:`recallseg.runtime.formats.finding.find_inputs`.
     """
     paths = [Path(path) for path in source.paths]
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) == 1 and stat.S_ISDIR(mode_of(paths[0])):
         return find_in_folder(paths[0], by_folder=False, kind=kind, read=read)
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path in paths if not mode_of(path)]
     if missing:
         raise InputError(f"there is no file {printable(missing[0])}.")
     return find_inputs(paths, kind, by_folder=False, read=read, named=not source.matched)
@@ -97,7 +99,8 @@ def list_sources(inputs: Sequence[str | Path]) -> Iterator[Source]:
     Raises
     ------
     InputError
-        For a table without that column, or one that cannot be read.
+        For a table without that column, or one that cannot be read; if the machine does not say
+        what is there.
     EngineUnavailableError
         If ``fsspec``, or for parquet ``pyarrow``, is needed and not installed.
     """
@@ -105,9 +108,9 @@ def list_sources(inputs: Sequence[str | Path]) -> Iterator[Source]:
         text = str(each)
         if is_url(text):
             yield from _in_store(text) if _MAGIC & {*text} else [Source(text, (text,))]
-        elif Path(text).suffix.lower() in TABLES and os.path.isfile(text):
+        elif Path(text).suffix.lower() in TABLES and stat.S_ISREG(mode_of(Path(text))):
             yield from _in_table(Path(text).absolute())
-        elif os.path.exists(text):  # pathlib would raise where it is too long a name
+        elif mode_of(Path(text)):
             yield Source(text, (str(Path(text).absolute()),))
         elif _MAGIC & {*text}:
             yield from _by_pattern(text)
@@ -117,6 +120,7 @@ def list_sources(inputs: Sequence[str | Path]) -> Iterator[Source]:
 
 def _by_pattern(pattern: str) -> Iterator[Source]:
     """Yield folders that match one by one, and files that match by their folder."""
+    _check_listed(pattern)
     root = _root(Path(pattern).absolute().parts, Path)
     none = True
     for folder, found in groupby(glob.iglob(pattern, recursive=True), lambda p: Path(p).parent):
@@ -132,6 +136,31 @@ def _by_pattern(pattern: str) -> Iterator[Source]:
             yield Source(named, files, str(place), matched=True)
     if none:
         yield Source(pattern, (pattern,), trouble=f"nothing matches {printable(pattern)}.")
+
+
+def _check_listed(pattern: str) -> None:
+    """Raise InputError for what cannot be looked at on the way: ``glob`` would pass it over."""
+    parts = Path(pattern).parts
+    for number, part in enumerate(parts):
+        above = str(Path(*parts[:number]))
+        listed = bool(_MAGIC & {*part})
+        if not listed and not _MAGIC & {*above}:
+            continue
+        for place in glob.iglob(above, recursive=True) if _MAGIC & {*above} else [above]:
+            if not stat.S_ISDIR(mode_of(Path(place))):
+                continue
+            if not listed:
+                mode_of(Path(place, part))
+                continue
+            try:
+                for _ in walk(Path(place)):
+                    if part != "**":
+                        break
+            except OSError as error:
+                raise InputError(
+                    f"{printable(error.filename or place)} cannot be looked into: "
+                    f"{error.strerror}. See to the disk, or the permission, and try again."
+                ) from error
 
 
 def _root(parts: Iterable[str], kind: Callable[..., Any]) -> Any:

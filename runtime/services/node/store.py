@@ -31,6 +31,7 @@ from typing import Literal
 
 from recallseg.engines.durable import make_folder, sync_folder
 from recallseg.engines.errors import InputError, LibraryLockedError
+from recallseg.engines.reading import walk
 from recallseg.runtime.library.storage import WriterLock
 from recallseg.runtime.services.logs import Marks
 from recallseg.runtime.services.node.database import Answer, Delivery, Job
@@ -377,7 +378,7 @@ def object_file(instance: str, digest: str) -> str:
 def _bytes_in(folder: Path) -> int:
     """Return the bytes of all files in a folder; what goes away meanwhile does not count."""
     size = 0
-    for place, _, names in os.walk(folder):
+    for place, _, names in walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
                 size += os.stat(os.path.join(place, name)).st_size

@@ -422,11 +422,14 @@ def check_output_folder(path: Path) -> None:
     ------
     OutputError
         If the folder, or the first one above it that there is, is none or cannot be written.
+    OSError
+        If the disk does not say what there is.
     """
+    from recallseg.engines.reading import is_there
     from recallseg.runtime.json_text import printable
 
     place = path.absolute()
-    while not os.path.lexists(place):
+    while not is_there(place):
         place = place.parent
     why = "" if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written"
     if not place.is_dir():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.dicom_series import ORIENTATIONS, make_slice, write_series
+from support.ungiven import ungiven
 
 from recallseg.engines.errors import InputError
 from recallseg.runtime.formats.dicom import read_dicom
@@ -239,3 +240,16 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     bomb.save_as(tmp_path / "bomb.dcm", enforce_file_format=True)
     with pytest.raises(InputError, match="GiB"):
         read_dicom(tmp_path / "bomb.dcm")
+
+
+def test_a_series_that_is_not_given_whole_is_none(tmp_path: Path) -> None:
+    """A part of it would be another volume, and the folder would be taken for none of DICOM."""
+    write_series(tmp_path / "s" / "a", STACK[:3])
+    rest = write_series(tmp_path / "s" / "b", STACK[3:])
+    for lost in (tmp_path / "s" / "b", rest[0]):
+        with ungiven(lost):
+            for ask in (read_volume, volume_format, read_dicom):
+                with pytest.raises(InputError, match=f"{lost}.*Input/output error"):
+                    ask(tmp_path / "s")
+    with ungiven(tmp_path / "s"), pytest.raises(InputError, match="cannot be looked"):
+        read_volume(tmp_path / "s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import nibabel
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from support.dicom_series import write_series
 from support.pictures import disc
+from support.ungiven import ungiven
 from typer.testing import CliRunner
 
 from recallseg.cli import app
@@ -119,6 +121,16 @@ def test_what_is_not_complete_is_named(tmp_path: Path) -> None:
     next(iter(sorted(ground.glob("*.png")))).unlink()
     with pytest.raises(InputError, match="do not have the same names"):
         find_challenge(tmp_path / "c")
+
+
+@pytest.mark.parametrize("write", [write_acdc, write_chaos])
+def test_what_is_measured_of_a_part_is_another_number(tmp_path: Path, write: Any) -> None:
+    """A patient whose folder cannot be listed is not left out."""
+    write(tmp_path, 2)
+    (lost, *_) = sorted(p for p in tmp_path.rglob("*") if p.is_dir() and not p.name[-1].isalpha())
+    assert find_challenge(tmp_path)
+    with ungiven(lost), pytest.raises(InputError, match=f"{lost}: cannot be looked at"):
+        find_challenge(tmp_path)
 
 
 def test_one_patient_is_not_enough(tmp_path: Path, fake_bundle: Bundle) -> None:

@@ -27,6 +27,7 @@ from support.dicom_series import write_series
 from support.inside import HereCrew, HereDecoder
 from support.pictures import disc
 from support.records import check_record
+from support.ungiven import ungiven
 
 from recallseg import Bundle, Library
 from recallseg.engines.errors import EngineRunError, InputError, OutputError
@@ -355,6 +356,21 @@ def test_slices_that_a_pattern_names_one_by_one_are_one_series(tmp_path: Path) -
     (source,) = list_sources([tmp_path / "in" / "ser*" / "*.dcm"])
     assert len(source.paths) == 3
     assert source.place == "series"
+
+
+@pytest.mark.parametrize("pattern", ["*/ct", "*/ct/*.png", "**/*.png", "b/*/*.png"])
+def test_a_folder_that_a_pattern_leads_through_is_not_passed_over(
+    tmp_path: Path, pattern: str
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "ct").mkdir(parents=True)
+        (tmp_path / name / "ct" / "x.png").touch()
+    named = tmp_path / "a" / "ct" / "x.png"
+    listed = [named.parent.parent.parent, tmp_path / "b" / "ct"][not pattern.endswith("ct")]
+    with ungiven(listed), pytest.raises(InputError, match=f"{listed}.*Input/output error"):
+        [*list_sources([tmp_path / pattern])]
+    with ungiven(named), pytest.raises(InputError, match=f"{named}.*Input/output error"):
+        [*list_sources([named])]
 
 
 @pytest.mark.usefixtures("here")

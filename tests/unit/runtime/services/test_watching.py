@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -404,8 +403,9 @@ def test_limits_of_memory_and_size(segmenter: Segmenter, tmp_path: Path) -> None
 def test_a_watch_that_could_not_begin_keeps_no_other_out(segmenter: Segmenter, inbox: Path) -> None:
     out = inbox.parent / "out"
     out.mkdir()
-    with ungiven(out), suppress(OSError):  # some versions of Python pass over what is not given
-        Watcher(segmenter, inbox, out).close()
+    (out / "ward 7").mkdir()
+    with ungiven(out / "ward 7"), pytest.raises(OSError, match="ward 7"):
+        Watcher(segmenter, inbox, out)
     assert len(watch(segmenter, inbox)) == 2
 
 

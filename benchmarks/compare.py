@@ -137,7 +137,7 @@ def _figures(report: Report) -> Iterator[tuple[tuple[str, str], _Figure]]:
     for soak in report.soak:
         what = f"soak, {soak.subject} at {soak.image_size} px, k = {soak.k}, n = {soak.n}"
         yield (what, "total"), _Figure("ms", soak.total.p50, soak.total)
-        yield (what, "resident set"), _Figure("bytes", float(soak.resident_end))
+        yield (what, "memory"), _Figure("bytes", float(soak.memory_end))
     for together in report.together:
         for one in together.latency:
             yield ("services together", one.name), _Figure("ms", one.late)

@@ -22,7 +22,7 @@ from recallseg.runtime.reports.pictures import colour
 __all__ = ["soak_body"]
 
 SOAK_GROWTH, SOAK_SLOWEST = 0.01, 2.0
-"""Growth of resident memory over a soak, and slowest query by median, that are to be kept."""
+"""Growth of memory over a soak, and slowest query by median, that are to be kept."""
 
 
 def soak_body(report: Report) -> str:
@@ -78,9 +78,9 @@ def _soak_run(run: SoakRun) -> str:
     shown = [
         ("Queries", f"{run.queries:,}", f"{run.warm_up} to warm up", "var(--faint)"),
         (
-            "Resident memory grew",
+            "Memory grew",
             f"{run.growth:+.2%}",
-            f"{mebibytes(run.resident_start)} to {mebibytes(run.resident_end)}",
+            f"{mebibytes(run.memory_start)} to {mebibytes(run.memory_end)}",
             good if run.growth < SOAK_GROWTH else bad,
         ),
         (
@@ -96,11 +96,11 @@ def _soak_run(run: SoakRun) -> str:
             colour(1),
         ),
     ]
-    series = [(float(point.query), point.resident / MEBI) for point in run.series]
-    plot = curve(series, title="Resident memory over queries", colour=colour(1), unit="MiB")
+    series = [(float(point.query), point.memory / MEBI) for point in run.series]
+    plot = curve(series, title="Memory over queries", colour=colour(1), unit="MiB")
     return (
         f"{cards(shown)}<p class='caption'>{escape(run.subject)}, k = {run.k}, "
         f"{structures(run.n)}, {run.image_size} px. Goals: growth below {SOAK_GROWTH:.0%}, no "
         f"query slower than {SOAK_SLOWEST:g} times the median on an idle machine.</p>"
-        f'<section><h2>Resident memory</h2><div class="card scroll">{plot}</div></section>'
+        f'<section><h2>Memory</h2><div class="card scroll">{plot}</div></section>'
     )

@@ -1,18 +1,29 @@
-"""Resident memory of this process."""
+"""Memory of a process."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-__all__ = ["resident_bytes", "resident_peak"]
+__all__ = ["held_bytes", "resident_bytes", "resident_peak"]
 
-_STATUS = Path("/proc/self/status")
+_SELF = Path("/proc/self/status")
+_HELD = ("RssAnon:", "RssShmem:", "VmSwap:")
 
 
 def resident_bytes() -> int | None:
     """Return the resident set now, in bytes; None where the system does not tell."""
     return _field("VmRSS:")
+
+
+def held_bytes(status: Path = _SELF) -> int | None:
+    """Return what a process holds and nobody can take from it, in bytes; None where unknown.
+
+    That is all but pages of files (libraries, mapped weights): the system drops those from the
+    resident set when it needs memory, so a resident set that stays may hide what grows.
+    """
+    found = [_field(name, status) for name in _HELD]
+    return None if None in found else sum(each or 0 for each in found)
 
 
 def resident_peak() -> int | None:
@@ -29,10 +40,10 @@ def resident_peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _field(name: str) -> int | None:
-    if not _STATUS.is_file():
+def _field(name: str, status: Path = _SELF) -> int | None:
+    if not status.is_file():
         return None
-    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+    for line in status.read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
     return None

@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 FORMAT = "recallseg-bench"
-VERSION = 2
+VERSION = 3
 _DIGITS = 4  # of a millisecond: below what any clock here resolves
 
 
@@ -267,10 +267,10 @@ class RetrievalRun:
 
 @dataclass(frozen=True)
 class SoakPoint:
-    """Resident bytes after a number of queries."""
+    """Bytes that the process held after a number of queries."""
 
     query: int
-    resident: int
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class SoakRun:
     Attributes
     ----------
     warm_up : queries before anything counts.
-    resident_start, resident_end : resident bytes after the warm-up and at the end.
+    memory_start, memory_end : bytes held after the warm-up and at the end, pages of files left out.
     growth : (end - start) / start.
     slowest_over_median : of the queries after the warm-up.
     """
@@ -295,8 +295,8 @@ class SoakRun:
     image_size: int
     queries: int
     warm_up: int
-    resident_start: int
-    resident_end: int
+    memory_start: int
+    memory_end: int
     growth: float
     slowest_over_median: float
     total: Distribution

@@ -105,8 +105,8 @@ def soak(
 def _print_soak(report: Report) -> None:
     for run in report.soak:
         typer.echo(
-            f"{run.queries:,} queries: resident memory {run.growth:+.2%} "
-            f"({run.resident_start / 2**20:.1f} to {run.resident_end / 2**20:.1f} MiB), slowest "
+            f"{run.queries:,} queries: memory {run.growth:+.2%} "
+            f"({run.memory_start / 2**20:.1f} to {run.memory_end / 2**20:.1f} MiB), slowest "
             f"{run.slowest_over_median:.2f} times the median of {run.total.p50:.1f} ms"
         )
 

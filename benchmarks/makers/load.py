@@ -13,7 +13,7 @@ from statistics import mean, median
 from struct import Struct
 from tempfile import TemporaryFile
 
-from recallseg.benchmarks.resident import resident_bytes
+from recallseg.benchmarks.resident import held_bytes
 from recallseg.benchmarks.schema import SoakSeries
 
 __all__ = ["Load", "Times", "duration_series", "process_series", "reading"]
@@ -21,7 +21,7 @@ __all__ = ["Load", "Times", "duration_series", "process_series", "reading"]
 MOST_ERRORS = 20
 """Of one thing, before it is not done any more."""
 MOST_GROWTH = 0.03
-"""Of resident memory, from the second quarter of a run to its last."""
+"""Of memory, from the second quarter of a run to its last."""
 MOST_MORE = 2
 """Files and threads, likewise: clients come and go."""
 MOST_SLOWER = 1.5
@@ -106,14 +106,14 @@ class Load:
 
 def reading(folder: Path) -> dict[str, float]:
     """Return what this process and its children hold, and a folder on the disk, in MiB."""
-    own = resident_bytes() or 0
+    own = held_bytes() or 0
     files = [path for path in folder.rglob("*") if path.is_file()]
     disk = 0
     for path in files:
         with suppress(OSError):  # it has just gone
             disk += path.stat().st_size
     return {
-        "resident memory": own / 2**20,
+        "memory": own / 2**20,
         "memory of its processes": _children() / 2**20,
         "open files": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count() + _foreign_threads(),
@@ -132,7 +132,7 @@ def _children() -> int:
         with suppress(OSError, IndexError):
             text = status.read_text(encoding="ascii", errors="replace")
             if int(text.split("PPid:")[1].split()[0]) == os.getpid():
-                total += int(text.split("VmRSS:")[1].split()[0]) * 1024
+                total += held_bytes(status) or 0
     return total
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from recallseg.benchmarks.facts import bundle_facts, head
 from recallseg.benchmarks.machine import Watch, describe_conditions
-from recallseg.benchmarks.resident import resident_bytes
+from recallseg.benchmarks.resident import held_bytes
 from recallseg.benchmarks.schema import Distribution, Report, SoakPoint, SoakRun
 from recallseg.benchmarks.subjects import RuntimeChoice
 from recallseg.benchmarks.workload import DESCRIPTION, query_images
@@ -23,7 +23,7 @@ __all__ = ["run_soak"]
 
 IMAGES = 16
 POINTS = 200
-"""Readings of the resident set over a run; each is a small file read."""
+"""Readings of memory over a run; each is a small file read."""
 WARM_UP_SHARE, LEAST_WARM_UP = 0.02, 5
 """Queries before anything counts: allocators reach their steady state within a few."""
 
@@ -54,7 +54,7 @@ def run_soak(
     InputError
         If there are too few queries to see anything.
     EngineUnavailableError
-        If this system does not tell the resident set.
+        If this system does not tell what memory a process holds.
     """
     warm_up = max(LEAST_WARM_UP, int(queries * WARM_UP_SHARE))
     if queries <= 2 * warm_up:
@@ -72,15 +72,15 @@ def run_soak(
         series: list[SoakPoint] = []
         for number in range(queries):
             if number >= warm_up and (number - warm_up) % every == 0:
-                series.append(SoakPoint(number, _resident()))
+                series.append(SoakPoint(number, _held()))
                 step(f"{number} of {queries} queries")
             start = perf_counter()
             segmenter.segment(images[number % len(images)])
             if number >= warm_up:
                 spent.append((perf_counter() - start) * 1e3)
-        series.append(SoakPoint(queries, _resident()))
+        series.append(SoakPoint(queries, _held()))
     total = Distribution.of(spent)
-    first, last = series[0].resident, series[-1].resident
+    first, last = series[0].memory, series[-1].memory
     conditions |= watch.stop()
     run = SoakRun(
         subject=choice.name,
@@ -93,8 +93,8 @@ def run_soak(
         image_size=bundle.geometry.image_size,
         queries=queries,
         warm_up=warm_up,
-        resident_start=first,
-        resident_end=last,
+        memory_start=first,
+        memory_end=last,
         growth=round((last - first) / first, 5),
         slowest_over_median=round(total.most / total.p50, 3),
         total=total,
@@ -116,8 +116,8 @@ def _images(library: Library, side: int) -> tuple[list[NDArray[Any]], str]:
     return [*query_images(IMAGES, side)], DESCRIPTION
 
 
-def _resident() -> int:
-    found = resident_bytes()
+def _held() -> int:
+    found = held_bytes()
     if found is None:
         raise EngineUnavailableError(
             "this system does not tell how much memory a process holds (there is no "

@@ -100,7 +100,7 @@ def make_soak(end: int = 101) -> Report:
 def make_together(late: float = 1005.0, errors: tuple[str, ...] = ()) -> Report:
     """Return a soak report of services together."""
     seconds = tuple(map(float, range(8)))
-    memory = SoakSeries("resident memory", "MiB", 1000.0, late, 1030.0, seconds, (1000.0,) * 8)
+    memory = SoakSeries("memory", "MiB", 1000.0, late, 1030.0, seconds, (1000.0,) * 8)
     disk = SoakSeries("on the disk", "MiB", 5.0, 9.0, None, seconds, (5.0,) * 8)
     spent = SoakSeries("queries", "ms", 40.0, 41.0, 60.0, seconds, (40.0,) * 8)
     run = TogetherRun(30.0, {"queries": 900}, errors, (memory, disk), (spent,))

@@ -76,7 +76,7 @@ def test_recall_lost_and_slower_search() -> None:
 
 def test_soak_with_more_memory() -> None:
     (change,) = compare(make_soak(101), make_soak(120)).worse
-    assert change.figure == "resident set"
+    assert change.figure == "memory"
 
 
 def test_doubts_and_missing_runs_are_told() -> None:

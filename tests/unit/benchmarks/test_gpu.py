@@ -19,7 +19,7 @@ from recallseg.benchmarks.gpu.device_tests import files_of, run_tests
 from recallseg.benchmarks.gpu.goals import judge
 from recallseg.benchmarks.gpu.pieces import GpuPlan, Piece
 from recallseg.benchmarks.gpu.running import Outcome, here, run_pieces
-from recallseg.benchmarks.schema import Report
+from recallseg.benchmarks.schema import VERSION, Report
 from recallseg.engines import onnxruntime_gpu
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import (
@@ -299,7 +299,8 @@ def report_of(size: int, k: int, subject: str, p50: float, dice: float = 1.0) ->
     }  # fmt: skip
     bundle = dict.fromkeys(("name", "identity", "sam2", "dinov2", "source", "notice"), "x")
     return {
-        "format": "recallseg-bench", "version": 2, "kind": "latency", "created": "", "machine": {},
+        "format": "recallseg-bench", "version": VERSION, "kind": "latency", "created": "",
+        "machine": {},
         "conditions": {}, "versions": {}, "settings": {},
         "bundle": {**bundle, "image_size": size, "embed_size": 126}, "runs": [run],
         "ratios": [], "retrieval": [], "soak": [], "remarks": [],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from mmap import mmap
+from mmap import PROT_READ, mmap
 from pathlib import Path
 from time import sleep
 
 from recallseg.benchmarks.energy import find_meter
 from recallseg.benchmarks.machine import Watch, describe_conditions
-from recallseg.benchmarks.resident import resident_bytes, resident_peak
+from recallseg.benchmarks.resident import held_bytes, resident_bytes, resident_peak
 
 
 def write(root: Path, name: str, text: str) -> Path:
@@ -93,4 +93,24 @@ def test_resident_memory_sees_an_allocation() -> None:
     assert peak is not None
     assert after - before > 24 << 20
     assert peak >= after
+
+
+def test_what_the_system_may_drop_is_not_held(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(os.urandom(1 << 20) * 32)
+    held, resident = held_bytes(), resident_bytes()
+    assert held is not None
+    assert resident is not None
+    with (tmp_path / "weights").open("rb") as file:
+        weights = mmap(file.fileno(), 0, prot=PROT_READ)
+    assert sum(weights[:: 1 << 12])
+    mapped, now = held_bytes(), resident_bytes()
+    assert mapped is not None
+    assert now is not None
+    assert now - resident > 24 << 20
+    assert mapped - held < 8 << 20
+    block = mmap(-1, 32 << 20)
+    block.write(os.urandom(1 << 20) * 32)
+    taken = held_bytes()
+    assert taken is not None
+    assert taken - mapped > 24 << 20
     assert len(block) == 32 << 20

@@ -32,10 +32,10 @@ def test_soak_of_a_bundle(fake_bundle: Bundle, tmp_path: Path) -> None:
     (run,) = report.soak
     assert (run.queries, run.warm_up, run.n, run.k) == (30, 5, 2, 2)
     assert len(run.total.samples) == 25
-    assert run.series[0].resident == run.resident_start
-    assert run.series[-1].resident == run.resident_end
+    assert run.series[0].memory == run.memory_start
+    assert run.series[-1].memory == run.memory_end
     assert run.slowest_over_median >= 1.0
-    assert "Resident memory" in (tmp_path / "bench.html").read_text(encoding="utf-8")
+    assert "Memory over queries" in (tmp_path / "bench.html").read_text(encoding="utf-8")
 
 
 def test_soak_of_a_library_takes_its_own_images(fake_bundle: Bundle, tmp_path: Path) -> None:
@@ -54,11 +54,11 @@ def test_too_few_queries_are_refused(fake_bundle: Bundle, tmp_path: Path) -> Non
 
 
 def test_what_grows_is_told_and_what_fails_is_named() -> None:
-    steady = {"resident memory": 100.0, "open files": 40.0, "threads": 20.0, "on the disk": 1.0}
-    grown = {"resident memory": 104.0, "open files": 43.0, "threads": 22.0, "on the disk": 9.0}
+    steady = {"memory": 100.0, "open files": 40.0, "threads": 20.0, "on the disk": 1.0}
+    grown = {"memory": 104.0, "open files": 43.0, "threads": 22.0, "on the disk": 9.0}
     readings = [(float(n), grown if n > 50 else steady) for n in range(100)]
     run = TogetherRun(1.0, {}, (), process_series(readings), ())
-    assert run.grew == ("resident memory", "open files")
+    assert run.grew == ("memory", "open files")
     assert TogetherRun(1.0, {}, (), process_series(readings[:50]), ()).grew == ()
     load = Load()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.archive.sources import Source, open_store
 
 __all__ = ["Fetched", "fetched"]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Fetched:
@@ -54,7 +58,9 @@ def fetched(source: Source) -> Iterator[Fetched]:
     ------
     InputError
         If there is nothing, it cannot be read, has names that lead elsewhere, or needs more room
-        than there is.
+        than there is, now.
+    OSError
+        If this machine's disk does not take it.
     """
     with tempfile.TemporaryDirectory(prefix="recallseg-archive-") as name:
         folder = Path(name).resolve()
@@ -75,6 +81,8 @@ def fetched(source: Source) -> Iterator[Fetched]:
                     store.get_file(remote, str(local))
                     keys[local] = str(store.ukey(remote))
                 except Exception as error:
+                    if isinstance(error, OSError) and error.errno in _NO_ROOM:  # on this machine
+                        raise
                     raise InputError(f"{url}: {relative} cannot be read: {_told(error)}") from error
         yield Fetched(source, folder, keys)
 
@@ -104,7 +112,7 @@ def _check_room(folder: Path, url: str, size: int) -> None:
         raise InputError(
             f"{url} has {size / 1e6:.0f} MB, and {folder.parent} {free / 1e6:.0f} MB left. Name "
             "parts of it by a pattern, or give TMPDIR on a larger disk."
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # others may take it just now
 
 
 def _told(error: Exception) -> str:

@@ -80,8 +80,10 @@ class AnnotationServer:
         self.port = int(self._socket.getsockname()[1])
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{'http' if certificate is None else 'https'}://{shown}:{self.port}"
+        self._application, self._failure = application, ""
         config = uvicorn.Config(
-            application,
+            self._noticed,
+            interface="asgi3",
             http=_Patient,
             ws="none",
             loop="asyncio",
@@ -106,7 +108,8 @@ class AnnotationServer:
         end = monotonic() + _START_S
         while not self._server.started:
             if not self._thread.is_alive() or monotonic() > end:
-                raise OutputError(f"the server on {self.url} did not start.")
+                why = self._failure or f"it was not ready within {_START_S:g} s"
+                raise OutputError(f"the server on {self.url} did not start: {why}.")
             sleep(0.01)
 
     def alive(self) -> bool:
@@ -124,6 +127,16 @@ class AnnotationServer:
         if self._thread.is_alive():
             self._server.force_exit = True
             self._thread.join(1)
+        self._socket.close()  # uvicorn does so only for what has started
+
+    async def _noticed(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer; of what keeps the application from starting uvicorn says nothing to a caller."""
+        try:
+            await self._application(scope, receive, send)
+        except Exception as error:
+            if scope["type"] == "lifespan":
+                self._failure = f"{type(error).__name__}: {error}"
+            raise
 
     def _run(self) -> None:
         asyncio.run(self._server.serve(sockets=[self._socket]))

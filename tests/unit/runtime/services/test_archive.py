@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from recallseg.runtime.services.archive import (
     Archived,
     Progress,
     crews,
+    objects,
     running,
     segment_archive,
     summary,
@@ -432,6 +434,34 @@ def test_an_object_store_is_read(library: Path, tmp_path: Path) -> None:
     memory.pipe_file("/bucket/../x.png", b"")
     with pytest.raises(InputError, match="nothing matches"):
         archived(library, ["memory://nothing/*"], tmp_path / "out4")
+
+
+@pytest.mark.usefixtures("here")
+def test_room_that_this_machine_lacks_is_no_fault_of_an_object(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/room/x.png", cv2.imencode(".png", disc(0.5).image)[1].tobytes())
+    source = Source("memory://room/x.png", ("memory://room/x.png",))
+    setup = Setup(library, tmp_path / "out", {"engine": "fake", "k": 1}, VolumeSettings())
+    done = Worker(setup)
+    done.open()
+    with monkeypatch.context() as patched:  # others take it just now
+        usage = shutil.disk_usage(tmp_path)._replace(free=3)
+        patched.setattr(objects.shutil, "disk_usage", lambda _: usage)
+        answer = done.do(Task(1, Path("x"), source, 0))
+        assert isinstance(answer, Failed)
+        assert answer.again, answer.why
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(memory), "get_file", full)
+        answer = done.do(Task(1, Path("x"), source, 0))
+        assert isinstance(answer, Failed)
+        assert answer.all, answer.why  # it ends, and sets nothing aside
+    assert isinstance(done.do(Task(1, Path("x"), source, 0)), Done)
 
 
 @pytest.mark.usefixtures("here")

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import (
@@ -32,7 +33,7 @@ from recallseg.engines.errors import (
     OutputError,
 )
 from recallseg.runtime.services.checking import check_configuration
-from recallseg.runtime.services.http.server import is_loopback
+from recallseg.runtime.services.http.server import AnnotationServer, is_loopback
 from recallseg.runtime.services.listening import connect, listen
 from recallseg.runtime.services.logs import Marks, ServiceLog, configure_logs
 from recallseg.runtime.services.metrics import Metrics, MetricsServer
@@ -465,3 +466,15 @@ def test_a_client_of_metrics_that_fails_is_told_by_the_kind_of_its_error(
         configure_logs()
     assert "ZeroDivisionError" in told.getvalue()
     assert capfd.readouterr().err == ""  # a traceback would hold what was sent
+
+
+def test_a_server_that_cannot_start_says_why_and_listens_no_more() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        raise RuntimeError("can't start new thread")
+
+    server = AnnotationServer(application, port=0)  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match="did not start: RuntimeError: can't start new thread"):
+        server.start()
+    server.stop()
+    listen("127.0.0.1", server.port, "--port").close()

@@ -109,7 +109,8 @@ def replacing(path: Path, *, mode: int = 0o666) -> Iterator[int]:
 @contextmanager
 def _becoming(path: Path, mode: int, check: Callable[[], None] = lambda: None) -> Iterator[int]:
     """Yield the descriptor of a file that gets the name ``path``, if ``check`` does not raise."""
-    temporary, descriptor = _claim(path.with_name(f".{path.name}.tmp"), mode)
+    with naming(path, always=True):
+        temporary, descriptor = _claim(path.with_name(f".{path.name}.tmp"), mode)
     try:
         with naming(path):
             yield descriptor
@@ -190,9 +191,10 @@ def make_folder(path: Path, *, mode: int = 0o777) -> None:
     for place in reversed(missing):
         try:
             place.mkdir(mode if place is missing[0] else 0o777)
-        except FileExistsError:
+        except FileExistsError as error:
             if not place.is_dir():
-                raise
+                what = os.strerror(errno.ENOTDIR)
+                raise NotADirectoryError(errno.ENOTDIR, what, str(place)) from error
         with suppress(PermissionError):  # a folder above that others may only pass through
             sync_folder(place.parent)
 

@@ -46,6 +46,7 @@ FORMAT_VERSION = 3
 annotations' ``present`` is 2 more), and there are the tables of ``_SCHEMA_3``. A library carries
 the lowest that can hold it, so that older programs open what they understand."""
 APPLICATION_ID = 0x52534547  # "RSEG"
+_ERROR_NAME = "sqlite_errorname"  # from Python 3.11 on
 BUSY_SECONDS = 30.0
 """How long to wait for another process's commit or read, both of milliseconds."""
 MOST_BYTES_OF_VALUE = 2**26
@@ -241,7 +242,13 @@ class Database:
         try:
             with closing(_connect(path, "rw")) as made, self._lock, self._explained():
                 self._check_open()
-                self._connection.backup(made)
+                try:
+                    self._connection.backup(made)
+                except sqlite3.OperationalError as error:
+                    code, reads = sqlite_code(error), "READ" in getattr(error, _ERROR_NAME, "")
+                    if code != SQLITE_FULL and (code != SQLITE_IO or reads):
+                        raise
+                    raise _cannot_write(path, error) from error
         finally:
             hold.give_back()
 
@@ -385,10 +392,7 @@ class Database:
                 f"{self.path} stayed locked for {BUSY_SECONDS:.0f} s by another process. Try again."
             )
         if code in (SQLITE_FULL, SQLITE_READ_ONLY) or (code == SQLITE_IO and writes):
-            return LibraryWriteError(
-                f"cannot write {self.path}: {error}. Free some disk space or check the "
-                "permissions. What was stored before is unharmed."
-            )
+            return _cannot_write(self.path, error)
         if code == SQLITE_IO:
             return self._unread(str(error))
         if code == SQLITE_INTERRUPT:
@@ -437,6 +441,13 @@ def _no_library(path: Path) -> LibraryNotFoundError:
     return LibraryNotFoundError(
         f"there is no library in {path.parent}: {path.name} is missing or empty. Make one "
         "with 'recallseg library create'."
+    )
+
+
+def _cannot_write(path: Path, error: Exception) -> LibraryWriteError:
+    return LibraryWriteError(
+        f"cannot write {path}: {error}. Free some disk space or check the permissions. What was "
+        "stored before is unharmed."
     )
 
 

@@ -277,7 +277,7 @@ def test_the_names_of_new_folders_are_synced(
     make_folder(tmp_path / "a" / "b")
     assert len(synced) == 2
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(NotADirectoryError):
         make_folder(tmp_path / "file")
     monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.EIO, "x")))
     with pytest.raises(OSError, match="x"):

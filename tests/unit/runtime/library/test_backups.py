@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -309,3 +310,20 @@ def test_what_the_disk_does_not_give_is_not_told_as_a_backup_that_cannot_be_writ
     with pytest.raises(LibraryError, match=r"library/memories/000001\.shard cannot be read: Inp"):
         library.backup(tmp_path / "copy")
     assert _beside(tmp_path) == {"library"}
+
+
+def test_a_backup_that_finds_no_room_is_not_told_as_the_library(
+    library: Library, tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (8192, 100_000):  # within the catalog, and in the first shard
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            with pytest.raises(
+                LibraryWriteError, match=r"cannot write .*/\.?copy[^/]*(/library|:)"
+            ):
+                library.backup(tmp_path / "copy")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert _beside(tmp_path) == {"library"}
+    assert library.verify().ok

@@ -287,10 +287,10 @@ def _labelled(
     if not (np.rint(grid.array) == grid.array).all():
         raise InputError(f"{segmentation} is no label map: its values are not whole numbers.")
     known = {0, *labels}
-    unknown = sorted(set(np.unique(grid.array).astype(int).tolist()) - known)
+    unknown = [value for value in np.unique(grid.array).tolist() if value not in known]
     if unknown:
         raise InputError(
-            f"{segmentation} has label {unknown[0]}, which --labels does not name. Name it, or "
+            f"{segmentation} has label {unknown[0]:.0f}, which --labels does not name. Name it, or "
             "remove it from the file."
         )
     return {name: grid.array == value for value, name in labels.items()}

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from recallseg.engines.errors import InputError
 from recallseg.engines.reading import read_file
 from recallseg.runtime.formats.guards import check_given
+from recallseg.runtime.formats.headers import declared_size
+from recallseg.runtime.formats.images import MAX_PIXELS
 from recallseg.runtime.json_text import printable
 
 __all__ = ["CocoFile", "fill", "is_coco", "is_labelme", "read_coco", "read_labelme"]
@@ -140,6 +142,12 @@ def read_coco(path: Path) -> CocoFile:
         name: (height, width, tuple(drawn[number]))
         for number, (name, height, width) in images.items()
     }
+    for name, (height, width, _) in by_file.items():
+        if min(height, width) < 1 or height * width > MAX_PIXELS:
+            raise InputError(
+                f"{printable(path)} says that {printable(name)} is of {height}x{width} pixels; at "
+                f"most {MAX_PIXELS} are drawn on. It is damaged."
+            )
     if len(by_file) < len(images):
         raise InputError(f"{printable(path)} lists an image twice. Remove one of them.")
     return CocoFile(path, tuple(names[number] for number in sorted(names)), by_file)
@@ -207,17 +215,18 @@ def _labelme_shape(
 def _labelme_mask(
     text: str, points: NDArray[np.float64], height: int, width: int, what: str
 ) -> NDArray[np.bool_]:
+    x0, y0 = (round(float(v)) for v in points[0])
     try:
-        raw = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
-        small = cv2.imdecode(raw, cv2.IMREAD_UNCHANGED) if raw.size else None
+        data = base64.b64decode(text, validate=True)
+        rows, columns = declared_size(data) or (0, 0)  # asked before memory is set aside
+        if x0 < 0 or y0 < 0 or y0 + rows > height or x0 + columns > width:
+            raise InputError(f"{what}: its mask of {rows}x{columns} pixels leaves the image.")
+        raw = np.frombuffer(data, np.uint8)
+        small = cv2.imdecode(raw, cv2.IMREAD_UNCHANGED) if rows and columns else None
     except (binascii.Error, cv2.error) as error:
         raise InputError(f"{what}: its mask is damaged: {error}.") from error
-    x0, y0 = (round(float(v)) for v in points[0])
-    if small is None or small.ndim != 2:
+    if small is None or small.shape != (rows, columns):
         raise InputError(f"{what}: its mask is damaged.")
-    rows, columns = small.shape
-    if x0 < 0 or y0 < 0 or y0 + rows > height or x0 + columns > width:
-        raise InputError(f"{what}: its mask of {rows}x{columns} pixels leaves the image.")
     mask = np.zeros((height, width), bool)
     mask[y0 : y0 + rows, x0 : x0 + columns] = small > 0
     return mask

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats import polygons
 from recallseg.runtime.formats.pairs import (
     Annotated,
     find_pairs,
@@ -347,3 +348,28 @@ def test_polygons_are_filled_by_their_centres(points: list[tuple[float, float]])
     certain = (share == 0) | (share == 1)
     wrong = certain & (found != (share == 1))
     assert int(wrong.sum()) <= 2  # self-crossings meet Pillow's own rounding
+
+
+@pytest.mark.parametrize("size", [(10**18, 10**18), (0, 5), (-3, 5), (5, 10**9)])
+def test_an_image_of_no_size_is_not_drawn_on(tmp_path: Path, size: tuple[int, int]) -> None:
+    shape = {"image_id": 1, "category_id": 1, "segmentation": [[0, 0, 3, 0, 3, 3]]}
+    text = {
+        "images": [{"id": 1, "file_name": "a.png", "height": size[0], "width": size[1]}],
+        "categories": [{"id": 1, "name": "liver"}],
+        "annotations": [shape],
+    }
+    (tmp_path / "all.json").write_text(json.dumps(text))
+    with pytest.raises(InputError, match=rf"a\.png is of {size[0]}x{size[1]} pixels"):
+        read_coco(tmp_path / "all.json").masks("a.png")
+
+
+def test_a_mask_larger_than_its_image_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = cv2.imencode(".png", np.zeros((3000, 3000), np.uint8))[1].tobytes()
+    mask = {"label": "liver", "shape_type": "mask", "points": [[0, 0], [5, 5]]}
+    mask["mask"] = base64.b64encode(packed).decode()
+    (tmp_path / "a.json").write_text(json.dumps({"shapes": [mask]}))
+    monkeypatch.setattr(polygons.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError, match="its mask of 3000x3000 pixels leaves the image"):
+        polygons.read_labelme(tmp_path / "a.json", H, W)

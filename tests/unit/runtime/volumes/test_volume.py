@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
 from recallseg.runtime.formats.annotations import find_annotations
 from recallseg.runtime.formats.nifti import read_nifti, write_nifti
 from recallseg.runtime.formats.nrrd import read_nrrd, read_seg_nrrd, write_seg_nrrd
@@ -377,3 +378,12 @@ def test_masks_that_cannot_be_named_are_not_written(tmp_path: Path, name: Any) -
     with pytest.raises(InputError, match="no structure to write"):
         write_segmentation(tmp_path / "a.seg.nrrd", {}, like)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_label_that_no_integer_holds_is_told_as_it_is(tmp_path: Path) -> None:
+    array = np.zeros((2, 3, 4), np.float32)
+    nifti(tmp_path, array.astype(np.int16))
+    array[0, 0, 0] = 2.0**100
+    mask = nifti(tmp_path, array, "a.mask.nii")
+    with pytest.raises(InputError, match=f"has label {2**100}, which"):
+        read_annotated_volume(tmp_path / "a.nii", mask, {1: "liver"})

@@ -34,7 +34,7 @@ from recallseg.runtime.services.audit import AuditLog, open_audit
 from recallseg.runtime.services.audited import AuditedSegmenter
 from recallseg.runtime.services.c_errors import Stopped, status_of
 from recallseg.runtime.services.c_pixels import Pixels, array_of, check_place, release
-from recallseg.runtime.services.c_results import Query, Tags, record
+from recallseg.runtime.services.c_results import LEFT_OUT, Query, Tags, record
 from recallseg.runtime.services.scheduling import Scheduling
 from recallseg.runtime.services.stream import Frame, Stream, close_streams
 
@@ -70,7 +70,7 @@ __all__ = [
     "warm_up",
 ]
 
-INTERFACE = 4
+INTERFACE = 5
 
 Gpu = tuple[int, int, str, bool, int]
 """Ordinal, stream (0: one of its own), provider, whether with CUDA graphs, bytes of the cache (0:
@@ -379,6 +379,7 @@ def calibrate(
             number(limits.distance),
             number(limits.iou),
             number(limits.dice),
+            LEFT_OUT[limits.left_out],
         )
         for limits in (found[name] for name in query.segmenter.structures)
     )

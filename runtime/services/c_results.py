@@ -16,10 +16,11 @@ from recallseg.runtime.services.audited import on_host
 from recallseg.runtime.services.c_errors import in_c
 from recallseg.runtime.services.scheduling import Scheduling
 
-__all__ = ["Query", "Tags", "record"]
+__all__ = ["LEFT_OUT", "Query", "Tags", "record"]
 
 Tags = tuple[tuple[str, str], ...]
 
+LEFT_OUT = {"exemplars": 0, "groups": 1, "blocks": 2}
 QUALITY = {"uncalibrated": 0, "ok": 1, "suspect": 2}
 
 

@@ -413,6 +413,9 @@ void calibrates() {
     GIVES(RECALLSEG_OK, recallseg_segmenter_get_calibration(segmenter, i, &found));
     CHECK(found.calibrated == 1 && found.exemplars >= 4 && found.distance > 0 && found.iou > 0);
     CHECK(found.dice >= 0 && found.dice <= 1);
+#if RECALLSEG_ABI_VERSION >= 2
+    std::printf("left out: %d\n", found.left_out);
+#endif
   }
   GIVES(RECALLSEG_E_ARGUMENT, recallseg_segmenter_get_calibration(segmenter, 2, &found));
   CHECK(quality(segmenter) != RECALLSEG_QUALITY_UNCALIBRATED);

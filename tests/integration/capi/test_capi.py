@@ -166,10 +166,38 @@ def test_information_names_interpreter_and_package(capi: Installed, fake_library
 
 def test_c_calibrates(capi: Installed, tmp_path: Path) -> None:
     library = make_fake_library(tmp_path)
-    assert "done" in check(capi, "calibrates", library)
+    told = check(capi, "calibrates", library)
+    assert "done" in told
+    assert told.count("left out: 0") == 2  # exemplars: no groups are known
     known = Segmenter(library, k=2, structures=("disc", "core"), engine="fake", reach=math.inf)
     image = np.full((48, 64), 60, np.uint8)
     assert known.segment(image).quality.flag != "uncalibrated"
+
+
+def test_a_program_compiled_with_the_first_header_calibrates(
+    capi: Installed, tmp_path: Path
+) -> None:
+    """Whose ``recallseg_calibration`` ends before what was left out."""
+    program = capi.checks.with_name("checks_abi1")
+    found = passed(
+        program, "calibrates", make_fake_library(tmp_path), tmp_path / "scratch", env=capi.env
+    )
+    assert "calibrates: done" in found
+    assert "left out" not in found
+
+
+@pytest.mark.parametrize(("patients", "left_out"), [(5, 1), (1, 2)])
+def test_c_is_told_what_a_calibration_left_out(
+    capi: Installed, tmp_path: Path, patients: int, left_out: int
+) -> None:
+    """Whole patients; of one patient's, blocks."""
+    path = make_fake_library(tmp_path)
+    with Library.open(path, mode="write", engine="fake") as library:
+        for number, one in enumerate([*library]):
+            image, masks = library.source(one.key)
+            library.remove(one.key)
+            library.add(image, masks, key=one.key, group=f"patient {number % patients}")
+    assert check(capi, "calibrates", path).count(f"left out: {left_out}") == 2
 
 
 def start(capi: Installed, fake_library: Path, **env: str) -> tuple[int, str]:

@@ -390,6 +390,13 @@ RECALLSEG_API recallseg_status recallseg_segmenter_calibrate(recallseg_segmenter
                                                              recallseg_progress_callback progress,
                                                              void *user);
 
+/* [2] */
+enum {
+  RECALLSEG_LEFT_OUT_EXEMPLARS = 0, /* one by itself: no groups are known */
+  RECALLSEG_LEFT_OUT_GROUPS = 1,    /* all of its patient, series or volume */
+  RECALLSEG_LEFT_OUT_BLOCKS = 2     /* a block of them: all are of one patient */
+};
+
 typedef struct recallseg_calibration {
   uint32_t struct_size;
   int32_t calibrated;  /* 0: too few exemplars; its quality stays UNCALIBRATED */
@@ -397,8 +404,10 @@ typedef struct recallseg_calibration {
   double distance;     /* largest usual cosine distance to the nearest exemplar */
   double iou;          /* least usual estimate; NaN if not calibrated */
   double dice;         /* median, of the left-out exemplars with their own masks; NaN if none */
+  int32_t left_out;    /* [2] RECALLSEG_LEFT_OUT_...: what was left out at a time */
+  int32_t reserved;
 } recallseg_calibration;
-#define RECALLSEG_CALIBRATION_INIT {sizeof(recallseg_calibration), 0, 0, 0, 0, 0}
+#define RECALLSEG_CALIBRATION_INIT {sizeof(recallseg_calibration), 0, 0, 0, 0, 0, 0, 0}
 
 /* Of one structure, what the last recallseg_segmenter_calibrate of this handle found;
  * RECALLSEG_E_STATE before the first. */

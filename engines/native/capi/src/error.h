@@ -95,6 +95,9 @@ inline constexpr std::size_t kFirstSize<recallseg_summary> =
     offsetof(recallseg_summary, provenance_digest);
 template <>
 inline constexpr std::size_t kFirstSize<recallseg_score> = offsetof(recallseg_score, presence);
+template <>
+inline constexpr std::size_t kFirstSize<recallseg_calibration> =
+    offsetof(recallseg_calibration, left_out);
 
 template <typename T, typename = void>
 struct HasReserved : std::false_type {};

@@ -18,7 +18,7 @@
 namespace capi {
 namespace {
 
-constexpr long long kInterface = 4;  // INTERFACE of recallseg.runtime.services.c_interface
+constexpr long long kInterface = 5;  // INTERFACE of recallseg.runtime.services.c_interface
 
 struct Info {
   std::string python_version, python_library, python, prefix, package_version, package_folder;

@@ -256,6 +256,7 @@ recallseg_status recallseg_segmenter_calibrate(recallseg_segmenter* segmenter,
         one.distance = reader.real();
         one.iou = reader.real();
         one.dice = reader.real();
+        one.left_out = static_cast<std::int32_t>(reader.integer());
         found.push_back(one);
       }
     }

@@ -197,9 +197,14 @@ class Desk:
                 entry["instead_of"] = former
             self._record("accept", entry)
             self._do("accept", entry, lambda: self.library.add_many(items, details=of))
-            draft.accepted = keys
+            draft.accepted = [*former, *keys]  # all of which the next accept stands in for
             if former:  # which the next revert can bring back
-                self.library.retire(former)
+                self._do(
+                    "retire",
+                    {"who": who, "exemplars": former},
+                    lambda: self.library.retire(former),
+                )
+            draft.accepted = keys
         return keys
 
     def reject(self, draft: Draft, who: str, reason: str) -> None:

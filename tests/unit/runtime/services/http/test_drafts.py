@@ -14,7 +14,7 @@ import pytest
 from support.fake_bundle import make_fake_bundle
 
 from recallseg import Library, Segmenter
-from recallseg.engines.errors import InputError
+from recallseg.engines.errors import InputError, LibraryWriteError
 from recallseg.engines.verification import mask_dice
 from recallseg.runtime.formats.volume import SPACING_TAG, Volume
 from recallseg.runtime.model.preprocess import Intensity
@@ -368,3 +368,28 @@ def test_a_header_that_is_no_json_is_no_defect(text: str) -> None:
     request: Any = SimpleNamespace(headers={"x-meta": text})
     with pytest.raises(InputError, match="X-Meta is no JSON"):
         read_meta(request, ImageMeta)
+
+
+def test_exemplars_that_could_not_be_retired_are_at_the_next_accept(
+    desk: Desk, budget: Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else both would be in use, and nothing would say so."""
+    draft = Draft(stack(picture(20)[0][None]), desk, budget)
+    draft.paint("bar", Place(0, 0), np.ones((60, 30), bool), 100, 20, True)
+    first = desk.accept(draft, "ada", ["bar"])
+
+    def full(*_: object) -> None:
+        raise LibraryWriteError("there is no room")
+
+    draft.paint("bar", Place(0, 0), np.ones((9, 9), bool), 10, 20, True)
+    with monkeypatch.context() as patched:
+        patched.setattr(desk.library, "retire", full)
+        with pytest.raises(LibraryWriteError):
+            desk.accept(draft, "ada", ["bar"])
+    events = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "retire-failed"
+    assert events[-1]["exemplars"] == first
+    draft.paint("bar", Place(0, 0), np.ones((5, 5), bool), 50, 50, True)
+    last = desk.accept(draft, "ada", ["bar"])
+    assert {one.key for one in desk.library} == {"0", "40", "80", *last}
+    draft.close()

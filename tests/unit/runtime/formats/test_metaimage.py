@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from recallseg.cli import app
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
+from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
+from recallseg.runtime.formats.annotations import find_annotations
 from recallseg.runtime.formats.finding import find_in_folder
 from recallseg.runtime.formats.metaimage import count_metaimage, read_metaimage
 from recallseg.runtime.formats.reading import read_volume
@@ -315,3 +317,21 @@ def test_it_needs_no_extra(
     assert mask.shape == SHAPE
     assert np.allclose(mask.affine, written_by_hand.affine)
     assert (tmp_path / "out" / "a.json").is_file()
+
+
+def test_masks_of_itk_beside_an_image_are_laid_on_it(tmp_path: Path) -> None:
+    """Whichever way the axes of the mask's file run."""
+    image = itk_image()
+    written(tmp_path / "a.mha", image)
+    labels = SimpleITK.Image(SHAPE, SimpleITK.sitkUInt8)
+    labels.CopyInformation(image)
+    labels[2, 3, 1] = labels[5, 0, 3] = 2
+    turned = SimpleITK.Flip(SimpleITK.PermuteAxes(labels, (2, 0, 1)), (True, False, False))
+    written(tmp_path / "a.mask.mhd", turned, packed=True)
+    with pytest.raises(InputError, match="--labels"):
+        read_annotated_volume(tmp_path / "a.mha", tmp_path / "a.mask.mhd", None)
+    (annotated,) = find_annotations(tmp_path).volumes
+    assert annotated.segmentation == tmp_path / "a.mask.mhd"
+    volume, masks = read_annotated_volume(tmp_path / "a.mha", annotated.segmentation, {2: "x"})
+    assert volume.shape == SHAPE
+    assert [tuple(at) for at in np.argwhere(masks["x"])] == [(2, 3, 1), (5, 0, 3)]

@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 from support.dicom_series import write_series
 from support.inside import HereDecoder
 from support.ungiven import ungiven
@@ -111,6 +112,26 @@ def test_what_cannot_be_read_is_reported_once_and_tried_again_when_it_changes(
     cv2.imwrite(str(inbox / "broken.png"), picture(3))
     assert [a.record is not None for a in watch(segmenter, inbox)] == [True]
     assert not report.exists()
+
+
+def test_pixels_that_come_after_their_header_are_waited_for(
+    segmenter: Segmenter, inbox: Path
+) -> None:
+    watch(segmenter, inbox)
+    image = SimpleITK.GetImageFromArray(np.stack([picture(n) for n in range(3)]))
+    SimpleITK.WriteImage(image, str(inbox / "c.mhd"))
+    pixels = (inbox / "c.raw").rename(inbox.parent / "c.raw")
+    (alone,) = watch(segmenter, inbox)
+    assert "c.raw, which cannot be opened beside it" in str(alone.error)
+    assert watch(segmenter, inbox) == []
+    pixels.rename(inbox / "c.raw")
+    (arrival,) = watch(segmenter, inbox)
+    assert arrival.record is not None
+    assert arrival.record["mask"] == "c.mask.mha"
+    assert watch(segmenter, inbox) == []
+    image[0, 0, 0] = 1
+    SimpleITK.WriteImage(image, str(inbox / "c.mhd"))  # of which only the pixels are others
+    assert [each.name for each in watch(segmenter, inbox)] == ["c.mhd"]
 
 
 def test_another_image_under_a_name_is_segmented_anew(segmenter: Segmenter, inbox: Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,16 +55,21 @@ def quantize_graph(
     native : whether attention becomes 8-bit too, and the rest runs by the native operators.
     """
     chosen = [node for node in layers(model, native=native) if node.name not in keep]
-    made = _quantize_products(model, [n.name for n in chosen if n.op_type == "MatMul"])
+    made = _quantize_products(model, chosen)
+    _quantize_attention(made, chosen)
+    return use_native_operators(made) if native else made
+
+
+def _quantize_attention(made: ModelProto, chosen: Sequence[onnx.NodeProto]) -> None:
     attention = {node.name for node in chosen if node.op_type == FUSED_ATTENTION}
     for node in made.graph.node:
         if node.name in attention:
             node.op_type, node.domain = QUANTIZED_ATTENTION, DOMAIN
-    return use_native_operators(made) if native else made
 
 
-def _quantize_products(model: ModelProto, nodes: list[str]) -> ModelProto:
+def _quantize_products(model: ModelProto, chosen: Sequence[onnx.NodeProto]) -> ModelProto:
     quantization = import_onnxruntime("quantization", wanted_by="precision int8", extra="export")
+    nodes = [node.name for node in chosen if node.op_type == "MatMul"]
     if not nodes:
         return copy.deepcopy(model)
     with TemporaryDirectory() as folder, _quiet():
@@ -78,6 +83,36 @@ def _quantize_products(model: ModelProto, nodes: list[str]) -> ModelProto:
             weight_type=quantization.QuantType.QInt8,
         )
         return read_graph(path)
+
+
+def _alone(model: ModelProto, products: ModelProto, layer: onnx.NodeProto) -> ModelProto:
+    """Return ``model`` with one layer quantised, as it is in ``products``, where all are."""
+    made = copy.deepcopy(model)
+    if layer.op_type == FUSED_ATTENTION:
+        _quantize_attention(made, [layer])
+        return made
+    here = {value.name for value in (*model.graph.input, *model.graph.initializer)}
+    here.update(name for node in model.graph.node for name in node.output)
+    maker = {name: node for node in products.graph.node for name in node.output}
+    wanted, parts, used = [layer.output[0]], dict[str, onnx.NodeProto](), set[str]()
+    while wanted:
+        node = maker.get(wanted.pop())
+        if node is None or node.output[0] in parts:  # a constant, or seen already
+            continue
+        parts[node.output[0]] = node
+        used.update(node.input)
+        wanted += [name for name in node.input if name not in here]
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        whole = node.output[0] == layer.output[0]
+        nodes += [n for n in products.graph.node if n.output[0] in parts] if whole else [node]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    constants = {tensor.name: tensor for tensor in products.graph.initializer}
+    made.graph.initializer.extend(constants[name] for name in constants if name in used - here)
+    del made.opset_import[:]
+    made.opset_import.extend(products.opset_import)
+    return made
 
 
 def layers(model: ModelProto, *, native: bool = False) -> list[onnx.NodeProto]:
@@ -116,10 +151,12 @@ def sensitive_layers(
     """
     expected = _run(model, spec, inputs)
     errors = {}
-    everything = frozenset(node.name for node in layers(model, native=native))
-    for name in everything:
-        found = _run(quantize_graph(model, everything - {name}, native=native), spec, inputs)
-        errors[name] = max(relative_error(found[key], expected[key]) for key in expected)
+    chosen = layers(model, native=native)
+    products = _quantize_products(model, chosen)
+    for layer in chosen:
+        made = _alone(model, products, layer)
+        found = _run(use_native_operators(made) if native else made, spec, inputs)
+        errors[layer.name] = max(relative_error(found[key], expected[key]) for key in expected)
     kept: list[str] = []
     rest = sorted(errors, key=lambda name: errors[name])
     while rest and _sum(errors[name] for name in rest) > budget:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from recallseg.engines.engine import Tensor
 from recallseg.engines.operators import ATTENTION, DOMAIN
 from recallseg.engines.specs import GraphSpec, TensorSpec
+from recallseg.engines.verification import relative_error
 from recallseg.export.quantization import layers, quantize_graph, sensitive_layers
 
 WIDTH = 64
@@ -76,6 +78,43 @@ def test_without_an_outlier_everything_is_quantised() -> None:
     keep, _ = sensitive_layers(two_layers(1.0), SPEC, inputs())
     assert keep == frozenset()
     assert "MatMul" not in kinds(quantize_graph(two_layers(1.0)))
+
+
+def sharing() -> ModelProto:
+    """Two products of one tensor, whose quantised form is made once for both, and one of theirs."""
+    rng = np.random.default_rng(2)
+    names = ("first", "second", "third")
+    weights = [rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) / 8 for _ in names]
+    nodes = [
+        helper.make_node("MatMul", ["x", "first.w"], ["a"], name="first"),
+        helper.make_node("MatMul", ["x", "second.w"], ["b"], name="second"),
+        helper.make_node("Add", ["a", "b"], ["c"], name="add"),
+        helper.make_node("MatMul", ["c", "third.w"], ["y"], name="third"),
+    ]
+    tensors = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [16, WIDTH]) for n in "xy"]
+    constants = [numpy_helper.from_array(w, f"{n}.w") for n, w in zip(names, weights, strict=True)]
+    graph = helper.make_graph(nodes, "sharing", tensors[:1], tensors[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+@pytest.mark.parametrize("model", [two_layers(1.0), two_layers(1000.0), sharing()])
+def test_errors_are_those_of_each_layer_quantised_alone(model: ModelProto) -> None:
+    def run(one: ModelProto) -> Tensor:
+        session = onnxruntime.InferenceSession(
+            one.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        return np.asarray(session.run(None, inputs())[0])
+
+    exact, names = run(model), {node.name for node in layers(model)}
+    alone = {
+        n: relative_error(run(quantize_graph(model, frozenset(names - {n}))), exact) for n in names
+    }
+    assert len(set(alone.values())) == len(names) > 1
+    keep, error = sensitive_layers(model, SPEC, inputs(), budget=np.inf)
+    assert keep == frozenset()
+    assert error == pytest.approx(np.linalg.norm(list(alone.values())), rel=1e-6)
+    worst = max(alone, key=lambda name: alone[name])
+    assert sensitive_layers(model, SPEC, inputs(), budget=error * 0.9999)[0] == {worst}
 
 
 def attention_between(gain: float) -> ModelProto:

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support.making import exported_once
 from transformers import Sam2VideoModel
 
+from recallseg.engines.bundle import Bundle
 from recallseg.engines.composition import Composition
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import ExportError, ParityError
@@ -24,7 +24,7 @@ from recallseg.export import tensorrt
 from recallseg.export.checkpoints import load_sam2
 from recallseg.export.correcting import Correct, is_corrector, with_corrector
 from recallseg.export.emulation import EmulatedEngine
-from recallseg.export.onnx_export import OPSET, example_inputs, export_graph
+from recallseg.export.onnx_export import example_inputs
 from recallseg.export.parity import TorchEngine, check_corrections, check_graph
 from recallseg.export.precision import FLOATING, convert_graph
 
@@ -48,26 +48,12 @@ def spec(sam2: Sam2VideoModel) -> GraphSpec:
 
 
 @pytest.fixture(scope="module")
-def geometry(sam2: Sam2VideoModel, spec: GraphSpec) -> Geometry:
-    channels = int(sam2.hidden_dim)
-    return Geometry(
-        SIZE, 28, 8, channels, SIZE // 16, channels // 8, channels // 4, int(sam2.mem_dim)
-    )
-
-
-@pytest.fixture(scope="module")
-def exported(
-    sam2: Sam2VideoModel, spec: GraphSpec, geometry: Geometry, pytestconfig: pytest.Config
-) -> dict[str, Path]:
-    def make(folder: Path) -> None:
-        module = Correct(sam2).eval()
-        export_graph(module, spec, geometry, folder / "portable.onnx", opset=OPSET)
-        with tensorrt.fusable_attention(sam2):
-            file = folder / "tensorrt.onnx"
-            export_graph(module, spec, geometry, file, opset=tensorrt.OPSET)
-
-    folder = exported_once(pytestconfig, "correct", make, __file__)
-    return {variant: folder / f"{variant}.onnx" for variant in ("portable", "tensorrt")}
+def files(exported: Bundle) -> dict[str, Path]:
+    """The graph by variant: ``sam2`` is the segmenter of this bundle too."""
+    variants = ("portable", "tensorrt")
+    found = {v: exported.graph_file("correct", (v,), "fp32") for v in variants}
+    assert [variant for _, variant in found.values()] == [*variants]
+    return {variant: file for variant, (file, _) in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +116,20 @@ def test_the_gate_sees_what_is_left_out(
 
 @pytest.mark.parametrize("variant", ["portable", "tensorrt"])
 def test_every_variant_passes_the_gate(
-    variant: str, exported: dict[str, Path], sam2: Sam2VideoModel, spec: GraphSpec
+    variant: str, files: dict[str, Path], sam2: Sam2VideoModel, spec: GraphSpec
 ) -> None:
-    engine = OnnxRuntimeCpu(spec, exported[variant], EngineOptions())
+    engine = OnnxRuntimeCpu(spec, files[variant], EngineOptions())
     measured = list(check_graph(engine, Correct(sam2).eval(), variant=variant))
     assert len({one.inputs for one in measured}) == 9 * 2 + 7 * 2
     assert max(one.error for one in measured) < 1e-5
     if variant == "tensorrt":
-        tensorrt.check_operators(exported[variant])
+        tensorrt.check_operators(files[variant])
 
 
 @pytest.fixture(scope="module")
-def prompted(spec: GraphSpec, exported: dict[str, Path], image: dict[str, Any]) -> Any:
+def prompted(spec: GraphSpec, files: dict[str, Path], image: dict[str, Any]) -> Any:
     """Inputs as the golden case has them, and what fp32 makes of them."""
-    engine = OnnxRuntimeCpu(spec, exported["portable"], EngineOptions())
+    engine = OnnxRuntimeCpu(spec, files["portable"], EngineOptions())
     prior = np.random.default_rng(0).normal(0, 5, (SIZE // 4, SIZE // 4)).astype(np.float32)
     inputs = {**image, **vars(golden_prompts(prior))}
     expected = engine.allocate_outputs()
@@ -154,11 +140,11 @@ def prompted(spec: GraphSpec, exported: dict[str, Path], image: dict[str, Any]) 
 @pytest.mark.parametrize("precision", FLOATING)
 @pytest.mark.parametrize("variant", ["portable", "tensorrt"])
 def test_every_floating_precision_is_within_its_tolerance(
-    variant: str, precision: str, exported: dict[str, Path], spec: GraphSpec, prompted: Any,
+    variant: str, precision: str, files: dict[str, Path], spec: GraphSpec, prompted: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     inputs, expected = prompted
-    converted = convert_graph(onnx.load(exported[variant]), precision, "correct")
+    converted = convert_graph(onnx.load(files[variant]), precision, "correct")
     file = tmp_path / "correct.onnx"
     onnx.save(converted, file)
     found = {name: np.empty_like(array) for name, array in expected.items()}

@@ -13,7 +13,6 @@ from recallseg import Frame, Library, Segmenter, Stream
 from recallseg.benchmarks.resident import resident_bytes
 from recallseg.engines.verification import mask_dice
 
-pytestmark = pytest.mark.alone
 SIDE = 192
 FRAMES = 50
 
@@ -56,6 +55,7 @@ def replay(
     return stream, truth
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("rate", [20.0, 30.0])
 @measures
 def test_a_cine_is_segmented_at_the_displays_rate(library: Library, rate: float) -> None:
@@ -80,6 +80,7 @@ def test_a_cine_is_segmented_at_the_displays_rate(library: Library, rate: float)
     )
 
 
+@pytest.mark.alone
 @measures
 def test_a_slow_display_drops_frames_and_not_the_stream(library: Library) -> None:
     shown: list[int] = []
@@ -101,6 +102,7 @@ def test_an_impossible_deadline_is_late_and_says_so(library: Library) -> None:
     assert stream.statistics.late == len(frames) > 0
 
 
+@pytest.mark.alone
 @measures
 def test_memory_does_not_grow(library: Library) -> None:
     segmenter = Segmenter(library, k=1, frames=2)

@@ -38,6 +38,7 @@ from recallseg.runtime.formats.headers import (
 )
 from recallseg.runtime.formats.kinds import FORMATS, kind_by_name
 from recallseg.runtime.formats.packed import packed_file, packing
+from recallseg.runtime.json_text import printable
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -349,6 +350,10 @@ def _bytes_of(path: Path, count: int = -1) -> bytes:
             data = file.read(count)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}.") from None
+    except ValueError as error:  # a name that no file can have: a NUL, half a character
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"there is no file {printable(path)}: {error}.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     if not data:

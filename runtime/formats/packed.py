@@ -56,5 +56,5 @@ def packed_file(path: Path) -> Packing | None:
     try:
         with path.open("rb") as file:
             return packing(file.read(HEAD_BYTES))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return packing_by_name(path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recallseg.engines.errors import (
+    InputError,
     LibraryCorruptError,
     LibraryError,
     LibraryLockedError,
@@ -364,6 +365,11 @@ class Database:
             yield
         except sqlite3.ProgrammingError:
             raise  # a mistake in this package
+        except UnicodeEncodeError as error:  # in what was asked for, a key, say
+            raise InputError(
+                f"{ascii(error.object)[:80]} is no text: it has half a character, which JSON can "
+                "write and nothing else. Mend what made it."
+            ) from error
         except sqlite3.OperationalError as error:
             raise self._operational(error, writes) from error
         except (sqlite3.DatabaseError, OverflowError) as error:

@@ -291,3 +291,11 @@ def test_a_palette_that_is_damaged_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(data[:begin] + long + data[end:])
     # Numbers do not depend on the colours.
     np.testing.assert_array_equal(read_label_map(tmp_path / "a.png"), np.asarray(image))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+@pytest.mark.parametrize("suffix", ["", ".png", ".npy"])
+def test_a_name_that_no_file_can_have_is_an_input_error(name: str, suffix: str) -> None:
+    for read in (read_image, read_label_map):
+        with pytest.raises(InputError):
+            read(name + suffix)

@@ -608,3 +608,12 @@ def test_an_error_of_reading_is_told_as_one(
         assert not isinstance(raised.value, LibraryWriteError)
         with pytest.raises(LibraryWriteError, match="cannot write"):
             database.execute("DELETE FROM structures")
+
+
+def test_a_key_with_half_a_character_is_an_input_error(library: Library) -> None:
+    """JSON can write it, so that it comes by HTTP."""
+    for ask in (library.get, library.source, library.remove, library.whois):
+        with pytest.raises(InputError, match=r"'\\ud800' is no text"):
+            ask("\ud800")
+    with pytest.raises(InputError, match="is no text"):
+        library.retire(["\ud800"])

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 import threading
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -139,7 +140,8 @@ class AnnotationServer:
             raise
 
     def _run(self) -> None:
-        asyncio.run(self._server.serve(sockets=[self._socket]))
+        with suppress(SystemExit):  # of an application that cannot start: start() says why
+            asyncio.run(self._server.serve(sockets=[self._socket]))
 
     def __enter__(self) -> AnnotationServer:
         self.start()

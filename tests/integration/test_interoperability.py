@@ -21,6 +21,7 @@ from support.multi_frame import write_multi_frame
 from recallseg.runtime.formats.annotated_volumes import read_annotated_volume
 from recallseg.runtime.formats.concepts import concepts_for
 from recallseg.runtime.formats.dicom_seg import Algorithm, write_dicom_seg
+from recallseg.runtime.formats.metaimage import write_metaimage
 from recallseg.runtime.formats.nifti import write_nifti
 from recallseg.runtime.formats.nrrd import write_seg_nrrd
 from recallseg.runtime.formats.reading import read_volume
@@ -194,6 +195,18 @@ def test_overlapping_segments_survive_in_layers(tmp_path: Path, kind: str) -> No
     _, own = read_annotated_volume(place, path, None)
     for name, mask in masks.items():
         assert np.array_equal(own[name], mask)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_metaimage_lies_right_in_itk(tmp_path: Path, kind: str) -> None:
+    volume = source(tmp_path, kind)
+    liver = masks_of(volume)["liver"]
+    path = tmp_path / "x.mask.mha"
+    write_metaimage(path, liver.astype(np.uint8), volume)
+    assert_same_place(itk_centres(path), centres(liver, volume.affine_in("LPS")))
+    place = tmp_path / ("m.dcm" if kind == "multi-frame" else "series")
+    _, own = read_annotated_volume(place, path, {1: "liver"})
+    assert np.array_equal(own["liver"], liver)
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -238,8 +238,13 @@ def _node(
             if not association.is_established:
                 raise AssertionError("the node takes no association")
             for dataset in _series_of(number):
-                if association.send_c_store(dataset).Status != 0:
-                    raise AssertionError("an object was refused")
+                status = association.send_c_store(dataset).get("Status")
+                if status != 0:
+                    ended = "aborted" if association.is_aborted else "not aborted"
+                    raise AssertionError(
+                        f"an object was not taken: status {status}, association {ended}, "
+                        f"{node.troubles()}"
+                    )
             association.release()
             until = time.monotonic() + PATIENCE_S
             while node.counts()["jobs"].get("made", 0) == before:

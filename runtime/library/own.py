@@ -21,6 +21,7 @@ __all__ = ["forget_index", "known_bundles", "knows_index", "remember_bundle", "r
 
 _INDEXES, _BUNDLES = "indexes", "bundles"
 _MOST = 2**20
+_MOST_PLACES = 100
 
 
 def remember_index(digest: bytes, found: os.stat_result) -> None:
@@ -51,7 +52,7 @@ def remember_bundle(identity: str, path: Path) -> None:
     place = str(path.absolute())
     known = known_bundles(identity)
     if not known or known[0] != place:
-        _write(_BUNDLES, identity, [place, *(p for p in known if p != place)][:8])
+        _write(_BUNDLES, identity, [place, *(p for p in known if p != place)][:_MOST_PLACES])
 
 
 def known_bundles(identity: str) -> list[str]:

@@ -19,6 +19,9 @@ from support.native import (
     passed,
 )
 
+from recallseg import Bundle
+from recallseg.runtime.library.own import remember_bundle
+
 HEADER = Path(sysconfig.get_path("include"), "Python.h")
 HERE = Path(__file__).parent
 
@@ -54,9 +57,17 @@ def capi(pytestconfig: pytest.Config) -> Installed:
 
 
 @pytest.fixture(scope="session")
-def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library of discs and cores; read it, do not change it."""
+def made_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_fake_library(tmp_path_factory.mktemp("fake"))
+
+
+@pytest.fixture
+def fake_library(made_library: Path) -> Path:
+    """A library of discs and cores; read it, do not change it."""
+    # Other tests have this bundle in places of their own, and only so many are remembered.
+    bundle = Bundle.open(made_library.parent / "bundle")
+    remember_bundle(bundle.identity, bundle.path)
+    return made_library
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ from mmap import PROT_READ, mmap
 from pathlib import Path
 from time import sleep
 
+import cv2
+
 from recallseg.benchmarks.energy import find_meter
 from recallseg.benchmarks.machine import Watch, describe_conditions
 from recallseg.benchmarks.resident import held_bytes, resident_bytes, resident_peak
@@ -95,19 +97,20 @@ def test_resident_memory_sees_an_allocation() -> None:
     assert peak >= after
 
 
-def test_what_the_system_may_drop_is_not_held(tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(os.urandom(1 << 20) * 32)
-    held, resident = held_bytes(), resident_bytes()
+def test_what_the_system_may_drop_is_not_held() -> None:
+    # Of an installed package: a temporary folder may lie in memory, and its files are held.
+    largest = max(Path(cv2.__file__).parent.glob("*.so"), key=lambda path: path.stat().st_size)
+    held, resident, size = held_bytes(), resident_bytes(), largest.stat().st_size
     assert held is not None
     assert resident is not None
-    with (tmp_path / "weights").open("rb") as file:
-        weights = mmap(file.fileno(), 0, prot=PROT_READ)
-    assert sum(weights[:: 1 << 12])
+    with largest.open("rb") as file:
+        library = mmap(file.fileno(), 0, prot=PROT_READ)
+    assert sum(library[:: 1 << 12])
     mapped, now = held_bytes(), resident_bytes()
     assert mapped is not None
     assert now is not None
-    assert now - resident > 24 << 20
-    assert mapped - held < 8 << 20
+    assert now - resident > size // 2
+    assert mapped - held < size // 4
     block = mmap(-1, 32 << 20)
     block.write(os.urandom(1 << 20) * 32)
     taken = held_bytes()

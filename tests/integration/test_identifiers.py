@@ -234,7 +234,7 @@ def test_live_frames_say_nothing_of_an_exemplar_s_patient(
     of_one_patient: tuple[Path, list[str]], home: Path
 ) -> None:
     pytest.importorskip("pyigtl")
-    from support.igtl import next_of, raw_client, read, sent
+    from support.igtl import next_of, raw_client, sent
 
     from recallseg.runtime.services.igtl.wire import make
 
@@ -265,10 +265,11 @@ def test_live_frames_say_nothing_of_an_exemplar_s_patient(
         with raw_client(port) as one:
             one.sendall(sent(frame, "Other").pack())
             answers = [next_of(one, "LBMETA").raw, next_of(one, "IMAGE", "Other-mask").raw]
+            answers.append(next_of(one, "STATUS").raw)  # of that mask
             one.sendall(make("IMAGE", "Bad", b"no image").raw)
             answers.append(next_of(one, "STATUS").raw)
             one.sendall(b"what is no OpenIGTLink at all" * 9)
-            answers.append(read(one).raw)
+            answers.append(next_of(one, "STATUS").raw)
     finally:
         told = ended(service, said)
     (out / "told").write_bytes(told.encode() + b"".join(map(bytes, answers)))

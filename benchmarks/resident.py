@@ -8,12 +8,12 @@ from pathlib import Path
 __all__ = ["held_bytes", "resident_bytes", "resident_peak"]
 
 _SELF = Path("/proc/self/status")
-_HELD = ("RssAnon:", "RssShmem:", "VmSwap:")
+_HELD = ("RssAnon", "RssShmem", "VmSwap")
 
 
 def resident_bytes() -> int | None:
     """Return the resident set now, in bytes; None where the system does not tell."""
-    return _field("VmRSS:")
+    return _fields(_SELF).get("VmRSS")
 
 
 def held_bytes(status: Path = _SELF) -> int | None:
@@ -22,8 +22,8 @@ def held_bytes(status: Path = _SELF) -> int | None:
     That is all but pages of files (libraries, mapped weights): the system drops those from the
     resident set when it needs memory, so a resident set that stays may hide what grows.
     """
-    found = [_field(name, status) for name in _HELD]
-    return None if None in found else sum(each or 0 for each in found)
+    fields = _fields(status)
+    return sum(fields[name] for name in _HELD) if fields.keys() >= {*_HELD} else None
 
 
 def resident_peak() -> int | None:
@@ -31,7 +31,7 @@ def resident_peak() -> int | None:
 
     Linux's ``getrusage`` would carry a parent's peak over into the child, ``VmHWM`` does not.
     """
-    peak = _field("VmHWM:")
+    peak = _fields(_SELF).get("VmHWM")
     if peak is not None or sys.platform == "win32":
         return peak
     import resource
@@ -40,10 +40,10 @@ def resident_peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _field(name: str, status: Path = _SELF) -> int | None:
+def _fields(status: Path) -> dict[str, int]:
+    """Return what a process's status tells in kB, in bytes; nothing where there is none."""
     if not status.is_file():
-        return None
-    for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return None
+        return {}
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+    parts = [line.split() for line in lines]
+    return {part[0][:-1]: int(part[1]) * 1024 for part in parts if part[-1:] == ["kB"]}

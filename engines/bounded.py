@@ -16,12 +16,7 @@ from typing import Any
 
 from recallseg.engines import errors
 from recallseg.engines.bundle import Bundle
-from recallseg.engines.child import (
-    bound_process,
-    python_command,
-    python_environment,
-    signal_name,
-)
+from recallseg.engines.child import bound_process, ending, python_command, python_environment
 from recallseg.engines.engine import EngineOptions
 from recallseg.engines.errors import (
     DeadlineError,
@@ -129,7 +124,7 @@ def verify_bounded(
             process.kill()
     limit = "" if memory is None else f"{memory / 2**30:.3g} GiB"
     if process.returncode < 0:
-        name = signal_name(-process.returncode)
+        name = ending(process.returncode)
         raise EngineRunError(
             f"bundle {bundle.name} was not verified: its process was ended by {name}. "
             f"A graph made it crash{f', or need more than {limit} of memory' if limit else ''}. "

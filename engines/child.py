@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 
-__all__ = ["bound_process", "python_command", "python_environment", "signal_name"]
+__all__ = ["bound_process", "ending", "python_command", "python_environment"]
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
@@ -44,9 +44,11 @@ def bound_process(parent: int, memory: int | None) -> bool:
     return True
 
 
-def signal_name(number: int) -> str:
-    """Return the name of a signal that ended a process; real-time ones have a number only."""
+def ending(status: int | None) -> str:
+    """Return how a process ended: its status, or the signal; real-time ones have no name."""
+    if status is None or status >= 0:
+        return f"status {status}"
     try:
-        return signal.Signals(number).name
+        return signal.Signals(-status).name
     except ValueError:
-        return f"signal {number}"
+        return f"signal {-status}"

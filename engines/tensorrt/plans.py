@@ -244,9 +244,10 @@ class PlanCache:
                 and plan.key.digest == folder.name
                 and (folder / "plan").stat().st_size == plan.size
             )
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, KeyError, TypeError, RecursionError):  # damaged
+        except (
+            *(FileNotFoundError, NotADirectoryError),
+            *(ValueError, KeyError, TypeError, RecursionError),  # damaged
+        ):
             return None
         return plan if whole else None
 

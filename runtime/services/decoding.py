@@ -27,12 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recallseg.engines.child import (
-    bound_process,
-    python_command,
-    python_environment,
-    signal_name,
-)
+from recallseg.engines.child import bound_process, ending, python_command, python_environment
 from recallseg.engines.errors import InputError
 from recallseg.engines.limits import max_bytes
 from recallseg.engines.machine_fault import SHORT_OF_MEMORY, machine_fault
@@ -210,7 +205,7 @@ class IsolatedDecoder:
                     "little memory, or somebody ended it."
                 ) from _caused(SHORT_OF_MEMORY)
             raise InputError(
-                f"{printable(path)} ended the process that read it ({_ended(status)}): it is "
+                f"{printable(path)} ended the process that read it ({ending(status)}): it is "
                 "damaged, or made to do so."
             ) from error
 
@@ -270,12 +265,6 @@ class IsolatedDecoder:
 def _caused(number: int) -> OSError | None:
     """Return the error of the machine that has this number; None for 0, where it has none."""
     return OSError(number, os.strerror(number)) if number else None
-
-
-def _ended(status: int | None) -> str:
-    if status is not None and status < 0:
-        return signal_name(-status)
-    return f"status {status}"
 
 
 def _send(link: Connection[Any, Any], value: Any) -> None:

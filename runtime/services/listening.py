@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
+from typing import Any
 
 from recallseg.engines.errors import InputError, OutputError
 
 __all__ = [
     "Acceptor",
     "ClosedError",
+    "addresses_of",
     "connect",
     "keep_alive",
     "listen",
@@ -25,6 +27,22 @@ __all__ = [
 
 class ClosedError(Exception):
     """The other side is silent or gone, or what it says cannot be followed any more."""
+
+
+def addresses_of(host: str, port: int = 0) -> list[tuple[int, int, Any]]:
+    """Return family, kind and address of all that a host is called, for TCP.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:  # the latter of what no name can be
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"there is no address '{host}': {why}.") from error
+    return [(family, kind, address) for family, kind, _, _, address in found]
 
 
 def listen(host: str, port: int, setting: str) -> socket.socket:
@@ -41,14 +59,11 @@ def listen(host: str, port: int, setting: str) -> socket.socket:
     OutputError
         If the port is taken or may not be used.
     """
+    family, kind, address = addresses_of(host, port)[0]
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
         made = socket.socket(family, kind)
-    except (OSError, UnicodeError) as error:  # the latter of what no name can be
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"there is no address '{host}': {why}.") from error
+    except OSError as error:
+        raise InputError(f"there is no address '{host}': {error.strerror}.") from error
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)

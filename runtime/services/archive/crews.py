@@ -16,12 +16,7 @@ from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any, Protocol
 
-from recallseg.engines.child import (
-    bound_process,
-    python_command,
-    python_environment,
-    signal_name,
-)
+from recallseg.engines.child import bound_process, ending, python_command, python_environment
 from recallseg.engines.errors import EngineRunError
 from recallseg.runtime.services.archive.worker import Answer, Failed, Opened, Order, Setup, Worker
 
@@ -140,7 +135,7 @@ class Processes:
             answer: Answer = member.link.recv()
         except (EOFError, OSError):
             status = member.process.wait()
-            return self._lose(member, f"it ended the process that segmented it ({_ended(status)})")
+            return self._lose(member, f"it ended the process that segmented it ({ending(status)})")
         order, member.order = member.order, None
         if isinstance(answer, Opened):
             member.ready, self._died_starting = True, 0
@@ -185,10 +180,6 @@ class Processes:
         with suppress(OSError):  # it has ended, which is heard when it is waited for
             link.send(self._setup)
         return _Member(process, link)
-
-
-def _ended(status: int) -> str:
-    return signal_name(-status) if status < 0 else f"status {status}"
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 import threading
 from contextlib import suppress
@@ -14,11 +13,11 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from recallseg.engines.errors import InputError, OutputError
+from recallseg.engines.errors import OutputError
 from recallseg.runtime.services.certificates import load_certificates
 from recallseg.runtime.services.http.guard import Guard
 from recallseg.runtime.services.http.limits import Limits
-from recallseg.runtime.services.listening import listen
+from recallseg.runtime.services.listening import addresses_of, listen
 
 __all__ = ["AnnotationServer", "is_loopback"]
 
@@ -155,11 +154,7 @@ def is_loopback(host: str) -> bool:
     """Whether an address, or all addresses of a name, can be reached from this machine only."""
     import ipaddress
 
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:  # the latter of what no name can be
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"there is no address '{host}': {why}.") from error
     return all(
-        ipaddress.ip_address(str(each[4][0]).partition("%")[0]).is_loopback for each in found
+        ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+        for _, _, address in addresses_of(host)
     )

@@ -141,9 +141,8 @@ class SegmentingProcess:
             try:
                 self._open()
                 self._take()
-            except (
-                Exception
-            ) as error:  # it ended, or what it says cannot be taken: it is started anew
+            except Exception as error:
+                # It ended, or what it says cannot be taken: it is started anew.
                 if not self._stop.is_set():
                     status = None if self._process is None else self._process.poll()
                     self._log.error("the segmentation ended", error=error, status=status)

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from recallseg.engines.child import ending
 from recallseg.runtime.formats.finding import Item, find_in_folder
 from recallseg.runtime.services import decoding
 from recallseg.runtime.services.decoding import IsolatedDecoder
@@ -53,5 +54,5 @@ def test_a_process_that_cannot_be_started_is_no_fault_of_the_file(
 
 
 def test_whatever_ends_a_process_is_named() -> None:
-    assert decoding._ended(-signal.SIGSEGV) == "SIGSEGV"
-    assert decoding._ended(-40) == "signal 40"  # a real-time signal has no name
+    assert ending(-signal.SIGSEGV) == "SIGSEGV"
+    assert ending(-40) == "signal 40"  # a real-time signal has no name

@@ -27,7 +27,7 @@ from recallseg.engines.graph_check import check_graph
 from recallseg.engines.inside import open_inside
 from recallseg.engines.manifest import MANIFEST, data_files, read_manifest
 from recallseg.engines.paths import SHIPPED, shipped_bundles
-from recallseg.engines.reading import is_there
+from recallseg.engines.reading import is_there, reason
 from recallseg.engines.specs import GRAPHS, OPTIONAL_GRAPHS, Geometry, GraphSpec, graph_specs
 
 __all__ = [
@@ -189,7 +189,8 @@ class Bundle:
             expected = [described.former(entry["segmenter"], entry["embedder"]) for entry in former]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
-                f"the manifest of bundle {path} is incomplete: {error!r}. Export the bundle again."
+                f"the manifest of bundle {path} is incomplete: {reason(error)}. Export the bundle "
+                "again."
             ) from error
         stated = (self.identity, *self.former_identities)
         for identity, computed in zip(stated, (described.identity, *expected), strict=True):

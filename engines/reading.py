@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["is_there", "naming", "read_file", "read_text", "walk"]
+__all__ = ["is_there", "naming", "read_file", "read_text", "reason", "walk"]
 
 _NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 """What is said of a name that nothing has."""
@@ -61,6 +61,13 @@ def is_there(path: Path) -> bool:
             return False
         raise
     return True
+
+
+def reason(error: Exception) -> str:
+    """Return what Python found wrong with something that was read, for a message."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return str(error) or type(error).__name__
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:

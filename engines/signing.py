@@ -27,7 +27,7 @@ from recallseg.engines.durable import creating, replace_file
 from recallseg.engines.errors import InputError, SignatureError
 from recallseg.engines.inside import ForeignFileError, read_inside
 from recallseg.engines.ownership import foreign
-from recallseg.engines.reading import read_file, read_text
+from recallseg.engines.reading import read_file, read_text, reason
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -306,7 +306,7 @@ def check_document(
         raw = base64.b64decode(stated["signature"], validate=True)
         named = base64.b64decode(stated["key"], validate=True)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise SignatureError(f"the signature of {what} cannot be read: {error!r}.") from error
+        raise SignatureError(f"the signature of {what} cannot be read: {reason(error)}.") from error
     for key in trust:
         if key.raw == named:
             if key.verifies(_message(kind, document), raw):

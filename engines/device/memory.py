@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.errors import EngineRunError, InputError
+from recallseg.engines.reading import reason
 
 if TYPE_CHECKING:
     from recallseg.engines.device.device import Device
@@ -225,7 +226,7 @@ def _from_interface(interface: Mapping[str, Any], owner: object) -> DeviceTensor
         dtype = np.dtype(interface["typestr"])
         address = int(interface["data"][0] or 0)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"__cuda_array_interface__ is incomplete: {error!r}.") from error
+        raise InputError(f"__cuda_array_interface__ is incomplete: {reason(error)}.") from error
     strides = interface.get("strides")
     wanted = contiguous_strides(shape, dtype.itemsize)
     if strides is not None and prod(shape) > 1 and tuple(strides) != wanted:

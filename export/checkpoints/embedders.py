@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, DINOv3ConvNextConfig, DINOv3ViTC
 
 from recallseg.engines.bundle import Normalisation
 from recallseg.engines.errors import CheckpointError
+from recallseg.engines.reading import reason
 from recallseg.export.checkpoints import huggingface
 from recallseg.export.checkpoints.digest import state_digest
 from recallseg.export.checkpoints.random_weights import random_state
@@ -169,6 +170,6 @@ def _preprocessing(path: Path, kind: str) -> tuple[Normalisation, int]:
             raise ValueError(json.dumps({"mean": mean, "std": std, "size": size}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"'{file}' does not say image_mean, image_std and size as expected ({error!r})."
+            f"'{file}' does not say image_mean, image_std and size as expected ({reason(error)})."
         ) from error
     return Normalisation((mean[0], mean[1], mean[2]), (std[0], std[1], std[2])), side

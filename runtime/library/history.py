@@ -19,6 +19,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from recallseg.engines.errors import InputError, LibraryCorruptError
+from recallseg.engines.reading import reason
 from recallseg.runtime.checks import check_tags
 from recallseg.runtime.library.values import LARGEST, integer, timestamp
 
@@ -159,8 +160,8 @@ def parse_note(text: str) -> Note:
         time = timestamp(data["time"], "the time of a change")
     except (ValueError, KeyError, TypeError, RecursionError, InputError) as error:
         raise LibraryCorruptError(
-            f"a note on the library's history is damaged: {error!r}. Restore the library from a "
-            "backup; what it recalls is not concerned."
+            f"a note on the library's history is damaged: {reason(error)}. Restore the library "
+            "from a backup; what it recalls is not concerned."
         ) from error
     return Note(before, revision, time, who, what, spans, details, former)
 

@@ -18,7 +18,7 @@ from typing import Any
 from recallseg.engines.errors import LibraryCorruptError, LibraryError, LibraryWriteError
 from recallseg.engines.inside import open_inside, sync_inside
 from recallseg.engines.ownership import foreign
-from recallseg.engines.reading import is_there
+from recallseg.engines.reading import is_there, reason
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library.storage import unreadable, write_all, writing
 
@@ -133,7 +133,9 @@ class IdentifiersFile:
             self._parse(data)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._seen = None
-            raise LibraryCorruptError(f"{self.path} is damaged: {error!r}. {_MEND}") from error
+            raise LibraryCorruptError(
+                f"{self.path} is damaged: {reason(error)}. {_MEND}"
+            ) from error
         self._seen = _state(found)
 
     def _parse(self, data: bytes) -> None:

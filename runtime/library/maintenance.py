@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import LibraryCorruptError, LibraryError
 from recallseg.engines.inside import list_inside, remove_inside, sync_inside
+from recallseg.engines.reading import reason
 from recallseg.runtime.library.ahead import encode_ahead
 from recallseg.runtime.library.binding import Binding, bundle_settings, open_bundle
 from recallseg.runtime.library.catalog import ADDING, Catalog
@@ -403,7 +404,7 @@ def _pending(text: str | None) -> tuple[Any, Any] | None:
         return None if noted is None else (noted["identity"], noted["generation"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LibraryCorruptError(
-            f"the catalog's note on an unfinished rebuild is damaged: {error!r}. Restore the "
+            f"the catalog's note on an unfinished rebuild is damaged: {reason(error)}. Restore the "
             "library from a backup, or ask for it anew from who made it."
         ) from error
 

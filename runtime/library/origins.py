@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recallseg.engines.errors import LibraryCorruptError
+from recallseg.engines.reading import reason
 from recallseg.runtime.library.encoding import Origin
 
 __all__ = ["Origins", "Span", "origins_note"]
@@ -76,7 +77,7 @@ class Origins:
             spans = tuple(_span(span, len(origins)) for span in data["spans"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LibraryCorruptError(
-                f"the library's record of how memories were made is damaged: {error!r}."
+                f"the library's record of how memories were made is damaged: {reason(error)}."
             ) from error
         ends = [number for span in spans for number in (span.first, span.last + 1)]
         if ends != sorted(ends):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from recallseg.engines.digest import digest_json
 from recallseg.engines.errors import LibraryCorruptError
+from recallseg.engines.reading import reason
 from recallseg.runtime.checks import check_key
 from recallseg.runtime.library.encoding import MEMORY_FORMATS, MemoryLayout, Origin
 from recallseg.runtime.library.shards import Place
@@ -60,7 +61,9 @@ class Settings:
             settings = cls(**{**data, "layout": MemoryLayout(**data["layout"])})
             settings._check()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise LibraryCorruptError(f"the library's settings are damaged: {error!r}.") from error
+            raise LibraryCorruptError(
+                f"the library's settings are damaged: {reason(error)}."
+            ) from error
         return settings
 
     def _check(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from recallseg.engines.digest import digest_json
 from recallseg.engines.errors import LibraryCorruptError
+from recallseg.engines.reading import reason
 from recallseg.runtime.checks import check_count, check_key, check_number, check_tags
 from recallseg.runtime.frozen import FrozenMap
 from recallseg.runtime.library.encoding import Origin
@@ -94,7 +95,9 @@ class Recipe:
                 }
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise LibraryCorruptError(f"the record of a recipe is damaged: {error!r}.") from error
+            raise LibraryCorruptError(
+                f"the record of a recipe is damaged: {reason(error)}."
+            ) from error
         if {*given} != names or not isinstance(recipe.head, bool):
             raise LibraryCorruptError("the record of a recipe is damaged or of a newer RecallSeg.")
         return recipe

@@ -87,6 +87,16 @@ class ServiceLog:
         self._logger.log(level, event, extra={"service": self._service, "fields": told})
 
 
+class _Stderr(logging.Handler):
+    """Writes to what stderr is now, which who embeds a service may have replaced since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # as handlers of Python do
+            self.handleError(record)
+
+
 class _Format(logging.Formatter):
     def __init__(self, as_json: bool) -> None:
         super().__init__()
@@ -113,9 +123,9 @@ def configure_logs(
 ) -> None:
     """Let services tell on a stream: stderr by default."""
     logger = logging.getLogger(_ROOT)
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    handler = logging.StreamHandler(stream or sys.stderr)
+    for former in list(logger.handlers):
+        logger.removeHandler(former)
+    handler: logging.Handler = logging.StreamHandler(stream) if stream else _Stderr()
     handler.setFormatter(_Format(format == "json"))
     logger.addHandler(handler)
     logger.setLevel(level.upper())

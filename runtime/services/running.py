@@ -84,9 +84,9 @@ def run_service(
         else:
             log.info("stopping", seconds=stop_s)
         notify_systemd("STOPPING=1")
-        bound.start()
         return stop.is_set()
     finally:
+        bound.start()
         try:
             service.stop(stop_s * 0.8)
         finally:

@@ -34,7 +34,7 @@ from packaging.requirements import Requirement
 from recallseg.engines.bundle import Bundle
 from recallseg.engines.errors import InputError
 from recallseg.engines.manifest import data_files
-from recallseg.engines.reading import read_file
+from recallseg.engines.reading import read_file, reason
 
 __all__ = ["make_sbom", "needed_libraries"]
 
@@ -129,7 +129,7 @@ def needed_libraries(file: Path) -> tuple[str, ...]:
         starts = [strings + value for tag, value in tags if tag == 1]  # DT_NEEDED
         return tuple(data[start : data.index(b"\0", start)].decode() for start in starts)
     except (struct.error, ValueError, StopIteration, OverflowError) as error:
-        raise InputError(f"{file} is no ELF library that can be read: {error!r}.") from error
+        raise InputError(f"{file} is no ELF library that can be read: {reason(error)}.") from error
 
 
 def _made() -> datetime | None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -20,10 +19,12 @@ import pytest
 
 
 def program(name: str) -> str:
-    """The path of a program of dcmtk; pynetdicom brings clients of the same names."""
-    own = str(Path(sys.prefix, "bin"))
-    others = [p for p in os.environ.get("PATH", "").split(os.pathsep) if p != own]
-    return shutil.which(name, path=os.pathsep.join(others)) or name
+    """The path of a program of dcmtk; pynetdicom brings scripts of the same names."""
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        found = shutil.which(name, path=folder)
+        if found and not Path(found).read_bytes().startswith(b"#!"):
+            return found
+    return name
 
 
 DCMTK = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recallseg.engines.errors import InputError, OutputError
-from recallseg.engines.reading import read_file
+from recallseg.engines.reading import read_file, reason
 from recallseg.runtime.formats.finding import Item
 from recallseg.runtime.json_text import printable
 from recallseg.runtime.services.archive.sources import Source
@@ -253,7 +253,7 @@ class Journal:
                 try:
                     return _task(number, text, attempts)
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
-                    raise self._damaged(f"input {number}: {error!r}") from error
+                    raise self._damaged(f"input {number}: {reason(error)}") from error
         return None
 
     def give_back(self, number: int) -> None:

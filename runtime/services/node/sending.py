@@ -274,9 +274,15 @@ class _StowClient:
 
 
 def _unreadable(file: Path) -> str:
-    """Return why a file cannot be sent; empty if it can, as far as its beginning tells."""
+    """Return why a file cannot be sent; empty if it can.
+
+    It is read to its end: a message that broke off in the middle would end the association for all.
+    """
     try:
         read_file_meta_info(file)
+        with file.open("rb") as data:
+            while data.read(2**20):
+                pass
     except Exception as error:  # whatever pydicom makes of it
         return f"{type(error).__name__}: {error}"
     return ""

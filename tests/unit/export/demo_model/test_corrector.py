@@ -81,34 +81,48 @@ def test_steps_change_what_corrects_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_at_the_start_priors_and_points_are_heard(tmp_path: Path) -> None:
-    """Before the first step: a prior comes out as the mask, a click raises or lowers its place."""
-    recipe = load_recipe()
-    recipe["corrector"].update(tasks=1, samples=8, prior_steps=30, absent=0)
+    """Before the first step: a prior comes out as the mask, a click raises or lowers its place.
+
+    So much is drawn that eight seeds out of eight showed it: rounding, and so the machine, decides
+    as much as a seed does.
+    """
+    torch.manual_seed(0)
+    recipe, tasks = load_recipe(), 3
+    recipe["corrector"].update(tasks=tasks, samples=8, prior_steps=60, absent=0)
     model = Sam2VideoModel.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
     set_image_size(model, 192)
-    assert generate(model, tmp_path / "cache", 192, 1, 0.001) >= 1
+    while generate(model, tmp_path / "cache", 192, 1, 1e-6) < tasks:
+        pass
     trainer = CorrectorTrainer(recipe, model, tmp_path / "cache")
     trainer.begin()
     batch = trainer.draw(np.random.default_rng(0))
     n, masks = len(batch["masks"]), F.avg_pool2d(batch["masks"][:, None], 4)
 
-    def logits(label: int, prior: bool) -> torch.Tensor:
+    def logits(label: int, *, prior: bool = False, place: float = 96.0) -> torch.Tensor:
         found, iou, _ = trainer.correct.candidates(
             batch["features"],
             batch["skip0"],
             batch["skip1"],
-            torch.full((n, 1, 2), 96.0),
+            torch.full((n, 1, 2), place),
             torch.full((n, 1), label),
             (masks * 2 - 1) * 8,
             torch.full((n,), prior),
         )
         return found[torch.arange(n), iou[:, 1:].argmax(dim=1) + 1]
 
+    def moved(clicked: int, seen: int) -> float:
+        """By how much a click's label moves the logits at a place; in pixels of logits."""
+        inside, outside = (logits(label, place=clicked * 4.0) for label in (1, 0))
+        near = slice(seen - 4, seen + 4)
+        return float((inside - outside)[:, near, near].mean())
+
     with torch.no_grad():
         wanted = masks[:, 0] > 0.5
         without, having = (
-            mask_dice((logits(-1, prior) > 0).numpy(), wanted.numpy()) for prior in (False, True)
+            mask_dice((logits(-1, prior=prior) > 0).numpy(), wanted.numpy())
+            for prior in (False, True)
         )
         assert having > max(0.5, without + 0.2)
-        apart = (logits(1, False) - logits(0, False)).mean(dim=0)
-        assert apart[20:28, 20:28].mean() > max(0, float(apart[:8, :8].mean()))
+        middle, corner = 24, 12
+        there = moved(middle, middle) + moved(corner, corner)
+        assert there > max(0, moved(middle, corner) + moved(corner, middle))

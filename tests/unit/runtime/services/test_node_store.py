@@ -334,6 +334,15 @@ def test_a_spool_that_cannot_be_removed_says_nothing_of_python(
         gc.collect()
 
 
+class Worn(io.FileIO):
+    """A file whose end the disk does not give."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell() > 2**15:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(2**15 if size is None or size < 0 else min(size, 2**15))
+
+
 def test_an_answer_whose_file_is_gone_keeps_no_other_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,15 +366,29 @@ def test_an_answer_whose_file_is_gone_keeps_no_other_back(
             assert job is not None
             answers = [
                 Answer(f"{uid}.dcm", "1.2.840.10008.5.1.4.1.1.66.4", uid)
-                for uid in ("1.2.1", "1.2.2", "1.2.3")
+                for uid in ("1.2.1", "1.2.2", "1.2.4", "1.2.3")
             ]
             folder = store.answers / str(job.id)
             folder.mkdir()
             (folder / answers[1].file).write_bytes(b"no DICOM")
-            whole = Spool(folder, answers[2].sop_class, "1.2.3", EXPLICIT, "A", "B", 100)
-            whole.write(struct.pack("<HH2sH", 0x0008, 0x0018, b"UI", 6) + b"1.2.3\0")
-            assert whole.finish()
-            whole.path.rename(folder / answers[2].file)
+            for answer in answers[2:]:
+                whole = Spool(
+                    folder, answer.sop_class, answer.sop_instance, EXPLICIT, "A", "B", 10**6
+                )
+                whole.write(
+                    struct.pack("<HH2sH", 0x0008, 0x0018, b"UI", 6) + answer.sop_instance.encode()
+                )
+                whole.write(b"\0" + struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 99_000))
+                whole.write(bytes(99_000))
+                assert whole.finish()
+                whole.path.rename(folder / answer.file)
+            damaged = folder / answers[2].file
+
+            def open_worn(path: Any, *more: Any, opened: Any = open, **how: Any) -> Any:
+                return Worn(path) if path == damaged else opened(path, *more, **how)
+
+            monkeypatch.setattr(io, "open", open_worn)
+            monkeypatch.setattr("builtins.open", open_worn)
             store.finish_job(job, answers, ["pacs"])
             port = server.server_address[1]
             where = DicomDestination(type="dicom", host="127.0.0.1", port=port, ae_title="PACS")
@@ -375,7 +398,8 @@ def test_an_answer_whose_file_is_gone_keeps_no_other_back(
             told = {each["why"] for each in store.troubles()}
             assert any("FileNotFoundError" in why for why in told), told
             assert any("InvalidDicomError" in why for why in told), told
-            (folder / answers[2].file).unlink()
+            assert any("Input/output error" in why for why in told), told
+            (folder / answers[3].file).unlink()
             store.retry()
             assert sending.send_due() == 0  # and where nothing can be read nobody is called
     finally:

@@ -284,17 +284,18 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from recallseg.runtime.services.running import run_service
 class Stuck:
-    def start(self): print("up", flush=True)
+    def start(self): print("up", flush=True); {then}
     def alive(self): return True
     def stop(self, seconds): time.sleep(3600)
 run_service(Stuck(), "node", stop_s=0.5)
 """
 
 
-def test_a_service_that_does_not_stop_is_cut_off() -> None:
+@pytest.mark.parametrize("then", ["pass", "raise OSError('no port')"])
+def test_a_service_that_does_not_stop_is_cut_off(then: str) -> None:
     tests = str(Path(__file__).parents[3])
     with subprocess.Popen(
-        [sys.executable, "-c", LATE.format(tests=tests)],
+        [sys.executable, "-c", LATE.format(tests=tests, then=then)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     ) as process:

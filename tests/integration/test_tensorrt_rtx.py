@@ -29,6 +29,7 @@ from recallseg.export.onnx_export import export_graph
 from recallseg.export.precision import FLOATING, convert_graph
 
 RTX = FLAVOURS["tensorrt-rtx"]
+PRECISIONS = ("fp32", *FLOATING)
 MALFORMED = 32  # EngineInvalidityDiagnostics.MALFORMED_ENGINE
 
 
@@ -60,7 +61,11 @@ def request_for(*targets: str, precision: str = "fp32") -> BuildRequest:
     return BuildRequest(RTX, precision, Profile(), Target.parse(targets or None, RTX))
 
 
-@pytest.mark.parametrize("precision", ["fp32", *FLOATING])
+@pytest.mark.parametrize(
+    "precision",
+    # Each takes the compiler seven seconds, and what is mixed holds what is half.
+    [pytest.param(p, marks=[] if p in ("fp32", "mixed") else pytest.mark.slow) for p in PRECISIONS],
+)
 def test_every_graph_builds_and_only_known_messages_come(
     api: Any, converted_demo: Bundle, tmp_path: Path, precision: str
 ) -> None:
@@ -117,6 +122,7 @@ def read_specs(folder: Path) -> dict[str, GraphSpec]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """The true architecture, graph by graph; its parity has tests of its own."""
     graphs = ("encode", "attend", "decode")

@@ -67,6 +67,12 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 50, 100)
 
 
+def pytest_sessionfinish() -> None:
+    """What a worker covered is written while it is waited for: 10 s later pytest-xdist kills it."""
+    if "coverage" in sys.modules and (covered := sys.modules["coverage"].Coverage.current()):
+        covered.save()
+
+
 @pytest.fixture(autouse=True)
 def records_are_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test lets be written is held to docs/schemas."""

@@ -280,7 +280,7 @@ def _unreadable(file: Path) -> str:
     """
     try:
         read_file_meta_info(file)
-        with file.open("rb") as data:
+        with open(file, "rb") as data:
             while data.read(2**20):
                 pass
     except Exception as error:  # whatever pydicom makes of it

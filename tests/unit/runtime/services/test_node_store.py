@@ -387,7 +387,6 @@ def test_an_answer_whose_file_is_gone_keeps_no_other_back(
             def open_worn(path: Any, *more: Any, opened: Any = open, **how: Any) -> Any:
                 return Worn(path) if path == damaged else opened(path, *more, **how)
 
-            monkeypatch.setattr(io, "open", open_worn)
             monkeypatch.setattr("builtins.open", open_worn)
             store.finish_job(job, answers, ["pacs"])
             port = server.server_address[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,4 +59,8 @@ def ungiven(*paths: Path) -> Iterator[None]:
         for name in ("stat", "lstat", "listdir"):
             patch.setattr(os, name, asked(getattr(os, name)))
         patch.setattr(os, "scandir", lambda path=".": Listing(map(_Entry, scan(path))))
+        # Python 3.10's paths look by what these were when pathlib was imported.
+        if kept := getattr(pathlib, "_normal_accessor", None):
+            for name in ("stat", "listdir", "scandir"):
+                patch.setattr(kept, name, getattr(os, name))
         yield

@@ -145,6 +145,7 @@ def test_sam_2_1_tiny_at_512_px(api: Any, tmp_path: Path, pytestconfig: pytest.C
             check_plan(api, graph, built.plan, vars(built))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", tensorrt.REARRANGED)
 def test_what_was_rearranged_has_fewer_kernels_and_works_in_less(
     api: Any, tmp_path: Path, pytestconfig: pytest.Config, graph: str

@@ -92,7 +92,8 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            sys.stderr.write(self.format(record) + "\n")  # at once, or lines of threads mix
+            sys.stderr.flush()
         except Exception:  # as handlers of Python do
             self.handleError(record)
 

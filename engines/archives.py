@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recallseg.engines.limits import describe_bytes, max_bytes
+from recallseg.engines.reading import reason
 
 __all__ = ["MOST_ARRAYS", "read_arrays"]
 
@@ -65,7 +66,7 @@ def read_arrays(data: bytes, limit: int | None = None) -> dict[str, NDArray[Any]
                 arrays[entry.filename.removesuffix(".npy")] = _array(content)
             return arrays
     except _FAULTS as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(reason(error)) from error
 
 
 def _array(data: bytes) -> NDArray[Any]:
